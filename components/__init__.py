@@ -1,0 +1,1 @@
+"""UltraFlux MLOps library: corpus, models, objectives, training and evaluation (no orchestrator)."""

@@ -1,0 +1,58 @@
+"""Progress of long work: a bar on a terminal, and a small JSON file for a supervising process.
+
+A stage usually runs as a child of a scheduler that owns the terminal. Where the environment
+variable `ULTRAFLUX_PROGRESS_FILE` names a file, the current position is written there (atomically,
+at most twice a second) and no bar is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+PROGRESS_FILE = "ULTRAFLUX_PROGRESS_FILE"
+_WRITE_INTERVAL_S = 0.5
+
+
+def _write(path: Path, description: str, done: int, total: int | None) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"description": description, "done": done, "total": total}))
+    temporary.replace(path)
+
+
+def track(
+    items: Iterable[T], description: str, *, total: int | None = None, initial: int = 0
+) -> Iterator[T]:
+    """Yield `items`, showing how many are done.
+
+    Args:
+        items: what is iterated.
+        description: short name, such as "dit_stage1".
+        total: number of items including `initial`; taken from `len(items)` when possible.
+        initial: items already done before (resumed work).
+    """
+    if total is None and hasattr(items, "__len__"):
+        total = initial + len(items)
+    target = os.environ.get(PROGRESS_FILE)
+    if target is None:
+        # disable=None: no bar when stderr is not a terminal.
+        yield from tqdm(items, description, total=total, initial=initial, disable=None)
+        return
+    path = Path(target)
+    last = 0.0
+    done = initial
+    for item in items:
+        yield item
+        done += 1
+        now = time.monotonic()
+        if now - last >= _WRITE_INTERVAL_S or done == total:
+            last = now
+            _write(path, description, done, total)

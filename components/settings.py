@@ -1,0 +1,480 @@
+"""The one settings schema: every value of `params.yaml`, typed, bounded and documented.
+
+Values live in `conf/` (profiles) and in the composed `params.yaml`; this module holds no defaults
+except where a settings object is part of a public function signature (`SnrHuberSettings`).
+Unknown or out-of-range keys raise `SettingsError`, one line per problem.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+# A YAML list is the only way to write a tuple, so these fields alone accept list -> tuple.
+HeightWidth = Annotated[tuple[Count, Count], Strict(False)]
+Ints = Annotated[tuple[Count, ...], Strict(False)]
+
+
+class SettingsError(ValueError):
+    """Bad settings; the message names file, field, value and allowed range, one problem a line."""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys, no silent type coercion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ProjectSettings(Section):
+    """Identity of a pipeline."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
+    """MLflow experiment and registry prefix."""
+    profile: Literal["embedded", "single-gpu", "paper"]
+    """The profile in `conf/profiles/` that the values came from."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)]
+    """Root of every random stream."""
+
+
+class RuntimeSettings(Section):
+    """Machine resources."""
+
+    torch_threads: Count
+    """Intra-op threads of a training process; fixed because sums depend on it bit for bit."""
+    workers: Count
+    """Worker processes of the corpus engine (results do not depend on it)."""
+    processes: Count
+    """Training processes (ranks) per node."""
+    device: Literal["cpu", "cuda"]
+    """Where models run."""
+    offline: bool
+    """Set HF_HUB_OFFLINE so that a missing weight fails at once instead of waiting for a hub."""
+
+
+class IngestSettings(Section):
+    """Where candidates come from."""
+
+    source: str
+    """Folder of photographs, relative to the repository root or absolute."""
+    recursive: bool
+    extensions: Annotated[tuple[str, ...], Strict(False)]
+    """Lower-case file endings with the dot."""
+    attribution: str | None
+    """CSV inside the source with columns file, author, license (None: no attribution known)."""
+    max_megapixels: Annotated[float, Field(gt=0)]
+    """Larger headers are rejected before any pixel is decoded (decompression bombs)."""
+
+
+class SignalsSettings(Section):
+    """Classical per-image signals (UltraFlux supplement 2.1)."""
+
+    patch_px: Annotated[int, Field(ge=8)]
+    """Edge of a flatness patch; paper: 240."""
+    flat_variance: NonNegative
+    """A patch is flat when Var(Sobel magnitude) is below this; paper: 800."""
+    derivative_px: Annotated[int, Field(ge=64)]
+    """Long edge of the small derivative that model scorers and reports read."""
+    timeout_s: Annotated[float, Field(gt=0)]
+    """Per image; an image that takes longer becomes a quarantined row."""
+    memory_mb: Count
+    """Address-space headroom of one worker in MiB, above what it holds at start."""
+    retries: Annotated[int, Field(ge=0, le=10)]
+
+
+class QualitySettings(Section):
+    """Image quality and aesthetics: the scorer's name is stored beside every score."""
+
+    scorer: Literal["classical", "table"]
+    """`classical`: sharpness/noise/exposure index computed here; `table`: scores made elsewhere."""
+    scores: str | None
+    """For `table`: Parquet or CSV with image_id, quality, quality_scorer, aesthetic, aesthetic_scorer."""
+
+    @model_validator(mode="after")
+    def _table_needs_file(self) -> QualitySettings:
+        if self.scorer == "table" and self.scores is None:
+            raise ValueError("quality.scores must name a file when quality.scorer is 'table'")
+        return self
+
+
+class PeopleSettings(Section):
+    """Evidence of people, the source of the `character` tag."""
+
+    detector: Literal["classical", "table"]
+    """`classical`: cascade face detector on the derivative; `table`: boxes made elsewhere."""
+    boxes: str | None
+    """For `table`: Parquet or CSV with image_id, person_count, person_boxes (JSON), person_scorer."""
+    min_score: Fraction
+
+    @model_validator(mode="after")
+    def _table_needs_file(self) -> PeopleSettings:
+        if self.detector == "table" and self.boxes is None:
+            raise ValueError("people.boxes must name a file when people.detector is 'table'")
+        return self
+
+
+class SelectSettings(Section):
+    """Selection rules (UltraFlux supplement 2.1); None switches a rule off."""
+
+    min_pixels: Count
+    """Paper: 3840 * 2160 = 8294400, without resizing."""
+    max_flat_fraction: Fraction
+    """Paper: an image with more than 0.5 flat patches is dropped."""
+    min_entropy_bits: Annotated[float, Field(ge=0, le=8)]
+    """Paper: 7.0."""
+    min_quality: float | None
+    """Paper: 4.0 on the Q-Align scale of 1 to 5; meaningless for another scorer."""
+    aesthetic_top_fraction: PositiveFraction
+    """Share kept by aesthetic score; paper: 0.3 by ArtiMuse."""
+
+
+class CaptionSettings(Section):
+    """Captions."""
+
+    provider: Literal["shipped"]
+    """`shipped`: a captions.jsonl with file, caption_en, caption_zh beside the photographs."""
+    file: str
+    """Captions file, relative to the ingest source."""
+    min_words: Annotated[int, Field(ge=0)]
+    max_words: Count
+    """English length outside [min_words, max_words] marks the caption as failed."""
+
+
+class ValidateSettings(Section):
+    """Data contract."""
+
+    contract: str
+    """YAML under data/contracts/."""
+
+
+class SlicesSettings(Section):
+    """Training slices."""
+
+    vae_top_fraction: PositiveFraction
+    """Share with the least flat area for VAE post-training; paper: 0.5."""
+    stage2_top_fraction: PositiveFraction
+    """Share by aesthetic score for SACL stage 2; paper: 0.05."""
+    min_images: Count
+    """Floor of every slice, so that a tiny corpus still trains."""
+    eval_fraction: PositiveFraction
+    """Share of images held out from all training."""
+    eval_min_images: Count
+
+
+class BucketsSettings(Section):
+    """Aspect-ratio buckets."""
+
+    published: Literal["table", "text"]
+    """Which published set: the supplement's table 3 or the sizes in its text."""
+    target_pixels: Annotated[int, Field(ge=32 * 32)] | None
+    """Keep the aspect ratios but scale to this area (embedded profile); None: published sizes."""
+
+
+class TinyAutoencoder(Section):
+    """Shape of the random autoencoder that stands in where no weights folder is named."""
+
+    block_out_channels: Ints
+    layers_per_block: Count
+    norm_num_groups: Count
+
+
+class AutoencoderSettings(Section):
+    """The F16 autoencoder."""
+
+    pretrained: str | None
+    """Folder with a Flux VAE (F8, or F16 with stride 2); None: `tiny`."""
+    stride: Literal[1, 2]
+    decode_mode: Literal["aligned", "official_partitioned"]
+    tiny: TinyAutoencoder
+
+
+class TinyTransformer(Section):
+    """Shape of the random Flux transformer."""
+
+    num_layers: Count
+    num_single_layers: Count
+    num_attention_heads: Count
+    axes_dims_rope: Annotated[tuple[Count, Count, Count], Strict(False)]
+
+
+class TransformerSettings(Section):
+    """The Flux DiT."""
+
+    pretrained: str | None
+    """Folder of a Flux transformer; None: `tiny`."""
+    rope_variant: Literal["official", "official_prefix", "paper", "flux"]
+    rope_window: Count
+    """Training window in tokens per axis; paper: 64."""
+    tiny: TinyTransformer
+
+
+class TinyTextEncoders(Section):
+    """Shapes of the random T5 and CLIP encoders."""
+
+    t5_dim: Count
+    clip_dim: Count
+    vocab_size: Annotated[int, Field(ge=300)]
+
+
+class TextEncodersSettings(Section):
+    """T5 and CLIP."""
+
+    pretrained: str | None
+    """FLUX.1-dev style folder (tokenizer, tokenizer_2, text_encoder, text_encoder_2); None: `tiny`."""
+    max_sequence_length: Annotated[int, Field(ge=8, le=512)]
+    tiny: TinyTextEncoders
+
+
+class ModelsSettings(Section):
+    """The three networks."""
+
+    autoencoder: AutoencoderSettings
+    transformer: TransformerSettings
+    text_encoders: TextEncodersSettings
+
+
+class ReconstructionSettings(Section):
+    """VAE post-training loss (UltraFlux table 3: 0.2 wavelet, 0.1 perceptual, 1.0 L2)."""
+
+    wavelet: NonNegative
+    perceptual: NonNegative
+    l2: NonNegative
+    perceptual_kind: Literal["lpips", "random_vgg", "ms_ssim", "gmsd", "none"]
+    lpips_backbone: str | None
+    """Local backbone file for `lpips`."""
+    lpips_sha256: str | None
+
+
+class VaeSettings(Section):
+    """Decoder-only post-training."""
+
+    crop_px: Annotated[int, Field(ge=64, multiple_of=16)]
+    """Square training crops; paper: 512."""
+    batch_size: Count
+    """Global batch; paper: 384."""
+    steps: Count
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: NonNegative
+    loss: ReconstructionSettings
+    eval_crops: Count
+    """Held-out crops on which PSNR is measured."""
+    eval_every: Count
+    checkpoint_every: Count
+
+
+class LatentsSettings(Section):
+    """The latent store."""
+
+    batch_size: Count
+    dtype: Literal["float32", "bfloat16"]
+    shard_mb: Count
+    """A shard is closed when it reaches this size in MiB."""
+
+
+class SnrHuberSettings(Section):
+    """SNR-aware Huber wavelet objective; alpha, beta, gamma are not published: ours."""
+
+    c_min: Annotated[float, Field(gt=0)] = 0.2
+    c_max: Annotated[float, Field(gt=0)] = 1.0
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    beta: NonNegative = 1.0
+    gamma: Annotated[float, Field(gt=0)] = 5.0
+    time_weight: Literal["paper", "fm_exact"] = "paper"
+    band_weights: Annotated[
+        tuple[NonNegative, NonNegative, NonNegative, NonNegative], Strict(False)
+    ] = (1.0, 1.0, 1.0, 1.0)
+    """Weights of (LL, LH, HL, HH)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SnrHuberSettings:
+        if self.c_max < self.c_min:
+            raise ValueError(f"c_max {self.c_max} must be at least c_min {self.c_min}")
+        return self
+
+
+class ObjectiveSettings(Section):
+    """Training objective of the DiT."""
+
+    kind: Literal["snr_huber", "flow_matching", "wavelet"]
+    wavelet_space: Literal["x0", "v"]
+    """Only for kind `wavelet` (Diffusion-4K's WLF)."""
+    snr_huber: SnrHuberSettings
+
+
+class DitStageSettings(Section):
+    """One stage of SACL training."""
+
+    steps: Count
+    global_batch_size: Count
+    """Paper: 64."""
+    micro_batch_size: Count
+    """Per process; gradient accumulation makes up the difference."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Paper: 1e-6."""
+    schedule: Literal["constant", "cosine"]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    weight_decay: NonNegative
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    precision: Literal["bf16", "fp32"]
+    zero_stage: Literal[0, 1, 2, 3]
+    gradient_checkpointing: bool
+    sigma_range: Annotated[tuple[Fraction, Fraction], Strict(False)]
+    """Noise levels trained on, 0 data to 1 noise; SACL stage 2: [0.541, 1]."""
+    timestep_density: Literal["uniform", "logit_normal", "shifted"]
+    initial_weights: Literal["pretrained", "stage1_ema", "stage1_raw"]
+    guidance_scale: NonNegative
+    """Value fed to the guidance embedding during training."""
+    validate_every: Count
+    validation_repeats: Count
+    """Fixed noise draws per held-out image and noise level."""
+    checkpoint_every: Count
+    keep_checkpoints: Count
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DitStageSettings:
+        if self.sigma_range[0] >= self.sigma_range[1]:
+            raise ValueError(f"sigma_range {list(self.sigma_range)} must be increasing")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} must be a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class GenerateSettings(Section):
+    """Sampling."""
+
+    sizes: Annotated[tuple[HeightWidth, ...], Strict(False), Field(min_length=1)]
+    """(height, width) in pixels, multiples of 32."""
+    prompts: Count
+    """How many held-out captions are sampled (all sizes each)."""
+    num_inference_steps: Count
+    guidance_scale: NonNegative
+    shift: Annotated[float, Field(gt=0)]
+    """FlowMatchEuler shift; the released script: 3.0."""
+    weights: Literal["ema", "raw"]
+    seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _multiples(self) -> GenerateSettings:
+        for height, width in self.sizes:
+            if height % 32 or width % 32:
+                raise ValueError(f"size {height}x{width}: both edges must be multiples of 32")
+        return self
+
+
+class EvaluateSettings(Section):
+    """Evaluation and report."""
+
+    reconstruction_images: Count
+    """Held-out images for PSNR, SSIM and NMSE of the VAE."""
+    bootstrap_resamples: Annotated[int, Field(ge=100)]
+    report_image_px: Annotated[int, Field(ge=64)]
+    """Long edge of pictures inside the HTML report."""
+
+
+class PromoteSettings(Section):
+    """Promotion gate."""
+
+    alias: Literal["candidate", "champion"]
+    min_vae_psnr_gain_db: float
+    min_validation_loss_drop: float
+    """Relative fall of the DiT validation loss over both stages, 0 to 1."""
+
+
+class Settings(Section):
+    """All of `params.yaml`."""
+
+    project: ProjectSettings
+    runtime: RuntimeSettings
+    ingest: IngestSettings
+    signals: SignalsSettings
+    quality: QualitySettings
+    people: PeopleSettings
+    select: SelectSettings
+    caption: CaptionSettings
+    validation: ValidateSettings
+    slices: SlicesSettings
+    buckets: BucketsSettings
+    models: ModelsSettings
+    vae: VaeSettings
+    latents: LatentsSettings
+    objective: ObjectiveSettings
+    dit_stage1: DitStageSettings
+    dit_stage2: DitStageSettings
+    generate: GenerateSettings
+    evaluate: EvaluateSettings
+    promote: PromoteSettings
+
+
+def _nearest_key(location: tuple[str | int, ...]) -> str | None:
+    """The known key closest to the last part of an unknown `location`."""
+    model: type[BaseModel] = Settings
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
+            return None
+        model = field.annotation
+    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1, cutoff=0.4)
+    return close[0] if close else None
+
+
+def _describe(error: Any, where: str) -> str:
+    """One line for one pydantic error."""
+    location = error["loc"]
+    name = ".".join(str(part) for part in location) or "settings"
+    if error["type"] == "extra_forbidden":
+        nearest = _nearest_key(location)
+        hint = f"; did you mean '{nearest}'?" if nearest else ""
+        return f"{where}: unknown key '{name}'{hint}"
+    if error["type"] == "missing":
+        return f"{where}: missing key '{name}'"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where}: {name} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def parse_settings(values: Any, *, where: str = "params.yaml") -> Settings:
+    """Validate a nested mapping.
+
+    Args:
+        values: what YAML gave, sections by name.
+        where: file name for messages.
+
+    Raises:
+        SettingsError: every problem on a line of its own: field, value, allowed range.
+    """
+    if not isinstance(values, dict):
+        raise SettingsError(f"{where}: expected a mapping of sections, got {type(values).__name__}")
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as problem:
+        lines = [_describe(error, where) for error in problem.errors()]
+        raise SettingsError("\n".join(lines)) from None
+
+
+def load_settings(path: Path) -> Settings:
+    """Read and validate a `params.yaml`.
+
+    Raises:
+        SettingsError: file missing, not YAML, or not valid settings.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(
+            f"{path}: not found; run `ultraflux config compose --profile embedded`"
+        ) from None
+    except yaml.YAMLError as problem:
+        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(problem).split())}") from None
+    return parse_settings(values, where=path.name)

@@ -1,0 +1,1 @@
+"""Training: buckets, stores, batch plan, curriculum, trainers and checkpoints."""

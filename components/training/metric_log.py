@@ -1,0 +1,49 @@
+"""Metrics over steps in a JSONL file: written first, uploaded by whoever wants to, later.
+
+Training never waits for a tracking server: one line `{"step": 10, "loss": 0.5}` is appended and
+flushed. A resumed run calls `rewind` so that every step stands in the file once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+
+class MetricLog:
+    """Append-only metrics of one run."""
+
+    def __init__(self, path: Path) -> None:
+        """Open (and create) `path`; existing lines stay."""
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append the `metrics` of one `step` (at least 0); a NaN is recorded as it is."""
+        line = json.dumps({"step": step, **{name: float(v) for name, v in metrics.items()}})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def rows(self) -> Iterator[dict[str, float]]:
+        """Complete lines in the order written; a line cut off by a kill is left out."""
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+    def rewind(self, step: int) -> None:
+        """Forget everything logged at steps greater than `step` (resume from a checkpoint)."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        temporary = self.path.with_suffix(".rewound")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of one metric, finite values only."""
+        pairs = [(int(row["step"]), row[name]) for row in self.rows() if name in row]
+        finite = [(step, value) for step, value in pairs if math.isfinite(value)]
+        return [step for step, _ in finite], [value for _, value in finite]

@@ -1,0 +1,1 @@
+"""Orchestration of UltraFlux: thin layers of Prefect, DVC, MLflow and Great Expectations."""

@@ -1,0 +1,71 @@
+"""What every stage receives and returns.
+
+A stage module reads settings and the outputs of earlier stages, calls the library in `components`,
+writes its outputs under `data/<stage>/` and returns what is worth recording. It knows nothing of
+MLflow, DVC or Prefect: `flows.execution` wraps it. Output bytes depend on inputs and settings
+only, so durations and dates never enter them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from components.settings import Settings
+from components.training.metric_log import MetricLog
+
+
+class StageFailed(RuntimeError):
+    """A stage that cannot go on; the message is one line: what, where, how to fix it."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Everything a stage may use."""
+
+    stage: str
+    """Name in dvc.yaml."""
+    settings: Settings
+    root: Path
+    """Repository root; every relative path in settings and manifests starts here."""
+    state_dir: Path
+    """`runs/<stage>/<stage_key>/`: survives kills, so resumable work keeps its state here."""
+    metrics: MetricLog
+    """Metrics over steps; uploaded to MLflow in the background."""
+
+    @property
+    def output_dir(self) -> Path:
+        """`data/<stage>/`, created."""
+        folder = self.root / "data" / self.stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def input(self, *parts: str) -> Path:
+        """`data/<parts>`: an output of an earlier stage (or the sample).
+
+        Raises:
+            StageFailed: it does not exist.
+        """
+        path = self.root.joinpath("data", *parts)
+        if not path.exists():
+            raise StageFailed(
+                f"{self.stage}: input data/{'/'.join(parts)} is missing; run the stage that makes "
+                f"it first: `dvc repro {parts[0]}`"
+            )
+        return path
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage reports; files are already in `data/<stage>/`."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Headline numbers, copied to the parent run."""
+    artifacts: tuple[Path, ...] = ()
+    """Files or folders to log with the run (figures, tables, pages, image grids)."""
+    datasets: dict[str, Path] = field(default_factory=dict)
+    """Parquet tables to log as MLflow datasets, by name."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Lineage: digests of weights and tables."""
+    summary: str = ""
+    """One line for the terminal, such as "22 candidates, 11 kept"."""
