@@ -1,0 +1,1 @@
+"""Model parts: positional encoding, transformer, F16 autoencoder, text encoders, pipeline."""

@@ -1,0 +1,220 @@
+"""Resonance 2D RoPE with YaRN: rotary frequencies that close on the training window.
+
+Per spatial axis a band with frequency w (radians per token) makes r = L w / 2 pi cycles in the
+training window of L tokens. Resonance rounds r to whole cycles, so that the phase at the window's
+far edge equals that at its start; YaRN then stretches each band by how well it was trained when
+the image has s = L'/L > 1 times as many tokens (UltraFlux section 3.2.2, supplement section 3).
+
+Variants:
+    official: released code of 2025-12-17 and later.
+    official_prefix: the code before; it snaps 1/w instead of w. Weights v1 and v1.1 predate the
+        change, so it is kept.
+    paper: the text's formulas (all bands snapped to at least one cycle, s capped at 2).
+    flux: plain rotary frequencies.
+
+The extents are arguments, never read from position ids: that would force a device-to-host copy
+inside a compiled graph and see only a slice of the image under context parallelism.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+RopeVariant: TypeAlias = Literal["official", "official_prefix", "paper", "flux"]
+ROPE_VARIANTS: tuple[RopeVariant, ...] = ("official", "official_prefix", "paper", "flux")
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+# Cycles in the window that bound the two blends (YaRN's beta and gamma in the released code).
+LINEAR_TO_NTK_CYCLES = (1.25, 0.75)
+NTK_TO_PLAIN_CYCLES = (16.0, 2.0)
+PAPER_MAX_SCALE = 2.0
+# YaRN's attention temperature: amplitude 0.1 ln s + 1.
+AMPLITUDE_SLOPE = 0.1
+
+
+def plain_frequencies(dim: int, theta: float) -> FloatArray:
+    """Standard rotary frequencies theta^(-2k/dim), k = 0 .. dim/2 - 1."""
+    exponents: FloatArray = np.arange(0, dim, 2, dtype=np.float64) / dim
+    return np.asarray(1.0 / theta**exponents, dtype=np.float64)
+
+
+def snap_to_window(frequencies: FloatArray, window: int, *, all_bands: bool) -> FloatArray:
+    """Replace frequencies by the nearest whole number of cycles in the window.
+
+    Bands with less than one cycle keep their frequency unless `all_bands`, which raises them to
+    one cycle (the paper's max(1, floor(r + 1/2))).
+    """
+    cycles = window * frequencies / (2 * math.pi)
+    rounded = np.floor(cycles + 0.5) if all_bands else np.round(cycles)
+    snapped = 2 * math.pi * np.maximum(1.0, rounded) / window
+    return snapped if all_bands else np.where(cycles >= 1.0, snapped, frequencies)
+
+
+def _trained_share(
+    dim: int, theta: float, window: int, cycles_high_low: tuple[float, float]
+) -> FloatArray:
+    """Linear ramp over band index: 1 for bands above the higher cycle count, 0 below the lower."""
+    indices = [
+        dim * math.log(window / (cycles * 2 * math.pi)) / (2 * math.log(theta))
+        for cycles in cycles_high_low
+    ]
+    low = max(math.floor(indices[0]), 0)
+    # A window of a few tokens puts both ends below band 0; the released code never meets that.
+    high = float(max(min(math.ceil(indices[1]), dim - 1), low))
+    if high == low:
+        high += 0.001
+    ramp = (np.arange(dim // 2, dtype=np.float64) - low) / (high - low)
+    return np.asarray(1.0 - np.clip(ramp, 0.0, 1.0), dtype=np.float64)
+
+
+def _official_frequencies(
+    dim: int, theta: float, window: int, scale: float, *, snap_inverse: bool
+) -> FloatArray:
+    """Released code: snap, blend linear and NTK scaling, then keep the fast bands unscaled."""
+    plain = plain_frequencies(dim, theta)
+    if snap_inverse:
+        snapped = 1.0 / snap_to_window(1.0 / plain, window, all_bands=False)
+    else:
+        snapped = snap_to_window(plain, window, all_bands=False)
+    linear = snapped / scale
+    # "The same exponents": the snapped spectrum re-based, w = theta^-e -> base^-e.
+    base = theta * scale ** (dim / (dim - 2))
+    ntk = snapped ** (math.log(base) / math.log(theta))
+    keep_ntk = _trained_share(dim, theta, window, LINEAR_TO_NTK_CYCLES)
+    scaled = linear * (1.0 - keep_ntk) + ntk * keep_ntk
+    keep_plain = _trained_share(dim, theta, window, NTK_TO_PLAIN_CYCLES)
+    return scaled * (1.0 - keep_plain) + snapped * keep_plain
+
+
+def _paper_frequencies(dim: int, theta: float, window: int, scale: float) -> FloatArray:
+    """Text's formulas: snap every band, ramp between w/s and w by its whole cycles."""
+    snapped = snap_to_window(plain_frequencies(dim, theta), window, all_bands=True)
+    cycles = window * snapped / (2 * math.pi)
+    high, low = LINEAR_TO_NTK_CYCLES
+    keep = np.clip((cycles - low) / (high - low), 0.0, 1.0)
+    return snapped * keep + snapped / scale * (1.0 - keep)
+
+
+def axis_spectrum(
+    tokens: int,
+    dim: int,
+    *,
+    window: int = 64,
+    theta: float = 10000.0,
+    variant: RopeVariant = "official",
+) -> tuple[FloatArray, float]:
+    """Rotary frequencies of one axis.
+
+    Args:
+        tokens: extent of the axis, at least 1.
+        dim: rotary channels of the axis, even and at least 4.
+        window: training window in tokens.
+        theta: rotary base.
+        variant: see the module docstring.
+
+    Returns:
+        (frequencies, amplitude): (dim/2,) float64 in radians per token, band 0 the fastest, and
+        the factor of cos and sin (1.0 within the window).
+
+    Raises:
+        ValueError: an argument is out of range or the variant is unknown.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens: expected at least 1, got {tokens}")
+    if dim < 4 or dim % 2:
+        raise ValueError(f"dim: expected an even number of at least 4, got {dim}")
+    if window < 1:
+        raise ValueError(f"window: expected at least 1 token, got {window}")
+    if variant not in ROPE_VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(ROPE_VARIANTS)}, got {variant!r}")
+    if variant == "flux":
+        return plain_frequencies(dim, theta), 1.0
+    if variant == "paper":
+        scale = min(max(tokens / window, 1.0), PAPER_MAX_SCALE)
+        return _paper_frequencies(dim, theta, window, scale), AMPLITUDE_SLOPE * math.log(scale) + 1
+    if tokens <= window:
+        return plain_frequencies(dim, theta), 1.0
+    scale = tokens / window
+    frequencies = _official_frequencies(
+        dim, theta, window, scale, snap_inverse=variant == "official_prefix"
+    )
+    return frequencies, AMPLITUDE_SLOPE * math.log(scale) + 1
+
+
+class ResonanceRope2D(nn.Module):
+    """Rotary tables for text tokens followed by a (tokens_h, tokens_w) image grid.
+
+    Args:
+        axes_dims: rotary channels of (stream axis, height, width), (16, 56, 56) in Flux.
+        theta: rotary base.
+        window: training window in tokens, the same for both spatial axes.
+        variant: see the module docstring.
+    """
+
+    def __init__(
+        self,
+        axes_dims: tuple[int, int, int] = (16, 56, 56),
+        theta: float = 10000.0,
+        window: int = 64,
+        variant: RopeVariant = "official",
+    ) -> None:
+        super().__init__()
+        self.axes_dims = (axes_dims[0], axes_dims[1], axes_dims[2])
+        self.theta = float(theta)
+        self.window = int(window)
+        self.variant: RopeVariant = variant
+        axis_spectrum(1, 4, window=self.window, variant=variant)  # rejects bad settings early
+        self._tables: dict[tuple[int, int, int, str], tuple[Tensor, Tensor]] = {}
+
+    def forward(
+        self, text_len: int, tokens_h: int, tokens_w: int, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Tables in the layout of diffusers' Flux attention (`image_rotary_emb`).
+
+        Text tokens sit at position 0 of every axis; like image tokens they carry the amplitude of
+        a stretched axis, as in the released code.
+
+        Args:
+            text_len: number of text tokens, 0 allowed.
+            tokens_h: image tokens from top to bottom.
+            tokens_w: image tokens from left to right.
+            device: where the tables live.
+
+        Returns:
+            (cos, sin), each (text_len + tokens_h * tokens_w, sum(axes_dims)) float32, every value
+            twice in a row. Cached per argument tuple; treat as read-only.
+        """
+        key = (int(text_len), int(tokens_h), int(tokens_w), str(torch.device(device)))
+        if key not in self._tables:
+            self._tables[key] = self._build(*key)
+        return self._tables[key]
+
+    def _build(
+        self, text_len: int, tokens_h: int, tokens_w: int, device: str
+    ) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(tokens_h, dtype=torch.float64).repeat_interleave(tokens_w)
+        columns = torch.arange(tokens_w, dtype=torch.float64).repeat(tokens_h)
+        positions = (torch.zeros_like(rows), rows, columns)
+        cos, sin = [], []
+        axes = zip((1, tokens_h, tokens_w), self.axes_dims, positions, strict=True)
+        for index, (extent, dim, position) in enumerate(axes):
+            # The stream axis has one position; plain frequencies whatever the variant.
+            frequencies, amplitude = axis_spectrum(
+                extent,
+                dim,
+                window=self.window,
+                theta=self.theta,
+                variant=self.variant if index else "flux",
+            )
+            with_text = torch.cat((position.new_zeros(text_len), position))
+            # Phases in float64: at position 400 float32 would lose 2e-5 rad in the fastest band.
+            phases = torch.outer(with_text, torch.from_numpy(frequencies))
+            cos.append((phases.cos() * amplitude).float().repeat_interleave(2, dim=1))
+            sin.append((phases.sin() * amplitude).float().repeat_interleave(2, dim=1))
+        return torch.cat(cos, dim=1).to(device), torch.cat(sin, dim=1).to(device)

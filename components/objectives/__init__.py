@@ -1,0 +1,1 @@
+"""Training objectives: flow matching, Haar wavelets, SNR-aware Huber, VAE reconstruction."""
