@@ -101,9 +101,10 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[Bucket]) -> Bucket
 
 
 def fit_to_bucket(image: Image.Image, bucket: Bucket) -> Image.Image:
-    """Resize an RGB image until it covers the bucket, then cut the centre out.
+    """Resize an RGB image until it covers the bucket and keep the centre, in one resampling.
 
     Lanczos over the full-resolution pixels (no reducing gap: a box prefilter would soften detail).
+    Only the part that is kept is computed, so a very long image costs no more than any other.
 
     Args:
         image: RGB, any size.
@@ -118,11 +119,13 @@ def fit_to_bucket(image: Image.Image, bucket: Bucket) -> Image.Image:
     if image.mode != "RGB":
         raise ValueError(f"image mode {image.mode}: expected RGB (decode with corpus.decoding)")
     scale = max(bucket.height / image.height, bucket.width / image.width)
-    # The covering edge is exact; the other is rounded and never below the bucket's.
-    height = max(bucket.height, round(image.height * scale))
-    width = max(bucket.width, round(image.width * scale))
-    if (height, width) != (image.height, image.width):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    top = (height - bucket.height) // 2
-    left = (width - bucket.width) // 2
-    return image.crop((left, top, left + bucket.width, top + bucket.height))
+    # The part of the source that covers the bucket exactly; min() guards against rounding.
+    height = min(float(image.height), bucket.height / scale)
+    width = min(float(image.width), bucket.width / scale)
+    top = (image.height - height) / 2
+    left = (image.width - width) / 2
+    return image.resize(
+        (bucket.width, bucket.height),
+        Image.Resampling.LANCZOS,
+        box=(left, top, left + width, top + height),
+    )

@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from components.settings import BucketsSettings
-from components.training.aspect_buckets import Bucket, buckets, fit_to_bucket, nearest_bucket
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from components.settings import BucketsSettings
+from components.training.aspect_buckets import Bucket, buckets, fit_to_bucket, nearest_bucket
 
 TABLE = BucketsSettings(published="table", target_pixels=None)
 TEXT = BucketsSettings(published="text", target_pixels=None)
@@ -74,6 +75,7 @@ def test_nearest_bucket_is_the_nearest_in_log_ratio_and_mirrors(height: int, wid
     assert abs(math.log(mirrored.aspect_ratio) + math.log(chosen.aspect_ratio)) < 0.02
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(buckets(SMALL)))
 def test_fit_gives_exactly_the_bucket(height: int, width: int, bucket: Bucket) -> None:
     fitted = fit_to_bucket(Image.new("RGB", (width, height), (9, 99, 199)), bucket)
