@@ -1,0 +1,59 @@
+"""The one place where process-wide switches of third-party tools are set.
+
+Every entry point calls `prepare` before heavy imports; child processes inherit the result.
+Values that the user has set already are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLI_PROMPT": "false",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_MININTERVAL": "0.5",
+}
+
+
+def project_root(start: Path | None = None) -> Path:
+    """The nearest folder at or above `start` (default: here) with dvc.yaml and params.yaml.
+
+    Raises:
+        FileNotFoundError: none found; the message says what to do.
+    """
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"no UltraFlux project at or above {here} (dvc.yaml and params.yaml): change into a clone"
+    )
+
+
+def prepare(*, offline: bool = False, torch_threads: int | None = None) -> None:
+    """Switch telemetry off, keep this environment's programs first in PATH.
+
+    Args:
+        offline: forbid the Hugging Face hub, so that a missing weight fails at once.
+        torch_threads: intra-op threads for processes that start from here.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if offline:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if torch_threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(torch_threads)
+    programs = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    if path.split(os.pathsep)[0] != programs:
+        os.environ["PATH"] = f"{programs}{os.pathsep}{path}"

@@ -1,0 +1,105 @@
+"""The Prefect flow: every stage of dvc.yaml as a task, in parallel where the graph allows.
+
+The graph comes from DVC (`flows.versioning.stage_graph`), the work from `flows.runner`; Prefect
+adds states, retries, logs and the UI. DVC is the cache, so tasks use `NO_CACHE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prefect import State, Task, flow, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
+from prefect.states import Completed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.runner import StageError, StageOutcome, StageRunner
+from flows.scheduler import Report, blocked
+
+RETRY_DELAY_S = 1.0
+
+
+def _curable(_task: Task, _run: object, state: State) -> bool:
+    """Retry a crash; not bad data, where a retry cannot help."""
+    problem = state.result(raise_on_failure=False)
+    return isinstance(problem, StageError) and problem.outcome.status == "failed"
+
+
+def _stage_task(runner: StageRunner, name: str, report: Report) -> Task:
+    meta = runner.graph[name].meta
+
+    @task(
+        name=name,
+        task_run_name=name,
+        retries=meta.retries,
+        retry_delay_seconds=RETRY_DELAY_S,
+        retry_condition_fn=_curable,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        tags=["stage", f"pool:{meta.pool}"],
+    )
+    def run_stage(flow_run_id: str) -> object:
+        outcome = runner.run(name, prefect_run=flow_run_id)
+        if not outcome.ok:
+            raise StageError(outcome)
+        report(outcome)
+        state_name = "Skipped" if outcome.status == "skipped" else "Completed"
+        return Completed(name=state_name, message=outcome.message, data=outcome)
+
+    return run_stage
+
+
+def build_flow(runner: StageRunner, report: Report) -> Callable[[], dict[str, StageOutcome]]:
+    """The flow over the graph of `runner`.
+
+    Args:
+        runner: runs single stages.
+        report: called with each outcome as it comes.
+
+    Returns:
+        A Prefect flow without parameters; calling it returns the outcome of every stage.
+    """
+
+    @flow(
+        name="ultraflux-pipeline",
+        task_runner=ThreadPoolTaskRunner(max_workers=max(1, len(runner.graph))),
+        persist_result=False,
+    )
+    def pipeline() -> dict[str, StageOutcome]:
+        run_id = str(flow_run.id)
+        futures: dict[str, PrefectFuture] = {}
+        for name, node in runner.graph.items():
+            upstream = [futures[other] for other in node.upstream]
+            futures[name] = _stage_task(runner, name, report).submit(run_id, wait_for=upstream)
+        outcomes = {name: _collect(runner, name, futures) for name in runner.graph}
+        for outcome in outcomes.values():
+            if not outcome.ok:
+                report(outcome)
+        create_table_artifact(
+            key="stages",
+            table=[
+                {"stage": o.name, "status": o.status, "seconds": round(o.seconds, 1), "": o.message}
+                for o in outcomes.values()
+            ],
+            description="Stages of this pipeline run",
+        )
+        return outcomes
+
+    return pipeline
+
+
+def _collect(runner: StageRunner, name: str, futures: dict[str, PrefectFuture]) -> StageOutcome:
+    """The outcome of one stage; waits first, because a raising result would cancel siblings."""
+    future = futures[name]
+    future.wait()
+    result = future.state.result(raise_on_failure=False)
+    if isinstance(result, StageOutcome):
+        return result
+    if isinstance(result, StageError):
+        return result.outcome
+    if future.state.is_pending():
+        return blocked(name, list(runner.graph[name].upstream))
+    return StageOutcome(name, "failed", message=f"{name}: {future.state.message}")

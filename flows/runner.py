@@ -1,0 +1,215 @@
+"""Run one stage of the graph through DVC, for every scheduler alike.
+
+`dvc --wait-for-lock repro -s NAME` in a guarded process group: DVC decides whether there is
+anything to do and restores from its run cache where it can; the stage itself reports through an
+outcome file. The flag stands before the subcommand on purpose: without it a finished stage loses
+its result when another dvc process holds the repository lock for three seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from components.progress import PROGRESS_FILE
+from flows import versioning
+from flows.execution import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
+from flows.launcher import GuardedProcess
+from flows.records import Record, read_json, records_dir
+
+OutcomeStatus = Literal["ran", "skipped", "failed", "refused", "blocked"]
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """How one stage went."""
+
+    name: str
+    status: OutcomeStatus
+    seconds: float = 0.0
+    message: str = ""
+    log: Path | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether stages below may run."""
+        return self.status in {"ran", "skipped"}
+
+
+class StageError(RuntimeError):
+    """A stage did not finish."""
+
+    def __init__(self, outcome: StageOutcome) -> None:
+        super().__init__(outcome.message)
+        self.outcome = outcome
+
+    def __reduce__(self) -> tuple[type[StageError], tuple[StageOutcome]]:
+        """Prefect pickles exceptions; the default would pass the message to __init__."""
+        return (StageError, (self.outcome,))
+
+
+class CpuSlots:
+    """Cores of this machine, handed out by the number that a stage says it needs."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._free = total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, wanted: int) -> Iterator[None]:
+        """Wait until `wanted` cores (at most all) are free and hold them."""
+        count = min(wanted, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()
+
+
+class StageRunner:
+    """Runs stages of one pipeline run."""
+
+    def __init__(
+        self,
+        root: Path,
+        graph: dict[str, versioning.StageNode],
+        *,
+        parent_record: str,
+        stale: dict[str, str],
+        cpus: int | None = None,
+        force: bool = False,
+    ) -> None:
+        """Prepare for the stages of `graph`.
+
+        Args:
+            root: repository root.
+            graph: all stages.
+            parent_record: record id of the pipeline run.
+            stale: stages that need looking at, with reasons; others are skipped at once.
+            cpus: cores to hand out (default: all of this machine).
+            force: run stages even when nothing changed.
+        """
+        self.root = root
+        self.graph = graph
+        self.parent_record = parent_record
+        self.stale = stale
+        self.force = force
+        self._slots = CpuSlots(cpus or os.cpu_count() or 1)
+        self._running: dict[str, GuardedProcess] = {}
+        self._lock = threading.Lock()
+        self._stopping = False
+
+    def progress_file(self, name: str) -> Path:
+        """Where the running stage writes its position."""
+        return self.root / "runs" / "progress" / f"{name}.json"
+
+    def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
+        """Run (or skip) one stage; never raises for a failing stage."""
+        node = self.graph[name]
+        if name not in self.stale and not self.force:
+            return StageOutcome(name, "skipped", message="unchanged")
+        with self._slots.take(node.meta.cpus):
+            if self._stopping:
+                return StageOutcome(name, "failed", message=f"{name}: interrupted")
+            started = time.monotonic()
+            outcome = self._repro(node, prefect_run, started)
+        self._record_outputs(outcome)
+        return outcome
+
+    def _repro(
+        self, node: versioning.StageNode, prefect_run: str | None, started: float
+    ) -> StageOutcome:
+        name = node.name
+        log = self.root / "runs" / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        progress = self.progress_file(name)
+        progress.parent.mkdir(parents=True, exist_ok=True)
+        progress.unlink(missing_ok=True)
+        command = ["dvc", "--wait-for-lock", "repro", "-s", name, *(["-f"] if self.force else [])]
+        with tempfile.TemporaryDirectory() as folder:
+            outcome_file = Path(folder) / "outcome.json"
+            env = os.environ | {
+                PARENT_RECORD: self.parent_record,
+                OUTCOME_FILE: str(outcome_file),
+                PROGRESS_FILE: str(progress),
+            }
+            if prefect_run is not None:
+                env[PREFECT_RUN] = prefect_run
+            with log.open("wb") as output:
+                process = GuardedProcess(command, cwd=self.root, env=env, output=output)
+                with self._lock:
+                    self._running[name] = process
+                code = self._wait(process, node.meta.timeout_min)
+                with self._lock:
+                    del self._running[name]
+            said = read_json(outcome_file)
+        progress.unlink(missing_ok=True)
+        seconds = time.monotonic() - started
+        if code == 0:
+            status: OutcomeStatus = "ran" if said else "skipped"
+            message = said["message"] if said else "unchanged or restored from the DVC cache"
+            return StageOutcome(name, status, seconds, message, log)
+        if said and said["status"] != "finished":
+            refused = said["status"] == "refused"
+            return StageOutcome(
+                name, "refused" if refused else "failed", seconds, said["message"], log
+            )
+        message = f"{name}: {_last_error(log, code)} (log: {log.relative_to(self.root)})"
+        return StageOutcome(name, "failed", seconds, message, log)
+
+    def _wait(self, process: GuardedProcess, timeout_min: float) -> int:
+        try:
+            return process.wait(timeout_min * 60)
+        except subprocess.TimeoutExpired:
+            return process.stop()
+
+    def _record_outputs(self, outcome: StageOutcome) -> None:
+        """Note in the stage's record which output hashes DVC gave."""
+        if outcome.status != "ran":
+            return
+        entry = versioning.lock_entry(self.root, outcome.name) or {}
+        hashes = {out["path"]: str(out.get("md5", "")) for out in entry.get("outs", [])}
+        for folder in records_dir(self.root).glob(f"{outcome.name}-*"):
+            record = Record(folder)
+            if record.run.parent == self.parent_record:
+                record.set_outputs(hashes)
+
+    def stop(self) -> None:
+        """Stop every running stage; what they saved stays for the next run."""
+        with self._lock:
+            self._stopping = True
+            running = list(self._running.values())
+        for process in running:
+            process.stop()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping
+
+    def running(self) -> list[str]:
+        """Names of the stages that run now."""
+        with self._lock:
+            return sorted(self._running)
+
+
+def _last_error(log: Path, code: int) -> str:
+    """The line of a log that says most about a failure."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith("error")]
+    if code in {137, 143, -9, -15}:
+        return "killed"
+    return (errors or lines or [f"exit code {code}"])[-1]

@@ -1,0 +1,282 @@
+"""Upload run records to MLflow, in a process of its own, as often as the server allows.
+
+`python -m flows.tracking ROOT` follows `runs/records/` until its standard input closes and
+everything finished is uploaded. One uploader works at a time (a file lock); a second waits. Killed
+or offline uploaders lose nothing: what was sent is noted in each record's mlflow.json, metrics of
+a step are idempotent in MLflow, and `ultraflux sync` sends the rest later.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows import environment
+from flows.records import Record, RunResult, all_records, read_json, write_json
+
+POLL_S = 1.0
+RETRY_S = 5.0
+DRAIN_TIMEOUT_S = 120.0
+_BATCH = 500  # MLflow's limit is 1,000 metrics a request
+
+
+def tracking_config(root: Path) -> dict[str, Any]:
+    """mlflow/tracking.yaml with absolute locations."""
+    config = yaml.safe_load((root / "mlflow" / "tracking.yaml").read_text(encoding="utf-8"))
+    store = config["backend_store"]
+    if store.startswith("sqlite:///") and not store.startswith("sqlite:////"):
+        store = f"sqlite:///{root / store.removeprefix('sqlite:///')}"
+    artifacts = root / config["artifact_root"]
+    return {**config, "backend_store": store, "artifact_root": artifacts}
+
+
+def tracking_uri(root: Path) -> str:
+    """MLFLOW_TRACKING_URI, or the embedded SQLite store."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or str(tracking_config(root)["backend_store"])
+
+
+@contextmanager
+def _uploader_lock(root: Path) -> Iterator[None]:
+    path = root / "runs" / "records" / ".uploader.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Uploader:
+    """Brings MLflow in step with the records of one project."""
+
+    def __init__(self, root: Path) -> None:
+        """Connect; the SQLite store is created where it does not exist."""
+        from mlflow import MlflowClient
+
+        self._root = root
+        uri = tracking_uri(root)
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        self._client = MlflowClient(tracking_uri=uri)
+        self._uri = uri
+        self._experiment_id = self._experiment()
+        self._ended: set[str] = set()
+
+    def _experiment(self) -> str:
+        params = yaml.safe_load((self._root / "params.yaml").read_text(encoding="utf-8"))
+        name = params["project"]["name"]
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        # A server has its own artifact store; the SQLite store needs to be told one.
+        location = None
+        if self._uri.startswith("sqlite:"):
+            location = Path(tracking_config(self._root)["artifact_root"]).as_uri()
+        return str(self._client.create_experiment(name, artifact_location=location))
+
+    def sync(self) -> int:
+        """Upload what is new; returns the number of records that are still not complete."""
+        open_records = 0
+        for record in all_records(self._root):
+            if record.record_id in self._ended:
+                continue
+            if self._sync_record(record):
+                self._ended.add(record.record_id)
+            else:
+                open_records += 1
+        return open_records
+
+    def _sync_record(self, record: Record) -> bool:
+        """Upload one record; True when nothing more can come."""
+        state = read_json(record.folder / "mlflow.json") or {}
+        result = record.result
+        if state.get("ended_ms") is not None:
+            if result is not None and state["ended_ms"] == result.ended_ms:
+                return self._sync_outputs(record, state)
+            # The stage was started again under the same key: the run goes on.
+            self._client.update_run(state["run_id"], status="RUNNING")
+            state["ended_ms"] = None
+        if "run_id" not in state:
+            if not self._create(record, state):
+                return False
+        self._metrics(record, state)
+        if result is None:
+            return False
+        self._result(record, state, result)
+        self._sync_outputs(record, state)
+        self._client.set_terminated(state["run_id"], result.status, end_time=result.ended_ms)
+        state["ended_ms"] = result.ended_ms
+        write_json(record.folder / "mlflow.json", state)
+        return result.status == "FINISHED" and record.run.kind == "pipeline"
+
+    def _create(self, record: Record, state: dict[str, Any]) -> bool:
+        from mlflow.entities import Param, RunTag
+
+        run = record.run
+        tags = {"ultraflux.record": record.record_id, "ultraflux.kind": run.kind, **run.tags}
+        if run.parent is not None:
+            parent = Record(record.folder.parent / run.parent).mlflow_run_id
+            if parent is None:
+                return False
+            tags["mlflow.parentRunId"] = parent
+        created = self._client.create_run(
+            self._experiment_id, start_time=run.started_ms, tags=tags, run_name=run.name
+        )
+        state.update(run_id=created.info.run_id, offset=0, step_limit=None)
+        params = [Param(key, str(value)[:6000]) for key, value in run.params.items()]
+        self._client.log_batch(created.info.run_id, params=params, tags=[RunTag("source", "dvc")])
+        write_json(record.folder / "mlflow.json", state)
+        return True
+
+    def _metrics(self, record: Record, state: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        name = record.run.metrics_file
+        path = self._root / name if name else None
+        if path is None or not path.is_file():
+            return
+        if path.stat().st_size < state["offset"]:
+            state["offset"] = 0  # rewound by a resume; repeated points are idempotent
+        now = int(time.time() * 1000)
+        with path.open("rb") as file:
+            file.seek(state["offset"])
+            data = file.read()
+        complete = data[: data.rfind(b"\n") + 1]
+        batch: list[Any] = []
+        for line in complete.splitlines():
+            row = json.loads(line)
+            step = int(row.pop("step"))
+            batch += [Metric(key, value, now, step) for key, value in row.items()]
+        for start in range(0, len(batch), _BATCH):
+            self._client.log_batch(state["run_id"], metrics=batch[start : start + _BATCH])
+        if complete:
+            state["offset"] += len(complete)
+            write_json(record.folder / "mlflow.json", state)
+
+    def _result(self, record: Record, state: dict[str, Any], result: RunResult) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        run_id = state["run_id"]
+        metrics = [Metric(k, v, result.ended_ms, 0) for k, v in result.metrics.items()]
+        tags = {**result.tags, "ultraflux.summary": result.summary or result.error[-4000:]}
+        self._client.log_batch(
+            run_id, metrics=metrics, tags=[RunTag(k, str(v)) for k, v in tags.items() if v]
+        )
+        for artifact in result.artifacts:
+            path = self._root / artifact
+            if path.is_dir():
+                self._client.log_artifacts(run_id, str(path), path.name)
+            elif path.is_file():
+                self._client.log_artifact(run_id, str(path))
+        self._datasets(run_id, result)
+        parent = record.run.parent
+        if parent is not None and metrics:
+            # Headline numbers stand on the pipeline run too, named by stage.
+            parent_id = Record(record.folder.parent / parent).mlflow_run_id
+            named = [Metric(f"{record.run.name}.{m.key}", m.value, m.timestamp, 0) for m in metrics]
+            if parent_id is not None:
+                self._client.log_batch(parent_id, metrics=named)
+
+    def _datasets(self, run_id: str, result: RunResult) -> None:
+        if not result.datasets:
+            return
+        import mlflow.data
+        import pandas
+        from mlflow.entities import DatasetInput, InputTag
+
+        inputs = []
+        for name, file in result.datasets.items():
+            path = self._root / file
+            if path.is_file():
+                table = pandas.read_parquet(path)
+                dataset = mlflow.data.from_pandas(table, source=str(path), name=name)  # type: ignore[attr-defined]
+                tags = [InputTag("mlflow.data.context", name)]
+                inputs.append(DatasetInput(dataset._to_mlflow_entity(), tags))
+        self._client.log_inputs(run_id, datasets=inputs)
+
+    def _sync_outputs(self, record: Record, state: dict[str, Any]) -> bool:
+        """Tag the DVC hashes; True when they are there."""
+        outputs = record.outputs
+        if outputs and not state.get("outputs"):
+            for path, md5 in outputs.items():
+                self._client.set_tag(state["run_id"], f"dvc.out.{path}", md5)
+            state["outputs"] = True
+            write_json(record.folder / "mlflow.json", state)
+        return bool(state.get("outputs"))
+
+
+def follow(root: Path) -> None:
+    """Upload until standard input closes, then once more; errors are printed once and retried."""
+    complained = False
+    uploader: Uploader | None = None
+    closing_since: float | None = None
+    with _uploader_lock(root):
+        while True:
+            if closing_since is None and _stdin_closed(POLL_S if uploader else 0.0):
+                closing_since = time.monotonic()
+            try:
+                uploader = uploader or Uploader(root)
+                uploader.sync()
+                if closing_since is not None:
+                    return
+            except Exception as problem:
+                if not complained:
+                    text = " ".join(str(problem).split())[:300]
+                    print(f"tracking: not uploaded yet ({text}); retrying", file=sys.stderr)
+                    complained = True
+                if closing_since is not None and time.monotonic() - closing_since > RETRY_S:
+                    print(
+                        "tracking: MLflow cannot be reached; nothing is lost, "
+                        "send it later with `ultraflux sync`",
+                        file=sys.stderr,
+                    )
+                    return
+                time.sleep(RETRY_S / 5)
+
+
+def _stdin_closed(wait_s: float) -> bool:
+    ready, _, _ = select.select([sys.stdin], [], [], wait_s)
+    return bool(ready) and not os.read(sys.stdin.fileno(), 1)
+
+
+class UploaderProcess:
+    """The uploader as a child; it ends by itself when this process does."""
+
+    def __init__(self, root: Path) -> None:
+        """Start it (low priority: training comes first)."""
+        log = root / "runs" / "logs" / "tracking.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                ["nice", "-n", "5", sys.executable, "-m", "flows.tracking", str(root)],
+                cwd=root,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def drain(self) -> bool:
+        """Let it upload the rest; False when that took too long (`ultraflux sync` does it later)."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            return self._process.wait(DRAIN_TIMEOUT_S) == 0
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return False
+
+
+if __name__ == "__main__":
+    environment.prepare()
+    follow(Path(sys.argv[1]))

@@ -1,0 +1,174 @@
+"""DVC as the one definition of the stage graph, the cache and the versions.
+
+Schedulers ask here which stages exist, what they need and which are stale; nothing about the graph
+is written down twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+# dvc.Repo keeps per-process state that is not thread-safe.
+_REPO_LOCK = threading.Lock()
+
+
+class StageMeta(BaseModel):
+    """`meta` of a stage in dvc.yaml: what a scheduler needs to know to place it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    pool: Literal["cpu", "gpu"]
+    """Work pool."""
+    gpus: int = Field(ge=0)
+    cpus: int = Field(ge=1)
+    mem_gb: float = Field(gt=0)
+    est_minutes: float = Field(gt=0)
+    retries: int = Field(ge=0, le=10)
+    timeout_min: float = Field(gt=0)
+    resumable: bool
+    """Continues from its state after a kill."""
+    gate: bool
+    """May refuse to let the pipeline go on."""
+
+
+@dataclass(frozen=True)
+class StageNode:
+    """One stage of the graph."""
+
+    name: str
+    command: str
+    meta: StageMeta
+    upstream: tuple[str, ...]
+    """Stages whose outputs this one reads."""
+    outputs: tuple[str, ...]
+    """Paths relative to the repository root."""
+
+
+class GraphError(ValueError):
+    """dvc.yaml does not describe a graph that can be run; one line."""
+
+
+@contextmanager
+def _repo(root: Path) -> Iterator[Any]:
+    from dvc.repo import Repo
+
+    with _REPO_LOCK:
+        repo = Repo(str(root))
+        try:
+            yield repo
+        finally:
+            repo.close()
+
+
+def _meta(name: str, values: Any) -> StageMeta:
+    try:
+        return StageMeta.model_validate(values or {})
+    except ValidationError as problem:
+        error = problem.errors()[0]
+        key = ".".join(str(part) for part in error["loc"])
+        raise GraphError(f"dvc.yaml: stages.{name}.meta.{key}: {error['msg'].lower()}") from None
+
+
+def stage_graph(root: Path) -> dict[str, StageNode]:
+    """All stages in an order in which they can run.
+
+    Raises:
+        GraphError: a stage has no valid `meta`.
+    """
+    import networkx
+    from dvc.stage import PipelineStage
+
+    with _repo(root) as repo:
+        # An edge in DVC's graph points from a stage to what it depends on.
+        graph = repo.index.graph
+        stages = [stage for stage in graph if isinstance(stage, PipelineStage)]
+        needs = networkx.DiGraph()
+        needs.add_nodes_from(stage.name for stage in stages)
+        for stage in stages:
+            for other in graph.successors(stage):
+                if isinstance(other, PipelineStage):
+                    needs.add_edge(other.name, stage.name)
+        by_name = {stage.name: stage for stage in stages}
+        order = networkx.lexicographical_topological_sort(needs)
+        return {
+            name: StageNode(
+                name=name,
+                command=str(by_name[name].cmd),
+                meta=_meta(name, by_name[name].meta),
+                upstream=tuple(sorted(needs.predecessors(name))),
+                outputs=tuple(sorted(out.def_path for out in by_name[name].outs)),
+            )
+            for name in order
+        }
+
+
+def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
+    """Stages that have to be looked at again, each with DVC's reason or the upstream one.
+
+    A stage below a stale one is included: `dvc repro` decides when its inputs are there.
+    """
+    with _repo(root) as repo:
+        status = repo.status()
+    reasons: dict[str, str] = {}
+    for name, node in graph.items():
+        if status.get(name):
+            reasons[name] = _reason(status[name])
+        else:
+            behind = [upstream for upstream in node.upstream if upstream in reasons]
+            if behind:
+                reasons[name] = f"after {', '.join(behind)}"
+    return reasons
+
+
+def _reason(changes: list[Any]) -> str:
+    parts: list[str] = []
+    for change in changes:
+        if isinstance(change, str):
+            parts.append(change)
+            continue
+        for what, entries in change.items():
+            if isinstance(entries, dict):
+                named = [f"{path} ({kind})" for path, kind in entries.items()]
+                parts.append(f"{what}: {', '.join(named[:3])}{', ...' if len(named) > 3 else ''}")
+            else:
+                parts.append(f"{what}: {entries}")
+    return "; ".join(parts)
+
+
+def stage_key(root: Path, name: str) -> str:
+    """sha256 over command, dependency hashes and parameter values of a stage.
+
+    Equal keys mean that the same command would see the same inputs, so unfinished work under this
+    key can be continued.
+    """
+    with _repo(root) as repo:
+        stage = repo.stage.load_one(name=name)
+        parts: list[Any] = [stage.cmd]
+        for dep in sorted(stage.deps, key=lambda dep: str(dep.def_path)):
+            params = getattr(dep, "params", None)
+            if params:
+                parts.append([dep.def_path, dep.read_params()])
+            else:
+                dep.save()
+                parts.append([dep.def_path, dep.hash_info.value])
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def lock_entry(root: Path, name: str) -> dict[str, Any] | None:
+    """What dvc.lock says of a stage: cmd, deps, params, outs with hashes; None if it never ran."""
+    try:
+        lock = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        return None
+    return lock.get("stages", {}).get(name)
