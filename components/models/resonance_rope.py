@@ -147,6 +147,17 @@ def axis_spectrum(
     return frequencies, AMPLITUDE_SLOPE * math.log(scale) + 1
 
 
+def grid_ids(tokens_h: int, tokens_w: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """Position ids (tokens_h * tokens_w, 3) of an image grid, row by row, float32.
+
+    float32 because bfloat16 holds integers exactly only to 256.
+    """
+    ids = torch.zeros(tokens_h, tokens_w, 3, device=device)
+    ids[..., 1] = torch.arange(tokens_h, device=device)[:, None]
+    ids[..., 2] = torch.arange(tokens_w, device=device)[None, :]
+    return ids.reshape(-1, 3)
+
+
 class ResonanceRope2D(nn.Module):
     """Rotary tables for text tokens followed by a (tokens_h, tokens_w) image grid.
 
@@ -170,9 +181,11 @@ class ResonanceRope2D(nn.Module):
         self.window = int(window)
         self.variant: RopeVariant = variant
         axis_spectrum(1, 4, window=self.window, variant=variant)  # rejects bad settings early
+        self.grid_hw: tuple[int, int] | None = None
+        self._axes: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = {}
         self._tables: dict[tuple[int, int, int, str], tuple[Tensor, Tensor]] = {}
 
-    def forward(
+    def tables(
         self, text_len: int, tokens_h: int, tokens_w: int, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
         """Tables in the layout of diffusers' Flux attention (`image_rotary_emb`).
@@ -192,29 +205,53 @@ class ResonanceRope2D(nn.Module):
         """
         key = (int(text_len), int(tokens_h), int(tokens_w), str(torch.device(device)))
         if key not in self._tables:
-            self._tables[key] = self._build(*key)
+            image_ids = grid_ids(key[1], key[2], device=device)
+            ids = torch.cat((image_ids.new_zeros(key[0], 3), image_ids))
+            self._tables[key] = self.at_positions(ids, key[1], key[2])
         return self._tables[key]
 
-    def _build(
-        self, text_len: int, tokens_h: int, tokens_w: int, device: str
-    ) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(tokens_h, dtype=torch.float64).repeat_interleave(tokens_w)
-        columns = torch.arange(tokens_w, dtype=torch.float64).repeat(tokens_h)
-        positions = (torch.zeros_like(rows), rows, columns)
-        cos, sin = [], []
-        axes = zip((1, tokens_h, tokens_w), self.axes_dims, positions, strict=True)
-        for index, (extent, dim, position) in enumerate(axes):
+    def at_positions(self, ids: Tensor, tokens_h: int, tokens_w: int) -> tuple[Tensor, Tensor]:
+        """Rows of the tables at given positions, which may be a part of the image only.
+
+        Args:
+            ids: (S, 3) integers (stream, row, column) in any dtype that holds them exactly.
+            tokens_h: extent of the whole image, not of the part.
+            tokens_w: extent of the whole image.
+
+        Returns:
+            (cos, sin), each (S, sum(axes_dims)) float32.
+        """
+        rows = ids.long()
+        parts = [
+            tuple(table[rows[:, axis]] for table in self._axis_tables(axis, extent, ids.device))
+            for axis, extent in enumerate((1, tokens_h, tokens_w))
+        ]
+        cos, sin = zip(*parts, strict=True)
+        return torch.cat(cos, dim=1), torch.cat(sin, dim=1)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows at `ids` for the grid set by the owning transformer (`grid_hw`)."""
+        if self.grid_hw is None:
+            raise ValueError("grid_hw: set the image's extent in tokens first")
+        return self.at_positions(ids, *self.grid_hw)
+
+    def _axis_tables(self, axis: int, extent: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(extent, dim) cos and sin of one axis, cached."""
+        key = (axis, int(extent), str(device))
+        if key not in self._axes:
             # The stream axis has one position; plain frequencies whatever the variant.
             frequencies, amplitude = axis_spectrum(
                 extent,
-                dim,
+                self.axes_dims[axis],
                 window=self.window,
                 theta=self.theta,
-                variant=self.variant if index else "flux",
+                variant=self.variant if axis else "flux",
             )
-            with_text = torch.cat((position.new_zeros(text_len), position))
+            positions = torch.arange(extent, dtype=torch.float64)
             # Phases in float64: at position 400 float32 would lose 2e-5 rad in the fastest band.
-            phases = torch.outer(with_text, torch.from_numpy(frequencies))
-            cos.append((phases.cos() * amplitude).float().repeat_interleave(2, dim=1))
-            sin.append((phases.sin() * amplitude).float().repeat_interleave(2, dim=1))
-        return torch.cat(cos, dim=1).to(device), torch.cat(sin, dim=1).to(device)
+            phases = torch.outer(positions, torch.from_numpy(frequencies))
+            self._axes[key] = (
+                (phases.cos() * amplitude).float().repeat_interleave(2, dim=1).to(device),
+                (phases.sin() * amplitude).float().repeat_interleave(2, dim=1).to(device),
+            )
+        return self._axes[key]

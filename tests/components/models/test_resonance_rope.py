@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-from components.models.resonance_rope import ROPE_VARIANTS, ResonanceRope2D, axis_spectrum
+from components.models.resonance_rope import ROPE_VARIANTS, ResonanceRope2D, axis_spectrum, grid_ids
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "rope_official.csv"
 
@@ -46,7 +46,7 @@ def _flux_ids(text_len: int, tokens_h: int, tokens_w: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("grid", [(5, 9), (70, 12), (1, 1)])
 def test_flux_variant_equals_diffusers_position_embedding(grid: tuple[int, int]) -> None:
-    cos, sin = ResonanceRope2D(variant="flux")(7, *grid)
+    cos, sin = ResonanceRope2D(variant="flux").tables(7, *grid)
     expected_cos, expected_sin = FluxPosEmbed(10000, [16, 56, 56])(_flux_ids(7, *grid))
     assert torch.equal(cos, expected_cos)
     assert torch.equal(sin, expected_sin)
@@ -54,15 +54,15 @@ def test_flux_variant_equals_diffusers_position_embedding(grid: tuple[int, int])
 
 @pytest.mark.parametrize("variant", ["official", "official_prefix"])
 def test_official_variants_equal_flux_inside_the_window(variant: str) -> None:
-    inside = ResonanceRope2D(variant=variant)(3, 64, 40)
-    flux = ResonanceRope2D(variant="flux")(3, 64, 40)
+    inside = ResonanceRope2D(variant=variant).tables(3, 64, 40)
+    flux = ResonanceRope2D(variant="flux").tables(3, 64, 40)
     assert torch.equal(inside[0], flux[0])
     assert torch.equal(inside[1], flux[1])
 
 
 def test_only_the_stretched_axis_changes_and_text_carries_its_amplitude() -> None:
-    cos, _ = ResonanceRope2D()(4, 64, 128)
-    flux_cos, _ = ResonanceRope2D(variant="flux")(4, 64, 128)
+    cos, _ = ResonanceRope2D().tables(4, 64, 128)
+    flux_cos, _ = ResonanceRope2D(variant="flux").tables(4, 64, 128)
     assert torch.equal(cos[:, :72], flux_cos[:, :72])
     assert not torch.allclose(cos[:, 72:], flux_cos[:, 72:], atol=1e-3)
     torch.testing.assert_close(cos[:4, 72:], torch.full((4, 56), 0.1 * math.log(2) + 1))
@@ -94,9 +94,9 @@ def test_small_windows_still_stretch_the_slow_bands(variant: str, window: int) -
 
 def test_tables_are_cached_per_grid() -> None:
     rope = ResonanceRope2D((4, 6, 6), window=4)
-    first = rope(2, 5, 6)
-    assert rope(2, 5, 6)[0] is first[0]
-    assert rope(2, 6, 5)[0] is not first[0]
+    first = rope.tables(2, 5, 6)
+    assert rope.tables(2, 5, 6)[0] is first[0]
+    assert rope.tables(2, 6, 5)[0] is not first[0]
     assert first[0].dtype == torch.float32
     assert first[0].shape == (2 + 30, 16)
 
@@ -113,3 +113,11 @@ def test_tables_are_cached_per_grid() -> None:
 def test_bad_arguments_are_named(field: str, arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"^{field}:"):
         axis_spectrum(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_part_of_the_image_gets_the_rows_of_the_whole() -> None:
+    rope = ResonanceRope2D((4, 6, 6), window=4)
+    cos, sin = rope.tables(0, 6, 9)
+    part_cos, part_sin = rope.at_positions(grid_ids(6, 9)[20:40], 6, 9)
+    assert torch.equal(part_cos, cos[20:40])
+    assert torch.equal(part_sin, sin[20:40])

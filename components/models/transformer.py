@@ -1,0 +1,198 @@
+"""Flux transformer with Resonance 2D RoPE as part of its configuration.
+
+The stock class builds its position embedding from constants; assigning another one to `pos_embed`
+works until the model is saved and loaded. Here variant, window and base are configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from components.models.resonance_rope import ResonanceRope2D, RopeVariant, grid_ids
+from components.models.weights import require_class
+
+# Largest integer up to which a dtype holds every integer exactly.
+EXACT_INTEGERS = {torch.bfloat16: 256, torch.float16: 2048}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def grid_of_ids(img_ids: Tensor) -> tuple[int, int]:
+    """(tokens_h, tokens_w) of a full set of image position ids (N, 3).
+
+    Copies two numbers to the host, so it is kept out of compiled graphs; pass `grid_hw` to avoid
+    it. Ids of a part of the image (context parallelism) would give the wrong extent.
+    """
+    highest = img_ids.amax(dim=0)[1:].tolist()
+    return int(highest[0]) + 1, int(highest[1]) + 1
+
+
+class UltraFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[misc]
+    """FluxTransformer2DModel whose rotary tables depend on the image's extent in tokens.
+
+    Args (beyond FluxTransformer2DModel's):
+        rope_variant: see `components.models.resonance_rope`.
+        rope_window: training window in tokens per axis.
+        rope_theta: rotary base.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        pooled_projection_dim: int = 768,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
+        rope_variant: RopeVariant = "official",
+        rope_window: int = 64,
+        rope_theta: float = 10000.0,
+    ) -> None:
+        if sum(axes_dims_rope) != attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope: {tuple(axes_dims_rope)} must add up to attention_head_dim "
+                f"{attention_head_dim}"
+            )
+        super().__init__(
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            num_single_layers=num_single_layers,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=axes_dims_rope,
+        )
+        self.pos_embed = ResonanceRope2D(axes_dims_rope, rope_theta, rope_window, rope_variant)
+        self._context_grid: tuple[int, int] | None = None
+
+    @contextmanager
+    def grid_context(self, tokens_h: int, tokens_w: int) -> Iterator[None]:
+        """Fix the grid for forward calls inside, for callers such as stock pipelines that cannot
+        pass `grid_hw` themselves."""
+        previous = self._context_grid
+        self._context_grid = (tokens_h, tokens_w)
+        try:
+            yield
+        finally:
+            self._context_grid = previous
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: list[Tensor] | None = None,
+        controlnet_single_block_samples: list[Tensor] | None = None,
+        return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
+        grid_hw: tuple[int, int] | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict the velocity of packed latents.
+
+        Args:
+            hidden_states: (B, tokens_h * tokens_w, in_channels) packed 2x2 latents, row by row.
+            encoder_hidden_states: (B, L, joint_attention_dim) T5 embeddings.
+            pooled_projections: (B, pooled_projection_dim) CLIP embedding.
+            timestep: (B,) noise level t in [0, 1].
+            img_ids: (N, 3) position ids of the image tokens, float32; made from the grid if None.
+            txt_ids: (L, 3) zeros; made if None.
+            guidance: (B,) guidance scale for models with guidance embedding.
+            joint_attention_kwargs: as in diffusers.
+            controlnet_block_samples: as in diffusers.
+            controlnet_single_block_samples: as in diffusers.
+            return_dict: output object instead of a tuple.
+            controlnet_blocks_repeat: as in diffusers.
+            grid_hw: (tokens_h, tokens_w). Without it, the grid of `grid_context`, else the extent
+                of `img_ids` (one host copy a call).
+
+        Returns:
+            `sample` (B, N, out_channels).
+
+        Raises:
+            ValueError: neither grid nor ids, they do not match the tokens, or ids of a dtype that
+                cannot hold the grid's positions exactly.
+        """
+        grid = grid_hw or self._context_grid
+        if img_ids is None:
+            if grid is None:
+                raise ValueError("grid_hw: pass it, or img_ids")
+            img_ids = grid_ids(*grid, device=hidden_states.device)
+        elif img_ids.ndim == 3:
+            img_ids = img_ids[0]
+        if grid is None:
+            grid = grid_of_ids(img_ids)
+        _check_ids(img_ids, hidden_states.shape[1], grid)
+        if txt_ids is None:
+            txt_ids = img_ids.new_zeros(encoder_hidden_states.shape[1], 3)
+        elif txt_ids.ndim == 3:
+            txt_ids = txt_ids[0]
+        self.pos_embed.grid_hw = grid
+        return super().forward(  # type: ignore[no-any-return]
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=timestep,
+            img_ids=img_ids,
+            txt_ids=txt_ids.to(img_ids.dtype),
+            guidance=guidance,
+            joint_attention_kwargs=joint_attention_kwargs,
+            controlnet_block_samples=controlnet_block_samples,
+            controlnet_single_block_samples=controlnet_single_block_samples,
+            return_dict=return_dict,
+            controlnet_blocks_repeat=controlnet_blocks_repeat,
+        )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> UltraFluxTransformer2DModel:
+        """Load our folder or a stock Flux folder; keyword arguments are diffusers' own.
+
+        A stock folder gets the default rope settings unless they are passed.
+
+        Raises:
+            WeightsMissing: no config.json there.
+            ValueError: the folder holds another class.
+        """
+        require_class(
+            pretrained_model_name_or_path,
+            kwargs.get("subfolder"),
+            ("UltraFluxTransformer2DModel", "FluxTransformer2DModel"),
+        )
+        model: UltraFluxTransformer2DModel = super().from_pretrained(
+            pretrained_model_name_or_path, **kwargs
+        )
+        return model
+
+
+def _check_ids(img_ids: Tensor, tokens: int, grid: tuple[int, int]) -> None:
+    if img_ids.shape[0] != tokens:
+        raise ValueError(f"img_ids: {img_ids.shape[0]} positions for {tokens} image tokens")
+    limit = EXACT_INTEGERS.get(img_ids.dtype)
+    if limit is not None and max(grid) > limit + 1:
+        raise ValueError(
+            f"img_ids: {img_ids.dtype} is exact only to {limit}, the grid is "
+            f"{grid[0]}x{grid[1]}; keep position ids in float32"
+        )
