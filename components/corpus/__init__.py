@@ -1,0 +1,1 @@
+"""Corpus: sources, decoding, signals, quality, people, selection, captions and slices."""

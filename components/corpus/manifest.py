@@ -1,0 +1,137 @@
+"""The manifest: one Parquet row per candidate photograph, with a versioned schema.
+
+Stages fill it from left to right; a column that no stage has filled yet is null. Tables are pandas
+frames in memory: missing numbers are NaN and missing text is NaN or None, as pandas reads Parquet.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA_VERSION = 1
+_VERSION_KEY = b"ultraflux.manifest.schema_version"
+
+SCHEMA = pa.schema(
+    [
+        # Identity: sha256 of the original bytes; `uri` is unique, duplicates share an image_id.
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        # Header.
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("megapixels", pa.float64()),
+        ("aspect_ratio", pa.float64()),
+        ("bucket", pa.string()),
+        ("bucket_height", pa.int32()),
+        ("bucket_width", pa.int32()),
+        ("format", pa.string()),
+        ("bytes_per_pixel", pa.float64()),
+        ("integrity", pa.string()),
+        # Classical signals.
+        ("flat_fraction", pa.float64()),
+        ("entropy_bits", pa.float64()),
+        ("glcm_score", pa.float64()),
+        ("pdq_hash", pa.string()),
+        ("duplicate_of", pa.string()),
+        # Scores, each with the name of what made it.
+        ("nsfw_score", pa.float64()),
+        ("qalign", pa.float64()),
+        ("quality_score", pa.float64()),
+        ("quality_scorer", pa.string()),
+        ("aesthetic", pa.float64()),
+        ("aesthetic_scorer", pa.string()),
+        ("person_count", pa.int32()),
+        ("person_boxes", pa.string()),
+        ("person_scorer", pa.string()),
+        ("is_character", pa.bool_()),
+        ("channel", pa.string()),
+        # Captions.
+        ("caption_en", pa.string()),
+        ("caption_zh", pa.string()),
+        ("caption_status", pa.string()),
+        # Decisions.
+        ("split", pa.string()),
+        ("kept", pa.bool_()),
+        ("reject_reason", pa.string()),
+        ("reject_value", pa.float64()),
+        ("reject_threshold", pa.float64()),
+        # Provenance.
+        ("source", pa.string()),
+        ("image_url", pa.string()),
+        ("work_url", pa.string()),
+        ("photographer", pa.string()),
+        ("photographer_url", pa.string()),
+        ("license", pa.string()),
+    ],
+    metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()},
+)
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write any Arrow table, atomically and with the same bytes for the same table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(path)
+
+
+def to_arrow(frame: pd.DataFrame, schema: pa.Schema) -> pa.Table:
+    """Convert a frame to `schema`: columns in its order, absent ones null, NaN as null.
+
+    Raises:
+        ValueError: a column that the schema does not know, a type that does not fit, or a null
+            where the schema allows none.
+    """
+    unknown = sorted(set(frame.columns) - set(schema.names))
+    if unknown:
+        raise ValueError(f"columns {unknown} are not in the schema {schema.names}")
+    columns = []
+    for field in schema:
+        if field.name not in frame.columns:
+            column = pa.nulls(len(frame), field.type)
+        else:
+            try:
+                column = pa.Array.from_pandas(frame[field.name], type=field.type)
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as problem:
+                raise ValueError(
+                    f"column {field.name}: not {field.type}: {str(problem).splitlines()[0]}"
+                ) from None
+        if not field.nullable and column.null_count:
+            raise ValueError(f"column {field.name}: {column.null_count} values are missing")
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Write a manifest.
+
+    Args:
+        frame: any subset of the schema's columns, at least image_id and uri.
+        path: Parquet file; replaced at once when complete.
+
+    Raises:
+        ValueError: see `to_arrow`.
+    """
+    write_parquet(to_arrow(frame, SCHEMA), path)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a manifest with all columns in schema order.
+
+    Raises:
+        ValueError: not a manifest, or of another schema version.
+    """
+    table = pq.read_table(path)
+    version = (table.schema.metadata or {}).get(_VERSION_KEY)
+    if version is None:
+        raise ValueError(f"{path}: not a manifest (no schema version in its metadata)")
+    if int(version) != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path}: manifest schema version {version.decode()}, this code reads "
+            f"{SCHEMA_VERSION}; run the stage that wrote it again"
+        )
+    return table.to_pandas()
