@@ -1,0 +1,203 @@
+"""One card per metric: what it sees, which way is better, its protocol and its weights.
+
+A metric whose weights are absent is never approximated by another one: its card says which
+command fetches them, and everything else is still measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Direction = Literal["higher", "lower", "neither"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a learned metric's weights come from; sizes are approximate downloads."""
+
+    path: str
+    """File or folder below the repository's `weights/`."""
+    size: str
+    license: str
+    command: str
+    """What fetches them into `path` on a machine with network access."""
+
+
+@dataclass(frozen=True)
+class MetricCard:
+    """What a reader must know before comparing two numbers."""
+
+    id: str
+    """Key in `scores.parquet` and `metrics.json`."""
+    name: str
+    direction: Direction
+    unit: str
+    sees: str
+    """What reaches the metric when the image is 4096 x 4096."""
+    protocol: str
+    """Changes whenever a change of the computation moves the number."""
+    needs: Literal["image", "pair", "set pair", "prompt and image"]
+    note: str = ""
+    weights: Weights | None = None
+
+    @property
+    def arrow(self) -> str:
+        """Arrow as the papers print it."""
+        return {"higher": "↑", "lower": "↓", "neither": ""}[self.direction]
+
+
+def _hub(folder: str, repository: str, size: str, license_name: str, *files: str) -> Weights:
+    """Weights in a hub repository, fetched with the hub's own client."""
+    wanted = "".join(f" {file}" for file in files)
+    command = f"hf download {repository}{wanted} --local-dir weights/{folder}"
+    return Weights(folder, size, license_name, command)
+
+
+_INCEPTION = Weights(
+    path="inception/pt_inception-2015-12-05-6726825d.pth",
+    size="91 MiB",
+    license="Apache-2.0",
+    command="copy pt_inception-2015-12-05-6726825d.pth (release fid_weights of the pytorch-fid "
+    "project) to weights/inception/",
+)
+
+NATIVE = "native pixels"
+
+CARDS: tuple[MetricCard, ...] = (
+    MetricCard("psnr_db", "PSNR", "higher", "dB", NATIVE, "psnr/rgb8/v1", "pair"),
+    MetricCard(
+        "ssim", "SSIM", "higher", "1", NATIVE, "ssim/gauss1.5-valid-rgb8/v1", "pair",
+        note="11x11 Gaussian window, population moments, mean of the three channels.",
+    ),
+    MetricCard(
+        "nmse", "NMSE", "lower", "1", NATIVE, "nmse/energy-rgb8/v1", "pair",
+        note="||x - y||² / ||x||² per image; the papers give no definition.",
+    ),
+    MetricCard(
+        "glcm_score", "GLCM score", "higher", "1", "native pixels of the top-left square",
+        "glcm/diffusion4k/v1", "image",
+        note="Diffusion-4K's released code; the entropy of the distinct values of the whole "
+        "matrix, which is not the textbook GLCM entropy.",
+    ),
+    MetricCard(
+        "compression_ratio", "Compression ratio", "lower", "1", NATIVE, "jpeg95-420/v1", "image",
+        note="Raw bytes over JPEG bytes (quality 95, 4:2:0); for a set, sum over sum. "
+        "Lower means more detail, and noise counts as detail.",
+    ),
+    MetricCard(
+        "entropy_bits", "Entropy", "higher", "bit", NATIVE, "entropy/gray256/v1", "image",
+    ),
+    MetricCard(
+        "flat_fraction", "Flat fraction", "lower", "1", "native pixels in 240 px patches",
+        "flat/sobel-var800/v1", "image",
+        note="Not measurable where the image holds no full 240 px patch.",
+    ),
+    MetricCard(
+        "laplacian_variance", "Sharpness", "higher", "grey level²", NATIVE,
+        "laplacian4/gray8/v1", "image",
+        note="Variance of the 4-neighbour Laplacian; noise counts as sharpness.",
+    ),
+    MetricCard(
+        "colourfulness", "Colourfulness", "neither", "1", NATIVE, "hasler-suesstrunk/v1", "image",
+        note="Hasler and Süsstrunk 2003.",
+    ),
+    MetricCard(
+        "lpips", "LPIPS", "lower", "1", NATIVE, "lpips/vgg16-v0.1/v1", "pair",
+        weights=Weights(
+            "lpips/vgg16-397923af.pth", "528 MiB", "BSD-3-Clause (backbone), BSD-2-Clause (heads)",
+            "copy torchvision's vgg16-397923af.pth and the lpips package's v0.1/vgg.pth to "
+            "weights/lpips/",
+        ),
+    ),
+    MetricCard(
+        "rfid", "rFID", "lower", "1", "299 px", "fid/inception2048-noantialias/v1", "set pair",
+        note="Nearly all bias below a few thousand images.", weights=_INCEPTION,
+    ),
+    MetricCard(
+        "fid", "FID", "lower", "1", "299 px", "fid/inception2048-noantialias/v1", "set pair",
+        note="Newer torchmetrics antialiases the resize: another metric id, other numbers.",
+        weights=_INCEPTION,
+    ),
+    MetricCard(
+        "hpsv3", "HPSv3", "higher", "1", "about 448 px", "hpsv3/v1", "prompt and image",
+        weights=_hub("hpsv3", "MizzenAI/HPSv3", "about 17 GB", "see its model card"),
+    ),
+    MetricCard(
+        "pickscore", "PickScore", "higher", "1", "224 px", "pickscore/v1", "prompt and image",
+        weights=_hub(
+            "pickscore", "yuvalkirstain/PickScore_v1", "about 4 GB", "see its model card"
+        ),
+    ),
+    MetricCard(
+        "artimuse", "ArtiMuse", "higher", "0 to 100", "448 px, squashed", "artimuse/v1", "image",
+        note="Pins an old transformers release, so it runs as a process of its own.",
+        weights=Weights(
+            "artimuse", "about 17 GB", "see its model card",
+            "copy the released ArtiMuse checkpoint folder to weights/artimuse/",
+        ),
+    ),
+    MetricCard(
+        "clip_score", "CLIP score", "higher", "0 to 100", "224 px", "clip/vit-l-14/v1",
+        "prompt and image",
+        note="Reads 77 tokens; the end of a long caption is not seen.",
+        weights=_hub(
+            "clip-vit-large-patch14", "openai/clip-vit-large-patch14", "1.7 GB", "MIT",
+            "model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json",
+        ),
+    ),
+    MetricCard(
+        "qalign", "Q-Align", "higher", "1 to 5", "448 px", "qalign/one-align/v1", "image",
+        weights=_hub("one-align", "q-future/one-align", "about 16 GB", "MIT"),
+    ),
+    MetricCard(
+        "musiq", "MUSIQ", "higher", "0 to 100", "native pixels and two smaller scales",
+        "musiq/koniq/v1", "image",
+        weights=Weights(
+            "musiq/musiq_koniq_ckpt-e95806b9.pth", "about 100 MiB",
+            "Apache-2.0 (weights); the pyiqa port is PolyForm-Noncommercial",
+            "copy musiq_koniq_ckpt-e95806b9.pth (pyiqa's weight release) to weights/musiq/",
+        ),
+    ),
+    MetricCard(
+        "laion_aesthetics", "LAION aesthetics", "higher", "about 1 to 10", "224 px",
+        "laion-aesthetics/sac-logos-ava1-l14/v1", "image",
+        weights=Weights(
+            "laion/sac+logos+ava1-l14-linearMSE.pth", "4 MB and CLIP ViT-L/14", "Apache-2.0",
+            "copy sac+logos+ava1-l14-linearMSE.pth (improved-aesthetic-predictor) to "
+            "weights/laion/",
+        ),
+    ),
+)
+
+
+def card(metric: str) -> MetricCard:
+    """The card of one metric id.
+
+    Raises:
+        ValueError: no such metric; the message lists the known ids.
+    """
+    for candidate in CARDS:
+        if candidate.id == metric:
+            return candidate
+    known = ", ".join(candidate.id for candidate in CARDS)
+    raise ValueError(f"unknown metric '{metric}'; known: {known}")
+
+
+def status(metric: MetricCard, measured: Collection[str], weights_dir: Path) -> str:
+    """Why there is or is not a number for this metric, in one line.
+
+    Args:
+        metric: the card.
+        measured: metric ids with at least one value.
+        weights_dir: the repository's `weights/` folder; only existence is looked at.
+    """
+    if metric.id in measured:
+        return "measured"
+    if metric.weights is None:
+        return "no input"
+    if not (weights_dir / metric.weights.path).exists():
+        return f"weights missing: {metric.weights.command}"
+    return "weights found, but this version has no scorer for them"
