@@ -98,6 +98,7 @@ def _as_result(root: Path, result: StageResult) -> RunResult:
         artifacts=[relative(path) for path in result.artifacts],
         datasets={name: relative(path) for name, path in result.datasets.items()},
         tags=result.tags,
+        promotions=[dict(promotion) for promotion in result.promotions],
         summary=result.summary,
     )
 

@@ -9,6 +9,7 @@ reach grandchildren such as the training process under `dvc`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -85,10 +86,8 @@ def _stop_group(child: subprocess.Popen[bytes]) -> None:
     """SIGTERM everybody in this group but the launcher, then SIGKILL what is left."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        pass
     os.killpg(0, signal.SIGKILL)
 
 

@@ -66,6 +66,8 @@ class RunResult:
     artifacts: list[str] = field(default_factory=list)
     datasets: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    promotions: list[dict[str, Any]] = field(default_factory=list)
+    """Fields of `flows.registry.Promotion`."""
     summary: str = ""
     error: str = ""
     ended_ms: int = field(default_factory=lambda: int(time.time() * 1000))

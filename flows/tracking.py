@@ -24,6 +24,7 @@ import yaml
 
 from flows import environment
 from flows.records import Record, RunResult, all_records, read_json, write_json
+from flows.registry import Promotion, register
 
 POLL_S = 1.0
 RETRY_S = 5.0
@@ -63,25 +64,26 @@ class Uploader:
         from mlflow import MlflowClient
 
         self._root = root
+        params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+        self.project: str = params["project"]["name"]
         uri = tracking_uri(root)
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(tracking_uri=uri)
+        self.client = MlflowClient(tracking_uri=uri)
         self._uri = uri
-        self._experiment_id = self._experiment()
+        self.experiment_id = self._experiment()
         self._ended: set[str] = set()
 
     def _experiment(self) -> str:
-        params = yaml.safe_load((self._root / "params.yaml").read_text(encoding="utf-8"))
-        name = params["project"]["name"]
-        found = self._client.get_experiment_by_name(name)
+        name = self.project
+        found = self.client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
         # A server has its own artifact store; the SQLite store needs to be told one.
         location = None
         if self._uri.startswith("sqlite:"):
             location = Path(tracking_config(self._root)["artifact_root"]).as_uri()
-        return str(self._client.create_experiment(name, artifact_location=location))
+        return str(self.client.create_experiment(name, artifact_location=location))
 
     def sync(self) -> int:
         """Upload what is new; returns the number of records that are still not complete."""
@@ -103,17 +105,16 @@ class Uploader:
             if result is not None and state["ended_ms"] == result.ended_ms:
                 return self._sync_outputs(record, state)
             # The stage was started again under the same key: the run goes on.
-            self._client.update_run(state["run_id"], status="RUNNING")
+            self.client.update_run(state["run_id"], status="RUNNING")
             state["ended_ms"] = None
-        if "run_id" not in state:
-            if not self._create(record, state):
-                return False
+        if "run_id" not in state and not self._create(record, state):
+            return False
         self._metrics(record, state)
         if result is None:
             return False
         self._result(record, state, result)
         self._sync_outputs(record, state)
-        self._client.set_terminated(state["run_id"], result.status, end_time=result.ended_ms)
+        self.client.set_terminated(state["run_id"], result.status, end_time=result.ended_ms)
         state["ended_ms"] = result.ended_ms
         write_json(record.folder / "mlflow.json", state)
         return result.status == "FINISHED" and record.run.kind == "pipeline"
@@ -128,12 +129,12 @@ class Uploader:
             if parent is None:
                 return False
             tags["mlflow.parentRunId"] = parent
-        created = self._client.create_run(
-            self._experiment_id, start_time=run.started_ms, tags=tags, run_name=run.name
+        created = self.client.create_run(
+            self.experiment_id, start_time=run.started_ms, tags=tags, run_name=run.name
         )
         state.update(run_id=created.info.run_id, offset=0, step_limit=None)
         params = [Param(key, str(value)[:6000]) for key, value in run.params.items()]
-        self._client.log_batch(created.info.run_id, params=params, tags=[RunTag("source", "dvc")])
+        self.client.log_batch(created.info.run_id, params=params, tags=[RunTag("source", "dvc")])
         write_json(record.folder / "mlflow.json", state)
         return True
 
@@ -157,7 +158,7 @@ class Uploader:
             step = int(row.pop("step"))
             batch += [Metric(key, value, now, step) for key, value in row.items()]
         for start in range(0, len(batch), _BATCH):
-            self._client.log_batch(state["run_id"], metrics=batch[start : start + _BATCH])
+            self.client.log_batch(state["run_id"], metrics=batch[start : start + _BATCH])
         if complete:
             state["offset"] += len(complete)
             write_json(record.folder / "mlflow.json", state)
@@ -168,23 +169,25 @@ class Uploader:
         run_id = state["run_id"]
         metrics = [Metric(k, v, result.ended_ms, 0) for k, v in result.metrics.items()]
         tags = {**result.tags, "ultraflux.summary": result.summary or result.error[-4000:]}
-        self._client.log_batch(
+        self.client.log_batch(
             run_id, metrics=metrics, tags=[RunTag(k, str(v)) for k, v in tags.items() if v]
         )
         for artifact in result.artifacts:
             path = self._root / artifact
             if path.is_dir():
-                self._client.log_artifacts(run_id, str(path), path.name)
+                self.client.log_artifacts(run_id, str(path), path.name)
             elif path.is_file():
-                self._client.log_artifact(run_id, str(path))
+                self.client.log_artifact(run_id, str(path))
         self._datasets(run_id, result)
+        for promotion in result.promotions:
+            register(self.client, self.experiment_id, run_id, Promotion(**promotion))
         parent = record.run.parent
         if parent is not None and metrics:
             # Headline numbers stand on the pipeline run too, named by stage.
             parent_id = Record(record.folder.parent / parent).mlflow_run_id
             named = [Metric(f"{record.run.name}.{m.key}", m.value, m.timestamp, 0) for m in metrics]
             if parent_id is not None:
-                self._client.log_batch(parent_id, metrics=named)
+                self.client.log_batch(parent_id, metrics=named)
 
     def _datasets(self, run_id: str, result: RunResult) -> None:
         if not result.datasets:
@@ -201,14 +204,14 @@ class Uploader:
                 dataset = mlflow.data.from_pandas(table, source=str(path), name=name)  # type: ignore[attr-defined]
                 tags = [InputTag("mlflow.data.context", name)]
                 inputs.append(DatasetInput(dataset._to_mlflow_entity(), tags))
-        self._client.log_inputs(run_id, datasets=inputs)
+        self.client.log_inputs(run_id, datasets=inputs)
 
     def _sync_outputs(self, record: Record, state: dict[str, Any]) -> bool:
         """Tag the DVC hashes; True when they are there."""
         outputs = record.outputs
         if outputs and not state.get("outputs"):
             for path, md5 in outputs.items():
-                self._client.set_tag(state["run_id"], f"dvc.out.{path}", md5)
+                self.client.set_tag(state["run_id"], f"dvc.out.{path}", md5)
             state["outputs"] = True
             write_json(record.folder / "mlflow.json", state)
         return bool(state.get("outputs"))
@@ -243,6 +246,18 @@ def follow(root: Path) -> None:
                 time.sleep(RETRY_S / 5)
 
 
+def sync_once(root: Path) -> int:
+    """Upload what is there now; returns how many runs are still going on.
+
+    Raises:
+        Exception: whatever MLflow's client raises when the server cannot be reached.
+    """
+    with _uploader_lock(root):
+        uploader = Uploader(root)
+        uploader.sync()
+        return sum(1 for record in all_records(root) if record.result is None)
+
+
 def _stdin_closed(wait_s: float) -> bool:
     ready, _, _ = select.select([sys.stdin], [], [], wait_s)
     return bool(ready) and not os.read(sys.stdin.fileno(), 1)
@@ -266,7 +281,7 @@ class UploaderProcess:
             )
 
     def drain(self) -> bool:
-        """Let it upload the rest; False when that took too long (`ultraflux sync` does it later)."""
+        """Let it upload the rest; False when that takes too long (`ultraflux sync` finishes it)."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:

@@ -1,1 +1,1 @@
-"""One module per stage, each with `run(context) -> StageResult`; `contract` says what that means."""
+"""One module per stage with `run(context) -> StageResult`; `contract` says what that means."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from components.settings import Settings
 from components.training.metric_log import MetricLog
@@ -67,5 +68,7 @@ class StageResult:
     """Parquet tables to log as MLflow datasets, by name."""
     tags: dict[str, str] = field(default_factory=dict)
     """Lineage: digests of weights and tables."""
+    promotions: tuple[dict[str, Any], ...] = ()
+    """Fields of `flows.registry.Promotion`: models to register once the run is uploaded."""
     summary: str = ""
     """One line for the terminal, such as "22 candidates, 11 kept"."""

@@ -1,0 +1,54 @@
+# make run   set up, run the whole pipeline on the bundled photographs, say where the report is
+# make test  set up, run the tests
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WORKERS ?= 2
+ENGINE ?= prefect
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: run test test-all lint services services-down clean setup lock help
+
+help:
+	@sed -n '1,2p' Makefile; echo "also: test-all, lint, services, services-down, lock, clean"
+
+setup: $(READY)
+
+$(READY): requirements.lock requirements-bootstrap.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "error: Python 3.11 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1): set PYTHON=/path/to/python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the locked packages into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bootstrap.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+run: $(READY)
+	@$(BIN)/ultraflux run --engine $(ENGINE)
+
+test: $(READY)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
+
+test-all: $(READY)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+lint: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+services: $(READY)
+	@$(BIN)/ultraflux up
+
+services-down: $(READY)
+	@$(BIN)/ultraflux down
+
+# Only for maintainers: resolve pyproject.toml anew.
+lock: $(READY)
+	$(BIN)/uv pip compile -q pyproject.toml --extra dev --python-platform x86_64-manylinux_2_28 \
+	  --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements.lock
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,238 @@
+"""`ultraflux`: the command line. Heavy imports stand inside the commands: `--help` is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows import environment
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Train UltraFlux: photographs in; corpus, F16 VAE, native-4K DiT, images, report out.",
+    epilog="Start with [bold]ultraflux doctor[/], then [bold]ultraflux run[/].",
+)
+stage_app = typer.Typer(no_args_is_help=True, help="Single stages of the pipeline.")
+config_app = typer.Typer(no_args_is_help=True, help="Settings: profiles and params.yaml.")
+app.add_typer(stage_app, name="stage")
+app.add_typer(config_app, name="config")
+
+
+def _fail(message: str, code: int = 2) -> typer.Exit:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return typer.Exit(code)
+
+
+def _root() -> Path:
+    try:
+        root = environment.project_root()
+    except FileNotFoundError as problem:
+        raise _fail(str(problem)) from None
+    environment.prepare()
+    return root
+
+
+@app.command()
+def run(
+    engine: Annotated[
+        str, typer.Option(help="local: no server. prefect: the same graph as a Prefect flow.")
+    ] = "local",
+    force: Annotated[bool, typer.Option(help="Run stages even when nothing changed.")] = False,
+) -> None:
+    """Bring the whole pipeline up to date; what has not changed is skipped."""
+    if engine not in {"local", "prefect"}:
+        raise _fail(f"--engine {engine}: choose local or prefect")
+    from components.settings import SettingsError
+    from flows.driver import PipelineRefused, run_pipeline
+    from flows.services import ServiceError
+    from flows.versioning import GraphError
+
+    root = _root()
+    try:
+        summary = run_pipeline(root, engine=engine, force=force)  # type: ignore[arg-type]
+    except (SettingsError, PipelineRefused, ServiceError, GraphError) as problem:
+        raise _fail(str(problem)) from None
+    if summary.interrupted:
+        raise _fail("interrupted; nothing computed is lost, run it again to go on", 130)
+    if not summary.ok:
+        failed = [o for o in summary.outcomes.values() if o.status in {"failed", "refused"}]
+        raise _fail("\n".join(outcome.message for outcome in failed), 1)
+    print(f"\nPipeline up to date in {summary.seconds:.0f} s.")
+    print(f"Report:  {root / 'data' / 'evaluate' / 'report.html'}")
+    print("MLflow and Prefect UIs:  make services  (or: ultraflux up)")
+
+
+@stage_app.command("run")
+def stage_run(name: Annotated[str, typer.Argument(help="Stage in dvc.yaml.")]) -> None:
+    """Run one stage in this process (what `dvc repro` calls)."""
+    from flows.execution import run_stage
+
+    raise typer.Exit(run_stage(name, _root()))
+
+
+@stage_app.command("list")
+def stage_list() -> None:
+    """Stages in order, whether each is stale, and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flows.versioning import GraphError, stage_graph, stale_stages
+
+    root = _root()
+    try:
+        graph = stage_graph(root)
+    except GraphError as problem:
+        raise _fail(str(problem)) from None
+    stale = stale_stages(root, graph)
+    table = Table("stage", "after", "pool", "state")
+    for name, node in graph.items():
+        table.add_row(name, ", ".join(node.upstream), node.meta.pool, stale.get(name, "up to date"))
+    Console().print(table)
+
+
+@config_app.command("compose")
+def config_compose(
+    profile: Annotated[str, typer.Option(help="embedded, single-gpu or paper.")] = "embedded",
+    check: Annotated[bool, typer.Option(help="Only say whether params.yaml is in step.")] = False,
+) -> None:
+    """Write params.yaml from conf/base.yaml and a profile."""
+    from components.settings import SettingsError
+    from flows.profiles import compose
+
+    root = _root()
+    try:
+        text = compose(root, profile)
+    except SettingsError as problem:
+        raise _fail(str(problem)) from None
+    target = root / "params.yaml"
+    if check:
+        if target.read_text(encoding="utf-8") != text:
+            raise _fail(f"params.yaml differs from profile {profile}", 1)
+        print(f"params.yaml is in step with profile {profile}")
+        return
+    target.write_text(text, encoding="utf-8")
+    print(f"params.yaml written from profile {profile}")
+
+
+@config_app.command("check")
+def config_check() -> None:
+    """Validate params.yaml."""
+    from components.settings import SettingsError, load_settings
+
+    try:
+        settings = load_settings(_root() / "params.yaml")
+    except SettingsError as problem:
+        raise _fail(str(problem)) from None
+    print(f"params.yaml is valid (profile {settings.project.profile})")
+
+
+@app.command()
+def measure(
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Measure entropy, flatness, GLCM and compression of images with the official semantics."""
+    from flows.measuring import measure_paths, measurement_table
+
+    environment.prepare()
+    failed = False
+    rows = []
+    for row in measure_paths(paths):
+        failed = failed or "error" in row
+        if as_json:
+            print(json.dumps(row), flush=True)
+        else:
+            rows.append(row)
+    if not as_json:
+        measurement_table(rows)
+    raise typer.Exit(2 if failed else 0)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to paint.")],
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 32.")],
+    seed: Annotated[int, typer.Option(help="Same seed, same picture.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps (0: the settings' value).")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for the PNG.")] = Path("outputs"),
+) -> None:
+    """Sample one image with the pipeline's trained weights."""
+    from flows.generation import GenerationRefused, generate_one
+
+    try:
+        path = generate_one(_root(), prompt, size, seed=seed, steps=steps or None, folder=output)
+    except (GenerationRefused, ValueError) as problem:
+        raise _fail(str(problem)) from None
+    print(path)
+
+
+@app.command()
+def promote() -> None:
+    """Apply the gate's decision to the MLflow registry (exit code 1: the gate refused)."""
+    from flows.promotion import PromotionRefused, promote_from_decision
+
+    try:
+        print(promote_from_decision(_root()))
+    except PromotionRefused as problem:
+        raise _fail(str(problem), 1) from None
+
+
+@app.command()
+def sync() -> None:
+    """Upload run records that MLflow has not received yet."""
+    from flows.tracking import sync_once
+
+    open_records = sync_once(_root())
+    print("MLflow has everything" if not open_records else f"{open_records} runs still going on")
+
+
+@app.command()
+def up(
+    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect UI.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
+) -> None:
+    """Start the Prefect and MLflow servers on 127.0.0.1 and print their addresses."""
+    from flows.services import ServiceError
+    from flows.services import up as start
+
+    try:
+        services = start(_root(), prefect_port=prefect_port, mlflow_port=mlflow_port)
+    except ServiceError as problem:
+        raise _fail(str(problem), 1) from None
+    for service in services:
+        print(f"{service.name:<8} {service.url}   (log: {service.log})")
+    print("Stop them with: ultraflux down")
+
+
+@app.command()
+def down() -> None:
+    """Stop the servers that `ultraflux up` started."""
+    from flows.services import down as stop
+
+    stopped = stop(_root())
+    print("\n".join(f"stopped {s.name} ({s.url})" for s in stopped) or "nothing was running")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is missing or broken on this machine, and how to fix it."""
+    from flows.doctor import examine, print_findings
+
+    raise typer.Exit(print_findings(examine(_root())))
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""One pipeline run from start to end: preflight, record, engine, summary."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from components.settings import load_settings
+from flows import environment, versioning
+from flows.console import PipelineConsole
+from flows.execution import flatten
+from flows.provenance import provenance_tags
+from flows.records import (
+    Record,
+    RunDescription,
+    RunResult,
+    close_interrupted,
+    latest_finished,
+    open_record,
+)
+from flows.runner import StageOutcome, StageRunner
+from flows.scheduler import Report, run_graph
+from flows.tracking import UploaderProcess
+
+Engine = Literal["local", "prefect"]
+
+
+class PipelineRefused(RuntimeError):
+    """The pipeline cannot start here; one line."""
+
+
+@dataclass(frozen=True)
+class PipelineSummary:
+    """How a pipeline run ended."""
+
+    outcomes: Mapping[str, StageOutcome]
+    seconds: float
+    interrupted: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether every stage ran or was up to date."""
+        return not self.interrupted and all(outcome.ok for outcome in self.outcomes.values())
+
+
+def preflight(root: Path) -> None:
+    """Check what would otherwise fail late.
+
+    Raises:
+        PipelineRefused: a folder that must be written cannot be.
+        SettingsError: params.yaml is not valid.
+    """
+    load_settings(root / "params.yaml")
+    for name in ("data", "runs", ".dvc/tmp", ".dvc/cache"):
+        folder = root / name
+        probe = folder / f".writable-{os.getpid()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as problem:
+            raise PipelineRefused(
+                f"{folder} cannot be written ({problem.strerror}): the pipeline keeps its results "
+                "there; fix the permissions, or clone to a folder of your own"
+            ) from None
+
+
+def run_pipeline(root: Path, *, engine: Engine, force: bool = False) -> PipelineSummary:
+    """Bring every stage up to date.
+
+    Args:
+        root: repository root.
+        engine: "local" needs no server; "prefect" runs the same graph as a Prefect flow.
+        force: run stages even when nothing changed.
+
+    Raises:
+        PipelineRefused, SettingsError, versioning.GraphError: nothing was started.
+    """
+    started = time.monotonic()
+    preflight(root)
+    settings = load_settings(root / "params.yaml")
+    environment.prepare(offline=settings.runtime.offline)
+    graph = versioning.stage_graph(root)
+    stale = versioning.stale_stages(root, graph)
+    record = open_record(root, _description(root, engine))
+    uploader = UploaderProcess(root)
+    runner = StageRunner(root, graph, parent_record=record.record_id, stale=stale, force=force)
+    interrupted = False
+    outcomes: dict[str, StageOutcome] = {}
+
+    console = PipelineConsole(runner)
+
+    def report(outcome: StageOutcome) -> None:
+        outcomes[outcome.name] = outcome
+        console.report(outcome)
+
+    try:
+        with ExitStack() as stack:
+            if engine == "prefect":
+                from flows.services import embedded_prefect
+
+                stack.enter_context(embedded_prefect(root))
+            stack.enter_context(console)
+            outcomes.update(_run(engine, runner, report))
+    except KeyboardInterrupt:
+        interrupted = True
+        runner.stop()
+    summary = PipelineSummary(outcomes, time.monotonic() - started, interrupted)
+    close_interrupted(root, record.record_id)
+    record.finish(_result(root, summary))
+    uploader.drain()
+    return summary
+
+
+def _run(engine: Engine, runner: StageRunner, report: Report) -> dict[str, StageOutcome]:
+    if engine == "local":
+        return run_graph(runner, report)
+    # Imported by name: Prefect costs seconds and reads its environment at import.
+    pipeline = importlib.import_module("flows.pipeline")
+    return dict(pipeline.build_flow(runner, report)())
+
+
+def _description(root: Path, engine: Engine) -> RunDescription:
+    values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+    return RunDescription(
+        kind="pipeline",
+        name="pipeline",
+        params=dict(flatten(values)),
+        tags=provenance_tags(root) | {"ultraflux.engine": engine},
+    )
+
+
+def _result(root: Path, summary: PipelineSummary) -> RunResult:
+    """The pipeline's record: which run made each stage's present result, and the headline report."""
+    tags: dict[str, str] = {}
+    metrics: dict[str, float] = {"pipeline_seconds": summary.seconds}
+    for name, outcome in summary.outcomes.items():
+        tags[f"stage.{name}"] = outcome.status
+        made_by: Record | None = latest_finished(root, name)
+        if made_by is not None and outcome.ok:
+            tags[f"stage.{name}.run_id"] = made_by.mlflow_run_id or made_by.record_id
+            result = made_by.result
+            if outcome.status == "skipped" and result is not None:
+                metrics |= {f"{name}.{key}": value for key, value in result.metrics.items()}
+    status = "FINISHED" if summary.ok else "KILLED" if summary.interrupted else "FAILED"
+    counts = [o.status for o in summary.outcomes.values()]
+    text = ", ".join(f"{counts.count(kind)} {kind}" for kind in sorted(set(counts)))
+    report = root / "data" / "evaluate" / "report.html"
+    artifacts = [str(report.relative_to(root))] if report.is_file() and summary.ok else []
+    return RunResult(status=status, metrics=metrics, tags=tags, artifacts=artifacts, summary=text)

@@ -1,0 +1,81 @@
+"""The MLflow model registry: versions that point at DVC-tracked weights, and their aliases.
+
+Weights stay in DVC; a version carries the content digest, the path and the run, so it can be traced
+and fetched. Registering the same digest again returns the version that exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+DIGEST_TAG = "weights.sha256"
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """One model that a gate has judged."""
+
+    model: str
+    """Registered model name."""
+    path: str
+    """Folder of the weights, relative to the repository root."""
+    digest: str
+    """sha256 of the folder."""
+    alias: str | None
+    """Alias to give; None when the gate refused."""
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+def _version_with_digest(client: MlflowClient, promotion: Promotion) -> ModelVersion | None:
+    found = client.search_model_versions(f"name='{promotion.model}'")
+    same = [v for v in found if (v.tags or {}).get(DIGEST_TAG) == promotion.digest]
+    return max(same, key=lambda version: int(version.version)) if same else None
+
+
+def register(
+    client: MlflowClient, experiment_id: str, run_id: str | None, promotion: Promotion
+) -> ModelVersion:
+    """Register a model version and set its alias; both idempotent.
+
+    Args:
+        client: MLflow client.
+        experiment_id: where the logged model stands.
+        run_id: the run that judged it.
+        promotion: what to register.
+
+    Returns:
+        The version that now holds these weights.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(promotion.model)
+    except MlflowException as problem:
+        if problem.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = _version_with_digest(client, promotion)
+    if version is None:
+        tags: dict[str, Any] = {
+            **promotion.tags,
+            DIGEST_TAG: promotion.digest,
+            "weights.path": promotion.path,
+        }
+        logged = client.create_logged_model(
+            experiment_id, name=promotion.model, source_run_id=run_id, tags=tags
+        )
+        client.finalize_logged_model(logged.model_id, "READY")
+        version = client.create_model_version(
+            promotion.model,
+            source=f"models:/{logged.model_id}",
+            run_id=run_id,
+            tags=tags,
+            model_id=logged.model_id,
+        )
+    if promotion.alias is not None:
+        client.set_registered_model_alias(promotion.model, promotion.alias, version.version)
+    return version

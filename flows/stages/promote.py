@@ -1,0 +1,34 @@
+"""Stage `promote`: the gate decides; the uploader applies the decision to the registry."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from components.evaluation.gate import decide
+from components.models.weights import folder_digest
+from flows.promotion import explain, promotions
+from flows.stages.contract import StageContext, StageResult
+
+
+def run(context: StageContext) -> StageResult:
+    """Judge the trained models and write `data/promote/decision.json`."""
+    metrics = json.loads(context.input("evaluate", "metrics.json").read_text(encoding="utf-8"))
+    paths = {
+        "autoencoder": context.input("vae", "autoencoder"),
+        "transformer": context.input("dit_stage2", context.settings.generate.weights),
+    }
+    digests = {kind: folder_digest(path) for kind, path in paths.items()}
+    relative = {kind: str(path.relative_to(context.root)) for kind, path in paths.items()}
+    decision = decide(metrics, context.settings.promote, digests) | {"paths": relative}
+    output = context.output_dir / "decision.json"
+    output.write_text(json.dumps(decision, indent=1) + "\n", encoding="utf-8")
+    return StageResult(
+        metrics={"promoted": float(decision["promoted"])},
+        artifacts=(output,),
+        promotions=tuple(
+            asdict(promotion)
+            for promotion in promotions(context.root, decision, context.settings.project.name)
+        ),
+        summary=explain(decision),
+    )
