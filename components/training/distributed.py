@@ -1,0 +1,260 @@
+"""Processes of a training run: process group, launch of several ranks, DeepSpeed engine.
+
+DeepSpeed is imported inside functions: it takes seconds (mostly MLflow, through its autotuner).
+The accelerator name must be in the environment before that import, so `training_environment`
+comes first in every process that trains.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from components.settings import DitStageSettings
+
+T = TypeVar("T")
+Device = Literal["cpu", "cuda"]
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Upper limit of DeepSpeed's communication buckets in elements (its default is 5e8).
+BUCKET_ELEMENTS = 200_000_000
+
+
+class TrainingFailed(RuntimeError):
+    """A launched training process ended with an error; its own message is on stderr."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all processes of the run; all methods are collective."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes logs and results."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, value: T) -> list[T]:
+        """Values of all ranks in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+
+def training_environment(device: Device, ranks_on_this_host_only: bool = True) -> dict[str, str]:
+    """Environment that a training process needs before it imports DeepSpeed.
+
+    Args:
+        device: where the model trains.
+        ranks_on_this_host_only: keep gloo on the loopback interface (no address look-ups, and
+            nothing listens on the network).
+    """
+    environment = {"DS_ACCELERATOR": device}
+    if device == "cuda":
+        # cuBLAS is deterministic only with a fixed workspace.
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if ranks_on_this_host_only and loopback:
+        environment["GLOO_SOCKET_IFNAME"] = loopback[0]
+    return environment
+
+
+@contextmanager
+def open_ranks(device: Device) -> Iterator[Ranks]:
+    """Join the process group (that of torchrun where there is one, else of this process alone).
+
+    A lone process uses a store in memory, so no port is opened.
+    """
+    for name, value in training_environment(device).items():
+        os.environ.setdefault(name, value)
+    # DeepSpeed insists on a local rank even where nothing was launched.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "nccl" if device == "cuda" else "gloo"
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    store = dist.HashStore() if world_size == 1 else None
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+    target = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    try:
+        yield Ranks(rank, world_size, target)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def deterministic_torch(threads: int) -> Iterator[None]:
+    """Deterministic kernels and a fixed number of threads inside the block.
+
+    On CUDA some kernels have no deterministic form; torch then warns instead of failing.
+    """
+    before = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
+def launch(module: str, arguments: list[str], processes: int, device: Device, threads: int) -> None:
+    """Run `python -m module arguments` in `processes` ranks on this host and wait.
+
+    torchrun picks free ports on the loopback interface. The ranks hold the read end of a pipe to
+    this process and stop when it closes, so they never outlive it (see `exit_with_parent`).
+
+    Raises:
+        TrainingFailed: a rank failed.
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    where = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    ranks = ["--local-addr=127.0.0.1", f"--nproc-per-node={processes}", "--module", module]
+    environment = {**os.environ, **training_environment(device)}
+    environment["OMP_NUM_THREADS"] = str(threads)
+    # The ranks import this project wherever they are started.
+    above = Path(__file__).resolve().parents[2]
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(above), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    process = subprocess.Popen(
+        [*torchrun, *where, *ranks, *arguments], env=environment, stdin=subprocess.PIPE
+    )
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+    if code:
+        raise TrainingFailed(
+            f"{module}: one of {processes} training processes failed (exit {code})"
+        )
+
+
+def exit_with_parent() -> None:
+    """End this process when its standard input closes: whoever launched it is gone."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
+
+
+def engine_configuration(
+    settings: DitStageSettings, world_size: int, parameters: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for one stage.
+
+    Args:
+        settings: the stage.
+        world_size: number of processes.
+        parameters: parameters of the model; bounds the communication buckets.
+
+    Raises:
+        ValueError: the global batch does not divide over processes and micro batches, or a ZeRO
+            stage that this trainer does not support.
+    """
+    share = settings.micro_batch_size * world_size
+    if settings.global_batch_size % share:
+        raise ValueError(
+            f"global_batch_size {settings.global_batch_size} must be a multiple of "
+            f"micro_batch_size {settings.micro_batch_size} times {world_size} processes"
+        )
+    if settings.zero_stage == 3:
+        raise ValueError("zero_stage 3: every rank must hold whole parameters; use 0, 1 or 2")
+    bucket = max(1024, min(BUCKET_ELEMENTS, parameters))
+    return {
+        "train_batch_size": settings.global_batch_size,
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.global_batch_size // share,
+        "gradient_clipping": settings.max_grad_norm,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            # Overlapping reduces in several buckets is a CUDA stream feature.
+            "overlap_comm": torch.cuda.is_available(),
+        },
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks) -> Any:
+    """Wrap `model` into a DeepSpeed engine with AdamW.
+
+    Call inside `open_ranks`. Returns a `deepspeed.DeepSpeedEngine`; its learning rate is set by
+    the trainer at every step.
+    """
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Without this entry DeepSpeed does not compile its shared-memory collective (no compiler
+    # needed); gloo does the work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    engine, _, _, _ = deepspeed.initialize(
+        model=model.to(ranks.device),
+        optimizer=optimizer,
+        config=engine_configuration(settings, ranks.world_size, parameters),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def float32_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 tensor) of every parameter: the optimizer's masters where there are some.
+
+    Collective: with ZeRO every rank contributes the part of the masters that it holds.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    for name, parameter in engine.module.named_parameters():
+        if parameter.dtype == torch.float32:
+            yield name, parameter.detach()
+        else:
+            yield name, safe_get_full_fp32_param(parameter)
+
+
+def buffers_and_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A full state dict: `weights` for the parameters, the module's own values for the rest."""
+    state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+    state.update({name: tensor.detach().cpu().clone() for name, tensor in weights.items()})
+    return state

@@ -1,0 +1,398 @@
+"""Training of the DiT with DeepSpeed: one stage of SACL from its settings to exported weights.
+
+`train` runs in every rank. A step is a pure function of (weights, optimizer state, step number):
+the batch plan gives the samples, keyed generators give noise and levels. So a run that was killed
+and resumed from a checkpoint ends with the same bytes as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from components.progress import track
+from components.settings import (
+    DitStageSettings,
+    ObjectiveSettings,
+    RuntimeSettings,
+    TransformerSettings,
+)
+from components.training.batch_plan import BatchPlan, GlobalBatch, PlanState
+from components.training.checkpoints import CheckpointStore
+from components.training.curriculum import draw_noise
+from components.training.distributed import (
+    Ranks,
+    buffers_and_weights,
+    float32_weights,
+    initialize_engine,
+)
+from components.training.dit_validation import LEVELS, ValidationSet
+from components.training.ema import WeightAverage
+from components.training.latent_store import LatentStore
+from components.training.metric_log import MetricLog
+from components.training.text_store import TextStore
+from components.training.velocity import NoisedBatch, objective_loss, predict_velocity
+
+STATE_FILE = "trainer.json"
+AVERAGE_FILE = "ema.safetensors"
+ENGINE_FOLDER = "engine"
+WEIGHTS_NAMES = ("raw", "ema")
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient is not finite; the message names the step and the saved batch."""
+
+
+class DitJob(BaseModel):
+    """Everything that decides a training run; travels to the ranks as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """Stage name, for progress and messages."""
+    settings: DitStageSettings
+    objective: ObjectiveSettings
+    transformer: TransformerSettings
+    runtime: RuntimeSettings
+    seed: int
+    latents: Path
+    """Latent store."""
+    texts: Path
+    """Text store."""
+    train_slice: Path | None
+    """Parquet with image_id: train on these images only (None: all with split 'train')."""
+    initial_weights: Path | None
+    """Transformer folder; None: the random transformer of `transformer.tiny`."""
+    state_dir: Path
+    """Checkpoints, and batches that made the loss diverge."""
+    export_dir: Path
+    """Where folders `raw` and `ema` are written."""
+    metrics: Path
+    """JSONL metric log."""
+
+
+def learning_rate(step: int, settings: DitStageSettings) -> float:
+    """Learning rate of optimizer step `step` (0 first): linear warm-up, then the schedule.
+
+    `cosine` falls to zero at the last step.
+    """
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    remaining = max(1, settings.steps - settings.warmup_steps)
+    progress = (step - settings.warmup_steps) / remaining
+    return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def band_losses(t: Tensor, losses: Tensor) -> dict[str, float]:
+    """Mean training loss in each of eight equal noise bands that occur in the batch."""
+    bands = (t * LEVELS).long().clamp(0, LEVELS - 1)
+    return {
+        f"loss_band_{band}": float(losses[bands == band].double().mean())
+        for band in sorted(set(bands.tolist()))
+    }
+
+
+def training_ids(index: pd.DataFrame, train_slice: Path | None) -> dict[str, str]:
+    """Bucket by image id of the training images.
+
+    Raises:
+        ValueError: nothing to train on, or the slice names images without latents.
+    """
+    rows = index[index["split"] == "train"]
+    if train_slice is not None:
+        wanted = set(pd.read_parquet(train_slice, columns=["image_id"])["image_id"])
+        absent = sorted(wanted - set(rows["image_id"]))
+        if absent:
+            raise ValueError(
+                f"{train_slice.name}: {len(absent)} of {len(wanted)} images have no training "
+                f"latents (first: {absent[0]}); run the stage `latents` again"
+            )
+        rows = rows[rows["image_id"].isin(wanted)]
+    if rows.empty:
+        raise ValueError("there is no training image; relax the rules in `select` or add photos")
+    return dict(zip(rows["image_id"], rows["bucket"], strict=True))
+
+
+def build_transformer(job: DitJob, widths: tuple[int, int], latent_channels: int) -> Any:
+    """The transformer that training starts from, float32."""
+    if job.initial_weights is not None:
+        from components.models.transformer import UltraFluxTransformer2DModel
+
+        return UltraFluxTransformer2DModel.from_pretrained(
+            job.initial_weights,
+            torch_dtype=torch.float32,
+            rope_variant=job.transformer.rope_variant,
+            rope_window=job.transformer.rope_window,
+        )
+    from components.models.tiny import build_tiny_transformer
+
+    tiny = job.transformer.tiny
+    return build_tiny_transformer(
+        num_layers=tiny.num_layers,
+        num_single_layers=tiny.num_single_layers,
+        num_attention_heads=tiny.num_attention_heads,
+        axes_dims_rope=tiny.axes_dims_rope,
+        joint_attention_dim=widths[0],
+        pooled_projection_dim=widths[1],
+        in_channels=4 * latent_channels,
+        guidance_embeds=True,
+        rope_variant=job.transformer.rope_variant,
+        rope_window=job.transformer.rope_window,
+        seed=job.seed,
+    )
+
+
+def train(job: DitJob, ranks: Ranks) -> None:
+    """Train, validate and export one stage; continues from the newest checkpoint.
+
+    Writes `export_dir/raw` and `export_dir/ema` (diffusers folders, float32 safetensors) and the
+    metric log (rank 0). Call in every rank, inside `open_ranks` and `deterministic_torch`.
+
+    Raises:
+        TrainingDiverged: a loss or gradient is not finite.
+        PlanMismatch: the checkpoint was trained on other data.
+        ValueError: settings that do not fit together, or nothing to train on.
+    """
+    DitTrainer(job, ranks).run()
+
+
+class DitTrainer:
+    """State of one run."""
+
+    def __init__(self, job: DitJob, ranks: Ranks) -> None:
+        """Open the stores, build model and engine, and load the newest checkpoint if any."""
+        self.job, self.ranks, self.settings = job, ranks, job.settings
+        self.latents, self.texts = LatentStore(job.latents), TextStore(job.texts)
+        index = self.latents.index
+        buckets = training_ids(index, job.train_slice)
+        self.plan = BatchPlan(buckets, self.settings.global_batch_size, job.seed)
+        self.validation = ValidationSet(
+            self.latents,
+            self.texts,
+            list(index.loc[index["split"] == "eval", "image_id"]),
+            repeats=self.settings.validation_repeats,
+            batch_size=self.settings.micro_batch_size,
+            seed=job.seed,
+        )
+        channels = int(index["latent_channels"].iloc[0])
+        model = build_transformer(job, self.texts.widths, channels)
+        if self.settings.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        model.train()
+        self.engine = initialize_engine(model, self.settings, ranks)
+        self.dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
+        self.average = WeightAverage(float32_weights(self.engine), self.settings.ema_decay)
+        self.metrics = MetricLog(job.metrics) if ranks.is_first else None
+        self.checkpoints = CheckpointStore(
+            job.state_dir / "checkpoints",
+            self.settings.keep_checkpoints,
+            rank=ranks.rank,
+            barrier=ranks.barrier,
+        )
+        self.step = self._resume()
+
+    def run(self) -> None:
+        """All remaining steps, then the export."""
+        if self.step == 0:
+            self._validate("")
+        with ThreadPoolExecutor(1, "batches") as loader:
+            batches = self._prefetch(loader)
+            remaining = range(self.step, self.settings.steps)
+            shown = (
+                track(remaining, self.job.name, total=self.settings.steps, initial=self.step)
+                if self.ranks.is_first
+                else remaining
+            )
+            for step in shown:
+                begin = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - begin
+                values = self._optimize(step, batch)
+                took = time.perf_counter() - begin
+                values["images_per_s"] = self.settings.global_batch_size / took
+                values["data_wait_s"] = waited
+                self.step = step + 1
+                self._log(values)
+                self._validate_and_save()
+        self._export()
+
+    def _validate_and_save(self) -> None:
+        """What is due after the step just done."""
+        last = self.step == self.settings.steps
+        if last or self.step % self.settings.validate_every == 0:
+            self._validate("")
+        if last:
+            with self.average.swapped_into(self.engine.module):
+                self._validate("_ema")
+        if last or self.step % self.settings.checkpoint_every == 0:
+            self.checkpoints.save(self.step, self._write_checkpoint)
+
+    def _prefetch(self, loader: ThreadPoolExecutor) -> Iterator[list[NoisedBatch]]:
+        """Micro batches of the coming steps, one step ahead of the optimizer."""
+        if self.step >= self.settings.steps:
+            return
+        coming = loader.submit(self._load, self.step)
+        for step in range(self.step, self.settings.steps):
+            ready = coming.result()
+            if step + 1 < self.settings.steps:
+                coming = loader.submit(self._load, step + 1)
+            yield ready
+
+    def _load(self, step: int) -> list[NoisedBatch]:
+        """This rank's micro batches of one step."""
+        share = self.plan.batch(step).rank_slice(self.ranks.rank, self.ranks.world_size)
+        parts = share.micro_batches(self.settings.micro_batch_size)
+        return [self._noised(part) for part in parts]
+
+    def _noised(self, part: GlobalBatch) -> NoisedBatch:
+        latents = self.latents.read_batch(part.sample_ids)
+        pairs = [self.texts.read(sample_id) for sample_id in part.sample_ids]
+        channels, height, width = latents.shape[1:]
+        noise, t = draw_noise(
+            self.job.seed,
+            part.step,
+            part.sample_ids,
+            part.occurrences,
+            (channels, height, width),
+            self.settings.timestep_density,
+            self.settings.sigma_range,
+        )
+        text, pooled = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+        return NoisedBatch(part.sample_ids, latents, noise, t, text, pooled)
+
+    def _optimize(self, step: int, batches: list[NoisedBatch]) -> dict[str, float]:
+        """One optimizer step on this rank's micro batches; metrics of the global batch."""
+        rate = learning_rate(step, self.settings)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        times, losses = [], []
+        for number, host_batch in enumerate(batches):
+            batch = host_batch.to(self.ranks.device)
+            velocity = predict_velocity(
+                self.engine, batch, self.settings.guidance_scale, self.dtype
+            )
+            per_sample = objective_loss(self.job.objective, velocity, batch)
+            self.engine.backward(per_sample.mean())
+            times.append(batch.t.cpu())
+            losses.append(per_sample.detach().float().cpu())
+            if number == len(batches) - 1:
+                # Checked before the update, so that the weights stay as they were.
+                gathered = self.ranks.gather((torch.cat(times), torch.cat(losses)))
+                t = torch.cat([pair[0] for pair in gathered])
+                loss = torch.cat([pair[1] for pair in gathered])
+                if not bool(torch.isfinite(loss).all()):
+                    self._diverged(step, batches, "loss")
+            self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            self._diverged(step, batches, "gradient norm")
+        self.average.update(float32_weights(self.engine))
+        return {
+            "loss": float(loss.double().mean()),
+            "grad_norm": norm,
+            "lr": rate,
+            **band_losses(t, loss),
+        }
+
+    def _diverged(self, step: int, batches: list[NoisedBatch], what: str) -> None:
+        """Save this rank's batch and stop."""
+        folder = self.job.state_dir / "diverged" / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, batch in enumerate(batches):
+            name = f"rank{self.ranks.rank}-micro{number}.safetensors"
+            ids = json.dumps(batch.sample_ids)
+            save_file(batch.tensors(), folder / name, metadata={"sample_ids": ids})
+        raise TrainingDiverged(
+            f"{self.job.name}: {what} is not finite at step {step}; the batch is in {folder}; "
+            "lower the learning rate or check these latents, the last checkpoint is untouched"
+        )
+
+    def _validate(self, suffix: str) -> None:
+        module = self.engine.module
+        module.eval()
+        result = self.validation.evaluate(
+            module, self.job.objective, self.settings.guidance_scale, self.dtype, self.ranks
+        )
+        module.train()
+        self._log(result.metrics(suffix))
+
+    def _log(self, values: dict[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.log(values, self.step)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """Fill a checkpoint folder; called in every rank."""
+        self.engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, save_latest=False)
+        if self.ranks.is_first:
+            save_file(self.average.weights, folder / AVERAGE_FILE)
+            state = {
+                "plan": self.plan.state(self.step).as_dict(),
+                "ema_updates": self.average.updates,
+                "processes": self.ranks.world_size,
+            }
+            (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint; returns the number of steps done."""
+        newest = self.checkpoints.latest()
+        if newest is None:
+            if self.metrics is not None:
+                self.metrics.rewind(-1)
+            return 0
+        step, folder = newest
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        self.plan.check(PlanState(**state["plan"]))
+        if state["processes"] != self.ranks.world_size:
+            raise ValueError(
+                f"{self.job.name}: the checkpoint at step {step} was written by "
+                f"{state['processes']} processes, runtime.processes is {self.ranks.world_size}: "
+                f"use the same number, or delete {self.checkpoints.folder} to start again"
+            )
+        self.engine.load_checkpoint(str(folder), tag=ENGINE_FOLDER)
+        self.average.restore(load_file(folder / AVERAGE_FILE), state["ema_updates"])
+        if self.metrics is not None:
+            self.metrics.rewind(step)
+        return step
+
+    def _export(self) -> None:
+        """Diffusers folders of the trained weights and of their average, float32."""
+        raw = dict(float32_weights(self.engine))
+        if self.ranks.is_first:
+            for name, weights in zip(WEIGHTS_NAMES, (raw, self.average.weights), strict=True):
+                save_transformer(self.engine.module, weights, self.job.export_dir / name)
+        self.ranks.barrier()
+
+
+def save_transformer(module: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a diffusers folder with `weights` in place of the module's own; aside, then renamed.
+
+    Args:
+        module: the transformer whose class, configuration and buffers are used.
+        weights: float32 parameters by name.
+        folder: replaced if it exists.
+    """
+    # `_name_or_path` would carry the path that the weights were loaded from.
+    config = {key: value for key, value in module.config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        model = type(module).from_config(config)
+    model.load_state_dict(buffers_and_weights(module, weights), assign=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

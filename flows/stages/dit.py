@@ -1,0 +1,112 @@
+"""What the two DiT training stages share: assemble the job, run it, describe the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from components.settings import DitStageSettings
+from components.training import dit_curves
+from components.training.distributed import TrainingFailed
+from components.training.dit_trainer import DitJob, TrainingDiverged
+from components.training.dit_worker import run_job
+from flows.stages.contract import StageContext, StageFailed, StageResult
+
+
+def initial_weights(context: StageContext, settings: DitStageSettings) -> Path | None:
+    """Folder of the weights that training starts from; None: the tiny random transformer.
+
+    Raises:
+        StageFailed: the folder does not exist, or stage 1 is told to start from itself.
+    """
+    if settings.initial_weights == "pretrained":
+        named = context.settings.models.transformer.pretrained
+        if named is None:
+            return None
+        folder = context.root / named
+        if not (folder / "config.json").is_file():
+            raise StageFailed(
+                f"{context.stage}: models.transformer.pretrained = {named}: no config.json there; "
+                "put the transformer folder of FLUX.1-dev (or UltraFlux) there, or set it to null"
+            )
+        return folder
+    if context.stage == "dit_stage1":
+        raise StageFailed(
+            f"dit_stage1.initial_weights = {settings.initial_weights}: stage 1 has no stage "
+            "before it; set it to pretrained"
+        )
+    return context.input("dit_stage1", settings.initial_weights.removeprefix("stage1_"))
+
+
+def run_dit(
+    context: StageContext, settings: DitStageSettings, train_slice: Path | None
+) -> StageResult:
+    """Train one SACL stage and write `data/<stage>/`.
+
+    Files: `raw/` and `ema/` (transformer folders), `history.csv`, `validation.csv`,
+    `metrics.json`, `curves.png`.
+
+    Raises:
+        StageFailed: training diverged, or the inputs do not allow any training.
+    """
+    job = DitJob(
+        name=context.stage,
+        settings=settings,
+        objective=context.settings.objective,
+        transformer=context.settings.models.transformer,
+        runtime=context.settings.runtime,
+        seed=context.settings.project.seed,
+        latents=context.input("latents", "index.parquet").parent,
+        texts=context.input("text_embeddings", "index.parquet").parent,
+        train_slice=train_slice,
+        initial_weights=initial_weights(context, settings),
+        state_dir=context.state_dir,
+        export_dir=context.output_dir,
+        metrics=context.metrics.path,
+    )
+    try:
+        run_job(job)
+    except (TrainingDiverged, TrainingFailed) as problem:
+        raise StageFailed(str(problem)) from problem
+    return _describe(context, job)
+
+
+def _describe(context: StageContext, job: DitJob) -> StageResult:
+    """Write tables and figure from the metric log."""
+    rows = [row for row in context.metrics.rows() if row["step"] <= job.settings.steps]
+    out = context.output_dir
+    metrics = dit_curves.headline_metrics(rows, job.settings.sigma_range)
+    dit_curves.write_csv(dit_curves.history_table(rows), out / "history.csv")
+    dit_curves.write_csv(dit_curves.validation_table(rows), out / "validation.csv")
+    dit_curves.draw_curves(rows, job.name, out / "curves.png")
+    text = json.dumps(metrics, indent=2, sort_keys=True) + "\n"
+    dit_curves.write_aside(out / "metrics.json", lambda path: path.write_text(text))
+    first, last = metrics["validation_loss_first"], metrics["validation_loss_last"]
+    return StageResult(
+        metrics=metrics,
+        artifacts=(out / "curves.png", out / "history.csv", out / "validation.csv"),
+        tags=_lineage(job),
+        summary=(
+            f"{job.settings.steps} steps, validation loss {first:.4f} -> {last:.4f} "
+            f"({metrics['validation_loss_drop']:.1%} lower)"
+        ),
+    )
+
+
+def _lineage(job: DitJob) -> dict[str, str]:
+    """Digests of what the weights were trained on and of the weights themselves."""
+    from components.models.weights import folder_digest
+    from components.training.latent_store import LatentStore
+    from components.training.text_store import TextStore
+
+    tags = {
+        "latents.digest": LatentStore(job.latents).digest,
+        "text_embeddings.digest": TextStore(job.texts).digest,
+        "weights.raw": folder_digest(job.export_dir / "raw"),
+        "weights.ema": folder_digest(job.export_dir / "ema"),
+    }
+    if job.train_slice is not None:
+        tags["train_slice.images"] = str(len(pd.read_parquet(job.train_slice)))
+    return tags

@@ -1,0 +1,101 @@
+"""Stage `text_embeddings`: T5 and CLIP embeddings of all English captions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from components.models.text_encoders import (
+    build_tiny_text_encoders,
+    encode_prompts,
+    load_text_encoders,
+)
+from components.models.weights import folder_digest
+from components.training.text_store import build_text_store
+from flows.stages.contract import StageContext, StageFailed, StageResult
+
+TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+
+
+def run(context: StageContext) -> StageResult:
+    """Write the text store, and in the tiny case the encoders, to `data/text_embeddings/`.
+
+    Embeds `caption_en` of training and evaluation rows, and the empty prompt. Without a
+    pretrained folder the tokenizers are trained on the training captions only, and the encoders
+    are saved in `encoders/` in FLUX.1-dev's layout for `generate`.
+
+    Raises:
+        StageFailed: a row has no caption.
+    """
+    settings = context.settings.models.text_encoders
+    rows = pd.read_parquet(
+        context.input("slices", "manifest.parquet"), columns=["image_id", "split", "caption_en"]
+    )
+    rows = rows[rows["split"].isin(["train", "eval"])].sort_values("image_id")
+    silent = rows[rows["caption_en"].fillna("").str.strip() == ""]
+    if not silent.empty:
+        raise StageFailed(
+            f"text_embeddings: {len(silent)} rows have no English caption, first image "
+            f"{silent['image_id'].iloc[0]}; caption them or reject them in `select`"
+        )
+    torch.set_num_threads(context.settings.runtime.torch_threads)
+    folder = _encoder_folder(context, rows)
+    # Before the digest: a missing part is named together with the command that gets it.
+    encoders = load_text_encoders(folder)
+    digest = _encoder_digest(folder)
+    device = torch.device(context.settings.runtime.device)
+    for model in (encoders.text_encoder, encoders.text_encoder_2):
+        model.to(device)
+
+    def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            return encode_prompts(encoders, prompts, settings.max_sequence_length)
+
+    store = build_text_store(
+        context.state_dir / "store",
+        context.output_dir,
+        dict(zip(rows["image_id"], rows["caption_en"], strict=True)),
+        encode,
+        encoder_digest=digest,
+        # One storage precision for everything that the transformer reads.
+        dtype=context.settings.latents.dtype,
+    )
+    captions = int(store.index["caption_sha256"].nunique())
+    return StageResult(
+        metrics={"captions": float(captions), "images": float(len(rows))},
+        datasets={"text_embeddings": context.output_dir / "index.parquet"},
+        tags={"text_encoders.digest": digest, "text_embeddings.digest": store.digest},
+        summary=f"{captions} prompts, {settings.max_sequence_length} tokens each",
+    )
+
+
+def _encoder_digest(folder: Path) -> str:
+    """Identity of the four text parts (a FLUX.1-dev folder also holds what is not read here)."""
+    parts = [f"{name}={folder_digest(folder / name)}" for name in TEXT_PARTS]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _encoder_folder(context: StageContext, rows: pd.DataFrame) -> Path:
+    """The pretrained folder, or tiny encoders built from the training captions."""
+    settings = context.settings.models.text_encoders
+    if settings.pretrained is not None:
+        return context.root / settings.pretrained
+    folder = context.output_dir / "encoders"
+    aside = context.output_dir / ".encoders"
+    shutil.rmtree(aside, ignore_errors=True)
+    build_tiny_text_encoders(
+        aside,
+        rows.loc[rows["split"] == "train", "caption_en"].tolist(),
+        seed=context.settings.project.seed,
+        t5_dim=settings.tiny.t5_dim,
+        clip_dim=settings.tiny.clip_dim,
+        vocab_size=settings.tiny.vocab_size,
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+    return folder
