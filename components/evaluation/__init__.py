@@ -1,1 +1,1 @@
-"""Evaluation: what is measured on images and models, with which uncertainty, and how it is shown."""
+"""Evaluation: what is measured on images and models, how certainly, and how it is shown."""

@@ -24,6 +24,8 @@ class Series:
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    faint: bool = False
+    """Drawn pale, such as single steps behind their average."""
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -38,12 +40,13 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, with 2 and 5 between them where the range is short."""
+    """Powers of ten; with 2 and 5 between them, or evenly spaced, where the range is short."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     inside = [10.0**e for e in exponents if low <= 10.0**e <= high]
     if len(inside) >= 3:
         return inside
-    return [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    finer = [m * 10.0**e for e in exponents for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    return finer if len(finer) >= 3 else nice_ticks(low, high, 4)
 
 
 def _label(value: float) -> str:
@@ -57,7 +60,8 @@ def _label(value: float) -> str:
 def _bounds(values: Sequence[float], *, log: bool) -> tuple[float, float]:
     low, high = min(values), max(values)
     if log:
-        return (low / 1.1, high * 1.1) if low == high else (low, high)
+        margin = (high / low) ** 0.04 if high > low else 1.1
+        return low / margin, high * margin
     margin = 0.05 * (high - low) or max(abs(high) * 0.05, 1e-6)
     return low - margin, high + margin
 
@@ -70,9 +74,7 @@ def _plottable(series: Series, *, log: bool) -> list[tuple[float, float]]:
     ]
 
 
-def line_chart(
-    series: Sequence[Series], *, x_label: str, y_label: str, log_y: bool = False
-) -> str:
+def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, log_y: bool = False) -> str:
     """An SVG element with one line per series, axes, ticks and a legend.
 
     Args:
@@ -84,8 +86,8 @@ def line_chart(
     Returns:
         `<svg ...>...</svg>`, all names escaped; an empty string when there is nothing to draw.
     """
-    lines = [(s.name, _plottable(s, log=log_y)) for s in series]
-    lines = [(name, points) for name, points in lines if points]
+    lines = [(s, _plottable(s, log=log_y)) for s in series]
+    lines = [(line, points) for line, points in lines if points]
     if not lines:
         return ""
     xs = [x for _, points in lines for x, _ in points]
@@ -93,7 +95,7 @@ def line_chart(
     x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1.0
     y_low, y_high = _bounds(ys, log=log_y)
     legend_rows = math.ceil(len(lines) / 4) if len(lines) > 1 else 0
-    height = _HEIGHT + 18 * legend_rows
+    height = _HEIGHT + 20 * legend_rows
     plot_w, plot_h = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
     def at_x(x: float) -> float:
@@ -112,30 +114,42 @@ def line_chart(
     ]
     for tick in _log_ticks(y_low, y_high) if log_y else nice_ticks(y_low, y_high):
         y = at_y(tick)
-        out.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         out.append(f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{_label(tick)}</text>')
     for tick in nice_ticks(x_low, x_high, 6):
         x = at_x(tick)
         out.append(
-            f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">{_label(tick)}</text>'
+            f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">'
+            f"{_label(tick)}</text>"
         )
     base = _HEIGHT - _BOTTOM
     out.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
-    for index, (name, points) in enumerate(lines):
+    for index, (line, points) in enumerate(lines):
+        name, opacity = line.name, ' opacity="0.4"' if line.faint else ""
         colour = f"var(--series-{index % _COLOURS})"
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
         if len(points) == 1:
             x, y = points[0]
             out.append(f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3.5" fill="{colour}"/>')
         else:
-            out.append(f'<polyline points="{path}" stroke="{colour}"><title>{escape(name)}</title></polyline>')
+            out.append(
+                f'<polyline points="{path}" stroke="{colour}"{opacity}>'
+                f"<title>{escape(name)}</title></polyline>"
+            )
         if legend_rows:
             row, column = divmod(index, 4)
-            x0, y0 = _LEFT + column * (plot_w / 4), _HEIGHT + 18 * row
-            out.append(f'<rect x="{x0:.1f}" y="{y0 - 8}" width="12" height="4" fill="{colour}"/>')
+            x0, y0 = _LEFT + column * (plot_w / 4), _HEIGHT + 12 + 18 * row
+            out.append(
+                f'<rect x="{x0:.1f}" y="{y0 - 8}" width="12" height="4" fill="{colour}"{opacity}/>'
+            )
             out.append(f'<text x="{x0 + 17:.1f}" y="{y0}">{escape(name)}</text>')
     middle = _TOP + plot_h / 2
-    out.append(f'<text x="{_LEFT + plot_w / 2:.1f}" y="{base + 35}" text-anchor="middle">{escape(x_label)}</text>')
+    out.append(
+        f'<text x="{_LEFT + plot_w / 2:.1f}" y="{base + 35}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+    )
     out.append(
         f'<text x="14" y="{middle:.1f}" text-anchor="middle" '
         f'transform="rotate(-90 14 {middle:.1f})">{escape(y_label)}</text>'

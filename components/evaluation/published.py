@@ -1,7 +1,7 @@
 """Published numbers that stand beside ours in the report, each with its table.
 
 They were measured on other images at 4096 x 4096 with other weights; the report says so on every
-table. `None` is a value that the source does not print.
+table.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class PublishedTable:
     source: str
     columns: tuple[str, ...]
     """Metric names with their arrows, without the system column."""
-    rows: tuple[tuple[str, tuple[float | None, ...]], ...]
-    """(system, values in column order)."""
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    """(system, values in column order, digits as printed)."""
 
 
 VAE_RECONSTRUCTION = PublishedTable(
@@ -26,9 +26,9 @@ VAE_RECONSTRUCTION = PublishedTable(
     source="UltraFlux, supplement, table 2",
     columns=("rFID ↓", "NMSE ↓", "PSNR ↑", "SSIM ↑", "LPIPS ↓"),
     rows=(
-        ("Flux-VAE-F16", (2.201, 0.01522, 26.90, 0.784, 0.168)),
-        ("Flux-VAE-F16-SC", (0.588, 0.00736, 30.19, 0.846, 0.097)),
-        ("UltraFlux-F16-VAE", (0.547, 0.00657, 30.70, 0.852, 0.102)),
+        ("Flux-VAE-F16", ("2.201", "0.01522", "26.90", "0.784", "0.168")),
+        ("Flux-VAE-F16-SC", ("0.588", "0.00736", "30.19", "0.846", "0.097")),
+        ("UltraFlux-F16-VAE", ("0.547", "0.00657", "30.70", "0.852", "0.102")),
     ),
 )
 
@@ -45,11 +45,11 @@ TEXT_TO_IMAGE = PublishedTable(
         "MUSIQ ↑",
     ),
     rows=(
-        ("ScaleCrafter", (164.02, 6.83, 21.68, 67.88, 33.36, 4.30, 38.21)),
-        ("FouriScale", (164.71, 11.19, 21.86, 65.87, 33.11, 4.50, 38.96)),
-        ("Sana", (144.17, 10.83, 23.18, 63.72, 35.49, 4.89, 45.08)),
-        ("Diffusion-4K", (152.43, 8.92, 21.88, 63.76, 33.00, 4.69, 27.51)),
-        ("UltraFlux", (143.11, 11.47, 22.69, 68.36, 34.62, 4.85, 46.13)),
+        ("ScaleCrafter", ("164.02", "6.83", "21.68", "67.88", "33.36", "4.30", "38.21")),
+        ("FouriScale", ("164.71", "11.19", "21.86", "65.87", "33.11", "4.50", "38.96")),
+        ("Sana", ("144.17", "10.83", "23.18", "63.72", "35.49", "4.89", "45.08")),
+        ("Diffusion-4K", ("152.43", "8.92", "21.88", "63.76", "33.00", "4.69", "27.51")),
+        ("UltraFlux", ("143.11", "11.47", "22.69", "68.36", "34.62", "4.85", "46.13")),
     ),
 )
 
@@ -58,9 +58,9 @@ DETAIL = PublishedTable(
     source="Diffusion-4K, tables 4 and 8",
     columns=("GLCM score ↑", "Compression ratio ↓"),
     rows=(
-        ("Flux-F16@2048", (0.58, 14.80)),
-        ("Flux-F16-WLF@2048", (0.61, 13.60)),
-        ("SD3-F16@4096", (0.73, 11.97)),
-        ("SD3-F16-WLF@4096", (0.77, 10.50)),
+        ("Flux-F16@2048", ("0.58", "14.80")),
+        ("Flux-F16-WLF@2048", ("0.61", "13.60")),
+        ("SD3-F16@4096", ("0.73", "11.97")),
+        ("SD3-F16-WLF@4096", ("0.77", "10.50")),
     ),
 )

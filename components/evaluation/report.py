@@ -98,9 +98,16 @@ class Tile:
 def _published_rows(table: published.PublishedTable, extra_columns: int = 0) -> list[Row]:
     blank = (Cell(""),) * extra_columns
     return [
-        Row(name, tuple(Cell(number(v, 6)) for v in values) + blank, published=True)
+        Row(name, tuple(Cell(value) for value in values) + blank, published=True)
         for name, values in table.rows
     ]
+
+
+def _fixed(value: float | None, metric: str) -> str:
+    """`value` with the digits of the metric's card; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    return f"{value:.{card(metric).decimals}f}"
 
 
 def _estimate_cell(table: pd.DataFrame, system: str, metric: str, settings: Settings) -> Cell:
@@ -115,8 +122,10 @@ def _estimate_cell(table: pd.DataFrame, system: str, metric: str, settings: Sett
     )
     # The interval is one of a mean, so a ratio of sums gets none.
     if estimate is None or metric == "compression_ratio":
-        return Cell(number(value))
-    return Cell(number(value), f"{number(estimate.low)} to {number(estimate.high)}")
+        return Cell(_fixed(value, metric))
+    return Cell(
+        _fixed(value, metric), f"{_fixed(estimate.low, metric)} to {_fixed(estimate.high, metric)}"
+    )
 
 
 def _vae_table(table: pd.DataFrame, settings: Settings) -> Table:
@@ -149,7 +158,7 @@ def _detail_table(table: pd.DataFrame) -> Table:
     for system in (scores.GENERATED, scores.PHOTOGRAPHS):
         ours = table[(table["system"] == system)]
         for (height, width), stratum in ours.groupby(["height", "width"], sort=True):
-            cells = tuple(Cell(number(scores.set_value(stratum, m))) for m in _DETAIL_METRICS)
+            cells = tuple(Cell(_fixed(scores.set_value(stratum, m), m)) for m in _DETAIL_METRICS)
             count = stratum["image"].nunique()
             name = f"{SYSTEM_NAMES[system]}, {width} × {height} (n = {count})"
             rows.append(Row(name, cells, first_ours=first))
@@ -170,30 +179,60 @@ def _text_to_image_table(table: pd.DataFrame) -> Table:
     count = table.loc[table["system"] == scores.GENERATED, ["image"]].nunique().iloc[0]
     metrics = ("fid", "hpsv3", "pickscore", "artimuse", "clip_score", "qalign", "musiq")
     ours = table[table["system"] == scores.GENERATED]
-    cells = tuple(Cell(number(scores.set_value(ours, metric))) for metric in metrics)
+    cells = tuple(Cell(_fixed(scores.set_value(ours, metric), metric)) for metric in metrics)
     rows.append(Row(f"this run (n = {count})", cells, first_ours=True))
     return Table(source.caption, source.source, "Model", source.columns, tuple(rows))
 
 
-def _per_image(table: pd.DataFrame) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ImageRow:
+    """One image in a sortable table."""
+
+    image: str
+    system: str
+    height: int
+    width: int
+    cells: tuple[tuple[float | None, str], ...]
+    """(value to sort by, text)."""
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """A sortable table; `rows` may be fewer than `total`."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[ImageRow, ...]
+    total: int
+
+
+def _image_table(title: str, table: pd.DataFrame) -> ImageTable:
     present = set(table["metric"])
-    metrics = [c.id for c in CARDS if c.id in present]
+    metrics = [c for c in CARDS if c.id in present]
     rows = []
     groups = table.groupby(["system", "image", "height", "width"], sort=True)
     for (system, image, height, width), group in groups:
         values = dict(zip(group["metric"], group["value"], strict=True))
-        measured = [values.get(metric, math.nan) for metric in metrics]
-        rows.append(
-            {
-                "image": image[:12] if system != scores.GENERATED else Path(image).stem,
-                "system": SYSTEM_NAMES.get(system, system),
-                "height": int(height),
-                "width": int(width),
-                "values": [float(v) if math.isfinite(v) else None for v in measured],
-            }
+        measured = [(c.id, float(values.get(c.id, math.nan))) for c in metrics]
+        cells = tuple(
+            (value, _fixed(value, name)) if math.isfinite(value) else (None, "–")
+            for name, value in measured
         )
-    columns = [f"{card(metric).name} {card(metric).arrow}".strip() for metric in metrics]
-    return {"columns": columns, "rows": rows[:ROW_LIMIT], "total": len(rows)}
+        shown = Path(image).stem if system == scores.GENERATED else image[:12]
+        rows.append(
+            ImageRow(shown, SYSTEM_NAMES.get(system, system), int(height), int(width), cells)
+        )
+    columns = tuple(f"{c.name} {c.arrow}".strip() for c in metrics)
+    return ImageTable(title, columns, tuple(rows[:ROW_LIMIT]), len(rows))
+
+
+def _image_tables(table: pd.DataFrame) -> list[ImageTable]:
+    pairs = table["metric"].map(lambda metric: card(metric).needs == "pair").astype(bool)
+    tables = [
+        _image_table("Reconstructions", table[pairs]),
+        _image_table("Generated images and photographs", table[~pairs]),
+    ]
+    return [part for part in tables if part.rows]
 
 
 def _tiles(corpus: Corpus, metrics: Mapping[str, float], table: pd.DataFrame) -> list[Tile]:
@@ -204,8 +243,8 @@ def _tiles(corpus: Corpus, metrics: Mapping[str, float], table: pd.DataFrame) ->
     before = metrics.get(f"{scores.RECONSTRUCTION_BEFORE}_psnr_db")
     after = metrics.get(f"{scores.RECONSTRUCTION_AFTER}_psnr_db")
     if before is not None and after is not None:
-        gain = f"{metrics['vae_psnr_gain_db']:+.2f} dB, held-out images"
-        tiles.append(Tile("Autoencoder PSNR", f"{before:.2f} → {after:.2f} dB", gain))
+        gain = f"{metrics['vae_psnr_gain_db']:+.2f} dB on held-out images"
+        tiles.append(Tile("Autoencoder PSNR, dB", f"{before:.2f} → {after:.2f}", gain))
     drop = metrics.get("validation_loss_drop")
     if drop is not None:
         tiles.append(Tile("Transformer validation loss", f"{-100 * drop:+.1f} %", "both stages"))
@@ -274,7 +313,7 @@ def build_report(
     crops = read_crops(data_dir, CROP_LIMIT)
     samples = read_samples(data_dir, image_px, SAMPLE_LIMIT)
     measured = set(table.loc[table["value"].notna(), "metric"])
-    per_image = _per_image(table)
+    per_image = _image_tables(table)
     sections = [
         ("summary", "Summary", True),
         ("corpus", "Corpus", bool(corpus.accepted_total or corpus.rejected_total)),
@@ -283,7 +322,7 @@ def build_report(
         ("autoencoder", "Autoencoder", bool(crops)),
         ("samples", "Samples", bool(samples)),
         ("metrics", "Metrics", True),
-        ("images", "Per image", bool(per_image["rows"])),
+        ("images", "Per image", bool(per_image)),
         ("cards", "Metric cards", True),
         ("lineage", "Lineage", True),
     ]
@@ -312,7 +351,7 @@ def build_report(
             gain_text=_gain_text(metrics),
             small_sample=smallest if smallest < 30 else 0,
             resamples=settings.evaluate.bootstrap_resamples,
-            per_image=per_image,
+            image_tables=per_image,
             cards=[(c, status(c, measured, root / "weights")) for c in CARDS],
             metrics=dict(metrics),
         )

@@ -120,8 +120,8 @@ def number(value: Any, digits: int = 4) -> str:
     real = float(value)
     if not math.isfinite(real):
         return "∞" if real > 0 else "–"
-    if real == int(real) and abs(real) < 1e7:
-        return str(int(real))
+    if real == int(real):
+        return f"{int(real):,}"
     text = f"{real:.{digits}g}"
     return f"{real:.0f}" if "e+" in text else text
 
@@ -140,9 +140,7 @@ def _derivatives(path: Path, wanted: list[str]) -> dict[str, bytes]:
     table: pa.Table = pq.read_table(
         path, columns=["image_id", column], filters=[("image_id", "in", wanted)]
     )
-    return dict(
-        zip(table["image_id"].to_pylist(), table[column].to_pylist(), strict=True)
-    )
+    return dict(zip(table["image_id"].to_pylist(), table[column].to_pylist(), strict=True))
 
 
 _FACTS = (
@@ -288,7 +286,7 @@ def _history_figures(path: Path, title: str) -> list[Figure]:
             x, y = rows["step"].tolist(), rows[name].astype(float).tolist()
             shown = name.replace("_", " ")
             if wanted == "loss" and len(y) > 40 and name == "loss":
-                series.append(Series("each step", x, y))
+                series.append(Series("each step", x, y, faint=True))
                 series.append(Series("smoothed", x, _smooth(y)))
             else:
                 series.append(Series(shown, x, y))

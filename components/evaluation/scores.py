@@ -103,9 +103,7 @@ def set_value(rows: pd.DataFrame, metric: str) -> float | None:
     return float(measured["value"].mean())
 
 
-def headline_metrics(
-    table: pd.DataFrame, *, resamples: int, seed: int
-) -> dict[str, float]:
+def headline_metrics(table: pd.DataFrame, *, resamples: int, seed: int) -> dict[str, float]:
     """Flat numbers of `metrics.json`: means by system, gains, 95% limits where n >= 2."""
     out: dict[str, float] = {}
     for system in sorted(set(table["system"])):
@@ -114,7 +112,9 @@ def headline_metrics(
             value = set_value(rows, metric)
             if value is not None and math.isfinite(value):
                 out[f"{system}_{metric}"] = value
-        out[f"{system}_images"] = float(rows[["image", "height", "width"]].drop_duplicates().shape[0])
+        out[f"{system}_images"] = float(
+            rows[["image", "height", "width"]].drop_duplicates().shape[0]
+        )
     for metric in ("psnr_db", "ssim", "nmse"):
         name = "vae_psnr_gain_db" if metric == "psnr_db" else f"vae_{metric}_gain"
         gain = reconstruction_gain(table, metric, resamples=resamples, seed=seed)

@@ -97,6 +97,4 @@ def paired_difference(
     first, second = _finite(before), _finite(after)
     if first.shape != second.shape:
         raise ValueError(f"pairs need equal lengths, got {first.size} and {second.size}")
-    return bootstrap_mean(
-        second - first, resamples=resamples, seed=seed, confidence=confidence
-    )
+    return bootstrap_mean(second - first, resamples=resamples, seed=seed, confidence=confidence)
