@@ -174,3 +174,15 @@ def scan_folder(settings: IngestSettings, root: Path) -> pd.DataFrame:
         if digest is not None:
             seen.setdefault(digest, name)
     return pd.DataFrame(rows)
+
+
+def file_name(uri: str, folder: Path, root: Path) -> str:
+    """Path of a manifest's `uri` below the source folder, with slashes.
+
+    Raises:
+        ValueError: the file is not below the folder.
+    """
+    try:
+        return (root / uri).relative_to(folder).as_posix()
+    except ValueError:
+        raise ValueError(f"{uri}: not below ingest.source; run the ingest stage again") from None

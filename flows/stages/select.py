@@ -1,0 +1,85 @@
+"""Stage `select`: join every signal and apply the selection rules."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from components.corpus.manifest import read_table, write_table
+from components.corpus.selection import REASONS, SETTING_OF, count_by_reason, select
+from flows.stages.contract import StageContext, StageFailed, StageResult
+
+_SIGNALS = ["flat_fraction", "entropy_bits"]
+_QUALITY = ["quality_score", "quality_scorer", "aesthetic", "aesthetic_scorer"]
+_PEOPLE = [
+    "person_count",
+    "person_boxes",
+    "person_scorer",
+    "is_character",
+    "channel",
+    "nsfw_score",
+]
+
+
+def _join(manifest: pd.DataFrame, other: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Replace `columns` by those of `other`; duplicates of one image share its values."""
+    return manifest.drop(columns=columns).merge(
+        other[["image_id", *columns]], on="image_id", how="left", validate="many_to_one"
+    )
+
+
+def _signals(manifest: pd.DataFrame, signals: pd.DataFrame) -> pd.DataFrame:
+    """Add signals; `integrity` becomes the first complaint of header, decoder or engine."""
+    found = signals.assign(decoded=signals["error"].fillna(signals["integrity"]))
+    joined = _join(manifest.assign(decoded=None), found, [*_SIGNALS, "decoded"])
+    header_is_fine = joined["integrity"] == "ok"
+    joined["integrity"] = joined["integrity"].where(~header_is_fine, joined["decoded"])
+    return joined.drop(columns="decoded")
+
+
+def _nothing_kept(counts: dict[str, int]) -> str:
+    """One line: what rejected everything and which setting decides it."""
+    rejected = {reason: counts[f"rejected_{reason}"] for reason in REASONS}
+    listed = ", ".join(f"{reason} {number}" for reason, number in rejected.items() if number)
+    strictest = max(rejected, key=lambda reason: rejected[reason])
+    return (
+        f"select: none of {counts['candidates']} candidates passes ({listed}); "
+        f"look at {SETTING_OF[strictest]} first"
+    )
+
+
+def run(context: StageContext) -> StageResult:
+    """Write `data/select/manifest.parquet` and `data/select/summary.json`.
+
+    Raises:
+        StageFailed: nothing is kept (both files are written all the same).
+    """
+    manifest = read_table(context.input("ingest", "manifest.parquet"))
+    signals = pq.read_table(context.input("signals", "signals.parquet")).to_pandas()
+    quality = pq.read_table(context.input("quality", "quality.parquet")).to_pandas()
+    people = pq.read_table(context.input("people", "people.parquet")).to_pandas()
+    manifest = _signals(manifest, signals)
+    manifest = _join(manifest, quality, _QUALITY)
+    manifest = _join(manifest, people, _PEOPLE)
+    # `qalign` is filled only by the model of that name.
+    is_qalign = manifest["quality_scorer"].str.lower().str.startswith(("qalign", "q-align"))
+    manifest["qalign"] = manifest["quality_score"].where(is_qalign.eq(True))
+    manifest = select(manifest, context.settings.select)
+
+    path = context.output_dir / "manifest.parquet"
+    write_table(manifest, path)
+    counts = count_by_reason(manifest)
+    summary_path = context.output_dir / "summary.json"
+    temporary = summary_path.with_name(".summary.json.partial")
+    temporary.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(summary_path)
+    if counts["kept"] == 0:
+        raise StageFailed(_nothing_kept(counts))
+    return StageResult(
+        metrics={name: float(number) for name, number in counts.items()},
+        artifacts=(summary_path,),
+        datasets={"selection": path},
+        summary=f"{counts['candidates']} candidates, {counts['kept']} kept",
+    )

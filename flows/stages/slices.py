@@ -1,0 +1,48 @@
+"""Stage `slices`: hold images out, assign buckets, and cut the tables that training reads."""
+
+from __future__ import annotations
+
+import json
+
+from components.corpus.manifest import read_table, write_table
+from components.corpus.overview_figure import save_overview
+from components.corpus.slices import SLICES, assign_buckets, slices, split
+from components.training.aspect_buckets import buckets
+from flows.stages.contract import StageContext, StageFailed, StageResult
+
+
+def run(context: StageContext) -> StageResult:
+    """Write `data/slices/{manifest,vae,stage1,stage2,eval}.parquet`, summary.json and overview.png.
+
+    Raises:
+        StageFailed: every kept image is held out, so that none is left to train on.
+    """
+    settings = context.settings.slices
+    manifest = read_table(context.input("caption", "manifest.parquet"))
+    manifest = assign_buckets(manifest, buckets(context.settings.buckets))
+    manifest["split"] = split(manifest, settings, context.settings.project.seed)
+    tables = slices(manifest, settings)
+    if tables["stage1"].empty:
+        raise StageFailed(
+            f"slices: {len(tables['eval'])} kept images are all held out for evaluation and none "
+            f"is left for training; add photographs or lower slices.eval_min_images "
+            f"({settings.eval_min_images}) or slices.eval_fraction ({settings.eval_fraction})"
+        )
+    folder = context.output_dir
+    write_table(manifest, folder / "manifest.parquet")
+    for name in SLICES:
+        write_table(tables[name], folder / f"{name}.parquet")
+    counts = {name: len(tables[name]) for name in SLICES}
+    counts["buckets"] = int(manifest.loc[manifest["kept"].eq(True), "bucket"].nunique())
+    summary = folder / "summary.json"
+    temporary = summary.with_name(".summary.json.partial")
+    temporary.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(summary)
+    figure = folder / "overview.png"
+    save_overview(manifest, context.settings.select, figure)
+    return StageResult(
+        metrics={name: float(number) for name, number in counts.items()},
+        artifacts=(summary, figure),
+        datasets={name: folder / f"{name}.parquet" for name in ("manifest", *SLICES)},
+        summary=", ".join(f"{name} {number}" for name, number in counts.items()),
+    )
