@@ -12,11 +12,22 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from components.models.weights import require_class
+
+# ModelMixin is here for diffusers: to load a component of a saved pipeline, it looks its base class
+# up by this name in the component's own module.
+__all__ = [
+    "DECODE_MODES",
+    "AutoencoderKLF16",
+    "DecodeMode",
+    "ModelMixin",
+    "UpsampledConv2d",
+    "phase_kernels",
+]
 
 DecodeMode: TypeAlias = Literal["aligned", "official_partitioned"]
 DECODE_MODES: tuple[DecodeMode, ...] = ("aligned", "official_partitioned")

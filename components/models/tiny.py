@@ -113,16 +113,23 @@ def _pass_through(resnet: nn.Module) -> None:
             shortcut.weight[range(channels), range(channels), 0, 0] = 1.0
 
 
-def _signals_that_fit(channels: Sequence[int], groups: int, latent_channels: int) -> int:
-    per_group = channels[-1] // groups
-    return min(len(MOMENTS), latent_channels, *channels[:-1], groups * ((per_group - 2) // 2))
+def _moments_that_fit(vae: AutoencoderKLF16) -> tuple[tuple[int, int, int], ...]:
+    """Leading moments that are independent on a patch and for which the widths leave room."""
+    config = vae.config
+    widths, groups = config.block_out_channels, config.norm_num_groups
+    pairs = groups * ((widths[-1] // groups - 2) // 2)
+    room = max(0, min(config.latent_channels, *widths[:-1], pairs))
+    # On n pixels, powers from n on are combinations of the lower ones.
+    patch = vae.spatial_compression
+    independent = [moment for moment in MOMENTS if max(moment[1:]) < patch]
+    return tuple(independent[:room])
 
 
 @torch.no_grad()
-def _make_encoder_linear(vae: AutoencoderKLF16, signals: int) -> None:
+def _make_encoder_linear(vae: AutoencoderKLF16, moments: Sequence[tuple[int, int, int]]) -> None:
     """Set the encoder to the polynomial moments of each patch (see the module docstring)."""
     encoder = vae.encoder
-    moments = MOMENTS[:signals]
+    signals = len(moments)
     pooling = _pooling_kernel(moments)
 
     _zero(encoder.conv_in)
@@ -278,10 +285,10 @@ def build_tiny_autoencoder(
             decode_mode=decode_mode,
         )
     vae.eval()
-    signals = max(_signals_that_fit(widths, norm_num_groups, latent_channels), 0)
-    if signals:
-        _make_encoder_linear(vae, signals)
-    _calibrate(vae, signals, seed)
+    moments = _moments_that_fit(vae)
+    if moments:
+        _make_encoder_linear(vae, moments)
+    _calibrate(vae, len(moments), seed)
     return vae
 
 

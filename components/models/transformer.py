@@ -11,13 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from components.models.resonance_rope import ResonanceRope2D, RopeVariant, grid_ids
 from components.models.weights import require_class
+
+# ModelMixin is here for diffusers: to load a component of a saved pipeline, it looks its base class
+# up by this name in the component's own module.
+__all__ = ["ModelMixin", "UltraFluxTransformer2DModel", "grid_of_ids"]
 
 # Largest integer up to which a dtype holds every integer exactly.
 EXACT_INTEGERS = {torch.bfloat16: 256, torch.float16: 2048}

@@ -115,7 +115,9 @@ def test_configuration_survives_saving_and_loading(tmp_path: Path) -> None:
     assert (config["stride"], config["decode_mode"]) == (2, "official_partitioned")
     assert loaded.decoder.conv_out.decode_mode == "official_partitioned"
     assert loaded.config.scaling_factor == model.config.scaling_factor
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("decode_mode", ["aligned", "official_partitioned"])

@@ -1,0 +1,313 @@
+"""CLIP and T5 text encoders: load a Flux folder, or build tiny ones with their own tokenizers.
+
+Folder layout as in FLUX.1-dev: `tokenizer` and `text_encoder` are CLIP's, `tokenizer_2` and
+`text_encoder_2` are T5's. Nothing here needs a network.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from components.models.weights import WeightsMissing, resolve_folder
+
+CLIP_CONTEXT = 77
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+FOLDERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+DOWNLOAD = "hf download black-forest-labs/FLUX.1-dev --include 'tokenizer*/*' 'text_encoder*/*'"
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """The four text components of a Flux pipeline, under diffusers' names."""
+
+    tokenizer: CLIPTokenizer
+    tokenizer_2: T5TokenizerFast
+    text_encoder: CLIPTextModel
+    text_encoder_2: T5EncoderModel
+
+
+def learn_merges(words: Counter[tuple[str, ...]], count: int) -> list[tuple[str, str]]:
+    """Byte-pair merges of a word count, most frequent pair first.
+
+    Written out because the trainers of `tokenizers` iterate over randomly seeded hash maps and
+    break ties differently in every process; here ties go to the smaller pair.
+
+    Args:
+        words: symbols of each distinct word, with its number of occurrences.
+        count: most merges to learn; fewer when no pair occurs twice.
+
+    Returns:
+        Merges in order.
+    """
+    current = dict(words)
+    merges: list[tuple[str, str]] = []
+    while len(merges) < count:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for symbols, occurrences in current.items():
+            for pair in zip(symbols, symbols[1:], strict=False):
+                pairs[pair] += occurrences
+        if not pairs:
+            break
+        best, occurrences = min(pairs.items(), key=lambda item: (-item[1], item[0]))
+        if occurrences < 2:
+            break
+        merges.append(best)
+        merged: dict[tuple[str, ...], int] = {}
+        for symbols, word_count in current.items():
+            joined = _apply_merge(symbols, best)
+            merged[joined] = merged.get(joined, 0) + word_count
+        current = merged
+    return merges
+
+
+def _apply_merge(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    if pair[0] not in symbols:
+        return symbols
+    out: list[str] = []
+    index = 0
+    while index < len(symbols):
+        if symbols[index : index + 2] == pair:
+            out.append(pair[0] + pair[1])
+            index += 2
+        else:
+            out.append(symbols[index])
+            index += 1
+    return tuple(out)
+
+
+def train_clip_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokenizer:
+    """Byte-level BPE in CLIP's layout: 256 bytes, 256 word-final bytes, merges, two specials.
+
+    Args:
+        captions: training text.
+        vocab_size: wanted size; the 514 fixed entries are always there.
+
+    Returns:
+        Tokenizer with a context of 77.
+    """
+    empty = CLIPTokenizer()
+    normalizer = empty.backend_tokenizer.normalizer
+    splitter = empty.backend_tokenizer.pre_tokenizer
+    words: Counter[tuple[str, ...]] = Counter()
+    for caption in captions:
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)):
+            words[(*word[:-1], word[-1] + WORD_END)] += 1
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    entries = [*alphabet, *(byte + WORD_END for byte in alphabet)]
+    merges = learn_merges(words, max(0, vocab_size - len(entries) - 2))
+    # Two merge orders can spell the same token; the vocabulary holds it once.
+    entries = list(dict.fromkeys([*entries, *(a + b for a, b in merges)]))
+    vocab = {entry: index for index, entry in enumerate([*entries, CLIP_START, CLIP_END])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_CONTEXT)
+
+
+def train_t5_tokenizer(captions: Sequence[str], vocab_size: int) -> T5TokenizerFast:
+    """SentencePiece unigram model in T5's layout (pad 0, end 1, unknown 2), without sentinels.
+
+    Args:
+        captions: training text.
+        vocab_size: wanted size; raised where the text has more distinct characters.
+
+    Returns:
+        Tokenizer with a context of 512.
+    """
+    import sentencepiece
+
+    characters = len(set("".join(captions)))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=max(vocab_size, characters + 16),
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        # One thread: the sums of its EM steps, and so the scores, depend on the split.
+        num_threads=1,
+        minloglevel=2,
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
+
+
+def train_tokenizers(
+    captions: Sequence[str], out_dir: str | Path, *, vocab_size: int = 1000
+) -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """Train both tokenizers and save them as `tokenizer` (CLIP) and `tokenizer_2` (T5).
+
+    Args:
+        captions: training text, at least one non-empty string; the same captions in the same
+            order give the same files.
+        out_dir: parent folder.
+        vocab_size: wanted size of each vocabulary.
+
+    Returns:
+        (CLIP tokenizer, T5 tokenizer).
+
+    Raises:
+        ValueError: no text.
+    """
+    texts = [caption.strip() for caption in captions if caption.strip()]
+    if not texts:
+        raise ValueError("captions: no text to train tokenizers on")
+    clip, t5 = train_clip_tokenizer(texts, vocab_size), train_t5_tokenizer(texts, vocab_size)
+    clip.save_pretrained(Path(out_dir) / "tokenizer")
+    t5.save_pretrained(Path(out_dir) / "tokenizer_2")
+    return clip, t5
+
+
+def _heads(width: int) -> int:
+    """Heads of 16 channels where the width allows it."""
+    return next(heads for heads in (max(width // 16, 1), 4, 2, 1) if width % heads == 0)
+
+
+def build_tiny_text_encoders(
+    out_dir: str | Path,
+    captions: Sequence[str],
+    *,
+    seed: int = 0,
+    t5_dim: int = 64,
+    clip_dim: int = 64,
+    vocab_size: int = 1000,
+    num_layers: int = 2,
+) -> TextEncoders:
+    """Random two-layer CLIP and T5 encoders with tokenizers trained on the captions, saved.
+
+    Args:
+        out_dir: gets the four folders of the layout.
+        captions: training text of the tokenizers.
+        seed: of the weights; the global random state is untouched.
+        t5_dim: width of the T5 embeddings.
+        clip_dim: width of the CLIP embedding.
+        vocab_size: wanted size of each vocabulary.
+        num_layers: layers of each encoder.
+
+    Returns:
+        The encoders in evaluation mode.
+    """
+    clip_tokenizer, t5_tokenizer = train_tokenizers(captions, out_dir, vocab_size=vocab_size)
+    clip_config = CLIPTextConfig(
+        vocab_size=len(clip_tokenizer),
+        hidden_size=clip_dim,
+        intermediate_size=2 * clip_dim,
+        projection_dim=clip_dim,
+        num_hidden_layers=num_layers,
+        num_attention_heads=_heads(clip_dim),
+        max_position_embeddings=CLIP_CONTEXT,
+        bos_token_id=clip_tokenizer.bos_token_id,
+        eos_token_id=clip_tokenizer.eos_token_id,
+        pad_token_id=clip_tokenizer.pad_token_id,
+    )
+    t5_config = T5Config(
+        vocab_size=len(t5_tokenizer),
+        d_model=t5_dim,
+        d_kv=t5_dim // _heads(t5_dim),
+        d_ff=2 * t5_dim,
+        num_layers=num_layers,
+        num_heads=_heads(t5_dim),
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip = CLIPTextModel(clip_config).eval()
+        t5 = T5EncoderModel(t5_config).eval()
+    clip.save_pretrained(Path(out_dir) / "text_encoder")
+    t5.save_pretrained(Path(out_dir) / "text_encoder_2")
+    return TextEncoders(clip_tokenizer, t5_tokenizer, clip, t5)
+
+
+def load_text_encoders(
+    folder: str | Path | None, *, dtype: torch.dtype = torch.float32
+) -> TextEncoders:
+    """Load the four components of a FLUX.1-dev style folder, never from a hub.
+
+    Args:
+        folder: parent of `tokenizer`, `tokenizer_2`, `text_encoder`, `text_encoder_2`.
+        dtype: of the weights.
+
+    Returns:
+        The encoders in evaluation mode.
+
+    Raises:
+        WeightsMissing: a part is not there; names it and the command that gets it.
+    """
+    if folder is None:
+        raise WeightsMissing("Flux text encoders", "(no folder set)", DOWNLOAD)
+    root = Path(folder).expanduser()
+    for name in FOLDERS[:2]:
+        if not (root / name / "tokenizer_config.json").is_file():
+            raise WeightsMissing(f"Flux {name}", root / name, DOWNLOAD)
+    clip = resolve_folder(root / "text_encoder", "Flux CLIP text encoder", DOWNLOAD)
+    t5 = resolve_folder(root / "text_encoder_2", "Flux T5 text encoder", DOWNLOAD)
+    return TextEncoders(
+        tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer", local_files_only=True),
+        tokenizer_2=T5TokenizerFast.from_pretrained(root / "tokenizer_2", local_files_only=True),
+        text_encoder=CLIPTextModel.from_pretrained(
+            clip, local_files_only=True, use_safetensors=True, dtype=dtype
+        ).eval(),
+        text_encoder_2=T5EncoderModel.from_pretrained(
+            t5, local_files_only=True, use_safetensors=True, dtype=dtype
+        ).eval(),
+    )
+
+
+@torch.no_grad()
+def encode_prompts(
+    encoders: TextEncoders, prompts: Sequence[str], max_sequence_length: int = 512
+) -> tuple[Tensor, Tensor]:
+    """Embed prompts as FluxPipeline does: padded, without attention mask (tested equal).
+
+    Flux attends all padded T5 positions, so the length is part of the model's input.
+
+    Args:
+        encoders: the text components.
+        prompts: B strings.
+        max_sequence_length: T5 tokens L; longer prompts are cut.
+
+    Returns:
+        (T5 embeddings (B, L, D), pooled CLIP embedding (B, P)), in the encoders' dtypes.
+    """
+    texts = list(prompts)
+    t5_tokens = encoders.tokenizer_2(
+        texts,
+        padding="max_length",
+        max_length=max_sequence_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    clip_tokens = encoders.tokenizer(
+        texts,
+        padding="max_length",
+        max_length=encoders.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    t5 = encoders.text_encoder_2(t5_tokens.to(encoders.text_encoder_2.device))[0]
+    pooled = encoders.text_encoder(clip_tokens.to(encoders.text_encoder.device)).pooler_output
+    return t5, pooled
