@@ -47,7 +47,7 @@ def phase_kernels(weight: Tensor) -> Tensor:
     """
 
     def fold(kernel: Tensor, dim: int) -> Tensor:
-        first, middle, last = kernel.split(1, dim)
+        first, middle, last = (kernel.narrow(dim, tap, 1) for tap in range(3))
         even = torch.cat((first, middle + last), dim)
         odd = torch.cat((first + middle, last), dim)
         return torch.stack((even, odd))
@@ -96,7 +96,7 @@ class UpsampledConv2d(nn.Conv2d):
         return image
 
 
-class AutoencoderKLF16(AutoencoderKL):  # type: ignore[misc]
+class AutoencoderKLF16(AutoencoderKL):
     """diffusers' AutoencoderKL with `stride` times its spatial compression.
 
     Args (beyond AutoencoderKL's, which have Flux's defaults where they differ):
@@ -104,7 +104,7 @@ class AutoencoderKLF16(AutoencoderKL):  # type: ignore[misc]
         decode_mode: pixel grid of the decoder, see `UpsampledConv2d`; without effect at stride 1.
     """
 
-    @register_to_config  # type: ignore[untyped-decorator]
+    @register_to_config
     def __init__(
         self,
         in_channels: int = 3,
@@ -192,9 +192,7 @@ class AutoencoderKLF16(AutoencoderKL):  # type: ignore[misc]
         self.tile_overlap_factor = 0.25
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: Any, **kwargs: Any
-    ) -> AutoencoderKLF16:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> AutoencoderKLF16:
         """Load an F8 (`AutoencoderKL`) or F16 folder; keyword arguments are diffusers' own.
 
         An F8 folder becomes F16 unless `stride=1` is passed.

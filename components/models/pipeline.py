@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
@@ -26,7 +26,7 @@ def build_scheduler(shift: float = SHIFT) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
 
 
-class UltraFluxPipeline(FluxPipeline):  # type: ignore[misc]
+class UltraFluxPipeline(FluxPipeline):
     """FluxPipeline for `AutoencoderKLF16` and `UltraFluxTransformer2DModel`.
 
     Differences: latents are 8 * stride times smaller than the image, position ids stay float32,
@@ -36,7 +36,7 @@ class UltraFluxPipeline(FluxPipeline):  # type: ignore[misc]
     Text components may be None when prompt embeddings are passed.
     """
 
-    _optional_components = [
+    _optional_components: ClassVar[list[str]] = [
         *FluxPipeline._optional_components,
         *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     ]

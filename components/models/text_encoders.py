@@ -10,6 +10,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def learn_merges(words: Counter[tuple[str, ...]], count: int) -> list[tuple[str,
     while len(merges) < count:
         pairs: Counter[tuple[str, str]] = Counter()
         for symbols, occurrences in current.items():
-            for pair in zip(symbols, symbols[1:], strict=False):
+            for pair in pairwise(symbols):
                 pairs[pair] += occurrences
         if not pairs:
             break

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ def _parent_weight(parent: tuple[int, int, int], child: tuple[int, int, int]) ->
         if k > power:
             return torch.zeros(2, dtype=torch.float64)
         shifts = torch.tensor([-1.0, 1.0], dtype=torch.float64)
-        return math.comb(power, k) * shifts ** (power - k) / 2**power
+        return shifts.pow(power - k) * (math.comb(power, k) / 2**power)
 
     return torch.outer(axis(parent[1], child[1]), axis(parent[2], child[2])) / 4
 
@@ -96,13 +97,14 @@ def _pooling_kernel(moments: Sequence[tuple[int, int, int]]) -> Tensor:
     )
 
 
-def _zero(module: nn.Conv2d | nn.Linear) -> None:
+def _zero(module: Any) -> None:
+    """Set a convolution or linear layer to the zero map."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
-def _pass_through(resnet: nn.Module) -> None:
+def _pass_through(resnet: Any) -> None:
     """Make a residual block the identity on the channels that it keeps."""
     _zero(resnet.conv2)
     shortcut = resnet.conv_shortcut
@@ -179,7 +181,7 @@ def _arrange_pairs(vae: AutoencoderKLF16, signals: int) -> None:
     # its shortcut where it changes their number, else through its otherwise idle branch.
     first = encoder.down_blocks[-1].resnets[0]
     if first.conv_shortcut is not None:
-        mixing: nn.Conv2d = first.conv_shortcut
+        mixing: Any = first.conv_shortcut
         _zero(mixing)
         mixing.weight[slots, range(signals), 0, 0] = 1.0
         mixing.weight[[slot + 1 for slot in slots], range(signals), 0, 0] = -1.0
@@ -341,4 +343,5 @@ def build_tiny_transformer(
         )
     # adaLN-zero's output half: training starts from the mean prediction instead of noise.
     _zero(model.proj_out)
-    return model.eval()
+    model.eval()
+    return model

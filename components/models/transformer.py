@@ -27,7 +27,7 @@ __all__ = ["ModelMixin", "UltraFluxTransformer2DModel", "grid_of_ids"]
 EXACT_INTEGERS = {torch.bfloat16: 256, torch.float16: 2048}
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def grid_of_ids(img_ids: Tensor) -> tuple[int, int]:
     """(tokens_h, tokens_w) of a full set of image position ids (N, 3).
 
@@ -38,7 +38,7 @@ def grid_of_ids(img_ids: Tensor) -> tuple[int, int]:
     return int(highest[0]) + 1, int(highest[1]) + 1
 
 
-class UltraFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[misc]
+class UltraFluxTransformer2DModel(FluxTransformer2DModel):
     """FluxTransformer2DModel whose rotary tables depend on the image's extent in tokens.
 
     Args (beyond FluxTransformer2DModel's):
@@ -47,7 +47,7 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[misc]
         rope_theta: rotary base.
     """
 
-    @register_to_config  # type: ignore[untyped-decorator]
+    @register_to_config
     def __init__(
         self,
         patch_size: int = 1,
@@ -88,8 +88,10 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[misc]
 
     @contextmanager
     def grid_context(self, tokens_h: int, tokens_w: int) -> Iterator[None]:
-        """Fix the grid for forward calls inside, for callers such as stock pipelines that cannot
-        pass `grid_hw` themselves."""
+        """Fix the grid for the forward calls inside.
+
+        For callers that cannot pass `grid_hw` themselves, such as stock pipelines.
+        """
         previous = self._context_grid
         self._context_grid = (tokens_h, tokens_w)
         try:
@@ -153,7 +155,7 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[misc]
         elif txt_ids.ndim == 3:
             txt_ids = txt_ids[0]
         self.pos_embed.grid_hw = grid
-        return super().forward(  # type: ignore[no-any-return]
+        return super().forward(
             hidden_states=hidden_states,
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
@@ -169,7 +171,7 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[misc]
         )
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> UltraFluxTransformer2DModel:
         """Load our folder or a stock Flux folder; keyword arguments are diffusers' own.

@@ -33,7 +33,7 @@ __all__ = [
 
 
 def _capped_log_snr(t: Tensor, gamma: float) -> Tensor:
-    """log min(SNR(t), gamma) of an already clamped t."""
+    """Logarithm of min(SNR(t), gamma) for an already clamped t."""
     return (-2.0 * torch.logit(t)).clamp(max=math.log(gamma))
 
 

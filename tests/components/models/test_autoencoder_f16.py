@@ -149,12 +149,12 @@ def test_slicing_changes_nothing() -> None:
 
 
 def test_bad_settings_and_sizes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^stride:"):
+    with pytest.raises(ValueError, match=r"^stride:"):
         AutoencoderKLF16(stride=3)
-    with pytest.raises(ValueError, match="^decode_mode:"):
+    with pytest.raises(ValueError, match=r"^decode_mode:"):
         AutoencoderKLF16(decode_mode="shifted")
     model = build_tiny_autoencoder(**SHAPE)
-    with pytest.raises(ValueError, match="^tile_px: .* 64"):
+    with pytest.raises(ValueError, match=r"^tile_px: .* 64"):
         model.set_tile_size(100)
     with pytest.raises(ValueError, match="40x32"):
         model.encode(torch.zeros(1, 3, 40, 32))

@@ -97,7 +97,8 @@ def test_a_pipeline_without_text_encoders_survives_saving_and_loading(
 ) -> None:
     UltraFluxPipeline.from_components(pipeline.vae, pipeline.transformer).save_pretrained(tmp_path)
     loaded = UltraFluxPipeline.from_pretrained(tmp_path, local_files_only=True)
-    assert loaded.text_encoder is None and loaded.tokenizer_2 is None
+    assert loaded.text_encoder is None
+    assert loaded.tokenizer_2 is None
 
 
 def test_latents_are_unpacked_row_by_row(pipeline: UltraFluxPipeline) -> None:
@@ -118,9 +119,9 @@ def test_schedule_is_the_statically_shifted_linear_one() -> None:
 
 
 def test_sizes_and_generators_that_do_not_fit_are_refused(pipeline: UltraFluxPipeline) -> None:
-    with pytest.raises(ValueError, match="^height: .* 32, got 100"):
+    with pytest.raises(ValueError, match=r"^height: .* 32, got 100"):
         _sample(pipeline, (100, 64), [1])
-    with pytest.raises(ValueError, match="^generator: expected one per image, 2"):
+    with pytest.raises(ValueError, match=r"^generator: expected one per image, 2"):
         _sample(pipeline, (64, 64), [1], prompt=[PROMPT, PROMPT])
     with pytest.raises(ValueError, match="in_channels"):
         UltraFluxPipeline.from_components(

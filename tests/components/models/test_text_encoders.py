@@ -63,7 +63,8 @@ def test_tokenizers_round_trip_captions_and_have_the_classes_layouts(
     assert t5.convert_tokens_to_ids(["<pad>", "</s>", "<unk>"]) == [0, 1, 2]
     for caption in CAPTIONS:
         tokens = t5(caption).input_ids
-        assert tokens[-1] == 1 and 2 not in tokens
+        assert tokens[-1] == 1
+        assert 2 not in tokens
         assert t5.decode(tokens, skip_special_tokens=True) == caption
     clip = encoders.tokenizer
     tokens = clip("red leaves, Zürich").input_ids
@@ -84,7 +85,9 @@ def test_embeddings_equal_those_of_flux_pipeline(encoders: TextEncoders) -> None
     expected_t5, expected_pooled, text_ids = pipeline.encode_prompt(
         prompts, None, max_sequence_length=40
     )
-    assert t5.shape == (3, 40, 32) and pooled.shape == (3, 48) and text_ids.shape == (40, 3)
+    assert t5.shape == (3, 40, 32)
+    assert pooled.shape == (3, 48)
+    assert text_ids.shape == (40, 3)
     assert torch.equal(t5, expected_t5)
     assert torch.equal(pooled, expected_pooled)
     assert not torch.allclose(pooled[0], pooled[2])

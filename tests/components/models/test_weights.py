@@ -70,5 +70,5 @@ def test_another_class_is_refused(tmp_path: Path) -> None:
     require_class(tmp_path, "vae", ("AutoencoderKL",))
     with pytest.raises(ValueError, match="holds a AutoencoderKL, expected FluxTransformer2DModel"):
         require_class(folder, None, ("FluxTransformer2DModel",))
-    with pytest.raises(WeightsMissing, match="config.json"):
+    with pytest.raises(WeightsMissing, match=r"config\.json"):
         require_class(tmp_path, None, ("AutoencoderKL",))

@@ -40,16 +40,15 @@ def _naive(
         predicted = noised - time * v
         snr = (1 - time) ** 2 / time**2
         capped = torch.minimum(snr, torch.tensor(settings.gamma, dtype=torch.float64))
-        c = settings.c_min + (settings.c_max - settings.c_min) * (
-            capped / settings.gamma
-        ) ** settings.alpha
+        c = (
+            settings.c_min
+            + (settings.c_max - settings.c_min) * (capped / settings.gamma) ** settings.alpha
+        )
         omega = time / (1 - time) * capped**settings.beta
         if settings.time_weight == "fm_exact":
             omega = 2 / time**2
         total = torch.zeros((), dtype=torch.float64)
-        for weight, mine, true in zip(
-            settings.band_weights, haar(predicted), haar(z), strict=True
-        ):
+        for weight, mine, true in zip(settings.band_weights, haar(predicted), haar(z), strict=True):
             total += weight * (c**2 * (torch.sqrt(1 + ((mine - true) / c) ** 2) - 1)).sum()
         losses.append(omega * total / z.numel())
     return torch.stack(losses)
@@ -123,11 +122,10 @@ def test_gradients_are_finite_at_both_ends_of_time(kind: str) -> None:
     velocity, latents, noise = _draw(batch=2)
     velocity.requires_grad_(True)
     t = torch.tensor([0.0, 1.0])
-    loss = snr_huber_wavelet_loss(
-        velocity, latents, noise, t, SnrHuberSettings(time_weight=kind)
-    )
+    loss = snr_huber_wavelet_loss(velocity, latents, noise, t, SnrHuberSettings(time_weight=kind))
     loss.sum().backward()
-    assert torch.isfinite(loss).all() and torch.isfinite(velocity.grad).all()
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(velocity.grad).all()
     assert velocity.grad.abs().sum() > 0
 
 
