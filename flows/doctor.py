@@ -171,5 +171,5 @@ def _services(root: Path) -> Iterator[Finding]:
     if taken and not running:
         ports = ", ".join(map(str, taken))
         yield Finding(
-            "ports", "warning", f"{ports} taken", "ultraflux up --prefect-port/--mlflow-port"
+            "ports", "warning", f"{ports} taken", "ultraflux up --prefect-port N"
         )

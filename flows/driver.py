@@ -22,6 +22,7 @@ from flows.records import (
     Record,
     RunDescription,
     RunResult,
+    Status,
     close_interrupted,
     latest_finished,
     open_record,
@@ -139,7 +140,7 @@ def _description(root: Path, engine: Engine) -> RunDescription:
 
 
 def _result(root: Path, summary: PipelineSummary) -> RunResult:
-    """The pipeline's record: which run made each stage's present result, and the headline report."""
+    """The pipeline's record: which run made each stage's present result, and the report."""
     tags: dict[str, str] = {}
     metrics: dict[str, float] = {"pipeline_seconds": summary.seconds}
     for name, outcome in summary.outcomes.items():
@@ -150,7 +151,7 @@ def _result(root: Path, summary: PipelineSummary) -> RunResult:
             result = made_by.result
             if outcome.status == "skipped" and result is not None:
                 metrics |= {f"{name}.{key}": value for key, value in result.metrics.items()}
-    status = "FINISHED" if summary.ok else "KILLED" if summary.interrupted else "FAILED"
+    status: Status = "FINISHED" if summary.ok else "KILLED" if summary.interrupted else "FAILED"
     counts = [o.status for o in summary.outcomes.values()]
     text = ", ".join(f"{counts.count(kind)} {kind}" for kind in sorted(set(counts)))
     report = root / "data" / "evaluate" / "report.html"

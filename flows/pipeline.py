@@ -62,10 +62,11 @@ def build_flow(runner: StageRunner, report: Report) -> Callable[[], dict[str, St
     Returns:
         A Prefect flow without parameters; calling it returns the outcome of every stage.
     """
+    workers: ThreadPoolTaskRunner[StageOutcome] = ThreadPoolTaskRunner(len(runner.graph) or 1)
 
     @flow(
         name="ultraflux-pipeline",
-        task_runner=ThreadPoolTaskRunner(max_workers=max(1, len(runner.graph))),
+        task_runner=workers,  # type: ignore[arg-type]
         persist_result=False,
     )
     def pipeline() -> dict[str, StageOutcome]:

@@ -61,6 +61,7 @@ class Uploader:
 
     def __init__(self, root: Path) -> None:
         """Connect; the SQLite store is created where it does not exist."""
+        import mlflow
         from mlflow import MlflowClient
 
         self._root = root
@@ -69,6 +70,8 @@ class Uploader:
         uri = tracking_uri(root)
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        # The registry of the SQLite store resolves models through the global URI.
+        mlflow.set_tracking_uri(uri)
         self.client = MlflowClient(tracking_uri=uri)
         self._uri = uri
         self.experiment_id = self._experiment()

@@ -118,7 +118,8 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
     A stage below a stale one is included: `dvc repro` decides when its inputs are there.
     """
     with _repo(root) as repo:
-        status = repo.status()
+        # From outside the repository DVC calls a stage "path/dvc.yaml:name".
+        status = {name.rsplit(":", 1)[-1]: changes for name, changes in repo.status().items()}
     reasons: dict[str, str] = {}
     for name, node in graph.items():
         if status.get(name):
@@ -152,7 +153,7 @@ def stage_key(root: Path, name: str) -> str:
     key can be continued.
     """
     with _repo(root) as repo:
-        stage = repo.stage.load_one(name=name)
+        stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
         parts: list[Any] = [stage.cmd]
         for dep in sorted(stage.deps, key=lambda dep: str(dep.def_path)):
             params = getattr(dep, "params", None)
