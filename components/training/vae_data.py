@@ -139,7 +139,7 @@ def _working_copy(photograph: Photograph, crop_px: int, folder: Path) -> Pixels:
     path = folder / f"{photograph.image_id}-{WORKING_EDGE_IN_CROPS * crop_px}.npy"
     if not path.exists():
         pixels = read_rgb(photograph.path).pixels
-        height, width = working_size(*pixels.shape[:2], crop_px)
+        height, width = working_size(pixels.shape[0], pixels.shape[1], crop_px)
         if (height, width) != pixels.shape[:2]:
             image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
             pixels = np.asarray(image)

@@ -1,0 +1,148 @@
+"""What a VAE training run leaves behind: the autoencoder, tables, crops and a figure.
+
+Everything depends on inputs and settings only; durations stay in the metric log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from components.evaluation.fidelity import ssim
+from components.models.autoencoder_f16 import AutoencoderKLF16
+from components.training.vae_data import Pixels
+from components.training.vae_trainer import VaeTraining, mean_psnr_db
+
+KINDS = ("original", "before", "after")
+GRID_CROPS = 12
+_GAP_PX = 4
+_WHITE = 255
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary name in the same folder, then rename."""
+    temporary = path.with_name(f".{path.name}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary folder, then put it where `path` is."""
+    temporary = path.with_name(f".{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(temporary, path)
+
+
+def history_table(history: Sequence[dict[str, float]]) -> pd.DataFrame:
+    """Columns step, loss, loss_<term>..., grad_norm, psnr_db; NaN where not measured."""
+    table = pd.DataFrame(history)
+    terms = sorted(name for name in table.columns if name.startswith("loss_"))
+    columns = ["step", "loss", *terms, "grad_norm", "psnr_db"]
+    return table.reindex(columns=columns).astype({"step": "int64"})
+
+
+def headline_metrics(training: VaeTraining) -> dict[str, float]:
+    """PSNR and SSIM on the held-out crops before and after, and the first and last loss.
+
+    PSNR in dB and SSIM are means over crops; losses are means over a tenth of the steps.
+    """
+    crops, before, after = training.held_out, training.before, training.after
+
+    def mean_ssim(images: Sequence[Pixels]) -> float:
+        return float(np.mean([ssim(x, y) for x, y in zip(crops, images, strict=True)]))
+
+    psnr_before, psnr_after = mean_psnr_db(crops, before), mean_psnr_db(crops, after)
+    losses = [row["loss"] for row in training.history if "loss" in row]
+    tenth = max(1, len(losses) // 10)
+    return {
+        "psnr_before_db": psnr_before,
+        "psnr_after_db": psnr_after,
+        "psnr_gain_db": psnr_after - psnr_before,
+        "ssim_before": mean_ssim(before),
+        "ssim_after": mean_ssim(after),
+        "loss_first": float(np.mean(losses[:tenth])),
+        "loss_last": float(np.mean(losses[-tenth:])),
+    }
+
+
+def crop_grid(training: VaeTraining) -> Pixels:
+    """Original, before and after of the first crops, two crops to a row, uint8 (H, W, 3)."""
+    kinds = (training.held_out, training.before, training.after)
+    triples = [
+        np.concatenate([_framed(image) for image in images], axis=1)
+        for images in list(zip(*kinds, strict=True))[:GRID_CROPS]
+    ]
+    if len(triples) % 2:
+        triples.append(np.full_like(triples[0], _WHITE))
+    rows = [np.concatenate(pair, axis=1) for pair in zip(triples[0::2], triples[1::2], strict=True)]
+    return np.concatenate(rows, axis=0)
+
+
+def _framed(image: Pixels) -> Pixels:
+    return np.pad(image, ((0, _GAP_PX), (0, _GAP_PX), (0, 0)), constant_values=_WHITE)
+
+
+def draw_curves(table: pd.DataFrame, path: Path) -> None:
+    """Training loss (each step and rolling mean) and held-out PSNR, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    # The canvas of the figure itself: pyplot would pick a backend for the whole process.
+    FigureCanvasAgg(figure)
+    loss, psnr = figure.subplots(1, 2)
+    loss.plot(table["step"], table["loss"], linewidth=0.6, alpha=0.5, label="step")
+    smooth = table["loss"].rolling(max(1, len(table) // 20), min_periods=1).mean()
+    loss.plot(table["step"], smooth, label="rolling mean")
+    loss.set(title="training loss", xlabel="step", yscale="log")
+    loss.legend()
+    measured = table.dropna(subset=["psnr_db"])
+    psnr.plot(measured["step"], measured["psnr_db"], marker="o")
+    psnr.set(title="PSNR on held-out crops", xlabel="step", ylabel="dB")
+    metadata = {"Software": None}
+    replace_file(path, lambda to: figure.savefig(to, dpi=110, format="png", metadata=metadata))
+
+
+def export_training(
+    autoencoder: AutoencoderKLF16, training: VaeTraining, folder: Path
+) -> dict[str, float]:
+    """Write everything into `folder`; returns the headline metrics.
+
+    Files: `autoencoder/` (diffusers folder, safetensors), `history.csv`, `metrics.json`,
+    `crops/NN_{original,before,after}.png`, `crops.png`, `curves.png`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_folder(
+        folder / "autoencoder",
+        lambda to: autoencoder.save_pretrained(to, safe_serialization=True),
+    )
+    table = history_table(training.history)
+    replace_file(
+        folder / "history.csv", lambda to: table.to_csv(to, index=False, lineterminator="\n")
+    )
+    draw_curves(table, folder / "curves.png")
+
+    def save_crops(to: Path) -> None:
+        for kind, images in zip(
+            KINDS, (training.held_out, training.before, training.after), strict=True
+        ):
+            for number, image in enumerate(images):
+                Image.fromarray(image).save(to / f"{number:02d}_{kind}.png")
+
+    replace_folder(folder / "crops", save_crops)
+    grid = Image.fromarray(crop_grid(training))
+    replace_file(folder / "crops.png", lambda to: grid.save(to, format="PNG"))
+    metrics = headline_metrics(training)
+    text = json.dumps(metrics, indent=2, sort_keys=True) + "\n"
+    replace_file(folder / "metrics.json", lambda to: to.write_text(text, encoding="utf-8"))
+    return metrics

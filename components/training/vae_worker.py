@@ -1,0 +1,122 @@
+"""Run VAE post-training in this process, or in several ranks on this host.
+
+`python -m components.training.vae_worker JOB.json` is what a launched rank executes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from components.models.base_autoencoder import load_base_autoencoder
+from components.settings import AutoencoderSettings, RuntimeSettings, VaeSettings
+from components.training.distributed import (
+    Ranks,
+    deterministic_torch,
+    exit_with_parent,
+    launch,
+    open_ranks,
+)
+from components.training.metric_log import MetricLog
+from components.training.vae_data import Photograph, WorkingCopies
+from components.training.vae_export import export_training
+from components.training.vae_trainer import train_vae
+
+JOB_FILE = "job.json"
+
+
+class PhotographFile(BaseModel):
+    """One original, as it travels to the ranks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_id: str
+    path: Path
+
+
+class VaeJob(BaseModel):
+    """Everything that decides a run; travels to the ranks as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: VaeSettings
+    autoencoder: AutoencoderSettings
+    runtime: RuntimeSettings
+    seed: int
+    root: Path
+    """Repository root: relative weight folders start here."""
+    photographs: tuple[PhotographFile, ...]
+    held_out: tuple[PhotographFile, ...]
+    state_dir: Path
+    """Checkpoints, working copies of photographs, batches that made the loss diverge."""
+    export_dir: Path
+    metrics: Path
+    """JSONL metric log."""
+
+
+def run_job(job: VaeJob) -> None:
+    """Train, and export to `job.export_dir`; continues from the newest checkpoint.
+
+    Raises:
+        LossNotFinite: training diverged (with several ranks: `TrainingFailed`).
+    """
+    job.state_dir.mkdir(parents=True, exist_ok=True)
+    # Before any rank starts, so that they do not all decode the same files.
+    _copies(job, job.photographs)
+    _copies(job, job.held_out)
+    if job.runtime.processes == 1:
+        train_here(job)
+        return
+    path = job.state_dir / JOB_FILE
+    temporary = path.with_name(f".{JOB_FILE}.{os.getpid()}")
+    temporary.write_text(job.model_dump_json(indent=1), encoding="utf-8")
+    temporary.replace(path)
+    launch(
+        "components.training.vae_worker",
+        [str(path.resolve())],
+        job.runtime.processes,
+        job.runtime.device,
+        job.runtime.torch_threads,
+    )
+
+
+def _copies(job: VaeJob, files: tuple[PhotographFile, ...]) -> WorkingCopies:
+    photographs = [Photograph(file.image_id, file.path) for file in files]
+    return WorkingCopies(photographs, job.settings.crop_px, job.state_dir / "photographs")
+
+
+def train_here(job: VaeJob) -> None:
+    """This process's share of the training; rank 0 exports."""
+    with deterministic_torch(job.runtime.torch_threads), open_ranks(job.runtime.device) as ranks:
+        _train(job, ranks)
+
+
+def _train(job: VaeJob, ranks: Ranks) -> None:
+    autoencoder = load_base_autoencoder(job.autoencoder, job.seed, job.root)
+    training = train_vae(
+        autoencoder,
+        _copies(job, job.photographs),
+        _copies(job, job.held_out),
+        job.settings,
+        ranks,
+        seed=job.seed,
+        state_dir=job.state_dir,
+        metrics=MetricLog(job.metrics),
+    )
+    if ranks.is_first:
+        export_training(autoencoder.cpu(), training, job.export_dir)
+    ranks.barrier()
+
+
+def main() -> None:
+    """Entry point of a launched rank."""
+    exit_with_parent()
+    text = Path(sys.argv[1]).read_text(encoding="utf-8")
+    train_here(VaeJob.model_validate_json(text, strict=False))
+
+
+if __name__ == "__main__":
+    main()
