@@ -45,7 +45,8 @@ MOMENTS: tuple[tuple[int, int, int], ...] = (
 CONSTANT = 64.0
 LOG_VARIANCE = -20.0
 CALIBRATION_IMAGES = 8
-CALIBRATION_PX = 256
+# 32 x 32 latents at most: the middle block attends over all of them.
+CALIBRATION_LATENTS, CALIBRATION_PX = 32, 256
 
 
 def synthetic_images(count: int, size_px: int, seed: int) -> Tensor:
@@ -216,7 +217,8 @@ def _set_readout(vae: AutoencoderKLF16, matrix: Tensor, offset: Tensor | None) -
 @torch.no_grad()
 def _calibrate(vae: AutoencoderKLF16, signals: int, seed: int) -> None:
     """Whiten the latents of synthetic images, then store their remaining mean and spread."""
-    images = synthetic_images(CALIBRATION_IMAGES, CALIBRATION_PX, seed)
+    size_px = min(CALIBRATION_PX, CALIBRATION_LATENTS * vae.spatial_compression)
+    images = synthetic_images(CALIBRATION_IMAGES, size_px, seed)
     latent_channels = vae.config.latent_channels
     if signals:
         raw = vae.encode(images).latent_dist.mode()[:, :signals]
