@@ -122,7 +122,9 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
         status = {name.rsplit(":", 1)[-1]: changes for name, changes in repo.status().items()}
     reasons: dict[str, str] = {}
     for name, node in graph.items():
-        if status.get(name):
+        if lock_entry(root, name) is None:
+            reasons[name] = "never run"
+        elif status.get(name):
             reasons[name] = _reason(status[name])
         else:
             behind = [upstream for upstream in node.upstream if upstream in reasons]
