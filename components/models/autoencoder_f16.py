@@ -207,6 +207,8 @@ class AutoencoderKLF16(AutoencoderKL):
             ("AutoencoderKLF16", "AutoencoderKL"),
         )
         model: AutoencoderKLF16 = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # diffusers records the folder in the configuration; saved bytes must not depend on it.
+        model.register_to_config(_name_or_path="")
         return model
 
     def _encode(self, x: Tensor) -> Tensor:

@@ -190,6 +190,8 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
         model: UltraFluxTransformer2DModel = super().from_pretrained(
             pretrained_model_name_or_path, **kwargs
         )
+        # diffusers records the folder in the configuration; saved bytes must not depend on it.
+        model.register_to_config(_name_or_path="")
         return model
 
 

@@ -82,6 +82,8 @@ def test_rope_settings_survive_saving_and_loading(tmp_path: Path) -> None:
     assert (loaded.config.rope_variant, loaded.config.rope_window) == ("paper", 3)
     expected = model(**_inputs(), grid_hw=(5, 3)).sample
     assert torch.equal(loaded(**_inputs(), grid_hw=(5, 3)).sample, expected)
+    loaded.save_pretrained(tmp_path / "again")
+    assert str(tmp_path) not in (tmp_path / "again" / "config.json").read_text()
 
 
 def test_stock_flux_folder_loads_and_takes_rope_settings(tmp_path: Path) -> None:
