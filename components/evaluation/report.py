@@ -47,6 +47,7 @@ SYSTEM_NAMES = {
     scores.GENERATED: "generated",
     scores.PHOTOGRAPHS: "held-out photographs",
 }
+_IMAGE_KEYS = ["system", "image", "height", "width"]
 _DETAIL_METRICS = (
     "glcm_score",
     "compression_ratio",
@@ -210,8 +211,9 @@ def _image_table(title: str, table: pd.DataFrame) -> ImageTable:
     present = set(table["metric"])
     metrics = [c for c in CARDS if c.id in present]
     rows = []
-    groups = table.groupby(["system", "image", "height", "width"], sort=True)
-    for (system, image, height, width), group in groups:
+    groups = table.groupby(_IMAGE_KEYS, sort=True)
+    for _, group in groups:
+        system, image, height, width = (group[name].iloc[0] for name in _IMAGE_KEYS)
         values = dict(zip(group["metric"], group["value"], strict=True))
         measured = [(c.id, float(values.get(c.id, math.nan))) for c in metrics]
         cells = tuple(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{real:.0f}" if "e+" in text else text
 
 
-def _text(row: dict[str, Any], column: str) -> str:
+def _text(row: Mapping[Any, Any], column: str) -> str:
     value = row.get(column)
     return "" if value is None or (not isinstance(value, str) and pd.isna(value)) else str(value)
 
@@ -152,7 +153,7 @@ _FACTS = (
 )
 
 
-def _photograph(row: dict[str, Any], jpeg: bytes | None, split: str) -> Photograph:
+def _photograph(row: Mapping[Any, Any], jpeg: bytes | None, split: str) -> Photograph:
     picture = ""
     if jpeg:
         with Image.open(io.BytesIO(jpeg)) as image:
@@ -266,6 +267,7 @@ def _columns(table: pd.DataFrame, wanted: str) -> list[str]:
         str(name)
         for name in table.columns
         if wanted in str(name)
+        and "_band_" not in str(name)
         and name not in _NO_SERIES_COLUMNS
         and pd.api.types.is_numeric_dtype(table[name])
     ]
@@ -303,6 +305,9 @@ def _validation_figure(path: Path, title: str) -> list[Figure]:
     table = pd.read_csv(path)
     if not {"step", "level", "loss"} <= set(table.columns):
         return []
+    if "weights" in table.columns:
+        # One curve per level: of the weights as trained, not of their moving average.
+        table = table[table["weights"] == "raw"]
     series = []
     for level, rows in table.groupby("level", sort=True):
         name = f"t = {number(level, 3)}" if not isinstance(level, str) else str(level)
@@ -333,7 +338,7 @@ def read_crops(data_dir: Path, limit: int) -> list[CropTriple]:
             with Image.open(original) as image:
                 edge = max(image.size)
             uris = [picture_uri(path, 1024) for path in paths]
-            triples.append(CropTriple(name, *uris, size_px=edge))
+            triples.append(CropTriple(name, uris[0], uris[1], uris[2], edge))
     return triples
 
 

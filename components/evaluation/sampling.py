@@ -22,6 +22,8 @@ from components.progress import track
 from components.settings import Settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from components.models.pipeline import UltraFluxPipeline
 
 KEY_CHUNK = "ultraflux_key"
@@ -116,16 +118,28 @@ def request_key(
 
 
 def model_folders(root: Path, settings: Settings) -> dict[str, Path]:
-    """Folders of the trained model below a repository root: vae, transformer, text encoders."""
+    """Folders of the trained model below a repository root, by kind."""
     encoders = root / "data" / "text_embeddings" / "encoders"
     pretrained = settings.models.text_encoders.pretrained
     if not encoders.is_dir() and pretrained is not None:
         encoders = root / pretrained
     return {
-        "vae": root / "data" / "vae" / "autoencoder",
+        "autoencoder": root / "data" / "vae" / "autoencoder",
         "transformer": root / "data" / "dit_stage2" / settings.generate.weights,
         "text_encoders": encoders,
     }
+
+
+def model_digests(folders: dict[str, Path]) -> dict[str, str]:
+    """Content digest of each of `model_folders`; of the text encoders only the four parts count."""
+    from components.models.text_encoders import FOLDERS
+    from components.models.weights import folder_digest
+
+    digests = {kind: folder_digest(folders[kind]) for kind in ("autoencoder", "transformer")}
+    # A FLUX.1-dev folder also holds what is not read here.
+    parts = [f"{name}={folder_digest(folders['text_encoders'] / name)}" for name in FOLDERS]
+    digests["text_encoders"] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return digests
 
 
 def load_pipeline(root: Path, settings: Settings) -> UltraFluxPipeline:
@@ -153,7 +167,7 @@ def load_pipeline(root: Path, settings: Settings) -> UltraFluxPipeline:
     dtype = torch.bfloat16 if settings.runtime.device == "cuda" else torch.float32
     pipeline = UltraFluxPipeline.from_components(
         AutoencoderKLF16.from_pretrained(
-            resolve_folder(folders["vae"], "trained autoencoder", train),
+            resolve_folder(folders["autoencoder"], "trained autoencoder", train),
             torch_dtype=dtype,
             local_files_only=True,
         ).eval(),
@@ -167,7 +181,8 @@ def load_pipeline(root: Path, settings: Settings) -> UltraFluxPipeline:
     )
     # None: no bar of its own where stderr is not a terminal.
     pipeline.set_progress_bar_config(disable=None, leave=False)
-    return pipeline.to(settings.runtime.device)
+    pipeline.to(settings.runtime.device)
+    return pipeline
 
 
 def sampler_settings(settings: Settings) -> SamplerSettings:
@@ -217,7 +232,7 @@ def _save(
 
 
 def generate_images(
-    pipeline: UltraFluxPipeline | Callable[[], UltraFluxPipeline],
+    load: Callable[[], UltraFluxPipeline],
     requests: Iterable[GenerationRequest],
     out_dir: Path,
     *,
@@ -228,7 +243,7 @@ def generate_images(
     """Make every requested image that `out_dir` does not hold already.
 
     Args:
-        pipeline: the pipeline, or a function that loads it; called only if an image is missing.
+        load: gives the pipeline; called once, and only if an image is missing.
         requests: what to make; names must be distinct.
         out_dir: folder for `<name>.png`, created.
         sampler: steps, guidance and so on.
@@ -254,16 +269,18 @@ def generate_images(
         key = request_key(request, sampler, digests)
         if _embedded_key(path) != key:
             if loaded is None:
-                loaded = _load(pipeline)
+                loaded = load()
             # On the CPU, so that a seed means the same noise on every device.
             generator = torch.Generator("cpu").manual_seed(request.seed)
+            # Embedded here and not by the pipeline, which would warn about every long caption.
+            text, pooled = _embed(loaded, request.prompt, sampler.max_sequence_length)
             image = loaded(
-                prompt=request.prompt,
+                prompt_embeds=text,
+                pooled_prompt_embeds=pooled,
                 height=request.height,
                 width=request.width,
                 num_inference_steps=sampler.num_inference_steps,
                 guidance_scale=sampler.guidance_scale,
-                max_sequence_length=sampler.max_sequence_length,
                 generator=generator,
             ).images[0]
             _save(image, path, request, sampler, digests, key)
@@ -271,11 +288,16 @@ def generate_images(
     return done
 
 
-def _load(pipeline: UltraFluxPipeline | Callable[[], UltraFluxPipeline]) -> UltraFluxPipeline:
-    from diffusers import DiffusionPipeline
+def _embed(pipeline: UltraFluxPipeline, prompt: str, length: int) -> tuple[Tensor, Tensor]:
+    from components.models.text_encoders import TextEncoders, encode_prompts
 
-    # A pipeline is callable itself, so the class decides.
-    return pipeline if isinstance(pipeline, DiffusionPipeline) else pipeline()  # type: ignore[operator, return-value]
+    encoders = TextEncoders(
+        tokenizer=pipeline.tokenizer,
+        tokenizer_2=pipeline.tokenizer_2,
+        text_encoder=pipeline.text_encoder,
+        text_encoder_2=pipeline.text_encoder_2,
+    )
+    return encode_prompts(encoders, [prompt], length)
 
 
 def _record(

@@ -59,7 +59,8 @@ def scores_table(scores: Iterable[Score]) -> pd.DataFrame:
 def values_of(table: pd.DataFrame, system: str, metric: str) -> pd.DataFrame:
     """Finite rows of one system and metric."""
     rows = table[(table["system"] == system) & (table["metric"] == metric)]
-    return rows[np.isfinite(rows["value"].to_numpy(dtype=np.float64))]
+    finite: pd.DataFrame = rows.loc[np.isfinite(rows["value"].to_numpy(dtype=np.float64))]
+    return finite
 
 
 def mean_estimate(

@@ -14,13 +14,12 @@ import torch
 from PIL import Image
 
 from components.corpus.decoding import read_rgb
-from components.evaluation import gate, sampling, scores
+from components.evaluation import gate, scores
 from components.evaluation.reconstruction import fidelity_metrics, reconstruct
 from components.evaluation.report import build_report
 from components.evaluation.texture import texture_metrics
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.base_autoencoder import load_base_autoencoder
-from components.models.weights import folder_digest
 from components.progress import track
 from components.training.aspect_buckets import Bucket, fit_to_bucket
 from flows.stages.contract import StageContext, StageResult
@@ -40,9 +39,8 @@ def run(context: StageContext) -> StageResult:
         resamples=settings.evaluate.bootstrap_resamples,
         seed=settings.project.seed,
     )
-    metrics |= _validation_loss(context)
-    folders = sampling.model_folders(context.root, settings)
-    digests = {name: folder_digest(folder) for name, folder in folders.items()}
+    metrics = dict(sorted((metrics | _validation_loss(context)).items()))
+    digests: dict[str, str] = _generations(context)[0]["digests"]
     decision = gate.decide(metrics, settings.promote, digests)
     page = build_report(context.root, settings, table=table, metrics=metrics, decision=decision)
 
@@ -112,10 +110,13 @@ def _pixels(context: StageContext, uri: str) -> ImageArray:
     return pixels
 
 
-def _generated_scores(context: StageContext) -> Iterator[scores.Score]:
+def _generations(context: StageContext) -> list[dict[str, Any]]:
     log = context.input("generate", "generations.jsonl")
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    for record in track(records, "evaluate images"):
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+def _generated_scores(context: StageContext) -> Iterator[scores.Score]:
+    for record in track(_generations(context), "evaluate images"):
         with Image.open(context.input("generate", "images", record["file"])) as image:
             rgb = np.asarray(image.convert("RGB"))
         size = (int(record["height"]), int(record["width"]))

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from components.evaluation import sampling
-from components.models.weights import folder_digest
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 _CELL_PX = 320
@@ -32,7 +31,7 @@ def run(context: StageContext) -> StageResult:
     context.input("dit_stage2", settings.generate.weights)
     folders = sampling.model_folders(context.root, settings)
     torch.set_num_threads(settings.runtime.torch_threads)
-    digests = {name: folder_digest(folder) for name, folder in folders.items()}
+    digests = sampling.model_digests(folders)
     requests = sampling.make_requests(prompts, settings.generate.sizes, settings.generate.seed)
     finished = context.state_dir / "images"
     generations = sampling.generate_images(
