@@ -61,7 +61,8 @@ class Expectation:
 
     name: str
     severity: str
-    passed: bool
+    status: str
+    """passed, failed or skipped."""
     detail: str
 
 
@@ -227,29 +228,27 @@ def read_contract(data_dir: Path) -> Contract | None:
     if not path.exists():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
-    lines = result.get("expectations") or result.get("results") or []
-    expectations = tuple(
-        Expectation(
-            name=_expectation_name(line),
-            severity=str(line.get("severity", "")),
-            passed=bool(line.get("success", line.get("passed", False))),
-            detail=str(line.get("detail") or line.get("meaning") or line.get("description") or ""),
-        )
-        for line in lines
-    )
     page = data_dir / "validate" / "report.html"
     return Contract(
-        success=bool(result.get("success", all(e.passed for e in expectations))),
-        expectations=expectations,
+        success=bool(result["success"]),
+        expectations=tuple(_expectation(entry) for entry in result["expectations"]),
         page="../validate/report.html" if page.exists() else "",
     )
 
 
-def _expectation_name(line: dict[str, Any]) -> str:
-    kind = str(line.get("expectation") or line.get("type") or line.get("name") or "expectation")
-    column = line.get("column")
-    kind = kind.removeprefix("expect_").replace("_", " ")
-    return f"{column}: {kind}" if column else kind
+def _expectation(entry: Mapping[str, Any]) -> Expectation:
+    kind = str(entry["expectation"]).removeprefix("expect_").replace("_", " ")
+    column = entry.get("column")
+    detail = str(entry.get("why") or "")
+    if entry["status"] == "failed":
+        found = entry.get("observed") or f"{entry['unexpected']} of {entry['checked']} rows"
+        detail = f"{found}; {detail}" if detail else str(found)
+    return Expectation(
+        name=f"{column}: {kind}" if column else kind,
+        severity=str(entry["severity"]),
+        status=str(entry["status"]),
+        detail=detail,
+    )
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -77,10 +77,21 @@ def write_samples(data: Path) -> None:
     (data / "generate" / "generations.jsonl").write_text(line + "\n")
 
 
+def write_contract(data: Path) -> None:
+    entry = {"expectation": "expect_column_values_to_not_be_null", "column": "uri"}
+    entry |= {"severity": "critical", "status": "passed", "why": ATTACK, "observed": None}
+    failed = entry | {"status": "failed", "severity": "warning", "unexpected": 2, "checked": 7}
+    document = {"success": True, "expectations": [entry, failed]}
+    (data / "validate").mkdir()
+    (data / "validate" / "results.json").write_text(json.dumps(document))
+    (data / "validate" / "report.html").write_text("<p>page</p>")
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     data = tmp_path / "data"
     write_corpus(data)
+    write_contract(data)
     write_training(data)
     write_samples(data)
     return tmp_path
@@ -138,8 +149,8 @@ def test_text_from_outside_is_escaped(root: Path, settings: Settings) -> None:
     assert ATTACK not in html
     assert "<script>alert" not in html
     text = "".join(Page(html).text)
-    # The caption, the photographer and the prompt show it as text.
-    assert text.count('<script>alert("x")') == 3
+    # Caption, photographer, prompt and the reasons of two expectations show it as text.
+    assert text.count('<script>alert("x")') == 5
     assert "山间湖泊" in text
 
 
@@ -158,6 +169,17 @@ def test_rejections_show_value_and_threshold_and_unjudged_rows_count_as_rejected
     assert "flatness: 0.8 against 0.5" in text
     assert "3 candidates, 1 accepted, 2 rejected" in text
     assert "unreadable" in text
+
+
+def test_the_contracts_result_names_what_failed_and_links_its_page(
+    root: Path, settings: Settings
+) -> None:
+    html = render(root, settings)
+    assert 'href="../validate/report.html"' in html
+    text = " ".join("".join(Page(html).text).split())
+    assert "1 of 2 expectations hold" in text
+    assert "uri: column values to not be null" in text
+    assert "2 of 7 rows" in text
 
 
 def test_every_section_link_has_its_target(root: Path, settings: Settings) -> None:
