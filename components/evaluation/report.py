@@ -224,6 +224,8 @@ def _image_table(title: str, table: pd.DataFrame) -> ImageTable:
         rows.append(
             ImageRow(shown, SYSTEM_NAMES.get(system, system), int(height), int(width), cells)
         )
+    order = list(SYSTEM_NAMES.values())
+    rows.sort(key=lambda row: order.index(row.system) if row.system in order else len(order))
     columns = tuple(f"{c.name} {c.arrow}".strip() for c in metrics)
     return ImageTable(title, columns, tuple(rows[:ROW_LIMIT]), len(rows))
 

@@ -161,7 +161,7 @@ def _photograph(row: Mapping[Any, Any], jpeg: bytes | None, split: str) -> Photo
             picture = thumbnail_uri(image, _THUMBNAIL_PX)
     reject = ""
     if not row["kept"]:
-        reject = _text(row, "reject_reason") or "rejected"
+        reject = _text(row, "reject_reason").replace("_", " ") or "rejected"
         value, threshold = row.get("reject_value"), row.get("reject_threshold")
         if not pd.isna(value):
             reject += f": {number(value)}"
