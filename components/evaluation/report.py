@@ -338,7 +338,7 @@ def build_report(
         .render(
             title=f"{settings.project.name}: run report",
             profile=settings.project.profile,
-            is_tiny=settings.models.transformer.pretrained is None,
+            is_tiny=settings.models.autoencoder.pretrained is None,
             seed=settings.project.seed,
             css=_asset("report.css"),
             js=_asset("report.js"),

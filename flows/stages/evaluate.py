@@ -28,7 +28,7 @@ ImageArray = npt.NDArray[np.uint8]
 
 
 def run(context: StageContext) -> StageResult:
-    """Write `data/evaluate/{scores.parquet, metrics.json, gate.json, report.html}`."""
+    """Write `data/evaluate/{scores.parquet, metrics.json, report.html}`."""
     settings = context.settings
     torch.set_num_threads(settings.runtime.torch_threads)
     held_out = pd.read_parquet(context.input("slices", "eval.parquet"))
@@ -45,20 +45,17 @@ def run(context: StageContext) -> StageResult:
     page = build_report(context.root, settings, table=table, metrics=metrics, decision=decision)
 
     out = context.output_dir
-    paths = {
-        name: out / name for name in ("scores.parquet", "metrics.json", "gate.json", "report.html")
-    }
+    paths = {name: out / name for name in ("scores.parquet", "metrics.json", "report.html")}
     temporary = out / ".scores.parquet"
     table.to_parquet(temporary, index=False)
     temporary.replace(paths["scores.parquet"])
     _write(paths["metrics.json"], json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-    _write(paths["gate.json"], json.dumps(decision, indent=2, sort_keys=True) + "\n")
     _write(paths["report.html"], page)
     verdict = "gate passed" if decision["promoted"] else "gate not passed"
     gain = metrics.get("vae_psnr_gain_db")
     return StageResult(
         metrics=metrics,
-        artifacts=(paths["report.html"], paths["metrics.json"], paths["gate.json"]),
+        artifacts=(paths["report.html"], paths["metrics.json"]),
         datasets={"scores": paths["scores.parquet"]},
         tags={f"sha256.{name}": digest for name, digest in digests.items()},
         summary=f"{len(table)} scores, "
