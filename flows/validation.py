@@ -20,7 +20,7 @@ import pyarrow as pa
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from components.corpus.manifest import write_parquet
+from components.corpus.parquet_files import write_parquet
 from components.settings import Settings
 
 RESULTS_VERSION = 1

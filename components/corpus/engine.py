@@ -4,34 +4,26 @@ Every item runs in a worker process, so that a decoder that crashes, hangs or ea
 item: its row says so and the rest goes on. Finished rows are kept in small Parquet shards, each
 written aside and renamed; a run that was killed repeats only what had not reached a shard. Rows
 come out in the order of the items, whatever the number of workers.
-
-Workers are started with "spawn": a fresh interpreter inherits no threads, locks or accelerator
-contexts from a parent that may be training or serving, and its memory at start is its own, which
-makes the headroom limit mean something. It costs about half a second per worker.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import resource
-import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pebble import ProcessExpired, ProcessPool
 
-from components.corpus.manifest import write_parquet
+from components.corpus.parquet_files import write_parquet, write_row_groups
+from components.corpus.worker_pool import EngineLimits, Failure, WorkerPool
 from components.progress import track
+
+__all__ = ["EngineLimits", "code_digest", "join_shards", "map_items"]
 
 MAX_SHARD_ROWS = 512
 _MIN_SHARDS = 16
@@ -39,18 +31,6 @@ _MIN_SHARDS = 16
 
 Row = dict[str, Any]
 Function = Callable[[Any], Row]
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What one item may cost; none of it changes a result."""
-
-    workers: int
-    timeout_s: float
-    memory_mb: int
-    """MiB of address space above what a worker holds when it is ready."""
-    retries: int
-    """Further attempts after a crash, a timeout or an exception."""
 
 
 def code_digest(*modules: ModuleType) -> str:
@@ -72,89 +52,14 @@ def _fingerprint(stage: str, key: Mapping[str, Any], ids: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _prepare_worker(memory_mb: int) -> None:
-    """Leave Ctrl-C to the parent, one thread per worker, bounded memory."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import cv2
-
-    cv2.setNumThreads(1)
-    held_pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = held_pages * resource.getpagesize() + memory_mb * 2**20
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-
-
-def _failure(problem: BaseException, limits: EngineLimits) -> str:
-    """The text of a quarantined row: no addresses, ids or times, so that it is reproducible."""
-    if isinstance(problem, FutureTimeoutError):
-        return f"quarantined: no result within {limits.timeout_s:g} s"
-    if isinstance(problem, ProcessExpired):
-        code = problem.exitcode
-        if code is not None and code < 0:
-            return f"quarantined: worker killed by {signal.Signals(-code).name}"
-        return f"quarantined: worker exited with status {code}"
-    if isinstance(problem, MemoryError):
-        return f"quarantined: more than {limits.memory_mb} MiB needed"
-    detail = " ".join(str(problem).split())
-    return f"quarantined: {type(problem).__name__}: {detail}".rstrip(": ")
-
-
-class _Attempts:
-    """One scheduled item with its remaining retries."""
-
-    def __init__(
-        self, pool: ProcessPool, function: Function, payload: Any, limits: EngineLimits
-    ) -> None:
-        self._arguments = (pool, function, payload)
-        self._limits = limits
-        self._future = self._schedule()
-
-    def _schedule(self) -> Any:
-        pool, function, payload = self._arguments
-        return pool.schedule(function, args=[payload], timeout=self._limits.timeout_s)
-
-    def result(self) -> Row | str:
-        """The function's row, or the text of the last failure."""
-        for attempt in range(self._limits.retries + 1):
-            try:
-                return self._future.result()
-            except Exception as problem:
-                failure = _failure(problem, self._limits)
-            if attempt < self._limits.retries:
-                self._future = self._schedule()
-        return failure
-
-
-def _results(
-    function: Function, payloads: Iterable[Any], limits: EngineLimits
-) -> Iterator[Row | str]:
-    """Results in the order of `payloads`; a bounded number is in flight."""
-    pool = ProcessPool(
-        max_workers=limits.workers,
-        initializer=_prepare_worker,
-        initargs=[limits.memory_mb],
-        context=multiprocessing.get_context("spawn"),
-    )
-    remaining = iter(payloads)
-    in_flight: deque[_Attempts] = deque()
-    finished = False
-    try:
-        while True:
-            for payload in islice(remaining, 4 * limits.workers - len(in_flight)):
-                in_flight.append(_Attempts(pool, function, payload, limits))
-            if not in_flight:
-                break
-            yield in_flight.popleft().result()
-        finished = True
-    finally:
-        # On Ctrl-C or an error the rest is dropped; shards on disk stay.
-        if finished:
-            pool.close()
-        else:
-            pool.stop()
-        pool.join()
+def _row(stage: str, schema: pa.Schema, image_id: str, result: Row | Failure) -> Row:
+    """The finished row of one item."""
+    if isinstance(result, Failure):
+        return {"image_id": image_id, "error": f"quarantined: {result.message}"}
+    unknown = sorted(set(result) - set(schema.names))
+    if unknown:
+        raise ValueError(f"{stage}: row keys {unknown} are not in the schema")
+    return {**result, "image_id": image_id}
 
 
 def map_items(
@@ -197,17 +102,16 @@ def map_items(
     wanted = set(pending)
     todo = (payload for row, payload in enumerate(payloads) if row // size in wanted)
     done = len(ids) - sum(len(chunks[index]) for index in pending)
-    results = _results(function, todo, limits)
+    results = WorkerPool(function, limits).map(todo)
     tracked = track(results, stage, total=len(ids), initial=done)
-    for index in pending:
-        rows = []
-        for image_id, result in zip(chunks[index], tracked, strict=False):
-            row = {"error": result} if isinstance(result, str) else result
-            unknown = sorted(set(row) - set(schema.names))
-            if unknown:
-                raise ValueError(f"{stage}: row keys {unknown} are not in the schema")
-            rows.append({**row, "image_id": image_id})
-        write_parquet(pa.Table.from_pylist(rows, schema=schema), shards[index])
+    # Closing stops the workers at once when this function leaves early.
+    with closing(results):
+        for index in pending:
+            chunk = list(zip(chunks[index], tracked, strict=False))
+            rows = [_row(stage, schema, image_id, result) for image_id, result in chunk]
+            write_parquet(pa.Table.from_pylist(rows, schema=schema), shards[index])
+        # Past the last item, so that the bar and the workers finish properly.
+        assert next(tracked, None) is None
     return shards
 
 
@@ -216,9 +120,5 @@ def join_shards(shards: Sequence[Path], schema: pa.Schema, path: Path) -> None:
 
     One shard is in memory at a time. The bytes depend on rows and their number alone.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        for shard in shards:
-            writer.write_table(pq.read_table(shard, columns=schema.names).cast(schema))
-    temporary.replace(path)
+    tables = (pq.read_table(shard, columns=schema.names).cast(schema) for shard in shards)
+    write_row_groups(tables, schema, path)

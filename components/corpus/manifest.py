@@ -12,6 +12,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from components.corpus.parquet_files import write_parquet
+
 SCHEMA_VERSION = 1
 _VERSION_KEY = b"ultraflux.manifest.schema_version"
 
@@ -69,14 +71,6 @@ SCHEMA = pa.schema(
     ],
     metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()},
 )
-
-
-def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write any Arrow table, atomically and with the same bytes for the same table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)
 
 
 def to_arrow(frame: pd.DataFrame, schema: pa.Schema) -> pa.Table:

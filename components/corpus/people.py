@@ -14,16 +14,17 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 from components.corpus.decoding import decode_rgb
 from components.corpus.derivatives import Derivative
 from components.corpus.flat_regions import grayscale
-from components.corpus.scores import read_external_scores
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FACE_SCORER = "skimage-lbp-frontal-face-v1"
 
@@ -132,6 +133,11 @@ def people_from_table(path: Path, image_ids: list[str], min_score: float) -> pd.
     Raises:
         ValueError: see `read_external_scores`, or boxes that are no such JSON.
     """
+    # Here, not above: workers import this module and have no use for pandas.
+    import pandas as pd
+
+    from components.corpus.scores import read_external_scores
+
     table = read_external_scores(
         path,
         image_ids,

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from components.corpus import decoding, flat_regions, quality
 from components.corpus.derivatives import derivative_ids, read_derivatives
 from components.corpus.engine import EngineLimits, code_digest, join_shards, map_items
-from components.corpus.manifest import to_arrow, write_parquet
+from components.corpus.manifest import to_arrow
+from components.corpus.parquet_files import write_parquet
 from components.corpus.scores import read_external_scores
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
