@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -73,7 +74,7 @@ def training_environment(device: Device, ranks_on_this_host_only: bool = True) -
         ranks_on_this_host_only: keep gloo on the loopback interface (no address look-ups, and
             nothing listens on the network).
     """
-    environment = {"DS_ACCELERATOR": device}
+    environment: dict[str, str] = {"DS_ACCELERATOR": device}
     if device == "cuda":
         # cuBLAS is deterministic only with a fixed workspace.
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -98,7 +99,7 @@ def open_ranks(device: Device) -> Iterator[Ranks]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
         torch.cuda.set_device(local_rank)
-    store = dist.HashStore() if world_size == 1 else None
+    store = dist.HashStore() if world_size == 1 else None  # type: ignore[attr-defined]
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )
@@ -106,6 +107,17 @@ def open_ranks(device: Device) -> Iterator[Ranks]:
     try:
         yield Ranks(rank, world_size, target)
     finally:
+        _leave_ranks()
+
+
+def _leave_ranks() -> None:
+    """Destroy the process group, and DeepSpeed's references to it where DeepSpeed was used."""
+    if "deepspeed" in sys.modules:
+        from deepspeed import comm
+
+        if comm.is_initialized():
+            comm.destroy_process_group()
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -163,7 +175,12 @@ def launch(module: str, arguments: list[str], processes: int, device: Device, th
 
 
 def exit_with_parent() -> None:
-    """End this process when its standard input closes: whoever launched it is gone."""
+    """End this process when the pipe at its standard input closes: its launcher is gone.
+
+    Without a pipe (a terminal, /dev/null) there is nothing to watch.
+    """
+    if not stat.S_ISFIFO(os.fstat(0).st_mode):
+        return
 
     def watch() -> None:
         while os.read(0, 4096):
@@ -223,9 +240,9 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Without this entry DeepSpeed does not compile its shared-memory collective (no compiler
-    # needed); gloo does the work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed asks this table only whether to compile a shared-memory collective; gloo does that
+    # work. Reading the table would first probe every native operator with the compiler.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay

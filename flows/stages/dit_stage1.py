@@ -7,5 +7,5 @@ from flows.stages.dit import run_dit
 
 
 def run(context: StageContext) -> StageResult:
-    """Train on every image of the split 'train'; see `flows.stages.dit.run_dit`."""
-    return run_dit(context, context.settings.dit_stage1, train_slice=None)
+    """Train on `data/slices/stage1.parquet`; see `flows.stages.dit.run_dit`."""
+    return run_dit(context, context.settings.dit_stage1, context.input("slices", "stage1.parquet"))

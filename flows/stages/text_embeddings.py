@@ -37,6 +37,7 @@ def run(context: StageContext) -> StageResult:
         context.input("slices", "manifest.parquet"), columns=["image_id", "split", "caption_en"]
     )
     rows = rows[rows["split"].isin(["train", "eval"])].sort_values("image_id")
+    rows = rows.drop_duplicates("image_id")
     silent = rows[rows["caption_en"].fillna("").str.strip() == ""]
     if not silent.empty:
         raise StageFailed(

@@ -52,9 +52,7 @@ def test_any_step_in_any_order_equals_walking_the_steps(corpus, batch_size, step
 def test_ranks_and_micro_batches_put_together_are_the_global_batch(corpus, world, micro, step):
     batch = BatchPlan(corpus, batch_size=12, seed=1).batch(step)
     parts = [
-        part
-        for rank in range(world)
-        for part in batch.rank_slice(rank, world).micro_batches(micro)
+        part for rank in range(world) for part in batch.rank_slice(rank, world).micro_batches(micro)
     ]
     assert sum((part.sample_ids for part in parts), ()) == batch.sample_ids
     assert sum((part.occurrences for part in parts), ()) == batch.occurrences

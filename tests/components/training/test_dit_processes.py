@@ -1,0 +1,95 @@
+"""Training processes as they are run: killed with SIGKILL, and two at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from components.training.checkpoints import CheckpointStore
+from components.training.dit_trainer import DitJob
+from components.training.dit_worker import run_job
+from components.training.metric_log import MetricLog
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("training_environment_restored")]
+TIMINGS = {"images_per_s", "data_wait_s"}
+PATIENCE_S = 240.0
+
+
+def start(job: DitJob) -> subprocess.Popen[bytes]:
+    job.state_dir.mkdir(parents=True, exist_ok=True)
+    path = job.state_dir / "job.json"
+    path.write_text(job.model_dump_json())
+    command = [sys.executable, "-m", "components.training.dit_worker", str(path)]
+    root = Path(__file__).resolve().parents[3]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.PIPE)
+
+
+def finish(job: DitJob) -> None:
+    process = start(job)
+    assert process.wait(PATIENCE_S) == 0
+
+
+def kill_after(job: DitJob, steps: int) -> None:
+    """Start the job and kill it once `steps` steps are logged."""
+    process = start(job)
+    deadline = time.monotonic() + PATIENCE_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if job.metrics.exists() and len(MetricLog(job.metrics).series("loss")[0]) >= steps:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, "the job ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def rows(job: DitJob) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in row.items() if name not in TIMINGS}
+        for row in MetricLog(job.metrics).rows()
+    ]
+
+
+def weights(job: DitJob) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(job.export_dir)): path.read_bytes()
+        for path in sorted(job.export_dir.rglob("*.safetensors"))
+    }
+
+
+def test_killed_and_resumed_training_equals_undisturbed_training_byte_for_byte(
+    make_dit_job, tmp_path
+):
+    options = {"steps": 60, "checkpoint_every": 10, "validate_every": 20}
+    whole = make_dit_job(tmp_path / "whole", **options)
+    run_job(whole)
+    killed = make_dit_job(tmp_path / "killed", **options)
+    kill_after(killed, steps=15)
+    done = CheckpointStore(killed.state_dir / "checkpoints", keep=2).latest()
+    assert done is not None
+    assert 10 <= done[0] < 60
+    finish(killed)
+    assert weights(killed) == weights(whole)
+    assert len(weights(whole)) == 2
+    assert rows(killed) == rows(whole)
+
+
+def test_two_processes_follow_the_trajectory_of_one(make_dit_job, tmp_path):
+    options = {"steps": 6, "precision": "fp32", "checkpoint_every": 3, "validate_every": 3}
+    alone = make_dit_job(tmp_path / "alone", **options)
+    run_job(alone)
+    pair = make_dit_job(tmp_path / "pair", processes=2, **options)
+    run_job(pair)
+    for one, two in zip(rows(alone), rows(pair), strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
+    # ZeRO's shards belong to their number of ranks: said before anything is overwritten.
+    with pytest.raises(ValueError, match="written by 2 processes"):
+        run_job(pair.model_copy(update={"runtime": alone.runtime}))
