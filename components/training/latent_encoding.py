@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from components.corpus.decoding import read_rgb
+from components.corpus.decoding import MAX_MEGAPIXELS, ImageUndecodable, read_rgb
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.base_autoencoder import encoder_digest
 from components.objectives.haar import BAND_NAMES, haar
@@ -27,7 +27,7 @@ from components.progress import track
 from components.settings import LatentsSettings
 from components.training.aspect_buckets import Bucket, fit_to_bucket
 from components.training.latent_store import LatentStore, LatentStoreWriter
-from components.training.vae_data import to_model
+from components.training.pixel_range import to_model
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,12 @@ def encode(autoencoder: AutoencoderKLF16, images_BCHW: Tensor) -> Tensor:
     return (mode - (autoencoder.config.shift_factor or 0.0)) * autoencoder.config.scaling_factor
 
 
-def load_image(item: EncodingItem) -> Tensor:
+def load_image(item: EncodingItem, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
     """The photograph resized to cover its bucket and cropped to it, (3, H, W) in [-1, 1]."""
-    image = Image.fromarray(read_rgb(item.path).pixels)
+    try:
+        image = Image.fromarray(read_rgb(item.path, max_megapixels=max_megapixels).pixels)
+    except ImageUndecodable as problem:
+        raise ImageUndecodable(f"{item.path.name}: {problem}") from problem
     return to_model([np.asarray(fit_to_bucket(image, item.bucket))])[0]
 
 
@@ -112,6 +115,7 @@ def encode_corpus(
     work_dir: Path,
     destination: Path,
     device: str = "cpu",
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> LatentStore:
     """Encode all items and publish the store; continues where a killed run stopped.
 
@@ -122,6 +126,7 @@ def encode_corpus(
         work_dir: state of unfinished work, private to this corpus and these settings.
         destination: folder of the finished store.
         device: where the encoder runs.
+        max_megapixels: bound on decoded photographs.
 
     Raises:
         ImageUndecodable: a photograph cannot be read.
@@ -137,7 +142,7 @@ def encode_corpus(
     stored = writer.stored()
     pending = [batch for batch in plan if batch[0].image_id not in stored]
     for batch in track(pending, "latents", total=len(plan), initial=len(plan) - len(pending)):
-        images = torch.stack([load_image(item) for item in batch]).to(device)
+        images = torch.stack([load_image(item, max_megapixels) for item in batch]).to(device)
         bucket = batch[0].bucket
         latents = encode(autoencoder, images)
         members = [(item.image_id, item.split) for item in batch]

@@ -17,15 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from PIL import Image
 from torch import Tensor
 
-from components.corpus.decoding import read_rgb
+from components.corpus.decoding import MAX_MEGAPIXELS, ImageUndecodable, read_rgb
 from components.progress import track
-
-Pixels = npt.NDArray[np.uint8]
+from components.training.pixel_range import Pixels, to_model
 
 WORKING_EDGE_IN_CROPS = 16
 # First entry of the random key: training and held-out crops never share a stream.
@@ -64,13 +61,21 @@ def working_size(height: int, width: int, crop_px: int) -> tuple[int, int]:
 class WorkingCopies:
     """Memory-mapped uint8 RGB arrays of photographs, made when missing."""
 
-    def __init__(self, photographs: Sequence[Photograph], crop_px: int, folder: Path) -> None:
+    def __init__(
+        self,
+        photographs: Sequence[Photograph],
+        crop_px: int,
+        folder: Path,
+        *,
+        max_megapixels: float = MAX_MEGAPIXELS,
+    ) -> None:
         """Decode what is not there yet.
 
         Args:
             photographs: originals, in the order that `Crop.photograph` counts.
             crop_px: edge of the crops.
             folder: where the copies are kept; a later start reuses them.
+            max_megapixels: bound on decoded originals.
 
         Raises:
             ValueError: no photographs.
@@ -82,7 +87,7 @@ class WorkingCopies:
         folder.mkdir(parents=True, exist_ok=True)
         self.crop_px = crop_px
         self.arrays = [
-            _working_copy(photograph, crop_px, folder)
+            _working_copy(photograph, crop_px, folder, max_megapixels)
             for photograph in track(photographs, "photographs")
         ]
 
@@ -123,22 +128,15 @@ class WorkingCopies:
         return Crop(photograph, top, left, flip=key[0] == _TRAINING and bool(rng.integers(2)))
 
 
-def to_model(images: Sequence[Pixels]) -> Tensor:
-    """Images of one size to (B, 3, H, W) float32 in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack(images))
-    return stacked.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
-
-
-def to_pixels(images_BCHW: Tensor) -> list[Pixels]:
-    """(B, 3, H, W) in [-1, 1] to clipped and rounded uint8 images (H, W, 3)."""
-    scaled = ((images_BCHW.detach().float().cpu() + 1.0) * 127.5).clamp(0.0, 255.0).round()
-    return list(scaled.permute(0, 2, 3, 1).contiguous().to(torch.uint8).numpy())
-
-
-def _working_copy(photograph: Photograph, crop_px: int, folder: Path) -> Pixels:
+def _working_copy(
+    photograph: Photograph, crop_px: int, folder: Path, max_megapixels: float
+) -> Pixels:
     path = folder / f"{photograph.image_id}-{WORKING_EDGE_IN_CROPS * crop_px}.npy"
     if not path.exists():
-        pixels = read_rgb(photograph.path).pixels
+        try:
+            pixels = read_rgb(photograph.path, max_megapixels=max_megapixels).pixels
+        except ImageUndecodable as problem:
+            raise ImageUndecodable(f"{photograph.path.name}: {problem}") from problem
         height, width = working_size(pixels.shape[0], pixels.shape[1], crop_px)
         if (height, width) != pixels.shape[:2]:
             image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from components.evaluation.fidelity import ssim
 from components.models.autoencoder_f16 import AutoencoderKLF16
-from components.training.vae_data import Pixels
+from components.training.pixel_range import Pixels
 from components.training.vae_trainer import VaeTraining, mean_psnr_db
 
 KINDS = ("original", "before", "after")

@@ -31,7 +31,8 @@ from components.settings import VaeSettings
 from components.training.checkpoints import CheckpointStore, load_state, save_state
 from components.training.distributed import Ranks
 from components.training.metric_log import MetricLog
-from components.training.vae_data import Crop, Pixels, WorkingCopies, to_model, to_pixels
+from components.training.pixel_range import Pixels, to_model, to_pixels
+from components.training.vae_data import Crop, WorkingCopies
 
 MAX_GRAD_NORM = 1.0
 """Gradient clipping of the training engine; from random weights single batches spike without it."""

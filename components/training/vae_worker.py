@@ -52,6 +52,8 @@ class VaeJob(BaseModel):
     held_out: tuple[PhotographFile, ...]
     state_dir: Path
     """Checkpoints, working copies of photographs, batches that made the loss diverge."""
+    max_megapixels: float
+    """Bound on decoded photographs."""
     export_dir: Path
     metrics: Path
     """JSONL metric log."""
@@ -85,7 +87,12 @@ def run_job(job: VaeJob) -> None:
 
 def _copies(job: VaeJob, files: tuple[PhotographFile, ...]) -> WorkingCopies:
     photographs = [Photograph(file.image_id, file.path) for file in files]
-    return WorkingCopies(photographs, job.settings.crop_px, job.state_dir / "photographs")
+    return WorkingCopies(
+        photographs,
+        job.settings.crop_px,
+        job.state_dir / "photographs",
+        max_megapixels=job.max_megapixels,
+    )
 
 
 def train_here(job: VaeJob) -> None:

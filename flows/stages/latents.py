@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from components.corpus.decoding import ImageUndecodable
 from components.corpus.manifest import read_table
 from components.models.base_autoencoder import load_base_autoencoder
 from components.models.weights import WeightsMissing
 from components.objectives.haar import BAND_NAMES
+from components.training.checkpoints import write_atomically
 from components.training.distributed import deterministic_torch
 from components.training.latent_encoding import band_energy_shares, encode_corpus, encoding_items
 from components.training.latent_store import LatentStore
-from components.training.vae_export import replace_file
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
-TABLES = ("stage1", "stage2", "eval")
+# Stage 2 is a part of stage 1.
+TABLES = ("stage1", "eval")
 
 
 def run(context: StageContext) -> StageResult:
@@ -40,15 +43,19 @@ def run(context: StageContext) -> StageResult:
         raise StageFailed(
             "latents: the slices are empty; relax the rules in `select` or add photos"
         )
-    with deterministic_torch(settings.runtime.torch_threads):
-        store = encode_corpus(
-            items,
-            autoencoder,
-            settings.latents,
-            work_dir=context.state_dir / "encoding",
-            destination=context.output_dir,
-            device=settings.runtime.device,
-        )
+    try:
+        with deterministic_torch(settings.runtime.torch_threads):
+            store = encode_corpus(
+                items,
+                autoencoder,
+                settings.latents,
+                work_dir=context.state_dir / "encoding",
+                destination=context.output_dir,
+                device=settings.runtime.device,
+                max_megapixels=settings.ingest.max_megapixels,
+            )
+    except ImageUndecodable as problem:
+        raise StageFailed(f"latents: {problem}") from problem
     bands = band_energy_shares(store)
     return _describe(context.output_dir, store, bands)
 
@@ -56,10 +63,8 @@ def run(context: StageContext) -> StageResult:
 def _describe(folder: Path, store: LatentStore, bands: pd.DataFrame) -> StageResult:
     summary = _summary(store, bands)
     text = json.dumps(summary, indent=2, sort_keys=True) + "\n"
-    replace_file(folder / "summary.json", lambda to: to.write_text(text, encoding="utf-8"))
-    replace_file(
-        folder / "bands.csv", lambda to: bands.to_csv(to, index=False, lineterminator="\n")
-    )
+    write_atomically(folder / "summary.json", text.encode())
+    write_atomically(folder / "bands.csv", bands.to_csv(index=False, lineterminator="\n").encode())
     _draw_bands(bands, folder / "bands.png")
     return StageResult(
         metrics={name: float(v) for name, v in summary.items() if isinstance(v, (int, float))},
@@ -117,5 +122,6 @@ def _draw_bands(bands: pd.DataFrame, path: Path) -> None:
     axes.set_xticks(list(positions), [name.upper() for name in BAND_NAMES])
     axes.set(title="Haar band energy of the latents", ylabel="share of energy", ylim=(0, 1))
     axes.legend()
-    metadata = {"Software": None}
-    replace_file(path, lambda to: figure.savefig(to, dpi=110, format="png", metadata=metadata))
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110, format="png", metadata={"Software": None})
+    write_atomically(path, content.getvalue())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from components.corpus.decoding import ImageUndecodable
 from components.corpus.manifest import read_table
 from components.models.weights import WeightsMissing, folder_digest
 from components.training.distributed import TrainingFailed
@@ -44,12 +45,19 @@ def run(context: StageContext) -> StageResult:
         photographs=_photographs(context, "vae"),
         held_out=_photographs(context, "eval"),
         state_dir=context.state_dir,
+        max_megapixels=settings.ingest.max_megapixels,
         export_dir=context.output_dir,
         metrics=context.metrics.path,
     )
     try:
         run_job(job)
-    except (LossNotFinite, TrainingFailed, PhotographTooSmall, WeightsMissing) as problem:
+    except (
+        ImageUndecodable,
+        LossNotFinite,
+        PhotographTooSmall,
+        TrainingFailed,
+        WeightsMissing,
+    ) as problem:
         raise StageFailed(f"vae: {problem}") from problem
     return _describe(context.output_dir, settings.vae.steps)
 

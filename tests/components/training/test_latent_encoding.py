@@ -26,7 +26,7 @@ from components.training.latent_encoding import (
     load_image,
     plan_digest,
 )
-from components.training.vae_data import to_pixels
+from components.training.pixel_range import to_pixels
 
 SETTINGS = LatentsSettings(batch_size=2, dtype="float32", shard_mb=1)
 SIZES = ((96, 160), (160, 96), (128, 128))

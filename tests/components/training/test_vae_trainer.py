@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from components.corpus.decoding import ImageUndecodable
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.base_autoencoder import encoder_digest
 from components.models.tiny import build_tiny_autoencoder, synthetic_images
@@ -23,12 +24,11 @@ from components.settings import ReconstructionSettings, VaeSettings
 from components.training.checkpoints import load_state
 from components.training.distributed import Ranks, deterministic_torch, open_ranks
 from components.training.metric_log import MetricLog
+from components.training.pixel_range import to_model, to_pixels
 from components.training.vae_data import (
     Photograph,
     PhotographTooSmall,
     WorkingCopies,
-    to_model,
-    to_pixels,
     working_size,
 )
 from components.training.vae_export import export_training, history_table
@@ -314,3 +314,9 @@ def test_a_photograph_below_the_crop_size_is_named(tmp_path: Path) -> None:
     Image.new("RGB", (40, 200)).save(tmp_path / "thin.png")
     with pytest.raises(PhotographTooSmall, match=r"thin\.png"):
         WorkingCopies([Photograph("t", tmp_path / "thin.png")], CROP_PX, tmp_path / "cache")
+
+
+def test_an_unreadable_photograph_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8not a picture")
+    with pytest.raises(ImageUndecodable, match=r"broken\.jpg"):
+        WorkingCopies([Photograph("b", tmp_path / "broken.jpg")], CROP_PX, tmp_path / "cache")
