@@ -41,8 +41,9 @@ PEOPLE_SCHEMA = pa.schema(
     ]
 )
 
-# Scan of the derivative: faces of 32 px and more, 20% steps in scale, every position.
-_MIN_FACE_PX = 32
+# Scan of the derivative: faces of 40 px and more, 20% steps in scale, every position (coarser steps
+# miss plain portraits).
+_MIN_FACE_PX = 40
 _SCALE_FACTOR = 1.2
 _STEP_RATIO = 1.0
 # Windows that must agree on a face; the library's 4 finds faces in leaves and tiles.

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -193,7 +193,7 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._failed_starts = 0
 
-    def map(self, payloads: Iterable[Any]) -> Iterator[Any]:
+    def map(self, payloads: Iterable[Any]) -> Generator[Any, None, None]:
         """Results in the order of `payloads`, a `Failure` for an item that keeps failing.
 
         Payloads are read only as fast as results are taken.

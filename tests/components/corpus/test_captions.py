@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from components.corpus.captions import Caption, check_caption, join_captions, read_captions
+from components.settings import CaptionSettings
+
+ROOT = Path(__file__).parents[3]
+SETTINGS = CaptionSettings(provider="shipped", file="captions.jsonl", min_words=3, max_words=6)
+LONG = "a calm lake below red hills"
+
+
+@pytest.mark.parametrize(
+    ("caption", "status"),
+    [
+        (None, "missing"),
+        (Caption("  \n", "湖"), "missing"),
+        (Caption(LONG, None), "ok"),
+        (Caption(LONG, "  "), "ok"),
+        (Caption(LONG, "红色山丘下的湖"), "ok"),
+        (Caption("a calm lake", None), "ok"),
+        (Caption("calm lake", None), "too_short"),
+        (Caption(LONG + " today", None), "too_long"),
+        (Caption("红色 山丘 下的湖", None), "wrong_language"),
+        (Caption("красные холмы над озером", None), "wrong_language"),
+        (Caption("1 2 3 4", None), "wrong_language"),
+        (Caption(LONG, "a lake"), "wrong_language"),
+        (Caption("I’m sorry, I cannot see it", None), "refusal"),
+        (Caption(LONG, "抱歉，我无法描述"), "refusal"),
+        (Caption("a red café named 湖 Orléans", None), "ok"),
+    ],
+)
+def test_captions_are_judged(caption: Caption | None, status: str) -> None:
+    assert check_caption(caption, SETTINGS)[0] == status
+
+
+def test_every_shipped_caption_is_usable() -> None:
+    sample = ROOT / "data" / "sample"
+    files = {path.name for path in sample.glob("*.jpg")}
+    captions = read_captions(sample / "captions.jsonl", files)
+    shipped = SETTINGS.model_copy(update={"min_words": 60, "max_words": 130})
+    assert set(captions) == files
+    assert {check_caption(caption, shipped)[0] for caption in captions.values()} == {"ok"}
+
+
+def line(file: str, **changes: object) -> str:
+    return json.dumps({"file": file, "caption_en": LONG, "caption_zh": None} | changes)
+
+
+def test_captions_with_line_separators_inside_are_one_line_each(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    record = {"file": "a", "caption_en": "one\u2028two three"}
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\n\n" + line("b"))
+    assert set(read_captions(path, {"a", "b"})) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([line("a"), "{not json"], "c.jsonl line 2: not JSON"),
+        (["[1]"], "c.jsonl line 1: expected an object"),
+        ([line("a"), line("b"), line("a")], "c.jsonl line 3: 'a' has a caption already"),
+        ([line("a"), line("zebra")], "c.jsonl line 2: 'zebra' is not a photograph"),
+        ([line("a", caption_en=5)], "c.jsonl line 1: 'caption_en' must be text, got 5"),
+        ([json.dumps({"caption_en": LONG})], "c.jsonl line 1: 'file' must be text"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        read_captions(tmp_path / "c.jsonl", {"a", "b"})
+
+
+def test_a_missing_or_binary_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"c\.jsonl: not found.*caption\.file"):
+        read_captions(tmp_path / "c.jsonl", set())
+    (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="not UTF-8 at byte 0"):
+        read_captions(tmp_path / "c.jsonl", set())
+
+
+def test_only_kept_rows_are_rejected_for_their_caption() -> None:
+    table = pd.DataFrame(
+        {
+            "kept": [True, True, True, False],
+            "reject_reason": pd.Series([None, None, None, "entropy"], dtype=object),
+            "reject_value": [None, None, None, 5.0],
+            "reject_threshold": [None, None, None, 7.0],
+        }
+    )
+    files = pd.Series(["good", "short", "none", "rejected"])
+    captions = {"good": Caption(LONG, "湖"), "short": Caption("calm lake", None)}
+    result = join_captions(table, files, captions, SETTINGS)
+    assert result["kept"].tolist() == [True, False, False, False]
+    assert result["caption_status"].tolist() == ["ok", "too_short", "missing", "missing"]
+    assert result["reject_reason"].tolist()[1:] == ["caption", "caption", "entropy"]
+    assert result["reject_value"].tolist()[1] == 2.0
+    assert result["reject_threshold"].tolist()[1] == 3.0
+    assert pd.isna(result["reject_value"][2])
+    assert (result["reject_value"][3], result["reject_threshold"][3]) == (5.0, 7.0)
+    assert table["kept"].tolist() == [True, True, True, False]

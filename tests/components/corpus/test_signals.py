@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from components.corpus.signals import (
+    CANDIDATE_SCHEMA,
+    Candidate,
+    derivative_jpeg,
+    measure_candidate,
+    measure_image,
+)
+
+ROOT = Path(__file__).parents[3]
+KEYS = [
+    "path",
+    "width",
+    "height",
+    "entropy_bits",
+    "flat_fraction",
+    "glcm_score",
+    "glcm_entropy_bits",
+    "jpeg95_ratio",
+]
+
+
+def candidate(path: Path) -> Candidate:
+    return Candidate(path, patch_px=240, flat_variance=800.0, derivative_px=256, max_megapixels=400)
+
+
+def test_measure_image_gives_the_official_values_under_the_stable_keys() -> None:
+    path = ROOT / "data" / "sample" / "galen-crout-175291.jpg"
+    with (ROOT / "tests" / "reference" / "signals.csv").open() as file:
+        expected = next(row for row in csv.DictReader(file) if row["file"] == path.name)
+    row = measure_image(path)
+    assert list(row) == KEYS
+    assert row["path"] == str(path)
+    assert (row["width"], row["height"]) == (2768, 1560)
+    assert row["entropy_bits"] == float(expected["shannon_entropy"])
+    assert row["flat_fraction"] == float(expected["flat_percentage"])
+    assert row["glcm_score"] == pytest.approx(float(expected["glcm_score"]), abs=1e-12)
+    assert row["jpeg95_ratio"] > 1
+
+
+def test_what_is_not_measurable_is_null_with_an_error(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"nothing")
+    row = measure_image(bad)
+    assert list(row) == [*KEYS, "error"]
+    assert [row[key] for key in KEYS[1:]] == [None] * 7
+    Image.new("RGB", (50, 50)).save(tmp_path / "small.png")
+    small = measure_image(tmp_path / "small.png")
+    assert small["glcm_score"] is None
+    assert small["error"] == "GLCM: no 64x64 patch fits"
+    assert small["entropy_bits"] == 0.0
+
+
+def test_a_candidate_row_fits_the_schema_and_agrees_with_measure_image() -> None:
+    path = ROOT / "data" / "sample" / "ng-32703.jpg"
+    row = measure_candidate(candidate(path))
+    assert set(row) <= set(CANDIDATE_SCHEMA.names)
+    reference = measure_image(path)
+    for key in ("width", "height", "entropy_bits", "flat_fraction"):
+        assert row[key] == reference[key]
+    assert row["integrity"] == "ok"
+    assert row["bytes_per_pixel"] == path.stat().st_size / 6e6
+    with Image.open(io.BytesIO(row["jpeg"])) as derivative:
+        assert derivative.size == (256, 171)
+
+
+def test_a_broken_candidate_says_why_and_has_no_derivative(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"")
+    assert measure_candidate(candidate(tmp_path / "x.jpg")) == {"integrity": "empty file (0 bytes)"}
+    gone = measure_candidate(candidate(tmp_path / "gone.jpg"))
+    assert gone == {"integrity": "cannot read: No such file or directory"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((300, 100), (128, 43)), ((100, 90), (100, 90)), ((4000, 1), (128, 1))]
+)
+def test_a_derivative_keeps_the_shape_and_is_never_enlarged(
+    shape: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    data = derivative_jpeg(np.zeros((*shape, 3), np.uint8), 128)
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.height, image.width) == expected

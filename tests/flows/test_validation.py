@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from components.corpus.manifest import SCHEMA, write_table
+from components.settings import Settings, load_settings
+from components.training.metric_log import MetricLog
+from flows.stages import validate as validate_stage
+from flows.stages.contract import StageContext, StageFailed
+from flows.validation import (
+    Contract,
+    ContractError,
+    ValidationReport,
+    load_contract,
+    to_html,
+    to_json,
+    validate,
+)
+
+ROOT = Path(__file__).parents[2]
+CONTRACT = ROOT / "data" / "contracts" / "manifest.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _no_analytics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GX_ANALYTICS_ENABLED", "false")
+
+
+@pytest.fixture(scope="module")
+def settings() -> Settings:
+    return load_settings(ROOT / "params.yaml")
+
+
+def manifest(count: int = 4) -> pd.DataFrame:
+    rows = [
+        {
+            "image_id": f"{n:064x}",
+            "uri": f"photos/{n}.jpg",
+            "width": 3840,
+            "height": 2160,
+            "megapixels": 8.2944,
+            "aspect_ratio": 16 / 9,
+            "integrity": "ok",
+            "flat_fraction": 0.25,
+            "entropy_bits": 7.5,
+            "quality_score": 0.8,
+            "aesthetic": 0.5,
+            "aesthetic_scorer": "test",
+            "channel": "general",
+            "caption_en": "a lake",
+            "caption_zh": "湖",
+            "caption_status": "ok",
+            "license": "CC0-1.0",
+            "kept": True,
+            "reject_reason": None,
+        }
+        for n in range(count)
+    ]
+    # One candidate that was rejected: rules for kept rows do not apply to it.
+    rows.append(
+        rows[0]
+        | {
+            "image_id": "f" * 64,
+            "uri": "photos/rejected.jpg",
+            "entropy_bits": 3.0,
+            "kept": False,
+            "reject_reason": "entropy",
+        }
+    )
+    frame = pd.DataFrame(rows)
+    return frame.reindex(columns=SCHEMA.names)
+
+
+def failed(report: ValidationReport) -> list[tuple[str, str | None, str]]:
+    return [
+        (outcome.expectation, outcome.column, outcome.severity)
+        for outcome in report.outcomes
+        if outcome.status == "failed"
+    ]
+
+
+def test_a_good_manifest_keeps_the_contract_and_null_settings_are_skipped(
+    settings: Settings,
+) -> None:
+    report = validate(manifest(), load_contract(CONTRACT), settings)
+    assert failed(report) == []
+    assert [o.column for o in report.outcomes if o.status == "skipped"] == ["quality_score"]
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "expected"),
+    [
+        (1, {"integrity": "cut off"}, ("expect_column_values_to_be_in_set", "integrity")),
+        (1, {"entropy_bits": 6.9}, ("expect_column_values_to_be_between", "entropy_bits")),
+        (1, {"flat_fraction": 0.51}, ("expect_column_values_to_be_between", "flat_fraction")),
+        (1, {"flat_fraction": None}, ("expect_column_values_to_not_be_null", "flat_fraction")),
+        (1, {"image_id": "xyz"}, ("expect_column_values_to_match_regex", "image_id")),
+        (1, {"caption_en": None}, ("expect_column_values_to_not_be_null", "caption_en")),
+        (1, {"channel": "robots"}, ("expect_column_values_to_be_in_set", "channel")),
+        (4, {"reject_reason": "mood"}, ("expect_column_values_to_be_in_set", "reject_reason")),
+    ],
+)
+def test_every_critical_breach_is_found_in_its_row(
+    settings: Settings, row: int, change: dict[str, object], expected: tuple[str, str]
+) -> None:
+    frame = manifest()
+    for column, value in change.items():
+        frame.loc[row, column] = value
+    report = validate(frame, load_contract(CONTRACT), settings)
+    assert failed(report) == [(*expected, "critical")]
+    (outcome,) = report.failures("critical")
+    assert [found["uri"] for found in outcome.failed_rows] == [frame["uri"][row]]
+
+
+def test_duplicate_images_and_an_empty_corpus_are_critical(settings: Settings) -> None:
+    frame = manifest()
+    frame.loc[2, "image_id"] = frame["image_id"][1]
+    report = validate(frame, load_contract(CONTRACT), settings)
+    (outcome,) = report.failures("critical")
+    assert {row["uri"] for row in outcome.failed_rows} == {"photos/1.jpg", "photos/2.jpg"}
+    empty = manifest(1).iloc[1:]
+    report = validate(empty, load_contract(CONTRACT), settings)
+    assert failed(report) == [("expect_table_row_count_to_be_between", None, "critical")]
+
+
+def test_a_missing_column_is_named(settings: Settings) -> None:
+    frame = manifest().drop(columns="caption_zh")
+    report = validate(frame, load_contract(CONTRACT), settings)
+    (outcome,) = report.failures("warning")
+    assert outcome.observed == "column 'caption_zh' is missing"
+
+
+def test_results_are_the_same_bytes_twice_and_the_page_needs_nothing_from_outside(
+    settings: Settings,
+) -> None:
+    frame = manifest()
+    frame.loc[0, "license"] = None
+    frame.loc[1, "uri"] = "photos/<script>.jpg"
+    frame.loc[1, "integrity"] = "bad"
+    texts = []
+    for _ in range(2):
+        report = validate(frame, load_contract(CONTRACT), settings)
+        texts.append((to_json(report), to_html(report)))
+    assert texts[0] == texts[1]
+    document = json.loads(texts[0][0])
+    assert document["critical_failures"] == document["warning_failures"] == 1
+    assert not document["success"]
+    page = texts[0][1]
+    assert not re.search(r"<script|src=|href=|url\(|https?:", page)
+    assert "&lt;script&gt;.jpg" in page
+
+
+def context(root: Path, settings: Settings) -> StageContext:
+    return StageContext(
+        stage="validate",
+        settings=settings,
+        root=root,
+        state_dir=root / "runs",
+        metrics=MetricLog(root / "runs" / "metrics.jsonl"),
+    )
+
+
+def prepared(root: Path, frame: pd.DataFrame) -> Path:
+    write_table(frame, root / "data" / "caption" / "manifest.parquet")
+    (root / "data" / "contracts").mkdir()
+    (root / "data" / "contracts" / "manifest.yaml").write_text(CONTRACT.read_text())
+    return root / "data" / "validate"
+
+
+def test_the_stage_passes_with_a_warning_that_names_the_row(
+    tmp_path: Path, settings: Settings
+) -> None:
+    frame = manifest()
+    frame.loc[3, "license"] = None
+    folder = prepared(tmp_path, frame)
+    result = validate_stage.run(context(tmp_path, settings))
+    assert result.metrics["warning_failures"] == 1.0
+    assert "photos/3.jpg" in result.summary
+    rows = pq.read_table(folder / "failed_rows.parquet").to_pylist()
+    assert [(row["column"], row["severity"], row["uri"]) for row in rows] == [
+        ("license", "warning", "photos/3.jpg")
+    ]
+
+
+def test_a_critical_breach_stops_the_stage_after_the_report_was_written(
+    tmp_path: Path, settings: Settings
+) -> None:
+    frame = manifest()
+    frame.loc[2, "entropy_bits"] = 1.5
+    folder = prepared(tmp_path, frame)
+    with pytest.raises(StageFailed) as caught:
+        validate_stage.run(context(tmp_path, settings))
+    line = str(caught.value)
+    assert "\n" not in line
+    for part in ("expect_column_values_to_be_between", "entropy_bits", "photos/2.jpg", "1.5"):
+        assert part in line
+    assert json.loads((folder / "results.json").read_text())["critical_failures"] == 1
+    assert "photos/2.jpg" in (folder / "report.html").read_text()
+    assert pq.read_table(folder / "failed_rows.parquet").num_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"expectation": "expect_column_values_to_be_uniqe"}, "did you mean .*to_be_unique"),
+        ({"arguments": {"nonsense": 1}}, "nonsense"),
+        ({"arguments": {"mostly": {"setting": "select.colour"}}}, "no setting 'select.colour'"),
+    ],
+)
+def test_an_unusable_expectation_is_one_clear_error(
+    settings: Settings, change: dict[str, object], message: str
+) -> None:
+    entry = {
+        "expectation": "expect_column_values_to_be_unique",
+        "column": "uri",
+        "severity": "critical",
+        "why": "because",
+    }
+    contract = Contract.model_validate(
+        {"version": 1, "name": "test", "expectations": [entry | change]}
+    )
+    with pytest.raises(ContractError, match=message):
+        validate(manifest(), contract, settings)
+
+
+def test_a_broken_contract_file_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=r"none\.yaml: contract not found"):
+        load_contract(tmp_path / "none.yaml")
+    path = tmp_path / "c.yaml"
+    path.write_text("version: [")
+    with pytest.raises(ContractError, match=r"c\.yaml: not YAML"):
+        load_contract(path)
+    document = yaml.safe_load(CONTRACT.read_text())
+    document["expectations"][0]["severity"] = "fatal"
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(ContractError, match=r"c\.yaml: expectations\.0\.severity"):
+        load_contract(path)
