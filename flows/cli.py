@@ -165,11 +165,12 @@ def generate(
     output: Annotated[Path, typer.Option(help="Folder for the PNG.")] = Path("outputs"),
 ) -> None:
     """Sample one image with the pipeline's trained weights."""
-    from flows.generation import GenerationRefused, generate_one
+    from components.models.weights import WeightsMissing
+    from flows.generation import generate_one
 
     try:
         path = generate_one(_root(), prompt, size, seed=seed, steps=steps or None, folder=output)
-    except (GenerationRefused, ValueError) as problem:
+    except (WeightsMissing, ValueError) as problem:
         raise _fail(str(problem)) from None
     print(path)
 

@@ -43,12 +43,15 @@ def examine(root: Path) -> list[Finding]:
 def print_findings(findings: list[Finding]) -> int:
     """Print a table; returns the exit code: 1 where there is a problem."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     colours = {"ok": "green", "warning": "yellow", "problem": "red"}
     table = Table("", "topic", "finding", "what to do")
     for f in findings:
-        table.add_row(f"[{colours[f.verdict]}]{f.verdict}[/]", f.topic, f.text, f.fix)
+        # Findings hold brackets of their own, such as ".[iqa]".
+        verdict = f"[{colours[f.verdict]}]{f.verdict}[/]"
+        table.add_row(verdict, f.topic, escape(f.text), escape(f.fix))
     Console().print(table)
     return int(any(finding.verdict == "problem" for finding in findings))
 
@@ -170,6 +173,4 @@ def _services(root: Path) -> Iterator[Finding]:
     taken = [port for port in (4200, 5000) if not port_is_free(port)]
     if taken and not running:
         ports = ", ".join(map(str, taken))
-        yield Finding(
-            "ports", "warning", f"{ports} taken", "ultraflux up --prefect-port N"
-        )
+        yield Finding("ports", "warning", f"{ports} taken", "ultraflux up --prefect-port N")

@@ -96,11 +96,15 @@ def _collect(runner: StageRunner, name: str, futures: dict[str, PrefectFuture]) 
     """The outcome of one stage; waits first, because a raising result would cancel siblings."""
     future = futures[name]
     future.wait()
-    result = future.state.result(raise_on_failure=False)
+    state = future.state
+    if not state.is_final():
+        # Prefect leaves a task whose upstream failed in NotReady for ever.
+        return blocked(
+            name, [u for u in runner.graph[name].upstream if not futures[u].state.is_completed()]
+        )
+    result = state.result(raise_on_failure=False)
     if isinstance(result, StageOutcome):
         return result
     if isinstance(result, StageError):
         return result.outcome
-    if future.state.is_pending():
-        return blocked(name, list(runner.graph[name].upstream))
-    return StageOutcome(name, "failed", message=f"{name}: {future.state.message}")
+    return StageOutcome(name, "failed", message=f"{name}: {state.message}")

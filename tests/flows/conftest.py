@@ -39,7 +39,7 @@ stages:
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def toy(tmp_path: Path) -> Path:
     """Root of the project."""
     project = tmp_path / "toy"

@@ -22,7 +22,7 @@ from flows.registry import Promotion
 from flows.tracking import Uploader
 
 
-@pytest.fixture()
+@pytest.fixture
 def uploader(toy: Path) -> Uploader:
     return Uploader(toy)
 
@@ -119,7 +119,10 @@ def test_promotion_sets_the_alias_once_and_is_idempotent(toy: Path, uploader: Up
     from flows.registry import register
 
     again = register(
-        uploader.client, uploader.experiment_id, None, Promotion(**promotion)  # type: ignore[arg-type]
+        uploader.client,
+        uploader.experiment_id,
+        None,
+        Promotion(**promotion),  # type: ignore[arg-type]
     )
     assert str(again.version) == "1"
     refused = Promotion("toy-vae", "data/vae", "e" * 64, None)

@@ -1,0 +1,130 @@
+"""dvc.yaml: complete dependencies, declared parameters, valid meta, every stage runnable."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.settings import load_settings
+from flows.versioning import stage_graph
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+# Values reach a stage through `params`; progress, logs and contracts never change its bytes.
+NOT_BYTES = {
+    "components/settings.py",
+    "components/progress.py",
+    "components/training/metric_log.py",
+    "flows/stages/contract.py",
+}
+
+
+@cache
+def imported(path: Path) -> tuple[Path, ...]:
+    """Project files that a file imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    files = (ROOT / f"{name.replace('.', '/')}.py" for name in sorted(names))
+    return tuple(file for file in files if file.is_file())
+
+
+def closure(stage: str) -> set[str]:
+    """Files whose code makes the bytes of a stage."""
+    seen: set[Path] = set()
+    waiting = [ROOT / "flows" / "stages" / f"{stage}.py"]
+    while waiting:
+        path = waiting.pop()
+        if path not in seen:
+            seen.add(path)
+            waiting += imported(path)
+    named = {str(path.relative_to(ROOT)) for path in seen} - NOT_BYTES
+    # The rest of flows/ places and records work; only these modules write outputs.
+    return {
+        name
+        for name in named
+        if name.startswith(("components/", "flows/stages/")) or name == "flows/validation.py"
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_exactly_the_modules_it_imports(stage: str) -> None:
+    declared = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
+    needed = closure(stage)
+    assert needed - declared == set(), f"add to deps of {stage}"
+    assert declared - needed == set(), f"remove from deps of {stage}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_command_is_the_stage_and_its_module_exists(stage: str) -> None:
+    assert STAGES[stage]["cmd"] == f"ultraflux stage run {stage}"
+    spec = importlib.util.spec_from_file_location(stage, ROOT / "flows" / "stages" / f"{stage}.py")
+    assert spec is not None
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_parameter_exists(stage: str) -> None:
+    for name in STAGES[stage].get("params", []):
+        value = PARAMS
+        for part in name.split("."):
+            assert part in value, f"{stage}: {name}"
+            value = value[part]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_settings_section_a_stage_module_reads_is_a_parameter(stage: str) -> None:
+    """`settings.<section>` in the stage module (or the part two stages share)."""
+    sections = set(PARAMS) - {"runtime"}
+    modules = [ROOT / "flows" / "stages" / f"{stage}.py"]
+    modules += [file for file in imported(modules[0]) if file.parent.name == "stages"]
+    declared = {name.split(".")[0] for name in STAGES[stage]["params"]}
+    for module in modules:
+        if module.name == "contract.py":
+            continue
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in sections
+                and isinstance(node.value, ast.Name | ast.Attribute)
+                and getattr(node.value, "id", getattr(node.value, "attr", "")) == "settings"
+            ):
+                assert node.attr in declared, f"{stage}: settings.{node.attr} is read"
+
+
+def test_meta_is_valid_and_the_graph_is_the_designed_one() -> None:
+    graph = stage_graph(ROOT)
+    assert set(graph) == set(STAGES)
+    assert set(graph["select"].upstream) == {"ingest", "signals", "quality", "people"}
+    # The decoder alone is post-trained, so latents do not wait for it.
+    assert "vae" not in graph["latents"].upstream
+    assert "vae" not in graph["dit_stage1"].upstream
+    assert graph["promote"].meta.gate
+    assert graph["validate"].meta.gate
+
+
+def test_training_stages_are_resumable_and_retried() -> None:
+    graph = stage_graph(ROOT)
+    for name in ("vae", "dit_stage1", "dit_stage2"):
+        assert graph[name].meta.resumable
+        assert graph[name].meta.retries >= 1
+
+
+@pytest.mark.parametrize("profile", ["embedded", "single-gpu", "paper"])
+def test_every_profile_composes_into_valid_settings(profile: str) -> None:
+    from flows.profiles import compose
+
+    text = compose(ROOT, profile)
+    assert yaml.safe_load(text)["project"]["profile"] == profile
+    if profile == "embedded":
+        assert (ROOT / "params.yaml").read_text(encoding="utf-8") == text
+        assert load_settings(ROOT / "params.yaml").project.profile == profile
