@@ -9,7 +9,6 @@ import pandas as pd
 
 from components.settings import DitStageSettings
 from components.training import dit_curves
-from components.training.distributed import TrainingFailed
 from components.training.dit_trainer import DitJob, TrainingDiverged
 from components.training.dit_worker import run_job
 from flows.stages.contract import StageContext, StageFailed, StageResult
@@ -49,7 +48,9 @@ def run_dit(
     `metrics.json`, `curves.png`.
 
     Raises:
-        StageFailed: training diverged, or the inputs do not allow any training.
+        StageFailed: training diverged (a retry would do the same).
+        TrainingFailed: a rank died; a retry goes on from the last checkpoint.
+        ValueError: the inputs do not allow any training.
     """
     job = DitJob(
         name=context.stage,
@@ -68,7 +69,7 @@ def run_dit(
     )
     try:
         run_job(job)
-    except (TrainingDiverged, TrainingFailed) as problem:
+    except TrainingDiverged as problem:
         raise StageFailed(str(problem)) from problem
     return _describe(context, job)
 
