@@ -1,1 +1,1 @@
-"""UltraFlux MLOps library: corpus, models, objectives, training and evaluation (no orchestrator)."""
+"""UltraFlux library: corpus, models, objectives, training, evaluation (no orchestrator)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,7 +39,7 @@ def track(
         total: number of items including `initial`; taken from `len(items)` when possible.
         initial: items already done before (resumed work).
     """
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = initial + len(items)
     target = os.environ.get(PROGRESS_FILE)
     if target is None:

@@ -95,7 +95,8 @@ class QualitySettings(Section):
     scorer: Literal["classical", "table"]
     """`classical`: sharpness/noise/exposure index computed here; `table`: scores made elsewhere."""
     scores: str | None
-    """For `table`: Parquet or CSV with image_id, quality, quality_scorer, aesthetic, aesthetic_scorer."""
+    """For `table`: Parquet or CSV with image_id, quality_score, quality_scorer, aesthetic,
+    aesthetic_scorer."""
 
     @model_validator(mode="after")
     def _table_needs_file(self) -> QualitySettings:
@@ -110,7 +111,7 @@ class PeopleSettings(Section):
     detector: Literal["classical", "table"]
     """`classical`: cascade face detector on the derivative; `table`: boxes made elsewhere."""
     boxes: str | None
-    """For `table`: Parquet or CSV with image_id, person_count, person_boxes (JSON), person_scorer."""
+    """For `table`: Parquet or CSV with image_id, person_count, person_boxes, person_scorer."""
     min_score: Fraction
 
     @model_validator(mode="after")
@@ -227,7 +228,7 @@ class TextEncodersSettings(Section):
     """T5 and CLIP."""
 
     pretrained: str | None
-    """FLUX.1-dev style folder (tokenizer, tokenizer_2, text_encoder, text_encoder_2); None: `tiny`."""
+    """FLUX.1-dev folder (tokenizer, tokenizer_2, text_encoder, text_encoder_2); None: `tiny`."""
     max_sequence_length: Annotated[int, Field(ge=8, le=512)]
     tiny: TinyTextEncoders
 
@@ -324,7 +325,8 @@ class DitStageSettings(Section):
     max_grad_norm: Annotated[float, Field(gt=0)]
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     precision: Literal["bf16", "fp32"]
-    zero_stage: Literal[0, 1, 2, 3]
+    zero_stage: Literal[0, 1, 2]
+    """DeepSpeed ZeRO; 3 is out, because every rank must hold whole parameters."""
     gradient_checkpointing: bool
     sigma_range: Annotated[tuple[Fraction, Fraction], Strict(False)]
     """Noise levels trained on, 0 data to 1 noise; SACL stage 2: [0.541, 1]."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
+import shutil
 import socket
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from flows import environment
 
@@ -27,7 +31,7 @@ def root() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuse connections that would leave this machine."""
     connect = socket.socket.connect
 
@@ -43,4 +47,50 @@ def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
-    yield
+
+
+def _set(values: dict[str, Any], path: str, value: Any) -> None:
+    *sections, key = path.split(".")
+    for section in sections:
+        values = values[section]
+    assert key in values, path
+    values[key] = value
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes clones of this project: `clone(name, {"vae.steps": 2}, photos=[...])`."""
+
+    def make(name: str, settings: dict[str, Any], photos: list[str] | None = None) -> Path:
+        target = tmp_path_factory.mktemp("clones") / name
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        )
+        for file in listed.stdout.decode().split("\0"):
+            source = ROOT / file
+            is_photo = source.suffix == ".jpg" and source.parent.name == "sample"
+            left_out = file.startswith("tests/") or file == "dvc.lock"
+            if photos is not None and is_photo and source.name not in photos:
+                left_out = True
+            if not file or left_out or not source.is_file():
+                continue
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target / file)
+        values = yaml.safe_load((target / "params.yaml").read_text(encoding="utf-8"))
+        for path, value in settings.items():
+            _set(values, path, value)
+        (target / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        if photos is not None:
+            captions = target / "data" / "sample" / "captions.jsonl"
+            lines = captions.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["file"] in photos]
+            captions.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "clone"]):
+            subprocess.run(["git", *command], cwd=target, check=True)
+        return target
+
+    return make

@@ -201,8 +201,7 @@ def engine_configuration(
         parameters: parameters of the model; bounds the communication buckets.
 
     Raises:
-        ValueError: the global batch does not divide over processes and micro batches, or a ZeRO
-            stage that this trainer does not support.
+        ValueError: the global batch does not divide over processes and micro batches.
     """
     share = settings.micro_batch_size * world_size
     if settings.global_batch_size % share:
@@ -210,8 +209,6 @@ def engine_configuration(
             f"global_batch_size {settings.global_batch_size} must be a multiple of "
             f"micro_batch_size {settings.micro_batch_size} times {world_size} processes"
         )
-    if settings.zero_stage == 3:
-        raise ValueError("zero_stage 3: every rank must hold whole parameters; use 0, 1 or 2")
     bucket = max(1024, min(BUCKET_ELEMENTS, parameters))
     return {
         "train_batch_size": settings.global_batch_size,

@@ -1,0 +1,175 @@
+"""All sixteen stages on real photographs with a few training steps each, through every door."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas
+import pytest
+import yaml
+
+from flows import versioning
+
+# Eight that pass the paper's rules in four aspect ratios, two that do not.
+PHOTOS = [
+    "blue-wallpaper-portrait-2x3.jpg",
+    "jad-limcaco-square.jpg",
+    "lower-antelope-canyon.jpg",
+    "mount-batok-java.jpg",
+    "sean-afnan-5x4.jpg",
+    "solus-tiles-dark.jpg",
+    "ng-32703.jpg",
+    "white-and-multicolored-portrait-3x4.jpg",
+]
+SETTINGS = {
+    "vae.steps": 4,
+    "vae.eval_every": 2,
+    "vae.checkpoint_every": 2,
+    "vae.batch_size": 2,
+    "vae.crop_px": 64,
+    "vae.eval_crops": 2,
+    "slices.eval_min_images": 1,
+    "slices.min_images": 2,
+    "dit_stage1.steps": 4,
+    "dit_stage1.validate_every": 2,
+    "dit_stage1.validation_repeats": 1,
+    "dit_stage1.checkpoint_every": 2,
+    "dit_stage2.steps": 2,
+    "dit_stage2.validate_every": 2,
+    "dit_stage2.validation_repeats": 1,
+    "dit_stage2.checkpoint_every": 2,
+    "generate.sizes": [[128, 128], [96, 224]],
+    "generate.prompts": 1,
+    "generate.num_inference_steps": 2,
+    "evaluate.bootstrap_resamples": 100,
+}
+
+
+def ultraflux(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["ultraflux", *arguments], cwd=project, capture_output=True, text=True, timeout=540
+    )
+
+
+@pytest.fixture(scope="module")
+def project(clone: Callable[..., Path]) -> Path:
+    """A clone in which the pipeline has run once."""
+    made = clone("small", SETTINGS, PHOTOS)
+    done = ultraflux(made, "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return made
+
+
+def test_every_stage_ran_and_the_second_run_skips_them_all(project: Path) -> None:
+    graph = versioning.stage_graph(project)
+    assert versioning.stale_stages(project, graph) == {}
+    before = (project / "dvc.lock").read_bytes()
+    done = ultraflux(project, "run")
+    assert done.returncode == 0, done.stderr
+    marks = [line.split()[0] for line in done.stdout.splitlines() if line[:7].strip()]
+    assert marks.count("same") == len(graph) == 16
+    # `dvc repro` sees the same state: nothing to do, not a byte of the lock changed.
+    subprocess.run(["dvc", "repro", "-q"], cwd=project, check=True, timeout=300)
+    assert (project / "dvc.lock").read_bytes() == before
+
+
+def test_selection_follows_the_official_signals(project: Path, root: Path) -> None:
+    manifest = pandas.read_parquet(project / "data" / "caption" / "manifest.parquet")
+    official = pandas.read_csv(root / "tests" / "reference" / "signals.csv").set_index("file")
+    assert len(manifest) == len(PHOTOS)
+    for row in manifest.to_dict("records"):
+        values = official.loc[Path(row["uri"]).name]
+        assert row["entropy_bits"] == values["shannon_entropy"]
+        assert row["flat_fraction"] == values["flat_percentage"]
+        passes = (
+            values["width"] * values["height"] >= 3840 * 2160
+            and values["flat_percentage"] <= 0.5
+            and values["shannon_entropy"] >= 7.0
+        )
+        assert row["kept"] == passes
+
+
+def test_no_evaluation_image_is_trained_on(project: Path) -> None:
+    slices = {
+        name: set(pandas.read_parquet(project / f"data/slices/{name}.parquet")["image_id"])
+        for name in ("vae", "stage1", "stage2", "eval")
+    }
+    assert slices["eval"]
+    for name in ("vae", "stage1", "stage2"):
+        assert not slices[name] & slices["eval"]
+    assert slices["stage2"] <= slices["stage1"]
+
+
+def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(project: Path) -> None:
+    from mlflow import MlflowClient
+
+    from flows.tracking import tracking_uri
+
+    client = MlflowClient(tracking_uri(project))
+    experiment = client.get_experiment_by_name("ultraflux")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    pipelines = [run for run in runs if run.data.tags["ultraflux.kind"] == "pipeline"]
+    first = min(pipelines, key=lambda run: run.info.start_time)
+    children = {
+        run.info.run_name: run
+        for run in runs
+        if run.data.tags.get("mlflow.parentRunId") == first.info.run_id
+    }
+    graph = versioning.stage_graph(project)
+    assert set(children) == set(graph)
+    assert all(run.info.status == "FINISHED" for run in [first, *children.values()])
+    vae = children["vae"]
+    assert len(client.get_metric_history(vae.info.run_id, "loss")) == SETTINGS["vae.steps"]
+    assert any(item.path.endswith(".png") for item in client.list_artifacts(vae.info.run_id))
+    corpus = [item.dataset.name for item in children["slices"].inputs.dataset_inputs]
+    assert corpus, "the corpus is a logged dataset"
+    lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    for name, run in children.items():
+        assert run.data.tags["ultraflux.stage_key"]
+        assert "mlflow.source.git.commit" in run.data.tags
+        for out in lock[name]["outs"]:
+            assert run.data.tags[f"dvc.out.{out['path']}"] == out["md5"]
+    assert "stage.vae.run_id" in first.data.tags
+    # A skipped stage links to the run that made its result.
+    later = [run for run in pipelines if run.info.run_id != first.info.run_id]
+    for run in later:
+        assert run.data.tags["stage.vae.run_id"] == vae.info.run_id
+
+
+def test_the_report_and_the_images_are_there(project: Path) -> None:
+    page = (project / "data" / "evaluate" / "report.html").read_text(encoding="utf-8")
+    for photo in PHOTOS:
+        assert photo in page
+    images = sorted(path.name for path in (project / "data/generate/images").glob("*.png"))
+    assert len(images) == len(SETTINGS["generate.sizes"])  # type: ignore[arg-type]
+    decision = json.loads((project / "data/promote/decision.json").read_text())
+    assert decision["promoted"] is False  # four steps teach nothing: the gate must refuse
+    refused = ultraflux(project, "promote")
+    assert refused.returncode == 1
+    assert "not promoted" in refused.stderr
+
+
+def test_generate_paints_from_the_trained_weights_reproducibly(project: Path) -> None:
+    arguments = ("generate", "--prompt", "a red tree", "--size", "160x96", "--steps", "2")
+    pictures = []
+    for folder in ("one", "two"):
+        done = ultraflux(project, *arguments, "--output", folder)
+        assert done.returncode == 0, done.stderr
+        pictures.append((project / done.stdout.strip()).read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+def test_a_changed_threshold_re_runs_selection_but_no_signal(project: Path) -> None:
+    path = project / "params.yaml"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace("min_entropy_bits: 7.0", "min_entropy_bits: 6.9"))
+        stale = versioning.stale_stages(project, versioning.stage_graph(project))
+        assert "select" in stale
+        assert not {"ingest", "signals", "quality", "people"} & set(stale)
+    finally:
+        path.write_text(before)
