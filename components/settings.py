@@ -95,7 +95,7 @@ class QualitySettings(Section):
     scorer: Literal["classical", "table"]
     """`classical`: sharpness/noise/exposure index computed here; `table`: scores made elsewhere."""
     scores: str | None
-    """For `table`: Parquet or CSV with image_id, quality_score, quality_scorer, aesthetic,
+    """For `table`: Parquet or CSV with image_id, quality, quality_scorer, aesthetic,
     aesthetic_scorer."""
 
     @model_validator(mode="after")

@@ -108,6 +108,7 @@ def run_pipeline(root: Path, *, engine: Engine, force: bool = False) -> Pipeline
             if engine == "prefect":
                 from flows.services import embedded_prefect
 
+                console.console.print("Starting the Prefect server")
                 stack.enter_context(embedded_prefect(root))
             stack.enter_context(console)
             outcomes.update(_run(engine, runner, report))
@@ -117,7 +118,9 @@ def run_pipeline(root: Path, *, engine: Engine, force: bool = False) -> Pipeline
     summary = PipelineSummary(outcomes, time.monotonic() - started, interrupted)
     close_interrupted(root, record.record_id)
     record.finish(_result(root, summary))
-    uploader.drain()
+    console.console.print("Sending the rest to MLflow")
+    if not uploader.drain():
+        console.console.print("MLflow does not answer: send it later with `ultraflux sync`")
     return summary
 
 

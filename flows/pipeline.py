@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prefect import State, Task, flow, task
+from prefect import State, Task, flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
@@ -42,7 +42,10 @@ def _stage_task(runner: StageRunner, name: str, report: Report) -> Task:
         tags=["stage", f"pool:{meta.pool}"],
     )
     def run_stage(flow_run_id: str) -> object:
+        logger = get_run_logger()
+        logger.info("%s: %s", name, runner.stale.get(name, "unchanged"))
         outcome = runner.run(name, prefect_run=flow_run_id)
+        logger.info("%s in %.1f s: %s", outcome.status, outcome.seconds, outcome.message)
         if not outcome.ok:
             raise StageError(outcome)
         report(outcome)

@@ -74,7 +74,9 @@ def prefect_environment(root: Path, port: int) -> dict[str, str]:
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
-        "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "WARNING"),
+        # Everything goes to the UI; the terminal belongs to the pipeline's own lines.
+        "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "INFO"),
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "40",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         # The memory default would leak concurrency slots when the server dies.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (

@@ -24,6 +24,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 environment.prepare(offline=True)
 
 
+# Whole pipelines: started first, so that no test worker ends with them alone.
+LONGEST = ("test_small_pipeline.py", "test_bad_input.py", "test_services.py", "test_pipeline.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the order within a file stays."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

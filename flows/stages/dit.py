@@ -91,7 +91,7 @@ def _describe(context: StageContext, job: DitJob) -> StageResult:
         tags=_lineage(job),
         summary=(
             f"{job.settings.steps} steps, validation loss {first:.4f} -> {last:.4f} "
-            f"({metrics['validation_loss_drop']:.1%} lower)"
+            f"({-metrics['validation_loss_drop']:+.1%})"
         ),
     )
 
