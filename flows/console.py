@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
 from rich.console import Console
@@ -73,13 +74,22 @@ class PipelineConsole:
         self._progress.stop()
 
     def report(self, outcome: StageOutcome) -> None:
-        """Print how a stage ended."""
+        """Print how a stage ended; blocked ones wait for `summarise`."""
+        if outcome.status == "blocked":
+            return
         mark, colour = _MARKS[outcome.status]
         seconds = f"{outcome.seconds:6.1f} s" if outcome.seconds else " " * 8
         self.console.print(
             f"[{colour}]{mark:>7}[/]  [bold]{outcome.name:<16}[/]{seconds}  ", end=""
         )
         self.console.print(outcome.message, markup=False)
+
+    def summarise(self, outcomes: Iterable[StageOutcome]) -> None:
+        """Name the stages that could not start, on one line."""
+        names = [outcome.name for outcome in outcomes if outcome.status == "blocked"]
+        if names:
+            mark, colour = _MARKS["blocked"]
+            self.console.print(f"[{colour}]{mark:>7}[/]  {', '.join(names)}")
 
     def _watch(self) -> None:
         while not self._stop.wait(REFRESH_S):

@@ -56,10 +56,15 @@ def preflight(root: Path) -> None:
     """Check what would otherwise fail late.
 
     Raises:
-        PipelineRefused: a folder that must be written cannot be.
+        PipelineRefused: the photographs are missing, or a folder that must be written cannot be.
         SettingsError: params.yaml is not valid.
     """
-    load_settings(root / "params.yaml")
+    ingest = load_settings(root / "params.yaml").ingest
+    if not (root / ingest.source).is_dir():
+        raise PipelineRefused(
+            f"ingest.source = {ingest.source}: no such folder below {root}; set it in params.yaml "
+            "to a folder of photographs"
+        )
     for name in ("data", "runs", ".dvc/tmp", ".dvc/cache"):
         folder = root / name
         probe = folder / f".writable-{os.getpid()}"
@@ -115,6 +120,7 @@ def run_pipeline(root: Path, *, engine: Engine, force: bool = False) -> Pipeline
     except KeyboardInterrupt:
         interrupted = True
         runner.stop()
+    console.summarise(outcomes.values())
     summary = PipelineSummary(outcomes, time.monotonic() - started, interrupted)
     close_interrupted(root, record.record_id)
     record.finish(_result(root, summary))

@@ -74,9 +74,7 @@ def processes_of(project: Path) -> list[psutil.Process]:
 
 
 def running_stage(project: Path, name: str) -> bool:
-    return any(
-        record.run.name == name and record.result is None for record in all_records(project)
-    )
+    return any(record.run.name == name and record.result is None for record in all_records(project))
 
 
 def start_and_kill(project: Path, stage: str, how: signal.Signals, delay_s: float) -> bool:
