@@ -1,12 +1,18 @@
-"""Reading the small derivatives that the signals stage leaves for model scorers and reports."""
+"""The small derivatives that the signals stage leaves for scorers and reports: read, score."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
+
+from components.corpus import decoding, flat_regions
+from components.corpus.engine import EngineLimits, code_digest, join_shards, map_items
 
 
 @dataclass(frozen=True)
@@ -32,3 +38,42 @@ def derivative_ids(path: Path) -> list[str]:
     """image_id of what `read_derivatives` yields, without reading any picture twice."""
     table = pq.read_table(path, columns=["image_id", "height"])
     return table.filter(table["height"].is_valid())["image_id"].to_pylist()
+
+
+def score_derivatives(
+    function: Callable[[Derivative], dict[str, Any]],
+    module: ModuleType,
+    schema: pa.Schema,
+    *,
+    derivatives: Path,
+    derivative_px: int,
+    destination: Path,
+    state_dir: Path,
+    limits: EngineLimits,
+) -> None:
+    """Score every derivative in worker processes, resumably, into one Parquet file.
+
+    Args:
+        function: module-level scorer of one derivative; its keys are the columns beside image_id.
+        module: where `function` stands; its name and source identify the shards.
+        schema: of the result.
+        derivatives: output of the signals stage.
+        derivative_px: long edge that the derivatives were made with.
+        destination: Parquet file to write.
+        state_dir: survives kills.
+        limits: workers and what one item may cost.
+    """
+    shards = map_items(
+        function,
+        derivative_ids(derivatives),
+        read_derivatives(derivatives),
+        stage=module.__name__.rsplit(".", 1)[-1],
+        key={
+            "derivative_px": derivative_px,
+            "code": code_digest(decoding, flat_regions, module),
+        },
+        schema=schema,
+        state_dir=state_dir,
+        limits=limits,
+    )
+    join_shards(shards, schema, destination)

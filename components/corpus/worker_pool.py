@@ -27,6 +27,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from components.settings import Settings
+
 _START_ATTEMPTS = 3
 _IN_FLIGHT_PER_WORKER = 4
 
@@ -41,6 +43,16 @@ class EngineLimits:
     """MiB of address space above what a worker holds when it is ready."""
     retries: int
     """Further attempts after a crash, a timeout or an exception."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> EngineLimits:
+        """The limits that the settings name."""
+        return cls(
+            workers=settings.runtime.workers,
+            timeout_s=settings.signals.timeout_s,
+            memory_mb=settings.signals.memory_mb,
+            retries=settings.signals.retries,
+        )
 
 
 @dataclass(frozen=True)

@@ -6,34 +6,25 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from components.corpus import decoding, flat_regions, people
-from components.corpus.derivatives import derivative_ids, read_derivatives
-from components.corpus.engine import EngineLimits, code_digest, join_shards, map_items
+from components.corpus import people
+from components.corpus.derivatives import derivative_ids, score_derivatives
+from components.corpus.engine import EngineLimits
 from components.corpus.manifest import to_arrow
 from components.corpus.parquet_files import write_parquet
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 
 def _detect_here(context: StageContext, derivatives: Path, path: Path) -> None:
-    shards = map_items(
+    score_derivatives(
         people.detect_people,
-        derivative_ids(derivatives),
-        read_derivatives(derivatives),
-        stage="people",
-        key={
-            "derivative_px": context.settings.signals.derivative_px,
-            "code": code_digest(decoding, flat_regions, people),
-        },
-        schema=people.PEOPLE_SCHEMA,
+        people,
+        people.PEOPLE_SCHEMA,
+        derivatives=derivatives,
+        derivative_px=context.settings.signals.derivative_px,
+        destination=path,
         state_dir=context.state_dir / "shards",
-        limits=EngineLimits(
-            workers=context.settings.runtime.workers,
-            timeout_s=context.settings.signals.timeout_s,
-            memory_mb=context.settings.signals.memory_mb,
-            retries=context.settings.signals.retries,
-        ),
+        limits=EngineLimits.of(context.settings),
     )
-    join_shards(shards, people.PEOPLE_SCHEMA, path)
 
 
 def run(context: StageContext) -> StageResult:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 
-from components.corpus import decoding, flat_regions, quality
-from components.corpus.derivatives import derivative_ids, read_derivatives
-from components.corpus.engine import EngineLimits, code_digest, join_shards, map_items
+from components.corpus import quality
+from components.corpus.derivatives import derivative_ids, score_derivatives
+from components.corpus.engine import EngineLimits
 from components.corpus.manifest import to_arrow
 from components.corpus.parquet_files import write_parquet
 from components.corpus.scores import read_external_scores
@@ -17,25 +17,16 @@ from flows.stages.contract import StageContext, StageFailed, StageResult
 
 
 def _score_here(context: StageContext, derivatives: Path, path: Path) -> None:
-    shards = map_items(
+    score_derivatives(
         quality.score_derivative,
-        derivative_ids(derivatives),
-        read_derivatives(derivatives),
-        stage="quality",
-        key={
-            "derivative_px": context.settings.signals.derivative_px,
-            "code": code_digest(decoding, flat_regions, quality),
-        },
-        schema=quality.QUALITY_SCHEMA,
+        quality,
+        quality.QUALITY_SCHEMA,
+        derivatives=derivatives,
+        derivative_px=context.settings.signals.derivative_px,
+        destination=path,
         state_dir=context.state_dir / "shards",
-        limits=EngineLimits(
-            workers=context.settings.runtime.workers,
-            timeout_s=context.settings.signals.timeout_s,
-            memory_mb=context.settings.signals.memory_mb,
-            retries=context.settings.signals.retries,
-        ),
+        limits=EngineLimits.of(context.settings),
     )
-    join_shards(shards, quality.QUALITY_SCHEMA, path)
 
 
 def _take_from_table(context: StageContext, scores: str, derivatives: Path, path: Path) -> None:

@@ -43,12 +43,7 @@ def run(context: StageContext) -> StageResult:
         },
         schema=signals.CANDIDATE_SCHEMA,
         state_dir=context.state_dir / "shards",
-        limits=EngineLimits(
-            workers=context.settings.runtime.workers,
-            timeout_s=settings.timeout_s,
-            memory_mb=settings.memory_mb,
-            retries=settings.retries,
-        ),
+        limits=EngineLimits.of(context.settings),
     )
     table_path = context.output_dir / "signals.parquet"
     join_shards(shards, signals.SIGNALS_SCHEMA, table_path)
