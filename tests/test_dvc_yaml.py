@@ -19,6 +19,8 @@ PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 # Values reach a stage through `params`; progress, logs and contracts never change its bytes.
 NOT_BYTES = {
     "components/settings.py",
+    "components/section.py",
+    "components/corpus/settings.py",
     "components/progress.py",
     "components/training/metric_log.py",
     "flows/stages/contract.py",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from components.settings import CaptionSettings
+from components.corpus.settings import CaptionSettings
 
 STATUSES = ("ok", "missing", "too_short", "too_long", "wrong_language", "refusal")
 

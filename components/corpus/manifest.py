@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from components.corpus.parquet_files import write_parquet
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _VERSION_KEY = b"ultraflux.manifest.schema_version"
 
 SCHEMA = pa.schema(
@@ -37,24 +37,35 @@ SCHEMA = pa.schema(
         ("flat_fraction", pa.float64()),
         ("entropy_bits", pa.float64()),
         ("glcm_score", pa.float64()),
+        ("glcm_entropy_bits", pa.float64()),
+        ("jpeg_quality", pa.int32()),
+        # 256 bits as 64 hexadecimal digits; quality 0 to 100.
         ("pdq_hash", pa.string()),
+        ("pdq_quality", pa.int32()),
         ("duplicate_of", pa.string()),
-        # Scores, each with the name of what made it.
+        # Scores, each with the name of what made it and a digest of its weights.
         ("nsfw_score", pa.float64()),
+        ("nsfw_scorer", pa.string()),
+        ("nsfw_weights", pa.string()),
         ("qalign", pa.float64()),
         ("quality_score", pa.float64()),
         ("quality_scorer", pa.string()),
+        ("quality_weights", pa.string()),
         ("aesthetic", pa.float64()),
         ("aesthetic_scorer", pa.string()),
+        ("aesthetic_weights", pa.string()),
         ("person_count", pa.int32()),
         ("person_boxes", pa.string()),
         ("person_scorer", pa.string()),
+        ("person_weights", pa.string()),
         ("is_character", pa.bool_()),
         ("channel", pa.string()),
         # Captions.
         ("caption_en", pa.string()),
         ("caption_zh", pa.string()),
         ("caption_status", pa.string()),
+        ("caption_model", pa.string()),
+        ("translation_model", pa.string()),
         # Decisions.
         ("split", pa.string()),
         ("kept", pa.bool_()),
@@ -63,6 +74,8 @@ SCHEMA = pa.schema(
         ("reject_threshold", pa.float64()),
         # Provenance.
         ("source", pa.string()),
+        # Which query found it: the human channel has queries of its own.
+        ("query", pa.string()),
         ("image_url", pa.string()),
         ("work_url", pa.string()),
         ("photographer", pa.string()),

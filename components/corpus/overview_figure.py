@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from components.settings import SelectSettings
+from components.corpus.settings import SelectSettings
 
 _KEPT_COLOUR = "#1b7f5c"
 _REJECTED_COLOUR = "#b3423a"

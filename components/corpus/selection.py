@@ -10,7 +10,7 @@ import math
 
 import pandas as pd
 
-from components.settings import SelectSettings
+from components.corpus.settings import SelectSettings
 
 REASONS = (
     "integrity",

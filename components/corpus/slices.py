@@ -7,7 +7,7 @@ import math
 
 import pandas as pd
 
-from components.settings import SlicesSettings
+from components.corpus.settings import SlicesSettings
 from components.training.aspect_buckets import Bucket, nearest_bucket
 
 SLICES = ("vae", "stage1", "stage2", "eval")

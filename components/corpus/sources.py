@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 
 from components.corpus.decoding import ImageUndecodable, read_header
+from components.corpus.settings import IngestSettings
 from components.progress import track
-from components.settings import IngestSettings
 
 # Attribution CSV column -> manifest column.
 _ATTRIBUTION_COLUMNS = {

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from components.corpus.captions import Caption, check_caption, join_captions, read_captions
-from components.settings import CaptionSettings
+from components.corpus.settings import CaptionSettings
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = CaptionSettings(provider="shipped", file="captions.jsonl", min_words=3, max_words=6)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.corpus.selection import REASONS, SETTING_OF, count_by_reason, select
-from components.settings import SelectSettings
+from components.corpus.settings import SelectSettings
 
 ROOT = Path(__file__).parents[3]
 PAPER = SelectSettings(

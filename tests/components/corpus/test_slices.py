@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.corpus.overview_figure import save_overview
+from components.corpus.settings import SelectSettings, SlicesSettings
 from components.corpus.slices import assign_buckets, slices, split
-from components.settings import BucketsSettings, SelectSettings, SlicesSettings
+from components.settings import BucketsSettings
 from components.training.aspect_buckets import buckets
 
 

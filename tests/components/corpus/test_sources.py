@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from components.corpus.manifest import SCHEMA, to_arrow
+from components.corpus.settings import IngestSettings
 from components.corpus.sources import file_name, scan_folder
-from components.settings import IngestSettings
 
 ROOT = Path(__file__).parents[3]
 

@@ -1,0 +1,21 @@
+"""Base of every settings section, and the bounded types that sections share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+# A YAML list is the only way to write a tuple, so these fields alone accept list -> tuple.
+HeightWidth = Annotated[tuple[Count, Count], Strict(False)]
+Ints = Annotated[tuple[Count, ...], Strict(False)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys, no silent type coercion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
