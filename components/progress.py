@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +29,12 @@ def _write(path: Path, description: str, done: int, total: int | None) -> None:
 
 
 def track(
-    items: Iterable[T], description: str, *, total: int | None = None, initial: int = 0
+    items: Iterable[T],
+    description: str,
+    *,
+    total: int | None = None,
+    initial: int = 0,
+    note: Callable[[], str] | None = None,
 ) -> Iterator[T]:
     """Yield `items`, showing how many are done.
 
@@ -38,13 +43,18 @@ def track(
         description: short name, such as "dit_stage1".
         total: number of items including `initial`; taken from `len(items)` when possible.
         initial: items already done before (resumed work).
+        note: says more about the work so far, such as "3.2 MB/s".
     """
     if total is None and isinstance(items, Sized):
         total = initial + len(items)
     target = os.environ.get(PROGRESS_FILE)
     if target is None:
         # disable=None: no bar when stderr is not a terminal.
-        yield from tqdm(items, description, total=total, initial=initial, disable=None)
+        bar = tqdm(items, description, total=total, initial=initial, disable=None)
+        for item in bar:
+            yield item
+            if note is not None:
+                bar.set_postfix_str(note(), refresh=False)
         return
     path = Path(target)
     last = 0.0
@@ -55,4 +65,5 @@ def track(
         now = time.monotonic()
         if now - last >= _WRITE_INTERVAL_S or done == total:
             last = now
-            _write(path, description, done, total)
+            text = f"{description} ({note()})" if note is not None else description
+            _write(path, text, done, total)

@@ -142,6 +142,11 @@ def _photos(root: Path) -> Iterator[Finding]:
 
     ingest = load_settings(root / "params.yaml").ingest
     folder = root / ingest.source
+    if ingest.kind != "folder":
+        status = "ok" if folder.exists() else "problem"
+        fix = "" if folder.exists() else "set ingest.source in params.yaml"
+        yield Finding("photographs", status, f"{ingest.kind} from {ingest.source}", fix)
+        return
     count = sum(1 for p in folder.rglob("*") if p.suffix.lower() in ingest.extensions)
     fix = "" if count else "set ingest.source in params.yaml to a folder of photographs"
     yield Finding("photographs", "ok" if count else "problem", f"{count} in {ingest.source}", fix)

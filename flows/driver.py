@@ -33,6 +33,14 @@ from flows.tracking import UploaderProcess
 
 Engine = Literal["local", "prefect"]
 
+PHOTO_SOURCES = {
+    "folder": "photographs",
+    "urls": "CSV, JSONL or Parquet lists",
+    "webdataset": "tar archives",
+    "multiaspect": "JSON shards",
+}
+"""What `ingest.source` names, by `ingest.kind`."""
+
 
 class PipelineRefused(RuntimeError):
     """The pipeline cannot start here; one line."""
@@ -60,10 +68,12 @@ def preflight(root: Path) -> None:
         SettingsError: params.yaml is not valid.
     """
     ingest = load_settings(root / "params.yaml").ingest
-    if not (root / ingest.source).is_dir():
+    source = root / ingest.source
+    if not (source.is_dir() if ingest.kind == "folder" else source.exists()):
+        wanted = "folder" if ingest.kind == "folder" else "file or folder"
         raise PipelineRefused(
-            f"ingest.source = {ingest.source}: no such folder below {root}; set it in params.yaml "
-            "to a folder of photographs"
+            f"ingest.source = {ingest.source}: no such {wanted} below {root}; set it in params.yaml "
+            f"to a {wanted} of {PHOTO_SOURCES[ingest.kind]}"
         )
     for name in ("data", "runs", ".dvc/tmp", ".dvc/cache"):
         folder = root / name

@@ -9,11 +9,47 @@ from pydantic import Field, Strict, model_validator
 from components.section import Count, Fraction, NonNegative, PositiveFraction, Section
 
 
+class DownloadSettings(Section):
+    """Bounds on what is fetched or unpacked, and manners towards the hosts."""
+
+    concurrency: Annotated[int, Field(ge=1, le=1024)]
+    """Requests in progress over all hosts."""
+    host_connections: Annotated[int, Field(ge=1, le=64)]
+    """Requests in progress per host."""
+    requests_per_second: Annotated[float, Field(gt=0)]
+    """Per host; idle hosts may get one second's worth at once."""
+    connect_timeout_s: Annotated[float, Field(gt=0)]
+    read_timeout_s: Annotated[float, Field(gt=0)]
+    """Longest silence while an answer arrives."""
+    total_timeout_s: Annotated[float, Field(gt=0)]
+    """Of one body, from first to last byte."""
+    max_mb: Annotated[float, Field(gt=0)]
+    """Largest original, in MiB."""
+    min_pixels: Annotated[int, Field(ge=1)]
+    """Smaller images are refused by their header before the body is fetched; 1: no probe."""
+    retries: Annotated[int, Field(ge=0, le=20)]
+    """After timeouts, 429, 5xx and cut bodies; other failures are final."""
+    backoff_s: NonNegative
+    """Wait before the first retry; doubles with each."""
+    max_wait_s: NonNegative
+    """Upper bound of every wait, also of one that Retry-After asks for."""
+    user_agent: Annotated[str, Field(min_length=1, pattern=r"^[\x20-\x7e]+$")]
+    """Says who fetches; X-Robots-Tag lines for its first word concern us."""
+    respect_robots_tag: bool
+    """Leave images whose X-Robots-Tag says noai, noimageai, noindex, noimageindex or none."""
+    private_hosts: Annotated[tuple[str, ...], Strict(False)]
+    """Hosts that may have private addresses (an intranet); all others must be public."""
+
+
 class IngestSettings(Section):
     """Where candidates come from."""
 
+    kind: Literal["folder", "urls", "webdataset", "multiaspect"]
+    """`folder`: photographs; `urls`: CSV, JSONL or Parquet lists; `webdataset`: tar archives;
+    `multiaspect`: JSON shards of the released MultiAspect-4K-1M metadata."""
     source: str
-    """Folder of photographs, relative to the repository root or absolute."""
+    """Folder of photographs (or list, archive, folder of these), relative to the repository root or
+    absolute."""
     recursive: bool
     extensions: Annotated[tuple[str, ...], Strict(False)]
     """Lower-case file endings with the dot."""
@@ -21,6 +57,7 @@ class IngestSettings(Section):
     """CSV inside the source with columns file, author, license (None: no attribution known)."""
     max_megapixels: Annotated[float, Field(gt=0)]
     """Larger headers are rejected before any pixel is decoded (decompression bombs)."""
+    download: DownloadSettings
 
 
 class SignalsSettings(Section):

@@ -12,12 +12,16 @@ from PIL import Image
 from components.corpus.manifest import SCHEMA, to_arrow
 from components.corpus.settings import IngestSettings
 from components.corpus.sources import file_name, scan_folder
+from components.settings import load_settings
 
 ROOT = Path(__file__).parents[3]
+DOWNLOAD = load_settings(ROOT / "params.yaml").ingest.download.model_dump()
 
 
 def settings(**changes: object) -> IngestSettings:
     values = {
+        "kind": "folder",
+        "download": DOWNLOAD,
         "source": "photos",
         "recursive": True,
         "extensions": (".jpg", ".png"),

@@ -1,0 +1,124 @@
+"""What is known about every address: kept on disk as soon as it is known, so a killed run goes on.
+
+What was fetched is a fact about the address, whatever the settings were. A loss is remembered only
+for the settings under which it happened: with others it is tried again.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+_VERSION = 1
+_TABLE = """\
+create table if not exists outcomes (
+  key text primary key,
+  attempts integer not null,
+  sha256 text, extension text, size_bytes integer,
+  width integer, height integer, format text, integrity text,
+  cause text, detail text, settings text
+) without rowid
+"""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An original in the store."""
+
+    sha256: str
+    extension: str
+    size_bytes: int
+    width: int | None
+    """Of the header; None when it cannot be read."""
+    height: int | None
+    format: str | None
+    integrity: str
+    """ "ok", or why the header cannot be read."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why there is no image."""
+
+    cause: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one address."""
+
+    attempts: int
+    result: Stored | Loss
+
+
+class DownloadJournal:
+    """Outcomes by key (a normalised URL, or the place of an archive member) in one SQLite file.
+
+    Args:
+        path: created with its folder when missing.
+        settings: fingerprint of what losses depend on.
+    """
+
+    def __init__(self, path: Path, settings: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._settings = settings
+        self._database = sqlite3.connect(path, isolation_level=None)
+        # A write-ahead log survives the death of the process at any moment.
+        self._database.execute("pragma journal_mode = wal")
+        self._database.execute("pragma synchronous = normal")
+        version = self._database.execute("pragma user_version").fetchone()[0]
+        if version not in (0, _VERSION):
+            raise ValueError(f"{path}: written by another version ({version}); remove it")
+        self._database.execute(f"pragma user_version = {_VERSION}")
+        self._database.execute(_TABLE)
+
+    def __enter__(self) -> DownloadJournal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._database.close()
+
+    def get(self, key: str) -> Outcome | None:
+        """The outcome, None if there is none yet (or only a loss under other settings)."""
+        row = self._database.execute(
+            "select attempts, sha256, extension, size_bytes, width, height, format, integrity, "
+            "cause, detail, settings from outcomes where key = ?",
+            (key,),
+        ).fetchone()
+        if row is None:
+            return None
+        attempts, *stored, cause, detail, settings = row
+        if cause is None:
+            return Outcome(attempts, Stored(*stored))
+        return Outcome(attempts, Loss(cause, detail)) if settings == self._settings else None
+
+    def put(self, key: str, outcome: Outcome) -> None:
+        """Remember an outcome; it is on disk when this returns."""
+        result = outcome.result
+        values: tuple[str | int | None, ...]
+        if isinstance(result, Stored):
+            values = (
+                result.sha256,
+                result.extension,
+                result.size_bytes,
+                result.width,
+                result.height,
+                result.format,
+                result.integrity,
+                None,
+                None,
+            )
+        else:
+            values = (*(None,) * 7, result.cause, result.detail)
+        self._database.execute(
+            "insert or replace into outcomes values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (key, outcome.attempts, *values, self._settings),
+        )

@@ -1,0 +1,102 @@
+"""Original bytes by content address: `<folder>/abc/<sha256>.<ext>`, never re-encoded.
+
+Three hexadecimal digits make 4,096 folders: 10,000 files per folder at 40 million images. No part
+of a path comes from a source, so nothing in an archive or a URL can lead outside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Collection
+from pathlib import Path
+from types import TracebackType
+
+_PARTIAL = ".partial"
+
+
+def original_path(folder: Path, sha256: str, extension: str) -> Path:
+    """Where an original lives."""
+    return folder / sha256[:3] / f"{sha256}{extension}"
+
+
+class OriginalWriter:
+    """Bytes on their way into the store; hashed while they are written.
+
+    Leaving the `with` block without `keep` removes what was written.
+
+    Args:
+        folder: the store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        partial = folder / _PARTIAL
+        partial.mkdir(parents=True, exist_ok=True)
+        self.path = partial / secrets.token_hex(16)
+        """Where the bytes are until they are kept."""
+        self._file = self.path.open("wb")
+        self._digest = hashlib.sha256()
+        self.size_bytes = 0
+
+    def __enter__(self) -> OriginalWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    def write(self, data: bytes) -> None:
+        """Append."""
+        self._file.write(data)
+        self._digest.update(data)
+        self.size_bytes += len(data)
+
+    def flush(self) -> None:
+        """Make everything written so far readable at `path`."""
+        self._file.flush()
+
+    def keep(self, extension: str) -> str:
+        """Move the bytes to their content address, on disk even after a power cut.
+
+        Returns:
+            their sha256.
+        """
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        sha256 = self._digest.hexdigest()
+        target = original_path(self._folder, sha256, extension)
+        target.parent.mkdir(exist_ok=True)
+        self.path.replace(target)
+        return sha256
+
+
+def prune_originals(folder: Path, keep: Collection[str]) -> int:
+    """Remove files that no row names, and what interrupted runs left.
+
+    Args:
+        folder: the store; made when it does not exist.
+        keep: file names ("<sha256>.<ext>").
+
+    Returns:
+        number of files removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    removed = 0
+    for place in sorted(folder.iterdir()):
+        if not place.is_dir():
+            continue
+        for file in list(place.iterdir()):
+            if place.name == _PARTIAL or file.name not in keep:
+                file.unlink()
+                removed += 1
+        if not any(place.iterdir()):
+            place.rmdir()
+    return removed
