@@ -19,6 +19,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from components.corpus.scratch import Scratch
+
 MAX_MEGAPIXELS = 400.0
 """Default bound on decoded size; the pipeline takes `ingest.max_megapixels`."""
 
@@ -54,6 +56,8 @@ class DecodedImage:
     """ "ok", or how the file is damaged although pixels could be read."""
     note: str | None
     """Conversion that lost something, such as "CMYK converted to RGB"."""
+    quantization: dict[int, list[int]] | None
+    """A JPEG's quantisation tables by number, 64 steps each in row order; None for others."""
 
 
 @contextmanager
@@ -125,15 +129,21 @@ def _conversion_note(header: ImageHeader) -> str | None:
     return ", ".join(notes) or None
 
 
-def _decode_jpeg_strictly(data: bytes) -> np.ndarray | str:
+def _decode_jpeg_strictly(
+    data: bytes, header: ImageHeader, scratch: Scratch | None
+) -> np.ndarray | str:
     """Pixels, or the message of the first irregularity that libjpeg-turbo reports."""
+    buffer = None if scratch is None else scratch.take("rgb", (header.height, header.width, 3))
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=True)
     except ValueError as problem:
         return " ".join(str(problem).split()).lower()
+    return pixels
 
 
-def decode_rgb(data: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> DecodedImage:
+def decode_rgb(
+    data: bytes, *, max_megapixels: float = MAX_MEGAPIXELS, scratch: Scratch | None = None
+) -> DecodedImage:
     """Decode an image file to RGB exactly as PIL's `convert("RGB")` does.
 
     16-bit, CMYK, palette and animated files are converted as PIL converts them (first frame) and
@@ -142,6 +152,8 @@ def decode_rgb(data: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> Decode
     Args:
         data: the file's bytes.
         max_megapixels: larger headers are refused before anything is decoded.
+        scratch: memory that JPEGs are decoded into; their pixels are valid until it is used for
+            the next image (None: pixels of their own).
 
     Raises:
         ImageUndecodable: no pixels can be had.
@@ -149,13 +161,14 @@ def decode_rgb(data: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> Decode
     integrity = "ok"
     with _opened(data, max_megapixels) as (image, header):
         note = _conversion_note(header)
+        quantization = getattr(image, "quantization", None)
         if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L"):
-            strict = _decode_jpeg_strictly(data)
+            strict = _decode_jpeg_strictly(data, header, scratch)
             if isinstance(strict, np.ndarray):
-                return DecodedImage(strict, header, integrity, note)
+                return DecodedImage(strict, header, integrity, note, quantization)
             integrity = strict
         pixels = np.asarray(image.convert("RGB"))
-    return DecodedImage(pixels, header, integrity, note)
+    return DecodedImage(pixels, header, integrity, note, quantization)
 
 
 def read_rgb(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> DecodedImage:

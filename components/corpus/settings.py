@@ -63,12 +63,15 @@ class IngestSettings(Section):
 class SignalsSettings(Section):
     """Classical per-image signals (UltraFlux supplement 2.1)."""
 
-    patch_px: Annotated[int, Field(ge=8)]
+    patch_px: Annotated[int, Field(ge=8, le=1024)]
     """Edge of a flatness patch; paper: 240."""
     flat_variance: NonNegative
     """A patch is flat when Var(Sobel magnitude) is below this; paper: 800."""
     derivative_px: Annotated[int, Field(ge=64)]
     """Long edge of the small derivative that model scorers and reports read."""
+    glcm: bool
+    """Measure co-occurrence texture: no rule reads it, and it takes longer than all other signals
+    together."""
     timeout_s: Annotated[float, Field(gt=0)]
     """Per image; an image that takes longer becomes a quarantined row."""
     memory_mb: Count

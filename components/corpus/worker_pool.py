@@ -30,6 +30,13 @@ from typing import Any
 from components.settings import Settings
 
 _START_ATTEMPTS = 3
+# The C library returns freed image buffers to the kernel, which then clears the same pages for the
+# next image: much of a 4K decode. Read once, when a process starts.
+_MALLOC_KEEPS_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 _IN_FLIGHT_PER_WORKER = 4
 
 
@@ -78,6 +85,18 @@ def _exit_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@contextlib.contextmanager
+def _environment_for_workers() -> Generator[None, None, None]:
+    """What a process started inside inherits; what the user has set stays."""
+    added = {name: value for name, value in _MALLOC_KEEPS_MEMORY.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
 def _limit_threads() -> None:
     """One thread per worker: the pool is the parallelism."""
     if "cv2" in sys.modules:
@@ -116,6 +135,8 @@ def _serve(connection: Connection, pickled_function: bytes, memory_mb: int) -> N
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = "1"
     function = pickle.loads(pickled_function)
+    # A function may say what has to be loaded or compiled once, before time and memory are counted.
+    getattr(function, "prepare_worker", lambda: None)()
     _limit_threads()
     _limit_memory(memory_mb)
     try:
@@ -145,7 +166,8 @@ class _Worker:
         self.process = context.Process(
             target=_serve, args=(theirs, pickled_function, memory_mb), daemon=True
         )
-        self.process.start()
+        with _environment_for_workers():
+            self.process.start()
         theirs.close()
         self.is_ready = False
         self.item: _Item | None = None

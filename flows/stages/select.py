@@ -11,7 +11,15 @@ from components.corpus.manifest import read_table, write_table
 from components.corpus.selection import REASONS, SETTING_OF, count_by_reason, select
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
-_SIGNALS = ["flat_fraction", "entropy_bits"]
+_SIGNALS = [
+    "flat_fraction",
+    "entropy_bits",
+    "glcm_score",
+    "glcm_entropy_bits",
+    "jpeg_quality",
+    "pdq_hash",
+    "pdq_quality",
+]
 _QUALITY = ["quality_score", "quality_scorer", "aesthetic", "aesthetic_scorer"]
 _PEOPLE = [
     "person_count",

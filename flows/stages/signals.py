@@ -1,10 +1,20 @@
-"""Stage `signals`: integrity, entropy and flatness of every candidate, and small derivatives."""
+"""Stage `signals`: every CPU signal of every candidate from one decode, and small derivatives."""
 
 from __future__ import annotations
 
 import pyarrow.parquet as pq
 
-from components.corpus import decoding, entropy, flat_regions, signals
+from components.corpus import (
+    decoding,
+    entropy,
+    flat_regions,
+    fused_texture,
+    glcm,
+    jpeg_quality,
+    pdq,
+    shrinking,
+    signals,
+)
 from components.corpus.engine import EngineLimits, code_digest, join_shards, map_items
 from components.corpus.manifest import read_table
 from flows.stages.contract import StageContext, StageResult
@@ -26,6 +36,7 @@ def run(context: StageContext) -> StageResult:
             flat_variance=settings.flat_variance,
             derivative_px=settings.derivative_px,
             max_megapixels=context.settings.ingest.max_megapixels,
+            glcm=settings.glcm,
         )
         for uri in readable["uri"]
     ]
@@ -39,7 +50,19 @@ def run(context: StageContext) -> StageResult:
             "flat_variance": settings.flat_variance,
             "derivative_px": settings.derivative_px,
             "max_megapixels": context.settings.ingest.max_megapixels,
-            "code": code_digest(decoding, entropy, flat_regions, signals),
+            "glcm": settings.glcm,
+            "kernels": signals.kernels_digest(),
+            "code": code_digest(
+                decoding,
+                entropy,
+                flat_regions,
+                fused_texture,
+                glcm,
+                jpeg_quality,
+                pdq,
+                shrinking,
+                signals,
+            ),
         },
         schema=signals.CANDIDATE_SCHEMA,
         state_dir=context.state_dir / "shards",
@@ -58,6 +81,7 @@ def run(context: StageContext) -> StageResult:
             "damaged": float(damaged),
             "mean_entropy_bits": float(table["entropy_bits"].mean()),
             "mean_flat_fraction": float(table["flat_fraction"].mean()),
+            "mean_pdq_quality": float(table["pdq_quality"].mean()),
         },
         datasets={"signals": table_path},
         summary=f"{len(table)} measured, {damaged} damaged, {quarantined} quarantined",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from components.corpus.decoding import read_rgb
 from components.corpus.signals import (
     CANDIDATE_SCHEMA,
     Candidate,
@@ -65,12 +67,46 @@ def test_a_candidate_row_fits_the_schema_and_agrees_with_measure_image() -> None
     row = measure_candidate(candidate(path))
     assert set(row) <= set(CANDIDATE_SCHEMA.names)
     reference = measure_image(path)
-    for key in ("width", "height", "entropy_bits", "flat_fraction"):
+    for key in KEYS[1:-1]:
         assert row[key] == reference[key]
+    assert set(CANDIDATE_SCHEMA.names) - set(row) == {"image_id", "error"}
+    assert row["jpeg_quality"] == 90
+    assert len(row["pdq_hash"]) == 64
+    assert row["pdq_quality"] > 50
     assert row["integrity"] == "ok"
     assert row["bytes_per_pixel"] == path.stat().st_size / 6e6
     with Image.open(io.BytesIO(row["jpeg"])) as derivative:
         assert derivative.size == (256, 171)
+
+
+def test_glcm_can_be_left_out_and_other_formats_have_no_jpeg_quality(tmp_path: Path) -> None:
+    path = ROOT / "data" / "sample" / "galen-crout-175291.jpg"
+    full = measure_candidate(candidate(path))
+    quick = measure_candidate(dataclasses.replace(candidate(path), glcm=False))
+    assert (quick["glcm_score"], quick["glcm_entropy_bits"]) == (None, None)
+    assert {**quick, "glcm_score": 0, "glcm_entropy_bits": 0} == {
+        **full,
+        "glcm_score": 0,
+        "glcm_entropy_bits": 0,
+    }
+    with Image.open(path) as image:
+        image.save(tmp_path / "same.png", compress_level=1)
+    png = measure_candidate(candidate(tmp_path / "same.png"))
+    assert png["jpeg_quality"] is None
+    differing = {key for key in full if full[key] != png[key]}
+    assert differing == {"bytes_per_pixel", "jpeg_quality"}
+
+
+def test_the_derivative_is_lanczos_within_46_db_of_one_step() -> None:
+    pixels = read_rgb(ROOT / "data" / "sample" / "ng-32703.jpg").pixels
+    with Image.open(io.BytesIO(derivative_jpeg(pixels, 512))) as image:
+        found = np.asarray(image, np.float64)
+    size = (found.shape[1], found.shape[0])
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
+    with Image.open(buffer) as image:
+        expected = np.asarray(image, np.float64)
+    assert 10 * np.log10(255**2 / ((found - expected) ** 2).mean()) > 38
 
 
 def test_a_broken_candidate_says_why_and_has_no_derivative(tmp_path: Path) -> None:

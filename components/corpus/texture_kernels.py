@@ -1,0 +1,181 @@
+"""Compiled loops of the signals pass: gray, histogram and Sobel sums; co-occurrence counts.
+
+Written for the vectoriser: one-dimensional row slices, loops from 0, 32-bit arithmetic said
+explicitly (numba widens small integers to 64 bits otherwise). No loop allocates. numba takes about
+a second to import, so that only functions that compute import this module.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from components.corpus.kernel_cache import cached
+
+# Reassociation lets the float32 sum of roots use vector lanes; nothing else may change a value (no
+# approximate reciprocal or root). `certain_distance` in fused_texture bounds what it costs.
+_REASSOCIATE = {"reassoc", "nsz"}
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _gray_row(pixels: np.ndarray, gray: np.ndarray) -> None:
+    """OpenCV's 8-bit gray of one row: pixels (3 W,) uint8 interleaved RGB, gray (W,) uint8."""
+    for x in range(gray.size):
+        red = np.int32(pixels[3 * x])
+        green = np.int32(pixels[3 * x + 1])
+        blue = np.int32(pixels[3 * x + 2])
+        weighted = np.int32(9798 * red + 19235 * green + 3735 * blue + 16384)
+        gray[x] = np.uint8(weighted >> 15)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _count_row(gray: np.ndarray, tables: np.ndarray) -> None:
+    """Four tables, so that equal neighbours do not wait for each other's increment."""
+    whole = gray.size // 4
+    for block in range(whole):
+        x = 4 * block
+        tables[0, gray[x]] += np.uint32(1)
+        tables[1, gray[x + 1]] += np.uint32(1)
+        tables[2, gray[x + 2]] += np.uint32(1)
+        tables[3, gray[x + 3]] += np.uint32(1)
+    for x in range(4 * whole, gray.size):
+        tables[0, gray[x]] += np.uint32(1)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _vertical_row(
+    above: np.ndarray, row: np.ndarray, below: np.ndarray, smooth: np.ndarray, slope: np.ndarray
+) -> None:
+    """Vertical halves of the separable 3x3 Sobel: (1, 2, 1) and (-1, 0, 1), exact in float32."""
+    for x in range(row.size):
+        top = np.float32(above[x])
+        bottom = np.float32(below[x])
+        middle = np.float32(row[x])
+        smooth[x] = top + middle + middle + bottom
+        slope[x] = bottom - top
+
+
+@numba.njit(nogil=True, error_model="numpy", fastmath=_REASSOCIATE)
+def _magnitude_row(smooth: np.ndarray, slope: np.ndarray) -> tuple[np.int32, np.float32]:
+    """(sum of squares, exact; sum of roots, float32) over one patch row, mirrored at its ends.
+
+    Gradients reach 1020 and their squares 2,080,800 < 2^24: float32 holds them exactly, and the
+    vectoriser likes it better than mixed integers. The sum of squares is an int32.
+    """
+    width = smooth.size
+    # REFLECT_101 makes the horizontal difference 0 at both ends and doubles the inner slope.
+    first = np.float32(2) * (slope[0] + slope[1])
+    last = np.float32(2) * (slope[width - 1] + slope[width - 2])
+    squares = np.int32(first * first + last * last)
+    roots = abs(first) + abs(last)
+    smooth_left, smooth_right = smooth[: width - 2], smooth[2:]
+    left, middle, right = slope[: width - 2], slope[1 : width - 1], slope[2:]
+    for x in range(width - 2):
+        across = smooth_right[x] - smooth_left[x]
+        down = left[x] + middle[x] + middle[x] + right[x]
+        square = across * across + down * down
+        squares = np.int32(squares + np.int32(square))
+        roots += np.sqrt(square)
+    return squares, roots
+
+
+@cached
+@numba.njit(nogil=True, error_model="numpy")
+def gray_histogram_sobel(
+    pixels: np.ndarray,
+    gray: np.ndarray,
+    patch_px: int,
+    tables: np.ndarray,
+    squares: np.ndarray,
+    roots: np.ndarray,
+    halves: np.ndarray,
+) -> None:
+    """Everything that entropy and flatness need, band by band while a band is in cache.
+
+    Args:
+        pixels: (H, 3 W) uint8, interleaved RGB.
+        gray: (H, W) uint8, filled.
+        patch_px: edge of a patch, 3 to `fused_texture.MAX_PATCH_PX`.
+        tables: (4, 256) uint32 zeros; their sum becomes the histogram.
+        squares: (H // patch_px, W // patch_px) int64 zeros; sums of squared Sobel magnitudes.
+        roots: the same shape, float64 zeros; sums of magnitudes.
+        halves: (2, W) float32 scratch.
+    """
+    height = gray.shape[0]
+    patch_rows, patch_columns = squares.shape
+    smooth, slope = halves[0], halves[1]
+    for band in range(patch_rows + 1):
+        top = band * patch_px
+        bottom = min(top + patch_px, height)
+        for y in range(top, bottom):
+            _gray_row(pixels[y], gray[y])
+            _count_row(gray[y], tables)
+        if band == patch_rows:
+            break
+        for y in range(top, bottom):
+            # REFLECT_101 inside the patch: row -1 is row 1, row P is row P - 2.
+            above = gray[y - 1] if y > top else gray[top + 1]
+            below = gray[y + 1] if y < bottom - 1 else gray[bottom - 2]
+            _vertical_row(above, gray[y], below, smooth, slope)
+            for column in range(patch_columns):
+                left = column * patch_px
+                right = left + patch_px
+                row_squares, row_roots = _magnitude_row(smooth[left:right], slope[left:right])
+                squares[band, column] += row_squares
+                roots[band, column] += row_roots
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _add_row(row: np.ndarray, sums: np.ndarray) -> None:
+    for x in range(row.size):
+        sums[x] = np.uint32(sums[x] + row[x])
+
+
+@cached
+@numba.njit(nogil=True, error_model="numpy")
+def box_means(
+    source: np.ndarray, channels: int, factor: int, sums: np.ndarray, means: np.ndarray
+) -> None:
+    """Mean of every factor x factor block, halves rounded up; blocks at the ends may be partial.
+
+    Args:
+        source: (H, C W) uint8, channels interleaved.
+        channels: C.
+        factor: block edge, 1 to 4096 (sums of bytes stay below 2^32).
+        sums: (C W,) uint32 scratch.
+        means: (ceil(H / factor), C ceil(W / factor)) uint8, filled.
+    """
+    height = source.shape[0]
+    width = source.shape[1] // channels
+    for block_row in range(means.shape[0]):
+        top = block_row * factor
+        bottom = min(top + factor, height)
+        sums[:] = 0
+        for y in range(top, bottom):
+            _add_row(source[y], sums)
+        # Multiplying by a rounded-up 2^40 / (2 area) is the exact division while 1024 area^2 fits.
+        area = factor * (bottom - top)
+        is_exact = area <= 32768
+        reciprocal = np.uint64(((1 << 40) + 2 * area - 1) // (2 * area))
+        whole = width // factor if is_exact else 0
+        for block in range(whole):
+            first = block * factor * channels
+            for channel in range(channels):
+                total = np.uint64(0)
+                for x in range(factor):
+                    total += np.uint64(sums[first + channels * x + channel])
+                doubled = total + total + np.uint64(area)
+                means[block_row, channels * block + channel] = np.uint8(
+                    (doubled * reciprocal) >> np.uint64(40)
+                )
+        for block in range(whole, means.shape[1] // channels):
+            left = block * factor
+            right = min(left + factor, width)
+            area = (bottom - top) * (right - left)
+            for channel in range(channels):
+                rest = 0
+                for x in range(left, right):
+                    rest += int(sums[channels * x + channel])
+                means[block_row, channels * block + channel] = np.uint8(
+                    (2 * rest + area) // (2 * area)
+                )
