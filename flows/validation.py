@@ -3,6 +3,10 @@
 The context is ephemeral (nothing of Great Expectations is written to disk). Its own results hold
 run ids and its documentation pages need a CDN, so both files here are our own: equal tables and
 contracts give equal bytes.
+
+A million rows take seconds because each column goes to the execution engine as a table of its own
+(the engine copies its whole table for every metric), straight and not through a data source (which
+hashes every value), and because rows are listed for violated expectations only.
 """
 
 from __future__ import annotations
@@ -10,11 +14,12 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import yaml
@@ -23,11 +28,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from components.corpus.parquet_files import write_parquet
 from components.settings import Settings
 
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 _EXAMPLES = 10
+# Distinct values in a sample of a thousand below which a text column is coded by value.
+_FEW_VALUES = 200
 
 FAILED_ROWS_SCHEMA = pa.schema(
     [
+        ("contract", pa.string()),
         ("expectation", pa.string()),
         ("column", pa.string()),
         ("severity", pa.string()),
@@ -53,7 +61,8 @@ class ExpectationSpec(BaseModel):
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments; {setting: section.key, divide_by: number} is looked up in the settings."""
     severity: Literal["critical", "warning"]
-    rows: Literal["kept", "all"] = "kept"
+    rows: Literal["kept", "all", "general", "human"] = "kept"
+    """Which rows: all, the kept ones, or the kept ones of one channel."""
     why: str
     """Reason, shown in the report."""
 
@@ -65,13 +74,22 @@ class Contract(BaseModel):
 
     version: Literal[1]
     name: str
+    includes: tuple[str, ...] = ()
+    """Contracts beside this one that must hold too; they are checked first."""
     expectations: tuple[ExpectationSpec, ...] = Field(min_length=1)
+    included: tuple[Contract, ...] = Field(default=(), exclude=True)
+    """What `includes` names, read by `load_contract`."""
+
+    def parts(self) -> list[Contract]:
+        """The included contracts, innermost first, then this one."""
+        return [part for inner in self.included for part in inner.parts()] + [self]
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What one expectation found."""
 
+    contract: str
     expectation: str
     column: str | None
     severity: str
@@ -85,8 +103,14 @@ class Outcome:
     """Rows that violate it (0 for a violated table expectation)."""
     observed: str | None
     """Observed value of a table expectation, or why it could not be evaluated."""
-    failed_rows: tuple[dict[str, Any], ...] = field(repr=False)
-    """image_id, uri and value of every violating row, in table order."""
+    failed_rows: pa.Table = field(repr=False, compare=False)
+    """Every violating row in table order, with `FAILED_ROWS_SCHEMA`."""
+
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        """image_id, uri and value of the first violating rows."""
+        shown = self.failed_rows.select(["image_id", "uri", "value"])
+        return shown.slice(0, _EXAMPLES).to_pylist()
 
 
 @dataclass(frozen=True)
@@ -104,23 +128,30 @@ class ValidationReport:
 
 
 def load_contract(path: Path) -> Contract:
-    """Read a contract.
+    """Read a contract and those that it includes.
 
     Raises:
-        ContractError: missing, not YAML, or not of this form.
+        ContractError: missing, not YAML, not of this form, or included by itself.
     """
+    return _load(path, ())
+
+
+def _load(path: Path, outer: tuple[str, ...]) -> Contract:
+    if path.name in outer:
+        raise ContractError(f"{path.name}: includes itself ({' -> '.join((*outer, path.name))})")
     try:
-        return Contract.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        contract = Contract.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise ContractError(
-            f"{path.name}: contract not found; correct validation.contract"
-        ) from None
+        where = f"includes of {outer[-1]}" if outer else "validation.contract"
+        raise ContractError(f"{path.name}: contract not found; correct {where}") from None
     except yaml.YAMLError as problem:
         raise ContractError(f"{path.name}: not YAML: {' '.join(str(problem).split())}") from None
     except ValidationError as problem:
         first = problem.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ContractError(f"{path.name}: {where}: {first['msg']}") from None
+    inner = tuple(_load(path.with_name(name), (*outer, path.name)) for name in contract.includes)
+    return contract.model_copy(update={"included": inner})
 
 
 def _look_up(value: Any, settings: Settings, where: str) -> Any:
@@ -158,24 +189,46 @@ def _build(spec: ExpectationSpec, arguments: dict[str, Any], position: int) -> A
         raise ContractError(f"{spec.expectation} on {spec.column}: {detail}") from None
 
 
-def _evaluate(frame: pd.DataFrame, expectations: list[Any], name: str) -> dict[int, dict[str, Any]]:
-    """Run expectations over a frame; results by position in the contract."""
-    import great_expectations as gx
-    from great_expectations.data_context.types.base import ProgressBarsConfig
+def _evaluate(column: pd.DataFrame, expectations: list[Any], result_format: str) -> list[Any]:
+    """Run expectations over a frame of one column (or none); results in the same order."""
+    from great_expectations.execution_engine import PandasExecutionEngine
+    from great_expectations.validator.validator import Validator
 
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = ProgressBarsConfig(globally=False)
-    asset = context.data_sources.add_pandas("corpus").add_dataframe_asset(name)
-    suite = context.suites.add(gx.ExpectationSuite(name=name, expectations=expectations))
-    definition = gx.ValidationDefinition(
-        name=name, data=asset.add_batch_definition_whole_dataframe("all"), suite=suite
+    engine = PandasExecutionEngine(batch_data_dict={"manifest": column})
+    validator = Validator(execution_engine=engine)
+    validator.metrics_calculator.show_progress_bars = False
+    found = validator.graph_validate(
+        configurations=[expectation.configuration for expectation in expectations],
+        runtime_configuration={"result_format": result_format},
     )
-    context.validation_definitions.add(definition)
-    result = definition.run(
-        batch_parameters={"dataframe": frame}, result_format={"result_format": "COMPLETE"}
-    )
-    found = [entry.to_json_dict() for entry in result.results]
-    return {entry["expectation_config"]["meta"]["position"]: entry for entry in found}
+    by_position = {entry.expectation_config.meta["position"]: entry for entry in found}
+    return [by_position[expectation.meta["position"]] for expectation in expectations]
+
+
+def _results(column: pd.DataFrame, expectations: list[Any]) -> dict[int, Any]:
+    """Results by position in the contract; violated ones with the positions of their rows."""
+    entries = _evaluate(column, expectations, "BASIC")
+    # One violating row in a million must not cost lists of indices for every other expectation.
+    violated = [e for e, entry in zip(expectations, entries, strict=True) if not entry.success]
+    complete = iter(_evaluate(column, violated, "COMPLETE") if violated else [])
+    return {
+        expectation.meta["position"]: entry if entry.success else next(complete)
+        for expectation, entry in zip(expectations, entries, strict=True)
+    }
+
+
+def _column(frame: pd.DataFrame, name: str | None, rows: np.ndarray) -> pd.DataFrame:
+    """One column of some rows, as cheap to compare as possible; without rows' other columns.
+
+    Text with few distinct values becomes categorical: a comparison then costs one per value.
+    """
+    if name is None or name not in frame.columns:
+        return pd.DataFrame(index=pd.RangeIndex(len(rows)))
+    values = frame[name].iloc[rows].reset_index(drop=True)
+    is_text = not pd.api.types.is_numeric_dtype(values) and values.dtype != bool
+    if is_text and values.iloc[:: max(1, len(values) // 1000)].nunique() < _FEW_VALUES:
+        values = values.astype("category")
+    return values.to_frame()
 
 
 def _exception_message(info: dict[str, Any]) -> str | None:
@@ -187,78 +240,99 @@ def _exception_message(info: dict[str, Any]) -> str | None:
     return None
 
 
+def _failed_rows(
+    spec: ExpectationSpec, contract: str, frame: pd.DataFrame, rows: np.ndarray
+) -> pa.Table:
+    """The given rows of the manifest in `FAILED_ROWS_SCHEMA`."""
+    found = frame.iloc[rows]
+    known = spec.column is not None and spec.column in frame.columns
+    values = [None if pd.isna(v) else str(v) for v in found[spec.column]] if known else None
+    same = {
+        "contract": contract,
+        "expectation": spec.expectation,
+        "column": spec.column,
+        "severity": spec.severity,
+    }
+    columns: list[Any] = [pa.repeat(pa.scalar(v, pa.string()), len(rows)) for v in same.values()]
+    columns += [pa.Array.from_pandas(found[name], type=pa.string()) for name in ("image_id", "uri")]
+    columns.append(pa.array(values or [None] * len(rows), type=pa.string()))
+    return pa.Table.from_arrays(columns, schema=FAILED_ROWS_SCHEMA)
+
+
 def _outcome(
-    spec: ExpectationSpec, arguments: dict[str, Any], entry: dict[str, Any], frame: pd.DataFrame
+    spec: ExpectationSpec,
+    contract: str,
+    arguments: dict[str, Any],
+    entry: Any | None,
+    frame: pd.DataFrame,
+    rows: np.ndarray,
 ) -> Outcome:
-    result = entry["result"]
-    observed = result.get("observed_value")
-    message = _exception_message(entry["exception_info"])
-    if message is not None and spec.column is not None and spec.column not in frame.columns:
-        message = f"column {spec.column!r} is missing"
-    indices = sorted(result.get("unexpected_index_list") or [])
-    rows = frame.loc[indices]
-    values = rows[spec.column] if spec.column in frame.columns else [None] * len(rows)
-    failed = tuple(
-        {"image_id": image_id, "uri": uri, "value": None if pd.isna(value) else str(value)}
-        for image_id, uri, value in zip(rows["image_id"], rows["uri"], values, strict=True)
-    )
-    return Outcome(
-        **spec.model_dump(exclude={"arguments"}),
-        arguments=arguments,
-        status="passed" if entry["success"] else "failed",
-        checked=len(frame),
-        unexpected=0 if entry["success"] else len(failed),
-        observed=message or (None if observed is None else str(observed)),
+    """What is told of one expectation; `entry` is None when its setting is null."""
+    observed: str | None = "its setting is null"
+    status: Literal["passed", "failed", "skipped"] = "skipped"
+    failed = rows[:0]
+    if entry is not None:
+        status = "passed" if entry.success else "failed"
+        value = entry.result.get("observed_value")
+        message = _exception_message(entry.exception_info)
+        if message is not None and spec.column is not None and spec.column not in frame.columns:
+            message = f"column {spec.column!r} is missing"
+        observed = message or (None if value is None else str(value))
         # An expectation with `mostly` may pass with exceptions; those are no failures.
-        failed_rows=() if entry["success"] else failed,
-    )
-
-
-def _skipped(spec: ExpectationSpec, arguments: dict[str, Any], checked: int) -> Outcome:
+        if not entry.success:
+            failed = rows[np.sort(np.array(entry.result.get("unexpected_index_list") or [], int))]
     return Outcome(
+        contract=contract,
         **spec.model_dump(exclude={"arguments"}),
         arguments=arguments,
-        status="skipped",
-        checked=checked,
-        unexpected=0,
-        observed="its setting is null",
-        failed_rows=(),
+        status=status,
+        checked=len(rows),
+        unexpected=len(failed),
+        observed=observed,
+        failed_rows=_failed_rows(spec, contract, frame, failed),
     )
+
+
+def _scopes(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Row positions by name of a scope."""
+    kept = frame["kept"].eq(True).to_numpy(dtype=bool, na_value=False)
+    human = frame["channel"].eq("human").to_numpy(dtype=bool, na_value=False)
+    return {
+        "all": np.arange(len(frame)),
+        "kept": np.flatnonzero(kept),
+        "general": np.flatnonzero(kept & ~human),
+        "human": np.flatnonzero(kept & human),
+    }
 
 
 def validate(frame: pd.DataFrame, contract: Contract, settings: Settings) -> ValidationReport:
-    """Check a manifest against a contract.
+    """Check a manifest against a contract and those that it includes.
 
     Args:
-        frame: manifest rows with image_id, uri and kept.
+        frame: manifest rows with image_id, uri, kept and channel.
         contract: what must hold.
         settings: where {setting: ...} values come from.
 
     Raises:
         ContractError: an expectation that does not exist, wrong arguments, or an unknown setting.
     """
-    frame = frame.reset_index(drop=True)
-    scopes = {"all": frame, "kept": frame[frame["kept"].eq(True)].reset_index(drop=True)}
+    specs = [(part.name, spec) for part in contract.parts() for spec in part.expectations]
+    scopes = _scopes(frame)
     resolved: list[dict[str, Any]] = []
-    skipped: set[int] = set()
-    built: dict[str, list[Any]] = {"all": [], "kept": []}
-    for position, spec in enumerate(contract.expectations):
+    groups: dict[tuple[str, str | None], list[Any]] = {}
+    for position, (_, spec) in enumerate(specs):
         where = f"{spec.expectation} on {spec.column}"
         values = {k: _look_up(v, settings, where) for k, v in spec.arguments.items()}
         resolved.append(values)
-        if any(values[k] is None and spec.arguments[k] is not None for k in values):
-            skipped.add(position)
-        else:
-            built[spec.rows].append(_build(spec, values, position))
-    entries: dict[int, dict[str, Any]] = {}
-    for name, expectations in built.items():
-        if expectations:
-            entries |= _evaluate(scopes[name], expectations, name)
+        if all(values[k] is not None or spec.arguments[k] is None for k in values):
+            key = (spec.rows, spec.column)
+            groups.setdefault(key, []).append(_build(spec, values, position))
+    entries: dict[int, Any] = {}
+    for (scope, column), expectations in groups.items():
+        entries |= _results(_column(frame, column, scopes[scope]), expectations)
     outcomes = tuple(
-        _skipped(spec, resolved[position], len(scopes[spec.rows]))
-        if position in skipped
-        else _outcome(spec, resolved[position], entries[position], scopes[spec.rows])
-        for position, spec in enumerate(contract.expectations)
+        _outcome(spec, name, resolved[n], entries.get(n), frame, scopes[spec.rows])
+        for n, (name, spec) in enumerate(specs)
     )
     return ValidationReport(contract.name, len(frame), len(scopes["kept"]), outcomes)
 
@@ -267,8 +341,9 @@ def to_json(report: ValidationReport) -> str:
     """Stable JSON: no times or run ids; at most ten examples per expectation."""
     expectations = []
     for outcome in report.outcomes:
-        entry = asdict(outcome)
-        entry["examples"] = list(entry.pop("failed_rows")[:_EXAMPLES])
+        names = [item.name for item in fields(outcome) if item.name != "failed_rows"]
+        entry = {name: getattr(outcome, name) for name in names}
+        entry["examples"] = outcome.examples
         expectations.append(entry)
     document = {
         "version": RESULTS_VERSION,
@@ -292,22 +367,14 @@ def to_html(report: ValidationReport) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("validation.html.j2").render(report=report, examples=_EXAMPLES)
+    return environment.get_template("validation.html.j2").render(report=report)
 
 
 def failed_rows(report: ValidationReport) -> pa.Table:
     """Every violating row of every violated expectation; maybe none."""
-    rows = [
-        {
-            "expectation": outcome.expectation,
-            "column": outcome.column,
-            "severity": outcome.severity,
-            **row,
-        }
-        for outcome in report.outcomes
-        for row in outcome.failed_rows
-    ]
-    return pa.Table.from_pylist(rows, schema=FAILED_ROWS_SCHEMA)
+    return pa.concat_tables(
+        [FAILED_ROWS_SCHEMA.empty_table(), *(outcome.failed_rows for outcome in report.outcomes)]
+    )
 
 
 def write_report(report: ValidationReport, folder: Path) -> tuple[Path, Path, Path]:

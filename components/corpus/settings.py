@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, Strict, model_validator
 
@@ -82,32 +82,115 @@ class SignalsSettings(Section):
 class QualitySettings(Section):
     """Image quality and aesthetics: the scorer's name is stored beside every score."""
 
-    scorer: Literal["classical", "table"]
-    """`classical`: sharpness/noise/exposure index computed here; `table`: scores made elsewhere."""
+    scorer: Literal["classical", "table", "qalign"]
+    """`classical`: sharpness/noise/exposure index computed here; `table`: scores made elsewhere;
+    `qalign`: the paper's scorer, 1 to 5."""
+    aesthetic_scorer: Literal["classical", "table", "artimuse"]
+    """`classical`: colour/contrast/composition index; `artimuse`: the paper's scorer, 0 to 100."""
     scores: str | None
-    """For `table`: Parquet or CSV with image_id, quality, quality_scorer, aesthetic,
+    """For `table`: Parquet or CSV with image_id, quality, quality_scorer and/or aesthetic,
     aesthetic_scorer."""
+    qalign_weights: str | None
+    """For `qalign`: folder of q-future/one-align."""
+    artimuse_url: Annotated[str, Field(pattern=r"^https?://[^@/?#\s]+$")] | None
+    """For `artimuse`: address of a scorer server, such as http://127.0.0.1:8765."""
 
     @model_validator(mode="after")
-    def _table_needs_file(self) -> QualitySettings:
-        if self.scorer == "table" and self.scores is None:
-            raise ValueError("quality.scores must name a file when quality.scorer is 'table'")
+    def _scorers_have_what_they_need(self) -> QualitySettings:
+        if "table" in (self.scorer, self.aesthetic_scorer) and self.scores is None:
+            raise ValueError(
+                "quality.scores must name a file when quality.scorer or quality.aesthetic_scorer "
+                "is 'table'"
+            )
+        if self.scorer == "qalign" and self.qalign_weights is None:
+            raise ValueError("quality.qalign_weights must name a folder for scorer 'qalign'")
+        if self.aesthetic_scorer == "artimuse" and self.artimuse_url is None:
+            raise ValueError("quality.artimuse_url must be set for aesthetic_scorer 'artimuse'")
+        return self
+
+
+class NsfwSettings(Section):
+    """Score of unsafe content, 0 to 1."""
+
+    scorer: Literal["none", "nudenet", "classifier"]
+    """`nudenet`: strongest exposed part (extra `nsfw`); `classifier`: an image classifier."""
+    weights: str | None
+    """For `classifier`: folder of an image classifier of transformers."""
+
+    @model_validator(mode="after")
+    def _classifier_needs_folder(self) -> NsfwSettings:
+        if self.scorer == "classifier" and self.weights is None:
+            raise ValueError("people.nsfw.weights must name a folder for scorer 'classifier'")
         return self
 
 
 class PeopleSettings(Section):
-    """Evidence of people, the source of the `character` tag."""
+    """Evidence of people, the source of the `character` tag, and NSFW scores."""
 
-    detector: Literal["classical", "table"]
-    """`classical`: cascade face detector on the derivative; `table`: boxes made elsewhere."""
+    detector: Literal["classical", "nudenet", "owlv2", "rtdetr", "yoloe", "table"]
+    """`classical`: cascade face detector on the derivative; `nudenet`: its faces; `owlv2`,
+    `rtdetr`, `yoloe` (AGPL extra): people; `table`: boxes made elsewhere."""
     boxes: str | None
     """For `table`: Parquet or CSV with image_id, person_count, person_boxes, person_scorer."""
+    weights: str | None
+    """For `owlv2` and `rtdetr` a folder, for `yoloe` a file."""
     min_score: Fraction
+    """Weaker detections do not count; the classical detector has no scores."""
+    human_queries: Annotated[tuple[str, ...], Strict(False)]
+    """Search queries whose results form the human channel (manifest column `query`)."""
+    human_sources: Annotated[tuple[str, ...], Strict(False)]
+    """Sources that belong to the human channel as a whole (manifest column `source`)."""
+    nsfw: NsfwSettings
 
     @model_validator(mode="after")
-    def _table_needs_file(self) -> PeopleSettings:
+    def _detector_has_what_it_needs(self) -> PeopleSettings:
         if self.detector == "table" and self.boxes is None:
             raise ValueError("people.boxes must name a file when people.detector is 'table'")
+        if self.detector in ("owlv2", "rtdetr", "yoloe") and self.weights is None:
+            raise ValueError(f"people.weights must be set when people.detector is {self.detector}")
+        return self
+
+
+class HumanChannelSettings(Section):
+    """Rules for images of the human channel; None switches a rule off."""
+
+    max_flat_fraction: Fraction | None
+    """The paper names no flatness rule for this channel."""
+    min_entropy_bits: Annotated[float, Field(ge=0, le=8)] | None
+    min_quality: float | None
+    """On the scale of the scorer; paper: the same filter as in the general channel."""
+    aesthetic_top_fraction: PositiveFraction | None
+    """Share of this channel; None: both channels are ranked together."""
+
+
+class ShareSettings(Section):
+    """Bounds of a group's share of the corpus."""
+
+    min_share: Fraction
+    max_share: PositiveFraction
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_share > self.max_share:
+            raise ValueError(
+                f"min_share {self.min_share:g} must not exceed max_share {self.max_share:g}"
+            )
+        return self
+
+
+class AspectQuotaSettings(ShareSettings):
+    """Share of images whose aspect ratio width / height lies in [min_ratio, max_ratio)."""
+
+    name: Annotated[str, Field(min_length=1)]
+    min_ratio: Annotated[float, Field(gt=0)]
+    max_ratio: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> Self:
+        if self.min_ratio >= self.max_ratio:
+            raise ValueError(
+                f"min_ratio {self.min_ratio:g} must be below max_ratio {self.max_ratio:g}"
+            )
         return self
 
 
@@ -116,26 +199,109 @@ class SelectSettings(Section):
 
     min_pixels: Count
     """Paper: 3840 * 2160 = 8294400, without resizing."""
+    max_nsfw: Fraction | None
+    """Largest NSFW score; not published. An image without a score fails."""
     max_flat_fraction: Fraction
     """Paper: an image with more than 0.5 flat patches is dropped."""
     min_entropy_bits: Annotated[float, Field(ge=0, le=8)]
     """Paper: 7.0."""
     min_quality: float | None
     """Paper: 4.0 on the Q-Align scale of 1 to 5; meaningless for another scorer."""
+    near_duplicate_distance: Annotated[int, Field(ge=0, le=47)] | None
+    """Largest Hamming distance of PDQ hashes (256 bits) of near duplicates; PDQ's authors: 31."""
+    near_duplicate_min_quality: Annotated[int, Field(ge=0, le=100)]
+    """Hashes of lower PDQ quality are not compared; PDQ's authors: 50."""
     aesthetic_top_fraction: PositiveFraction
     """Share kept by aesthetic score; paper: 0.3 by ArtiMuse."""
+    human: HumanChannelSettings
+    """Rules for images of the human channel, in place of those above of the same name."""
+    aspect_quotas: Annotated[tuple[AspectQuotaSettings, ...], Strict(False)]
+    """Shares of shapes; an image belongs to the first that it fits. Not in the paper: ours."""
+    character_quota: ShareSettings | None
+    """Share of images with people (`is_character`). Not in the paper: ours."""
+    target_images: Count | None
+    """Size of a stratified sample (bucket, channel, character) of what is left; None: all."""
+
+
+# A prompt file is a dependency of the stage, so it lives where dvc.yaml looks.
+PromptFile = Annotated[str, Field(pattern=r"^conf/prompts/[\w.-]+\.txt$")]
+
+
+class EndpointSettings(Section):
+    """A model behind an OpenAI-compatible chat completions API (vLLM, Gemini, ...)."""
+
+    # Neither user:password@ nor ?key=: secrets come from the environment alone.
+    base_url: Annotated[str, Field(pattern=r"^https?://[^@/?#\s]+(/[^@?#\s]*)?$")]
+    """Such as http://127.0.0.1:8000/v1; "/chat/completions" is appended."""
+    model: Annotated[str, Field(min_length=1)]
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")] | None
+    """Name of the environment variable with the key, never the key; None: no key is sent."""
+    temperature: Annotated[float, Field(ge=0, le=2)]
+    max_tokens: Count
+    """Of one answer; an answer that reaches it has status `truncated`."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 2)] | None
+    """Sampling seed, plus one when an answer failed its checks; None: not sent."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None
+    """For models that think before they answer (and bill it); None: not sent."""
+    requests_per_minute: Annotated[float, Field(gt=0)]
+    concurrency: Annotated[int, Field(ge=1, le=256)]
+    """Requests in flight."""
+    timeout_s: Annotated[float, Field(gt=0)]
+    """Of one request, from its start to the last byte."""
+    retries: Annotated[int, Field(ge=0, le=20)]
+    """After 429, 5xx, a lost connection, a timeout or an answer that cannot be read."""
+    input_usd_per_million: NonNegative
+    """Price of a million tokens that are sent, in USD."""
+    output_usd_per_million: NonNegative
+
+
+class TranslateSettings(Section):
+    """Chinese captions."""
+
+    provider: Literal["none", "shipped", "endpoint"]
+    """`shipped`: caption_zh of the captions file; `endpoint`: made from the English caption."""
+    prompt_version: str
+    """Name of a prompt in components/corpus/caption_prompts.py, or of yours in `prompt_file`."""
+    prompt_file: PromptFile | None
+    endpoint: EndpointSettings | None
+
+    @model_validator(mode="after")
+    def _endpoint_is_described(self) -> TranslateSettings:
+        if self.provider == "endpoint" and self.endpoint is None:
+            raise ValueError("caption.translate.endpoint must be given for provider 'endpoint'")
+        return self
 
 
 class CaptionSettings(Section):
     """Captions."""
 
-    provider: Literal["shipped"]
-    """`shipped`: a captions.jsonl with file, caption_en, caption_zh beside the photographs."""
+    provider: Literal["shipped", "endpoint"]
+    """`shipped`: a captions.jsonl with file, caption_en, caption_zh beside the photographs;
+    `endpoint`: made by a vision-language model from the derivative."""
     file: str
     """Captions file, relative to the ingest source."""
     min_words: Annotated[int, Field(ge=0)]
     max_words: Count
     """English length outside [min_words, max_words] marks the caption as failed."""
+    prompt_version: str
+    """Name of a prompt in components/corpus/caption_prompts.py, or of yours in `prompt_file`."""
+    prompt_file: PromptFile | None
+    """Text file with the exact prompt to send instead of a built-in one."""
+    max_cost_usd: NonNegative
+    """Hard cap on what captions and translations under these settings cost, over all runs."""
+    endpoint: EndpointSettings | None
+    translate: TranslateSettings
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> CaptionSettings:
+        if self.provider == "endpoint" and self.endpoint is None:
+            raise ValueError("caption.endpoint must be given when caption.provider is 'endpoint'")
+        if self.provider == "endpoint" and self.translate.provider == "shipped":
+            raise ValueError(
+                "caption.translate.provider 'shipped' needs caption.provider 'shipped': "
+                "a shipped translation is not one of a generated caption"
+            )
+        return self
 
 
 class ValidateSettings(Section):
@@ -154,6 +320,8 @@ class SlicesSettings(Section):
     """Share by aesthetic score for SACL stage 2; paper: 0.05."""
     min_images: Count
     """Floor of every slice, so that a tiny corpus still trains."""
+    ablation_images: Count
+    """Size of the stratified random subset for ablations; paper: 500K."""
     eval_fraction: PositiveFraction
     """Share of images held out from all training."""
     eval_min_images: Count

@@ -1,21 +1,26 @@
-"""Training slices: who is held out, what the VAE sees, what each DiT stage sees."""
+"""Training slices: who is held out, and what each training regime of the paper sees."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 
+import numpy as np
 import pandas as pd
 
+from components.corpus.draws import uniform_draws
+from components.corpus.quotas import smallest_draws, stratified_sizes
+from components.corpus.selection import strata
 from components.corpus.settings import SlicesSettings
-from components.training.aspect_buckets import Bucket, nearest_bucket
 
-SLICES = ("vae", "stage1", "stage2", "eval")
+SLICES = ("vae", "stage1", "stage2", "ablation", "eval")
 
-
-def _draw(seed: int, image_id: str) -> str:
-    """A uniform draw that depends on seed and image alone, not on the other images."""
-    return hashlib.sha256(f"{seed}:{image_id}".encode()).hexdigest()
+DESCRIPTIONS = {
+    "vae": "VAE post-training: the training images with the least flat area",
+    "stage1": "DiT stage 1: all training images",
+    "stage2": "DiT stage 2 (SACL): the training images with the highest aesthetic score",
+    "ablation": "ablations: a random subset of stage 1, stratified by bucket, channel and people",
+    "eval": "held out from all training",
+}
 
 
 def split(table: pd.DataFrame, settings: SlicesSettings, seed: int) -> pd.Series:
@@ -32,58 +37,64 @@ def split(table: pd.DataFrame, settings: SlicesSettings, seed: int) -> pd.Series
     Returns:
         "train", "eval", or None for rows that are not kept.
     """
-    kept = table.loc[table["kept"].eq(True), "image_id"]
-    draws = kept.map(lambda image_id: _draw(seed, image_id)).sort_values()
-    held_out = max(round(settings.eval_fraction * len(kept)), settings.eval_min_images)
-    result = pd.Series(None, index=table.index, dtype=object)
-    result[draws.index] = "train"
-    result[draws.index[:held_out]] = "eval"
-    return result
-
-
-def assign_buckets(table: pd.DataFrame, buckets: tuple[Bucket, ...]) -> pd.DataFrame:
-    """Add the nearest bucket of every row whose size is known.
-
-    Returns:
-        a copy with bucket ("HxW"), bucket_height and bucket_width.
-    """
-    sizes = table[["height", "width"]].astype(float).to_numpy()
-    nearest = [
-        nearest_bucket(int(height), int(width), buckets) if height > 0 and width > 0 else None
-        for height, width in sizes
-    ]
-    return table.assign(
-        bucket=pd.Series([b.name if b else None for b in nearest], table.index, dtype=object),
-        bucket_height=pd.Series([b.height if b else None for b in nearest], table.index, float),
-        bucket_width=pd.Series([b.width if b else None for b in nearest], table.index, float),
-    )
+    rows = np.flatnonzero(table["kept"].eq(True).to_numpy(dtype=bool))
+    draws = uniform_draws(seed, table["image_id"].iloc[rows].tolist())
+    held_out = max(round(settings.eval_fraction * len(rows)), settings.eval_min_images)
+    result = np.full(len(table), None, dtype=object)
+    result[rows] = "train"
+    result[rows[np.argsort(draws, kind="stable")[:held_out]]] = "eval"
+    return pd.Series(result, index=table.index, dtype=object)
 
 
 def _top(rows: pd.DataFrame, column: str, ascending: bool, fraction: float, floor: int) -> pd.Index:
-    """Index of the best `fraction` by `column`, at least `floor` rows; ties go by image_id."""
+    """Index of the best `fraction` by `column`, at least `floor` rows; ties go by image_id.
+
+    Missing values come last. Only the rows at the border are compared by image_id, because sorting
+    a million hashes takes longer than all the rest.
+    """
     count = max(math.ceil(fraction * len(rows)), floor)
-    ranked = rows.sort_values([column, "image_id"], ascending=[ascending, True])
-    return ranked.index[:count]
+    if count >= len(rows):
+        return rows.index
+    values = rows[column].to_numpy(dtype=float, na_value=math.nan)
+    keys = np.where(np.isnan(values), math.inf, values if ascending else -values)
+    border = np.partition(keys, count - 1)[count - 1]
+    inside = np.flatnonzero(keys < border)
+    tied = rows["image_id"].iloc[np.flatnonzero(keys == border)].sort_values()
+    return rows.index[inside].append(tied.index[: count - len(inside)])
 
 
-def slices(table: pd.DataFrame, settings: SlicesSettings) -> dict[str, pd.DataFrame]:
+def _stratified(rows: pd.DataFrame, size: int, seed: int) -> pd.Index:
+    """Index of a random subset in the proportions of the strata."""
+    groups = strata(rows)
+    draws = uniform_draws(seed, rows["image_id"].tolist(), "ablation")
+    sizes = stratified_sizes(np.bincount(groups).tolist(), size)
+    taken, _ = smallest_draws(groups, draws, sizes)
+    return rows.index[taken]
+
+
+def slices(table: pd.DataFrame, settings: SlicesSettings, seed: int = 0) -> dict[str, pd.DataFrame]:
     """Cut the training and evaluation tables; rows stay in manifest order.
 
     vae: the share of the training images with the least flat area (paper: half). stage1: all
-    training images. stage2: the top share by aesthetic score (SACL; paper: 5%). eval: held out.
-    A floor above the number of images takes all there are.
+    training images. stage2: the top share by aesthetic score (SACL; paper: 5%). ablation: a random
+    subset of stage1, stratified by bucket, channel and character (paper: 500K). eval: held out. A
+    floor above the number of images takes all there are.
 
     Args:
-        table: manifest with split, flat_fraction and aesthetic.
+        table: manifest with image_id, split, flat_fraction and aesthetic; for strata bucket,
+            channel and is_character.
         settings: shares and floors.
+        seed: project seed.
     """
     train = table[table["split"] == "train"]
     floor = settings.min_images
     detailed = _top(train, "flat_fraction", True, settings.vae_top_fraction, floor)
     beautiful = _top(train, "aesthetic", False, settings.stage2_top_fraction, floor)
+    subset = _stratified(train, settings.ablation_images, seed)
     return {
         "vae": train[train.index.isin(detailed)],
         "stage1": train,
         "stage2": train[train.index.isin(beautiful)],
+        "ablation": train[train.index.isin(subset)],
         "eval": table[table["split"] == "eval"],
     }

@@ -7,8 +7,11 @@ import json
 import pandas as pd
 import pyarrow.parquet as pq
 
+from components.corpus.bucket_columns import assign_buckets
 from components.corpus.manifest import read_table, write_table
+from components.corpus.quotas import QuotaInfeasible
 from components.corpus.selection import REASONS, SETTING_OF, count_by_reason, select
+from components.training.aspect_buckets import buckets
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 _SIGNALS = [
@@ -62,7 +65,8 @@ def run(context: StageContext) -> StageResult:
     """Write `data/select/manifest.parquet` and `data/select/summary.json`.
 
     Raises:
-        StageFailed: nothing is kept (both files are written all the same).
+        StageFailed: nothing is kept (both files are written all the same), or quotas that cannot
+            hold.
     """
     manifest = read_table(context.input("ingest", "manifest.parquet"))
     signals = pq.read_table(context.input("signals", "signals.parquet")).to_pandas()
@@ -74,7 +78,11 @@ def run(context: StageContext) -> StageResult:
     # `qalign` is filled only by the model of that name.
     is_qalign = manifest["quality_scorer"].str.lower().str.startswith(("qalign", "q-align"))
     manifest["qalign"] = manifest["quality_score"].where(is_qalign.eq(True))
-    manifest = select(manifest, context.settings.select)
+    manifest = assign_buckets(manifest, buckets(context.settings.buckets))
+    try:
+        manifest = select(manifest, context.settings.select, context.settings.project.seed)
+    except QuotaInfeasible as problem:
+        raise StageFailed(f"select: {problem}") from None
 
     path = context.output_dir / "manifest.parquet"
     write_table(manifest, path)

@@ -1,4 +1,4 @@
-"""Stage `slices`: hold images out, assign buckets, and cut the tables that training reads."""
+"""Stage `slices`: hold images out and cut the tables that training reads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 
 from components.corpus.manifest import read_table, write_table
 from components.corpus.overview_figure import save_overview
-from components.corpus.slices import SLICES, assign_buckets, slices, split
-from components.training.aspect_buckets import buckets
+from components.corpus.slices import SLICES, slices, split
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 
@@ -19,9 +18,9 @@ def run(context: StageContext) -> StageResult:
     """
     settings = context.settings.slices
     manifest = read_table(context.input("caption", "manifest.parquet"))
-    manifest = assign_buckets(manifest, buckets(context.settings.buckets))
-    manifest["split"] = split(manifest, settings, context.settings.project.seed)
-    tables = slices(manifest, settings)
+    seed = context.settings.project.seed
+    manifest["split"] = split(manifest, settings, seed)
+    tables = slices(manifest, settings, seed)
     if tables["stage1"].empty:
         raise StageFailed(
             f"slices: {len(tables['eval'])} kept images are all held out for evaluation and none "

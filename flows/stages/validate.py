@@ -19,14 +19,14 @@ _NAMED_IN_MESSAGES = 3
 def _describe(outcome: Outcome) -> str:
     """Expectation, column and the offending rows of one violation."""
     where = f"{outcome.expectation} on {outcome.column or 'the table'}"
-    if not outcome.failed_rows:
+    if not outcome.unexpected:
         return f"{where}: {outcome.observed or 'violated'}"
     named = ", ".join(
         f"{row['uri']} ({row['image_id'][:12] if row['image_id'] else 'no image_id'}) "
         f"= {row['value']}"
-        for row in outcome.failed_rows[:_NAMED_IN_MESSAGES]
+        for row in outcome.examples[:_NAMED_IN_MESSAGES]
     )
-    more = len(outcome.failed_rows) - _NAMED_IN_MESSAGES
+    more = outcome.unexpected - _NAMED_IN_MESSAGES
     return f"{where}: {named}" + (f" and {more} more" if more > 0 else "")
 
 

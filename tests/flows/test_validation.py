@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +26,7 @@ from flows.validation import (
 )
 
 ROOT = Path(__file__).parents[2]
-CONTRACT = ROOT / "data" / "contracts" / "manifest.yaml"
+CONTRACT = ROOT / "data" / "contracts" / "released.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +48,15 @@ def manifest(count: int = 4) -> pd.DataFrame:
             "height": 2160,
             "megapixels": 8.2944,
             "aspect_ratio": 16 / 9,
+            "bucket": "3072x5440",
+            "format": "JPEG",
+            "source": "folder",
+            "bytes_per_pixel": 0.5,
             "integrity": "ok",
             "flat_fraction": 0.25,
             "entropy_bits": 7.5,
             "quality_score": 0.8,
+            "quality_scorer": "test",
             "aesthetic": 0.5,
             "aesthetic_scorer": "test",
             "channel": "general",
@@ -58,6 +64,7 @@ def manifest(count: int = 4) -> pd.DataFrame:
             "caption_zh": "湖",
             "caption_status": "ok",
             "license": "CC0-1.0",
+            "photographer": "A. Adams",
             "kept": True,
             "reject_reason": None,
         }
@@ -91,7 +98,23 @@ def test_a_good_manifest_keeps_the_contract_and_null_settings_are_skipped(
 ) -> None:
     report = validate(manifest(), load_contract(CONTRACT), settings)
     assert failed(report) == []
-    assert [o.column for o in report.outcomes if o.status == "skipped"] == ["quality_score"]
+    skipped = [(o.column, o.rows) for o in report.outcomes if o.status == "skipped"]
+    assert skipped == [
+        ("flat_fraction", "human"),
+        ("quality_score", "general"),
+        ("quality_score", "human"),
+        ("nsfw_score", "kept"),
+    ]
+    assert list(dict.fromkeys(o.contract for o in report.outcomes)) == ["raw", "scored", "released"]
+
+
+def test_each_channel_answers_to_its_own_thresholds(settings: Settings) -> None:
+    frame = manifest()
+    frame.loc[[1, 2], "flat_fraction"] = 0.9
+    frame.loc[1, "channel"] = "human"
+    (outcome,) = validate(frame, load_contract(CONTRACT), settings).failures("critical")
+    assert (outcome.column, outcome.rows) == ("flat_fraction", "general")
+    assert [row["uri"] for row in outcome.examples] == ["photos/2.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +139,7 @@ def test_every_critical_breach_is_found_in_its_row(
     report = validate(frame, load_contract(CONTRACT), settings)
     assert failed(report) == [(*expected, "critical")]
     (outcome,) = report.failures("critical")
-    assert [found["uri"] for found in outcome.failed_rows] == [frame["uri"][row]]
+    assert outcome.failed_rows["uri"].to_pylist() == [frame["uri"][row]]
 
 
 def test_duplicate_images_and_an_empty_corpus_are_critical(settings: Settings) -> None:
@@ -124,7 +147,7 @@ def test_duplicate_images_and_an_empty_corpus_are_critical(settings: Settings) -
     frame.loc[2, "image_id"] = frame["image_id"][1]
     report = validate(frame, load_contract(CONTRACT), settings)
     (outcome,) = report.failures("critical")
-    assert {row["uri"] for row in outcome.failed_rows} == {"photos/1.jpg", "photos/2.jpg"}
+    assert set(outcome.failed_rows["uri"].to_pylist()) == {"photos/1.jpg", "photos/2.jpg"}
     empty = manifest(1).iloc[1:]
     report = validate(empty, load_contract(CONTRACT), settings)
     assert failed(report) == [("expect_table_row_count_to_be_between", None, "critical")]
@@ -169,8 +192,7 @@ def context(root: Path, settings: Settings) -> StageContext:
 
 def prepared(root: Path, frame: pd.DataFrame) -> Path:
     write_table(frame, root / "data" / "caption" / "manifest.parquet")
-    (root / "data" / "contracts").mkdir()
-    (root / "data" / "contracts" / "manifest.yaml").write_text(CONTRACT.read_text())
+    shutil.copytree(CONTRACT.parent, root / "data" / "contracts")
     return root / "data" / "validate"
 
 
@@ -231,7 +253,7 @@ def test_an_unusable_expectation_is_one_clear_error(
 
 
 def test_a_broken_contract_file_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ContractError, match=r"none\.yaml: contract not found"):
+    with pytest.raises(ContractError, match=r"none\.yaml: contract not found; .*\.contract"):
         load_contract(tmp_path / "none.yaml")
     path = tmp_path / "c.yaml"
     path.write_text("version: [")
@@ -241,4 +263,9 @@ def test_a_broken_contract_file_is_one_clear_error(tmp_path: Path) -> None:
     document["expectations"][0]["severity"] = "fatal"
     path.write_text(yaml.safe_dump(document))
     with pytest.raises(ContractError, match=r"c\.yaml: expectations\.0\.severity"):
+        load_contract(path)
+    document["expectations"][0]["severity"] = "critical"
+    document["includes"] = ["c.yaml"]
+    path.write_text(yaml.safe_dump(document))
+    with pytest.raises(ContractError, match=r"includes itself \(c\.yaml -> c\.yaml\)"):
         load_contract(path)

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.corpus.bucket_columns import assign_buckets
 from components.corpus.overview_figure import save_overview
-from components.corpus.settings import SelectSettings, SlicesSettings
-from components.corpus.slices import assign_buckets, slices, split
+from components.corpus.settings import HumanChannelSettings, SelectSettings, SlicesSettings
+from components.corpus.slices import SLICES, slices, split
 from components.settings import BucketsSettings
-from components.training.aspect_buckets import buckets
+from components.training.aspect_buckets import buckets, nearest_bucket
 
 
 def slice_settings(**changes: object) -> SlicesSettings:
@@ -20,6 +21,7 @@ def slice_settings(**changes: object) -> SlicesSettings:
         "vae_top_fraction": 0.5,
         "stage2_top_fraction": 0.05,
         "min_images": 2,
+        "ablation_images": 5,
         "eval_fraction": 0.2,
         "eval_min_images": 3,
     }
@@ -78,7 +80,7 @@ def test_slices_are_disjoint_from_evaluation_and_have_their_floors(count: int) -
     train = len(cut["stage1"])
     assert train + len(cut["eval"]) == count
     held_out = set(cut["eval"]["image_id"])
-    for name in ("vae", "stage1", "stage2"):
+    for name in ("vae", "stage1", "stage2", "ablation"):
         assert held_out.isdisjoint(cut[name]["image_id"])
         assert cut[name].index.is_monotonic_increasing
     assert len(cut["vae"]) == min(train, max(-(-train // 2), 2))
@@ -99,7 +101,26 @@ def test_few_images_are_all_held_out_and_leave_no_training_slice() -> None:
     table = corpus(3)
     table["split"] = split(table, slice_settings(), 7)
     cut = slices(table, slice_settings())
-    assert [len(cut[name]) for name in ("vae", "stage1", "stage2", "eval")] == [0, 0, 0, 3]
+    assert [len(cut[name]) for name in SLICES] == [0, 0, 0, 0, 3]
+
+
+def test_the_ablation_subset_has_its_size_and_the_proportions_of_stage_1() -> None:
+    table = corpus(400).assign(split="train", channel=["human", *["general"] * 3] * 100)
+    cut = slices(table, slice_settings(ablation_images=80), seed=3)["ablation"]
+    assert len(cut) == 80
+    assert (cut["channel"] == "human").sum() == 20
+    again = slices(table.sample(frac=1, random_state=1), slice_settings(ablation_images=80), 3)
+    assert set(again["ablation"]["image_id"]) == set(cut["image_id"])
+    other = slices(table, slice_settings(ablation_images=80), seed=4)["ablation"]
+    assert set(other["image_id"]) != set(cut["image_id"])
+
+
+def test_ties_at_the_border_go_by_image_id_and_missing_scores_come_last() -> None:
+    table = corpus(60).assign(split="train")
+    table.loc[:9, "aesthetic"] = None
+    cut = slices(table, slice_settings(stage2_top_fraction=0.25))["stage2"]
+    ranked = table.sort_values(["aesthetic", "image_id"], ascending=[False, True])
+    assert set(cut.index) == set(ranked.index[:15])
 
 
 def test_buckets_are_assigned_where_the_size_is_known() -> None:
@@ -110,14 +131,35 @@ def test_buckets_are_assigned_where_the_size_is_known() -> None:
     assert result.iloc[2][["bucket", "bucket_height", "bucket_width"]].isna().all()
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(1, 20000), st.integers(1, 20000)), min_size=1, max_size=30))
+def test_the_nearest_buckets_equal_those_found_one_by_one(sizes: list[tuple[int, int]]) -> None:
+    known = buckets(BucketsSettings(published="table", target_pixels=None))
+    table = pd.DataFrame(sizes, columns=["height", "width"])
+    expected = [nearest_bucket(height, width, known).name for height, width in sizes]
+    assert assign_buckets(table, known)["bucket"].tolist() == expected
+
+
 @pytest.mark.parametrize("count", [0, 30])
 def test_the_figure_has_the_same_bytes_twice(tmp_path: Path, count: int) -> None:
     rules = SelectSettings(
         min_pixels=1,
+        max_nsfw=None,
         max_flat_fraction=0.5,
         min_entropy_bits=7.0,
         min_quality=None,
+        near_duplicate_distance=None,
+        near_duplicate_min_quality=50,
         aesthetic_top_fraction=1.0,
+        human=HumanChannelSettings(
+            max_flat_fraction=None,
+            min_entropy_bits=7.0,
+            min_quality=None,
+            aesthetic_top_fraction=None,
+        ),
+        aspect_quotas=(),
+        character_quota=None,
+        target_images=None,
     )
     table = corpus(count).assign(aspect_ratio=1.5, entropy_bits=7.2)
     table["kept"] = [n % 3 > 0 for n in range(count)]

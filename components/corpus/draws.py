@@ -1,0 +1,30 @@
+"""Random numbers that belong to an image: the same for every order and size of the table."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+
+
+def uniform_draws(seed: int, image_ids: Iterable[str], purpose: str = "") -> np.ndarray:
+    """One number per image from sha256 of (seed, purpose, image_id), uniform on [0, 1).
+
+    Args:
+        seed: project seed.
+        image_ids: any text; equal ids get equal numbers.
+        purpose: makes decisions independent of each other, such as "sample" and "ablation".
+
+    Returns:
+        (N,) float64 with 53 random bits.
+    """
+    prefix = f"{seed}:{purpose}:" if purpose else f"{seed}:"
+    # The hash of the common prefix is computed once.
+    start = hashlib.sha256(prefix.encode())
+    digests = bytearray()
+    for image_id in image_ids:
+        state = start.copy()
+        state.update(image_id.encode())
+        digests += state.digest()[:8]
+    return (np.frombuffer(bytes(digests), dtype=">u8") >> np.uint64(11)) * 2.0**-53
