@@ -327,6 +327,10 @@ def _nearest_key(location: tuple[str | int, ...]) -> str | None:
     return close[0] if close else None
 
 
+# A key pasted where its variable's name belongs, or a password in an address, is not repeated.
+_MAY_HOLD_A_SECRET = ("api_key_env", "base_url")
+
+
 def _describe(error: Any, where: str) -> str:
     """One line for one pydantic error."""
     location = error["loc"]
@@ -338,6 +342,8 @@ def _describe(error: Any, where: str) -> str:
     if error["type"] == "missing":
         return f"{where}: missing key '{name}'"
     message = str(error["msg"]).removeprefix("Value error, ")
+    if location and location[-1] in _MAY_HOLD_A_SECRET:
+        return f"{where}: {name} (value not shown): {message[0].lower()}{message[1:]}"
     return f"{where}: {name} = {error['input']!r}: {message[0].lower()}{message[1:]}"
 
 

@@ -1,8 +1,18 @@
-"""Stage `caption`: join the captions that ship with the photographs and check them."""
+"""Stage `caption`: captions that ship with the photographs, or that models write; all checked."""
 
 from __future__ import annotations
 
-from components.corpus.captions import STATUSES, join_captions, read_captions
+from pathlib import Path
+
+import pandas as pd
+
+from components.corpus.captions import (
+    STATUSES,
+    Judged,
+    join_captions,
+    judge_shipped,
+    read_captions,
+)
 from components.corpus.manifest import read_table, write_table
 from components.corpus.sources import file_name, source_folder
 from flows.stages.contract import StageContext, StageFailed, StageResult
@@ -10,13 +20,8 @@ from flows.stages.contract import StageContext, StageFailed, StageResult
 _NAMED_IN_MESSAGES = 3
 
 
-def run(context: StageContext) -> StageResult:
-    """Write `data/caption/manifest.parquet`.
-
-    Raises:
-        StageFailed: captions file missing or wrong (with the line), or no row is left.
-    """
-    manifest = read_table(context.input("select", "manifest.parquet"))
+def _judge_shipped(context: StageContext, manifest: pd.DataFrame) -> list[Judged]:
+    """Every row's shipped caption."""
     settings = context.settings.caption
     try:
         folder = source_folder(context.settings.ingest, context.root)
@@ -24,8 +29,52 @@ def run(context: StageContext) -> StageResult:
         captions = read_captions(folder / settings.file, set(files))
     except ValueError as problem:
         raise StageFailed(f"caption: {problem}") from None
+    return [judge_shipped(captions.get(file), settings) for file in files]
+
+
+def _write(context: StageContext, manifest: pd.DataFrame) -> tuple[list[Judged], float, list[str]]:
+    """(every row's caption by models, USD spent, what failed)."""
+    # The HTTP client is loaded only where there is an endpoint.
+    from components.corpus.caption_client import EndpointUnusable
+    from components.corpus.caption_models import write_captions
+    from components.corpus.captioning import CaptioningStopped
+
+    settings = context.settings.caption
+    shipped = _judge_shipped(context, manifest) if settings.provider == "shipped" else None
+    try:
+        captioned = write_captions(
+            manifest,
+            shipped,
+            context.input("signals", "derivatives.parquet"),
+            settings,
+            derivative_px=context.settings.signals.derivative_px,
+            # Not below the state folder of one stage key: after a change of settings, answers to
+            # questions that did not change are still there.
+            cache=context.root / "runs" / "caption-requests.sqlite",
+            root=context.root,
+        )
+    except (ValueError, EndpointUnusable, CaptioningStopped) as problem:
+        raise StageFailed(f"caption: {problem}") from None
+    return captioned.rows, captioned.spent_usd, captioned.problems
+
+
+def run(context: StageContext) -> StageResult:
+    """Write `data/caption/manifest.parquet`.
+
+    Raises:
+        StageFailed: captions file missing or wrong (with the line); endpoint of no use or cost cap
+            reached (with what is left); or no row is left.
+    """
+    manifest = read_table(context.input("select", "manifest.parquet"))
+    settings = context.settings.caption
+    costs: dict[str, float] = {}
+    problems: list[str] = []
+    if "endpoint" in (settings.provider, settings.translate.provider):
+        captions, costs["cost_usd"], problems = _write(context, manifest)
+    else:
+        captions = _judge_shipped(context, manifest)
     selected = manifest["kept"].eq(True)
-    manifest = join_captions(manifest, files, captions, settings)
+    manifest = join_captions(manifest, captions, settings)
     path = context.output_dir / "manifest.parquet"
     write_table(manifest, path)
 
@@ -33,19 +82,23 @@ def run(context: StageContext) -> StageResult:
     lost = manifest[selected & ~manifest["kept"]]
     statuses = manifest.loc[selected, "caption_status"].value_counts()
     described = ", ".join(
-        f"{files[index]}: {lost['caption_status'][index]}"
+        f"{Path(lost['uri'][index]).name}: {lost['caption_status'][index]}"
         for index in lost.index[:_NAMED_IN_MESSAGES]
     )
+    if problems:
+        described += f"; first error: {problems[0]}"
     if kept == 0:
+        source = settings.file if settings.provider == "shipped" else "caption.endpoint"
         raise StageFailed(
             f"caption: none of {int(selected.sum())} selected images has a usable caption "
-            f"({described}); correct {settings.file} or caption.min_words and max_words"
+            f"({described}); correct {source} or caption.min_words and max_words"
         )
     dropped = f", {len(lost)} without a usable caption ({described})" if len(lost) else ""
     return StageResult(
         metrics={
             "kept": float(kept),
             **{f"caption_{name}": float(statuses.get(name, 0)) for name in STATUSES},
+            **costs,
         },
         datasets={"captioned": path},
         summary=f"{kept} captioned{dropped}",

@@ -6,11 +6,36 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from components.corpus.captions import Caption, check_caption, join_captions, read_captions
+from components.corpus.captions import (
+    Caption,
+    Judged,
+    check_caption,
+    check_chinese,
+    join_captions,
+    judge_shipped,
+    read_captions,
+)
 from components.corpus.settings import CaptionSettings
 
 ROOT = Path(__file__).parents[3]
-SETTINGS = CaptionSettings(provider="shipped", file="captions.jsonl", min_words=3, max_words=6)
+SETTINGS = CaptionSettings.model_validate(
+    {
+        "provider": "shipped",
+        "file": "captions.jsonl",
+        "min_words": 3,
+        "max_words": 6,
+        "prompt_version": "detailed-1",
+        "prompt_file": None,
+        "max_cost_usd": 0.0,
+        "endpoint": None,
+        "translate": {
+            "provider": "shipped",
+            "prompt_version": "simplified-chinese-1",
+            "prompt_file": None,
+            "endpoint": None,
+        },
+    }
+)
 LONG = "a calm lake below red hills"
 
 
@@ -92,9 +117,8 @@ def test_only_kept_rows_are_rejected_for_their_caption() -> None:
             "reject_threshold": [None, None, None, 7.0],
         }
     )
-    files = pd.Series(["good", "short", "none", "rejected"])
-    captions = {"good": Caption(LONG, "湖"), "short": Caption("calm lake", None)}
-    result = join_captions(table, files, captions, SETTINGS)
+    captions = [Caption(LONG, "湖"), Caption("calm lake", None), None, None]
+    result = join_captions(table, [judge_shipped(c, SETTINGS) for c in captions], SETTINGS)
     assert result["kept"].tolist() == [True, False, False, False]
     assert result["caption_status"].tolist() == ["ok", "too_short", "missing", "missing"]
     assert result["reject_reason"].tolist()[1:] == ["caption", "caption", "entropy"]
@@ -103,3 +127,35 @@ def test_only_kept_rows_are_rejected_for_their_caption() -> None:
     assert pd.isna(result["reject_value"][2])
     assert (result["reject_value"][3], result["reject_threshold"][3]) == (5.0, 7.0)
     assert table["kept"].tolist() == [True, True, True, False]
+    assert result["caption_model"].tolist()[:2] == ["shipped: captions.jsonl"] * 2
+    assert result["translation_model"].notna().tolist() == [True, False, False, False]
+
+
+def test_a_translation_of_wrong_length_is_not_measured_in_english_words() -> None:
+    table = pd.DataFrame(
+        {"kept": [True], "reject_reason": None, "reject_value": None, "reject_threshold": None}
+    )
+    judged = Judged(LONG, "湖", "too_short", "m", "t", words=6, failed_english=False)
+    result = join_captions(table, [judged], SETTINGS)
+    assert result["reject_reason"].tolist() == ["caption"]
+    assert result["reject_value"].isna().all()
+    assert result["reject_threshold"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("chinese", "status"),
+    [
+        ("红色山丘下平静的湖", "ok"),
+        (" ", "missing"),
+        ("抱歉，我无法翻译", "refusal"),
+        ("作为一个人工智能，我……", "refusal"),
+        ("作为画面中心的湖十分平静", "ok"),
+        ("a calm lake below red hills", "wrong_language"),
+        ("湖", "too_short"),
+        ("湖" * 40, "too_long"),
+    ],
+)
+def test_translations_are_judged_by_script_and_by_length_against_the_english(
+    chinese: str, status: str
+) -> None:
+    assert check_chinese(chinese, LONG) == status

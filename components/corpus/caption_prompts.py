@@ -1,0 +1,86 @@
+"""What a model is asked for, and how its answer becomes plain text.
+
+The built-in prompts are in our own words and ask for what the paper describes (UltraFlux supplement
+2.1): a detailed English caption of subject, setting, composition, light and style, about 125 tokens
+long, and its translation to Simplified Chinese. An edited prompt gets a new version.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and the name under which the manifest records it."""
+
+    version: str
+    text: str
+
+
+CAPTION_PROMPTS = {
+    "detailed-1": (
+        "Describe this photograph for a text-to-image training set. Write one paragraph of plain "
+        "English, about 90 to 110 words (roughly 125 tokens). Name the main subject first with "
+        "its visible attributes: kind, number, colour, material, pose or action. Go on with the "
+        "setting and what stands in front of and behind the subject, the composition and camera "
+        "viewpoint, the light (source, direction, hardness, time of day), the palette, and the "
+        "style and mood. Say only what can be seen: no guesses about names, places, dates, "
+        "equipment or intentions, and quote lettering only if it can be read. Answer with the "
+        "caption alone, without a title, list, preamble or remark about the picture being a "
+        "picture."
+    )
+}
+TRANSLATION_PROMPTS = {
+    "simplified-chinese-1": (
+        "Translate the image caption below into natural written Simplified Chinese. Keep every "
+        "detail and its order, add nothing, and leave nothing out; words that are quoted as "
+        "lettering in the picture stay as they are. Answer with the translation alone."
+    )
+}
+
+_PREAMBLE = re.compile(
+    r"^(?:(?:sure|certainly|of course)[,.!]?\s+)?"
+    r"(?:here(?: is|'s|’s)\b[^:\n]{0,80}:|caption:|translation:"
+    r"|以下是[^：:\n]{0,20}[：:]|译文[：:])\s*",
+    re.IGNORECASE,
+)
+_QUOTES = {'"': '"', "“": "”", "「": "」", "'": "'"}
+
+
+def load_prompt(version: str, file: Path | None, built_in: Mapping[str, str]) -> Prompt:
+    """The text of `file` when given, else the built-in prompt of that version.
+
+    Raises:
+        ValueError: unknown version; missing, empty or non-UTF-8 file.
+    """
+    if file is None:
+        if version not in built_in:
+            raise ValueError(
+                f"prompt_version {version!r} is not built in (there is {', '.join(built_in)}); "
+                "name a prompt_file for a prompt of yours"
+            )
+        return Prompt(version, built_in[version])
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise ValueError(f"prompt_file: {file.name}: no such file in conf/prompts") from None
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"prompt_file: {file.name}: not UTF-8 at byte {problem.start}") from None
+    if not text:
+        raise ValueError(f"prompt_file: {file.name} is empty")
+    return Prompt(version, text)
+
+
+def clean_answer(text: str) -> str:
+    """One line of plain text: no preamble ("Here is a caption:"), outer quotes or line breaks."""
+    text = _PREAMBLE.sub("", " ".join(text.split())).strip()
+    if len(text) > 1 and _QUOTES.get(text[0]) == text[-1]:
+        inner = text[1:-1]
+        # A quotation at either end of a caption is part of it.
+        if text[0] not in inner and text[-1] not in inner:
+            text = inner.strip()
+    return text
