@@ -92,9 +92,7 @@ def test_what_does_not_pass_is_an_error_of_that_picture_alone(api: Api, corpus: 
 
 def test_a_request_that_is_refused_as_such_is_not_repeated(api: Api, corpus: Corpus) -> None:
     api.respond = lambda body, n: (
-        problem(400, "image too small")
-        if api.picture_of(body) == "picture-3"
-        else completion(ENGLISH)
+        problem(400, "too small") if api.picture_of(body) == "picture-3" else completion(ENGLISH)
     )
     result = corpus.write(api.settings())
     assert statuses(result)[3] == "error"
