@@ -143,9 +143,11 @@ def _photos(root: Path) -> Iterator[Finding]:
     ingest = load_settings(root / "params.yaml").ingest
     folder = root / ingest.source
     if ingest.kind != "folder":
-        status = "ok" if folder.exists() else "problem"
-        fix = "" if folder.exists() else "set ingest.source in params.yaml"
-        yield Finding("photographs", status, f"{ingest.kind} from {ingest.source}", fix)
+        detail = f"{ingest.kind} from {ingest.source}"
+        if folder.exists():
+            yield Finding("photographs", "ok", detail)
+        else:
+            yield Finding("photographs", "problem", detail, "set ingest.source in params.yaml")
         return
     count = sum(1 for p in folder.rglob("*") if p.suffix.lower() in ingest.extensions)
     fix = "" if count else "set ingest.source in params.yaml to a folder of photographs"

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ import pytest
 from PIL import Image
 
 from components.corpus.download_journal import DownloadJournal, Loss, Outcome, Stored
-from components.corpus.downloader import Downloader, forbidden_by_robots, retry_after_s
-from components.corpus.host_limits import HostQueue, TokenBuckets
+from components.corpus.downloader import Downloader
 from components.corpus.originals import original_path
 from components.corpus.public_addresses import CheckedBackend
 from components.corpus.settings import DownloadSettings
@@ -475,99 +473,3 @@ def test_the_rate_limit_holds_per_host(server: Server, tmp_path: Path) -> None:
     fetch(server, tmp_path, *paths, settings=settings)
     # 20 at once, the other ten at 20 per second.
     assert 0.4 < time.monotonic() - started < 3
-
-
-def test_in_any_window_a_host_gets_no_more_than_burst_plus_rate() -> None:
-    buckets = TokenBuckets(rate=5.0)
-    starts = []
-    now = 0.0
-    for _ in range(200):
-        starts.append(now + buckets.reserve("a", now))
-        now += 0.03
-    for first in range(0, 200, 7):
-        for last in range(first, 200, 11):
-            window = starts[last] - starts[first]
-            assert last - first + 1 <= buckets.burst + 5.0 * window + 1e-6
-    assert buckets.reserve("b", now) == 0.0
-
-
-def test_one_paused_host_does_not_hold_up_the_others() -> None:
-    async def scenario() -> list[str]:
-        buckets = TokenBuckets(rate=1000.0)
-        buckets.pause("slow", time.monotonic() + 0.2)
-        items = [("slow", n) for n in range(3)] + [("quick", n) for n in range(3)]
-        queue = HostQueue(items, 2, buckets)
-        order = []
-        while (taken := await queue.take()) is not None:
-            order.append(taken[0])
-            queue.done(taken[0])
-        return order
-
-    assert asyncio.run(scenario()) == ["quick"] * 3 + ["slow"] * 3
-
-
-def test_a_postponed_item_comes_back_and_a_host_never_exceeds_its_share() -> None:
-    async def scenario() -> list[int]:
-        queue = HostQueue([("a", n) for n in range(3)], 2, TokenBuckets(rate=1000.0))
-        order = []
-        first, second = await queue.take(), await queue.take()
-        assert first is not None
-        assert second is not None
-        third = asyncio.create_task(queue.take())
-        await asyncio.sleep(0.02)
-        assert not third.done()
-        queue.postpone("a", first[1], 0.05)
-        taken = await third
-        assert taken is not None
-        order = [second[1], taken[1]]
-        queue.done("a")
-        queue.done("a")
-        while (again := await queue.take()) is not None:
-            order.append(again[1])
-            queue.done("a")
-        return order
-
-    assert asyncio.run(scenario()) == [1, 2, 0]
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (None, None),
-        ("7", 7.0),
-        ("soon", None),
-        ("Sat, 01 Jan 2000 00:00:30 GMT", 30.0),
-        ("Fri, 31 Dec 1999 00:00:00 GMT", 0.0),
-    ],
-)
-def test_retry_after_is_seconds_or_a_date(value: str | None, expected: float | None) -> None:
-    assert retry_after_s(value, datetime(2000, 1, 1, tzinfo=UTC)) == expected
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([], None),
-        (["all"], None),
-        (["noindex"], "noindex"),
-        (["nofollow, NoImageAI"], "noimageai"),
-        (["googlebot: noindex"], None),
-        (["ultraflux-corpus: noindex, nofollow"], "noindex"),
-        (["unavailable_after: 25 Jun 2030 15:00:00 PST"], None),
-        (["max-image-preview:large, noai"], "noai"),
-        (["all", "none"], "none"),
-    ],
-)
-def test_robots_directives_for_us_are_found(values: list[str], expected: str | None) -> None:
-    assert forbidden_by_robots(values, AGENT) == expected
-
-
-def test_losses_are_forgotten_under_other_settings_and_originals_are_not(tmp_path: Path) -> None:
-    kept = Outcome(1, Stored("a" * 64, ".jpg", 5, None, None, None, "broken"))
-    lost = Outcome(3, Loss("timeout", "x"))
-    with DownloadJournal(tmp_path / "j.sqlite", "one") as journal:
-        journal.put("kept", kept)
-        journal.put("lost", lost)
-        assert (journal.get("kept"), journal.get("lost")) == (kept, lost)
-    with DownloadJournal(tmp_path / "j.sqlite", "two") as journal:
-        assert (journal.get("kept"), journal.get("lost")) == (kept, None)
