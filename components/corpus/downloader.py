@@ -173,8 +173,15 @@ class Downloader:
             urls: normalised, distinct, without an outcome so far.
             journal: receives each outcome as soon as it is known.
             report: called after every outcome.
+
+        Raises:
+            OSError: the store cannot be written; what has an outcome keeps it.
         """
-        asyncio.run(self._run(urls, journal, report))
+        try:
+            asyncio.run(self._run(urls, journal, report))
+        except BaseExceptionGroup as group:
+            # One worker's failure ends the others; that one is what the caller needs to see.
+            raise group.exceptions[0] from None
 
     async def _run(
         self,
@@ -202,6 +209,12 @@ class Downloader:
                         queue.postpone(host, (url, attempt + 1), self._wait(failure, attempt))
                         continue
                     result = failure.loss
+                except (OSError, MemoryError):
+                    # The machine's trouble (a full disk), not this address's.
+                    raise
+                except Exception as problem:
+                    # Untrusted input found a hole in a library: it costs this address alone.
+                    result = Loss("unexpected", f"{type(problem).__name__}: {problem}")
                 journal.put(url, Outcome(attempt, result))
                 queue.done(host)
                 done += 1

@@ -473,3 +473,27 @@ def test_the_rate_limit_holds_per_host(server: Server, tmp_path: Path) -> None:
     fetch(server, tmp_path, *paths, settings=settings)
     # 20 at once, the other ten at 20 per second.
     assert 0.4 < time.monotonic() - started < 3
+
+
+def test_a_surprise_costs_one_address_and_a_full_disk_ends_the_run(
+    server: Server, tmp_path: Path
+) -> None:
+    async def odd(host: str, port: int) -> list[str]:
+        if host == "odd.example":
+            raise LookupError("codec")
+        if host == "full.example":
+            raise OSError(28, "No space left on device")
+        return ["127.0.0.1"]
+
+    urls = [f"http://{host}.example/ok.jpg" for host in ("odd", "full")]
+    with DownloadJournal(tmp_path / "journal.sqlite", "s") as journal:
+        downloader = Downloader(limits(), tmp_path / "o", CheckedBackend(["127.0.0.1"], odd))
+        downloader.run([urls[0], server.url("/ok.jpg")], journal)
+        first, second = journal.get(urls[0]), journal.get(server.url("/ok.jpg"))
+        assert first is not None
+        assert second is not None
+        assert loss(first) == Loss("unexpected", "LookupError: codec")
+        assert isinstance(second.result, Stored)
+        with pytest.raises(OSError, match="No space left"):
+            downloader.run(urls[1:], journal)
+        assert journal.get(urls[1]) is None
