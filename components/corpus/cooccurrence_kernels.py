@@ -17,25 +17,33 @@ PAIRS = 4096
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _count_row(here: np.ndarray, there: np.ndarray, tables: np.ndarray) -> None:
-    """Count pairs of one row in four tables: equal pairs in a row do not wait for each other."""
-    whole = here.size // 4
+def _join(high: np.ndarray, low: np.ndarray, codes: np.ndarray) -> None:
+    """One code per pair; also of pairs that wrap around an edge, which the caller overwrites."""
+    for index in range(codes.size):
+        codes[index] = np.uint16(high[index] + low[index])
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _count(codes: np.ndarray, tables: np.ndarray) -> None:
+    """Count codes in four tables: equal codes in a row do not wait for each other's increment."""
+    whole = codes.size // 4
     for block in range(whole):
         x = 4 * block
-        tables[0, here[x] | there[x]] += np.uint16(1)
-        tables[1, here[x + 1] | there[x + 1]] += np.uint16(1)
-        tables[2, here[x + 2] | there[x + 2]] += np.uint16(1)
-        tables[3, here[x + 3] | there[x + 3]] += np.uint16(1)
-    for x in range(4 * whole, here.size):
-        tables[0, here[x] | there[x]] += np.uint16(1)
+        tables[0, codes[x]] += np.uint32(1)
+        tables[1, codes[x + 1]] += np.uint32(1)
+        tables[2, codes[x + 2]] += np.uint32(1)
+        tables[3, codes[x + 3]] += np.uint32(1)
+    for x in range(4 * whole, codes.size):
+        tables[0, codes[x]] += np.uint32(1)
 
 
 @numba.njit(nogil=True, error_model="numpy")
 def _merge(tables: np.ndarray, merged: np.ndarray) -> None:
     """Sum of the four tables, which are zero again afterwards."""
-    first, second, third, fourth = tables[0], tables[1], tables[2], tables[3]
+    first, second = tables[0, : merged.size], tables[1, : merged.size]
+    third, fourth = tables[2, : merged.size], tables[3, : merged.size]
     for pair in range(merged.size):
-        merged[pair] = np.uint16(first[pair] + second[pair] + third[pair] + fourth[pair])
+        merged[pair] = np.uint32(first[pair] + second[pair] + third[pair] + fourth[pair])
         first[pair] = 0
         second[pair] = 0
         third[pair] = 0
@@ -43,15 +51,16 @@ def _merge(tables: np.ndarray, merged: np.ndarray) -> None:
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _occurrences(merged: np.ndarray, words: np.ndarray, often: np.ndarray, seen: np.ndarray) -> int:
+def _occurrences(merged: np.ndarray, often: np.ndarray, seen: np.ndarray) -> int:
     """How often each count above 0 occurs (`often`); the distinct counts are listed in `seen`.
 
-    `words` is `merged` as uint64: most pairs never occur, so four are skipped at a time.
+    Most pairs never occur, so two are skipped at a time; the size of `merged` is even.
     """
     distinct = 0
+    words = merged.view(np.uint64)
     for word in range(words.size):
         if words[word] != 0:
-            for pair in range(4 * word, 4 * word + 4):
+            for pair in range(2 * word, 2 * word + 2):
                 count = merged[pair]
                 if count != 0:
                     if often[count] == 0:
@@ -92,11 +101,13 @@ def patch_entropies(
         values: how many distinct values there are.
     """
     edge = min(gray.shape[0], gray.shape[1])
-    high = np.empty((PATCH_PX, PATCH_PX), np.uint16)
-    low = np.empty((PATCH_PX, PATCH_PX), np.uint16)
-    tables = np.zeros((4, PAIRS), np.uint16)
-    merged = np.empty(PAIRS, np.uint16)
-    words = merged.view(np.uint64)
+    # Flat and with room for the longest offset: a slice per offset instead of one per row, whose
+    # reference counting would take longer than its pixels.
+    high = np.empty(PATCH_PX * PATCH_PX, np.uint16)
+    low = np.zeros(PATCH_PX * PATCH_PX + PATCH_PX, np.uint16)
+    codes = np.empty(PATCH_PX * PATCH_PX, np.uint16)
+    tables = np.zeros((4, PAIRS + 1), np.uint32)
+    merged = np.empty(PAIRS, np.uint32)
     often = np.zeros(PAIRS + 1, np.int64)
     seen_counts = np.empty(PAIRS + 1, np.int64)
     frequencies = np.zeros(values, np.int64)
@@ -106,24 +117,40 @@ def patch_entropies(
     patches = 0
     for top in range(0, edge - PATCH_PX + 1, PATCH_PX):
         for left in range(0, edge - PATCH_PX + 1, PATCH_PX):
+            lowest = np.uint8(255)
+            highest = np.uint8(0)
             for y in range(PATCH_PX):
                 row = gray[top + y, left : left + PATCH_PX]
                 for x in range(PATCH_PX):
-                    level = np.uint16(row[x] >> 2)
-                    low[y, x] = level
-                    high[y, x] = np.uint16(level << 6)
+                    lowest = min(lowest, row[x])
+                    highest = max(highest, row[x])
+            # Only levels between the extremes take part: small tables for smooth patches.
+            first = np.uint16(lowest >> 2)
+            levels = np.uint16((highest >> 2) - first + 1)
+            for y in range(PATCH_PX):
+                row = gray[top + y, left : left + PATCH_PX]
+                for x in range(PATCH_PX):
+                    level = np.uint16((row[x] >> 2) - first)
+                    low[PATCH_PX * y + x] = level
+                    high[PATCH_PX * y + x] = np.uint16(level * levels)
+            # Even, for `_occurrences`; the pair beyond the last never occurs.
+            size = (int(levels) * int(levels) + 1) // 2 * 2
             distinct_values = 0
             for index in range(offsets.shape[0]):
                 down, across, weight, values_row = offsets[index]
-                here_from = max(0, -across)
-                there_from = max(0, across)
                 width = PATCH_PX - abs(across)
+                joined = codes[: PATCH_PX * (PATCH_PX - down)]
+                shift = PATCH_PX * down + across
+                _join(high[: joined.size], low[shift : shift + joined.size], joined)
+                # Pairs that wrap around an edge are counted in a cell beyond the last pair.
+                wrapped = width if across > 0 else 0
                 for y in range(PATCH_PX - down):
-                    here = high[y, here_from : here_from + width]
-                    there = low[y + down, there_from : there_from + width]
-                    _count_row(here, there, tables)
-                _merge(tables, merged)
-                distinct = _occurrences(merged, words, often, seen_counts)
+                    for x in range(wrapped, wrapped + abs(across)):
+                        joined[PATCH_PX * y + x] = np.uint16(size)
+                _count(joined, tables)
+                tables[:, size] = 0
+                _merge(tables, merged[:size])
+                distinct = _occurrences(merged[:size], often, seen_counts)
                 pairs = width * (PATCH_PX - down)
                 occurring = 0
                 sum_of_logs = 0.0

@@ -6,6 +6,7 @@ one 4K image than decoding it.
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
 
@@ -21,6 +22,10 @@ def box_reduced(pixels: np.ndarray, factor: int) -> np.ndarray:
     """
     if factor == 1:
         return pixels
+    if factor == 2 and pixels.shape[0] % 2 == 0 and pixels.shape[1] % 2 == 0:
+        # The one factor that OpenCV has vector code for; the same rounding.
+        half = (pixels.shape[1] // 2, pixels.shape[0] // 2)
+        return cv2.resize(pixels, half, interpolation=cv2.INTER_AREA)
     # numba: a second that only processes pay which measure.
     from components.corpus.texture_kernels import box_means
 

@@ -31,6 +31,15 @@ def test_every_block_is_its_mean_rounded_half_up(
             np.testing.assert_array_equal(reduced[row, column], (2 * sums + area) // (2 * area))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_even_halves_are_rounded_like_all_others(channels: int) -> None:
+    pixels = np.random.default_rng(4).integers(0, 256, (600, 802, channels), dtype=np.uint8)
+    pixels = pixels[..., 0] if channels == 1 else pixels
+    blocks = pixels.astype(int).reshape(300, 2, 401, 2, -1).sum(axis=(1, 3))
+    expected = ((blocks + 2) // 4).reshape(300, 401, *pixels.shape[2:])
+    np.testing.assert_array_equal(box_reduced(pixels, 2), expected)
+
+
 @pytest.mark.parametrize("factor", [180, 181, 200, 400])
 def test_large_blocks_do_not_overflow(factor: int) -> None:
     pixels = np.full((400, 500), 255, np.uint8)

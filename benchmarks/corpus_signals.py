@@ -1,0 +1,211 @@
+"""Cost of the CPU signals on one core, against the decode floor and the reference implementation.
+
+    python benchmarks/corpus_signals.py [FOLDER] [--rounds 2] [--limit N]
+
+Every JPEG of the folder goes through all variants in turn, from bytes in memory; the fastest round
+of each file counts and times are CPU seconds of the process, so that other work on the machine
+disturbs ratios little.
+
+- floor: simplejpeg into one reused buffer; nothing decodes these pixels faster here.
+- fast: strict decode, entropy and flat fraction.
+- full: everything a row of the signals stage holds, with the file read and the derivative made.
+- reference: the released tool's steps: PIL, OpenCV gray, scipy entropy, float64 Sobel per patch.
+- GLCM: a centre square of each file (the reference takes seconds for a whole photograph).
+- engine: rows of a function that does nothing, with a derivative's bytes, through shards and all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+from scipy.stats import entropy as scipy_entropy
+from skimage.feature import graycomatrix
+from skimage.measure import shannon_entropy
+
+from components.corpus.decoding import decode_rgb
+from components.corpus.engine import EngineLimits, join_shards, map_items
+from components.corpus.flat_regions import grayscale, sobel_variance
+from components.corpus.fused_texture import fused_texture
+from components.corpus.glcm import glcm_measures
+from components.corpus.scratch import Scratch
+from components.corpus.signals import (
+    CANDIDATE_SCHEMA,
+    Candidate,
+    measure_candidate,
+    prepare_worker,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+PATCH_PX = 240
+FLAT_VARIANCE = 800.0
+GLCM_EDGE_PX = 256
+"""16 patches per file."""
+ENGINE_ITEMS = 4000
+ROW_JPEG_BYTES = 100_000
+"""About a derivative of 1024 pixels."""
+
+
+def reference(data: bytes) -> tuple[float, float]:
+    """(entropy, flat fraction) as the released tool computes them."""
+    gray = cv2.cvtColor(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), cv2.COLOR_RGB2GRAY)
+    histogram = np.histogram(gray, bins=256, range=(0, 256))[0]
+    patches = [
+        gray[top : top + PATCH_PX, left : left + PATCH_PX]
+        for top in range(0, gray.shape[0] - PATCH_PX + 1, PATCH_PX)
+        for left in range(0, gray.shape[1] - PATCH_PX + 1, PATCH_PX)
+    ]
+    flat = [sobel_variance(patch) < FLAT_VARIANCE for patch in patches]
+    entropy = float(scipy_entropy(histogram[histogram > 0], base=2))
+    return entropy, sum(flat) / len(flat) if flat else 0.0
+
+
+def glcm_reference(gray: np.ndarray) -> float:
+    """Diffusion-4K's script on all full 64x64 patches of a square."""
+    levels = gray >> 2
+    scores = []
+    for top in range(0, gray.shape[0] - 63, 64):
+        for left in range(0, gray.shape[1] - 63, 64):
+            matrices = graycomatrix(
+                levels[top : top + 64, left : left + 64],
+                distances=[1, 2, 3, 4],
+                angles=[0, np.pi / 4, np.pi / 2, 3 * np.pi / 4],
+                levels=64,
+                symmetric=False,
+                normed=True,
+            )
+            scores.append(shannon_entropy(matrices))
+    return float(np.mean(scores))
+
+
+def cpu_seconds(function: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU time of one call and what it returned."""
+    started = time.process_time()
+    result = function()
+    return time.process_time() - started, result
+
+
+def measure_files(paths: list[Path], rounds: int) -> tuple[dict[str, float], float]:
+    """Summed CPU seconds of every variant, and the megapixels; results are compared on the way."""
+    scratch = Scratch()
+    buffer = np.empty(0, np.uint8)
+    totals: dict[str, float] = {}
+    megapixels = 0.0
+    for path in paths:
+        data = path.read_bytes()
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        megapixels += height * width / 1e6
+        if buffer.size < height * width * 3:
+            buffer = np.empty(height * width * 3, np.uint8)
+        gray = grayscale(decode_rgb(data).pixels)
+        edge = min(GLCM_EDGE_PX, *gray.shape)
+        top, left = (gray.shape[0] - edge) // 2, (gray.shape[1] - edge) // 2
+        square = np.ascontiguousarray(gray[top : top + edge, left : left + edge])
+
+        def fast(data: bytes = data) -> tuple[float, float]:
+            pixels = decode_rgb(data, scratch=scratch).pixels
+            texture = fused_texture(pixels, scratch=scratch)
+            return texture.entropy_bits, texture.flat_fraction
+
+        def full(glcm: bool, path: Path = path) -> dict[str, Any]:
+            return measure_candidate(
+                Candidate(path, PATCH_PX, FLAT_VARIANCE, 1024, 400.0, glcm=glcm)
+            )
+
+        variants: dict[str, Callable[[], Any]] = {
+            "floor": lambda data=data, into=buffer: simplejpeg.decode_jpeg(
+                data, "RGB", buffer=into
+            ),
+            "fast": fast,
+            "full without GLCM": lambda full=full: full(False),
+            "full": lambda full=full: full(True),
+            "reference": lambda data=data: reference(data),
+            "GLCM": lambda square=square: glcm_measures(square),
+            "GLCM reference": lambda square=square: glcm_reference(square),
+        }
+        best = dict.fromkeys(variants, float("inf"))
+        results: dict[str, Any] = {}
+        for _ in range(rounds):
+            for name, variant in variants.items():
+                seconds, results[name] = cpu_seconds(variant)
+                best[name] = min(best[name], seconds)
+        assert results["fast"] == results["reference"], path
+        assert abs(results["GLCM"][0] - results["GLCM reference"]) < 1e-12, path
+        for name, seconds in best.items():
+            totals[name] = totals.get(name, 0.0) + seconds
+    return totals, megapixels
+
+
+def nothing(number: int) -> dict[str, Any]:
+    """A row as large as a real one, for free."""
+    return {"width": number, "jpeg": bytes(ROW_JPEG_BYTES)}
+
+
+def engine_seconds(items: int) -> float:
+    """Wall seconds of a whole run over `items` free items with one worker."""
+    limits = EngineLimits(workers=1, timeout_s=60, memory_mb=1024, retries=0)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        shards = map_items(
+            nothing,
+            [f"{number:064d}" for number in range(items)],
+            range(items),
+            stage="nothing",
+            key={},
+            schema=CANDIDATE_SCHEMA,
+            state_dir=Path(folder),
+            limits=limits,
+        )
+        join_shards(shards, CANDIDATE_SCHEMA, Path(folder) / "all.parquet")
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "data" / "sample")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--limit", type=int, help="first N files only")
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    paths = sorted(path for path in options.folder.iterdir() if path.suffix.lower() == ".jpg")
+    paths = paths[: options.limit]
+    started = time.perf_counter()
+    prepare_worker()
+    prepared = time.perf_counter() - started
+    totals, megapixels = measure_files(paths, options.rounds)
+    print(
+        f"{platform.machine()}, one core; {len(paths)} JPEGs, {megapixels:.0f} megapixels; "
+        f"kernels ready after {prepared:.1f} s, once per process"
+    )
+    print(f"{'variant':20} {'ms/image':>9} {'MP/s':>7} {'x floor':>8}")
+    for name in ("floor", "fast", "full without GLCM", "full", "reference"):
+        seconds = totals[name]
+        print(
+            f"{name:20} {seconds / len(paths) * 1e3:9.1f} {megapixels / seconds:7.0f} "
+            f"{seconds / totals['floor']:8.2f}"
+        )
+    glcm_gain = totals["GLCM reference"] / totals["GLCM"]
+    print(f"fast / floor          {totals['fast'] / totals['floor']:6.2f}  (target at most 1.6)")
+    print(f"reference / fast      {totals['reference'] / totals['fast']:6.2f}  (target at least 5)")
+    print(f"GLCM reference / GLCM {glcm_gain:6.1f}  (target at least 10)")
+    few, many = ENGINE_ITEMS // 10, ENGINE_ITEMS
+    # The start of the worker is in both, and the quieter of two runs counts.
+    short = min(engine_seconds(few) for _ in range(2))
+    long = min(engine_seconds(many) for _ in range(2))
+    per_item = (long - short) / (many - few)
+    print(f"engine per item       {per_item * 1e3:6.2f} ms  (target below 1)")
+
+
+if __name__ == "__main__":
+    main()
