@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -50,11 +50,14 @@ def score_derivatives(
     destination: Path,
     state_dir: Path,
     limits: EngineLimits,
+    key: Mapping[str, Any] | None = None,
+    modules: Sequence[ModuleType] = (),
 ) -> None:
     """Score every derivative in worker processes, resumably, into one Parquet file.
 
     Args:
-        function: module-level scorer of one derivative; its keys are the columns beside image_id.
+        function: module-level scorer of one derivative (or a `functools.partial` of one); its keys
+            are the columns beside image_id.
         module: where `function` stands; its name and source identify the shards.
         schema: of the result.
         derivatives: output of the signals stage.
@@ -62,6 +65,8 @@ def score_derivatives(
         destination: Parquet file to write.
         state_dir: survives kills.
         limits: workers and what one item may cost.
+        key: settings and digests of weights that scores depend on, JSON-able.
+        modules: further modules whose code makes the scores.
     """
     shards = map_items(
         function,
@@ -70,7 +75,8 @@ def score_derivatives(
         stage=module.__name__.rsplit(".", 1)[-1],
         key={
             "derivative_px": derivative_px,
-            "code": code_digest(decoding, flat_regions, module),
+            "code": code_digest(decoding, flat_regions, module, *modules),
+            **(key or {}),
         },
         schema=schema,
         state_dir=state_dir,

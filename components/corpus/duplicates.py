@@ -182,7 +182,7 @@ def hamming_distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.asarray(np.bitwise_count(left ^ right).sum(axis=1, dtype=np.int64))
 
 
-def normalised_url(url: str) -> str:
+def image_url_key(url: str) -> str:
     """One spelling for URLs that name the same image.
 
     Scheme and host in lower case, default port, fragment, tracking parameters and a trailing slash
@@ -267,7 +267,7 @@ def mark_near_duplicates(
     groups = np.arange(len(images))
     groups[hashed] = hashed[near_duplicate_groups(words[hashed], max_distance)]
     if "image_url" in images and images["image_url"].notna().any():
-        urls = images["image_url"].map(normalised_url, na_action="ignore")
+        urls = images["image_url"].map(image_url_key, na_action="ignore")
         groups = _merge(groups, pd.factorize(urls)[0])
 
     quality = images.get("quality_score", np.nan)

@@ -1,24 +1,27 @@
-"""Evidence of people: the `character` tag and the human channel.
+"""Evidence of people, NSFW scores, the `character` tag and the human channel.
 
-The classical detector is scikit-image's cascade of local binary patterns for frontal faces, which
-ships with the library. It finds upright faces that look at the camera and nothing else: people seen
-from behind or far away are missed, and it gives no confidence, so `people.min_score` applies to
-boxes made elsewhere (`people.detector: table`) only.
+Every derivative is decoded once for both. Detectors: the classical one is scikit-image's cascade of
+local binary patterns for frontal faces, which ships with that library; it finds upright faces that
+look at the camera and nothing else, and gives no confidence, so `people.min_score` does not apply
+to it. nudenet finds faces on its way to an NSFW score; OWLv2, RT-DETR and YOLOE find whole people
+(components/corpus/person_detectors.py).
 
-There is no classical substitute for an NSFW classifier, so `nsfw_score` stays null: no score is
-better than a pretended one.
+Where no NSFW scorer is chosen `nsfw_score` stays null: no score is better than a pretended one.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from components.corpus import nsfw, person_detectors
 from components.corpus.decoding import decode_rgb
 from components.corpus.derivatives import Derivative
 from components.corpus.flat_regions import grayscale
@@ -34,9 +37,12 @@ PEOPLE_SCHEMA = pa.schema(
         ("person_count", pa.int32()),
         ("person_boxes", pa.string()),
         ("person_scorer", pa.string()),
+        ("person_weights", pa.string()),
         ("is_character", pa.bool_()),
         ("channel", pa.string()),
         ("nsfw_score", pa.float64()),
+        ("nsfw_scorer", pa.string()),
+        ("nsfw_weights", pa.string()),
         ("error", pa.string()),
     ]
 )
@@ -82,33 +88,124 @@ def find_faces(pixels: np.ndarray) -> list[tuple[int, int, int, int]]:
     )
 
 
-def _tags(count: int) -> dict[str, Any]:
-    return {"is_character": count > 0, "channel": "human" if count else "general"}
+@dataclass(frozen=True)
+class LookPlan:
+    """What is looked for, with what; everything that a row depends on beside the picture."""
 
+    detector: Literal["none", "classical", "nudenet", "owlv2", "rtdetr", "yoloe"]
+    nsfw: Literal["none", "nudenet", "classifier"]
+    min_score: float = 0.5
+    device: str = "cpu"
+    weights: Path | None = None
+    weights_digest: str | None = None
+    nsfw_weights: Path | None = None
+    nsfw_digest: str | None = None
 
-def detect_people(derivative: Derivative) -> dict[str, Any]:
-    """A row of `PEOPLE_SCHEMA` for one derivative; boxes are in pixels of the original."""
-    pixels = decode_rgb(derivative.jpeg).pixels
-    vertical = derivative.height / pixels.shape[0]
-    horizontal = derivative.width / pixels.shape[1]
-    boxes = [
-        {
-            "label": "face",
-            "box": [
-                round(top * vertical),
-                round(left * horizontal),
-                round(bottom * vertical),
-                round(right * horizontal),
-            ],
+    @property
+    def runs_networks(self) -> bool:
+        """Whether models of torch are loaded, which need more time and memory."""
+        return self.detector in ("owlv2", "rtdetr", "yoloe") or self.nsfw == "classifier"
+
+    def key(self) -> dict[str, Any]:
+        """What shards are named after: no paths, since the digests say what lay there."""
+        return {
+            "detector": self.detector,
+            "nsfw": self.nsfw,
+            "min_score": self.min_score,
+            "weights": self.weights_digest,
+            "nsfw_weights": self.nsfw_digest,
         }
-        for top, left, bottom, right in find_faces(pixels)
+
+
+# Loaded once per worker.
+_load_detector = cache(person_detectors.load_detector)
+_load_classifier = cache(nsfw.load_classifier)
+
+
+def _entry(box: tuple[int, int, int, int], scale: tuple[float, float]) -> list[int]:
+    """A box of the derivative in pixels of the original."""
+    vertical, horizontal = scale
+    top, left, bottom, right = box
+    return [
+        round(top * vertical),
+        round(left * horizontal),
+        round(bottom * vertical),
+        round(right * horizontal),
     ]
-    return {
-        "person_count": len(boxes),
-        "person_boxes": json.dumps(boxes),
-        "person_scorer": FACE_SCORER,
-        **_tags(len(boxes)),
-    }
+
+
+def look_at(derivative: Derivative, plan: LookPlan) -> dict[str, Any]:
+    """A row of `PEOPLE_SCHEMA` without channel; boxes are in pixels of the original.
+
+    Raises:
+        WeightsMissing: weights or a library that the plan names are not there.
+    """
+    pixels = decode_rgb(derivative.jpeg).pixels
+    scale = (derivative.height / pixels.shape[0], derivative.width / pixels.shape[1])
+    row: dict[str, Any] = {}
+    boxes: list[dict[str, Any]] = []
+    seen = nsfw.nudenet_detections(pixels) if "nudenet" in (plan.detector, plan.nsfw) else []
+    if plan.detector == "classical":
+        boxes = [{"label": "face", "box": _entry(box, scale)} for box in find_faces(pixels)]
+        row |= {"person_scorer": FACE_SCORER}
+    elif plan.detector == "nudenet":
+        people = [face for face in nsfw.faces(seen) if face.score >= plan.min_score]
+        boxes = [
+            {"label": "face", "score": face.score, "box": _entry(face.box, scale)}
+            for face in people
+        ]
+        row |= {"person_scorer": nsfw.NUDENET_SCORER, "person_weights": plan.weights_digest}
+    elif plan.detector != "none":
+        assert plan.weights is not None
+        find = _load_detector(plan.detector, plan.weights, plan.device, plan.min_score)
+        boxes = [
+            {"label": one.label, "score": one.score, "box": _entry(one.box, scale)}
+            for one in find(pixels)
+        ]
+        row |= {"person_scorer": plan.detector, "person_weights": plan.weights_digest}
+    if plan.detector != "none":
+        row |= {
+            "person_count": len(boxes),
+            "person_boxes": json.dumps(boxes),
+            "is_character": len(boxes) > 0,
+        }
+    if plan.nsfw == "nudenet":
+        row |= {"nsfw_score": nsfw.explicit_score(seen), "nsfw_scorer": nsfw.NUDENET_SCORER}
+    elif plan.nsfw == "classifier":
+        assert plan.nsfw_weights is not None
+        classifier = _load_classifier(plan.nsfw_weights, plan.device)
+        row |= {
+            "nsfw_score": classifier.score(pixels),
+            "nsfw_scorer": f"classifier-{plan.nsfw_weights.name}",
+        }
+    if plan.nsfw != "none":
+        row |= {"nsfw_weights": plan.nsfw_digest}
+    return row
+
+
+def with_channel(
+    people: pd.DataFrame,
+    manifest: pd.DataFrame,
+    *,
+    queries: Collection[str],
+    sources: Collection[str],
+) -> pd.DataFrame:
+    """Fill `channel` from provenance: "human" for what human-related retrieval found.
+
+    A channel says where an image comes from; what is seen in it is `is_character`, which needs a
+    detection. An image that several rows of the manifest share is human when one of them is.
+
+    Args:
+        people: has image_id; unchanged.
+        manifest: image_id, query and source.
+        queries: `people.human_queries`, compared without case and surrounding space.
+        sources: `people.human_sources`, compared exactly.
+    """
+    wanted = {query.strip().casefold() for query in queries}
+    found_by = manifest["query"].map(lambda text: str(text).strip().casefold(), na_action="ignore")
+    is_human = found_by.isin(wanted) | manifest["source"].isin(list(sources))
+    human = people["image_id"].isin(manifest.loc[is_human, "image_id"])
+    return people.assign(channel=np.where(human, "human", "general"))
 
 
 def _confident_boxes(text: Any, min_score: float, where: str) -> list[dict[str, Any]]:
@@ -129,7 +226,7 @@ def people_from_table(path: Path, image_ids: list[str], min_score: float) -> pd.
     without boxes its `person_count` stands as it is.
 
     Returns:
-        columns of `PEOPLE_SCHEMA`, in the order of `image_ids`.
+        columns of `PEOPLE_SCHEMA` in the order of `image_ids`, without channel and NSFW score.
 
     Raises:
         ValueError: see `read_external_scores`, or boxes that are no such JSON.
@@ -159,7 +256,8 @@ def people_from_table(path: Path, image_ids: list[str], min_score: float) -> pd.
                 "person_count": count,
                 "person_boxes": text,
                 "person_scorer": row["person_scorer"],
-                **_tags(count),
+                "is_character": count > 0,
             }
         )
-    return pd.DataFrame(rows, columns=PEOPLE_SCHEMA.names)
+    columns = ["image_id", "person_count", "person_boxes", "person_scorer", "is_character"]
+    return pd.DataFrame(rows, columns=columns)

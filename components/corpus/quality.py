@@ -26,8 +26,10 @@ QUALITY_SCHEMA = pa.schema(
         pa.field("image_id", pa.string(), nullable=False),
         ("quality_score", pa.float64()),
         ("quality_scorer", pa.string()),
+        ("quality_weights", pa.string()),
         ("aesthetic", pa.float64()),
         ("aesthetic_scorer", pa.string()),
+        ("aesthetic_weights", pa.string()),
         # What the two are made of, each 0 to 1; null for scores made elsewhere.
         ("sharpness", pa.float64()),
         ("cleanness", pa.float64()),

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.corpus import quality
+from components.corpus import artimuse, qalign, quality, scorer_protocol
 from components.corpus.derivatives import derivative_ids, score_derivatives
 from components.corpus.engine import EngineLimits
 from components.corpus.manifest import to_arrow
 from components.corpus.parquet_files import write_parquet
 from components.corpus.scores import read_external_scores
+from components.models.weights import WeightsMissing, folder_digest
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
+# Loading a large model counts against the first item's time, and CUDA reserves address space.
+_MODEL_TIMEOUT_S = 1800.0
+_MODEL_MEMORY_MB = 2**24
 
-def _score_here(context: StageContext, derivatives: Path, path: Path) -> None:
+
+def _score_classically(context: StageContext, derivatives: Path, path: Path) -> None:
     score_derivatives(
         quality.score_derivative,
         quality,
@@ -29,19 +37,135 @@ def _score_here(context: StageContext, derivatives: Path, path: Path) -> None:
     )
 
 
-def _take_from_table(context: StageContext, scores: str, derivatives: Path, path: Path) -> None:
-    try:
-        table = read_external_scores(
-            context.root / scores,
-            derivative_ids(derivatives),
-            ["quality", "quality_scorer", "aesthetic", "aesthetic_scorer"],
-            setting="quality.scores",
-            numeric=["quality", "aesthetic"],
+def _classical(context: StageContext, derivatives: Path) -> pd.DataFrame:
+    path = context.state_dir / "classical.parquet"
+    _score_classically(context, derivatives, path)
+    return pq.read_table(path).to_pandas()
+
+
+def _table(context: StageContext, derivatives: Path, kind: str) -> pd.DataFrame:
+    """`kind` ("quality" or "aesthetic") and its scorer from the table of `quality.scores`."""
+    scores = context.settings.quality.scores
+    assert scores is not None
+    return read_external_scores(
+        context.root / scores,
+        derivative_ids(derivatives),
+        [kind, f"{kind}_scorer"],
+        setting="quality.scores",
+        numeric=[kind],
+    ).rename(columns={"quality": "quality_score"})
+
+
+def _qalign(context: StageContext, derivatives: Path) -> pd.DataFrame:
+    """Q-Align; on a GPU one process, since the model fills a good part of it.
+
+    Raises:
+        WeightsMissing: no weights, or no pyiqa.
+    """
+    named = context.settings.quality.qalign_weights
+    folder = qalign.check_weights(None if named is None else context.root / named)
+    device = context.settings.runtime.device
+    digest = folder_digest(folder)
+    limits = EngineLimits.of(context.settings)
+    path = context.state_dir / "qalign.parquet"
+    score_derivatives(
+        partial(qalign.score_derivative, folder=folder, digest=digest, device=device),
+        qalign,
+        qalign.QALIGN_SCHEMA,
+        derivatives=derivatives,
+        derivative_px=context.settings.signals.derivative_px,
+        destination=path,
+        state_dir=context.state_dir / "shards",
+        limits=replace(
+            limits,
+            workers=1,
+            timeout_s=max(limits.timeout_s, _MODEL_TIMEOUT_S),
+            memory_mb=max(limits.memory_mb, _MODEL_MEMORY_MB),
+        ),
+        key={"weights": digest, "device": device},
+    )
+    return pq.read_table(path).to_pandas()
+
+
+def _artimuse(context: StageContext, derivatives: Path) -> pd.DataFrame:
+    """Scores of a scorer server; finished items survive when it dies in the middle.
+
+    Raises:
+        ScorerUnavailable: no server at the start, or it went away before every item had a score.
+    """
+    url = context.settings.quality.artimuse_url
+    assert url is not None
+    client = scorer_protocol.ScorerClient(url)
+    expected = client.identity()
+    client.close()
+    path = context.state_dir / "artimuse.parquet"
+    score_derivatives(
+        partial(artimuse.score_remotely, url=url, expected=expected),
+        artimuse,
+        artimuse.ARTIMUSE_SCHEMA,
+        derivatives=derivatives,
+        derivative_px=context.settings.signals.derivative_px,
+        destination=path,
+        state_dir=context.state_dir / "artimuse",
+        limits=replace(EngineLimits.of(context.settings), timeout_s=_MODEL_TIMEOUT_S, retries=0),
+        key={"scorer": expected.scorer, "weights": expected.weights},
+        modules=(scorer_protocol,),
+    )
+    table = pq.read_table(path).to_pandas()
+    lost = table["error"].str.contains("Scorer(?:Unavailable|Changed)", na=False)
+    if lost.any():
+        # Shards with such rows are not finished; the rest is kept for the next attempt.
+        for shard in (context.state_dir / "artimuse").glob("*.parquet"):
+            if set(pq.read_table(shard)["image_id"].to_pylist()) & set(table["image_id"][lost]):
+                shard.unlink()
+        raise scorer_protocol.ScorerUnavailable(
+            f"{int(lost.sum())} of {len(table)} images got no score ({table['error'][lost].iloc[0]}"
+            "); start the scorer server again and repeat the stage"
         )
-    except ValueError as problem:
-        raise StageFailed(f"quality: {problem}") from None
-    table = table.rename(columns={"quality": "quality_score"})
-    write_parquet(to_arrow(table, quality.QUALITY_SCHEMA), path)
+    return table
+
+
+def _join(quality_part: pd.DataFrame, aesthetic_part: pd.DataFrame) -> pd.DataFrame:
+    """Quality columns of one and aesthetic columns of the other, the errors of both."""
+    own = {"aesthetic", "aesthetic_scorer", "aesthetic_weights"}
+    own |= {"colourfulness", "contrast", "edge_compactness"}
+    left = quality_part.drop(columns=[name for name in quality_part if name in own])
+    right = aesthetic_part[["image_id", *(name for name in aesthetic_part if name in own)]]
+    joined = left.merge(right, on="image_id", how="left", validate="1:1")
+    if "error" in aesthetic_part:
+        other = aesthetic_part.set_index("image_id")["error"].reindex(joined["image_id"])
+        errors = joined["error"] if "error" in joined else pd.Series(None, index=joined.index)
+        both = [
+            "; ".join(dict.fromkeys(text for text in pair if isinstance(text, str))) or None
+            for pair in zip(errors, other, strict=True)
+        ]
+        joined["error"] = pd.Series(both, index=joined.index, dtype=object)
+    return joined
+
+
+def _scores(context: StageContext, derivatives: Path) -> pa.Table:
+    """Both scores of every derivative from the scorers that the settings name."""
+    settings = context.settings.quality
+    parts: dict[str, pd.DataFrame] = {}
+    if "classical" in (settings.scorer, settings.aesthetic_scorer):
+        parts["classical"] = _classical(context, derivatives)
+    if settings.scorer == "qalign":
+        parts["qalign"] = _qalign(context, derivatives)
+    if settings.aesthetic_scorer == "artimuse":
+        parts["artimuse"] = _artimuse(context, derivatives)
+    by_table = {
+        kind: _table(context, derivatives, kind)
+        for kind, scorer in (
+            ("quality", settings.scorer),
+            ("aesthetic", settings.aesthetic_scorer),
+        )
+        if scorer == "table"
+    }
+    joined = _join(
+        by_table.get("quality", parts.get(settings.scorer)),
+        by_table.get("aesthetic", parts.get(settings.aesthetic_scorer)),
+    )
+    return to_arrow(joined, quality.QUALITY_SCHEMA)
 
 
 def _mean(column: pd.Series) -> float:
@@ -52,15 +176,19 @@ def run(context: StageContext) -> StageResult:
     """Write `data/quality/quality.parquet`, one row per image that could be decoded.
 
     Raises:
-        StageFailed: external scores that are missing or incomplete.
+        StageFailed: external scores that are missing or incomplete, weights that are not there, or
+            a scorer server that does not answer.
     """
     derivatives = context.input("signals", "derivatives.parquet")
     path = context.output_dir / "quality.parquet"
-    scores = context.settings.quality.scores
-    if context.settings.quality.scorer == "table" and scores is not None:
-        _take_from_table(context, scores, derivatives, path)
+    settings = context.settings.quality
+    if settings.scorer == settings.aesthetic_scorer == "classical":
+        _score_classically(context, derivatives, path)
     else:
-        _score_here(context, derivatives, path)
+        try:
+            write_parquet(_scores(context, derivatives), path)
+        except (ValueError, WeightsMissing, scorer_protocol.ScorerUnavailable) as problem:
+            raise StageFailed(f"quality: {problem}") from None
     table = pq.read_table(path).to_pandas()
     scorers = sorted(
         {*table["quality_scorer"].dropna().unique(), *table["aesthetic_scorer"].dropna().unique()}

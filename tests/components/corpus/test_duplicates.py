@@ -10,9 +10,9 @@ from scipy.sparse.csgraph import connected_components
 from components.corpus.duplicates import (
     hamming_distance,
     hashes_to_words,
+    image_url_key,
     mark_near_duplicates,
     near_duplicate_groups,
-    normalised_url,
 )
 
 
@@ -180,5 +180,5 @@ def test_distance_of_known_words() -> None:
     ],
 )
 def test_urls_have_one_spelling(url: str, expected: str) -> None:
-    assert normalised_url(url) == expected
-    assert normalised_url(expected) == expected
+    assert image_url_key(url) == expected
+    assert image_url_key(expected) == expected

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,14 @@ import pytest
 from skimage import data
 
 from components.corpus.derivatives import Derivative
-from components.corpus.people import detect_people, find_faces, people_from_table
+from components.corpus.nsfw import file_sha256, nudenet_weights
+from components.corpus.people import (
+    LookPlan,
+    find_faces,
+    look_at,
+    people_from_table,
+    with_channel,
+)
 from components.corpus.signals import derivative_jpeg
 
 
@@ -19,20 +27,63 @@ def test_the_astronaut_has_one_face_where_it_is() -> None:
     assert left < 225 < right
 
 
-def test_boxes_are_in_pixels_of_the_original_and_tag_the_image() -> None:
-    jpeg = derivative_jpeg(data.astronaut(), 512)
-    row = detect_people(Derivative("a" * 64, 4096, 4096, jpeg))
+CLASSICAL = LookPlan(detector="classical", nsfw="none")
+DIGEST = file_sha256(nudenet_weights())
+NUDENET = LookPlan(detector="nudenet", nsfw="nudenet", weights_digest=DIGEST, nsfw_digest=DIGEST)
+
+
+def astronaut() -> Derivative:
+    """512 px derivative of a pretended 4096 px original."""
+    return Derivative("a" * 64, 4096, 4096, derivative_jpeg(data.astronaut(), 512))
+
+
+@pytest.mark.parametrize("plan", [CLASSICAL, NUDENET])
+def test_boxes_are_in_pixels_of_the_original_and_tag_the_image(plan: LookPlan) -> None:
+    row = look_at(astronaut(), plan)
     (box,) = json.loads(row["person_boxes"])
     assert box["label"] == "face"
     assert box["box"][0] < 120 * 8 < box["box"][2]
-    assert (row["person_count"], row["is_character"], row["channel"]) == (1, True, "human")
+    assert box["box"][1] < 225 * 8 < box["box"][3]
+    assert (row["person_count"], row["is_character"]) == (1, True)
+    assert "channel" not in row
+
+
+def test_rows_name_their_scorers_and_weights() -> None:
+    row = look_at(astronaut(), CLASSICAL)
     assert row["person_scorer"] == "skimage-lbp-frontal-face-v1"
+    assert "nsfw_score" not in row
+    row = look_at(astronaut(), NUDENET)
+    assert (row["person_scorer"], row["person_weights"]) == ("nudenet-320n", DIGEST)
+    assert (row["nsfw_scorer"], row["nsfw_weights"]) == ("nudenet-320n", DIGEST)
+    assert row["nsfw_score"] == 0.0
+    only_nsfw = look_at(astronaut(), replace(NUDENET, detector="none"))
+    assert set(only_nsfw) == {"nsfw_score", "nsfw_scorer", "nsfw_weights"}
 
 
-def test_a_picture_without_faces_is_general() -> None:
+def test_faces_below_the_minimum_score_are_no_evidence() -> None:
+    row = look_at(astronaut(), replace(NUDENET, min_score=0.99))
+    assert (row["person_count"], row["person_boxes"], row["is_character"]) == (0, "[]", False)
+
+
+def test_a_picture_without_faces_is_no_character() -> None:
     jpeg = derivative_jpeg(np.zeros((64, 30, 3), np.uint8), 64)
-    row = detect_people(Derivative("a" * 64, 64, 30, jpeg))
-    assert (row["person_count"], row["person_boxes"], row["channel"]) == (0, "[]", "general")
+    row = look_at(Derivative("a" * 64, 64, 30, jpeg), CLASSICAL)
+    assert (row["person_count"], row["person_boxes"], row["is_character"]) == (0, "[]", False)
+
+
+def test_the_human_channel_is_where_an_image_comes_from_not_what_is_seen() -> None:
+    people = pd.DataFrame({"image_id": list("abcd"), "is_character": [True, False, False, True]})
+    manifest = pd.DataFrame(
+        {
+            "image_id": list("abbcd"),
+            "query": [None, "mountains", " Portrait ", "lake", "portraits"],
+            "source": ["x", "x", "x", "people-site", "x"],
+        }
+    )
+    found = with_channel(people, manifest, queries=["portrait"], sources=["people-site"])
+    assert found["channel"].tolist() == ["general", "human", "human", "general"]
+    assert found["is_character"].tolist() == [True, False, False, True]
+    assert set(with_channel(people, manifest, queries=[], sources=[])["channel"]) == {"general"}
 
 
 def test_external_boxes_below_the_minimum_score_do_not_count(tmp_path: Path) -> None:
@@ -47,7 +98,7 @@ def test_external_boxes_below_the_minimum_score_do_not_count(tmp_path: Path) -> 
     ).to_parquet(tmp_path / "p.parquet")
     table = people_from_table(tmp_path / "p.parquet", ["y", "x"], 0.5)
     assert table["person_count"].tolist() == [0, 1]
-    assert table["channel"].tolist() == ["general", "human"]
+    assert table["is_character"].tolist() == [False, True]
 
 
 def test_boxes_that_are_no_json_list_are_one_clear_error(tmp_path: Path) -> None:

@@ -1,0 +1,179 @@
+"""Q-Align's and ArtiMuse's arithmetic, and the scorer protocol against a real server process."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from skimage import data
+
+from components.corpus import artimuse, qalign
+from components.corpus.artimuse import SCORE_TOKENS, LinearTestScorer, score_remotely
+from components.corpus.decoding import decode_rgb
+from components.corpus.derivatives import Derivative
+from components.corpus.engine import EngineLimits, map_items
+from components.corpus.scorer_protocol import (
+    ItemRejected,
+    ScorerChanged,
+    ScorerClient,
+    ScorerIdentity,
+    ScorerUnavailable,
+)
+from components.corpus.signals import derivative_jpeg
+from components.models.weights import WeightsMissing
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_scores_are_expectations_over_their_scale() -> None:
+    assert qalign.score_from_logits(np.zeros(5)) == 3.0
+    assert qalign.score_from_logits(np.array([50.0, 0, 0, 0, 0])) == pytest.approx(5.0)
+    assert qalign.score_from_logits(np.log([0.1, 0.2, 0.3, 0.4, 1e-300])) == pytest.approx(3.0)
+    assert artimuse.score_from_logits(np.full(101, 7.0)) == pytest.approx(50.0)
+    sure = np.zeros(101)
+    sure[87] = 1000.0
+    assert artimuse.score_from_logits(sure) == 87.0
+    for wrong in (np.zeros(4), np.full(5, np.nan)):
+        with pytest.raises(ValueError, match="expected 5 finite"):
+            qalign.score_from_logits(wrong)
+
+
+def test_artimuse_tokens_are_those_of_the_prompt_of_the_released_code() -> None:
+    places = {"aa": 0, "az": 25, "ca": 26, "cy": 50, "da": 51, "dy": 75, "ea": 76, "ey": 100}
+    assert {token: SCORE_TOKENS.index(token) for token in places} == places
+    assert len(set(SCORE_TOKENS)) == 101
+
+
+@pytest.mark.parametrize("shape", [(300, 512), (512, 301), (448, 448)])
+def test_qalign_preprocessing_is_the_librarys(shape: tuple[int, int]) -> None:
+    from PIL import Image
+    from pyiqa.archs.qalign_arch import expand2square
+    from transformers import CLIPImageProcessor
+
+    pixels = np.ascontiguousarray(data.astronaut()[: shape[0], : shape[1]])
+    # preprocessor_config.json of q-future/one-align.
+    size = {"height": 448, "width": 448}
+    processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=True)
+    expected = processor.preprocess(expand2square(Image.fromarray(pixels)), return_tensors="np")
+    found = qalign.preprocess(pixels)
+    np.testing.assert_allclose(found, np.asarray(expected["pixel_values"]), atol=0.02)
+    assert np.abs(found - np.asarray(expected["pixel_values"])).mean() < 1e-3
+
+
+def test_missing_qalign_weights_name_the_command(tmp_path: Path) -> None:
+    with pytest.raises(WeightsMissing, match="hf download q-future/one-align"):
+        qalign.check_weights(tmp_path)
+
+
+class Server:
+    """The scorer server as a process."""
+
+    def __init__(self, seed: int, port: int = 0) -> None:
+        module = "components.corpus.artimuse_server"
+        command = [sys.executable, "-m", module, "--test-linear", str(seed), "--port", str(port)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.url = self.process.stdout.readline().split()[-1]
+
+    @property
+    def port(self) -> int:
+        return int(re.findall(r"\d+$", self.url)[0])
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server(seed=1)
+    yield running
+    running.kill()
+
+
+def picture(n: int) -> bytes:
+    return derivative_jpeg(np.roll(data.astronaut()[::4, ::4], n * 7, axis=1), 128)
+
+
+def test_a_server_scores_as_the_same_scorer_does_here(server: Server) -> None:
+    client = ScorerClient(server.url)
+    identity = client.identity()
+    assert identity.scorer == "test-linear"
+    expected = LinearTestScorer(1)(decode_rgb(picture(3)).pixels)
+    assert client.score(picture(3), identity) == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ItemRejected, match="empty file"):
+        client.score(b"", identity)
+    with pytest.raises(ScorerChanged, match=r"run began with test-linear \(0000"):
+        client.score(picture(0), ScorerIdentity("test-linear", "0" * 64))
+
+
+def test_a_server_that_dies_in_the_middle_costs_no_finished_item(
+    server: Server, tmp_path: Path
+) -> None:
+    """Killed after 8 of 32 items, started again on the same port: the rest is asked for, once."""
+    identity = ScorerClient(server.url).identity()
+    ids = [f"{n:064x}" for n in range(32)]
+    score = partial(score_remotely, url=server.url, expected=identity, retries=2)
+
+    def payloads(kill_after: int | None) -> Iterator[Derivative]:
+        for n, image_id in enumerate(ids):
+            if n == kill_after:
+                server.kill()
+            yield Derivative(image_id, 128, 128, picture(n))
+
+    def attempt(kill_after: int | None = None, state: str = "state") -> list[dict]:
+        shards = map_items(
+            score,
+            ids,
+            payloads(kill_after),
+            stage="artimuse",
+            key={"weights": identity.weights},
+            schema=artimuse.ARTIMUSE_SCHEMA,
+            state_dir=tmp_path / state,
+            limits=EngineLimits(workers=1, timeout_s=60, memory_mb=4096, retries=0),
+        )
+        return [row for shard in shards for row in pq.read_table(shard).to_pylist()]
+
+    first = attempt(kill_after=12)
+    lost = [row for row in first if row["error"] is not None]
+    assert 0 < len(lost) < 32
+    assert all("ScorerUnavailable" in row["error"] for row in lost)
+    for shard in (tmp_path / "state").glob("*.parquet"):
+        if any(pq.read_table(shard)["error"].is_valid().to_pylist()):
+            shard.unlink()
+    again = Server(seed=1, port=server.port)
+    try:
+        resumed = attempt()
+        assert [row["image_id"] for row in resumed] == ids
+        assert all(row["error"] is None for row in resumed)
+        assert resumed == attempt(state="uninterrupted")
+    finally:
+        again.kill()
+
+
+def test_no_server_and_another_kind_of_server_are_clear_errors() -> None:
+    client = ScorerClient("http://127.0.0.1:9", retries=1)
+    with pytest.raises(ScorerUnavailable, match=r"127\.0\.0\.1:9/identity"):
+        client.identity()
+
+
+def test_the_server_without_weights_ends_with_one_line_that_names_the_command(
+    tmp_path: Path,
+) -> None:
+    module = "components.corpus.artimuse_server"
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--weights", str(tmp_path / "none")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "hf download" in done.stderr
+    assert done.stderr.count("\n") == 1
