@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from components.corpus.scratch import Scratch
 
@@ -76,13 +76,24 @@ def _pil_without_pixel_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = previous
 
 
+def _formats() -> list[str]:
+    """Formats of photographs that this PIL reads; whatever else it knows is none.
+
+    PostScript, for one, would start Ghostscript on bytes that somebody named .jpg.
+    """
+    optional = [name for name in ("WEBP", "AVIF") if features.check(name.lower())]
+    # Registered by plugins of other packages, where one was imported.
+    optional += [name for name in ("JXL", "HEIF") if name in Image.OPEN]
+    return ["JPEG", "PNG", "TIFF", "GIF", "BMP", *optional]
+
+
 @contextmanager
 def _opened(data: bytes, max_megapixels: float) -> Iterator[tuple[Image.Image, ImageHeader]]:
     """PIL's lazy image and its header, size checked; every decoder error becomes ours."""
     if not data:
         raise ImageUndecodable("empty file (0 bytes)")
     try:
-        with _pil_without_pixel_limit(), Image.open(io.BytesIO(data)) as image:
+        with _pil_without_pixel_limit(), Image.open(io.BytesIO(data), formats=_formats()) as image:
             header = ImageHeader(
                 height=image.height,
                 width=image.width,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ _ATTRIBUTION_COLUMNS = {
     "image_url": "image_url",
     "work_url": "work_url",
 }
+# The largest pixels there are (four 32-bit channels), and room for profiles and thumbnails: what is
+# larger is not read into memory.
+_MAX_BYTES_PER_PIXEL = 16
+_MAX_METADATA_BYTES = 64 * 2**20
 
 
 def source_folder(settings: IngestSettings, root: Path) -> Path:
@@ -69,6 +74,11 @@ def _walk(folder: Path, settings: IngestSettings) -> list[Path]:
     return sorted(candidates, key=lambda path: path.relative_to(folder).as_posix())
 
 
+def _printable(name: str) -> str:
+    r"""Bytes of a name that are not UTF-8 as \xNN, so that it can be stored."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _uri(path: Path, root: Path) -> str:
     """Relative to the repository root when inside it, else absolute; always with slashes."""
     try:
@@ -77,12 +87,32 @@ def _uri(path: Path, root: Path) -> str:
         return path.as_posix()
 
 
+def _unusable(path: Path, folder: Path, settings: IngestSettings) -> str | None:
+    """Why a file is not even read; None when it can be."""
+    if _printable(path.as_posix()) != path.as_posix():
+        return "file name is not UTF-8; rename the file"
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return "symbolic link that leaves the source folder; not followed"
+        status = path.stat()
+    except RuntimeError:
+        return "symbolic links in a loop"
+    except OSError as problem:
+        return f"cannot read: {problem.strerror}"
+    if stat.S_ISDIR(status.st_mode):
+        return "linked folder; not followed"
+    if not stat.S_ISREG(status.st_mode):
+        # Reading a pipe would wait for ever.
+        return "not a regular file"
+    if status.st_size > settings.max_megapixels * 1e6 * _MAX_BYTES_PER_PIXEL + _MAX_METADATA_BYTES:
+        return f"file of {status.st_size} bytes is larger than any image within max_megapixels"
+    return None
+
+
 def _probe(path: Path, folder: Path, settings: IngestSettings) -> tuple[str | None, dict[str, Any]]:
     """(sha256 of the bytes or None, header columns with `integrity`)."""
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return None, {"integrity": "symbolic link that leaves the source folder; not followed"}
-    if path.is_dir():
-        return None, {"integrity": "linked folder; not followed"}
+    if (reason := _unusable(path, folder, settings)) is not None:
+        return None, {"integrity": reason}
     try:
         data = path.read_bytes()
     except OSError as problem:
@@ -159,12 +189,12 @@ def scan_folder(settings: IngestSettings, root: Path) -> pd.DataFrame:
     seen: dict[str, str] = {}
     rows = []
     for path in track(paths, "ingest"):
-        name = path.relative_to(folder).as_posix()
+        name = _printable(path.relative_to(folder).as_posix())
         digest, columns = _probe(path, folder, settings)
         rows.append(
             {
                 "image_id": digest or hashlib.sha256(f"unreadable:{name}".encode()).hexdigest(),
-                "uri": _uri(path, root),
+                "uri": _printable(_uri(path, root)),
                 "duplicate_of": _duplicate_of(digest, seen),
                 "source": Path(settings.source).name,
                 **columns,

@@ -1,0 +1,358 @@
+"""Hundreds of files that are wrong in every way we know, through ingest and signals.
+
+Every one must end as exactly one row with a reason or with measures; nothing may crash, hang or
+cost a neighbour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import struct
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from components.corpus.manifest import read_table
+from components.settings import Settings, load_settings, parse_settings
+from components.training.metric_log import MetricLog
+from flows.stages import ingest, signals
+from flows.stages.contract import StageContext
+
+ROOT = Path(__file__).parents[3]
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif")
+PER_KIND = 12
+Rng = np.random.Generator
+Make = Callable[[Rng], bytes]
+
+
+def picture(rng: Rng, mode: str = "RGB") -> Image.Image:
+    height, width = (int(edge) for edge in rng.integers(40, 90, 2))
+    noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def jpeg(rng: Rng, **options: object) -> bytes:
+    return encoded(picture(rng), "JPEG", quality=90, **options)
+
+
+def cut(data: bytes, rng: Rng) -> bytes:
+    return data[: int(rng.integers(1, len(data) - 1))]
+
+
+def flipped(data: bytes, rng: Rng) -> bytes:
+    damaged = bytearray(data)
+    for place in rng.integers(20, len(data), 8):
+        damaged[place] ^= 1 << int(rng.integers(8))
+    return bytes(damaged)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_bomb(rng: Rng) -> bytes:
+    """A header of gigapixels over a few bytes."""
+    edge = int(rng.integers(20_000, 2**31 - 1))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", edge, edge, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000)))
+
+
+def png_text_bomb(rng: Rng) -> bytes:
+    """Compressed text of 80 MB in an otherwise good file."""
+    data = encoded(picture(rng), "PNG")
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(80_000_000 + int(rng.integers(9)))))
+    return data[:33] + text + data[33:]
+
+
+def tiff_offsets(rng: Rng) -> bytes:
+    """The directory points anywhere, also to itself."""
+    data = bytearray(encoded(picture(rng), "TIFF"))
+    data[4:8] = struct.pack("<I", int(rng.choice([4, 8, len(data) - 3, 2**31, 2**32 - 1])))
+    return bytes(data)
+
+
+def tiff_fields(rng: Rng) -> bytes:
+    """Offsets and counts of the directory's fields are nonsense."""
+    data = bytearray(encoded(picture(rng), "TIFF"))
+    start = struct.unpack("<I", data[4:8])[0]
+    for _ in range(4):
+        place = start + 2 + 12 * int(rng.integers(8)) + int(rng.choice([4, 8]))
+        data[place : place + 4] = rng.bytes(4)
+    return bytes(data)
+
+
+def animated(kind: str) -> Make:
+    def make(rng: Rng) -> bytes:
+        frames = [picture(rng).resize((50, 40)) for _ in range(3)]
+        return encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+
+    return make
+
+
+def sixteen_bit(rng: Rng) -> bytes:
+    return encoded(Image.fromarray(rng.integers(0, 65536, (50, 60), dtype=np.uint16)), "PNG")
+
+
+def rotated(rng: Rng) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = int(rng.integers(2, 9))
+    return jpeg(rng, exif=exif)
+
+
+def huge_exif(rng: Rng) -> bytes:
+    return jpeg(rng, exif=b"Exif\0\0" + rng.bytes(65_000))
+
+
+def sized_zero(rng: Rng) -> bytes:
+    data = bytearray(jpeg(rng))
+    start = data.index(b"\xff\xc0")
+    data[start + 5 : start + 9] = struct.pack(">HH", *rng.permutation([0, 50]))
+    return bytes(data)
+
+
+# Name -> (ending, bytes of one file). More than one ending: taken in turn.
+KINDS: dict[str, tuple[tuple[str, ...], Make]] = {
+    "jpeg cut": ((".jpg",), lambda rng: cut(jpeg(rng), rng)),
+    "jpeg flipped": ((".jpg",), lambda rng: flipped(jpeg(rng), rng)),
+    "jpeg trailing garbage": ((".jpg",), lambda rng: jpeg(rng) + rng.bytes(500)),
+    "jpeg progressive cut": ((".jpg",), lambda rng: cut(jpeg(rng, progressive=True), rng)),
+    "jpeg without size": ((".jpg",), sized_zero),
+    "jpeg head alone": ((".jpg",), lambda rng: b"\xff\xd8\xff" + rng.bytes(2)),
+    "png cut": ((".png",), lambda rng: cut(encoded(picture(rng), "PNG"), rng)),
+    "png flipped": ((".png",), lambda rng: flipped(encoded(picture(rng), "PNG"), rng)),
+    "webp cut": ((".webp",), lambda rng: cut(encoded(picture(rng), "WEBP"), rng)),
+    "tiff cut": ((".tif",), lambda rng: cut(encoded(picture(rng), "TIFF"), rng)),
+    "tiff offsets": ((".tif",), tiff_offsets),
+    "tiff fields": ((".tiff",), tiff_fields),
+    "gif cut": ((".gif",), lambda rng: cut(encoded(picture(rng, "P"), "GIF"), rng)),
+    "empty": (EXTENSIONS, lambda rng: b""),
+    "zero bytes": (EXTENSIONS, lambda rng: bytes(int(rng.integers(1, 5000)))),
+    "noise": (EXTENSIONS, lambda rng: rng.bytes(int(rng.integers(1, 5000)))),
+    "text": (EXTENSIONS, lambda rng: f"<html>{rng.integers(10**9)}</html>".encode()),
+    "postscript": (
+        (".jpg",),
+        lambda rng: b"%%!PS-Adobe-3.0 EPSF-3.0\n%%%%BoundingBox: 0 0 50 %d\n" % rng.integers(9, 99),
+    ),
+    "wrong ending": ((".png", ".tif"), jpeg),
+    "png bomb": ((".png",), png_bomb),
+    "png text bomb": ((".png",), png_text_bomb),
+    "cmyk": ((".jpg",), lambda rng: encoded(picture(rng, "CMYK"), "JPEG")),
+    "16 bit": ((".png",), sixteen_bit),
+    "palette": ((".png",), lambda rng: encoded(picture(rng, "P"), "PNG")),
+    "1 bit": ((".png", ".tif"), lambda rng: encoded(picture(rng, "1"), "PNG")),
+    "alpha": ((".png", ".webp"), lambda rng: encoded(picture(rng, "RGBA"), "PNG")),
+    "gray with alpha": ((".png",), lambda rng: encoded(picture(rng, "LA"), "PNG")),
+    "animated gif": ((".gif",), animated("GIF")),
+    "animated webp": ((".webp",), animated("WEBP")),
+    "rotated by exif": ((".jpg",), rotated),
+    "huge exif": ((".jpg",), huge_exif),
+    "broken icc": ((".jpg",), lambda rng: jpeg(rng, icc_profile=rng.bytes(3000))),
+    "one pixel": ((".png",), lambda rng: encoded(picture(rng).resize((1, 1)), "PNG")),
+    "one line": ((".jpg",), lambda rng: encoded(picture(rng).resize((300, 1)), "JPEG")),
+}
+ALWAYS_MEASURED = {
+    *("jpeg trailing garbage", "wrong ending", "cmyk", "16 bit", "palette", "1 bit", "alpha"),
+    *("gray with alpha", "animated gif", "animated webp", "rotated by exif", "huge exif"),
+    *("broken icc", "one pixel", "one line"),
+}
+NEVER_MEASURED = {
+    *("jpeg without size", "jpeg head alone", "empty", "zero bytes", "noise", "text"),
+    *("postscript", "png bomb", "png text bomb"),
+}
+
+
+def make_files(photos: Path) -> dict[str, str]:
+    """Kind by file below `photos`, without the file system's own tricks."""
+    kinds: dict[str, str] = {}
+    for number, (kind, (endings, make)) in enumerate(KINDS.items()):
+        folder = photos / kind.replace(" ", "-")
+        folder.mkdir(parents=True)
+        for n in range(PER_KIND):
+            path = folder / f"{n:02}{endings[n % len(endings)]}"
+            path.write_bytes(make(np.random.default_rng([number, n])))
+            kinds[path.relative_to(photos).as_posix()] = kind
+    return kinds
+
+
+def make_oddities(photos: Path, outside: Path) -> dict[str, str]:
+    """Links, pipes, folders and names; file -> the reason it must have ("ok": none)."""
+    rng = np.random.default_rng(99)
+    odd = photos / "odd"
+    (odd / "folder.jpg").mkdir(parents=True)
+    outside.mkdir()
+    for path in (odd / "original.jpg", outside / "secret.jpg", odd / "folder.jpg" / "inner.jpg"):
+        path.write_bytes(jpeg(rng))
+    for name in ("copy.jpg", "other copy.JPEG"):
+        shutil.copy(odd / "original.jpg", odd / name)
+    (odd / "link-inside.jpg").symlink_to("original.jpg")
+    (odd / "link-outside.jpg").symlink_to(outside / "secret.jpg")
+    (odd / "link-folder-outside").symlink_to(outside)
+    (odd / "link-folder-up.jpg").symlink_to("..")
+    (odd / "dangling.jpg").symlink_to("nowhere.jpg")
+    (odd / "loop-a.jpg").symlink_to("loop-b.jpg")
+    (odd / "loop-b.jpg").symlink_to("loop-a.jpg")
+    (odd / "self.jpg").symlink_to("self.jpg")
+    os.mkfifo(odd / "pipe.jpg")
+    with (odd / "sparse.png").open("wb") as file:
+        file.truncate(2**40)
+    for name in ("湖 и café.jpg", "new\nline.jpg", "quote'\".jpg", " .jpg", "a" * 240 + ".jpg"):
+        (odd / name).write_bytes(jpeg(rng))
+    (odd / "without-ending").write_bytes(jpeg(rng))
+    (odd / ".jpg").write_bytes(jpeg(rng))
+    Path(os.fsdecode(os.fsencode(odd) + b"/latin-\xe9.jpg")).write_bytes(jpeg(rng))
+    locked = odd / "locked.jpg"
+    locked.write_bytes(jpeg(rng))
+    locked.chmod(0)
+    return {
+        "link-outside.jpg": "leaves the source folder",
+        "link-folder-outside": "leaves the source folder",
+        "link-folder-up.jpg": "linked folder",
+        "dangling.jpg": "cannot read: No such file",
+        "loop-a.jpg": "loop",
+        "loop-b.jpg": "loop",
+        "self.jpg": "loop",
+        "pipe.jpg": "not a regular file",
+        "sparse.png": "larger than any image",
+        "latin-\\xe9.jpg": "not UTF-8",
+        "locked.jpg": "ok" if os.access(locked, os.R_OK) else "cannot read: Permission denied",
+        **dict.fromkeys(("original.jpg", "copy.jpg", "other copy.JPEG", "link-inside.jpg"), "ok"),
+        **dict.fromkeys(("湖 и café.jpg", "new\nline.jpg", "quote'\".jpg", " .jpg"), "ok"),
+        "folder.jpg/inner.jpg": "ok",
+        "a" * 240 + ".jpg": "ok",
+    }
+
+
+def settings(workers: int) -> Settings:
+    values = load_settings(ROOT / "params.yaml").model_dump(mode="json")
+    values["ingest"] |= {"source": "photos", "attribution": None, "max_megapixels": 1.0}
+    values["ingest"] |= {"extensions": list(EXTENSIONS), "kind": "folder"}
+    values["signals"] |= {"timeout_s": 30.0, "retries": 0}
+    values["runtime"] |= {"workers": workers}
+    return parse_settings(values)
+
+
+def run(root: Path, workers: int) -> pd.DataFrame:
+    """Manifest of ingest with the measures of signals beside it (suffix _measured)."""
+    for stage in (ingest, signals):
+        name = stage.__name__.rsplit(".", 1)[-1]
+        state = root / "runs" / name
+        stage.run(StageContext(name, settings(workers), root, state, MetricLog(state / "m.jsonl")))
+    manifest = read_table(root / "data" / "ingest" / "manifest.parquet")
+    measured = pq.read_table(root / "data" / "signals" / "signals.parquet").to_pandas()
+    assert measured["image_id"].is_unique
+    return manifest.merge(measured, "left", "image_id", suffixes=("", "_measured"))
+
+
+Case = tuple[Path, pd.DataFrame, dict[str, str], dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    root = tmp_path_factory.mktemp("bad")
+    kinds = make_files(root / "photos")
+    oddities = make_oddities(root / "photos", root / "outside")
+    results: list[pd.DataFrame] = []
+    # A pipe that is read would wait for ever: say so instead.
+    worker = threading.Thread(target=lambda: results.append(run(root, 2)), daemon=True)
+    worker.start()
+    worker.join(300)
+    assert not worker.is_alive(), "a file keeps the stages waiting"
+    assert results, "a file broke a stage"
+    table = results[0]
+    table.index = pd.Index(table["uri"].str.removeprefix("photos/"))
+    return root, table, kinds, oddities
+
+
+def test_there_are_more_than_three_hundred_files_of_more_than_25_kinds(case: Case) -> None:
+    _, _, kinds, oddities = case
+    assert len(kinds) + len(oddities) > 300
+    assert len(set(kinds.values())) >= 25
+
+
+def test_every_candidate_is_exactly_one_row(case: Case) -> None:
+    _, table, kinds, oddities = case
+    wanted = sorted([*kinds, *(f"odd/{name}" for name in oddities)])
+    assert sorted(table.index) == wanted
+
+
+def test_every_row_has_a_reason_or_measures(case: Case) -> None:
+    _, table, _, _ = case
+    rejected = table["integrity"] != "ok"
+    assert (table.loc[rejected, "integrity"].str.len() > 10).all()
+    assert not table.loc[rejected, "integrity"].str.contains("\n|Traceback|/tmp", regex=True).any()
+    assert table.loc[rejected, "entropy_bits_measured"].isna().all()
+    accepted = table[~rejected]
+    # Where ingest saw a good header there is a row of signals, with measures or with a reason.
+    measured = accepted["entropy_bits_measured"].notna()
+    reason = accepted["integrity_measured"].fillna(accepted["error"])
+    assert (measured | (reason.notna() & (reason != "ok"))).all()
+    assert accepted.loc[measured, "entropy_bits_measured"].between(0, 8).all()
+    assert table["error"].isna().all(), "no file needs quarantine"
+
+
+def test_each_kind_ends_as_it_must(case: Case) -> None:
+    _, table, kinds, _ = case
+    measured = table["entropy_bits_measured"].notna()
+    by_kind = measured[list(kinds)].groupby(pd.Series(kinds)).sum()
+    assert {kind for kind in by_kind.index if by_kind[kind] == PER_KIND} >= ALWAYS_MEASURED
+    assert {kind for kind in by_kind.index if by_kind[kind] == 0} >= NEVER_MEASURED
+    # A cut file may be decodable in part, but is never passed off as whole.
+    for kind in ("jpeg cut", "jpeg progressive cut", "png cut", "webp cut", "tiff cut"):
+        rows = table.loc[[file for file, its_kind in kinds.items() if its_kind == kind]]
+        whole = (rows["integrity"] == "ok") & (rows["integrity_measured"] == "ok")
+        assert not whole.any(), kind
+
+
+def test_postscript_is_no_photograph_and_starts_no_interpreter(case: Case) -> None:
+    _, table, kinds, _ = case
+    rows = table.loc[[file for file, kind in kinds.items() if kind == "postscript"]]
+    assert set(rows["integrity"]) == {"not an image that PIL knows"}
+
+
+def test_oddities_of_the_file_system_are_named(case: Case) -> None:
+    _, table, _, oddities = case
+    for name, reason in oddities.items():
+        assert reason in table["integrity"][f"odd/{name}"], name
+    copies = table.loc[["odd/other copy.JPEG", "odd/original.jpg", "odd/link-inside.jpg"]]
+    assert copies["duplicate_of"].notna().sum() == 3
+    assert pd.isna(table["duplicate_of"]["odd/copy.jpg"])
+
+
+def test_rotation_and_frames_follow_the_official_tool(case: Case) -> None:
+    root, table, kinds, _ = case
+    for file, kind in kinds.items():
+        if kind in ("rotated by exif", "animated gif", "animated webp"):
+            with Image.open(root / "photos" / file) as image:
+                assert (table["width"][file], table["height"][file]) == image.size
+
+
+def test_another_run_with_one_worker_gives_the_same_bytes(case: Case) -> None:
+    root, _, _, _ = case
+
+    def digests() -> dict[str, str]:
+        return {
+            path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted((root / "data").rglob("*.parquet"))
+        }
+
+    before = digests()
+    shutil.rmtree(root / "data")
+    shutil.rmtree(root / "runs")
+    run(root, 1)
+    assert digests() == before
