@@ -57,6 +57,15 @@ def score_from_logits(logits: np.ndarray) -> float:
     return float(weights @ LEVEL_VALUES / weights.sum())
 
 
+@cache
+def _processor() -> Any:
+    """CLIP's image processor with one-align's preprocessor_config.json."""
+    from transformers import CLIPImageProcessor
+
+    size = {"height": INPUT_PX, "width": INPUT_PX}
+    return CLIPImageProcessor(size=size, crop_size=size, image_mean=_MEAN, image_std=_STD)
+
+
 def preprocess(pixels: np.ndarray) -> np.ndarray:
     """Pad to a square with CLIP's mean colour, scale to 448x448 (bicubic), normalise.
 
@@ -72,11 +81,7 @@ def preprocess(pixels: np.ndarray) -> np.ndarray:
     edge = max(height, width)
     square = Image.new("RGB", (edge, edge), tuple(int(value * 255) for value in _MEAN))
     square.paste(Image.fromarray(pixels), ((edge - width) // 2, (edge - height) // 2))
-    small = np.asarray(square.resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC))
-    values = (small.astype(np.float32) / 255 - np.array(_MEAN, np.float32)) / np.array(
-        _STD, np.float32
-    )
-    return np.ascontiguousarray(values.transpose(2, 0, 1)[None])
+    return np.asarray(_processor().preprocess(square, return_tensors="np")["pixel_values"])
 
 
 def check_weights(folder: Path | None) -> Path:
