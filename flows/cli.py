@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flows import environment
+from flows import corpus_commands, environment
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +23,8 @@ stage_app = typer.Typer(no_args_is_help=True, help="Single stages of the pipelin
 config_app = typer.Typer(no_args_is_help=True, help="Settings: profiles and params.yaml.")
 app.add_typer(stage_app, name="stage")
 app.add_typer(config_app, name="config")
+app.add_typer(corpus_commands.app, name="corpus")
+app.command("select")(corpus_commands.select)
 
 
 def _fail(message: str, code: int = 2) -> typer.Exit:

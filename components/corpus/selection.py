@@ -233,7 +233,9 @@ def _reject_by_quota(
     shapes.append(Share("other"))
     person = _flags(table, "is_character", True).astype(np.int64)
     quota = settings.character_quota
-    people = [Share("others"), Share("character", quota.min_share, quota.max_share)] if quota else []
+    people = (
+        [Share("others"), Share("character", quota.min_share, quota.max_share)] if quota else []
+    )
     for _ in range(_QUOTA_ROUNDS):
         changed = bool(settings.aspect_quotas) and _cut_to_shares(
             shape, shapes, draws, verdicts, "aspect_quota"

@@ -8,12 +8,15 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from components.corpus.bucket_columns import assign_buckets
+from components.corpus.duplicates import mark_near_duplicates
 from components.corpus.manifest import read_table, write_table
 from components.corpus.quotas import QuotaInfeasible
 from components.corpus.selection import REASONS, SETTING_OF, count_by_reason, select
+from components.corpus.settings import SelectSettings
 from components.training.aspect_buckets import buckets
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
+# What each stage measures; a table made with a model or measurement switched off has fewer columns.
 _SIGNALS = [
     "flat_fraction",
     "entropy_bits",
@@ -23,19 +26,30 @@ _SIGNALS = [
     "pdq_hash",
     "pdq_quality",
 ]
-_QUALITY = ["quality_score", "quality_scorer", "aesthetic", "aesthetic_scorer"]
+_QUALITY = [
+    "quality_score",
+    "quality_scorer",
+    "quality_weights",
+    "aesthetic",
+    "aesthetic_scorer",
+    "aesthetic_weights",
+]
 _PEOPLE = [
     "person_count",
     "person_boxes",
     "person_scorer",
+    "person_weights",
     "is_character",
     "channel",
     "nsfw_score",
+    "nsfw_scorer",
+    "nsfw_weights",
 ]
 
 
 def _join(manifest: pd.DataFrame, other: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """Replace `columns` by those of `other`; duplicates of one image share its values."""
+    columns = [column for column in columns if column in other]
     return manifest.drop(columns=columns).merge(
         other[["image_id", *columns]], on="image_id", how="left", validate="many_to_one"
     )
@@ -48,6 +62,18 @@ def _signals(manifest: pd.DataFrame, signals: pd.DataFrame) -> pd.DataFrame:
     header_is_fine = joined["integrity"] == "ok"
     joined["integrity"] = joined["integrity"].where(~header_is_fine, joined["decoded"])
     return joined.drop(columns="decoded")
+
+
+def _near_duplicates(manifest: pd.DataFrame, settings: SelectSettings) -> pd.DataFrame:
+    """Add near_duplicate_of where hashes were computed and the rule is on."""
+    distance = settings.near_duplicate_distance
+    if distance is None or manifest["pdq_hash"].isna().all():
+        return manifest
+    marked = mark_near_duplicates(
+        manifest, max_distance=distance, min_quality=settings.near_duplicate_min_quality
+    )
+    keeper = marked.set_index("image_id")["duplicate_of"]
+    return manifest.assign(near_duplicate_of=manifest["image_id"].map(keeper))
 
 
 def _nothing_kept(counts: dict[str, int]) -> str:
@@ -78,6 +104,7 @@ def run(context: StageContext) -> StageResult:
     # `qalign` is filled only by the model of that name.
     is_qalign = manifest["quality_scorer"].str.lower().str.startswith(("qalign", "q-align"))
     manifest["qalign"] = manifest["quality_score"].where(is_qalign.eq(True))
+    manifest = _near_duplicates(manifest, context.settings.select)
     manifest = assign_buckets(manifest, buckets(context.settings.buckets))
     try:
         manifest = select(manifest, context.settings.select, context.settings.project.seed)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 
+from components.corpus.datasheet import datasheet_page
 from components.corpus.manifest import read_table, write_table
 from components.corpus.overview_figure import save_overview
+from components.corpus.page_figures import write_page
 from components.corpus.slices import SLICES, slices, split
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 
 def run(context: StageContext) -> StageResult:
-    """Write `data/slices/{manifest,vae,stage1,stage2,eval}.parquet`, summary.json and overview.png.
+    """Write to `data/slices/` the manifest, a table per slice, summary, overview and datasheet.
 
     Raises:
         StageFailed: every kept image is held out, so that none is left to train on.
@@ -39,9 +41,11 @@ def run(context: StageContext) -> StageResult:
     temporary.replace(summary)
     figure = folder / "overview.png"
     save_overview(manifest, context.settings.select, figure)
+    datasheet = folder / "datasheet.html"
+    write_page(datasheet_page(manifest, tables), datasheet)
     return StageResult(
         metrics={name: float(number) for name, number in counts.items()},
-        artifacts=(summary, figure),
+        artifacts=(summary, figure, datasheet),
         datasets={name: folder / f"{name}.parquet" for name in ("manifest", *SLICES)},
         summary=", ".join(f"{name} {number}" for name, number in counts.items()),
     )

@@ -271,7 +271,9 @@ def test_quotas_hold_and_rejected_rows_name_their_draw() -> None:
     cut = result[result["reject_reason"].isin(["aspect_quota", "character_quota"])]
     assert len(cut) == 80 - len(kept)
     assert (cut["reject_value"] > cut["reject_threshold"].fillna(0)).all()
-    shuffled = select(table.sample(frac=1, random_state=0), quota_settings(character_quota=person), 5)
+    shuffled = select(
+        table.sample(frac=1, random_state=0), quota_settings(character_quota=person), 5
+    )
     assert set(shuffled.loc[shuffled["kept"], "image_id"]) == set(kept["image_id"])
 
 
