@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Literal
 
 import yaml
@@ -126,6 +129,7 @@ def run_pipeline(root: Path, *, engine: Engine, force: bool = False) -> Pipeline
                 console.console.print("Starting the Prefect server")
                 stack.enter_context(embedded_prefect(root))
             stack.enter_context(console)
+            stack.enter_context(_stopping_on_signals(runner))
             outcomes.update(_run(engine, runner, report))
     except KeyboardInterrupt:
         interrupted = True
@@ -138,6 +142,28 @@ def run_pipeline(root: Path, *, engine: Engine, force: bool = False) -> Pipeline
     if not uploader.drain():
         console.console.print("MLflow does not answer: send it later with `ultraflux sync`")
     return summary
+
+
+@contextmanager
+def _stopping_on_signals(runner: StageRunner) -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the running stages at once; what they saved stays.
+
+    Without this Prefect's task runner would wait for a stage to end, which may take days.
+    """
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        runner.stop()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(engine: Engine, runner: StageRunner, report: Report) -> dict[str, StageOutcome]:

@@ -109,7 +109,8 @@ class StageRunner:
         self.force = force
         self._slots = CpuSlots(cpus or os.cpu_count() or 1)
         self._running: dict[str, GuardedProcess] = {}
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler calls `stop` in a thread that may hold it.
+        self._lock = threading.RLock()
         self._stopping = False
 
     def progress_file(self, name: str) -> Path:

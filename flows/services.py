@@ -28,6 +28,7 @@ from flows.tracking import tracking_config
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
+LOG_DRAIN_S = 10.0
 
 
 class ServiceError(RuntimeError):
@@ -74,9 +75,10 @@ def prefect_environment(root: Path, port: int) -> dict[str, str]:
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
-        # Everything goes to the UI; the terminal belongs to the pipeline's own lines.
+        # Everything goes to the UI; the terminal belongs to the pipeline's own lines, and Ctrl-C
+        # would print a "crash" for every stage that had not started.
         "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "INFO"),
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "40",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         # The memory default would leak concurrency slots when the server dies.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
@@ -157,7 +159,16 @@ def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
         wait_until_healthy("prefect", _health_url("prefect", url), psutil.Process(server.pid), log)
         yield environment
     finally:
+        _send_prefect_logs()
         server.stop()
+
+
+def _send_prefect_logs() -> None:
+    """Send what Prefect's client still holds; with the server gone it would retry for a minute."""
+    if "prefect.logging.handlers" in sys.modules:
+        from prefect.logging.handlers import APILogWorker
+
+        APILogWorker.drain_all(timeout=LOG_DRAIN_S)
 
 
 def up(root: Path, *, prefect_port: int, mlflow_port: int) -> list[Service]:

@@ -31,7 +31,10 @@ CLIP_CONTEXT = 77
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 FOLDERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-DOWNLOAD = "hf download black-forest-labs/FLUX.1-dev --include 'tokenizer*/*' 'text_encoder*/*'"
+DOWNLOAD = (
+    "hf download black-forest-labs/FLUX.1-dev --include 'tokenizer*/*' 'text_encoder*/*' "
+    "--local-dir weights/FLUX.1-dev"
+)
 
 
 @dataclass(frozen=True)

@@ -7,30 +7,31 @@ from pathlib import Path
 
 import pandas as pd
 
+from components.models.weights import resolve_folder
 from components.settings import DitStageSettings
 from components.training import dit_curves
 from components.training.dit_trainer import DitJob, TrainingDiverged
 from components.training.dit_worker import run_job
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
+TRANSFORMER_COMMAND = (
+    "hf download black-forest-labs/FLUX.1-dev --include 'transformer/*' "
+    "--local-dir weights/FLUX.1-dev"
+)
+
 
 def initial_weights(context: StageContext, settings: DitStageSettings) -> Path | None:
     """Folder of the weights that training starts from; None: the tiny random transformer.
 
     Raises:
-        StageFailed: the folder does not exist, or stage 1 is told to start from itself.
+        WeightsMissing: the pretrained folder is not there; names the command that gets it.
+        StageFailed: stage 1 is told to start from itself.
     """
     if settings.initial_weights == "pretrained":
         named = context.settings.models.transformer.pretrained
         if named is None:
             return None
-        folder = context.root / named
-        if not (folder / "config.json").is_file():
-            raise StageFailed(
-                f"{context.stage}: models.transformer.pretrained = {named}: no config.json there; "
-                "put the transformer folder of FLUX.1-dev (or UltraFlux) there, or set it to null"
-            )
-        return folder
+        return resolve_folder(context.root / named, "Flux transformer", TRANSFORMER_COMMAND)
     if context.stage == "dit_stage1":
         raise StageFailed(
             f"dit_stage1.initial_weights = {settings.initial_weights}: stage 1 has no stage "

@@ -123,3 +123,33 @@ def test_promote_without_a_decision_says_what_to_run(toy: Path) -> None:
     done = ultraflux("promote", cwd=toy)
     assert done.returncode == 1
     assert "run the pipeline first" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("section", "stage"), [("autoencoder", "vae"), ("transformer", "dit_stage1")]
+)
+def test_missing_weights_name_the_folder_and_the_command_that_gets_them(
+    root: Path, tmp_path: Path, section: str, stage: str
+) -> None:
+    import yaml
+
+    from components.models.base_autoencoder import load_base_autoencoder
+    from components.models.weights import WeightsMissing
+    from components.settings import parse_settings
+    from components.training.metric_log import MetricLog
+    from flows.stages.contract import StageContext
+    from flows.stages.dit import initial_weights
+
+    values = yaml.safe_load((root / "params.yaml").read_text())
+    values["models"][section]["pretrained"] = f"weights/FLUX.1-dev/{section}"
+    settings = parse_settings(values)
+    context = StageContext(stage, settings, tmp_path, tmp_path, MetricLog(tmp_path / "m.jsonl"))
+    with pytest.raises(WeightsMissing) as caught:
+        if stage == "vae":
+            load_base_autoencoder(settings.models.autoencoder, 0, tmp_path)
+        else:
+            initial_weights(context, settings.dit_stage1)
+    message = str(caught.value)
+    assert f"weights/FLUX.1-dev/{section}" in message
+    assert "hf download black-forest-labs/FLUX.1-dev" in message
+    assert len(message.splitlines()) == 1

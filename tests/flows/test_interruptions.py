@@ -136,3 +136,24 @@ def test_dvc_repro_and_the_prefect_flow_give_the_same_bytes_as_the_local_schedul
     expected = output_hashes(projects["local"])
     assert output_hashes(projects["dvc"]) == expected
     assert output_hashes(projects["prefect"]) == expected
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_prefect_stops_the_stage_at_once(clone: Callable[..., Path]) -> None:
+    project = clone("ctrl-c", SETTINGS, PHOTOS)
+    driver = subprocess.Popen(
+        ["ultraflux", "run", "--engine", "prefect"],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+    while driver.poll() is None and not running_stage(project, "people"):
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGINT)
+    # Long enough for a loaded machine, far below the minute that a lost server would cost.
+    output, errors = driver.communicate(timeout=40)
+    assert driver.returncode == 130
+    assert errors.splitlines()[-1].startswith("error: interrupted; nothing computed is lost")
+    assert "Crash" not in output + errors
