@@ -75,8 +75,8 @@ def preflight(root: Path) -> None:
     if not (source.is_dir() if ingest.kind == "folder" else source.exists()):
         wanted = "folder" if ingest.kind == "folder" else "file or folder"
         raise PipelineRefused(
-            f"ingest.source = {ingest.source}: no such {wanted} below {root}; set it in params.yaml "
-            f"to a {wanted} of {PHOTO_SOURCES[ingest.kind]}"
+            f"ingest.source = {ingest.source}: no such {wanted} below {root}; set it in "
+            f"params.yaml to a {wanted} of {PHOTO_SOURCES[ingest.kind]}"
         )
     for name in ("data", "runs", ".dvc/tmp", ".dvc/cache"):
         folder = root / name

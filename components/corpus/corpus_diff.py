@@ -59,14 +59,12 @@ class CorpusDiff:
     def by_rule(self) -> dict[str, dict[str, int]]:
         """Newly rejected rows by their rule, newly kept ones by the rule that held before."""
         groups = {"newly_kept": "reason_before", "newly_rejected": "reason_after"}
-        return {
-            change: self.rows.loc[self.rows["change"] == change, column]
-            .fillna("unknown")
-            .value_counts()
-            .sort_index()
-            .to_dict()
-            for change, column in groups.items()
-        }
+        found: dict[str, dict[str, int]] = {}
+        for change, column in groups.items():
+            rules = self.rows.loc[self.rows["change"] == change, column].fillna("unknown")
+            counts = rules.value_counts().sort_index()
+            found[change] = {str(rule): int(count) for rule, count in counts.items()}
+        return found
 
     def by_column(self) -> dict[str, int]:
         """Rows present in both versions whose value in a column differs."""

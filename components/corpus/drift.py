@@ -141,17 +141,19 @@ def _numeric(
 ) -> FeatureDrift | None:
     values = _values(before, name), _values(after, name)
     known = [v[np.isfinite(v)] for v in values]
-    missing = [1 - len(k) / max(len(v), 1) for k, v in zip(known, values, strict=True)]
+    old_nulls, new_nulls = (1 - len(k) / max(len(v), 1) for k, v in zip(known, values, strict=True))
     note = _note(before, after, scorer)
     if not len(known[0]) and not len(known[1]):
         return None
     if not len(known[0]) or not len(known[1]):
-        return FeatureDrift(name, "drifted", None, None, *missing, note or "one has no values")
+        return FeatureDrift(
+            name, "drifted", None, None, old_nulls, new_nulls, note or "one has no values"
+        )
     psi = population_stability(known[0], known[1])
     ks = kolmogorov_smirnov(known[0], known[1])
-    status = _status(psi, ks, abs(missing[1] - missing[0]), limits)
+    status = _status(psi, ks, abs(new_nulls - old_nulls), limits)
     # Numbers of two scorers are two quantities, however alike their distributions.
-    return FeatureDrift(name, "drifted" if note else status, psi, ks, *missing, note)
+    return FeatureDrift(name, "drifted" if note else status, psi, ks, old_nulls, new_nulls, note)
 
 
 def _categorical(
@@ -162,11 +164,11 @@ def _categorical(
         return None
     counts = pd.concat([c.value_counts() for c in columns], axis=1).fillna(0).sort_index()
     psi = _psi(counts.iloc[:, 0].to_numpy(float), counts.iloc[:, 1].to_numpy(float))
-    missing = [float(table[name].isna().mean()) for table in (before, after)]
+    old_nulls, new_nulls = (float(table[name].isna().mean()) for table in (before, after))
     new = counts.index[(counts.iloc[:, 0] == 0)].tolist()
     note = f"new: {', '.join(new[:5])}" if new else ""
-    status = _status(psi, None, abs(missing[1] - missing[0]), limits)
-    return FeatureDrift(name, status, psi, None, *missing, note)
+    status = _status(psi, None, abs(new_nulls - old_nulls), limits)
+    return FeatureDrift(name, status, psi, None, old_nulls, new_nulls, note)
 
 
 def measure_drift(

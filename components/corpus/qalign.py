@@ -144,14 +144,13 @@ class QAlign:
         import sys
 
         import torch
-        from transformers import CLIPImageProcessor
-        from transformers.models.llama import LlamaTokenizer
+        import transformers
 
         model_class = _model_class()
         module = sys.modules[model_class.__module__]
         # Its constructor names the hub; the tokenizer and processor lie beside the weights.
-        module.LlamaTokenizer = _Local(LlamaTokenizer, folder)
-        module.CLIPImageProcessor = _Local(CLIPImageProcessor, folder)
+        module.LlamaTokenizer = _Local(transformers.LlamaTokenizer, folder)  # type: ignore[attr-defined]
+        module.CLIPImageProcessor = _Local(transformers.CLIPImageProcessor, folder)  # type: ignore[attr-defined]
         self._dtype = torch.float16 if device == "cuda" else torch.float32
         self._device = device
         model = model_class.from_pretrained(folder, dtype=self._dtype, local_files_only=True)

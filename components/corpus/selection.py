@@ -115,7 +115,7 @@ def _numbers(table: pd.DataFrame, column: str) -> np.ndarray:
     return table[column].to_numpy(dtype=float, na_value=math.nan)
 
 
-def _flags(table: pd.DataFrame, column: str, value: object) -> np.ndarray:
+def _flags(table: pd.DataFrame, column: str, value: str | bool) -> np.ndarray:
     """Where a column equals `value`; nowhere if the table has no such column."""
     if column not in table:
         return np.zeros(len(table), dtype=bool)
@@ -232,9 +232,11 @@ def _reject_by_quota(
     shapes = [Share(q.name, q.min_share, q.max_share) for q in settings.aspect_quotas]
     shapes.append(Share("other"))
     person = _flags(table, "is_character", True).astype(np.int64)
-    quota = settings.character_quota
+    characters = settings.character_quota
     people = (
-        [Share("others"), Share("character", quota.min_share, quota.max_share)] if quota else []
+        [Share("others"), Share("character", characters.min_share, characters.max_share)]
+        if characters
+        else []
     )
     for _ in range(_QUOTA_ROUNDS):
         changed = bool(settings.aspect_quotas) and _cut_to_shares(

@@ -127,9 +127,10 @@ def what_if(
 def to_json(found: WhatIf, changes: Sequence[str]) -> Mapping[str, Any]:
     """Counts and first examples as plain values."""
 
-    def listed(rows: pd.DataFrame) -> list[dict[str, Any]]:
-        head = rows.head(_EXAMPLES).astype(object)
-        return [dict(row) for row in head.where(head.notna(), None).to_dict("records")]
+    def listed(table: pd.DataFrame) -> list[dict[str, Any]]:
+        head = table.head(_EXAMPLES).astype(object)
+        rows = head.where(head.notna(), None).to_dict("records")
+        return [{str(name): value for name, value in row.items()} for row in rows]
 
     return {
         "changes": list(changes),

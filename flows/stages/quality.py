@@ -153,19 +153,12 @@ def _scores(context: StageContext, derivatives: Path) -> pa.Table:
         parts["qalign"] = _qalign(context, derivatives)
     if settings.aesthetic_scorer == "artimuse":
         parts["artimuse"] = _artimuse(context, derivatives)
-    by_table = {
-        kind: _table(context, derivatives, kind)
-        for kind, scorer in (
-            ("quality", settings.scorer),
-            ("aesthetic", settings.aesthetic_scorer),
-        )
-        if scorer == "table"
+    chosen = {"quality": settings.scorer, "aesthetic": settings.aesthetic_scorer}
+    by_kind = {
+        kind: _table(context, derivatives, kind) if scorer == "table" else parts[scorer]
+        for kind, scorer in chosen.items()
     }
-    joined = _join(
-        by_table.get("quality", parts.get(settings.scorer)),
-        by_table.get("aesthetic", parts.get(settings.aesthetic_scorer)),
-    )
-    return to_arrow(joined, quality.QUALITY_SCHEMA)
+    return to_arrow(_join(by_kind["quality"], by_kind["aesthetic"]), quality.QUALITY_SCHEMA)
 
 
 def _mean(column: pd.Series) -> float:

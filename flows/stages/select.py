@@ -69,8 +69,10 @@ def _near_duplicates(manifest: pd.DataFrame, settings: SelectSettings) -> pd.Dat
     distance = settings.near_duplicate_distance
     if distance is None or manifest["pdq_hash"].isna().all():
         return manifest
+    # Rows that share their bytes share an image_id; the exact-duplicate rule has them already.
+    distinct = manifest.drop_duplicates("image_id")
     marked = mark_near_duplicates(
-        manifest, max_distance=distance, min_quality=settings.near_duplicate_min_quality
+        distinct, max_distance=distance, min_quality=settings.near_duplicate_min_quality
     )
     keeper = marked.set_index("image_id")["duplicate_of"]
     return manifest.assign(near_duplicate_of=manifest["image_id"].map(keeper))

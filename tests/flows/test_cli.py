@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -144,11 +145,12 @@ def test_missing_weights_name_the_folder_and_the_command_that_gets_them(
     values["models"][section]["pretrained"] = f"weights/FLUX.1-dev/{section}"
     settings = parse_settings(values)
     context = StageContext(stage, settings, tmp_path, tmp_path, MetricLog(tmp_path / "m.jsonl"))
+    load: dict[str, Callable[[], object]] = {
+        "vae": lambda: load_base_autoencoder(settings.models.autoencoder, 0, tmp_path),
+        "dit_stage1": lambda: initial_weights(context, settings.dit_stage1),
+    }
     with pytest.raises(WeightsMissing) as caught:
-        if stage == "vae":
-            load_base_autoencoder(settings.models.autoencoder, 0, tmp_path)
-        else:
-            initial_weights(context, settings.dit_stage1)
+        load[stage]()
     message = str(caught.value)
     assert f"weights/FLUX.1-dev/{section}" in message
     assert "hf download black-forest-labs/FLUX.1-dev" in message
