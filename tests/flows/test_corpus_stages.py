@@ -179,3 +179,40 @@ def test_a_worker_failure_is_the_integrity_of_its_row(project: Path, tmp_path: P
     row = table[table["image_id"] == frame["image_id"][0]].iloc[0]
     assert row["integrity"] == "quarantined: worker killed by SIGKILL"
     assert row["reject_reason"] == "integrity"
+
+
+def test_a_recompressed_copy_is_a_near_duplicate_of_the_photograph_with_more_pixels(
+    tmp_path: Path,
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "captions.jsonl").touch()
+    for name in ("red-cherry-leaves", "vents-du-sud"):
+        with Image.open(ROOT / "data" / "sample" / f"{name}.jpg") as image:
+            image.draft("RGB", (1400, 1000))
+            image.resize((1024, 700)).save(photos / f"{name}.png")
+            image.resize((960, 656)).save(photos / f"{name}-again.jpg", quality=60)
+    # Exact copies share an image_id; they must not disturb the search.
+    shutil.copy(photos / "vents-du-sud.png", photos / "z-copy.png")
+    settings = adjusted(
+        select={
+            "near_duplicate_distance": 31,
+            "near_duplicate_min_quality": 50,
+            "min_entropy_bits": 1.0,
+            "max_flat_fraction": 1.0,
+        }
+    )
+    for stage in ("ingest", "signals", "quality", "people", "select"):
+        run(stage, tmp_path, settings)
+    table = read_table(tmp_path / "data" / "select" / "manifest.parquet")
+    verdicts = {Path(row.uri).name: row.reject_reason for row in table.itertuples()}
+    assert verdicts.pop("z-copy.png") == "duplicate"
+    assert {name: reason for name, reason in verdicts.items() if pd.notna(reason)} == {
+        "red-cherry-leaves-again.jpg": "near_duplicate",
+        "vents-du-sud-again.jpg": "near_duplicate",
+    }
+    ids = table.set_index("uri")["image_id"]
+    row = table[table["uri"] == "photos/vents-du-sud-again.jpg"].iloc[0]
+    assert row["duplicate_of"] == ids["photos/vents-du-sud.png"]
+    assert table["pdq_hash"].notna().all()
+    assert table["glcm_score"].notna().all()
