@@ -54,9 +54,10 @@ def test_artimuse_tokens_are_those_of_the_prompt_of_the_released_code() -> None:
 @pytest.mark.parametrize("shape", [(300, 512), (512, 301), (448, 448)])
 def test_qalign_preprocessing_is_the_librarys(shape: tuple[int, int]) -> None:
     from PIL import Image
-    from pyiqa.archs.qalign_arch import expand2square
     from transformers import CLIPImageProcessor
 
+    architecture = pytest.importorskip("pyiqa.archs.qalign_arch", reason="needs the extra iqa")
+    expand2square = architecture.expand2square
     pixels = np.ascontiguousarray(data.astronaut()[: shape[0], : shape[1]])
     # preprocessor_config.json of q-future/one-align.
     size = {"height": 448, "width": 448}
@@ -64,6 +65,24 @@ def test_qalign_preprocessing_is_the_librarys(shape: tuple[int, int]) -> None:
     expected = processor.preprocess(expand2square(Image.fromarray(pixels)), return_tensors="np")
     found = qalign.preprocess(pixels)
     np.testing.assert_array_equal(found, np.asarray(expected["pixel_values"]))
+
+
+@pytest.mark.parametrize("shape", [(300, 512), (512, 301), (448, 448)])
+def test_qalign_preprocessing_step_by_step(shape: tuple[int, int]) -> None:
+    """Centre on a square of CLIP's mean colour, bicubic to 448, scale, normalise."""
+    from PIL import Image
+
+    pixels = np.ascontiguousarray(data.astronaut()[: shape[0], : shape[1]])
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
+    edge = max(shape)
+    square = np.empty((edge, edge, 3), np.uint8)
+    square[:] = (mean * 255).astype(np.uint8)
+    top, left = (edge - shape[0]) // 2, (edge - shape[1]) // 2
+    square[top : top + shape[0], left : left + shape[1]] = pixels
+    small = np.asarray(Image.fromarray(square).resize((448, 448), Image.Resampling.BICUBIC))
+    expected = ((small / 255.0 - mean) / std).transpose(2, 0, 1)[None]
+    np.testing.assert_allclose(qalign.preprocess(pixels), expected, atol=1e-5)
 
 
 def test_missing_qalign_weights_name_the_command(tmp_path: Path) -> None:
