@@ -82,7 +82,10 @@ def test_qalign_preprocessing_step_by_step(shape: tuple[int, int]) -> None:
     square[top : top + shape[0], left : left + shape[1]] = pixels
     small = np.asarray(Image.fromarray(square).resize((448, 448), Image.Resampling.BICUBIC))
     expected = ((small / 255.0 - mean) / std).transpose(2, 0, 1)[None]
-    np.testing.assert_allclose(qalign.preprocess(pixels), expected, atol=1e-5)
+    # The processor resizes with torchvision, which rounds a few pixels to the next grey level.
+    found = qalign.preprocess(pixels)
+    np.testing.assert_allclose(found, expected, atol=1.001 / 255 / std.min())
+    assert np.mean(np.abs(found - expected) > 1e-5) < 0.01
 
 
 def test_missing_qalign_weights_name_the_command(tmp_path: Path) -> None:
