@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows import corpus_commands, environment
+from flows.command_line import fail, project_root
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,21 +27,6 @@ app.add_typer(corpus_commands.app, name="corpus")
 app.command("select")(corpus_commands.select)
 
 
-def _fail(message: str, code: int = 2) -> typer.Exit:
-    for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
-    return typer.Exit(code)
-
-
-def _root() -> Path:
-    try:
-        root = environment.project_root()
-    except FileNotFoundError as problem:
-        raise _fail(str(problem)) from None
-    environment.prepare()
-    return root
-
-
 @app.command()
 def run(
     engine: Annotated[
@@ -51,22 +36,22 @@ def run(
 ) -> None:
     """Bring the whole pipeline up to date; what has not changed is skipped."""
     if engine not in {"local", "prefect"}:
-        raise _fail(f"--engine {engine}: choose local or prefect")
+        raise fail(f"--engine {engine}: choose local or prefect")
     from components.settings import SettingsError
     from flows.driver import PipelineRefused, run_pipeline
     from flows.services import ServiceError
     from flows.versioning import GraphError
 
-    root = _root()
+    root = project_root()
     try:
         summary = run_pipeline(root, engine=engine, force=force)  # type: ignore[arg-type]
     except (SettingsError, PipelineRefused, ServiceError, GraphError) as problem:
-        raise _fail(str(problem)) from None
+        raise fail(str(problem)) from None
     if summary.interrupted:
-        raise _fail("interrupted; nothing computed is lost, run it again to go on", 130)
+        raise fail("interrupted; nothing computed is lost, run it again to go on", 130)
     if not summary.ok:
         failed = [o for o in summary.outcomes.values() if o.status in {"failed", "refused"}]
-        raise _fail("\n".join(outcome.message for outcome in failed), 1)
+        raise fail("\n".join(outcome.message for outcome in failed), 1)
     print(f"\nPipeline up to date in {summary.seconds:.0f} s.")
     print(f"Report:  {root / 'data' / 'evaluate' / 'report.html'}")
     print("MLflow and Prefect UIs:  make services  (or: ultraflux up)")
@@ -77,7 +62,7 @@ def stage_run(name: Annotated[str, typer.Argument(help="Stage in dvc.yaml.")]) -
     """Run one stage in this process (what `dvc repro` calls)."""
     from flows.execution import run_stage
 
-    raise typer.Exit(run_stage(name, _root()))
+    raise typer.Exit(run_stage(name, project_root()))
 
 
 @stage_app.command("list")
@@ -88,11 +73,11 @@ def stage_list() -> None:
 
     from flows.versioning import GraphError, stage_graph, stale_stages
 
-    root = _root()
+    root = project_root()
     try:
         graph = stage_graph(root)
     except GraphError as problem:
-        raise _fail(str(problem)) from None
+        raise fail(str(problem)) from None
     stale = stale_stages(root, graph)
     table = Table("stage", "after", "pool", "state")
     for name, node in graph.items():
@@ -109,15 +94,15 @@ def config_compose(
     from components.settings import SettingsError
     from flows.profiles import compose
 
-    root = _root()
+    root = project_root()
     try:
         text = compose(root, profile)
     except SettingsError as problem:
-        raise _fail(str(problem)) from None
+        raise fail(str(problem)) from None
     target = root / "params.yaml"
     if check:
         if target.read_text(encoding="utf-8") != text:
-            raise _fail(f"params.yaml differs from profile {profile}", 1)
+            raise fail(f"params.yaml differs from profile {profile}", 1)
         print(f"params.yaml is in step with profile {profile}")
         return
     target.write_text(text, encoding="utf-8")
@@ -130,9 +115,9 @@ def config_check() -> None:
     from components.settings import SettingsError, load_settings
 
     try:
-        settings = load_settings(_root() / "params.yaml")
+        settings = load_settings(project_root() / "params.yaml")
     except SettingsError as problem:
-        raise _fail(str(problem)) from None
+        raise fail(str(problem)) from None
     print(f"params.yaml is valid (profile {settings.project.profile})")
 
 
@@ -171,9 +156,11 @@ def generate(
     from flows.generation import generate_one
 
     try:
-        path = generate_one(_root(), prompt, size, seed=seed, steps=steps or None, folder=output)
+        path = generate_one(
+            project_root(), prompt, size, seed=seed, steps=steps or None, folder=output
+        )
     except (WeightsMissing, ValueError) as problem:
-        raise _fail(str(problem)) from None
+        raise fail(str(problem)) from None
     print(path)
 
 
@@ -183,9 +170,9 @@ def promote() -> None:
     from flows.promotion import PromotionRefused, promote_from_decision
 
     try:
-        print(promote_from_decision(_root()))
+        print(promote_from_decision(project_root()))
     except PromotionRefused as problem:
-        raise _fail(str(problem), 1) from None
+        raise fail(str(problem), 1) from None
 
 
 @app.command()
@@ -193,7 +180,7 @@ def sync() -> None:
     """Upload run records that MLflow has not received yet."""
     from flows.tracking import sync_once
 
-    open_records = sync_once(_root())
+    open_records = sync_once(project_root())
     print("MLflow has everything" if not open_records else f"{open_records} runs still going on")
 
 
@@ -207,9 +194,9 @@ def up(
     from flows.services import up as start
 
     try:
-        services = start(_root(), prefect_port=prefect_port, mlflow_port=mlflow_port)
+        services = start(project_root(), prefect_port=prefect_port, mlflow_port=mlflow_port)
     except ServiceError as problem:
-        raise _fail(str(problem), 1) from None
+        raise fail(str(problem), 1) from None
     for service in services:
         print(f"{service.name:<8} {service.url}   (log: {service.log})")
     print("Stop them with: ultraflux down")
@@ -220,7 +207,7 @@ def down() -> None:
     """Stop the servers that `ultraflux up` started."""
     from flows.services import down as stop
 
-    stopped = stop(_root())
+    stopped = stop(project_root())
     print("\n".join(f"stopped {s.name} ({s.url})" for s in stopped) or "nothing was running")
 
 
@@ -229,7 +216,7 @@ def doctor() -> None:
     """Say what is missing or broken on this machine, and how to fix it."""
     from flows.doctor import examine, print_findings
 
-    raise typer.Exit(print_findings(examine(_root())))
+    raise typer.Exit(print_findings(examine(project_root())))
 
 
 def main() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import environment
+from flows.command_line import fail, project_root
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,21 +18,6 @@ app = typer.Typer(no_args_is_help=True, help="Compare and describe versions of t
 
 _SELECTED = "data/select/manifest.parquet"
 _CAPTIONED = "data/caption/manifest.parquet"
-
-
-def _fail(message: str, code: int = 2) -> typer.Exit:
-    for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
-    return typer.Exit(code)
-
-
-def _root() -> Path:
-    try:
-        root = environment.project_root()
-    except FileNotFoundError as problem:
-        raise _fail(str(problem)) from None
-    environment.prepare()
-    return root
 
 
 def read_version(root: Path, version: str, manifest: str) -> pd.DataFrame:
@@ -68,11 +52,11 @@ def read_version(root: Path, version: str, manifest: str) -> pd.DataFrame:
 
 
 def _versions(before: str, after: str, manifest: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    root = _root()
+    root = project_root()
     try:
         return read_version(root, before, manifest), read_version(root, after, manifest)
     except ValueError as problem:
-        raise _fail(str(problem)) from None
+        raise fail(str(problem)) from None
 
 
 def _print_json(document: Any) -> None:
@@ -161,12 +145,12 @@ def datasheet(
     from components.corpus.slices import slices
     from components.settings import SettingsError, load_settings
 
-    root = _root()
+    root = project_root()
     try:
         settings = load_settings(root / "params.yaml")
         table = read_version(root, version, "data/slices/manifest.parquet")
     except (SettingsError, ValueError) as problem:
-        raise _fail(str(problem)) from None
+        raise fail(str(problem)) from None
     tables = slices(table, settings.slices, settings.project.seed)
     write_page(datasheet_page(table, tables), output)
     print(output)
@@ -190,10 +174,10 @@ def select(
     from components.corpus.selection import COLUMNS
     from components.settings import SettingsError, load_settings
 
-    root = _root()
+    root = project_root()
     path = manifest if manifest.is_absolute() else root / manifest
     if not path.is_file():
-        raise _fail(f"{manifest}: not found; run the pipeline first: ultraflux run")
+        raise fail(f"{manifest}: not found; run the pipeline first: ultraflux run")
     try:
         settings = load_settings(root / "params.yaml")
         changed = question.changed_settings(settings.select, what_if)
@@ -201,7 +185,7 @@ def select(
         table = pq.read_table(path, columns=list(names)).to_pandas()
         found = question.what_if(table, settings.select, changed, settings.project.seed)
     except (SettingsError, question.WhatIfError, QuotaInfeasible) as problem:
-        raise _fail(str(problem)) from None
+        raise fail(str(problem)) from None
     document = question.to_json(found, what_if)
     if as_json:
         _print_json(document)

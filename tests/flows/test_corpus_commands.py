@@ -41,7 +41,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("params.yaml", "dvc.yaml", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "data" / "select").mkdir(parents=True)
-    monkeypatch.setattr(corpus_commands, "_root", lambda: tmp_path)
+    monkeypatch.setattr(corpus_commands, "project_root", lambda: tmp_path)
     return tmp_path
 
 

@@ -1,0 +1,31 @@
+"""What every command shares: finding the project, and one clear line per problem."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+from flows import environment
+
+
+def fail(message: str, code: int = 2) -> typer.Exit:
+    """Print each line of `message` as an error; raise what is returned to end with `code`."""
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return typer.Exit(code)
+
+
+def project_root() -> Path:
+    """The project around the current folder, with third-party switches set.
+
+    Raises:
+        typer.Exit: there is none; one line was printed.
+    """
+    try:
+        root = environment.project_root()
+    except FileNotFoundError as problem:
+        raise fail(str(problem)) from None
+    environment.prepare()
+    return root
