@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from components.settings import Settings, SettingsError, load_settings
+from components.settings import Settings, load_settings
 from components.training.metric_log import MetricLog
 from flows import environment, versioning
 from flows.records import Record, RunDescription, RunResult, open_record, write_json
@@ -183,6 +183,3 @@ def _prepare(settings: Settings) -> None:
     environment.prepare(
         offline=settings.runtime.offline, torch_threads=settings.runtime.torch_threads
     )
-
-
-__all__ = ["SettingsError", "flatten", "run_stage", "stage_parameters"]

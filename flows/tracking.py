@@ -135,7 +135,7 @@ class Uploader:
         created = self.client.create_run(
             self.experiment_id, start_time=run.started_ms, tags=tags, run_name=run.name
         )
-        state.update(run_id=created.info.run_id, offset=0, step_limit=None)
+        state.update(run_id=created.info.run_id, offset=0)
         params = [Param(key, str(value)[:6000]) for key, value in run.params.items()]
         self.client.log_batch(created.info.run_id, params=params, tags=[RunTag("source", "dvc")])
         write_json(record.folder / "mlflow.json", state)

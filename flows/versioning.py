@@ -121,8 +121,9 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
         # From outside the repository DVC calls a stage "path/dvc.yaml:name".
         status = {name.rsplit(":", 1)[-1]: changes for name, changes in repo.status().items()}
     reasons: dict[str, str] = {}
+    locked = _locked_stages(root)
     for name, node in graph.items():
-        if lock_entry(root, name) is None:
+        if name not in locked:
             reasons[name] = "never run"
         elif status.get(name):
             reasons[name] = _reason(status[name])
@@ -170,8 +171,13 @@ def stage_key(root: Path, name: str) -> str:
 
 def lock_entry(root: Path, name: str) -> dict[str, Any] | None:
     """What dvc.lock says of a stage: cmd, deps, params, outs with hashes; None if it never ran."""
+    return _locked_stages(root).get(name)
+
+
+def _locked_stages(root: Path) -> dict[str, Any]:
+    """`stages` of dvc.lock, empty before the first run."""
     try:
         lock = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        return None
-    return lock.get("stages", {}).get(name)
+        return {}
+    return lock.get("stages", {})
