@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 
@@ -23,6 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 environment.prepare(offline=True)
 
+# `make test` draws the same examples every time; `make test-all` looks for new ones. Neither
+# times an example: the machine is shared.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Whole pipelines: started first, so that no test worker ends with them alone.
 LONGEST = ("test_small_pipeline.py", "test_bad_input.py", "test_services.py", "test_pipeline.py")

@@ -15,6 +15,8 @@ _WIDTH, _HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
 _COLOURS = 8
 """Number of `--series-N` variables that the page defines."""
+_SMALLEST, _LARGEST = 1e-250, 1e250
+"""Beyond these magnitudes an axis and its margins would leave the range of a float."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def _label(value: float) -> str:
 def _bounds(values: Sequence[float], *, log: bool) -> tuple[float, float]:
     low, high = min(values), max(values)
     if log:
-        margin = (high / low) ** 0.04 if high > low else 1.1
+        margin = 10.0 ** (0.04 * (math.log10(high) - math.log10(low))) if high > low else 1.1
         return low / margin, high * margin
     margin = 0.05 * (high - low) or max(abs(high) * 0.05, 1e-6)
     return low - margin, high + margin
@@ -70,7 +72,7 @@ def _plottable(series: Series, *, log: bool) -> list[tuple[float, float]]:
     return [
         (float(x), float(y))
         for x, y in zip(series.x, series.y, strict=True)
-        if math.isfinite(y) and (y > 0 or not log)
+        if abs(y) <= _LARGEST and (y >= _SMALLEST or not log)
     ]
 
 
@@ -78,7 +80,8 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, log_y: b
     """An SVG element with one line per series, axes, ticks and a legend.
 
     Args:
-        series: lines; values that are not finite (or not positive on a log axis) are left out.
+        series: lines; values that are not finite (or not positive on a log axis), or of a
+            magnitude that no axis can hold, are left out.
         x_label: name and unit of x.
         y_label: name and unit of y.
         log_y: logarithmic y axis.
@@ -103,7 +106,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, log_y: b
 
     def at_y(y: float) -> float:
         if log_y:
-            share = math.log(y / y_low) / math.log(y_high / y_low)
+            share = (math.log(y) - math.log(y_low)) / (math.log(y_high) - math.log(y_low))
         else:
             share = (y - y_low) / (y_high - y_low)
         return _TOP + plot_h * (1.0 - share)

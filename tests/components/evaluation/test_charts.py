@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from xml.etree import ElementTree
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from components.evaluation.charts import Series, line_chart, nice_ticks
@@ -35,6 +35,10 @@ def test_nothing_to_draw_gives_no_chart() -> None:
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.booleans())
+@example(2.225073858507e-311, 1.0, True)
+@example(1e-249, 1e249, True)
+@example(-1e249, 2e249, False)
+@example(-1.7e308, 1.7e308, False)
 def test_any_finite_range_gives_well_formed_markup(low: float, span: float, log: bool) -> None:
     y = [low, low + span, low + span / 2]
     svg = line_chart([Series("a", [0, 5, 10], y)], x_label="x", y_label="y", log_y=log)
