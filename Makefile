@@ -5,6 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEV_READY := $(VENV)/.ready-dev
 WORKERS ?= 2
 ENGINE ?= prefect
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -26,16 +27,21 @@ $(READY): requirements.lock requirements-bootstrap.lock pyproject.toml
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 
+$(DEV_READY): $(READY) requirements-dev.lock
+	@echo "Installing the locked test tools and optional libraries into $(VENV)"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements-dev.lock
+	@touch $(DEV_READY)
+
 run: $(READY)
 	@$(BIN)/ultraflux run --engine $(ENGINE)
 
-test: $(READY)
+test: $(DEV_READY)
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
 
-test-all: $(READY)
+test-all: $(DEV_READY)
 	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-lint: $(READY)
+lint: $(DEV_READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 services: $(READY)
@@ -45,9 +51,11 @@ services-down: $(READY)
 	@$(BIN)/ultraflux down
 
 # Only for maintainers: resolve pyproject.toml anew.
+COMPILE = $(BIN)/uv pip compile -q pyproject.toml --python-platform x86_64-manylinux_2_28 \
+  --python-version 3.11 --generate-hashes --no-header --no-annotate
 lock: $(READY)
-	$(BIN)/uv pip compile -q pyproject.toml --extra dev --python-platform x86_64-manylinux_2_28 \
-	  --python-version 3.11 --generate-hashes --no-header --no-annotate -o requirements.lock
+	$(COMPILE) --extra dev -o requirements-dev.lock
+	$(COMPILE) -c requirements-dev.lock -o requirements.lock
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
