@@ -67,10 +67,14 @@ def preflight(root: Path) -> None:
     """Check what would otherwise fail late.
 
     Raises:
-        PipelineRefused: the photographs are missing, or a folder that must be written cannot be.
+        PipelineRefused: the photographs are missing, a folder that must be written cannot be, or a
+            cost cap has no prices.
         SettingsError: params.yaml is not valid.
     """
-    ingest = load_settings(root / "params.yaml").ingest
+    settings = load_settings(root / "params.yaml")
+    ingest = settings.ingest
+    if (missing := settings.caption.missing_prices()) is not None:
+        raise PipelineRefused(missing)
     source = root / ingest.source
     if not (source.is_dir() if ingest.kind == "folder" else source.exists()):
         wanted = "folder" if ingest.kind == "folder" else "file or folder"

@@ -28,6 +28,7 @@ from typing import Any
 import httpx
 
 from components.corpus.caption_prompts import Prompt
+from components.corpus.record_fields import storable
 from components.corpus.request_cache import Answer, RequestCache
 from components.corpus.settings import EndpointSettings
 from components.corpus.spending import Budget, Prices
@@ -37,6 +38,8 @@ _LONGEST_PAUSE_S = 60.0
 # Above this a run is better ended and started again: a daily quota is used up.
 _LONGEST_RETRY_AFTER_S = 600.0
 _OUTAGE_REQUESTS = 10
+# More than any context window: a count above is nonsense, and the estimate stands.
+_MOST_TOKENS = 10**8
 _DETAIL_CHARACTERS = 160
 _STOPPING = {
     401: "the API key is refused",
@@ -103,16 +106,17 @@ def _parse_answer(data: bytes) -> Answer:
         reason = str(choice.get("finish_reason") or "stop")
         usage = body.get("usage") or {}
         tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _TryAgain("answer is not a chat completion") from None
     if not isinstance(text, str) or not isinstance(refusal, str):
         raise _TryAgain("answer is not text")
     if refusal or reason == "content_filter":
         text, reason = text or refusal, "refusal"
     counts = [
-        n if isinstance(n, int) and not isinstance(n, bool) and n >= 0 else None for n in tokens
+        n if isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _MOST_TOKENS else None
+        for n in tokens
     ]
-    return Answer(text, reason, *counts)
+    return Answer(storable(text), storable(reason), *counts)
 
 
 def _retry_after_s(header: str | None) -> float | None:
@@ -180,8 +184,11 @@ class ChatClient:
         self._budget = budget
         self._pause_s = pause_s
         self._pace = _Pace(settings.requests_per_minute)
+        # Without a cap, prices may be unknown: then nothing is charged and no sum is reported.
         self._prices = Prices(
-            settings.input_usd_per_million, settings.output_usd_per_million, settings.max_tokens
+            settings.input_usd_per_million or 0.0,
+            settings.output_usd_per_million or 0.0,
+            settings.max_tokens,
         )
         self.job = job_of(settings, prompt)
         self._failures = 0
@@ -354,7 +361,7 @@ class ChatClient:
             body = body[0] if isinstance(body, list) else body
             error = body.get("error", body)
             message = error.get("message") if isinstance(error, dict) else error
-        except (ValueError, LookupError, AttributeError):
+        except (ValueError, LookupError, AttributeError, RecursionError):
             return ""
         return self._clean(message) if isinstance(message, str) else ""
 

@@ -1,7 +1,7 @@
 """The captioning and the translating model over a manifest: one cache, one budget, one entry a row.
 
-English comes from the shipped captions or from a model, Chinese from the file, from a model or from
-nowhere (`CaptionSettings`). Translations are made of usable English captions only.
+What came with an image stays (`CaptionSettings.provided`), models write the rest: English from the
+picture, Chinese from a usable English caption that has none.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Captioned:
 
     rows: list[Judged]
     """One per manifest row, in order."""
-    spent_usd: float
-    """By these settings, over all runs."""
+    spent_usd: float | None
+    """By these settings, over all runs; None where a price is not known."""
     problems: list[str]
     """Why single requests failed, in the order of the rows."""
 
@@ -65,6 +65,20 @@ def _model(
     return _Model(part.endpoint, load_prompt(part.prompt_version, file, built_in))
 
 
+def _needs_english(row: Judged, settings: CaptionSettings) -> bool:
+    """Whether nothing usable came with the image, as far as `provided` lets a model replace it."""
+    if row.english is None:
+        return True
+    return settings.provided == "replace_failed" and row.status != "ok" and row.failed_english
+
+
+def _needs_chinese(row: Judged, settings: CaptionSettings) -> bool:
+    """Whether there is a usable English caption and no translation of it that stays."""
+    if row.status == "ok":
+        return row.chinese is None
+    return settings.provided == "replace_failed" and not row.failed_english
+
+
 def _captioned(written: Written, model: _Model) -> Judged:
     words = len(written.text.split()) if written.text else 0
     author = model.name if written.text else None
@@ -84,7 +98,7 @@ def _translated(row: Judged, written: Written, model: _Model) -> Judged:
 
 def write_captions(
     manifest: pd.DataFrame,
-    shipped: Sequence[Judged] | None,
+    provided: Sequence[Judged],
     derivatives: Path,
     settings: CaptionSettings,
     *,
@@ -96,7 +110,7 @@ def write_captions(
 
     Args:
         manifest: image_id and kept; the image_id of kept rows are distinct.
-        shipped: a shipped caption per row, where the English is not written by a model.
+        provided: what came with each image, checked; "missing" where nothing did.
         derivatives: pictures for the captioning model, from the signals stage.
         settings: at least one provider is an endpoint.
         derivative_px: long edge of the derivatives.
@@ -104,15 +118,18 @@ def write_captions(
         root: where prompt files are found.
 
     Raises:
-        ValueError: bad prompt or cache file.
+        ValueError: bad prompt or cache file; or a cost cap without prices.
         EndpointUnusable: an API key is missing.
         CaptioningStopped: cost cap reached or endpoint of no use; run again to go on.
     """
+    if (missing := settings.missing_prices()) is not None:
+        raise ValueError(missing)
     captioner = _model(settings, CAPTION_PROMPTS, root)
     translator = _model(settings.translate, TRANSLATION_PROMPTS, root)
     models = [model for model in (captioner, translator) if model is not None]
     kept = manifest["kept"].eq(True)
     ids = manifest["image_id"].tolist()
+    places = kept.to_numpy().nonzero()[0].tolist()
     problems: list[str] = []
     with ExitStack() as stack:
         store = stack.enter_context(RequestCache(cache))
@@ -123,9 +140,14 @@ def write_captions(
         for model in models:
             clients[model] = ChatClient(model.endpoint, model.prompt, store, budget)
             stack.callback(clients[model].close)
-        rows = list(shipped) if shipped is not None else [_UNASKED] * len(ids)
+        rows = list(provided)
         if captioner is not None:
-            wanted = set(manifest.loc[kept, "image_id"])
+            asked = [index for index in places if _needs_english(rows[index], settings)]
+            wanted = {ids[index] for index in asked}
+            rows = [
+                _UNASKED if row.status == "missing" and not is_kept else row
+                for row, is_kept in zip(rows, kept, strict=True)
+            ]
             written = caption_images(
                 (item for item in read_derivatives(derivatives) if item.image_id in wanted),
                 len(wanted),
@@ -134,11 +156,11 @@ def write_captions(
                 settings,
                 derivative_px=derivative_px,
             )
-            for index in kept.to_numpy().nonzero()[0]:
+            for index in asked:
                 rows[index] = _captioned(written.get(ids[index], _WITHOUT_PICTURE), captioner)
             problems += [item.detail for item in written.values() if item.detail]
         if translator is not None:
-            usable = [index for index in kept.to_numpy().nonzero()[0] if rows[index].status == "ok"]
+            usable = [index for index in places if _needs_chinese(rows[index], settings)]
             written = translate_captions(
                 {ids[index]: rows[index].english or "" for index in usable},
                 clients[translator],
@@ -148,4 +170,5 @@ def write_captions(
             for index in usable:
                 rows[index] = _translated(rows[index], written[ids[index]], translator)
             problems += [item.detail for item in written.values() if item.detail]
-        return Captioned(rows, budget.spent_usd, problems)
+        is_priced = all(model.endpoint.has_prices for model in models)
+        return Captioned(rows, budget.spent_usd if is_priced else None, problems)

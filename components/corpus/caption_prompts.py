@@ -48,6 +48,9 @@ _PREAMBLE = re.compile(
     r"|以下是[^：:\n]{0,20}[：:]|译文[：:])\s*",
     re.IGNORECASE,
 )
+# What models with a visible chain of thought put before their answer; one that ran out of tokens
+# never closes it, and then there is no answer.
+_THOUGHTS = re.compile(r"^\s*<think>.*?(?:</think>|$)", re.DOTALL)
 _QUOTES = {'"': '"', "“": "”", "「": "」", "'": "'"}
 
 
@@ -76,8 +79,11 @@ def load_prompt(version: str, file: Path | None, built_in: Mapping[str, str]) ->
 
 
 def clean_answer(text: str) -> str:
-    """One line of plain text: no preamble ("Here is a caption:"), outer quotes or line breaks."""
-    text = _PREAMBLE.sub("", " ".join(text.split())).strip()
+    """One line of plain text.
+
+    Thoughts, a preamble ("Here is a caption:"), outer quotes and line breaks are left out.
+    """
+    text = _PREAMBLE.sub("", " ".join(_THOUGHTS.sub("", text).split())).strip()
     if len(text) > 1 and _QUOTES.get(text[0]) == text[-1]:
         inner = text[1:-1]
         # A quotation at either end of a caption is part of it.

@@ -1,13 +1,10 @@
-"""Captions: reading those that ship with the photographs, checking and joining all of them."""
+"""Captions: what is checked, whoever wrote them, and how they join the manifest."""
 
 from __future__ import annotations
 
-import json
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -20,10 +17,14 @@ STATUSES = (
     "too_long",
     "wrong_language",
     "refusal",
+    "repetitive",
     "truncated",
     "error",
 )
 """The last two come from models: the answer hit its token limit, or there was none."""
+
+PROVIDED = "provided: "
+"""Begins the author of a caption that came with its image; what brought it follows."""
 
 # Beginnings of what a captioning model says instead of a caption; lower case.
 _REFUSALS = (
@@ -56,13 +57,17 @@ _REFUSALS = (
 # Share of letters in the expected script; names and signs in another script are ordinary.
 _ENGLISH_LATIN_SHARE = 0.9
 _CHINESE_HAN_SHARE = 0.6
+# A model that loops says the same run of words (of characters in Chinese) again and again: the
+# largest share of runs that occurred before. The captions of the sample have none at all.
+_LOOP_WORDS, _LOOP_CHARACTERS = 5, 10
+_LARGEST_REPEATED_SHARE = 0.3
 # Han characters per English word; the 21 captions of the sample have 1.6 to 2.1.
 _HAN_PER_WORD = (0.7, 4.0)
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One line of a captions file."""
+    """What came with a photograph; blank English: none."""
 
     english: str
     chinese: str | None
@@ -81,8 +86,14 @@ def _is_refusal(text: str) -> bool:
     return text.strip().lower().replace("’", "'").startswith(_REFUSALS)
 
 
+def _is_repetitive(units: Sequence[str], run: int) -> bool:
+    """Whether more than 30% of the runs of `run` units stand earlier in the text as well."""
+    runs = [tuple(units[start : start + run]) for start in range(len(units) - run + 1)]
+    return len(runs) - len(set(runs)) > _LARGEST_REPEATED_SHARE * len(runs)
+
+
 def check_english(text: str, settings: CaptionSettings) -> tuple[str, int]:
-    """Judge an English caption: missing, refusal, language (90% Latin letters), then length.
+    """Judge an English caption: missing, refusal, language (90% Latin letters), loops, length.
 
     Returns:
         (one of `STATUSES`, number of words).
@@ -94,6 +105,8 @@ def check_english(text: str, settings: CaptionSettings) -> tuple[str, int]:
         return "refusal", words
     if _script_share(text, "LATIN") < _ENGLISH_LATIN_SHARE:
         return "wrong_language", words
+    if _is_repetitive(text.lower().split(), _LOOP_WORDS):
+        return "repetitive", words
     if words < settings.min_words:
         return "too_short", words
     if words > settings.max_words:
@@ -102,7 +115,7 @@ def check_english(text: str, settings: CaptionSettings) -> tuple[str, int]:
 
 
 def check_chinese(text: str, english: str) -> str:
-    """Judge a translation of `english`: missing, refusal, language (60% Han letters), length.
+    """Judge a translation: missing, refusal, language (60% Han letters), loops, length.
 
     Returns:
         one of `STATUSES`.
@@ -113,6 +126,8 @@ def check_chinese(text: str, english: str) -> str:
         return "refusal"
     if _script_share(text, "CJK") < _CHINESE_HAN_SHARE:
         return "wrong_language"
+    if _is_repetitive(text, _LOOP_CHARACTERS):
+        return "repetitive"
     shortest, longest = (bound * len(english.split()) for bound in _HAN_PER_WORD)
     characters = sum(character.isalpha() for character in text)
     if characters < shortest:
@@ -120,76 +135,6 @@ def check_chinese(text: str, english: str) -> str:
     if characters > longest:
         return "too_long"
     return "ok"
-
-
-def check_caption(caption: Caption | None, settings: CaptionSettings) -> tuple[str, int]:
-    """Judge one shipped caption.
-
-    Order: missing (or blank English), refusal in either language, language by script (English at
-    least 90% Latin letters; Chinese, where there is one, at least 60% Han), then English length.
-    The length of a Chinese text that a person wrote is not judged.
-
-    Returns:
-        (one of `STATUSES`, number of English words).
-    """
-    if caption is None:
-        return "missing", 0
-    status, words = check_english(caption.english, settings)
-    chinese = caption.chinese if caption.chinese and caption.chinese.strip() else None
-    if status in ("missing", "refusal") or chinese is None:
-        return status, words
-    if _is_refusal(chinese):
-        return "refusal", words
-    if _script_share(chinese, "CJK") < _CHINESE_HAN_SHARE:
-        return "wrong_language", words
-    return status, words
-
-
-def _parse(line: str, where: str) -> tuple[str, Caption]:
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as problem:
-        raise ValueError(f"{where}: not JSON: {problem.msg} at column {problem.colno}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object with file, caption_en and caption_zh")
-    for key, kinds in (("file", str), ("caption_en", str), ("caption_zh", str | None)):
-        if not isinstance(record.get(key), kinds):
-            raise ValueError(f"{where}: {key!r} must be text, got {record.get(key)!r}")
-    return record["file"], Caption(record["caption_en"], record.get("caption_zh"))
-
-
-def read_captions(path: Path, known_files: Collection[str]) -> dict[str, Caption]:
-    """Read a captions.jsonl.
-
-    Args:
-        path: one JSON object a line: file (below the ingest source), caption_en, caption_zh.
-        known_files: files of the corpus.
-
-    Raises:
-        ValueError: missing file; or a line, by number, that is not such an object, names a file
-            twice or a file that is not in the corpus.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path.name}: not found in ingest.source; add it or correct caption.file"
-        ) from None
-    except UnicodeDecodeError as problem:
-        raise ValueError(f"{path.name}: not UTF-8 at byte {problem.start}") from None
-    captions: dict[str, Caption] = {}
-    # Only "\n" ends a line: splitlines() would also split at separators inside a caption.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path.name} line {number}"
-        file, caption = _parse(line, where)
-        if file in captions:
-            raise ValueError(f"{where}: {file!r} has a caption already")
-        if file not in known_files:
-            raise ValueError(f"{where}: {file!r} is not a photograph of ingest.source")
-        captions[file] = caption
-    return captions
 
 
 @dataclass(frozen=True)
@@ -208,19 +153,34 @@ class Judged:
     """Which of the two a status other than "ok" is about."""
 
 
-def judge_shipped(caption: Caption | None, settings: CaptionSettings) -> Judged:
-    """Check a caption that came with its photograph."""
-    status, words = check_caption(caption, settings)
-    if caption is None:
-        return Judged(None, None, status, None, None)
-    author = f"shipped: {settings.file}"
+def judge_provided(caption: Caption, settings: CaptionSettings, origin: str) -> Judged:
+    """Check a caption that came with its photograph; it is stored as it came.
+
+    Order: blank English is "missing"; the checks of `check_english`; then refusal and language
+    (60% Han letters) of the Chinese, where there is one. The length of a Chinese text that came
+    along is not judged.
+
+    Args:
+        caption: text as it came.
+        settings: bounds.
+        origin: what the manifest names as author, "provided: ...".
+    """
+    status, words = check_english(caption.english, settings)
+    chinese = caption.chinese if caption.chinese and caption.chinese.strip() else None
+    failed_english = status != "ok"
+    if status == "ok" and chinese is not None:
+        if _is_refusal(chinese):
+            status = "refusal"
+        elif _script_share(chinese, "CJK") < _CHINESE_HAN_SHARE:
+            status = "wrong_language"
     return Judged(
-        caption.english,
-        caption.chinese,
+        caption.english if caption.english.strip() else None,
+        chinese,
         status,
-        author,
-        author if caption.chinese is not None else None,
+        origin if words else None,
+        origin if chinese is not None else None,
         words,
+        failed_english or status == "ok",
     )
 
 

@@ -250,16 +250,24 @@ class EndpointSettings(Section):
     """Of one request, from its start to the last byte."""
     retries: Annotated[int, Field(ge=0, le=20)]
     """After 429, 5xx, a lost connection, a timeout or an answer that cannot be read."""
-    input_usd_per_million: NonNegative
-    """Price of a million tokens that are sent, in USD."""
-    output_usd_per_million: NonNegative
+    input_usd_per_million: NonNegative | None
+    """Price of a million tokens that are sent, in USD, from the provider's price list of today; 0
+    for a model on a machine of yours. Required where a cost cap is set; None: not known."""
+    output_usd_per_million: NonNegative | None
+    """The same for tokens that the model writes."""
+
+    @property
+    def has_prices(self) -> bool:
+        """Whether what a request costs can be said."""
+        return None not in (self.input_usd_per_million, self.output_usd_per_million)
 
 
 class TranslateSettings(Section):
     """Chinese captions."""
 
     provider: Literal["none", "shipped", "endpoint"]
-    """`shipped`: caption_zh of the captions file; `endpoint`: made from the English caption."""
+    """`none`, `shipped`: only what came with the images; `endpoint`: where none came, made from the
+    English caption."""
     prompt_version: str
     """Name of a prompt in components/corpus/caption_prompts.py, or of yours in `prompt_file`."""
     prompt_file: PromptFile | None
@@ -276,10 +284,14 @@ class CaptionSettings(Section):
     """Captions."""
 
     provider: Literal["shipped", "endpoint"]
-    """`shipped`: a captions.jsonl with file, caption_en, caption_zh beside the photographs;
-    `endpoint`: made by a vision-language model from the derivative."""
+    """`shipped`: only what came with the images; `endpoint`: where none came, made by a
+    vision-language model from the derivative."""
+    provided: Literal["keep", "replace_failed", "ignore"]
+    """Captions that came with the images, in their records (metadata, lists, archives) or in
+    `file`. All are checked. `keep`: they stay, also with a status other than ok, and no model is
+    asked; `replace_failed`: models are asked where the checks fail; `ignore`: as if none came."""
     file: str
-    """Captions file, relative to the ingest source."""
+    """For a folder of photographs: a JSONL file in it with file, caption_en, caption_zh."""
     min_words: Annotated[int, Field(ge=0)]
     max_words: Count
     """English length outside [min_words, max_words] marks the caption as failed."""
@@ -287,8 +299,9 @@ class CaptionSettings(Section):
     """Name of a prompt in components/corpus/caption_prompts.py, or of yours in `prompt_file`."""
     prompt_file: PromptFile | None
     """Text file with the exact prompt to send instead of a built-in one."""
-    max_cost_usd: NonNegative
-    """Hard cap on what captions and translations under these settings cost, over all runs."""
+    max_cost_usd: NonNegative | None
+    """Hard cap on what captions and translations under these settings cost, over all runs; None:
+    no cap, for models that cost nothing by the token."""
     endpoint: EndpointSettings | None
     translate: TranslateSettings
 
@@ -301,7 +314,38 @@ class CaptionSettings(Section):
                 "caption.translate.provider 'shipped' needs caption.provider 'shipped': "
                 "a shipped translation is not one of a generated caption"
             )
+        if self.provider == "shipped" and self.provided == "ignore":
+            raise ValueError(
+                "caption.provided 'ignore' needs caption.provider 'endpoint': with 'shipped' there "
+                "would be no captions at all"
+            )
         return self
+
+    def missing_prices(self) -> str | None:
+        """One line naming the price settings that a cost cap needs; None: nothing is missing.
+
+        Not part of the schema, because a price belongs to whoever pays it: profiles leave it open.
+        """
+        if self.max_cost_usd is None:
+            return None
+        parts = (
+            ("caption.endpoint", self.provider, self.endpoint),
+            ("caption.translate.endpoint", self.translate.provider, self.translate.endpoint),
+        )
+        missing = [
+            f"{name}.{price}"
+            for name, provider, endpoint in parts
+            if provider == "endpoint" and endpoint is not None
+            for price in ("input_usd_per_million", "output_usd_per_million")
+            if getattr(endpoint, price) is None
+        ]
+        if not missing:
+            return None
+        return (
+            f"caption.max_cost_usd ({self.max_cost_usd:g}) needs prices: set "
+            f"{', '.join(missing)} to USD per million tokens from the provider's price list (0 for "
+            "a model that you serve), or caption.max_cost_usd to null for no cap"
+        )
 
 
 class ValidateSettings(Section):

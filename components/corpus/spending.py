@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,13 +35,13 @@ class Prices:
 class Budget:
     """A cap over jobs: every request is charged before it is sent, at the most it may cost.
 
-    A job is everything that is asked with one prompt, model and set of parameters. What earlier
-    runs spent on the same jobs counts. A request whose answer was lost (timeout, kill) keeps its
-    estimate, because it may have been billed.
+    Without a cap (None) nothing is refused. A job is everything that is asked with one prompt,
+    model and set of parameters. What earlier runs spent on the same jobs counts. A request whose
+    answer was lost (timeout, kill) keeps its estimate, because it may have been billed.
     """
 
-    def __init__(self, cache: RequestCache, jobs: Sequence[str], cap_usd: float) -> None:
-        self.cap_usd = cap_usd
+    def __init__(self, cache: RequestCache, jobs: Sequence[str], cap_usd: float | None) -> None:
+        self.cap_usd = math.inf if cap_usd is None else cap_usd
         self._cache = cache
         self._spent = cache.spent(jobs)
         self._open: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Stage `caption`: captions that ship with the photographs, or that models write; all checked."""
+"""Stage `caption`: captions that came with the images, or that models write; all checked."""
 
 from __future__ import annotations
 
@@ -6,47 +6,29 @@ from pathlib import Path
 
 import pandas as pd
 
-from components.corpus.captions import (
-    STATUSES,
-    Judged,
-    join_captions,
-    judge_shipped,
-    read_captions,
-)
+from components.corpus.captions import PROVIDED, STATUSES, Judged, join_captions
 from components.corpus.manifest import read_table, write_table
-from components.corpus.sources import file_name, source_folder
+from components.corpus.provided_captions import provided_captions
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 _NAMED_IN_MESSAGES = 3
 
 
-def _judge_shipped(context: StageContext, manifest: pd.DataFrame) -> list[Judged]:
-    """Every row's shipped caption."""
-    settings = context.settings.caption
-    try:
-        folder = source_folder(context.settings.ingest, context.root)
-        files = manifest["uri"].map(lambda uri: file_name(uri, folder, context.root))
-        captions = read_captions(folder / settings.file, set(files))
-    except ValueError as problem:
-        raise StageFailed(f"caption: {problem}") from None
-    return [judge_shipped(captions.get(file), settings) for file in files]
-
-
-def _write(context: StageContext, manifest: pd.DataFrame) -> tuple[list[Judged], float, list[str]]:
-    """(every row's caption by models, USD spent, what failed)."""
+def _write(
+    context: StageContext, manifest: pd.DataFrame, provided: list[Judged]
+) -> tuple[list[Judged], float | None, list[str]]:
+    """(every row's captions, models' ones included; USD spent; what failed)."""
     # The HTTP client is loaded only where there is an endpoint.
     from components.corpus.caption_client import EndpointUnusable
     from components.corpus.caption_models import write_captions
     from components.corpus.captioning import CaptioningStopped
 
-    settings = context.settings.caption
-    shipped = _judge_shipped(context, manifest) if settings.provider == "shipped" else None
     try:
         captioned = write_captions(
             manifest,
-            shipped,
+            provided,
             context.input("signals", "derivatives.parquet"),
-            settings,
+            context.settings.caption,
             derivative_px=context.settings.signals.derivative_px,
             # Not below the state folder of one stage key: after a change of settings, answers to
             # questions that did not change are still there.
@@ -69,17 +51,24 @@ def run(context: StageContext) -> StageResult:
     settings = context.settings.caption
     costs: dict[str, float] = {}
     problems: list[str] = []
+    try:
+        captions = provided_captions(manifest, context.settings.ingest, settings, context.root)
+    except ValueError as problem:
+        raise StageFailed(f"caption: {problem}") from None
     if "endpoint" in (settings.provider, settings.translate.provider):
-        captions, costs["cost_usd"], problems = _write(context, manifest)
-    else:
-        captions = _judge_shipped(context, manifest)
+        captions, spent_usd, problems = _write(context, manifest, captions)
+        if spent_usd is not None:
+            costs["cost_usd"] = spent_usd
     selected = manifest["kept"].eq(True)
     manifest = join_captions(manifest, captions, settings)
     path = context.output_dir / "manifest.parquet"
     write_table(manifest, path)
 
     kept = int(manifest["kept"].sum())
+    origins = manifest.loc[manifest["kept"], "caption_model"].astype("string")
+    provided = int(origins.str.startswith(PROVIDED).sum())
     lost = manifest[selected & ~manifest["kept"]]
+    shared = int(manifest.loc[manifest["kept"], "caption_en"].duplicated(keep=False).sum())
     statuses = manifest.loc[selected, "caption_status"].value_counts()
     described = ", ".join(
         f"{Path(lost['uri'][index]).name}: {lost['caption_status'][index]}"
@@ -88,7 +77,10 @@ def run(context: StageContext) -> StageResult:
     if problems:
         described += f"; first error: {problems[0]}"
     if kept == 0:
-        source = settings.file if settings.provider == "shipped" else "caption.endpoint"
+        source = "caption.endpoint"
+        if settings.provider == "shipped":
+            is_folder = context.settings.ingest.kind == "folder"
+            source = settings.file if is_folder else "the captions in ingest.source"
         raise StageFailed(
             f"caption: none of {int(selected.sum())} selected images has a usable caption "
             f"({described}); correct {source} or caption.min_words and max_words"
@@ -97,9 +89,12 @@ def run(context: StageContext) -> StageResult:
     return StageResult(
         metrics={
             "kept": float(kept),
+            "provided": float(provided),
+            # The same words for different pictures: a model that does not look, or a gallery.
+            "shared_caption": float(shared),
             **{f"caption_{name}": float(statuses.get(name, 0)) for name in STATUSES},
             **costs,
         },
         datasets={"captioned": path},
-        summary=f"{kept} captioned{dropped}",
+        summary=f"{kept} captioned, {provided} of them by what came with the images{dropped}",
     )

@@ -6,7 +6,7 @@ import base64
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,40 +18,25 @@ import pytest
 from components.corpus.caption_models import Captioned, write_captions
 from components.corpus.captions import Judged
 from components.corpus.parquet_files import write_parquet
+from components.corpus.provided_captions import NOT_PROVIDED
 from components.corpus.settings import CaptionSettings
 from components.corpus.signals import DERIVATIVES_SCHEMA
 
 ENGLISH = "a calm lake below red hills"
 CHINESE = "红色山丘下平静的湖"
 
-Reply = tuple[int, dict[str, str], bytes]
-
-
-def completion(text: str | None, finish: str = "stop", **message: Any) -> Reply:
-    """A chat completion that used 1,000 and 100 tokens."""
-    body = {
-        "model": "served",
-        "choices": [{"message": {"content": text, **message}, "finish_reason": finish}],
-        "usage": {"prompt_tokens": 1000, "completion_tokens": 100},
-    }
-    return 200, {}, json.dumps(body).encode()
-
-
-def picture_of(body: dict[str, Any]) -> str:
-    """Name of the picture in a request; the text itself for a translation."""
-    content = body["messages"][0]["content"]
-    if isinstance(content, str):
-        return content.rsplit("\n\n", 1)[1]
-    prefix, data = content[1]["image_url"]["url"].split(",")
-    assert prefix == "data:image/jpeg;base64"
-    return base64.b64decode(data).decode()
+# Status, headers, and the body or its chunks.
+Reply = tuple[int, dict[str, str], bytes | Iterable[bytes]]
 
 
 class Api:
     """An OpenAI-compatible server; `respond(body, times this picture was asked)` answers."""
 
+    english, chinese = ENGLISH, CHINESE
+    key, key_variable = "sk-very-secret-0123456789", "CAPTION_TEST_KEY"
+
     def __init__(self) -> None:
-        self.respond: Callable[[dict[str, Any], int], Reply] = lambda body, n: completion(
+        self.respond: Callable[[dict[str, Any], int], Reply] = lambda body, n: self.completion(
             ENGLISH if isinstance(body["messages"][0]["content"], list) else CHINESE
         )
         self.bodies: list[dict[str, Any]] = []
@@ -68,15 +53,21 @@ class Api:
                 body = json.loads(raw)
                 with lock:
                     self.times.append(time.monotonic())
-                    asked = sum(picture_of(b) == picture_of(body) for b in self.bodies)
+                    asked = sum(self.picture_of(b) == self.picture_of(body) for b in self.bodies)
                     self.bodies.append(body)
                     self.headers.append(dict(handler.headers))
                 status, headers, data = self.respond(body, asked)
                 handler.send_response(status)
-                for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                if isinstance(data, bytes):
+                    headers = {"Content-Length": str(len(data)), **headers}
+                    data = [data]
+                for name, value in headers.items():
                     handler.send_header(name, value)
                 handler.end_headers()
-                handler.wfile.write(data)
+                for part in data:
+                    if "Transfer-Encoding" in headers:
+                        part = b"%x\r\n%s\r\n" % (len(part), part)
+                    handler.wfile.write(part)
 
             def log_message(handler, *_: object) -> None:
                 pass
@@ -100,6 +91,7 @@ class Api:
         return CaptionSettings.model_validate(
             {
                 "provider": "endpoint",
+                "provided": "keep",
                 "file": "captions.jsonl",
                 "min_words": 3,
                 "max_words": 8,
@@ -117,17 +109,40 @@ class Api:
             | own
         )
 
-    def picture_of(self, body: dict[str, Any]) -> str:
-        return picture_of(body)
+    @staticmethod
+    def completion(text: Any, finish: str = "stop", **message: Any) -> Reply:
+        """A chat completion that used 1,000 and 100 tokens."""
+        body = {
+            "model": "served",
+            "choices": [{"message": {"content": text, **message}, "finish_reason": finish}],
+            "usage": {"prompt_tokens": 1000, "completion_tokens": 100},
+        }
+        return 200, {}, json.dumps(body).encode()
+
+    @staticmethod
+    def problem(status: int, message: str, **headers: str) -> Reply:
+        """An error in the API's own form."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return status, named, json.dumps({"error": {"message": message}}).encode()
+
+    @staticmethod
+    def picture_of(body: dict[str, Any]) -> str:
+        """Name of the picture in a request; the text itself for a translation."""
+        content = body["messages"][0]["content"]
+        if isinstance(content, str):
+            return content.rsplit("\n\n", 1)[1]
+        prefix, data = content[1]["image_url"]["url"].split(",")
+        assert prefix == "data:image/jpeg;base64"
+        return base64.b64decode(data).decode()
 
     @property
     def asked(self) -> list[str]:
-        return [picture_of(body) for body in self.bodies]
+        return [self.picture_of(body) for body in self.bodies]
 
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
-    monkeypatch.setenv("CAPTION_TEST_KEY", "sk-very-secret-0123456789")
+    monkeypatch.setenv(Api.key_variable, Api.key)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     api = Api()
     yield api
@@ -139,7 +154,7 @@ def endpoint(api: Api, **changes: object) -> dict[str, object]:
     return {
         "base_url": api.url,
         "model": "some/vlm",
-        "api_key_env": "CAPTION_TEST_KEY",
+        "api_key_env": Api.key_variable,
         "temperature": 0.5,
         "max_tokens": 200,
         "seed": 7,
@@ -169,19 +184,23 @@ class Corpus:
         settings: CaptionSettings,
         *,
         kept: list[bool] | None = None,
-        shipped: list[Judged] | None = None,
+        provided: list[Judged] | None = None,
         cache: str = "cache.sqlite",
     ) -> Captioned:
         manifest = pd.DataFrame({"image_id": self.names, "kept": kept or [True] * len(self.names)})
         return write_captions(
             manifest,
-            shipped,
+            provided or [NOT_PROVIDED] * len(self.names),
             self.folder / "derivatives.parquet",
             settings,
             derivative_px=1024,
             cache=self.folder / cache,
             root=self.folder,
         )
+
+    @staticmethod
+    def statuses(captioned: Captioned) -> list[str | None]:
+        return [row.status for row in captioned.rows]
 
 
 @pytest.fixture

@@ -13,48 +13,23 @@ from typing import Any
 
 import pytest
 
-from components.corpus.caption_models import Captioned
 from components.corpus.captioning import CaptioningStopped
-from components.corpus.captions import Caption, Judged, judge_shipped
+from components.corpus.captions import Caption, Judged, judge_provided
 from components.corpus.request_cache import RequestCache
 
 ROOT = Path(__file__).parents[3]
 
-ENGLISH = "a calm lake below red hills"
-CHINESE = "红色山丘下平静的湖"
-KEY = "sk-very-secret-0123456789"
-KEY_VARIABLE = "CAPTION_TEST_KEY"
-
-Reply = tuple[int, dict[str, str], bytes]
 # Classes of conftest.py.
 Api = Any
 Corpus = Any
-
-
-def completion(text: str | None, finish: str = "stop", **message: Any) -> Reply:
-    """A chat completion that used 1,000 and 100 tokens."""
-    body = {
-        "model": "served",
-        "choices": [{"message": {"content": text, **message}, "finish_reason": finish}],
-        "usage": {"prompt_tokens": 1000, "completion_tokens": 100},
-    }
-    return 200, {}, json.dumps(body).encode()
-
-
-def problem(status: int, message: str, **headers: str) -> Reply:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return status, named, json.dumps({"error": {"message": message}}).encode()
-
-
-def statuses(captioned: Captioned) -> list[str | None]:
-    return [row.status for row in captioned.rows]
+Reply = tuple[int, dict[str, str], bytes]
 
 
 def test_kept_pictures_are_captioned_and_others_are_not_asked(api: Api, corpus: Corpus) -> None:
     result = corpus.write(api.settings(), kept=[True, False, *[True] * 6])
-    assert statuses(result) == ["ok", None, *["ok"] * 6]
+    assert corpus.statuses(result) == ["ok", None, *["ok"] * 6]
     assert result.rows[0] == Judged(
-        ENGLISH, None, "ok", "some/vlm, prompt detailed-1", None, words=6
+        api.english, None, "ok", "some/vlm, prompt detailed-1", None, words=6
     )
     assert sorted(api.asked) == [name for name in corpus.names if name != "picture-1"]
     body, headers = api.bodies[0], api.headers[0]
@@ -62,7 +37,7 @@ def test_kept_pictures_are_captioned_and_others_are_not_asked(api: Api, corpus: 
     assert body["seed"] == 7
     assert "reasoning_effort" not in body
     assert "about 90 to 110 words" in body["messages"][0]["content"][0]["text"]
-    assert headers["Authorization"] == f"Bearer {KEY}"
+    assert headers["Authorization"] == f"Bearer {api.key}"
     # 1,000 tokens at $1 and 100 at $10 a million.
     assert result.spent_usd == pytest.approx(7 * 0.002)
 
@@ -103,7 +78,7 @@ def test_order_does_not_depend_on_who_answers_first(api: Api, corpus: Corpus) ->
     def slow_first(body: dict[str, Any], n: int) -> Reply:
         number = int(api.picture_of(body)[-1])
         time.sleep(0.01 * (8 - number))
-        return completion(f"picture of exactly {number} red hills")
+        return api.completion(f"picture of exactly {number} red hills")
 
     api.respond = slow_first
     wanted = [f"picture of exactly {n} red hills" for n in range(8)]
@@ -115,34 +90,42 @@ def test_order_does_not_depend_on_who_answers_first(api: Api, corpus: Corpus) ->
 @pytest.mark.parametrize(
     ("answer", "status"),
     [
-        (completion("I'm sorry, I cannot describe it"), "refusal"),
-        (completion(None, refusal="not allowed"), "refusal"),
-        (completion(None, finish="content_filter"), "refusal"),
-        (completion("lake"), "too_short"),
-        (completion(ENGLISH + " under a wide sky"), "too_long"),
-        (completion("红色山丘 下 的湖"), "wrong_language"),
-        (completion(ENGLISH, finish="length"), "truncated"),
-        (completion(""), "missing"),
+        (lambda api: api.completion("I'm sorry, I cannot describe it"), "refusal"),
+        (lambda api: api.completion(None, refusal="not allowed"), "refusal"),
+        (lambda api: api.completion(None, finish="content_filter"), "refusal"),
+        (lambda api: api.completion("lake"), "too_short"),
+        (lambda api: api.completion(api.english + " under a wide sky"), "too_long"),
+        (lambda api: api.completion("a calm lake below red hills " * 3), "repetitive"),
+        (lambda api: api.completion("红色山丘 下 的湖"), "wrong_language"),
+        (lambda api: api.completion(api.english, finish="length"), "truncated"),
+        (lambda api: api.completion("<think>The picture shows a lake, so"), "missing"),
+        (lambda api: api.completion(""), "missing"),
     ],
 )
 def test_a_failed_check_is_asked_once_more_with_another_seed_then_recorded(
-    api: Api, corpus: Corpus, answer: Reply, status: str
+    api: Api, corpus: Corpus, answer: Callable[[Api], Reply], status: str
 ) -> None:
     api.respond = lambda body, n: (
-        completion(ENGLISH) if api.picture_of(body) == "picture-0" and n else answer
+        api.completion(api.english) if api.picture_of(body) == "picture-0" and n else answer(api)
     )
     result = corpus.write(api.settings(concurrency=1), kept=[True, True, *[False] * 6])
-    assert statuses(result)[:2] == ["ok", status]
+    assert corpus.statuses(result)[:2] == ["ok", status]
     assert api.asked == ["picture-0"] * 2 + ["picture-1"] * 2
     assert [body["seed"] for body in api.bodies] == [7, 8, 7, 8]
     corpus.write(api.settings(concurrency=1), kept=[True, True, *[False] * 6])
     assert len(api.bodies) == 4
 
 
+def test_thoughts_of_a_model_are_not_its_caption(api: Api, corpus: Corpus) -> None:
+    api.respond = lambda body, n: api.completion(f"<think>A lake.\n\n</think>\n\n{api.english}")
+    result = corpus.write(api.settings(), kept=[True, *[False] * 7])
+    assert result.rows[0].english == api.english
+
+
 def test_without_a_seed_the_second_try_is_still_another_request(api: Api, corpus: Corpus) -> None:
-    api.respond = lambda body, n: completion(ENGLISH if n else "lake")
+    api.respond = lambda body, n: api.completion(api.english if n else "lake")
     result = corpus.write(api.settings(seed=None), kept=[True, *[False] * 7])
-    assert statuses(result)[0] == "ok"
+    assert corpus.statuses(result)[0] == "ok"
     assert len(api.bodies) == 2
     assert all("seed" not in body for body in api.bodies)
 
@@ -160,7 +143,7 @@ def test_the_cost_cap_stops_in_time_and_keeps_what_was_paid(api: Api, corpus: Co
         corpus.write(api.settings(max_cost_usd=0.0075))
     assert len(api.bodies) == 3
     result = corpus.write(api.settings(max_cost_usd=0.1))
-    assert statuses(result) == ["ok"] * 8
+    assert corpus.statuses(result) == ["ok"] * 8
     assert len(api.bodies) == 8
     assert result.spent_usd == pytest.approx(0.016)
 
@@ -170,38 +153,47 @@ def test_an_answer_that_may_have_been_billed_counts_against_the_cap(
 ) -> None:
     def hang(body: dict[str, Any], n: int) -> Reply:
         time.sleep(0.5)
-        return completion(ENGLISH)
+        return api.completion(api.english)
 
     api.respond = hang
     result = corpus.write(api.settings(timeout_s=0.2, retries=0), kept=[True, *[False] * 7])
     assert result.problems == ["no answer within 0.2 s (1 attempts)"]
     assert result.spent_usd == pytest.approx(0.004)
-    api.respond = lambda body, n: problem(500, "not billed")
+    api.respond = lambda body, n: api.problem(500, "not billed")
     free = corpus.write(api.settings(retries=0), kept=[True, *[False] * 7], cache="other")
     assert free.spent_usd == 0
 
 
 def test_answers_without_usage_are_charged_at_the_estimate(api: Api, corpus: Corpus) -> None:
-    data = json.dumps({"choices": [{"message": {"content": ENGLISH}}]}).encode()
+    data = json.dumps({"choices": [{"message": {"content": api.english}}]}).encode()
     api.respond = lambda body, n: (200, {}, data)
     result = corpus.write(api.settings(), kept=[True, *[False] * 7])
-    assert (statuses(result)[0], result.spent_usd) == ("ok", pytest.approx(0.004))
+    assert (corpus.statuses(result)[0], result.spent_usd) == ("ok", pytest.approx(0.004))
 
 
 def test_translations_are_made_of_usable_captions(api: Api, corpus: Corpus) -> None:
     def respond(body: dict[str, Any], n: int) -> Reply:
         what = api.picture_of(body)
         if what == "picture-2":
-            return completion("lake")
+            return api.completion("lake")
         if what.startswith("picture"):
-            return completion(f"a calm lake below {what[-1]} hills")
-        return completion("a lake" if "5" in what else f"{CHINESE}。")
+            return api.completion(f"a calm lake below {what[-1]} hills")
+        return api.completion("a lake" if "5" in what else f"{api.chinese}。")
 
     api.respond = respond
     result = corpus.write(api.settings(translate={"temperature": 0.1}))
-    assert statuses(result) == ["ok", "ok", "too_short", "ok", "ok", "wrong_language", "ok", "ok"]
+    assert corpus.statuses(result) == [
+        "ok",
+        "ok",
+        "too_short",
+        "ok",
+        "ok",
+        "wrong_language",
+        "ok",
+        "ok",
+    ]
     row = result.rows[0]
-    assert row.chinese == f"{CHINESE}。"
+    assert row.chinese == f"{api.chinese}。"
     assert row.translation_model == "some/mt, prompt simplified-chinese-1"
     assert result.rows[2].translation_model is None
     # The English passed; its length is not what failed.
@@ -211,12 +203,61 @@ def test_translations_are_made_of_usable_captions(api: Api, corpus: Corpus) -> N
     assert len(api.bodies) == requests
 
 
-def test_shipped_captions_can_be_translated(api: Api, corpus: Corpus) -> None:
-    chosen = api.settings(translate={"seed": None}, provider="shipped")
-    shipped = [judge_shipped(Caption(ENGLISH, None), chosen) for _ in corpus.names]
-    result = corpus.write(chosen, shipped=shipped, kept=[True, True, *[False] * 6])
-    assert [row.chinese for row in result.rows] == [CHINESE] * 2 + [None] * 6
-    assert result.rows[0].caption_model == "shipped: captions.jsonl"
+def came_with(english: str, chinese: str | None, chosen: Any) -> Judged:
+    return judge_provided(Caption(english, chinese), chosen, "provided: x")
+
+
+def test_captions_that_came_with_the_images_are_never_asked_for(api: Api, corpus: Corpus) -> None:
+    """Good in both languages, English alone, too short, Chinese alone, in no language; nothing."""
+    texts = [(api.english, api.chinese), (api.english, None), ("lake", None), ("", api.chinese)]
+    texts += [(api.english, "a lake"), ("", None), ("", None), ("", None)]
+    expected = {
+        "keep": (
+            ["ok", "ok", "too_short", "ok", "wrong_language", "ok", "ok", None],
+            ["picture-3", "picture-5", "picture-6"],
+            4,
+        ),
+        "replace_failed": (
+            ["ok"] * 7 + [None],
+            ["picture-2", "picture-3", "picture-5", "picture-6"],
+            6,
+        ),
+    }
+    for provided, (statuses, pictures, translations) in expected.items():
+        api.bodies.clear()
+        chosen = api.settings(translate={"temperature": 0.1}, provided=provided)
+        rows = [came_with(*text, chosen) for text in texts]
+        kept = [True] * 7 + [False]
+        result = corpus.write(chosen, provided=rows, kept=kept, cache=provided)
+        assert corpus.statuses(result) == statuses
+        asked = sorted(name for name in api.asked if name.startswith("picture"))
+        assert asked == pictures
+        assert len(api.asked) - len(asked) == translations
+        assert result.rows[0] == rows[0]
+        first = result.rows[1]
+        assert (first.caption_model, first.chinese) == ("provided: x", api.chinese)
+        assert first.translation_model == "some/mt, prompt simplified-chinese-1"
+        # A Chinese text alone is not the translation of what a model writes.
+        assert result.rows[3].translation_model == "some/mt, prompt simplified-chinese-1"
+
+
+def test_a_cap_needs_prices_and_without_a_cap_none_are_needed(api: Api, corpus: Corpus) -> None:
+    unpriced = {"input_usd_per_million": None, "output_usd_per_million": None}
+    chosen = api.settings(translate={"output_usd_per_million": None}, **unpriced)
+    with pytest.raises(ValueError, match=r"max_cost_usd \(1\) needs prices: set") as caught:
+        corpus.write(chosen)
+    for name in ("endpoint.input", "endpoint.output", "translate.endpoint.output"):
+        assert f"caption.{name}_usd_per_million" in str(caught.value)
+    assert "translate.endpoint.input" not in str(caught.value)
+    assert api.bodies == []
+    result = corpus.write(api.settings(max_cost_usd=None, **unpriced))
+    assert (corpus.statuses(result), result.spent_usd) == (["ok"] * 8, None)
+
+
+def test_a_model_of_ones_own_costs_nothing_under_any_cap(api: Api, corpus: Corpus) -> None:
+    free = {"input_usd_per_million": 0.0, "output_usd_per_million": 0.0}
+    result = corpus.write(api.settings(max_cost_usd=0.0, **free))
+    assert (corpus.statuses(result), result.spent_usd) == (["ok"] * 8, 0.0)
 
 
 def test_one_cap_holds_for_captions_and_translations(api: Api, corpus: Corpus) -> None:
@@ -233,14 +274,16 @@ import json, sys
 from pathlib import Path
 import pandas as pd
 from components.corpus.caption_models import write_captions
+from components.corpus.provided_captions import NOT_PROVIDED
 from components.corpus.settings import CaptionSettings
 
 folder = Path(sys.argv[1])
 settings = CaptionSettings.model_validate_json((folder / "settings.json").read_text(), strict=False)
 names = [f"picture-{n}" for n in range(40)]
 write_captions(
-    pd.DataFrame({"image_id": names, "kept": True}), None, folder / "derivatives.parquet",
-    settings, derivative_px=1024, cache=folder / "cache.sqlite", root=folder,
+    pd.DataFrame({"image_id": names, "kept": True}), [NOT_PROVIDED] * 40,
+    folder / "derivatives.parquet", settings, derivative_px=1024,
+    cache=folder / "cache.sqlite", root=folder,
 )
 """
 
@@ -254,7 +297,7 @@ def test_a_killed_run_goes_on_without_asking_twice(
 
     def steady(body: dict[str, Any], n: int) -> Reply:
         time.sleep(0.03)
-        return completion(f"a lake below {api.picture_of(body)} hills")
+        return api.completion(f"a lake below {api.picture_of(body)} hills")
 
     api.respond = steady
     for target in (7, 20):

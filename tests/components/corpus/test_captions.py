@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pandas as pd
@@ -9,18 +10,20 @@ import pytest
 from components.corpus.captions import (
     Caption,
     Judged,
-    check_caption,
     check_chinese,
+    check_english,
     join_captions,
-    judge_shipped,
-    read_captions,
+    judge_provided,
 )
+from components.corpus.provided_captions import provided_captions, read_captions
 from components.corpus.settings import CaptionSettings
+from components.settings import load_settings
 
 ROOT = Path(__file__).parents[3]
 SETTINGS = CaptionSettings.model_validate(
     {
         "provider": "shipped",
+        "provided": "keep",
         "file": "captions.jsonl",
         "min_words": 3,
         "max_words": 6,
@@ -42,7 +45,6 @@ LONG = "a calm lake below red hills"
 @pytest.mark.parametrize(
     ("caption", "status"),
     [
-        (None, "missing"),
         (Caption("  \n", "湖"), "missing"),
         (Caption(LONG, None), "ok"),
         (Caption(LONG, "  "), "ok"),
@@ -59,8 +61,8 @@ LONG = "a calm lake below red hills"
         (Caption("a red café named 湖 Orléans", None), "ok"),
     ],
 )
-def test_captions_are_judged(caption: Caption | None, status: str) -> None:
-    assert check_caption(caption, SETTINGS)[0] == status
+def test_captions_are_judged(caption: Caption, status: str) -> None:
+    assert judge_provided(caption, SETTINGS, "provided: x").status == status
 
 
 def test_every_shipped_caption_is_usable() -> None:
@@ -69,7 +71,7 @@ def test_every_shipped_caption_is_usable() -> None:
     captions = read_captions(sample / "captions.jsonl", files)
     shipped = SETTINGS.model_copy(update={"min_words": 60, "max_words": 130})
     assert set(captions) == files
-    assert {check_caption(caption, shipped)[0] for caption in captions.values()} == {"ok"}
+    assert {judge_provided(c, shipped, "provided: x").status for c in captions.values()} == {"ok"}
 
 
 def line(file: str, **changes: object) -> str:
@@ -117,8 +119,14 @@ def test_only_kept_rows_are_rejected_for_their_caption() -> None:
             "reject_threshold": [None, None, None, 7.0],
         }
     )
-    captions = [Caption(LONG, "湖"), Caption("calm lake", None), None, None]
-    result = join_captions(table, [judge_shipped(c, SETTINGS) for c in captions], SETTINGS)
+    captions = [
+        Caption(LONG, "湖"),
+        Caption("calm lake", None),
+        Caption("", None),
+        Caption("", None),
+    ]
+    judged = [judge_provided(c, SETTINGS, "provided: captions.jsonl") for c in captions]
+    result = join_captions(table, judged, SETTINGS)
     assert result["kept"].tolist() == [True, False, False, False]
     assert result["caption_status"].tolist() == ["ok", "too_short", "missing", "missing"]
     assert result["reject_reason"].tolist()[1:] == ["caption", "caption", "entropy"]
@@ -127,7 +135,7 @@ def test_only_kept_rows_are_rejected_for_their_caption() -> None:
     assert pd.isna(result["reject_value"][2])
     assert (result["reject_value"][3], result["reject_threshold"][3]) == (5.0, 7.0)
     assert table["kept"].tolist() == [True, True, True, False]
-    assert result["caption_model"].tolist()[:2] == ["shipped: captions.jsonl"] * 2
+    assert result["caption_model"].tolist()[:2] == ["provided: captions.jsonl"] * 2
     assert result["translation_model"].notna().tolist() == [True, False, False, False]
 
 
@@ -152,10 +160,70 @@ def test_a_translation_of_wrong_length_is_not_measured_in_english_words() -> Non
         ("作为画面中心的湖十分平静", "ok"),
         ("a calm lake below red hills", "wrong_language"),
         ("湖", "too_short"),
-        ("湖" * 40, "too_long"),
+        ("红绿蓝白黑山丘湖水" * 5, "repetitive"),
+        ("".join(chr(0x4E00 + n) for n in range(40)), "too_long"),
     ],
 )
 def test_translations_are_judged_by_script_and_by_length_against_the_english(
     chinese: str, status: str
 ) -> None:
     assert check_chinese(chinese, LONG) == status
+
+
+@pytest.mark.parametrize("words", [10, 40, 200])
+def test_a_loop_is_found_at_any_length_and_a_refrain_is_none(words: int) -> None:
+    roomy = SETTINGS.model_copy(update={"max_words": 10_000})
+    loop = "the lake lies below the red hills and "
+    assert check_english((loop * words)[: words * len(loop)], roomy)[0] == "repetitive"
+    rng = random.Random(words)
+    text = [chr(97 + rng.randrange(26)) * rng.randrange(1, 9) for _ in range(words)]
+    assert check_english(" ".join(text), roomy)[0] == "ok"
+    refrain = " ".join([*text, "a lake below red hills", *text[::-1], "a lake below red hills"])
+    assert check_english(refrain, roomy)[0] == "ok"
+
+
+INGEST = load_settings(ROOT / "params.yaml").ingest
+
+
+def manifest(*captions: tuple[str | None, str | None]) -> pd.DataFrame:
+    english, chinese = zip(*captions, strict=True)
+    files = [f"photos/{n}.jpg" for n in range(len(captions))]
+    return pd.DataFrame({"uri": files, "caption_en": english, "caption_zh": chinese})
+
+
+@pytest.mark.parametrize("kind", ["urls", "webdataset", "multiaspect"])
+def test_captions_of_records_are_checked_and_named_by_what_brought_them(
+    tmp_path: Path, kind: str
+) -> None:
+    ingest = INGEST.model_copy(update={"kind": kind, "source": "list.csv"})
+    table = manifest(
+        (LONG, "红色山丘下的湖"), (LONG, None), (None, "湖"), ("lake", None), (None, None)
+    )
+    rows = provided_captions(table, ingest, SETTINGS, tmp_path)
+    assert [row.status for row in rows] == ["ok", "ok", "missing", "too_short", "missing"]
+    assert (rows[0].english, rows[0].chinese) == (LONG, "红色山丘下的湖")
+    assert {row.caption_model for row in rows[:2]} == {rows[0].caption_model}
+    assert str(rows[0].caption_model).startswith("provided: ")
+    assert rows[4] == Judged(None, None, "missing", None, None)
+    ignoring = SETTINGS.model_copy(update={"provided": "ignore"})
+    assert {row.status for row in provided_captions(table, ingest, ignoring, tmp_path)} == {
+        "missing"
+    }
+
+
+def test_beside_models_a_captions_file_may_be_missing_but_not_wrong(tmp_path: Path) -> None:
+    ingest = INGEST.model_copy(update={"source": "photos"})
+    table = manifest((None, None), (None, None))
+    writing = SETTINGS.model_copy(update={"provider": "endpoint"})
+    assert [row.status for row in provided_captions(table, ingest, writing, tmp_path)] == [
+        "missing",
+        "missing",
+    ]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "captions.jsonl").write_text(line("1.jpg"))
+    rows = provided_captions(table, ingest, writing, tmp_path)
+    assert [row.status for row in rows] == ["missing", "ok"]
+    assert rows[1].caption_model == "provided: captions.jsonl"
+    (tmp_path / "photos" / "captions.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        provided_captions(table, ingest, writing, tmp_path)
