@@ -2,7 +2,14 @@
 
 It needs the standard library, numpy, OpenCV and PIL of this project, and for ArtiMuse itself the
 environment that its authors pin (transformers 4.37). It speaks `scorer_protocol` and listens on
-127.0.0.1 unless told otherwise. `--test-linear SEED` serves the deterministic test scorer instead.
+127.0.0.1 unless told otherwise. It answers 503 while the model loads.
+`--test-linear SEED` serves the deterministic test scorer instead.
+
+What is asked of the package `artimuse` (on PYTHONPATH):
+
+- `artimuse.internvl.model.internvl_chat.modeling_artimuse.InternVLChatModel`, a torch module with
+  `from_pretrained(folder, torch_dtype=...)` and
+- `score(device, tokenizer, values, generation)`: values (1, 3, 448, 448) -> a number, 0 to 100.
 """
 
 from __future__ import annotations
@@ -11,6 +18,7 @@ import argparse
 import hashlib
 import json
 import sys
+import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,12 +26,14 @@ from typing import Any
 
 import numpy as np
 
-from components.corpus.artimuse import (
-    LinearTestScorer,
-    preprocess,
-)
+from components.corpus.artimuse import LinearTestScorer, preprocess
 from components.corpus.decoding import ImageUndecodable, decode_rgb
-from components.corpus.scorer_protocol import MAX_JPEG_BYTES, PROTOCOL, ScorerIdentity
+from components.corpus.scorer_protocol import (
+    LOADING_STATUS,
+    MAX_JPEG_BYTES,
+    PROTOCOL,
+    ScorerIdentity,
+)
 from components.models.weights import WeightsMissing, folder_digest, resolve_folder
 
 COMMAND = "hf download Thunderbolt215215/ArtiMuse --local-dir weights/ArtiMuse"
@@ -67,18 +77,21 @@ def load_artimuse(folder: Path, device: str) -> Score:
     return score
 
 
+Loaded = tuple[Score, ScorerIdentity]
+
+
 class ScorerServer(HTTPServer):
     """One request at a time: a model on one device has no use for more."""
 
-    def __init__(self, address: tuple[str, int], score: Score, identity: ScorerIdentity) -> None:
-        """Bind; serve with `serve_forever`."""
+    def __init__(self, address: tuple[str, int]) -> None:
+        """Bind; serve with `serve_forever`, and call `put` when the model is loaded."""
         super().__init__(address, _Handler)
-        self.score = score
-        self.identity = {
-            "protocol": PROTOCOL,
-            "scorer": identity.scorer,
-            "weights": identity.weights,
-        }
+        self.loaded: tuple[Score, dict[str, Any]] | None = None
+
+    def put(self, score: Score, identity: ScorerIdentity) -> None:
+        """Answer with this scorer from now on."""
+        names = {"protocol": PROTOCOL, "scorer": identity.scorer, "weights": identity.weights}
+        self.loaded = (score, names)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -91,15 +104,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if status == LOADING_STATUS:
+            self.send_header("Retry-After", "1")
         self.end_headers()
         self.wfile.write(data)
 
     def do_GET(self) -> None:
         """`/identity`."""
-        if self.path == "/identity":
-            self._answer(200, self.server.identity)
-        else:
+        if self.path != "/identity":
             self._answer(404, {"error": "only GET /identity and POST /score"})
+        elif self.server.loaded is None:
+            self._answer(LOADING_STATUS, {"error": "the model is loading"})
+        else:
+            self._answer(200, self.server.loaded[1])
 
     def do_POST(self) -> None:
         """`/score`."""
@@ -111,11 +128,15 @@ class _Handler(BaseHTTPRequestHandler):
         elif int(length) > MAX_JPEG_BYTES:
             self._answer(413, {"error": f"more than {MAX_JPEG_BYTES} bytes"})
         else:
-            self._score(self.rfile.read(int(length)))
+            jpeg = self.rfile.read(int(length))
+            if self.server.loaded is None:
+                self._answer(LOADING_STATUS, {"error": "the model is loading"})
+            else:
+                self._score(jpeg, *self.server.loaded)
 
-    def _score(self, jpeg: bytes) -> None:
+    def _score(self, jpeg: bytes, scorer: Score, identity: dict[str, Any]) -> None:
         try:
-            score = self.server.score(decode_rgb(jpeg).pixels)
+            score = scorer(decode_rgb(jpeg).pixels)
         except ImageUndecodable as problem:
             self._answer(400, {"error": str(problem)})
         except Exception as problem:
@@ -123,10 +144,28 @@ class _Handler(BaseHTTPRequestHandler):
             detail = " ".join(str(problem).split())
             self._answer(500, {"error": f"{type(problem).__name__}: {detail}"})
         else:
-            self._answer(200, {**self.server.identity, "score": score})
+            self._answer(200, {**identity, "score": score})
 
     def log_message(self, format: str, *args: Any) -> None:
         """No line per request."""
+
+
+def _serve(server: ScorerServer, load: Callable[[], Loaded]) -> int:
+    """Serve until killed; load meanwhile. Exit code 1 and one line when that fails."""
+    failures: list[str] = []
+
+    def fill() -> None:
+        try:
+            server.put(*load())
+        except Exception as problem:
+            failures.append(" ".join(str(problem).split()) or type(problem).__name__)
+            server.shutdown()
+
+    threading.Thread(target=fill, daemon=True).start()
+    server.serve_forever()
+    for failure in failures:
+        print(f"artimuse_server: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,22 +178,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8765, help="0: any free one")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
-    if options.test_linear is not None:
-        linear = LinearTestScorer(options.test_linear)
-        digest = hashlib.sha256(linear.weights_bytes).hexdigest()
-        score: Score = linear
-        identity = ScorerIdentity(linear.name, digest)
-    else:
-        try:
-            score = load_artimuse(options.weights, options.device)
-        except (WeightsMissing, ValueError, ImportError) as problem:
-            print(f"artimuse_server: {problem}", file=sys.stderr)
-            return 1
-        identity = ScorerIdentity("artimuse", folder_digest(options.weights))
-    server = ScorerServer((options.host, options.port), score, identity)
+
+    def load() -> Loaded:
+        if options.test_linear is not None:
+            linear = LinearTestScorer(options.test_linear)
+            digest = hashlib.sha256(linear.weights_bytes).hexdigest()
+            return linear, ScorerIdentity(linear.name, digest)
+        score = load_artimuse(options.weights, options.device)
+        return score, ScorerIdentity("artimuse", folder_digest(options.weights))
+
+    server = ScorerServer((options.host, options.port))
     print(f"listening on http://{options.host}:{server.server_port}", flush=True)
-    server.serve_forever()
-    return 0
+    return _serve(server, load)
 
 
 if __name__ == "__main__":

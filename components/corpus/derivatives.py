@@ -52,8 +52,11 @@ def score_derivatives(
     limits: EngineLimits,
     key: Mapping[str, Any] | None = None,
     modules: Sequence[ModuleType] = (),
+    outside: Sequence[type[Exception]] = (),
 ) -> None:
-    """Score every derivative in worker processes, resumably, into one Parquet file.
+    """Score every derivative in worker processes into one Parquet file.
+
+    Every finished row is kept at once: a run that is killed scores no image twice.
 
     Args:
         function: module-level scorer of one derivative (or a `functools.partial` of one); its keys
@@ -67,6 +70,10 @@ def score_derivatives(
         limits: workers and what one item may cost.
         key: settings and digests of weights that scores depend on, JSON-able.
         modules: further modules whose code makes the scores.
+        outside: exceptions of `function` that say nothing about the image (no weights, no server).
+
+    Raises:
+        ItemsFailed: one of `outside` was raised; what was scored is kept.
     """
     shards = map_items(
         function,
@@ -81,5 +88,7 @@ def score_derivatives(
         schema=schema,
         state_dir=state_dir,
         limits=limits,
+        keep_items=True,
+        outside=outside,
     )
     join_shards(shards, schema, destination)

@@ -2,15 +2,16 @@
 
 Every item runs in a worker process, so that a decoder that crashes, hangs or eats memory costs one
 item: its row says so and the rest goes on. Finished rows are kept in small Parquet shards, each
-written aside and renamed; a run that was killed repeats only what had not reached a shard. Rows
-come out in the order of the items, whatever the number of workers.
+written aside and renamed; a run that was killed repeats only what had not reached a shard, or, for
+costly functions, a journal of single rows. Rows come out in the order of the items, whatever the
+number of workers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
@@ -20,17 +21,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.corpus.parquet_files import write_parquet, write_row_groups
+from components.corpus.shard_journal import ShardJournal
 from components.corpus.worker_pool import EngineLimits, Failure, WorkerPool
 from components.progress import track
 
-__all__ = ["EngineLimits", "code_digest", "join_shards", "map_items"]
+__all__ = ["EngineLimits", "ItemsFailed", "code_digest", "join_shards", "map_items"]
 
 MAX_SHARD_ROWS = 512
 _MIN_SHARDS = 16
 """A small corpus is cut into this many shards, so that a kill never costs more than a sixteenth."""
 
+FAILED_FILE = "failed.jsonl"
+_GIVE_UP_AFTER = 3
+"""Items in one run that fail for a reason outside them; the others would fail alike."""
+
 Row = dict[str, Any]
 Function = Callable[[Any], Row]
+
+
+class ItemsFailed(RuntimeError):
+    """Items failed for a reason outside them, such as a server that went away; one line.
+
+    What had finished is kept, the reasons are in `FAILED_FILE`, and another run repeats the rest.
+    """
 
 
 def code_digest(*modules: ModuleType) -> str:
@@ -62,6 +75,22 @@ def _row(stage: str, schema: pa.Schema, image_id: str, result: Row | Failure) ->
     return {**result, "image_id": image_id}
 
 
+def _is_outside(failure: Failure, reasons: Sequence[type[Exception]]) -> bool:
+    return any(failure.message.startswith(f"{reason.__name__}:") for reason in reasons)
+
+
+def _raise_failed(failed: Mapping[str, str], state_dir: Path, kept: int, total: int) -> None:
+    lines = [json.dumps({"image_id": name, "error": text}) for name, text in failed.items()]
+    temporary = state_dir / f".{FAILED_FILE}.partial"
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary.replace(state_dir / FAILED_FILE)
+    _, _, first = next(iter(failed.values())).partition(": ")
+    raise ItemsFailed(
+        f"{len(failed)} of {total} items failed ({first}); {kept} finished ones are kept, run the "
+        "stage again for the rest"
+    )
+
+
 def map_items(
     function: Function,
     ids: Sequence[str],
@@ -72,6 +101,8 @@ def map_items(
     schema: pa.Schema,
     state_dir: Path,
     limits: EngineLimits,
+    keep_items: bool = False,
+    outside: Sequence[type[Exception]] = (),
 ) -> list[Path]:
     """Apply `function` to every payload in worker processes and keep the rows in shards.
 
@@ -85,33 +116,70 @@ def map_items(
         schema: of the rows; has "image_id" and "error" (null where all went well).
         state_dir: where shards live between attempts.
         limits: workers, time, memory, retries.
+        keep_items: rows are JSON-able and each is kept as soon as it is there.
+        outside: exceptions of `function` that say nothing about the item: no row is made of them,
+            and after three the run ends.
 
     Returns:
         shard files in order; together one row per id.
 
     Raises:
         ValueError: a row holds a key that the schema does not know.
+        ItemsFailed: one of `outside` was raised.
     """
     state_dir.mkdir(parents=True, exist_ok=True)
+    (state_dir / FAILED_FILE).unlink(missing_ok=True)
     size = _shard_rows(len(ids))
     chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
     shards = [state_dir / f"{stage}-{_fingerprint(stage, key, chunk)}.parquet" for chunk in chunks]
     pending = [index for index, shard in enumerate(shards) if not shard.exists()]
     if not pending:
         return shards
-    wanted = set(pending)
-    todo = (payload for row, payload in enumerate(payloads) if row // size in wanted)
-    done = len(ids) - sum(len(chunks[index]) for index in pending)
-    results = WorkerPool(function, limits).map(todo)
-    tracked = track(results, stage, total=len(ids), initial=done)
+    journals = {index: ShardJournal(shards[index]) for index in pending}
+    known = {index: journal.read() for index, journal in journals.items()}
+    places: dict[int, tuple[int, int]] = {}
+
+    def todo() -> Iterator[Any]:
+        given = 0
+        for number, payload in enumerate(payloads):
+            index, place = divmod(number, size)
+            if index in known and place not in known[index]:
+                places[given] = (index, place)
+                given += 1
+                yield payload
+
+    kept = len(ids) - sum(len(chunks[index]) - len(known[index]) for index in pending)
+    at_start = kept
+    failed: dict[str, str] = {}
+
+    def keep(given: int, result: Any) -> None:
+        nonlocal kept
+        index, place = places.pop(given)
+        if keep_items and not isinstance(result, Failure):
+            journals[index].add(place, result)
+            kept += 1
+
+    results = WorkerPool(function, limits).map(todo(), keep)
+    tracked = track(results, stage, total=len(ids), initial=at_start)
     # Closing stops the workers at once when this function leaves early.
     with closing(results):
         for index in pending:
-            chunk = list(zip(chunks[index], tracked, strict=False))
-            rows = [_row(stage, schema, image_id, result) for image_id, result in chunk]
-            write_parquet(pa.Table.from_pylist(rows, schema=schema), shards[index])
+            rows = []
+            for place, image_id in enumerate(chunks[index]):
+                done = known[index].get(place)
+                result = done if done is not None else next(tracked)
+                if isinstance(result, Failure) and _is_outside(result, outside):
+                    failed[image_id] = result.message
+                    if len(failed) == _GIVE_UP_AFTER:
+                        _raise_failed(failed, state_dir, kept, len(ids))
+                rows.append(_row(stage, schema, image_id, result))
+            if not failed.keys() & set(chunks[index]):
+                write_parquet(pa.Table.from_pylist(rows, schema=schema), shards[index])
+                journals[index].remove()
         # Past the last item, so that the bar and the workers finish properly.
         assert next(tracked, None) is None
+    if failed:
+        _raise_failed(failed, state_dir, kept, len(ids))
     return shards
 
 

@@ -242,6 +242,7 @@ def people_from_table(path: Path, image_ids: list[str], min_score: float) -> pd.
         ["person_count", "person_boxes", "person_scorer"],
         setting="people.boxes",
         numeric=["person_count"],
+        optional=["person_weights"],
     )
     rows = []
     for row in table.to_dict("records"):
@@ -256,8 +257,16 @@ def people_from_table(path: Path, image_ids: list[str], min_score: float) -> pd.
                 "person_count": count,
                 "person_boxes": text,
                 "person_scorer": row["person_scorer"],
+                "person_weights": row["person_weights"],
                 "is_character": count > 0,
             }
         )
-    columns = ["image_id", "person_count", "person_boxes", "person_scorer", "is_character"]
+    columns = [
+        "image_id",
+        "person_count",
+        "person_boxes",
+        "person_scorer",
+        "person_weights",
+        "is_character",
+    ]
     return pd.DataFrame(rows, columns=columns)

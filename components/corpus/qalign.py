@@ -9,6 +9,7 @@ they replace parts of transformers' Llama for the whole process.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ SCORER = "qalign-one-align"
 LEVELS = ("excellent", "good", "fair", "poor", "bad")
 LEVEL_VALUES = np.array([5.0, 4.0, 3.0, 2.0, 1.0])
 INPUT_PX = 448
+PROMPT = (
+    "USER: How would you rate the quality of this image?\n",
+    "\nASSISTANT: The quality of the image is",
+)
+"""What stands before and after the image (Q-Align's released code, task "quality")."""
 COMMAND = "hf download q-future/one-align --local-dir weights/one-align"
 
 # OpenAI CLIP's statistics.
@@ -58,7 +64,7 @@ def score_from_logits(logits: np.ndarray) -> float:
 
 
 @cache
-def _processor() -> Any:
+def image_processor() -> Any:
     """CLIP's image processor with one-align's preprocessor_config.json."""
     from transformers import CLIPImageProcessor
 
@@ -81,24 +87,26 @@ def preprocess(pixels: np.ndarray) -> np.ndarray:
     edge = max(height, width)
     square = Image.new("RGB", (edge, edge), tuple(int(value * 255) for value in _MEAN))
     square.paste(Image.fromarray(pixels), ((edge - width) // 2, (edge - height) // 2))
-    return np.asarray(_processor().preprocess(square, return_tensors="np")["pixel_values"])
+    return np.asarray(image_processor().preprocess(square, return_tensors="np")["pixel_values"])
 
 
 def check_weights(folder: Path | None) -> Path:
-    """The folder of one-align.
+    """The folder of one-align, looked at before any worker starts.
 
     The published checkpoint is pickled, so `resolve_folder`, which wants safetensors, does not
     apply; torch reads it with weights_only.
 
     Raises:
-        WeightsMissing: no configuration or no weights there.
+        WeightsMissing: a file is not there.
     """
-    if folder is None or not (folder / "config.json").is_file():
-        raise WeightsMissing(
-            "Q-Align weights (quality.qalign_weights)", folder or "(no folder set)", COMMAND
-        )
+    what = "Q-Align weights (quality.qalign_weights)"
+    if folder is None:
+        raise WeightsMissing(what, "(no folder set)", COMMAND)
+    for name in ("config.json", "tokenizer.model"):
+        if not (folder / name).is_file():
+            raise WeightsMissing(what, folder / name, COMMAND)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise WeightsMissing("Q-Align weights", folder, COMMAND, "config.json without weights")
+        raise WeightsMissing(what, folder / "*.safetensors", COMMAND)
     return folder
 
 
@@ -132,41 +140,6 @@ def _model_class() -> Any:
     return MPLUGOwl2LlamaForCausalLM
 
 
-class QAlign:
-    """The network and the five logits that matter."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        """Load from a local folder; half precision on a GPU, float32 elsewhere.
-
-        Raises:
-            WeightsMissing: no weights, or no pyiqa.
-        """
-        import sys
-
-        import torch
-        import transformers
-
-        model_class = _model_class()
-        module = sys.modules[model_class.__module__]
-        # Its constructor names the hub; the tokenizer and processor lie beside the weights.
-        module.LlamaTokenizer = _Local(transformers.LlamaTokenizer, folder)  # type: ignore[attr-defined]
-        module.CLIPImageProcessor = _Local(transformers.CLIPImageProcessor, folder)  # type: ignore[attr-defined]
-        self._dtype = torch.float16 if device == "cuda" else torch.float32
-        self._device = device
-        model = model_class.from_pretrained(folder, dtype=self._dtype, local_files_only=True)
-        self._model = model.eval().to(device)
-        # pyiqa makes this tensor in half precision, which a float32 softmax cannot meet.
-        self._model.weight_tensor = torch.tensor(LEVEL_VALUES, dtype=self._dtype, device=device)
-
-    def __call__(self, pixels: np.ndarray) -> float:
-        """Score of (H, W, 3) uint8 RGB, 1 to 5."""
-        import torch
-
-        values = torch.from_numpy(preprocess(pixels)).to(self._device, self._dtype)
-        answer = self._model.score(None, image_tensor=values, return_dict=True)
-        return score_from_logits(answer["logits"][0].float().cpu().numpy())
-
-
 class _Local:
     """A class of transformers whose `from_pretrained` always reads one folder."""
 
@@ -177,6 +150,117 @@ class _Local:
     def from_pretrained(self, name: str, **_: Any) -> Any:
         """The folder's object, whatever the name."""
         return self._of.from_pretrained(self._folder, local_files_only=True)
+
+
+def _local_model_class(folder: Path) -> Any:
+    """The network, whose constructor names the hub, made to read `folder` instead."""
+    import sys
+
+    import transformers
+
+    model_class = _model_class()
+    module: Any = sys.modules[model_class.__module__]
+    module.LlamaTokenizer = _Local(transformers.LlamaTokenizer, folder)
+    module.CLIPImageProcessor = _Local(transformers.CLIPImageProcessor, folder)
+    return model_class
+
+
+def build_model(folder: Path, config: Mapping[str, Any]) -> Any:
+    """The network with random weights.
+
+    Args:
+        folder: holds tokenizer and image processor.
+        config: of MPLUGOwl2Config.
+
+    Raises:
+        WeightsMissing: the extra is not installed.
+    """
+    model_class = _local_model_class(folder)
+    return model_class(model_class.config_class(**config))
+
+
+def _single_token(tokenizer: Any, word: str) -> int:
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise ValueError(f"its tokenizer makes {len(ids)} pieces of the level {word!r}")
+    return int(ids[0])
+
+
+def _load_network(folder: Path, dtype: Any) -> Any:
+    """The network with all of its weights.
+
+    Raises:
+        ValueError: parameters without weights, which transformers would leave random.
+    """
+    model, report = _local_model_class(folder).from_pretrained(
+        folder, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} parameters have no weights, first {missing[0]}")
+    return model.eval()
+
+
+class QAlign:
+    """The network and the five logits that matter."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        """Load from a local folder; half precision on a GPU, float32 elsewhere.
+
+        Raises:
+            WeightsMissing: no pyiqa, no weights, or a folder that cannot be loaded.
+        """
+        import torch
+
+        check_weights(folder)
+        self._dtype = torch.float16 if device == "cuda" else torch.float32
+        self._device = device
+        try:
+            self._model = _load_network(folder, self._dtype).to(device)
+            self.level_ids = [_single_token(self._model.tokenizer, level) for level in LEVELS]
+        except WeightsMissing:
+            raise
+        except Exception as problem:
+            # Whatever a damaged folder makes the libraries raise.
+            reason = " ".join(f"{type(problem).__name__}: {problem}".split())
+            raise WeightsMissing("usable Q-Align weights", folder, COMMAND, reason) from None
+        self.prompt_ids = self._prompt_ids()
+
+    def _prompt_ids(self) -> list[int]:
+        """Start token, text, the place of the image, text.
+
+        As in the released code, with which the weights were trained. Set here, because versions of
+        transformers differ in whether a tokenizer adds the start token by itself.
+        """
+        import sys
+
+        tokenizer = self._model.tokenizer
+        image = sys.modules[type(self._model).__module__].IMAGE_TOKEN_INDEX
+        before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPT)
+        return [tokenizer.bos_token_id, *before, image, *after]
+
+    def logits(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits of `LEVELS` at the last position of the prompt.
+
+        Args:
+            pixels: pictures, (H, W, 3) uint8 RGB of any size each.
+
+        Returns:
+            (pictures, 5) float64.
+        """
+        import torch
+
+        images = torch.from_numpy(np.concatenate([preprocess(one) for one in pixels]))
+        ids = torch.tensor([self.prompt_ids] * len(pixels), device=self._device)
+        with torch.inference_mode():
+            answer = self._model(
+                input_ids=ids, images=images.to(self._device, self._dtype), return_dict=True
+            )
+        return answer["logits"][:, -1, self.level_ids].double().cpu().numpy()
+
+    def __call__(self, pixels: np.ndarray) -> float:
+        """Score of (H, W, 3) uint8 RGB, 1 to 5."""
+        return score_from_logits(self.logits([pixels])[0])
 
 
 # Once per worker.

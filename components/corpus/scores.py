@@ -18,6 +18,7 @@ def read_external_scores(
     *,
     setting: str,
     numeric: Sequence[str] = (),
+    optional: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Rows for `image_ids`, in that order, of a Parquet or CSV table.
 
@@ -27,6 +28,7 @@ def read_external_scores(
         columns: required besides image_id.
         setting: settings key that names the file, for messages.
         numeric: those of `columns` that must be finite numbers.
+        optional: read where the table has them, null where it does not.
 
     Raises:
         ValueError: missing file, columns or ids; an id twice; a value that is not a finite number.
@@ -55,7 +57,10 @@ def read_external_scores(
             f"{setting}: {path.name}: {len(missing)} of {len(image_ids)} image_id have no row, "
             f"first {shown}"
         )
-    joined = table.set_index("image_id").loc[list(image_ids), list(columns)].reset_index()
+    by_id = table.reindex(columns=["image_id", *columns, *optional]).set_index("image_id")
+    joined = by_id.loc[list(image_ids)].reset_index()
+    for name in optional:
+        joined[name] = joined[name].astype(object).where(joined[name].notna(), None)
     for name in numeric:
         values = pd.to_numeric(joined[name], errors="coerce").to_numpy(dtype=float)
         bad = np.flatnonzero(~np.isfinite(values))

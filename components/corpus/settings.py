@@ -200,7 +200,7 @@ class SelectSettings(Section):
     min_pixels: Count
     """Paper: 3840 * 2160 = 8294400, without resizing."""
     max_nsfw: Fraction | None
-    """Largest NSFW score; not published. An image without a score fails."""
+    """Largest NSFW score, 0 to 1; not published. None: no rule. An image without a score fails."""
     max_flat_fraction: Fraction
     """Paper: an image with more than 0.5 flat patches is dropped."""
     min_entropy_bits: Annotated[float, Field(ge=0, le=8)]

@@ -226,15 +226,25 @@ class WorkerPool:
         self._limits = limits
         self._workers: list[_Worker] = []
         self._failed_starts = 0
+        self._on_result: Callable[[int, Any], None] = lambda index, result: None
 
-    def map(self, payloads: Iterable[Any]) -> Generator[Any, None, None]:
+    def map(
+        self, payloads: Iterable[Any], on_result: Callable[[int, Any], None] | None = None
+    ) -> Generator[Any, None, None]:
         """Results in the order of `payloads`, a `Failure` for an item that keeps failing.
 
         Payloads are read only as fast as results are taken.
 
+        Args:
+            payloads: picklable.
+            on_result: called with (number of the payload, result) as soon as a result is there,
+                which may be before those of earlier payloads.
+
         Raises:
             WorkersDoNotStart: three workers in a row died before they were ready.
         """
+        if on_result is not None:
+            self._on_result = on_result
         source = enumerate(payloads)
         queue: deque[_Item] = deque()
         done: dict[int, Any] = {}
@@ -308,4 +318,5 @@ class WorkerPool:
             if item.attempts_left > 0:
                 queue.appendleft(item)
                 return
+        self._on_result(item.index, answer)
         done[item.index] = answer

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from components.corpus import nsfw, people, person_detectors
 from components.corpus.derivatives import derivative_ids, score_derivatives
-from components.corpus.engine import EngineLimits
+from components.corpus.engine import EngineLimits, ItemsFailed
 from components.corpus.manifest import read_table, to_arrow
 from components.corpus.parquet_files import write_parquet
 from components.models.weights import WeightsMissing, folder_digest, resolve_folder
@@ -83,6 +83,7 @@ def _look(context: StageContext, plan: people.LookPlan, derivatives: Path) -> pd
         limits=_limits(context, plan),
         key=plan.key(),
         modules=(nsfw, person_detectors),
+        outside=(WeightsMissing,),
     )
     return pq.read_table(path).to_pandas()
 
@@ -117,7 +118,7 @@ def run(context: StageContext) -> StageResult:
     settings = context.settings.people
     try:
         found = _found(context, derivatives)
-    except (ValueError, WeightsMissing) as problem:
+    except (ValueError, WeightsMissing, ItemsFailed) as problem:
         raise StageFailed(f"people: {problem}") from None
     result = people.with_channel(
         found, manifest, queries=settings.human_queries, sources=settings.human_sources

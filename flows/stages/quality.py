@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.corpus import artimuse, qalign, quality, scorer_protocol
-from components.corpus.derivatives import derivative_ids, score_derivatives
-from components.corpus.engine import EngineLimits
+from components.corpus.derivatives import Derivative, derivative_ids, score_derivatives
+from components.corpus.engine import EngineLimits, ItemsFailed
 from components.corpus.manifest import to_arrow
 from components.corpus.parquet_files import write_parquet
 from components.corpus.scores import read_external_scores
@@ -22,6 +25,7 @@ from flows.stages.contract import StageContext, StageFailed, StageResult
 # Loading a large model counts against the first item's time, and CUDA reserves address space.
 _MODEL_TIMEOUT_S = 1800.0
 _MODEL_MEMORY_MB = 2**24
+_REFUSALS = (ValueError, WeightsMissing, ItemsFailed, scorer_protocol.ScorerUnavailable)
 
 
 def _score_classically(context: StageContext, derivatives: Path, path: Path) -> None:
@@ -53,76 +57,96 @@ def _table(context: StageContext, derivatives: Path, kind: str) -> pd.DataFrame:
         [kind, f"{kind}_scorer"],
         setting="quality.scores",
         numeric=[kind],
+        optional=[f"{kind}_weights"],
     ).rename(columns={"quality": "quality_score"})
 
 
-def _qalign(context: StageContext, derivatives: Path) -> pd.DataFrame:
-    """Q-Align; on a GPU one process, since the model fills a good part of it.
+def _score_by_model(
+    context: StageContext,
+    derivatives: Path,
+    function: Callable[[Derivative], dict[str, Any]],
+    module: ModuleType,
+    schema: pa.Schema,
+    *,
+    key: dict[str, Any],
+    limits: EngineLimits,
+    modules: Sequence[ModuleType] = (),
+) -> pd.DataFrame:
+    """Scores of a large model, here or behind a server.
 
     Raises:
-        WeightsMissing: no weights, or no pyiqa.
+        ItemsFailed: weights or a server went away; finished items are kept.
+    """
+    name = module.__name__.rsplit(".", 1)[-1]
+    path = context.state_dir / f"{name}.parquet"
+    score_derivatives(
+        function,
+        module,
+        schema,
+        derivatives=derivatives,
+        derivative_px=context.settings.signals.derivative_px,
+        destination=path,
+        state_dir=context.state_dir / name,
+        limits=replace(
+            limits,
+            timeout_s=max(limits.timeout_s, _MODEL_TIMEOUT_S),
+            memory_mb=max(limits.memory_mb, _MODEL_MEMORY_MB),
+        ),
+        key=key,
+        modules=modules,
+        outside=(
+            WeightsMissing,
+            scorer_protocol.ScorerUnavailable,
+            scorer_protocol.ScorerChanged,
+        ),
+    )
+    return pq.read_table(path).to_pandas()
+
+
+def _qalign(context: StageContext, derivatives: Path) -> pd.DataFrame:
+    """Q-Align in one process, since the model fills a good part of a GPU.
+
+    Raises:
+        WeightsMissing: a file of it is not there.
+        ItemsFailed: it cannot be loaded.
     """
     named = context.settings.quality.qalign_weights
     folder = qalign.check_weights(None if named is None else context.root / named)
     device = context.settings.runtime.device
     digest = folder_digest(folder)
-    limits = EngineLimits.of(context.settings)
-    path = context.state_dir / "qalign.parquet"
-    score_derivatives(
+    return _score_by_model(
+        context,
+        derivatives,
         partial(qalign.score_derivative, folder=folder, digest=digest, device=device),
         qalign,
         qalign.QALIGN_SCHEMA,
-        derivatives=derivatives,
-        derivative_px=context.settings.signals.derivative_px,
-        destination=path,
-        state_dir=context.state_dir / "shards",
-        limits=replace(
-            limits,
-            workers=1,
-            timeout_s=max(limits.timeout_s, _MODEL_TIMEOUT_S),
-            memory_mb=max(limits.memory_mb, _MODEL_MEMORY_MB),
-        ),
         key={"weights": digest, "device": device},
+        limits=replace(EngineLimits.of(context.settings), workers=1),
     )
-    return pq.read_table(path).to_pandas()
 
 
 def _artimuse(context: StageContext, derivatives: Path) -> pd.DataFrame:
-    """Scores of a scorer server; finished items survive when it dies in the middle.
+    """Scores of a scorer server; the client has its own retries.
 
     Raises:
-        ScorerUnavailable: no server at the start, or it went away before every item had a score.
+        ScorerUnavailable: no server at the start.
+        ItemsFailed: it went away, or became another one, before every item had a score.
     """
     url = context.settings.quality.artimuse_url
     assert url is not None
     client = scorer_protocol.ScorerClient(url)
     expected = client.identity()
     client.close()
-    path = context.state_dir / "artimuse.parquet"
-    score_derivatives(
+    return _score_by_model(
+        context,
+        derivatives,
         partial(artimuse.score_remotely, url=url, expected=expected),
         artimuse,
         artimuse.ARTIMUSE_SCHEMA,
-        derivatives=derivatives,
-        derivative_px=context.settings.signals.derivative_px,
-        destination=path,
-        state_dir=context.state_dir / "artimuse",
-        limits=replace(EngineLimits.of(context.settings), timeout_s=_MODEL_TIMEOUT_S, retries=0),
         key={"scorer": expected.scorer, "weights": expected.weights},
+        limits=replace(EngineLimits.of(context.settings), retries=0),
         modules=(scorer_protocol,),
     )
-    table = pq.read_table(path).to_pandas()
-    lost = table["error"].str.contains("Scorer(?:Unavailable|Changed)", na=False)
-    if lost.any():
-        # Shards with such rows are not finished; the rest is kept for the next attempt.
-        for shard in (context.state_dir / "artimuse").glob("*.parquet"):
-            if set(pq.read_table(shard)["image_id"].to_pylist()) & set(table["image_id"][lost]):
-                shard.unlink()
-        raise scorer_protocol.ScorerUnavailable(
-            f"{int(lost.sum())} of {len(table)} images got no score ({table['error'][lost].iloc[0]}"
-            "); start the scorer server again and repeat the stage"
-        )
-    return table
 
 
 def _join(quality_part: pd.DataFrame, aesthetic_part: pd.DataFrame) -> pd.DataFrame:
@@ -180,7 +204,7 @@ def run(context: StageContext) -> StageResult:
     else:
         try:
             write_parquet(_scores(context, derivatives), path)
-        except (ValueError, WeightsMissing, scorer_protocol.ScorerUnavailable) as problem:
+        except _REFUSALS as problem:
             raise StageFailed(f"quality: {problem}") from None
     table = pq.read_table(path).to_pandas()
     scorers = sorted(

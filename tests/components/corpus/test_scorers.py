@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +23,7 @@ from components.corpus import artimuse, qalign
 from components.corpus.artimuse import SCORE_TOKENS, LinearTestScorer, score_remotely
 from components.corpus.decoding import decode_rgb
 from components.corpus.derivatives import Derivative
-from components.corpus.engine import EngineLimits, map_items
+from components.corpus.engine import EngineLimits, ItemsFailed, map_items
 from components.corpus.scorer_protocol import (
     ItemRejected,
     ScorerChanged,
@@ -27,7 +32,7 @@ from components.corpus.scorer_protocol import (
     ScorerUnavailable,
 )
 from components.corpus.signals import derivative_jpeg
-from components.models.weights import WeightsMissing
+from components.models.weights import folder_digest
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -88,11 +93,6 @@ def test_qalign_preprocessing_step_by_step(shape: tuple[int, int]) -> None:
     assert np.mean(np.abs(found - expected) > 1e-5) < 0.01
 
 
-def test_missing_qalign_weights_name_the_command(tmp_path: Path) -> None:
-    with pytest.raises(WeightsMissing, match="hf download q-future/one-align"):
-        qalign.check_weights(tmp_path)
-
-
 class Server:
     """The scorer server as a process."""
 
@@ -138,10 +138,10 @@ def test_a_server_scores_as_the_same_scorer_does_here(server: Server) -> None:
 def test_a_server_that_dies_in_the_middle_costs_no_finished_item(
     server: Server, tmp_path: Path
 ) -> None:
-    """Killed after 8 of 32 items, started again on the same port: the rest is asked for, once."""
+    """Killed after some of 32 items, started again on the same port: the rest is asked for."""
     identity = ScorerClient(server.url).identity()
     ids = [f"{n:064x}" for n in range(32)]
-    score = partial(score_remotely, url=server.url, expected=identity, retries=2)
+    score = partial(score_remotely, url=server.url, expected=identity, retries=1)
 
     def payloads(kill_after: int | None) -> Iterator[Derivative]:
         for n, image_id in enumerate(ids):
@@ -159,24 +159,157 @@ def test_a_server_that_dies_in_the_middle_costs_no_finished_item(
             schema=artimuse.ARTIMUSE_SCHEMA,
             state_dir=tmp_path / state,
             limits=EngineLimits(workers=1, timeout_s=60, memory_mb=4096, retries=0),
+            keep_items=True,
+            outside=(ScorerUnavailable, ScorerChanged),
         )
         return [row for shard in shards for row in pq.read_table(shard).to_pylist()]
 
-    first = attempt(kill_after=12)
-    lost = [row for row in first if row["error"] is not None]
-    assert 0 < len(lost) < 32
-    assert all("ScorerUnavailable" in row["error"] for row in lost)
-    for shard in (tmp_path / "state").glob("*.parquet"):
-        if any(pq.read_table(shard)["error"].is_valid().to_pylist()):
-            shard.unlink()
+    with pytest.raises(ItemsFailed, match=r"3 of 32 items failed .*run the stage again") as caught:
+        attempt(kill_after=13)
+    kept = int(re.findall(r"(\d+) finished ones are kept", str(caught.value))[0])
+    assert 0 < kept < 29
+    failed = [
+        json.loads(line) for line in (tmp_path / "state" / "failed.jsonl").read_text().splitlines()
+    ]
+    assert [line["image_id"] for line in failed] == ids[kept : kept + 3]
+    assert all(line["error"].startswith("ScorerUnavailable") for line in failed)
     again = Server(seed=1, port=server.port)
     try:
         resumed = attempt()
         assert [row["image_id"] for row in resumed] == ids
         assert all(row["error"] is None for row in resumed)
+        assert {row["aesthetic_weights"] for row in resumed} == {identity.weights}
         assert resumed == attempt(state="uninterrupted")
+        assert not (tmp_path / "state" / "failed.jsonl").exists()
+        assert not list((tmp_path / "state").glob("artimuse-*.jsonl"))
     finally:
         again.kill()
+
+
+@contextmanager
+def small_server(answers: list[tuple[int, dict[str, object]]]) -> Iterator[str]:
+    """Gives the answers in turn, the last one for ever; another program than ours."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers.pop(0) if len(answers) > 1 else answers[0]
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    running = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{running.server_port}"
+    finally:
+        running.shutdown()
+        running.server_close()
+
+
+def test_a_server_of_another_protocol_is_refused_with_both_versions() -> None:
+    with (
+        small_server([(200, {"protocol": 2, "scorer": "x", "weights": "y"})]) as url,
+        pytest.raises(ScorerUnavailable, match="speaks protocol 2, this client 1"),
+    ):
+        ScorerClient(url, retries=0).identity()
+    with (
+        small_server([(200, {"hello": "world"})]) as url,
+        pytest.raises(ScorerUnavailable, match="not a scorer server"),
+    ):
+        ScorerClient(url, retries=0).identity()
+
+
+def test_loading_costs_no_attempt_but_has_an_end() -> None:
+    loading = (503, {"error": "the model is loading"})
+    ready = (200, {"protocol": 1, "scorer": "x", "weights": "y"})
+    with small_server([loading, loading, loading, ready]) as url:
+        assert ScorerClient(url, retries=0).identity() == ScorerIdentity("x", "y")
+    with (
+        small_server([loading]) as url,
+        pytest.raises(ScorerUnavailable, match=r"still loading after 0\.3 s"),
+    ):
+        ScorerClient(url, retries=0, loading_s=0.3).identity()
+
+
+ARTIMUSE_PACKAGE = """\
+import json, time
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+
+
+class InternVLChatModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(3, 101)
+
+    @classmethod
+    def from_pretrained(cls, folder, torch_dtype):
+        while not (Path(folder) / "go").exists():
+            time.sleep(0.01)
+        model = cls()
+        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        return model.to(torch_dtype)
+
+    def score(self, device, tokenizer, values, generation):
+        assert values.shape == (1, 3, 448, 448) and values.dtype == torch.bfloat16
+        assert tokenizer is not None and generation["do_sample"] is False
+        weights = self.head(values.mean((2, 3))).float().softmax(-1)[0]
+        return float(weights @ torch.arange(101.0))
+"""
+
+
+def test_the_server_loads_a_model_through_the_authors_interface_and_answers_503_meanwhile(
+    tmp_path: Path,
+) -> None:
+    import httpx
+    import torch
+    from safetensors.torch import save_file
+    from transformers import BertConfig, BertTokenizer
+
+    module = tmp_path / "src/artimuse/internvl/model/internvl_chat/modeling_artimuse.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(ARTIMUSE_PACKAGE)
+    weights = tmp_path / "weights"
+    BertConfig().save_pretrained(weights)
+    BertTokenizer(vocab={"[UNK]": 0, "[PAD]": 1, "a": 2}).save_pretrained(weights)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(3, 101)
+    save_file(
+        {f"head.{k}": v.detach() for k, v in head.state_dict().items()},
+        weights / "model.safetensors",
+    )
+    command = [sys.executable, "-m", "components.corpus.artimuse_server", "--weights"]
+    process = subprocess.Popen(
+        [*command, str(weights), "--port", "0", "--device", "cpu"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "src")},
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        for answer in (httpx.get(f"{url}/identity"), httpx.post(f"{url}/score", content=b"x")):
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        (weights / "go").touch()
+        client = ScorerClient(url, retries=0)
+        identity = client.identity()
+        assert identity == ScorerIdentity("artimuse", folder_digest(weights))
+        values = artimuse.preprocess(decode_rgb(picture(5)).pixels).mean((2, 3), dtype=np.float64)
+        logits = values @ head.weight.detach().numpy().T + head.bias.detach().numpy()
+        expected = artimuse.score_from_logits(logits[0])
+        # The server computes in bfloat16, which keeps 8 bits.
+        assert client.score(picture(5), identity) == pytest.approx(expected, abs=1.0)
+        assert client.score(picture(5), identity) == client.score(picture(5), identity)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_no_server_and_another_kind_of_server_are_clear_errors() -> None:
