@@ -155,6 +155,12 @@ class VaeSettings(Section):
     """Square training crops; paper: 512."""
     batch_size: Count
     """Global batch; paper: 384."""
+    micro_batch_size: Count
+    """Crops that a process decodes at once; gradient accumulation makes up the difference."""
+    precision: Literal["bf16", "fp32"]
+    """Of the networks (autocast); weights, loss and optimizer stay float32."""
+    gradient_checkpointing: bool
+    """Recompute the decoder's blocks in the backward pass: less memory, about a third more time."""
     steps: Count
     learning_rate: Annotated[float, Field(gt=0)]
     weight_decay: NonNegative

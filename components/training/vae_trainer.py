@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ class _Run:
         )
         self.step = 0
         self.history: list[dict[str, float]] = []
+        if settings.gradient_checkpointing:
+            autoencoder.enable_gradient_checkpointing()
         self.decoder = TrainableDecoder(autoencoder)
         self.wrapped = DistributedDataParallel(
             self.decoder, device_ids=[ranks.device] if ranks.device.type == "cuda" else None
@@ -156,14 +159,18 @@ class _Run:
 
     def train_step(self, images: Tensor) -> dict[str, float]:
         """One optimizer step on this rank's crops; loss terms averaged over ranks."""
-        with torch.no_grad():
-            latents = self.autoencoder.encode(images).latent_dist.mode()
-        terms = self.loss(self.wrapped(latents), images)
         self.optimizer.zero_grad(set_to_none=True)
-        terms["total"].backward()
+        parts = images.split(self.settings.micro_batch_size)
+        terms: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            # Gradients travel once a step, with the last part.
+            alone = number < len(parts) - 1
+            with self.wrapped.no_sync() if alone else nullcontext():
+                for name, term in self._backward(part, len(part) / len(images)).items():
+                    terms[name] = terms[name] + term if name in terms else term
         norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), MAX_GRAD_NORM)
         names = ["loss" if name == "total" else f"loss_{name}" for name in terms]
-        values = torch.stack([term.detach() for term in terms.values()])
+        values = torch.stack(list(terms.values()))
         dist.all_reduce(values, op=dist.ReduceOp.SUM)
         values /= self.ranks.world_size
         measured = dict(zip(names, values.tolist(), strict=True)) | {"grad_norm": float(norm)}
@@ -172,6 +179,21 @@ class _Run:
             self.optimizer.step()
             self.step += 1
         return measured
+
+    def _backward(self, images: Tensor, weight: float) -> dict[str, Tensor]:
+        """Add the gradient of `weight` times the mean loss; the weighted terms, detached."""
+        with self._autocast():
+            with torch.no_grad():
+                latents = self.autoencoder.encode(images).latent_dist.mode()
+            decoded = self.wrapped(latents)
+        terms = self.loss(decoded.float(), images)
+        (terms["total"] * weight).backward()
+        return {name: term.detach() * weight for name, term in terms.items()}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.ranks.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"
+        )
 
     def failure(
         self, images: Tensor, crops: Sequence[Crop], measured: dict[str, float]

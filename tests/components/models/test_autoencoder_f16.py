@@ -148,6 +148,33 @@ def test_slicing_changes_nothing() -> None:
         torch.testing.assert_close(model(images).sample, whole, atol=1e-5, rtol=1e-5)
 
 
+def test_recomputing_blocks_gives_the_same_gradients() -> None:
+    model = build_tiny_autoencoder(**SHAPE).requires_grad_(True)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(images).sample.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.enable_gradient_checkpointing()
+    recomputed = gradients()
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("decode_mode", ["aligned", "official_partitioned"])
+def test_bfloat16_is_close_to_float32(decode_mode: str) -> None:
+    model = build_tiny_autoencoder(decode_mode=decode_mode)
+    latents = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = model.decode(latents).sample
+        rounded = model.to(torch.bfloat16).decode(latents.bfloat16()).sample.float()
+    assert (rounded - exact).square().mean() < 1e-3 * exact.var()
+
+
 def test_bad_settings_and_sizes_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^stride:"):
         AutoencoderKLF16(stride=3)

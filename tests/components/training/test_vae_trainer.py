@@ -42,6 +42,9 @@ def settings(**changes: object) -> VaeSettings:
     values: dict[str, object] = {
         "crop_px": CROP_PX,
         "batch_size": 4,
+        "micro_batch_size": 4,
+        "precision": "fp32",
+        "gradient_checkpointing": False,
         "steps": 6,
         "learning_rate": 2e-3,
         "weight_decay": 0.01,
@@ -127,6 +130,36 @@ def test_reconstructions_improve_and_the_encoder_does_not_change(
     assert encoder_digest(trained) == digest
     measured = [row["psnr_db"] for row in training.history if "psnr_db" in row]
     assert [row["step"] for row in training.history] == list(range(41))
+    assert measured[-1] > measured[0] + 3.0
+
+
+def test_recomputing_blocks_changes_no_bit(
+    data: tuple[WorkingCopies, WorkingCopies], ranks: Ranks, tmp_path: Path
+) -> None:
+    plain, _ = train(data, ranks, tmp_path / "plain", settings(steps=3))
+    chosen = settings(steps=3, gradient_checkpointing=True)
+    recomputed, _ = train(data, ranks, tmp_path / "recomputed", chosen)
+    assert recomputed.decoder.gradient_checkpointing
+    assert weights(recomputed) == weights(plain)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    data: tuple[WorkingCopies, WorkingCopies], ranks: Ranks, tmp_path: Path
+) -> None:
+    # Three and one: parts of different sizes count by their size.
+    _, whole = train(data, ranks, tmp_path / "whole", settings(steps=1))
+    _, parts = train(data, ranks, tmp_path / "parts", settings(steps=1, micro_batch_size=3))
+    for name in ("loss", "loss_l2", "grad_norm"):
+        assert parts.history[1][name] == pytest.approx(whole.history[1][name], rel=1e-4)
+
+
+def test_bfloat16_training_improves_and_keeps_float32_weights(
+    data: tuple[WorkingCopies, WorkingCopies], ranks: Ranks, tmp_path: Path
+) -> None:
+    chosen = settings(steps=40, eval_every=20, precision="bf16")
+    trained, training = train(data, ranks, tmp_path, chosen)
+    assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}
+    measured = [row["psnr_db"] for row in training.history if "psnr_db" in row]
     assert measured[-1] > measured[0] + 3.0
 
 
