@@ -24,7 +24,11 @@ config_app = typer.Typer(no_args_is_help=True, help="Settings: profiles and para
 app.add_typer(stage_app, name="stage")
 app.add_typer(config_app, name="config")
 app.add_typer(corpus_commands.app, name="corpus")
-app.command("select")(corpus_commands.select)
+app.command(
+    "select",
+    epilog="Example: [bold]ultraflux select --what-if entropy_bits=6.8 "
+    "--what-if aesthetic_top_fraction=0.4[/]",
+)(corpus_commands.select)
 
 
 @app.command()
@@ -57,7 +61,12 @@ def run(
     print("MLflow and Prefect UIs:  make services  (or: ultraflux up)")
 
 
-@stage_app.command("run")
+@stage_app.command(
+    "run",
+    epilog="Examples: [bold]ultraflux stage run ingest[/] reads or downloads what ingest.source "
+    "names; [bold]ultraflux stage run caption[/] goes on where an endpoint, a cost cap or a kill "
+    "ended it. Both can be ended at any time.",
+)
 def stage_run(name: Annotated[str, typer.Argument(help="Stage in dvc.yaml.")]) -> None:
     """Run one stage in this process (what `dvc repro` calls)."""
     from flows.execution import run_stage

@@ -63,7 +63,11 @@ def _print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
 
-@app.command("diff")
+@app.command(
+    "diff",
+    epilog="Example: after a change of thresholds, [bold]ultraflux corpus diff HEAD~1 "
+    "data/select/manifest.parquet --output changed.parquet[/]",
+)
 def corpus_diff(
     before: Annotated[str, typer.Argument(help="Parquet file or git revision.")],
     after: Annotated[str, typer.Argument(help="Parquet file or git revision.")],
@@ -109,7 +113,10 @@ def corpus_diff(
     raise typer.Exit(1 if len(found.rows) else 0)
 
 
-@app.command()
+@app.command(
+    epilog="Example: [bold]ultraflux corpus drift v1 HEAD --output drift.html[/] compares the "
+    "captioned corpus of tag v1 with that of the last commit.",
+)
 def drift(
     before: Annotated[str, typer.Argument(help="Parquet file or git revision.")],
     after: Annotated[str, typer.Argument(help="Parquet file or git revision.")],
@@ -132,7 +139,10 @@ def drift(
     raise typer.Exit(1 if report.status == "drifted" else 0)
 
 
-@app.command()
+@app.command(
+    epilog="Example: [bold]ultraflux corpus datasheet HEAD --output datasheet.html[/]; without "
+    "arguments it describes what the stage slices has just written.",
+)
 def datasheet(
     version: Annotated[str, typer.Argument(help="Parquet file or git revision.")] = (
         "data/slices/manifest.parquet"

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from components.corpus.download_journal import DownloadJournal, Loss, Outcome, Stored
 from components.corpus.manifest import SCHEMA, to_arrow
 from components.corpus.originals import original_path
-from components.corpus.parquet_files import write_parquet, write_row_groups
+from components.corpus.parquet_files import RowStream, write_row_groups
 from components.corpus.record_fields import ALIASES, Coverage, extra_json, read_fields
 from components.corpus.settings import IngestSettings
 from components.corpus.url_identity import normalise_url
@@ -90,6 +90,8 @@ def _candidate_rows(
             fields = read_fields(record.values)
             coverage.add(fields)
             row |= fields.known
+            if any("\ufffd" in text for text in fields.known.values()):
+                coverage.problems["undecodable_text"] += 1
             row["extra"] = extra_json(fields.extra) if fields.extra else None
             identity = fields.known.get("record_id")
             if identity is not None:
@@ -111,6 +113,8 @@ def _identify(url: str | None, wrong_type: bool, seen: set[bytes]) -> Row:
     if url is None:
         cause = "wrong_type" if wrong_type else "missing_url"
         return {"cause": cause, "detail": "image_url is no text" if wrong_type else "no image_url"}
+    if "\ufffd" in url:
+        return {"cause": "bad_url", "detail": "holds bytes that are not UTF-8"}
     try:
         key = normalise_url(url)
     except ValueError as problem:
@@ -202,9 +206,9 @@ def _over_limits(stored: Stored, settings: IngestSettings) -> Loss | None:
 
 
 def _manifest_row(row: Row, stored: Stored, uri: str, settings: IngestSettings) -> Row:
-    columns: Row = {
-        name: row[name] for name in ALIASES if name != "record_id" and row[name] is not None
-    }
+    columns: Row = {name: row[name] for name in ALIASES if row[name] is not None}
+    if row["extra"] is not None:
+        columns["source_fields"] = row["extra"]
     columns.setdefault("source", Path(settings.source).stem)
     columns |= {"image_id": stored.sha256, "uri": uri, "integrity": stored.integrity}
     if stored.height is None or stored.width is None:
@@ -234,10 +238,10 @@ class _Verdicts:
     originals: Path
     uri_prefix: str
     settings: IngestSettings
+    losses: RowStream
+    unknown: RowStream
 
     def __post_init__(self) -> None:
-        self.losses: list[Row] = []
-        self.unknown: list[Row] = []
         self.causes: Counter[str] = Counter()
         self.first_place: dict[str, str] = {}
         self.files: set[str] = set()
@@ -255,7 +259,7 @@ class _Verdicts:
                 yield self._keep(row, stored)
             if row["extra"] is not None or row["record_id"] is not None:
                 image_id = stored.sha256 if isinstance(stored, Stored) else None
-                self.unknown.append(
+                self.unknown.add(
                     {name: row[name] for name in UNKNOWN_COLUMNS_SCHEMA.names if name in row}
                     | {"image_id": image_id}
                 )
@@ -277,7 +281,7 @@ class _Verdicts:
 
     def _lose(self, row: Row, attempts: int, loss: Loss) -> None:
         self.causes[loss.cause] += 1
-        self.losses.append(
+        self.losses.add(
             {
                 "record": row["record"],
                 "url": row["image_url"],
@@ -299,13 +303,24 @@ class _Verdicts:
         return columns
 
 
-def write_side_tables(folder: Path, losses: list[Row], unknown: list[Row]) -> None:
-    """Write losses.parquet and unknown_columns.parquet."""
-    write_parquet(pa.Table.from_pylist(losses, schema=LOSSES_SCHEMA), folder / "losses.parquet")
-    write_parquet(
-        pa.Table.from_pylist(unknown, schema=UNKNOWN_COLUMNS_SCHEMA),
-        folder / "unknown_columns.parquet",
-    )
+def _losses(folder: Path) -> RowStream:
+    return RowStream(folder / "losses.parquet", LOSSES_SCHEMA, _BATCH_ROWS)
+
+
+def _unknown_columns(folder: Path) -> RowStream:
+    return RowStream(folder / "unknown_columns.parquet", UNKNOWN_COLUMNS_SCHEMA, _BATCH_ROWS)
+
+
+def write_empty_side_tables(folder: Path) -> None:
+    """losses.parquet and unknown_columns.parquet of a source that has neither."""
+    with _losses(folder), _unknown_columns(folder):
+        pass
+
+
+def _manifest_tables(verdicts: _Verdicts, candidates: Path) -> Iterator[pa.Table]:
+    rows = verdicts.manifest_rows(candidates)
+    while batch := list(islice(rows, _BATCH_ROWS)):
+        yield to_arrow(pd.DataFrame(batch), SCHEMA)
 
 
 def write_ingest_tables(
@@ -327,15 +342,11 @@ def write_ingest_tables(
     Raises:
         RuntimeError: a candidate has no outcome.
     """
-    verdicts = _Verdicts(journal, folder / "originals", uri_prefix, settings)
-
-    def tables() -> Iterator[pa.Table]:
-        rows = verdicts.manifest_rows(candidates)
-        while batch := list(islice(rows, _BATCH_ROWS)):
-            yield to_arrow(pd.DataFrame(batch), SCHEMA)
-
-    write_row_groups(tables(), SCHEMA, folder / "manifest.parquet")
-    write_side_tables(folder, verdicts.losses, verdicts.unknown)
+    with _losses(folder) as losses, _unknown_columns(folder) as unknown:
+        verdicts = _Verdicts(journal, folder / "originals", uri_prefix, settings, losses, unknown)
+        write_row_groups(
+            _manifest_tables(verdicts, candidates), SCHEMA, folder / "manifest.parquet"
+        )
     return IngestCounts(
         candidates=verdicts.candidates,
         kept=verdicts.kept,

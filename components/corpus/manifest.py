@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from components.corpus.parquet_files import write_parquet
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _VERSION_KEY = b"ultraflux.manifest.schema_version"
 
 SCHEMA = pa.schema(
@@ -81,6 +81,10 @@ SCHEMA = pa.schema(
         ("photographer", pa.string()),
         ("photographer_url", pa.string()),
         ("license", pa.string()),
+        # What the source's own record says: its identifier, and a JSON object of all its fields
+        # that no other column takes.
+        ("record_id", pa.string()),
+        ("source_fields", pa.string()),
     ],
     metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()},
 )

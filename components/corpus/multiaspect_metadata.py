@@ -10,9 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from components.corpus.url_lists import SourceRecord, parse_json, place_of, source_files
+from components.corpus.url_lists import (
+    READ_ERRORS,
+    SourceRecord,
+    open_text,
+    parse_json,
+    place_of,
+    read_problem,
+    source_files,
+)
 
-SHARD_ENDINGS = (".json",)
+SHARD_ENDINGS = (".json", ".json.gz")
 
 
 def _records(shard: Any) -> list[Any] | None:
@@ -35,9 +43,10 @@ def read_metadata_shards(source: Path, shown: str) -> Iterator[SourceRecord]:
     for path in source_files(source, SHARD_ENDINGS, shown):
         name = place_of(path, source)
         try:
-            records = _records(parse_json(path.read_text(encoding="utf-8-sig", errors="replace")))
-        except OSError as problem:
-            yield SourceRecord(name, None, f"cannot read: {problem.strerror}")
+            with open_text(path) as file:
+                records = _records(parse_json(file.read()))
+        except READ_ERRORS as problem:
+            yield SourceRecord(name, None, read_problem(problem))
             continue
         except ValueError as problem:
             yield SourceRecord(name, None, f"broken shard: {problem}")

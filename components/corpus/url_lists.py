@@ -1,19 +1,30 @@
-"""Lists of photographs to fetch: CSV, JSONL and Parquet files, read as a stream of records."""
+"""Lists of photographs to fetch: CSV, JSONL and Parquet files, read as a stream of records.
+
+Text may be gzipped (`list.csv.gz`) and is UTF-8, or UTF-16 behind its byte order mark; other bytes
+become U+FFFD, which the tables of ingest count, and refuse in addresses.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
+import gzip
+import io
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-LIST_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+_TEXT_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson")
+LIST_ENDINGS = (*_TEXT_ENDINGS, *(f"{ending}.gz" for ending in _TEXT_ENDINGS), ".parquet")
+READ_ERRORS = (OSError, EOFError, zlib.error)
+"""What reading a file, gzipped or not, may raise."""
 _BATCH_ROWS = 1024
 
 
@@ -43,10 +54,10 @@ def source_files(source: Path, endings: tuple[str, ...], shown: str) -> list[Pat
     if not source.exists():
         raise ValueError(f"{shown}: no such file or folder; {advice}")
     if source.is_file():
-        if source.suffix.lower() not in endings:
+        if not source.name.lower().endswith(endings):
             raise ValueError(f"{shown}: unknown kind of file; {advice}")
         return [source]
-    found = [path for path in source.rglob("*") if path.suffix.lower() in endings]
+    found = [path for path in source.rglob("*") if path.name.lower().endswith(endings)]
     files = sorted(
         (path for path in found if path.is_file()),
         key=lambda path: path.relative_to(source).as_posix(),
@@ -59,6 +70,30 @@ def source_files(source: Path, endings: tuple[str, ...], shown: str) -> list[Pat
 def place_of(path: Path, source: Path) -> str:
     """Name of a list file below the source, with slashes."""
     return path.name if path == source else path.relative_to(source).as_posix()
+
+
+def open_text(path: Path) -> TextIO:
+    """A text file for reading, gzipped or not, in the encoding that its first bytes name.
+
+    Raises:
+        READ_ERRORS: it cannot be read; also later, while reading.
+    """
+    is_packed = path.suffix.lower() == ".gz"
+    file = gzip.open(path) if is_packed else path.open("rb")  # noqa: SIM115 - callers close it
+    try:
+        start = file.peek(2)[:2]
+    except BaseException:
+        file.close()
+        raise
+    encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    return io.TextIOWrapper(file, encoding=encoding, errors="replace", newline="")
+
+
+def read_problem(problem: BaseException) -> str:
+    """One line about one of `READ_ERRORS`, without the path."""
+    if isinstance(problem, OSError) and problem.strerror:
+        return f"cannot read: {problem.strerror}"
+    return f"cannot read: {' '.join(str(problem).split()) or type(problem).__name__}"
 
 
 def parse_json(text: str) -> Any:
@@ -77,8 +112,9 @@ def parse_json(text: str) -> Any:
 
 def _csv_records(path: Path, name: str) -> Iterator[SourceRecord]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    is_tabbed = path.name.lower().removesuffix(".gz").endswith(".tsv")
+    with open_text(path) as file:
+        reader = csv.reader(file, delimiter="\t" if is_tabbed else ",")
         header = next(reader, None)
         if header is None:
             return
@@ -100,7 +136,7 @@ def _csv_records(path: Path, name: str) -> Iterator[SourceRecord]:
 
 
 def _jsonl_records(path: Path, name: str) -> Iterator[SourceRecord]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -137,5 +173,9 @@ def read_url_lists(source: Path, shown: str) -> Iterator[SourceRecord]:
     """
     readers = {".parquet": _parquet_records, ".jsonl": _jsonl_records, ".ndjson": _jsonl_records}
     for path in source_files(source, LIST_ENDINGS, shown):
-        read = readers.get(path.suffix.lower(), _csv_records)
-        yield from read(path, place_of(path, source))
+        read = readers.get(Path(path.name.lower().removesuffix(".gz")).suffix, _csv_records)
+        name = place_of(path, source)
+        try:
+            yield from read(path, name)
+        except READ_ERRORS as problem:
+            yield SourceRecord(name, None, read_problem(problem))

@@ -15,8 +15,8 @@ from components.corpus.ingest_tables import (
     pending_keys,
     table_coverage,
     write_candidates,
+    write_empty_side_tables,
     write_ingest_tables,
-    write_side_tables,
 )
 from components.corpus.manifest import write_table
 from components.corpus.multiaspect_metadata import read_metadata_shards
@@ -54,7 +54,7 @@ def _scan(context: StageContext) -> StageResult:
     manifest = scan_folder(context.settings.ingest, context.root)
     path = context.output_dir / "manifest.parquet"
     write_table(manifest, path)
-    write_side_tables(context.output_dir, [], [])
+    write_empty_side_tables(context.output_dir)
     coverage_path = _write_coverage(table_coverage(manifest), context.output_dir)
     prune_originals(context.output_dir / "originals", keep=())
     unreadable = int((manifest["integrity"] != "ok").sum())

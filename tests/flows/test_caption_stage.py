@@ -231,7 +231,10 @@ def write_source(kind: str, root: Path, url: str) -> str:
         {},
     ]
     base = url.removesuffix("/v1")
-    records = [{"image_url": f"{base}/{n}", **texts} for n, texts in enumerate(captions)]
+    records = [
+        {"image_url": f"{base}/{n}", "id": f"r{n}", "mood": "calm", **texts}
+        for n, texts in enumerate(captions)
+    ]
     if kind == "multiaspect":
         (root / "shards").mkdir()
         (root / "shards" / "0000.json").write_text(json.dumps(records))
@@ -298,6 +301,9 @@ def test_captions_that_came_with_the_images_stay_and_only_gaps_are_paid_for(
     assert rows[1]["translation_model"] == "some/vlm, prompt simplified-chinese-1"
     assert rows[3]["caption_model"] == "some/vlm, prompt detailed-1"
     assert (rows[2]["reject_reason"], rows[2]["reject_value"]) == ("caption", 1.0)
+    if kind in ("urls", "multiaspect"):
+        assert [row["record_id"] for row in rows] == ["r0", "r1", "r2", "r3"]
+        assert {row["source_fields"] for row in rows} == {'{"mood": "calm"}'}
     # One caption and two translations.
     assert (Handler.asked, result.metrics["provided"]) == (3, 2.0)
     first = path.read_bytes()

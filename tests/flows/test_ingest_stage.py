@@ -47,15 +47,20 @@ ingest.run(
 """
 
 
-def photograph(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (64 + seed, 80, 3), dtype=np.uint8)
+def photograph(seed: int, height: int | None = None) -> bytes:
+    shape = (height or 64 + seed, 80, 3)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=95)
     return file.getvalue()
 
 
 class _Photos(BaseHTTPRequestHandler):
-    """/photo/N: photograph N; /gone/N: 404; a query string does not change it. Counts requests."""
+    """/photo/N: photograph N; /gone/N: 404; a query string does not change it. Counts requests.
+
+    And misbehaviour: /cut/N ends early, /page/N is HTML, /busy/N answers 429 once, /down/N 503
+    always, /inside/N leads to a private address, /tiny/N is too small, /optout/N has a robots tag.
+    """
 
     server: Any
     protocol_version = "HTTP/1.1"
@@ -65,11 +70,29 @@ class _Photos(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.count[self.path] += 1
         time.sleep(self.server.delay_s)
-        body = photograph(int(number)) if kind == "photo" else b""
-        self.send_response(200 if body else 404)
-        self.send_header("Content-Length", str(len(body)))
+        places = {"photo": 0, "busy": 100, "cut": 200, "optout": 300}
+        body = photograph(int(number) + places[kind]) if kind in places else b""
+        status, headers = 200, {}
+        if kind == "gone":
+            status = 404
+        elif kind == "page":
+            body = b"<html>" + bytes(9000)
+        elif kind == "tiny":
+            body = photograph(0, height=8)
+        elif kind == "down":
+            status = 503
+        elif kind == "inside":
+            status, headers = 302, {"Location": f"http://10.0.0.1/{number}.jpg"}
+        elif kind == "busy" and self.server.count[self.path] == 1:
+            status, body, headers = 429, b"", {"Retry-After": "0"}
+        elif kind == "optout":
+            headers = {"X-Robots-Tag": "noimageai"}
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body[: len(body) // 2] if kind == "cut" else body)
+        self.close_connection = kind == "cut"
 
     def log_message(self, *rest: Any) -> None:
         pass
@@ -185,6 +208,76 @@ def test_released_metadata_brings_captions_and_coverage(tmp_path: Path, web: Any
     coverage = json.loads((tmp_path / "data" / "ingest" / "coverage.json").read_text())
     assert coverage["records"] == 8
     assert coverage["field_share"]["caption_en"] == 0.75
+
+
+def test_metadata_over_a_misbehaving_host_is_accounted_for_to_the_last_record(
+    tmp_path: Path, web: Any
+) -> None:
+    expected = {
+        "photo": None,
+        "busy": None,
+        "gone": "not_found",
+        "cut": "truncated",
+        "page": "wrong_content",
+        "down": "server_error",
+        "inside": "refused_address",
+        "tiny": "too_small",
+        "optout": "robots",
+    }
+    records: list[Any] = [
+        {
+            "image_url": f"{web.base}/{kind}/{number}",
+            "en_caption": f"{kind} number {number}",
+            "id": f"{kind}-{number}",
+            "photographer": "Ada",
+            "aspect": "16:9",
+            "exif": {"iso": 100 * number},
+        }
+        for number in range(1, 5)
+        for kind in expected
+    ]
+    good = records[0]
+    odd = [
+        "text",
+        None,
+        {"en_caption": "no address"},
+        {"image_url": float("nan")},
+        {"image_url": ["a list"]},
+        {"image_url": "../../etc/passwd"},
+        {"image_url": "file:///etc/passwd"},
+        {**good, "id": "again"},
+        {**good, "image_url": f"{web.base}/photo/2#part"},
+        {**good, "image_url": f"{web.base}/photo/9", "en_caption": 5, "id": good["id"]},
+    ]
+    causes = ["broken_record"] * 2 + ["missing_url"] * 2 + ["wrong_type"] + ["bad_url"] * 2
+    causes += ["duplicate_url"] * 2
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    everything = [*records, *odd]
+    for shard in range(3):
+        part = everything[shard::3]
+        (shards / f"{shard:04}.json").write_text(json.dumps(part))
+    (shards / "0003.json").write_text(json.dumps(records)[:-20])
+    settings = parse_settings(values("multiaspect", "shards", retries=1))
+    result = run(tmp_path, settings)
+    manifest, losses = accounted(tmp_path, result)
+    # The shard that is cut counts as one record.
+    assert result.metrics["candidates"] == len(everything) + 1
+    wanted = Counter(cause for cause in expected.values() if cause for _ in range(4))
+    wanted += Counter([*causes, "broken_record"])
+    assert Counter(losses["cause"]) == wanted
+    assert len(manifest) == 4 + 4 + 1
+    by_id = {row["record_id"]: row for row in manifest.to_dict("records")}
+    row = by_id["busy-3"]
+    assert (row["caption_en"], row["photographer"]) == ("busy number 3", "Ada")
+    assert json.loads(row["source_fields"]) == {"aspect": "16:9", "exif": {"iso": 300}}
+    report = json.loads((tmp_path / "data" / "ingest" / "coverage.json").read_text())
+    assert report["records"] == result.metrics["candidates"]
+    assert report["unknown_keys"]["aspect"] == len(records) + 3
+    assert report["problems"]["duplicate_id"] == 2
+    assert report["wrong_type"] == {"caption_en": 1, "image_url": 1}
+    again = run(tmp_path, settings)
+    assert again.metrics == result.metrics
 
 
 def test_archives_give_the_same_bytes_twice(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Readers of untrusted lists, shards and archives; identity of addresses; the probe."""
+"""Archives; identity of addresses; the probe; the alias table."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,14 +18,11 @@ from PIL import Image
 
 from components.corpus.download_journal import DownloadJournal, Loss, Stored
 from components.corpus.image_probe import PROBE_BYTES, image_extension, image_size
-from components.corpus.ingest_tables import write_candidates
-from components.corpus.multiaspect_metadata import read_metadata_shards
 from components.corpus.originals import OriginalWriter, original_path, prune_originals
 from components.corpus.public_addresses import is_public
 from components.corpus.record_fields import ALIASES, extra_json, read_fields
 from components.corpus.settings import DownloadSettings
 from components.corpus.url_identity import host_of, normalise_url
-from components.corpus.url_lists import SourceRecord, read_url_lists
 from components.corpus.webdataset_shards import read_webdataset
 from components.settings import load_settings
 
@@ -236,112 +231,6 @@ def test_any_record_is_sorted_into_storable_columns(record: dict[str, Any]) -> N
         ):
             normal = key.strip().lower().replace("-", "_").replace(" ", "_")
             assert key in fields.extra or normal in known_keys, (key, value)
-
-
-def values(records: list[SourceRecord]) -> list[dict[str, Any] | None]:
-    return [record.values for record in records]
-
-
-def test_the_same_list_reads_alike_from_csv_jsonl_and_parquet(tmp_path: Path) -> None:
-    table = pd.DataFrame(
-        {"url": ["http://a/1.jpg", "http://a/2.jpg"], "query": ["x, y", 'say "é"']}
-    )
-    table.to_csv(tmp_path / "a.csv", index=False)
-    table.to_csv(tmp_path / "b.tsv", index=False, sep="\t")
-    table.to_json(tmp_path / "c.jsonl", orient="records", lines=True)
-    table.to_parquet(tmp_path / "d.parquet", index=False)
-    records = list(read_url_lists(tmp_path, "lists"))
-    expected = table.to_dict("records")
-    assert values(records) == expected * 4
-    assert [records[0].place, records[-1].place] == ["a.csv:2", "d.parquet:2"]
-
-
-def test_broken_lines_are_records_with_a_reason_and_cost_no_neighbour(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(
-        b"url,query\nhttp://a/1\xff.jpg,x\nhttp://a/2.jpg,x,y,z\n\nb,c\n"
-    )
-    (tmp_path / "b.jsonl").write_text('{"url": 1\n[1]\n' + "[" * 100_000 + '\n{"url": "u"}\n')
-    (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
-    (tmp_path / "d.csv").touch()
-    records = list(read_url_lists(tmp_path, "lists"))
-    problems = [(record.place, record.problem) for record in records if record.values is None]
-    assert [place for place, _ in problems] == [
-        "a.csv:3",
-        "b.jsonl:1",
-        "b.jsonl:2",
-        "b.jsonl:3",
-        "c.parquet:1",
-    ]
-    assert problems[0][1] == "4 cells under 2 headings"
-    assert problems[2][1] == "a list, not an object"
-    assert len(records) - len(problems) == 3
-
-
-@pytest.mark.parametrize("make", ["missing", "empty", "wrong"])
-def test_an_unusable_list_names_the_setting(tmp_path: Path, make: str) -> None:
-    source = tmp_path / "list.txt"
-    if make == "empty":
-        source.mkdir()
-    if make == "wrong":
-        source.touch()
-    with pytest.raises(ValueError, match=r"^list\.txt: .*ingest\.source"):
-        list(read_url_lists(source, "list.txt"))
-
-
-def test_metadata_shards_are_accounted_for_record_by_record(tmp_path: Path) -> None:
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    good = {"image_url": "http://a/1.jpg", "en_caption": "one", "id": "x", "aspect": "16:9"}
-    (shards / "0000.json").write_text(
-        json.dumps(
-            [
-                good,
-                good | {"image_url": "HTTP://A:80/1.jpg#x", "id": "y"},
-                good | {"image_url": "http://a/2.jpg"},
-                {"en_caption": "no address"},
-                {"image_url": float("nan")},
-                {"image_url": ["http://a/3.jpg"]},
-                {"image_url": "not an address"},
-                {"image_url": "http://a/4.jpg", "en_caption": 7, "photographer": {"n": 1}},
-                "text",
-                None,
-            ]
-        )
-    )
-    (shards / "0001.json").write_text('[{"image_url": "http://a/5.jpg"')
-    (shards / "0002.json").write_text('{"data": [{"image_url": "http://a/6.jpg"}]}')
-    (shards / "0003.json").write_bytes(b"\xff\xfe{}")
-    path = tmp_path / "candidates.parquet"
-    coverage = write_candidates(read_metadata_shards(shards, "shards"), path).report()
-    table = pq.read_table(path).to_pandas()
-    assert table["cause"].fillna("-").tolist() == [
-        "-",
-        "duplicate_url",
-        "-",
-        "missing_url",
-        "missing_url",
-        "wrong_type",
-        "bad_url",
-        "-",
-        "broken_record",
-        "broken_record",
-        "broken_record",
-        "-",
-        "broken_record",
-    ]
-    assert coverage["records"] == 13
-    assert coverage["problems"] == {
-        "bad_url": 1,
-        "broken_record": 4,
-        "duplicate_id": 1,
-        "duplicate_url": 1,
-        "missing_url": 2,
-        "wrong_type": 1,
-    }
-    assert coverage["wrong_type"] == {"caption_en": 1, "image_url": 1, "photographer": 1}
-    assert coverage["unknown_keys"]["aspect"] == 3
-    assert coverage["field_share"]["image_url"] == pytest.approx(6 / 13)
-    assert json.loads(table["extra"][0]) == {"aspect": "16:9"}
 
 
 def picture(kind: str = "JPEG", size: tuple[int, int] = (40, 30), colour: str = "teal") -> bytes:
