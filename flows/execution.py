@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,10 @@ def run_stage(name: str, root: Path) -> int:
         message = text if text.startswith(f"{name}:") else f"{name}: {text}"
         if not bad_input:
             message = f"{name}: {type(problem).__name__}: {text}"
-        result = RunResult(status="FAILED", error=traceback.format_exc())
+        found = problem.found if isinstance(problem, StageFailed) else StageResult()
+        result = replace(
+            _as_result(root, found), status="FAILED", error=traceback.format_exc(), summary=""
+        )
         if record is not None:
             (record.folder / "error.txt").write_text(result.error, encoding="utf-8")
             if not bad_input:

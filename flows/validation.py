@@ -6,7 +6,8 @@ contracts give equal bytes.
 
 A million rows take seconds because each column goes to the execution engine as a table of its own
 (the engine copies its whole table for every metric), straight and not through a data source (which
-hashes every value), and because rows are listed for violated expectations only.
+hashes every value), in types that the engine compares without a Python call per value, and because
+rows are listed for violated expectations only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +32,8 @@ from components.settings import Settings
 
 RESULTS_VERSION = 2
 _EXAMPLES = 10
+# Columns that name rows and say which of them count.
+_ALWAYS_READ = ("image_id", "uri", "integrity", "kept", "channel")
 # Distinct values in a sample of a thousand below which a text column is coded by value.
 _FEW_VALUES = 200
 
@@ -62,7 +66,8 @@ class ExpectationSpec(BaseModel):
     """Further arguments; {setting: section.key, divide_by: number} is looked up in the settings."""
     severity: Literal["critical", "warning"]
     rows: Literal["kept", "all", "general", "human"] = "kept"
-    """Which rows: all, the kept ones, or the kept ones of one channel."""
+    """Which rows: all, the kept ones, or the kept ones of one channel. Before anything is selected
+    every readable row counts as kept."""
     why: str
     """Reason, shown in the report."""
 
@@ -74,15 +79,7 @@ class Contract(BaseModel):
 
     version: Literal[1]
     name: str
-    includes: tuple[str, ...] = ()
-    """Contracts beside this one that must hold too; they are checked first."""
     expectations: tuple[ExpectationSpec, ...] = Field(min_length=1)
-    included: tuple[Contract, ...] = Field(default=(), exclude=True)
-    """What `includes` names, read by `load_contract`."""
-
-    def parts(self) -> list[Contract]:
-        """The included contracts, innermost first, then this one."""
-        return [part for inner in self.included for part in inner.parts()] + [self]
 
 
 @dataclass(frozen=True)
@@ -115,9 +112,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """All outcomes of one contract over one table, in the order of the contract."""
+    """All outcomes of one or more contracts over one table, in their order."""
 
     contract: str
+    """The last contract's name: the earlier ones must hold too."""
     row_count: int
     kept_count: int
     outcomes: tuple[Outcome, ...]
@@ -128,30 +126,29 @@ class ValidationReport:
 
 
 def load_contract(path: Path) -> Contract:
-    """Read a contract and those that it includes.
+    """Read a contract.
 
     Raises:
-        ContractError: missing, not YAML, not of this form, or included by itself.
+        ContractError: missing, not YAML, or not of this form.
     """
-    return _load(path, ())
-
-
-def _load(path: Path, outer: tuple[str, ...]) -> Contract:
-    if path.name in outer:
-        raise ContractError(f"{path.name}: includes itself ({' -> '.join((*outer, path.name))})")
     try:
-        contract = Contract.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Contract.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        where = f"includes of {outer[-1]}" if outer else "validation.contract"
-        raise ContractError(f"{path.name}: contract not found; correct {where}") from None
+        raise ContractError(
+            f"{path.name}: contract not found; correct it under `validation` in params.yaml"
+        ) from None
     except yaml.YAMLError as problem:
         raise ContractError(f"{path.name}: not YAML: {' '.join(str(problem).split())}") from None
     except ValidationError as problem:
         first = problem.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ContractError(f"{path.name}: {where}: {first['msg']}") from None
-    inner = tuple(_load(path.with_name(name), (*outer, path.name)) for name in contract.includes)
-    return contract.model_copy(update={"included": inner})
+
+
+def columns_read(contracts: Sequence[Contract]) -> list[str]:
+    """Columns of a manifest that `validate` looks at, each once; the rest need not be loaded."""
+    named = [spec.column for part in contracts for spec in part.expectations if spec.column]
+    return list(dict.fromkeys([*_ALWAYS_READ, *named]))
 
 
 def _look_up(value: Any, settings: Settings, where: str) -> Any:
@@ -220,11 +217,14 @@ def _results(column: pd.DataFrame, expectations: list[Any]) -> dict[int, Any]:
 def _column(frame: pd.DataFrame, name: str | None, rows: np.ndarray) -> pd.DataFrame:
     """One column of some rows, as cheap to compare as possible; without rows' other columns.
 
-    Text with few distinct values becomes categorical: a comparison then costs one per value.
+    Text with few distinct values becomes categorical: a comparison then costs one per value. Whole
+    numbers become 64 bits wide: the engine compares narrower ones by a Python call per value.
     """
     if name is None or name not in frame.columns:
         return pd.DataFrame(index=pd.RangeIndex(len(rows)))
     values = frame[name].iloc[rows].reset_index(drop=True)
+    if isinstance(values.dtype, np.dtype) and values.dtype.kind in "iu":
+        return values.astype("int64").to_frame()
     is_text = not pd.api.types.is_numeric_dtype(values) and values.dtype != bool
     if is_text and values.iloc[:: max(1, len(values) // 1000)].nunique() < _FEW_VALUES:
         values = values.astype("category")
@@ -244,7 +244,9 @@ def _failed_rows(
     spec: ExpectationSpec, contract: str, frame: pd.DataFrame, rows: np.ndarray
 ) -> pa.Table:
     """The given rows of the manifest in `FAILED_ROWS_SCHEMA`."""
-    found = frame.iloc[rows]
+    # Taking rows of a whole manifest copies its fifty columns, even when there are no rows.
+    names = [n for n in dict.fromkeys(["image_id", "uri", spec.column]) if n in frame.columns]
+    found = frame[names].iloc[rows]
     known = spec.column is not None and spec.column in frame.columns
     values = [None if pd.isna(v) else str(v) for v in found[spec.column]] if known else None
     same = {
@@ -295,7 +297,10 @@ def _outcome(
 
 def _scopes(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     """Row positions by name of a scope."""
-    kept = frame["kept"].eq(True).to_numpy(dtype=bool, na_value=False)
+    decided = frame["kept"]
+    # Before selection no row is judged; those that can be read are the ones that may be kept.
+    judged = decided.eq(True) if decided.notna().any() else frame["integrity"].eq("ok")
+    kept = judged.to_numpy(dtype=bool, na_value=False)
     human = frame["channel"].eq("human").to_numpy(dtype=bool, na_value=False)
     return {
         "all": np.arange(len(frame)),
@@ -305,18 +310,20 @@ def _scopes(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     }
 
 
-def validate(frame: pd.DataFrame, contract: Contract, settings: Settings) -> ValidationReport:
-    """Check a manifest against a contract and those that it includes.
+def validate(
+    frame: pd.DataFrame, contracts: Sequence[Contract], settings: Settings
+) -> ValidationReport:
+    """Check a manifest against contracts.
 
     Args:
-        frame: manifest rows with image_id, uri, kept and channel.
-        contract: what must hold.
+        frame: manifest rows with image_id, uri, integrity, kept and channel.
+        contracts: what must hold, at least one.
         settings: where {setting: ...} values come from.
 
     Raises:
         ContractError: an expectation that does not exist, wrong arguments, or an unknown setting.
     """
-    specs = [(part.name, spec) for part in contract.parts() for spec in part.expectations]
+    specs = [(part.name, spec) for part in contracts for spec in part.expectations]
     scopes = _scopes(frame)
     resolved: list[dict[str, Any]] = []
     groups: dict[tuple[str, str | None], list[Any]] = {}
@@ -334,7 +341,7 @@ def validate(frame: pd.DataFrame, contract: Contract, settings: Settings) -> Val
         _outcome(spec, name, resolved[n], entries.get(n), frame, scopes[spec.rows])
         for n, (name, spec) in enumerate(specs)
     )
-    return ValidationReport(contract.name, len(frame), len(scopes["kept"]), outcomes)
+    return ValidationReport(contracts[-1].name, len(frame), len(scopes["kept"]), outcomes)
 
 
 def to_json(report: ValidationReport) -> str:
@@ -358,8 +365,13 @@ def to_json(report: ValidationReport) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
-def to_html(report: ValidationReport) -> str:
-    """A self-contained page: no script, no font and no style from elsewhere."""
+def to_html(report: ValidationReport, rows_file: str = "failed_rows.parquet") -> str:
+    """A self-contained page: no script, no font and no style from elsewhere.
+
+    Args:
+        report: what was found.
+        rows_file: name of the table beside the page that lists every violating row.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -367,7 +379,7 @@ def to_html(report: ValidationReport) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("validation.html.j2").render(report=report)
+    return environment.get_template("validation.html.j2").render(report=report, rows_file=rows_file)
 
 
 def failed_rows(report: ValidationReport) -> pa.Table:
@@ -377,12 +389,23 @@ def failed_rows(report: ValidationReport) -> pa.Table:
     )
 
 
-def write_report(report: ValidationReport, folder: Path) -> tuple[Path, Path, Path]:
-    """Write results.json, report.html and failed_rows.parquet, each whole or not at all."""
-    paths = (folder / "results.json", folder / "report.html", folder / "failed_rows.parquet")
-    for path, text in zip(paths[:2], (to_json(report), to_html(report)), strict=True):
+def write_report(
+    report: ValidationReport, folder: Path, prefix: str = ""
+) -> tuple[Path, Path, Path]:
+    """Write results.json, report.html and failed_rows.parquet, each whole or not at all.
+
+    Args:
+        report: what was found.
+        folder: where to.
+        prefix: start of the three file names.
+    """
+    results, page, rows = (
+        folder / f"{prefix}{name}"
+        for name in ("results.json", "report.html", "failed_rows.parquet")
+    )
+    for path, text in ((results, to_json(report)), (page, to_html(report, rows.name))):
         temporary = path.with_name(f".{path.name}.partial")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
-    write_parquet(failed_rows(report), paths[2])
-    return paths
+    write_parquet(failed_rows(report), rows)
+    return results, page, rows

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 CHANGES = (
     "added",
@@ -36,7 +38,7 @@ DIFF_SCHEMA = pa.schema(
     ]
 )
 
-_DECISIONS = ("kept", "reject_reason", "reject_value", "reject_threshold", "split")
+_KEY = ("uri", "image_id")
 _CAPTIONS = ("caption_en", "caption_zh", "caption_status")
 
 
@@ -68,8 +70,11 @@ class CorpusDiff:
 
     def by_column(self) -> dict[str, int]:
         """Rows present in both versions whose value in a column differs."""
-        names = self.rows["columns"].dropna().str.split(" ").explode()
-        return {str(k): int(v) for k, v in names[names != ""].value_counts().sort_index().items()}
+        found: Counter[str] = Counter()
+        # A million rows differ in a handful of sets of columns.
+        for names, number in self.rows["columns"].value_counts().items():
+            found.update(dict.fromkeys(str(names).split(), int(number)))
+        return dict(sorted(found.items()))
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the rows, as plain values."""
@@ -83,10 +88,58 @@ class CorpusDiff:
 
 
 def _differs(before: pd.Series, after: pd.Series) -> np.ndarray:
-    """Where two columns differ; missing equals missing."""
+    """Where two columns of one length differ; missing equals missing."""
+    is_text = [isinstance(c.dtype, pd.StringDtype) for c in (before, after)]
+    if all(is_text):
+        left, right = (pa.chunked_array(pa.array(c, pa.large_string())) for c in (before, after))
+        if left.equals(right):
+            return np.zeros(len(before), dtype=bool)
+        differs = pc.or_(
+            pc.fill_null(pc.not_equal(left, right), False),
+            pc.xor(pc.is_null(left), pc.is_null(right)),
+        )
+        return np.asarray(differs.to_numpy(zero_copy_only=False), dtype=bool)
     missing = before.isna().to_numpy(), after.isna().to_numpy()
-    same = (before.to_numpy(dtype=object) == after.to_numpy(dtype=object)) & ~missing[0]
+    if any(is_text) or any(not isinstance(c.dtype, np.dtype) for c in (before, after)):
+        before, after = before.astype(object), after.astype(object)
+    same = np.asarray(before.to_numpy() == after.to_numpy(), dtype=bool) & ~missing[0] & ~missing[1]
     return ~(same | (missing[0] & missing[1]))
+
+
+def _positions(before: pd.DataFrame, after: pd.DataFrame) -> np.ndarray:
+    """(rows of `after`,) int: where each row is in `before`, -1 where nowhere.
+
+    Raises:
+        ValueError: the older version has one file with one content twice.
+    """
+    if before["uri"].is_unique:
+        if len(before) == len(after) and not any(_differs(before[k], after[k]).any() for k in _KEY):
+            return np.arange(len(before))
+        # Paths are shorter than hashes, and one look-up is enough.
+        found = pd.Index(before["uri"]).get_indexer(pd.Index(after["uri"]))
+        known = np.flatnonzero(found >= 0)
+        other_content = _differs(
+            before["image_id"].iloc[found[known]].reset_index(drop=True),
+            after["image_id"].iloc[known].reset_index(drop=True),
+        )
+        found[known[other_content]] = -1
+        return found
+    old, new = (pd.MultiIndex.from_frame(t[list(_KEY)].astype(object)) for t in (before, after))
+    if not old.is_unique:
+        uri = before["uri"].iloc[int(np.flatnonzero(old.duplicated())[0])]
+        raise ValueError(f"the older version has {uri} with the same bytes twice")
+    return old.get_indexer(new)
+
+
+def _changed_columns(changed: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """(rows,) text: names of the changed columns of each of `rows`, separated by spaces."""
+    codes, labels = np.zeros(len(rows), dtype=np.int64), [""]
+    for name, mask in changed.items():
+        if mask.any():
+            # One more bit, then renumbered, so that no number of columns overflows.
+            codes, patterns = pd.factorize(codes * 2 + mask[rows])
+            labels = [f"{labels[p // 2]} {name}" if p % 2 else labels[p // 2] for p in patterns]
+    return np.array([label.strip() for label in labels], dtype=object)[codes]
 
 
 def _kept(table: pd.DataFrame) -> np.ndarray:
@@ -96,9 +149,21 @@ def _kept(table: pd.DataFrame) -> np.ndarray:
 def _described(table: pd.DataFrame, suffix: str) -> dict[str, Any]:
     """The reject columns under the names of `DIFF_SCHEMA`."""
     return {
-        f"{name}_{suffix}": table[f"reject_{name}"].to_numpy()
+        f"{name}_{suffix}": table[f"reject_{name}"].array
         for name in ("reason", "value", "threshold")
     }
+
+
+def _alone(table: pd.DataFrame, change: str, suffix: str) -> pd.DataFrame:
+    """Rows that only one version has."""
+    return pd.DataFrame(
+        {
+            "image_id": table["image_id"].array,
+            "uri": table["uri"].array,
+            "change": change,
+            **_described(table, suffix),
+        }
+    )
 
 
 def diff(before: pd.DataFrame, after: pd.DataFrame) -> CorpusDiff:
@@ -113,52 +178,55 @@ def diff(before: pd.DataFrame, after: pd.DataFrame) -> CorpusDiff:
 
     Returns:
         the rows that differ in anything.
-    """
-    old = pd.MultiIndex.from_frame(before[["uri", "image_id"]].astype(object))
-    new = pd.MultiIndex.from_frame(after[["uri", "image_id"]].astype(object))
-    where = old.get_indexer(new)
-    added = after[where < 0]
-    gone = np.ones(len(before), dtype=bool)
-    gone[where[where >= 0]] = False
-    left, right = before.iloc[where[where >= 0]], after[where >= 0]
 
-    columns = np.full(len(right), "", dtype=object)
-    changed: dict[str, np.ndarray] = {}
-    for name in (c for c in after.columns if c in before.columns and c not in ("uri", "image_id")):
-        changed[name] = _differs(left[name], right[name])
-        columns[changed[name]] += f"{name} "
-    any_change = columns != ""
-    captions = np.logical_or.reduce(
-        [changed[c] for c in _CAPTIONS if c in changed] or [~any_change]
-    )
+    Raises:
+        ValueError: the older version has one file with one content twice.
+    """
+    where = _positions(before, after)
+    in_both = np.flatnonzero(where >= 0)
+    gone = np.ones(len(before), dtype=bool)
+    gone[where[in_both]] = False
+
+    def pair(name: str) -> tuple[pd.Series, pd.Series]:
+        """A column of the rows in both versions, older and newer."""
+        if len(in_both) == len(before) == len(after) and (where == in_both).all():
+            return before[name], after[name]
+        return before[name].iloc[where[in_both]], after[name].iloc[in_both]
+
+    compared = [c for c in after.columns if c in before.columns and c not in _KEY]
+    changed = {name: _differs(*pair(name)) for name in compared}
+    rows = np.flatnonzero(np.logical_or.reduce([np.zeros(len(in_both), bool), *changed.values()]))
+    left, right = before.iloc[where[in_both[rows]]], after.iloc[in_both[rows]]
+    captions = np.zeros(len(rows), dtype=bool)
+    for name in _CAPTIONS:
+        if name in changed:
+            captions |= changed[name][rows]
     kept_before, kept_after = _kept(left), _kept(right)
     change = np.select(
-        [kept_after & ~kept_before, kept_before & ~kept_after, changed["reject_reason"], captions],
+        [
+            kept_after & ~kept_before,
+            kept_before & ~kept_after,
+            changed["reject_reason"][rows],
+            captions,
+        ],
         ["newly_kept", "newly_rejected", "other_reason", "caption"],
         "values",
     )
     common = pd.DataFrame(
         {
-            "image_id": right["image_id"].to_numpy(),
-            "uri": right["uri"].to_numpy(),
+            "image_id": right["image_id"].array,
+            "uri": right["uri"].array,
             "change": change,
             **_described(left, "before"),
             **_described(right, "after"),
-            "columns": pd.Series(columns, dtype=object).str.rstrip(),
+            "columns": _changed_columns(changed, rows),
         }
-    )[any_change]
-    parts = [common]
-    for rows, kind, suffix in ((added, "added", "after"), (before[gone], "removed", "before")):
-        parts.append(
-            pd.DataFrame(
-                {
-                    "image_id": rows["image_id"].to_numpy(),
-                    "uri": rows["uri"].to_numpy(),
-                    "change": kind,
-                    **_described(rows, suffix),
-                }
-            )
-        )
+    )
+    parts = [
+        common,
+        _alone(after[where < 0], "added", "after"),
+        _alone(before[gone], "removed", "before"),
+    ]
     found = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     return CorpusDiff(
         len(before),

@@ -6,6 +6,7 @@ frames in memory: missing numbers are NaN and missing text is NaN or None, as pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -130,14 +131,18 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
     write_parquet(to_arrow(frame, SCHEMA), path)
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a manifest with all columns in schema order.
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Read a manifest.
+
+    Args:
+        path: Parquet file.
+        columns: names to read, in this order; unknown ones are left out. All in schema order when
+            None.
 
     Raises:
         ValueError: not a manifest, or of another schema version.
     """
-    table = pq.read_table(path)
-    version = (table.schema.metadata or {}).get(_VERSION_KEY)
+    version = (pq.read_schema(path).metadata or {}).get(_VERSION_KEY)
     if version is None:
         raise ValueError(f"{path}: not a manifest (no schema version in its metadata)")
     if int(version) != SCHEMA_VERSION:
@@ -145,4 +150,5 @@ def read_table(path: Path) -> pd.DataFrame:
             f"{path}: manifest schema version {version.decode()}, this code reads "
             f"{SCHEMA_VERSION}; run the stage that wrote it again"
         )
-    return table.to_pandas()
+    known = None if columns is None else [name for name in columns if name in SCHEMA.names]
+    return pq.read_table(path, columns=known).to_pandas()

@@ -349,10 +349,14 @@ class CaptionSettings(Section):
 
 
 class ValidateSettings(Section):
-    """Data contract."""
+    """Data contracts: YAML files below the repository root, tracked by DVC."""
 
-    contract: str
-    """YAML under data/contracts/."""
+    raw: str
+    """What must hold once candidates are ingested; checked at the end of `ingest`."""
+    scored: str
+    """What must hold once every candidate is scored and judged; checked at the end of `select`."""
+    released: str
+    """What must hold of the captioned manifest; `validate` checks it with the other two."""
 
 
 class SlicesSettings(Section):

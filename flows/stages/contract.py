@@ -16,10 +16,6 @@ from components.settings import Settings
 from components.training.metric_log import MetricLog
 
 
-class StageFailed(RuntimeError):
-    """A stage that cannot go on; the message is one line: what, where, how to fix it."""
-
-
 @dataclass(frozen=True)
 class StageContext:
     """Everything a stage may use."""
@@ -72,3 +68,17 @@ class StageResult:
     """Fields of `flows.registry.Promotion`: models to register once the run is uploaded."""
     summary: str = ""
     """One line for the terminal, such as "22 candidates, 11 kept"."""
+
+
+class StageFailed(RuntimeError):
+    """A stage that cannot go on; the message is one line: what, where, how to fix it."""
+
+    def __init__(self, message: str, found: StageResult | None = None) -> None:
+        """Keep what was found before it failed.
+
+        Args:
+            message: the line.
+            found: numbers and files to record with the failed run, such as a gate's report.
+        """
+        super().__init__(message)
+        self.found = found or StageResult()

@@ -28,6 +28,7 @@ from components.corpus.url_lists import read_url_lists
 from components.corpus.webdataset_shards import read_webdataset
 from components.progress import track
 from flows.stages.contract import StageContext, StageFailed, StageResult
+from flows.stages.gate import check_manifest, joined
 
 URI_PREFIX = "data/ingest/originals"
 
@@ -37,17 +38,21 @@ def run(context: StageContext) -> StageResult:
 
     `data/ingest/` holds manifest.parquet (one row per candidate that is there), losses.parquet (one
     per candidate that is not), unknown_columns.parquet, coverage.json and originals/ (fetched or
-    unpacked bytes; empty for a folder of photographs, which stay where they are).
+    unpacked bytes; empty for a folder of photographs, which stay where they are). The raw contract
+    is checked last: contract_results.json, contract_report.html and contract_failed_rows.parquet.
 
     Raises:
-        StageFailed: no usable source; the line names it and the setting. Or nothing could be had.
+        StageFailed: no usable source; the line names it and the setting. Or nothing could be had,
+            or a critical expectation of the raw contract is violated.
     """
+    is_folder = context.settings.ingest.kind == "folder"
     try:
-        if context.settings.ingest.kind == "folder":
-            return _scan(context)
-        return _collect(context)
+        result = _scan(context) if is_folder else _collect(context)
     except ValueError as problem:
         raise StageFailed(f"ingest: {problem}") from None
+    manifest = context.output_dir / "manifest.parquet"
+    checked = check_manifest(context, manifest, [context.settings.validation.raw], "contract_")
+    return joined(result, checked)
 
 
 def _scan(context: StageContext) -> StageResult:

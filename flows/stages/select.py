@@ -15,6 +15,7 @@ from components.corpus.selection import REASONS, SETTING_OF, count_by_reason, se
 from components.corpus.settings import SelectSettings
 from components.training.aspect_buckets import buckets
 from flows.stages.contract import StageContext, StageFailed, StageResult
+from flows.stages.gate import check_manifest, joined
 
 # What each stage measures; a table made with a model or measurement switched off has fewer columns.
 _SIGNALS = [
@@ -92,9 +93,12 @@ def _nothing_kept(counts: dict[str, int]) -> str:
 def run(context: StageContext) -> StageResult:
     """Write `data/select/manifest.parquet` and `data/select/summary.json`.
 
+    The scored contract is checked last: contract_results.json, contract_report.html and
+    contract_failed_rows.parquet say what it found.
+
     Raises:
-        StageFailed: nothing is kept (both files are written all the same), or quotas that cannot
-            hold.
+        StageFailed: nothing is kept (both files are written all the same), quotas that cannot
+            hold, or a critical expectation of the scored contract is violated.
     """
     manifest = read_table(context.input("ingest", "manifest.parquet"))
     signals = pq.read_table(context.input("signals", "signals.parquet")).to_pandas()
@@ -122,9 +126,11 @@ def run(context: StageContext) -> StageResult:
     temporary.replace(summary_path)
     if counts["kept"] == 0:
         raise StageFailed(_nothing_kept(counts))
-    return StageResult(
+    result = StageResult(
         metrics={name: float(number) for name, number in counts.items()},
         artifacts=(summary_path,),
         datasets={"selection": path},
         summary=f"{counts['candidates']} candidates, {counts['kept']} kept",
     )
+    checked = check_manifest(context, path, [context.settings.validation.scored], "contract_")
+    return joined(result, checked)

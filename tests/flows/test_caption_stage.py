@@ -273,6 +273,8 @@ def test_captions_that_came_with_the_images_stay_and_only_gaps_are_paid_for(
 ) -> None:
     values = with_endpoint(url).model_dump(mode="json")
     values["ingest"] |= {"kind": kind, "source": write_source(kind, tmp_path, url)}
+    contracts = ROOT / "data" / "contracts"
+    values["validation"] = {n: str(contracts / f"{n}.yaml") for n in values["validation"]}
     values["ingest"]["attribution"] = None
     values["ingest"]["download"] |= {
         "min_pixels": 1,
@@ -320,6 +322,8 @@ def test_without_models_what_came_with_the_images_is_all_there_is(
 ) -> None:
     values = load_settings(ROOT / "params.yaml").model_dump(mode="json")
     values["ingest"] |= {"kind": kind, "source": write_source(kind, tmp_path, url)}
+    contracts = ROOT / "data" / "contracts"
+    values["validation"] = {n: str(contracts / f"{n}.yaml") for n in values["validation"]}
     values["caption"] |= {"min_words": 2}
     names = [f"{n}.jpg" for n in range(4)]
     table = pd.DataFrame({"image_id": names, "uri": [f"photos/{name}" for name in names]})

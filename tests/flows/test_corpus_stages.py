@@ -23,6 +23,8 @@ MEASURING = ("ingest", "signals", "quality", "people", "select", "caption", "sli
 def adjusted(**sections: dict[str, object]) -> Settings:
     """The committed settings over a folder of small synthetic photographs."""
     values = load_settings(ROOT / "params.yaml").model_dump(mode="json")
+    contracts = ROOT / "data" / "contracts"
+    values["validation"] = {n: str(contracts / f"{n}.yaml") for n in values["validation"]}
     values["ingest"] |= {"source": "photos", "attribution": None}
     values["select"] |= {"min_pixels": 300 * 300}
     values["caption"] |= {"min_words": 2}

@@ -114,6 +114,8 @@ def values(kind: str, source: str, **download: object) -> dict[str, Any]:
     """The committed settings with another source."""
     found = load_settings(ROOT / "params.yaml").model_dump(mode="json")
     found["ingest"] |= {"kind": kind, "source": source}
+    contracts = ROOT / "data" / "contracts"
+    found["validation"] = {n: str(contracts / f"{n}.yaml") for n in found["validation"]}
     found["ingest"]["download"] |= {
         "min_pixels": 64 * 80,
         "requests_per_second": 1000.0,

@@ -240,6 +240,8 @@ def make_oddities(photos: Path, outside: Path) -> dict[str, str]:
 
 def settings(workers: int) -> Settings:
     values = load_settings(ROOT / "params.yaml").model_dump(mode="json")
+    contracts = ROOT / "data" / "contracts"
+    values["validation"] = {n: str(contracts / f"{n}.yaml") for n in values["validation"]}
     values["ingest"] |= {"source": "photos", "attribution": None, "max_megapixels": 1.0}
     values["ingest"] |= {"extensions": list(EXTENSIONS), "kind": "folder"}
     values["signals"] |= {"timeout_s": 30.0, "retries": 0}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from components.corpus.corpus_diff import diff
@@ -19,7 +23,7 @@ from components.corpus.drift import (
     measure_drift,
     population_stability,
 )
-from components.corpus.manifest import SCHEMA
+from components.corpus.manifest import SCHEMA, to_arrow
 from components.corpus.selection import select
 from components.corpus.slices import slices, split
 from components.corpus.what_if import WhatIfError, changed_settings, to_json, what_if
@@ -172,3 +176,98 @@ def test_the_datasheet_counts_and_is_the_same_bytes_twice(params: Settings) -> N
         assert name in pages[0]
     empty = table.assign(kept=False, split=None)
     assert "0 kept" in datasheet_page(empty, slices(empty, params.slices))
+
+
+def _value(cell: object) -> object:
+    return None if pd.isna(cell) else cell
+
+
+def row_by_row(before: pd.DataFrame, after: pd.DataFrame) -> list[dict[str, object]]:
+    """The obvious comparison: a dictionary of rows, one pair after the other."""
+    old = {(row["uri"], row["image_id"]): row for row in before.to_dict("records")}
+    seen, found = set(), []
+
+    def entry(row: dict[str, object], change: str) -> dict[str, object]:
+        names = ("reason", "value", "threshold")
+        empty = {f"{name}_{when}": None for name in names for when in ("before", "after")}
+        key = {"image_id": row["image_id"], "uri": row["uri"], "change": change}
+        return key | empty | {"columns": None}
+
+    def verdict(row: dict[str, object], when: str) -> dict[str, object]:
+        names = ("reason", "value", "threshold")
+        return {f"{name}_{when}": _value(row[f"reject_{name}"]) for name in names}
+
+    added = []
+    for row in after.to_dict("records"):
+        key = (row["uri"], row["image_id"])
+        if key not in old:
+            added.append(entry(row, "added") | verdict(row, "after"))
+            continue
+        seen.add(key)
+        past = old[key]
+        names = [n for n in after.columns if n in past and _value(past[n]) != _value(row[n])]
+        if not names:
+            continue
+        was, is_kept = _value(past["kept"]) is True, _value(row["kept"]) is True
+        change = "values"
+        if {"caption_en", "caption_zh", "caption_status"} & set(names):
+            change = "caption"
+        if "reject_reason" in names:
+            change = "other_reason"
+        if was != is_kept:
+            change = "newly_kept" if is_kept else "newly_rejected"
+        both = verdict(past, "before") | verdict(row, "after")
+        found.append(entry(row, change) | both | {"columns": " ".join(names)})
+    gone = [
+        entry(row, "removed") | verdict(row, "before")
+        for key, row in old.items()
+        if key not in seen
+    ]
+    return found + added + gone
+
+
+CELLS = st.fixed_dictionaries(
+    {
+        "uri": st.sampled_from("abcdef"),
+        "image_id": st.sampled_from("12"),
+        "width": st.none() | st.integers(1, 3),
+        "kept": st.sampled_from([True, False, None]),
+        "reject_reason": st.none() | st.sampled_from(["entropy", "resolution"]),
+        "reject_value": st.none() | st.sampled_from([0.0, 1.5]),
+        "reject_threshold": st.none() | st.just(7.0),
+        "caption_en": st.none() | st.sampled_from(["", "湖", "a lake"]),
+        "license": st.none() | st.sampled_from(["CC0-1.0"]),
+    }
+)
+
+
+@hypothesis.settings(max_examples=40)
+@given(
+    before=st.lists(CELLS, max_size=8, unique_by=lambda row: (row["uri"], row["image_id"])),
+    after=st.lists(CELLS, max_size=8, unique_by=lambda row: (row["uri"], row["image_id"])),
+    shared=st.lists(CELLS, max_size=4, unique_by=lambda row: (row["uri"], row["image_id"])),
+)
+def test_the_diff_equals_a_comparison_row_by_row(
+    before: list[dict[str, object]], after: list[dict[str, object]], shared: list[dict[str, object]]
+) -> None:
+    tables = []
+    for rows in (before, after):
+        keys = {(row["uri"], row["image_id"]) for row in rows}
+        rows = rows + [row for row in shared if (row["uri"], row["image_id"]) not in keys]
+        table = pd.DataFrame(rows, columns=SCHEMA.names)
+        tables.append(to_arrow(table, SCHEMA).to_pandas())
+    found = diff(*tables)
+    assert [
+        {k: _value(v) for k, v in row.items()} for row in found.rows.to_dict("records")
+    ] == row_by_row(*tables)
+    per_column = Counter(
+        name for row in row_by_row(*tables) for name in (row["columns"] or "").split()
+    )
+    assert found.by_column() == dict(sorted(per_column.items()))
+
+
+def test_a_row_that_stands_twice_in_the_older_version_is_one_clear_error(params: Settings) -> None:
+    table = corpus(params, 3)
+    twice = pd.concat([table, table.iloc[[1]]], ignore_index=True)
+    with pytest.raises(ValueError, match=r"older version has photos/<1>\.jpg with the same bytes"):
+        diff(twice, table)
