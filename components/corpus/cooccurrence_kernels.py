@@ -9,6 +9,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from components.corpus.count_kernels import count_in_four
 from components.corpus.kernel_cache import cached
 
 PATCH_PX = 64
@@ -21,20 +22,6 @@ def _join(high: np.ndarray, low: np.ndarray, codes: np.ndarray) -> None:
     """One code per pair; also of pairs that wrap around an edge, which the caller overwrites."""
     for index in range(codes.size):
         codes[index] = np.uint16(high[index] + low[index])
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _count(codes: np.ndarray, tables: np.ndarray) -> None:
-    """Count codes in four tables: equal codes in a row do not wait for each other's increment."""
-    whole = codes.size // 4
-    for block in range(whole):
-        x = 4 * block
-        tables[0, codes[x]] += np.uint32(1)
-        tables[1, codes[x + 1]] += np.uint32(1)
-        tables[2, codes[x + 2]] += np.uint32(1)
-        tables[3, codes[x + 3]] += np.uint32(1)
-    for x in range(4 * whole, codes.size):
-        tables[0, codes[x]] += np.uint32(1)
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -147,7 +134,7 @@ def patch_entropies(
                 for y in range(PATCH_PX - down):
                     for x in range(wrapped, wrapped + abs(across)):
                         joined[PATCH_PX * y + x] = np.uint16(size)
-                _count(joined, tables)
+                count_in_four(joined, tables)
                 tables[:, size] = 0
                 _merge(tables, merged[:size])
                 distinct = _occurrences(merged[:size], often, seen_counts)

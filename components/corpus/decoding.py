@@ -7,6 +7,7 @@ mode, which gives the same pixels and also reports damage that PIL silently pain
 
 from __future__ import annotations
 
+import functools
 import io
 import threading
 import warnings
@@ -19,6 +20,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError, features
 
+from components.corpus.image_containers import (
+    OPTIONAL_PACKAGES,
+    container_family,
+    register_optional_formats,
+)
 from components.corpus.scratch import Scratch
 
 MAX_MEGAPIXELS = 400.0
@@ -76,15 +82,25 @@ def _pil_without_pixel_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = previous
 
 
-def _formats() -> list[str]:
+@functools.cache
+def _formats() -> tuple[str, ...]:
     """Formats of photographs that this PIL reads; whatever else it knows is none.
 
     PostScript, for one, would start Ghostscript on bytes that somebody named .jpg.
     """
     optional = [name for name in ("WEBP", "AVIF") if features.check(name.lower())]
-    # Registered by plugins of other packages, where one was imported.
-    optional += [name for name in ("JXL", "HEIF") if name in Image.OPEN]
-    return ["JPEG", "PNG", "TIFF", "GIF", "BMP", *optional]
+    register_optional_formats()
+    optional += [name for name in OPTIONAL_PACKAGES if name in Image.OPEN]
+    return ("JPEG", "PNG", "TIFF", "GIF", "BMP", *optional)
+
+
+def _unknown(data: bytes) -> str:
+    """Why PIL knows no image in `data`: a decoder that is not installed, or nothing it ever is."""
+    family = container_family(data)
+    if family is None or family in _formats():
+        return "not an image that PIL knows"
+    package = OPTIONAL_PACKAGES.get(family, "pillow built with libavif")
+    return f"{family} needs a decoder that is not installed: {package}"
 
 
 @contextmanager
@@ -93,7 +109,10 @@ def _opened(data: bytes, max_megapixels: float) -> Iterator[tuple[Image.Image, I
     if not data:
         raise ImageUndecodable("empty file (0 bytes)")
     try:
-        with _pil_without_pixel_limit(), Image.open(io.BytesIO(data), formats=_formats()) as image:
+        with (
+            _pil_without_pixel_limit(),
+            Image.open(io.BytesIO(data), formats=list(_formats())) as image,
+        ):
             header = ImageHeader(
                 height=image.height,
                 width=image.width,
@@ -111,7 +130,7 @@ def _opened(data: bytes, max_megapixels: float) -> Iterator[tuple[Image.Image, I
     except ImageUndecodable:
         raise
     except UnidentifiedImageError:
-        raise ImageUndecodable("not an image that PIL knows") from None
+        raise ImageUndecodable(_unknown(data)) from None
     except MemoryError:
         # Not the file's fault alone: the engine retries and then quarantines.
         raise

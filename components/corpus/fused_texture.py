@@ -1,4 +1,4 @@
-"""Gray, entropy and flat fraction of an image in one pass over its pixels.
+"""Gray, entropy, flat fraction and a small copy of an image in one pass over its pixels.
 
 Bit-identical with `flat_regions` and the released tool (tested on every reference photograph): the
 histogram and the sums of squared gradients are exact integers; only the sum of float32 roots is
@@ -15,6 +15,7 @@ import numpy as np
 from components.corpus.entropy import entropy_of_histogram
 from components.corpus.flat_regions import sobel_variance
 from components.corpus.scratch import Scratch
+from components.corpus.shrinking import MAX_FACTOR_16_BITS, box_reduced
 
 MAX_PATCH_PX = 1024
 """Squared gradients (up to 2 * 1020^2) of one patch row add up in 31 bits."""
@@ -33,6 +34,8 @@ class FusedTexture:
     flat_fraction: float
     uncertain_patches: int
     """How many patches the exact formula decided."""
+    reduced: np.ndarray
+    """(ceil(H / f), ceil(W / f), 3) uint8: `shrinking.box_reduced` of the pixels."""
 
 
 def certain_distance(mean_magnitude: np.ndarray, patch_px: int) -> np.ndarray:
@@ -56,6 +59,7 @@ def fused_texture(
     *,
     patch_px: int = 240,
     flat_variance: float = 800.0,
+    reduced_by: int = 1,
     scratch: Scratch | None = None,
 ) -> FusedTexture:
     """Measure an image; semantics of `entropy.entropy_bits` and `flat_regions.flat_fraction`.
@@ -64,6 +68,7 @@ def fused_texture(
         pixels: (H, W, 3) uint8, RGB.
         patch_px: patch edge, 3 to 1024; paper: 240.
         flat_variance: strict upper bound of a flat patch's variance; paper: 800.
+        reduced_by: block edge f of the small copy; 1: `pixels` themselves.
         scratch: memory for the gray image (None: allocated).
 
     Raises:
@@ -79,6 +84,9 @@ def fused_texture(
     tables = np.zeros((4, 256), np.uint32)
     squares = np.zeros((height // patch_px, width // patch_px), np.int64)
     roots = np.zeros(squares.shape)
+    is_reduced_here = 1 < reduced_by <= MAX_FACTOR_16_BITS
+    size = (-(-height // reduced_by), -(-width // reduced_by)) if is_reduced_here else (0, 0)
+    means = np.empty((size[0], 3 * size[1]), np.uint8)
     gray_histogram_sobel(
         np.ascontiguousarray(pixels).reshape(height, 3 * width),
         gray,
@@ -87,6 +95,9 @@ def fused_texture(
         squares,
         roots,
         np.empty((2, width), np.float32),
+        reduced_by if is_reduced_here else 0,
+        np.zeros(3 * width if is_reduced_here else 0, np.uint16),
+        means,
     )
     mean = roots / patch_px**2
     variances = squares / patch_px**2 - mean**2
@@ -103,4 +114,5 @@ def fused_texture(
         entropy_bits=entropy_of_histogram(tables.sum(axis=0, dtype=np.int64)),
         flat_fraction=flat / variances.size if variances.size else 0.0,
         uncertain_patches=len(uncertain),
+        reduced=means.reshape(*size, 3) if is_reduced_here else box_reduced(pixels, reduced_by),
     )

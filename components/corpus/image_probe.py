@@ -6,6 +6,7 @@ Nothing is decoded. Names and declared content types are never believed.
 from __future__ import annotations
 
 from components.corpus.decoding import ImageUndecodable, read_header
+from components.corpus.image_containers import container_family
 
 PROBE_BYTES = 65536
 """Enough for the header of nearly every photograph, also behind EXIF and a colour profile."""
@@ -13,8 +14,7 @@ PROBE_BYTES = 65536
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
-_JXL = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n")
-_AVIF_BRANDS = (b"avif", b"avis")
+_CONTAINERS = {"JXL": ".jxl", "AVIF": ".avif", "HEIF": ".heic"}
 _WEBP_HEADER_BYTES = 30
 
 
@@ -32,18 +32,7 @@ def image_extension(prefix: bytes) -> str | None:
         return ".webp"
     if prefix.startswith(_TIFF):
         return ".tif"
-    if prefix.startswith(_JXL):
-        return ".jxl"
-    if prefix[4:8] == b"ftyp" and _is_avif(prefix):
-        return ".avif"
-    return None
-
-
-def _is_avif(prefix: bytes) -> bool:
-    """Whether a brand of the file type box is AVIF's (ISO 14496-12: major, minor, compatible)."""
-    end = min(int.from_bytes(prefix[:4], "big"), len(prefix))
-    brands = [prefix[8:12], *(prefix[at : at + 4] for at in range(16, end, 4))]
-    return any(brand in _AVIF_BRANDS for brand in brands)
+    return _CONTAINERS.get(container_family(prefix) or "")
 
 
 def _webp_size(prefix: bytes) -> tuple[int, int] | None:
@@ -83,7 +72,7 @@ def image_size(prefix: bytes) -> tuple[int, int] | None:
     extension = image_extension(prefix)
     if extension == ".webp":
         return _webp_size(prefix)
-    if extension == ".avif":
+    if extension in (".avif", ".heic"):
         return _avif_size(prefix)
     if extension is None:
         return None

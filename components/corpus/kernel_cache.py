@@ -1,8 +1,8 @@
 """Where compiled kernels are kept: by content, in the user's cache folder.
 
 numba keys its cache by the path and time of the source file, so that every fresh clone would
-compile again. Here the key is the hash of the source itself; numba adds the processor and its own
-version. Without a writable folder a kernel is compiled once per process.
+compile again. Here the key is the hash of the source and its `*_kernels.py` neighbours; numba adds
+the processor and its own version. Without a writable folder a kernel is compiled once per process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ class ContentLocator(_CacheLocator):
     """numba's question "where, and is it still valid" answered from the source's bytes."""
 
     def __init__(self, function: Callable[..., Any], source_path: str) -> None:
-        self._digest = hashlib.sha256(Path(source_path).read_bytes()).hexdigest()
+        # Kernels compile functions of their neighbours in, so all of them are the source.
+        source = Path(source_path)
+        sources = {source, *source.parent.glob("*_kernels.py")}
+        digest = hashlib.sha256(source.name.encode())
+        for path in sorted(sources):
+            digest.update(path.read_bytes())
+        self._digest = digest.hexdigest()
         self._line = function.__code__.co_firstlineno
 
     @classmethod

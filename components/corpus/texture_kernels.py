@@ -10,6 +10,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from components.corpus.count_kernels import count_in_four
 from components.corpus.kernel_cache import cached
 
 # Reassociation lets the float32 sum of roots use vector lanes; nothing else may change a value (no
@@ -26,20 +27,6 @@ def _gray_row(pixels: np.ndarray, gray: np.ndarray) -> None:
         blue = np.int32(pixels[3 * x + 2])
         weighted = np.int32(9798 * red + 19235 * green + 3735 * blue + 16384)
         gray[x] = np.uint8(weighted >> 15)
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _count_row(gray: np.ndarray, tables: np.ndarray) -> None:
-    """Four tables, so that equal neighbours do not wait for each other's increment."""
-    whole = gray.size // 4
-    for block in range(whole):
-        x = 4 * block
-        tables[0, gray[x]] += np.uint32(1)
-        tables[1, gray[x + 1]] += np.uint32(1)
-        tables[2, gray[x + 2]] += np.uint32(1)
-        tables[3, gray[x + 3]] += np.uint32(1)
-    for x in range(4 * whole, gray.size):
-        tables[0, gray[x]] += np.uint32(1)
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -79,6 +66,76 @@ def _magnitude_row(smooth: np.ndarray, slope: np.ndarray) -> tuple[np.int32, np.
     return squares, roots
 
 
+@numba.njit(nogil=True, error_model="numpy")
+def _add_row(row: np.ndarray, sums: np.ndarray) -> None:
+    """Column sums in the type of `sums`: 16 bits hold 257 rows of bytes."""
+    for x in range(row.size):
+        sums[x] += row[x]
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _block_means(
+    sums: np.ndarray, channels: int, factor: int, rows: int, means: np.ndarray
+) -> None:
+    """One row of block means from the column sums of `rows` rows; the sums are zero afterwards.
+
+    Args:
+        sums: (C W,) unsigned, channels interleaved.
+        channels: C.
+        factor: columns of a block; the last block has what is left.
+        rows: that were added up.
+        means: (C ceil(W / factor),) uint8, filled; halves rounded up.
+    """
+    width = sums.size // channels
+    area = factor * rows
+    # Multiplying by a rounded-up 2^40 / (2 area) is the exact division while 1024 area^2 fits.
+    whole = width // factor if area <= 32768 else 0
+    reciprocal = np.uint64(((1 << 40) + 2 * area - 1) // (2 * area))
+    half = np.uint64(area)
+    for block in range(whole):
+        first = block * factor * channels
+        for channel in range(channels):
+            total = np.uint32(0)
+            for x in range(factor):
+                total = np.uint32(total + sums[first + channels * x + channel])
+            means[block * channels + channel] = np.uint8(
+                ((np.uint64(total) << np.uint64(1)) + half) * reciprocal >> np.uint64(40)
+            )
+    for block in range(whole, means.size // channels):
+        left = block * factor
+        right = min(left + factor, width)
+        area = rows * (right - left)
+        for channel in range(channels):
+            rest = 0
+            for x in range(left, right):
+                rest += int(sums[channels * x + channel])
+            means[block * channels + channel] = np.uint8((2 * rest + area) // (2 * area))
+    sums[:] = 0
+
+
+@cached
+@numba.njit(nogil=True, error_model="numpy")
+def box_means(
+    source: np.ndarray, channels: int, factor: int, sums: np.ndarray, means: np.ndarray
+) -> None:
+    """Mean of every factor x factor block, halves rounded up; blocks at the ends may be partial.
+
+    Args:
+        source: (H, C W) uint8, channels interleaved.
+        channels: C.
+        factor: block edge, 1 to 257 with sums of 16 bits, to 4096 with 32.
+        sums: (C W,) uint16 or uint32 zeros; zeros again afterwards.
+        means: (ceil(H / factor), C ceil(W / factor)) uint8, filled.
+    """
+    height = source.shape[0]
+    for block_row in range(means.shape[0]):
+        top = block_row * factor
+        bottom = min(top + factor, height)
+        for y in range(top, bottom):
+            _add_row(source[y], sums)
+        _block_means(sums, channels, factor, bottom - top, means[block_row])
+
+
 @cached
 @numba.njit(nogil=True, error_model="numpy")
 def gray_histogram_sobel(
@@ -89,8 +146,11 @@ def gray_histogram_sobel(
     squares: np.ndarray,
     roots: np.ndarray,
     halves: np.ndarray,
+    factor: int,
+    sums: np.ndarray,
+    means: np.ndarray,
 ) -> None:
-    """Everything that entropy and flatness need, band by band while a band is in cache.
+    """All that entropy, flatness and the small picture need, band by band while it is in cache.
 
     Args:
         pixels: (H, 3 W) uint8, interleaved RGB.
@@ -100,16 +160,26 @@ def gray_histogram_sobel(
         squares: (H // patch_px, W // patch_px) int64 zeros; sums of squared Sobel magnitudes.
         roots: the same shape, float64 zeros; sums of magnitudes.
         halves: (2, W) float32 scratch.
+        factor: of `box_means` over the pixels, 1 to 257; 0 for none.
+        sums: of `box_means`, (3 W,) uint16 zeros.
+        means: of `box_means`.
     """
     height = gray.shape[0]
     patch_rows, patch_columns = squares.shape
     smooth, slope = halves[0], halves[1]
+    added = 0
     for band in range(patch_rows + 1):
         top = band * patch_px
         bottom = min(top + patch_px, height)
         for y in range(top, bottom):
             _gray_row(pixels[y], gray[y])
-            _count_row(gray[y], tables)
+            count_in_four(gray[y], tables)
+            if factor > 0:
+                _add_row(pixels[y], sums)
+                added += 1
+                if added == factor or y == height - 1:
+                    _block_means(sums, 3, factor, added, means[y // factor])
+                    added = 0
         if band == patch_rows:
             break
         for y in range(top, bottom):
@@ -123,59 +193,3 @@ def gray_histogram_sobel(
                 row_squares, row_roots = _magnitude_row(smooth[left:right], slope[left:right])
                 squares[band, column] += row_squares
                 roots[band, column] += row_roots
-
-
-@numba.njit(nogil=True, error_model="numpy")
-def _add_row(row: np.ndarray, sums: np.ndarray) -> None:
-    for x in range(row.size):
-        sums[x] = np.uint32(sums[x] + row[x])
-
-
-@cached
-@numba.njit(nogil=True, error_model="numpy")
-def box_means(
-    source: np.ndarray, channels: int, factor: int, sums: np.ndarray, means: np.ndarray
-) -> None:
-    """Mean of every factor x factor block, halves rounded up; blocks at the ends may be partial.
-
-    Args:
-        source: (H, C W) uint8, channels interleaved.
-        channels: C.
-        factor: block edge, 1 to 4096 (sums of bytes stay below 2^32).
-        sums: (C W,) uint32 scratch.
-        means: (ceil(H / factor), C ceil(W / factor)) uint8, filled.
-    """
-    height = source.shape[0]
-    width = source.shape[1] // channels
-    for block_row in range(means.shape[0]):
-        top = block_row * factor
-        bottom = min(top + factor, height)
-        sums[:] = 0
-        for y in range(top, bottom):
-            _add_row(source[y], sums)
-        # Multiplying by a rounded-up 2^40 / (2 area) is the exact division while 1024 area^2 fits.
-        area = factor * (bottom - top)
-        is_exact = area <= 32768
-        reciprocal = np.uint64(((1 << 40) + 2 * area - 1) // (2 * area))
-        whole = width // factor if is_exact else 0
-        for block in range(whole):
-            first = block * factor * channels
-            for channel in range(channels):
-                total = np.uint64(0)
-                for x in range(factor):
-                    total += np.uint64(sums[first + channels * x + channel])
-                doubled = total + total + np.uint64(area)
-                means[block_row, channels * block + channel] = np.uint8(
-                    (doubled * reciprocal) >> np.uint64(40)
-                )
-        for block in range(whole, means.shape[1] // channels):
-            left = block * factor
-            right = min(left + factor, width)
-            area = (bottom - top) * (right - left)
-            for channel in range(channels):
-                rest = 0
-                for x in range(left, right):
-                    rest += int(sums[channels * x + channel])
-                means[block_row, channels * block + channel] = np.uint8(
-                    (2 * rest + area) // (2 * area)
-                )

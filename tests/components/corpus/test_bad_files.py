@@ -7,6 +7,7 @@ cost a neighbour.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import os
 import shutil
@@ -29,7 +30,10 @@ from flows.stages import ingest, signals
 from flows.stages.contract import StageContext
 
 ROOT = Path(__file__).parents[3]
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".gif"),
+    *(".avif", ".jxl", ".heic", ".heif"),
+)
 PER_KIND = 12
 Rng = np.random.Generator
 Make = Callable[[Rng], bytes]
@@ -126,6 +130,22 @@ def sized_zero(rng: Rng) -> bytes:
     return bytes(data)
 
 
+def avif(rng: Rng) -> bytes:
+    return encoded(picture(rng), "AVIF", speed=10)
+
+
+def jxl(rng: Rng) -> bytes:
+    """Magic bytes of a bare codestream or of the container over noise."""
+    start = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n")[int(rng.integers(2))]
+    return start + rng.bytes(500)
+
+
+def heif(rng: Rng) -> bytes:
+    """A file type box of HEIF over noise."""
+    brand = bytes(rng.choice([b"heic", b"heix", b"mif1"]))
+    return struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1" + brand + rng.bytes(500)
+
+
 # Name -> (ending, bytes of one file). More than one ending: taken in turn.
 KINDS: dict[str, tuple[tuple[str, ...], Make]] = {
     "jpeg cut": ((".jpg",), lambda rng: cut(jpeg(rng), rng)),
@@ -140,6 +160,13 @@ KINDS: dict[str, tuple[tuple[str, ...], Make]] = {
     "tiff cut": ((".tif",), lambda rng: cut(encoded(picture(rng), "TIFF"), rng)),
     "tiff offsets": ((".tif",), tiff_offsets),
     "tiff fields": ((".tiff",), tiff_fields),
+    "avif": ((".avif",), avif),
+    "avif cut": ((".avif",), lambda rng: cut(avif(rng), rng)),
+    "avif flipped": ((".avif",), lambda rng: flipped(avif(rng), rng)),
+    "avif head alone": ((".avif",), lambda rng: avif(rng)[:32] + rng.bytes(300)),
+    "avif in disguise": ((".jpg", ".heic"), avif),
+    "jxl of noise": ((".jxl", ".jpg"), jxl),
+    "heif of noise": ((".heic", ".heif"), heif),
     "gif cut": ((".gif",), lambda rng: cut(encoded(picture(rng, "P"), "GIF"), rng)),
     "empty": (EXTENSIONS, lambda rng: b""),
     "zero bytes": (EXTENSIONS, lambda rng: bytes(int(rng.integers(1, 5000)))),
@@ -169,11 +196,12 @@ KINDS: dict[str, tuple[tuple[str, ...], Make]] = {
 ALWAYS_MEASURED = {
     *("jpeg trailing garbage", "wrong ending", "cmyk", "16 bit", "palette", "1 bit", "alpha"),
     *("gray with alpha", "animated gif", "animated webp", "rotated by exif", "huge exif"),
-    *("broken icc", "one pixel", "one line"),
+    *("broken icc", "one pixel", "one line", "avif", "avif in disguise"),
 }
 NEVER_MEASURED = {
     *("jpeg without size", "jpeg head alone", "empty", "zero bytes", "noise", "text"),
     *("postscript", "png bomb", "png text bomb"),
+    *("avif head alone", "jxl of noise", "heif of noise"),
 }
 
 
@@ -315,7 +343,7 @@ def test_each_kind_ends_as_it_must(case: Case) -> None:
     assert {kind for kind in by_kind.index if by_kind[kind] == PER_KIND} >= ALWAYS_MEASURED
     assert {kind for kind in by_kind.index if by_kind[kind] == 0} >= NEVER_MEASURED
     # A cut file may be decodable in part, but is never passed off as whole.
-    for kind in ("jpeg cut", "jpeg progressive cut", "png cut", "webp cut", "tiff cut"):
+    for kind in ("jpeg cut", "jpeg progressive cut", "png cut", "webp cut", "tiff cut", "avif cut"):
         rows = table.loc[[file for file, its_kind in kinds.items() if its_kind == kind]]
         whole = (rows["integrity"] == "ok") & (rows["integrity_measured"] == "ok")
         assert not whole.any(), kind
@@ -325,6 +353,36 @@ def test_postscript_is_no_photograph_and_starts_no_interpreter(case: Case) -> No
     _, table, kinds, _ = case
     rows = table.loc[[file for file, kind in kinds.items() if kind == "postscript"]]
     assert set(rows["integrity"]) == {"not an image that PIL knows"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "package"),
+    [("jxl of noise", "JXL", "pillow-jxl-plugin"), ("heif of noise", "HEIF", "pillow-heif")],
+)
+def test_a_format_without_a_decoder_names_the_missing_package(
+    case: Case, kind: str, family: str, package: str
+) -> None:
+    _, table, kinds, _ = case
+    rows = table.loc[[file for file, its_kind in kinds.items() if its_kind == kind]]
+    if importlib.util.find_spec(package.replace("-plugin", "").replace("-", "_")) is None:
+        reason = f"{family} needs a decoder that is not installed: {package}"
+        assert set(rows["integrity"]) == {reason}
+    else:
+        assert (rows["integrity"] != "ok").all()
+
+
+def test_avif_goes_through_the_whole_pass_whatever_its_ending(case: Case) -> None:
+    root, table, kinds, _ = case
+    for file, kind in kinds.items():
+        if kind in ("avif", "avif in disguise"):
+            with Image.open(root / "photos" / file) as image:
+                size = image.size
+            row = table.loc[file]
+            assert (row["format"], row["integrity_measured"]) == ("AVIF", "ok")
+            assert (row["width"], row["height"]) == size
+            assert (row["width_measured"], row["height_measured"]) == size
+            assert row["entropy_bits_measured"] > 6
+            assert pd.isna(row["jpeg_quality"])
 
 
 def test_oddities_of_the_file_system_are_named(case: Case) -> None:

@@ -17,6 +17,7 @@ from components.corpus.flat_regions import sobel_variance
 from components.corpus.fused_texture import MAX_PATCH_PX, certain_distance, fused_texture
 from components.corpus.glcm import glcm_measures
 from components.corpus.scratch import Scratch
+from components.corpus.shrinking import box_reduced
 
 ROOT = Path(__file__).parents[3]
 SAMPLE = sorted((ROOT / "data" / "sample").glob("*.jpg"))
@@ -126,6 +127,18 @@ def test_the_fast_variance_is_within_its_bound(patch_px: int, kind: str) -> None
     for threshold, is_flat in ((variance + 2 * distance, 1.0), (variance - 2 * distance, 0.0)):
         texture = fused_texture(pixels, patch_px=patch_px, flat_variance=threshold)
         assert (texture.flat_fraction, texture.uncertain_patches) == (is_flat, 0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 120), st.integers(1, 120), st.integers(3, 50), st.integers(1, 300))
+def test_the_small_copy_is_that_of_box_reduced_for_any_patch_and_factor(
+    height: int, width: int, patch_px: int, factor: int
+) -> None:
+    rng = np.random.default_rng([height, width])
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    texture = fused_texture(pixels, patch_px=patch_px, reduced_by=factor)
+    np.testing.assert_array_equal(texture.reduced, box_reduced(pixels, factor))
+    assert texture.entropy_bits == fused_texture(pixels, patch_px=patch_px).entropy_bits
 
 
 def test_strided_pixels_are_measured_like_a_copy() -> None:

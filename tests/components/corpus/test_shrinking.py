@@ -40,7 +40,7 @@ def test_even_halves_are_rounded_like_all_others(channels: int) -> None:
     np.testing.assert_array_equal(box_reduced(pixels, 2), expected)
 
 
-@pytest.mark.parametrize("factor", [180, 181, 200, 400])
+@pytest.mark.parametrize("factor", [180, 181, 200, 257, 258, 400])
 def test_large_blocks_do_not_overflow(factor: int) -> None:
     pixels = np.full((400, 500), 255, np.uint8)
     assert (box_reduced(pixels, factor) == 255).all()
