@@ -106,15 +106,17 @@ def derivative_jpeg(pixels: np.ndarray, long_edge_px: int) -> bytes:
         pixels: (H, W, 3) uint8, RGB.
         long_edge_px: at most this in the result.
     """
-    return _encoded(box_reduced(pixels, derivative_factor(*pixels.shape[:2], long_edge_px)))
+    height, width = pixels.shape[:2]
+    return _encoded(box_reduced(pixels, derivative_factor(height, width, long_edge_px)))
 
 
 def _texture(pixels: np.ndarray, candidate: Candidate) -> FusedTexture:
+    height, width = pixels.shape[:2]
     return fused_texture(
         pixels,
         patch_px=candidate.patch_px,
         flat_variance=candidate.flat_variance,
-        reduced_by=derivative_factor(*pixels.shape[:2], candidate.derivative_px),
+        reduced_by=derivative_factor(height, width, candidate.derivative_px),
         scratch=_scratch(),
     )
 
