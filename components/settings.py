@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, Strict, ValidationError, model_validator
 
 from components.corpus.settings import (
     CaptionSettings,
+    EndpointSettings,
     IngestSettings,
     PeopleSettings,
     QualitySettings,
@@ -264,6 +265,9 @@ class GenerateSettings(Section):
     guidance_scale: NonNegative
     shift: Annotated[float, Field(gt=0)]
     """FlowMatchEuler shift; the released script: 3.0."""
+    schedule: Literal["static", "dynamic"]
+    """`static`: `shift` for every size (the released script). `dynamic`: a shift that grows with
+    the number of image tokens, as in stock Flux."""
     weights: Literal["ema", "raw"]
     seed: Annotated[int, Field(ge=0)]
 
@@ -273,6 +277,22 @@ class GenerateSettings(Section):
             if height % 32 or width % 32:
                 raise ValueError(f"size {height}x{width}: both edges must be multiples of 32")
         return self
+
+
+class RefinerSettings(Section):
+    """Prompt refiner of `ultraflux generate --refine` (UltraFlux supplement 12)."""
+
+    endpoint: EndpointSettings
+    language: Literal["English", "Chinese"]
+    min_words: Count
+    """The supplement asks for 55 to 100; what lies outside is asked again, then left as it was."""
+    max_words: Count
+    prompt_file: str | None
+    """Text file, relative to the project, with the exact system prompt to send instead."""
+    batch_size: Annotated[int, Field(ge=1, le=50)]
+    """Prompts per request."""
+    max_cost_usd: NonNegative
+    """Over all runs with the same settings."""
 
 
 class EvaluateSettings(Section):
@@ -315,6 +335,7 @@ class Settings(Section):
     dit_stage1: DitStageSettings
     dit_stage2: DitStageSettings
     generate: GenerateSettings
+    refiner: RefinerSettings
     evaluate: EvaluateSettings
     promote: PromoteSettings
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows import corpus_commands, environment
+from flows import corpus_commands, environment, generate_command
 from flows.command_line import fail, project_root
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command(
     epilog="Example: [bold]ultraflux select --what-if entropy_bits=6.8 "
     "--what-if aesthetic_top_fraction=0.4[/]",
 )(corpus_commands.select)
+app.command("generate", epilog=generate_command.EPILOG)(generate_command.generate)
 
 
 @app.command()
@@ -150,27 +151,6 @@ def measure(
     if not as_json:
         measurement_table(rows)
     raise typer.Exit(2 if failed else 0)
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Option(help="What to paint.")],
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 32.")],
-    seed: Annotated[int, typer.Option(help="Same seed, same picture.")] = 0,
-    steps: Annotated[int, typer.Option(help="Denoising steps (0: the settings' value).")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder for the PNG.")] = Path("outputs"),
-) -> None:
-    """Sample one image with the pipeline's trained weights."""
-    from components.models.weights import WeightsMissing
-    from flows.generation import generate_one
-
-    try:
-        path = generate_one(
-            project_root(), prompt, size, seed=seed, steps=steps or None, folder=output
-        )
-    except (WeightsMissing, ValueError) as problem:
-        raise fail(str(problem)) from None
-    print(path)
 
 
 @app.command()

@@ -291,7 +291,10 @@ class ChatClient:
                 {"type": "text", "text": text},
                 {"type": "image_url", "image_url": {"url": url}},
             ]
-        body = {"messages": [{"role": "user", "content": content}], **_parameters(self._settings)}
+        messages = [{"role": "user", "content": content}]
+        if question.prompt.system:
+            messages.insert(0, {"role": "system", "content": question.prompt.system})
+        body = {"messages": messages, **_parameters(self._settings)}
         if self._settings.seed is not None:
             body["seed"] = self._settings.seed + question.attempt
         return json.dumps(body).encode()
@@ -390,5 +393,7 @@ def job_of(settings: EndpointSettings, prompt: Prompt) -> str:
 
     The address is not part of it: the same model on another host is not asked again.
     """
-    parts = [prompt.version, prompt.text, _parameters(settings), settings.seed]
+    parts: list[Any] = [prompt.version, prompt.text, _parameters(settings), settings.seed]
+    if prompt.system:
+        parts.append(prompt.system)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -19,6 +19,8 @@ class Prompt:
 
     version: str
     text: str
+    system: str = ""
+    """Sent as the system message; empty: none is sent."""
 
 
 CAPTION_PROMPTS = {

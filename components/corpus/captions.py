@@ -82,7 +82,8 @@ def _script_share(text: str, script: str) -> float:
     return matching / len(letters)
 
 
-def _is_refusal(text: str) -> bool:
+def is_refusal(text: str) -> bool:
+    """Whether a text begins as a model's refusal does."""
     return text.strip().lower().replace("’", "'").startswith(_REFUSALS)
 
 
@@ -101,7 +102,7 @@ def check_english(text: str, settings: CaptionSettings) -> tuple[str, int]:
     words = len(text.split())
     if not words:
         return "missing", 0
-    if _is_refusal(text):
+    if is_refusal(text):
         return "refusal", words
     if _script_share(text, "LATIN") < _ENGLISH_LATIN_SHARE:
         return "wrong_language", words
@@ -122,7 +123,7 @@ def check_chinese(text: str, english: str) -> str:
     """
     if not text.strip():
         return "missing"
-    if _is_refusal(text):
+    if is_refusal(text):
         return "refusal"
     if _script_share(text, "CJK") < _CHINESE_HAN_SHARE:
         return "wrong_language"
@@ -169,7 +170,7 @@ def judge_provided(caption: Caption, settings: CaptionSettings, origin: str) -> 
     chinese = caption.chinese if caption.chinese and caption.chinese.strip() else None
     failed_english = status != "ok"
     if status == "ok" and chinese is not None:
-        if _is_refusal(chinese):
+        if is_refusal(chinese):
             status = "refusal"
         elif _script_share(chinese, "CJK") < _CHINESE_HAN_SHARE:
             status = "wrong_language"

@@ -10,22 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps
 
+from components.evaluation.image_metadata import (
+    FileFormat,
+    read_metadata,
+    save_with_metadata,
+    software_version,
+)
+from components.models.weights import file_digest
 from components.progress import track
 from components.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from components.models.memory_modes import MemoryModes
     from components.models.pipeline import UltraFluxPipeline
+    from components.models.released import ModelSources
+    from components.models.text_encoders import TextEncoders
 
+DtypeName = Literal["float32", "bfloat16", "float16"]
 KEY_CHUNK = "ultraflux_key"
 _SHEET_GAP_PX = 12
 
@@ -44,6 +55,13 @@ class GenerationRequest:
     """File name without its ending."""
     source_image_id: str = ""
     """Image whose caption is the prompt; empty for a typed prompt."""
+    image: Path | None = None
+    """Starting image of image-to-image."""
+    strength: float = 1.0
+    """Of image-to-image, 0 to 1."""
+    original_prompt: str = ""
+    """What a refiner made the prompt from."""
+    refiner: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,10 @@ class SamplerSettings:
     guidance_scale: float
     shift: float
     max_sequence_length: int
+    schedule: Literal["static", "dynamic"] = "static"
+    dtype: DtypeName = "float32"
+    vae_tiling: bool = False
+    """Tiles are blended: close to the whole decode, not equal."""
 
 
 @dataclass(frozen=True)
@@ -113,75 +135,76 @@ def request_key(
         "sampler": asdict(sampler),
         "weights": digests,
     }
+    if request.image is not None:
+        identity |= {"image": file_digest(request.image), "strength": request.strength}
     text = json.dumps(identity, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def model_folders(root: Path, settings: Settings) -> dict[str, Path]:
-    """Folders of the trained model below a repository root, by kind."""
+def model_sources(root: Path, settings: Settings) -> ModelSources:
+    """Where the parts of the model that this project trained are.
+
+    Raises:
+        WeightsMissing: the pipeline has not trained them yet.
+    """
+    from components.models.weights import resolve_folder
+
     encoders = root / "data" / "text_embeddings" / "encoders"
     pretrained = settings.models.text_encoders.pretrained
     if not encoders.is_dir() and pretrained is not None:
         encoders = root / pretrained
-    return {
+    folders = {
         "autoencoder": root / "data" / "vae" / "autoencoder",
         "transformer": root / "data" / "dit_stage2" / settings.generate.weights,
-        "text_encoders": encoders,
     }
+    for kind, folder in folders.items():
+        resolve_folder(folder, f"trained {kind}", "ultraflux run")
+    # After the checks: this import takes seconds.
+    from components.models.released import ModelSources
+
+    return ModelSources(text_encoders=encoders, **folders)
 
 
-def model_digests(folders: dict[str, Path]) -> dict[str, str]:
-    """Content digest of each of `model_folders`; of the text encoders only the four parts count."""
-    from components.models.text_encoders import FOLDERS
-    from components.models.weights import folder_digest
-
-    digests = {kind: folder_digest(folders[kind]) for kind in ("autoencoder", "transformer")}
-    # A FLUX.1-dev folder also holds what is not read here.
-    parts = [f"{name}={folder_digest(folders['text_encoders'] / name)}" for name in FOLDERS]
-    digests["text_encoders"] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return digests
+def default_dtype(settings: Settings) -> DtypeName:
+    """float32 on the CPU, bfloat16 on a GPU."""
+    return "bfloat16" if settings.runtime.device == "cuda" else "float32"
 
 
-def load_pipeline(root: Path, settings: Settings) -> UltraFluxPipeline:
-    """The trained autoencoder, transformer and text encoders of a run as one pipeline.
-
-    float32 on the CPU, bfloat16 on a GPU; nothing is fetched.
+def load_model(
+    sources: ModelSources,
+    sampler: SamplerSettings,
+    *,
+    device: str,
+    memory: MemoryModes,
+    **options: Any,
+) -> UltraFluxPipeline:
+    """A pipeline on its device, with text encoders unless they come first.
 
     Args:
-        root: repository root.
-        settings: `generate.weights`, `generate.shift` and `runtime.device` are read.
+        sources: the parts.
+        sampler: its schedule, shift and dtype are read.
+        device: such as "cpu" or "cuda".
+        memory: how to save memory.
+        **options: `rope_variant`, `stride` and `decode_mode` of `released.load_pipeline`.
 
     Raises:
-        WeightsMissing: a model folder is not there; the message names it.
+        WeightsMissing: a part is not there; the message names it.
+        WeightsBroken: files that are not these weights.
     """
     import torch
 
-    from components.models.autoencoder_f16 import AutoencoderKLF16
-    from components.models.pipeline import UltraFluxPipeline
-    from components.models.text_encoders import load_text_encoders
-    from components.models.transformer import UltraFluxTransformer2DModel
-    from components.models.weights import resolve_folder
+    from components.models.memory_modes import place_pipeline
+    from components.models.released import load_pipeline
 
-    folders = model_folders(root, settings)
-    train = "dvc repro vae dit_stage2"
-    dtype = torch.bfloat16 if settings.runtime.device == "cuda" else torch.float32
-    pipeline = UltraFluxPipeline.from_components(
-        AutoencoderKLF16.from_pretrained(
-            resolve_folder(folders["autoencoder"], "trained autoencoder", train),
-            torch_dtype=dtype,
-            local_files_only=True,
-        ).eval(),
-        UltraFluxTransformer2DModel.from_pretrained(
-            resolve_folder(folders["transformer"], "trained transformer", train),
-            torch_dtype=dtype,
-            local_files_only=True,
-        ).eval(),
-        load_text_encoders(folders["text_encoders"], dtype=dtype),
-        shift=settings.generate.shift,
+    pipeline = load_pipeline(
+        sources,
+        dtype=getattr(torch, sampler.dtype),
+        with_encoders=not memory.text_first,
+        schedule=sampler.schedule,
+        shift=sampler.shift,
+        **options,
     )
-    # None: no bar of its own where stderr is not a terminal.
-    pipeline.set_progress_bar_config(disable=None, leave=False)
-    pipeline.to(settings.runtime.device)
+    place_pipeline(pipeline, memory, device)
     return pipeline
 
 
@@ -192,43 +215,40 @@ def sampler_settings(settings: Settings) -> SamplerSettings:
         guidance_scale=settings.generate.guidance_scale,
         shift=settings.generate.shift,
         max_sequence_length=settings.models.text_encoders.max_sequence_length,
+        schedule=settings.generate.schedule,
+        dtype=default_dtype(settings),
     )
 
 
 def _embedded_key(path: Path) -> str | None:
     """The key inside a finished file; None when there is no readable image."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return str(image.info[KEY_CHUNK]) if KEY_CHUNK in image.info else None
-    except (OSError, SyntaxError, ValueError):
+        return read_metadata(path).get(KEY_CHUNK)
+    except ValueError:
         return None
 
 
-def _save(
-    image: Image.Image,
-    path: Path,
-    request: GenerationRequest,
-    sampler: SamplerSettings,
-    digests: dict[str, str],
-    key: str,
-) -> None:
-    notes = PngImagePlugin.PngInfo()
-    chunks = {
+def _fields(
+    request: GenerationRequest, sampler: SamplerSettings, digests: dict[str, str], key: str
+) -> dict[str, str]:
+    """What a picture says about itself."""
+    start = {}
+    if request.image is not None:
+        start = {"image_sha256": file_digest(request.image), "strength": str(request.strength)}
+    refined = {}
+    if request.original_prompt:
+        refined = {"original_prompt": request.original_prompt, "refiner": request.refiner}
+    return {
         "prompt": request.prompt,
+        **refined,
         "seed": str(request.seed),
         "size": f"{request.height}x{request.width}",
-        "num_inference_steps": str(sampler.num_inference_steps),
-        "guidance_scale": str(sampler.guidance_scale),
-        "shift": str(sampler.shift),
+        **start,
+        **{name: str(value) for name, value in asdict(sampler).items()},
         **{f"sha256_{name}": digest for name, digest in sorted(digests.items())},
+        "software": software_version(),
         KEY_CHUNK: key,
     }
-    for name, text in chunks.items():
-        notes.add_itxt(name, text)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    image.save(temporary, format="PNG", pnginfo=notes)
-    temporary.replace(path)
 
 
 def generate_images(
@@ -239,65 +259,140 @@ def generate_images(
     sampler: SamplerSettings,
     digests: dict[str, str],
     description: str = "generate",
+    load_encoders: Callable[[], TextEncoders] | None = None,
+    batch_size: int = 1,
+    file_format: FileFormat = "png",
+    replace: bool = True,
 ) -> list[Generation]:
     """Make every requested image that `out_dir` does not hold already.
 
     Args:
         load: gives the pipeline; called once, and only if an image is missing.
         requests: what to make; names must be distinct.
-        out_dir: folder for `<name>.png`, created.
+        out_dir: folder for `<name>.<file_format>`, created.
         sampler: steps, guidance and so on.
         digests: model name to content digest; part of every image's key.
         description: name of the progress bar.
+        load_encoders: gives text encoders that are used and dropped before `load` is called, which
+            then need not bring any.
+        batch_size: images of one size that are made together. An image does not depend on its
+            batch beyond the rounding of sums (a pixel may differ by one level); 1 is exact.
+        file_format: png or jpg.
+        replace: False: a file under a wanted name that is something else is an error, not replaced.
 
     Returns:
         One record per request, in order. Killed at any moment, a later call gives the same files.
 
     Raises:
-        ValueError: two requests share a name.
+        ValueError: two requests share a name, a starting image cannot be read, or a file is in the
+            way.
     """
-    import torch
-
     wanted = list(requests)
     if len({request.name for request in wanted}) != len(wanted):
         raise ValueError("request names must be distinct")
     out_dir.mkdir(parents=True, exist_ok=True)
-    loaded: UltraFluxPipeline | None = None
-    done: list[Generation] = []
-    for request in track(wanted, description):
-        path = out_dir / f"{request.name}.png"
-        key = request_key(request, sampler, digests)
-        if _embedded_key(path) != key:
-            if loaded is None:
-                loaded = load()
-            # On the CPU, so that a seed means the same noise on every device.
-            generator = torch.Generator("cpu").manual_seed(request.seed)
-            # Embedded here and not by the pipeline, which would warn about every long caption.
-            text, pooled = _embed(loaded, request.prompt, sampler.max_sequence_length)
-            image = loaded(
-                prompt_embeds=text,
-                pooled_prompt_embeds=pooled,
-                height=request.height,
-                width=request.width,
-                num_inference_steps=sampler.num_inference_steps,
-                guidance_scale=sampler.guidance_scale,
-                generator=generator,
-            ).images[0]
-            _save(image, path, request, sampler, digests, key)
-        done.append(_record(request, path, key, digests))
-    return done
+    keys = {request.name: request_key(request, sampler, digests) for request in wanted}
+    paths = {request.name: out_dir / f"{request.name}.{file_format}" for request in wanted}
+    pending = [r for r in wanted if _embedded_key(paths[r.name]) != keys[r.name]]
+    in_the_way = [paths[r.name] for r in pending if paths[r.name].exists()]
+    if in_the_way and not replace:
+        raise ValueError(
+            f"{in_the_way[0]}: is there already and is another picture; allow overwriting or "
+            "choose another folder"
+        )
+    done = len(wanted) - len(pending)
+    made = _paint(load, load_encoders, pending, sampler, batch_size) if pending else iter(())
+    for request, image in track(made, description, total=len(wanted), initial=done):
+        key = keys[request.name]
+        fields = _fields(request, sampler, digests, key)
+        save_with_metadata(image, paths[request.name], fields, file_format)
+    return [
+        _record(request, paths[request.name], keys[request.name], digests) for request in wanted
+    ]
 
 
-def _embed(pipeline: UltraFluxPipeline, prompt: str, length: int) -> tuple[Tensor, Tensor]:
+def _batches(
+    requests: Sequence[GenerationRequest], batch_size: int
+) -> Iterator[list[GenerationRequest]]:
+    """Neighbours that one call can make: of one size and one strength."""
+    for _, group in groupby(requests, lambda r: (r.height, r.width, r.image is None, r.strength)):
+        alike = list(group)
+        for first in range(0, len(alike), batch_size):
+            yield alike[first : first + batch_size]
+
+
+def _paint(
+    load: Callable[[], UltraFluxPipeline],
+    load_encoders: Callable[[], TextEncoders] | None,
+    requests: Sequence[GenerationRequest],
+    sampler: SamplerSettings,
+    batch_size: int,
+) -> Iterator[tuple[GenerationRequest, Image.Image]]:
+    """Each request with its picture."""
+    import torch
+
     from components.models.text_encoders import TextEncoders, encode_prompts
 
-    encoders = TextEncoders(
-        tokenizer=pipeline.tokenizer,
-        tokenizer_2=pipeline.tokenizer_2,
-        text_encoder=pipeline.text_encoder,
-        text_encoder_2=pipeline.text_encoder_2,
-    )
-    return encode_prompts(encoders, [prompt], length)
+    length = sampler.max_sequence_length
+    texts: dict[str, tuple[Tensor, Tensor]] = {}
+    if load_encoders is not None:
+        encoders: TextEncoders | None = load_encoders()
+        assert encoders is not None
+        for prompt in dict.fromkeys(request.prompt for request in requests):
+            text, pooled = encode_prompts(encoders, [prompt], length)
+            texts[prompt] = (text.cpu(), pooled.cpu())
+        # The only reference: freed before the large models are loaded.
+        encoders = None
+    pipeline = load()
+    device = pipeline._execution_device
+    for batch in _batches(requests, batch_size):
+        embedded = []
+        for request in batch:
+            # One prompt at a time and not by the pipeline, which would warn about long captions.
+            if request.prompt in texts:
+                embedded.append(texts[request.prompt])
+            else:
+                own = TextEncoders(
+                    tokenizer=pipeline.tokenizer,
+                    tokenizer_2=pipeline.tokenizer_2,
+                    text_encoder=pipeline.text_encoder,
+                    text_encoder_2=pipeline.text_encoder_2,
+                )
+                embedded.append(encode_prompts(own, [request.prompt], length))
+        start: dict[str, Any] = {}
+        if batch[0].image is not None:
+            start = {
+                "image": [starting_image(r.image, r.height, r.width) for r in batch if r.image],
+                "strength": batch[0].strength,
+            }
+        images = pipeline(
+            prompt_embeds=torch.cat([text for text, _ in embedded]).to(device),
+            pooled_prompt_embeds=torch.cat([pooled for _, pooled in embedded]).to(device),
+            height=batch[0].height,
+            width=batch[0].width,
+            num_inference_steps=sampler.num_inference_steps,
+            guidance_scale=sampler.guidance_scale,
+            # On the CPU, so that a seed means the same noise on every device.
+            generator=[torch.Generator("cpu").manual_seed(request.seed) for request in batch],
+            **start,
+        ).images
+        yield from zip(batch, images, strict=True)
+
+
+def starting_image(path: Path, height: int, width: int) -> Image.Image:
+    """A picture for image-to-image: upright, RGB, resized to cover the size, centre kept.
+
+    Raises:
+        ValueError: not a readable picture.
+    """
+    from components.training.aspect_buckets import Bucket, fit_to_bucket
+
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        raise ValueError(f"{path}: not a readable picture ({problem})") from None
+    return fit_to_bucket(upright, Bucket(height, width))
 
 
 def _record(
@@ -309,7 +404,7 @@ def _record(
         seed=request.seed,
         height=request.height,
         width=request.width,
-        image_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        image_sha256=file_digest(path),
         source_image_id=request.source_image_id,
         key=key,
         digests=dict(sorted(digests.items())),

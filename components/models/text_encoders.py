@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import get_module_execution_device
 from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -25,6 +27,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from components.models.checkpoint_files import WeightsBroken, folder_shapes
 from components.models.weights import WeightsMissing, resolve_folder
 
 CLIP_CONTEXT = 77
@@ -260,6 +263,7 @@ def load_text_encoders(
 
     Raises:
         WeightsMissing: a part is not there; names it and the command that gets it.
+        WeightsBroken: a file cannot be read, or does not hold the encoder's tensors.
     """
     if folder is None:
         raise WeightsMissing("Flux text encoders", "(no folder set)", DOWNLOAD)
@@ -267,18 +271,34 @@ def load_text_encoders(
     for name in FOLDERS[:2]:
         if not (root / name / "tokenizer_config.json").is_file():
             raise WeightsMissing(f"Flux {name}", root / name, DOWNLOAD)
-    clip = resolve_folder(root / "text_encoder", "Flux CLIP text encoder", DOWNLOAD)
-    t5 = resolve_folder(root / "text_encoder_2", "Flux T5 text encoder", DOWNLOAD)
     return TextEncoders(
         tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer", local_files_only=True),
         tokenizer_2=T5TokenizerFast.from_pretrained(root / "tokenizer_2", local_files_only=True),
-        text_encoder=CLIPTextModel.from_pretrained(
-            clip, local_files_only=True, use_safetensors=True, dtype=dtype
-        ).eval(),
-        text_encoder_2=T5EncoderModel.from_pretrained(
-            t5, local_files_only=True, use_safetensors=True, dtype=dtype
-        ).eval(),
+        text_encoder=_load_encoder(CLIPTextModel, root / "text_encoder", "CLIP", dtype),
+        text_encoder_2=_load_encoder(T5EncoderModel, root / "text_encoder_2", "T5", dtype),
     )
+
+
+def _load_encoder(kind: Any, path: Path, name: str, dtype: torch.dtype) -> Any:
+    """One encoder in evaluation mode; transformers itself would only warn about lost weights."""
+    what = f"Flux {name} text encoder"
+    folder = resolve_folder(path, what, DOWNLOAD)
+    folder_shapes(folder, what, DOWNLOAD)
+    try:
+        model, report = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    except RuntimeError as problem:
+        raise WeightsBroken(f"{folder}: {' '.join(str(problem).split())[:300]}") from None
+    for kind_of_problem in ("missing_keys", "mismatched_keys"):
+        if lost := sorted(str(key) for key in report[kind_of_problem]):
+            names = ", ".join(lost[:3])
+            raise WeightsBroken(f"{folder}: {len(lost)} {kind_of_problem} ({names})")
+    return model.eval()
 
 
 @torch.no_grad()
@@ -312,6 +332,9 @@ def encode_prompts(
         truncation=True,
         return_tensors="pt",
     ).input_ids
-    t5 = encoders.text_encoder_2(t5_tokens.to(encoders.text_encoder_2.device))[0]
-    pooled = encoders.text_encoder(clip_tokens.to(encoders.text_encoder.device)).pooler_output
+    # With offloading the weights wait elsewhere (on the CPU or the meta device).
+    t5_device = get_module_execution_device(encoders.text_encoder_2)
+    clip_device = get_module_execution_device(encoders.text_encoder)
+    t5 = encoders.text_encoder_2(t5_tokens.to(t5_device))[0]
+    pooled = encoders.text_encoder(clip_tokens.to(clip_device)).pooler_output
     return t5, pooled

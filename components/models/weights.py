@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -32,6 +33,22 @@ class WeightsMissing(Exception):
     def __reduce__(self) -> tuple[type[WeightsMissing], tuple[str, str, str]]:
         # The default would call __init__ with the message alone when a worker process raises.
         return (type(self), (self.name, self.expected, self.command))
+
+
+class ComponentsMissing(WeightsMissing):
+    """Several parts of a model are missing; one line for each.
+
+    Attributes:
+        missing: the parts.
+    """
+
+    def __init__(self, missing: Sequence[WeightsMissing]) -> None:
+        self.missing = tuple(missing)
+        super().__init__(missing[0].name, missing[0].expected, missing[0].command)
+        self.args = ("\n".join(str(part) for part in missing),)
+
+    def __reduce__(self) -> tuple[type[WeightsMissing], tuple[tuple[WeightsMissing, ...]]]:  # type: ignore[override]
+        return (type(self), (self.missing,))
 
 
 def resolve_folder(path: str | Path | None, what: str, command: str) -> Path:
@@ -89,6 +106,12 @@ def folder_digest(path: str | Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def require_class(path: str | Path, subfolder: str | None, allowed: tuple[str, ...]) -> None:

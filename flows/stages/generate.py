@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from components.evaluation import sampling
+from components.models.memory_modes import MemoryModes
+from components.models.released import source_digests
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 _CELL_PX = 320
@@ -29,16 +31,19 @@ def run(context: StageContext) -> StageResult:
     prompts = _held_out_prompts(context)
     context.input("vae", "autoencoder")
     context.input("dit_stage2", settings.generate.weights)
-    folders = sampling.model_folders(context.root, settings)
+    sources = sampling.model_sources(context.root, settings)
     torch.set_num_threads(settings.runtime.torch_threads)
-    digests = sampling.model_digests(folders)
+    digests = source_digests(sources)
+    sampler = sampling.sampler_settings(settings)
     requests = sampling.make_requests(prompts, settings.generate.sizes, settings.generate.seed)
     finished = context.state_dir / "images"
     generations = sampling.generate_images(
-        lambda: sampling.load_pipeline(context.root, settings),
+        lambda: sampling.load_model(
+            sources, sampler, device=settings.runtime.device, memory=MemoryModes()
+        ),
         requests,
         finished,
-        sampler=sampling.sampler_settings(settings),
+        sampler=sampler,
         digests=digests,
         description=context.stage,
     )

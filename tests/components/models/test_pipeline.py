@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
-from components.models.pipeline import UltraFluxPipeline, build_scheduler
+from components.models.memory_modes import parse_memory, place_pipeline
+from components.models.pipeline import UltraFluxPipeline, build_scheduler, remaining_steps
 from components.models.text_encoders import build_tiny_text_encoders, encode_prompts
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
 
@@ -127,3 +129,136 @@ def test_sizes_and_generators_that_do_not_fit_are_refused(pipeline: UltraFluxPip
         UltraFluxPipeline.from_components(
             build_tiny_autoencoder(), build_tiny_transformer(in_channels=32)
         )
+
+
+def picture(size: tuple[int, int]) -> torch.Tensor:
+    """(1, 3, H, W) in [0, 1]."""
+    return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(3))
+
+
+def test_strength_zero_is_the_reconstruction_of_the_autoencoder(
+    pipeline: UltraFluxPipeline,
+) -> None:
+    pixels = picture((96, 64))
+    found = _sample(pipeline, (96, 64), [1], image=pixels, strength=0.0)
+    with torch.no_grad():
+        latents = pipeline.vae.encode(2 * pixels - 1).latent_dist.mode()
+        expected = pipeline.vae.decode(latents).sample / 2 + 0.5
+    np.testing.assert_allclose(
+        found[0], expected[0].clamp(0, 1).permute(1, 2, 0).numpy(), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("schedule", ["static", "dynamic"])
+def test_strength_one_is_text_to_image_with_the_same_noise(
+    pipeline: UltraFluxPipeline, schedule: str
+) -> None:
+    other = UltraFluxPipeline(
+        **{**pipeline.components, "scheduler": build_scheduler(schedule=schedule)}  # type: ignore[arg-type]
+    )
+    other.set_progress_bar_config(disable=True)
+    from_image = _sample(other, (64, 96), [4], image=picture((64, 96)), strength=1.0)
+    assert from_image.tobytes() == _sample(other, (64, 96), [4]).tobytes()
+
+
+def test_image_to_image_equals_the_library_from_the_same_latents(
+    pipeline: UltraFluxPipeline,
+) -> None:
+    size, strength = (64, 96), 2 / 3
+    pixels = picture(size)
+    reference = FluxImg2ImgPipeline(
+        **{
+            name: part
+            for name, part in pipeline.components.items()
+            if name not in ("image_encoder", "feature_extractor")
+        }
+    )
+    reference.vae_scale_factor = pipeline.vae_scale_factor
+    reference.set_progress_bar_config(disable=True)
+    clean = pipeline._image_latents(pixels, *size, 1)
+    expected = reference(
+        prompt=PROMPT,
+        # Latents instead of pixels: the library would draw from the posterior first.
+        image=clean,
+        height=size[0],
+        width=size[1],
+        strength=strength,
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    ).images
+    found = _sample(pipeline, size, [5], image=pixels, strength=strength)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_lower_strength_stays_closer_to_the_image(pipeline: UltraFluxPipeline) -> None:
+    start = _sample(pipeline, (64, 64), [1], image=picture((64, 64)), strength=0.0)
+    distances = [
+        np.abs(
+            _sample(pipeline, (64, 64), [1], image=picture((64, 64)), strength=strength) - start
+        ).mean()
+        for strength in (1 / 3, 2 / 3, 1.0)
+    ]
+    assert 0 < distances[0] < distances[1] < distances[2]
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "expected"), [(10, 0.7, 7), (50, 0.6, 30), (50, 0.01, 1), (4, 0.0, 0)]
+)
+def test_strength_is_the_rounded_up_share_of_the_steps(
+    steps: int, strength: float, expected: int
+) -> None:
+    assert remaining_steps(steps, strength) == expected
+
+
+def test_bad_starting_images_and_strengths_are_refused(pipeline: UltraFluxPipeline) -> None:
+    with pytest.raises(ValueError, match=r"image: is 64x64 .* must be 64x96"):
+        _sample(pipeline, (64, 96), [1], image=picture((64, 64)), strength=0.5)
+    with pytest.raises(ValueError, match="strength: must be from 0 to 1"):
+        _sample(pipeline, (64, 64), [1], image=picture((64, 64)), strength=1.5)
+
+
+def test_dynamic_schedule_is_flux_own() -> None:
+    tokens, linear = 16384, np.linspace(1.0, 1 / 50, 50)
+    scheduler = build_scheduler(schedule="dynamic")
+    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    scheduler.set_timesteps(sigmas=linear, mu=mu)
+    expected = np.exp(mu) / (np.exp(mu) + 1 / linear - 1)
+    np.testing.assert_allclose(scheduler.sigmas[:-1].numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("modes", ["none", "model-offload", "vae-slicing", "vae-tiling"])
+def test_every_memory_mode_gives_the_same_picture(pipeline: UltraFluxPipeline, modes: str) -> None:
+    expected = _sample(pipeline, (64, 96), [6, 7])
+    other = UltraFluxPipeline(**copy.deepcopy(pipeline.components))
+    other.set_progress_bar_config(disable=True)
+    place_pipeline(other, parse_memory(modes), "cpu")
+    start = {"image": picture((64, 96)), "strength": 0.5}
+    np.testing.assert_allclose(_sample(other, (64, 96), [6, 7]), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        _sample(other, (64, 96), [6, 7], **start),
+        _sample(pipeline, (64, 96), [6, 7], **start),
+        atol=1e-4,
+    )
+
+
+def test_a_tiled_decode_of_a_large_image_is_close_to_the_whole_one(
+    pipeline: UltraFluxPipeline,
+) -> None:
+    whole = _sample(pipeline, (320, 512), [8])
+    other = UltraFluxPipeline(**copy.deepcopy(pipeline.components))
+    other.set_progress_bar_config(disable=True)
+    place_pipeline(other, parse_memory("vae-tiling"), "cpu")
+    tiled = _sample(other, (320, 512), [8])
+    assert tiled.shape == whole.shape
+    mean_square = float(((tiled - whole) ** 2).mean())
+    assert 0 < mean_square < 0.1 * float(whole.var())
+
+
+def test_memory_modes_are_a_checked_list() -> None:
+    modes = parse_memory("text-first, model-offload")
+    assert (modes.text_first, modes.offload, modes.vae_tiling) == (True, "model", False)
+    with pytest.raises(ValueError, match="unknown mode tiling; choose from none, text-first"):
+        parse_memory("tiling")

@@ -1,0 +1,100 @@
+"""Prompts from a file: one a line (.txt), objects (.jsonl) or a table (.csv)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """One line; what it leaves out comes from the command line."""
+
+    prompt: str
+    size: str | None = None
+    """WIDTHxHEIGHT."""
+    seed: int | None = None
+
+
+_FIELDS = ("prompt", "size", "seed")
+
+
+def read_prompts(path: Path) -> list[PromptLine]:
+    """Prompts of a file, in order.
+
+    Args:
+        path: `.txt`: a prompt a line; `.jsonl`: objects with `prompt` and optionally `size`
+            (WIDTHxHEIGHT) and `seed`; `.csv`: the same as columns. Empty lines are skipped, other
+            fields are ignored.
+
+    Raises:
+        ValueError: missing or unreadable file, or a line, by number, without a prompt or with
+            another kind of value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"{path}: no such file of prompts") from None
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{path}: not UTF-8 at byte {problem.start}") from None
+    readers = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_lines}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{path}: expected a file that ends in {', '.join(readers)}")
+    prompts = [_parse(record, where) for where, record in reader(text, path.name)]
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt")
+    return prompts
+
+
+def _text_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{name} line {number}", {"prompt": line}
+
+
+def _json_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Only "\n" ends a line: splitlines() would also split at separators inside a prompt.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"{name} line {number}: not JSON: {problem.msg}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{name} line {number}: expected an object with a prompt")
+        yield f"{name} line {number}", record
+
+
+def _csv_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    table = csv.DictReader(io.StringIO(text, newline=""))
+    if "prompt" not in (table.fieldnames or ()):
+        raise ValueError(f"{name}: has no column named prompt")
+    try:
+        for record in table:
+            yield f"{name} line {table.line_num}", {k: v or None for k, v in record.items() if k}
+    except csv.Error as problem:
+        raise ValueError(f"{name} line {table.line_num}: not CSV: {problem}") from None
+
+
+def _parse(record: Mapping[str, Any], where: str) -> PromptLine:
+    prompt, size, seed = (record.get(field) for field in _FIELDS)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{where}: no prompt")
+    if size is not None and not isinstance(size, str):
+        raise ValueError(f"{where}: size must be WIDTHxHEIGHT, got {size!r}")
+    if isinstance(seed, str):
+        try:
+            seed = int(seed)
+        except ValueError:
+            raise ValueError(f"{where}: seed must be a whole number, got {seed!r}") from None
+    is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63
+    if seed is not None and not is_seed:
+        raise ValueError(f"{where}: seed must be a whole number from 0, got {seed!r}")
+    return PromptLine(prompt.strip(), size, seed)

@@ -1,0 +1,214 @@
+"""A Flux transformer in one safetensors file: the original key layout, or diffusers' own.
+
+The original layout (black-forest-labs/flux) keeps q, k and v in one matrix, joins the single
+blocks' MLP input to it, and stores the last modulation as (shift, scale) where diffusers wants
+(scale, shift). Sizes are read off the tensors, so that checkpoints of any width load.
+
+Deviation: diffusers' own converter assumes a width of 3072; at that width the two are equal
+(tested on every tensor).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.models.modeling_utils import no_init_weights
+from safetensors.torch import load_file
+from torch import Tensor
+
+from components.models.checkpoint_files import WeightsBroken, file_shapes, require_shapes
+from components.models.resonance_rope import RopeVariant
+from components.models.transformer import UltraFluxTransformer2DModel
+
+# What checkpoint collections put before every key.
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+_RENAMED = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+_DOUBLE = {
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+}
+_SINGLE = {
+    "modulation.lin": "norm.linear",
+    "norm.query_norm": "attn.norm_q",
+    "norm.key_norm": "attn.norm_k",
+    "linear2": "proj_out",
+}
+_SPLIT = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+}
+_BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
+# Rotary channels per head in Flux: 16 + 56 + 56 of 128.
+_AXIS_SHARES = (2, 7, 7)
+
+
+def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without what collections put before the transformer's keys."""
+    for prefix in _PREFIXES:
+        if any(name.startswith(prefix) for name in state):
+            return {
+                name.removeprefix(prefix): tensor
+                for name, tensor in state.items()
+                if name.startswith(prefix)
+            }
+    return dict(state)
+
+
+def is_original_layout(names: Mapping[str, Any]) -> bool:
+    """Whether (prefix-free) keys are in the original layout."""
+    return any(name.startswith(("double_blocks.", "single_blocks.")) for name in names)
+
+
+def convert_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Original keys to diffusers' keys.
+
+    Args:
+        state: without prefix; the tensors are split and reordered, never changed.
+
+    Returns:
+        State dict of FluxTransformer2DModel.
+
+    Raises:
+        WeightsBroken: a key that Flux does not have.
+    """
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        block = _BLOCK.fullmatch(module)
+        if block is None:
+            if module not in _RENAMED:
+                raise WeightsBroken(f"{name}: not a tensor of a Flux transformer")
+            if module.startswith("final_layer.adaLN"):
+                shift, scale = tensor.chunk(2)
+                tensor = torch.cat((scale, shift))
+            converted[f"{_RENAMED[module]}.{kind}"] = tensor
+            continue
+        is_double, part = block[1] == "double", block[3]
+        target = f"{'' if is_double else 'single_'}transformer_blocks.{block[2]}."
+        if part in _SPLIT:
+            pieces = _SPLIT[part]
+            width = len(tensor) // 3 if len(pieces) == 3 else _width(state)
+            sizes = [width, width, width, len(tensor) - 3 * width][: len(pieces)]
+            for piece, values in zip(pieces, tensor.split(sizes), strict=True):
+                converted[f"{target}{piece}.{kind}"] = values
+            continue
+        renamed = (_DOUBLE if is_double else _SINGLE).get(part)
+        if renamed is None:
+            raise WeightsBroken(f"{name}: not a tensor of a Flux transformer")
+        # The norms' only parameter is called scale there and weight here.
+        converted[f"{target}{renamed}.{'weight' if kind == 'scale' else kind}"] = tensor
+    return converted
+
+
+def _width(state: Mapping[str, Tensor]) -> int:
+    """Channels of a token, from a tensor that has one value for each."""
+    biases = ("img_in.bias", "txt_in.bias", "single_blocks.0.linear2.bias")
+    for name in biases:
+        if name in state:
+            return len(state[name])
+    raise WeightsBroken(f"none of {', '.join(biases)} is there: not a whole Flux transformer")
+
+
+def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Constructor arguments of the transformer, from the shapes of its diffusers-layout tensors.
+
+    Rotary channels per axis are not in the weights: Flux's shares 2:7:7 are taken.
+
+    Raises:
+        WeightsBroken: a tensor that tells a size is missing.
+    """
+
+    def count(prefix: str) -> int:
+        pattern = re.compile(rf"{prefix}\.(\d+)\.")
+        numbers = [int(match[1]) for name in shapes if (match := pattern.match(name))]
+        return max(numbers, default=-1) + 1
+
+    try:
+        width, in_channels = shapes["x_embedder.weight"]
+        joint_dim = shapes["context_embedder.weight"][1]
+        pooled_dim = shapes["time_text_embed.text_embedder.linear_1.weight"][1]
+        out_channels = shapes["proj_out.weight"][0]
+        norms = [name for name in shapes if name.endswith("attn.norm_q.weight")]
+        head_dim = shapes[norms[0]][0]
+    except (LookupError, ValueError) as problem:
+        raise WeightsBroken(
+            f"{problem} is missing or has another rank: not a Flux transformer"
+        ) from None
+    shares = sum(_AXIS_SHARES)
+    if head_dim % (2 * shares) or width % head_dim:
+        raise WeightsBroken(f"heads of {head_dim} channels at width {width} are not Flux's layout")
+    return {
+        "in_channels": in_channels,
+        "out_channels": None if out_channels == in_channels else out_channels,
+        "num_layers": count("transformer_blocks"),
+        "num_single_layers": count("single_transformer_blocks"),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": width // head_dim,
+        "joint_attention_dim": joint_dim,
+        "pooled_projection_dim": pooled_dim,
+        "guidance_embeds": any("guidance_embedder" in name for name in shapes),
+        "axes_dims_rope": tuple(share * head_dim // shares for share in _AXIS_SHARES),
+    }
+
+
+def load_single_file(
+    path: Path, *, dtype: torch.dtype, rope_variant: RopeVariant
+) -> UltraFluxTransformer2DModel:
+    """A transformer from one safetensors file.
+
+    Args:
+        path: original or diffusers key layout, with or without a collection's prefix.
+        dtype: of the weights.
+        rope_variant: see `components.models.resonance_rope`; a file does not say which.
+
+    Returns:
+        Model in evaluation mode on the CPU.
+
+    Raises:
+        WeightsBroken: not safetensors, not a Flux transformer, or tensors missing or misshapen.
+    """
+    file_shapes(path)
+    state = without_prefix(load_file(path))
+    try:
+        if is_original_layout(state):
+            state = convert_original(state)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        config = transformer_config(shapes)
+    except (WeightsBroken, RuntimeError) as problem:
+        raise WeightsBroken(f"{path}: {problem}") from None
+    # Empty and without initialisation: 12B parameters would take minutes and 48 GB.
+    with init_empty_weights(), no_init_weights():
+        model = UltraFluxTransformer2DModel(**config, rope_variant=rope_variant)
+    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    require_shapes(needed, shapes, path)
+    # Contiguous: pieces of one matrix would keep the whole matrix alive when it is cast or saved.
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()
