@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows import corpus_commands, environment, generate_command
+from flows import corpus_commands, diagnose_commands, environment, generate_command
 from flows.command_line import fail, project_root
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Settings: profiles and para
 app.add_typer(stage_app, name="stage")
 app.add_typer(config_app, name="config")
 app.add_typer(corpus_commands.app, name="corpus")
+app.add_typer(diagnose_commands.app, name="diagnose")
 app.command(
     "select",
     epilog="Example: [bold]ultraflux select --what-if entropy_bits=6.8 "

@@ -56,6 +56,18 @@ def snap_to_window(frequencies: FloatArray, window: int, *, all_bands: bool) -> 
     return snapped if all_bands else np.where(cycles >= 1.0, snapped, frequencies)
 
 
+def snapped_frequencies(
+    dim: int, *, window: int = 64, theta: float = 10000.0, variant: RopeVariant = "official"
+) -> FloatArray:
+    """A variant's frequencies after snapping and before any stretching, (dim/2,) float64."""
+    plain = plain_frequencies(dim, theta)
+    if variant == "flux":
+        return plain
+    if variant == "official_prefix":
+        return 1.0 / snap_to_window(1.0 / plain, window, all_bands=False)
+    return snap_to_window(plain, window, all_bands=variant == "paper")
+
+
 def _trained_share(
     dim: int, theta: float, window: int, cycles_high_low: tuple[float, float]
 ) -> FloatArray:
@@ -74,14 +86,10 @@ def _trained_share(
 
 
 def _official_frequencies(
-    dim: int, theta: float, window: int, scale: float, *, snap_inverse: bool
+    dim: int, theta: float, window: int, scale: float, variant: RopeVariant
 ) -> FloatArray:
     """Released code: snap, blend linear and NTK scaling, then keep the fast bands unscaled."""
-    plain = plain_frequencies(dim, theta)
-    if snap_inverse:
-        snapped = 1.0 / snap_to_window(1.0 / plain, window, all_bands=False)
-    else:
-        snapped = snap_to_window(plain, window, all_bands=False)
+    snapped = snapped_frequencies(dim, window=window, theta=theta, variant=variant)
     linear = snapped / scale
     # "The same exponents": the snapped spectrum re-based, w = theta^-e -> base^-e.
     base = theta * scale ** (dim / (dim - 2))
@@ -94,7 +102,7 @@ def _official_frequencies(
 
 def _paper_frequencies(dim: int, theta: float, window: int, scale: float) -> FloatArray:
     """Text's formulas: snap every band, ramp between w/s and w by its whole cycles."""
-    snapped = snap_to_window(plain_frequencies(dim, theta), window, all_bands=True)
+    snapped = snapped_frequencies(dim, window=window, theta=theta, variant="paper")
     cycles = window * snapped / (2 * math.pi)
     high, low = LINEAR_TO_NTK_CYCLES
     keep = np.clip((cycles - low) / (high - low), 0.0, 1.0)
@@ -141,9 +149,7 @@ def axis_spectrum(
     if tokens <= window:
         return plain_frequencies(dim, theta), 1.0
     scale = tokens / window
-    frequencies = _official_frequencies(
-        dim, theta, window, scale, snap_inverse=variant == "official_prefix"
-    )
+    frequencies = _official_frequencies(dim, theta, window, scale, variant)
     return frequencies, AMPLITUDE_SLOPE * math.log(scale) + 1
 
 
@@ -237,21 +243,30 @@ class ResonanceRope2D(nn.Module):
 
     def _axis_tables(self, axis: int, extent: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(extent, dim) cos and sin of one axis, cached."""
+        if torch.compiler.is_compiling():
+            # A lookup would tie the graph to what the cache held when it was traced, so a bucket's
+            # second call would compile again. The extent is a constant of the graph either way.
+            return self._build_axis_tables(axis, extent, device)
         key = (axis, int(extent), str(device))
         if key not in self._axes:
-            # The stream axis has one position; plain frequencies whatever the variant.
-            frequencies, amplitude = axis_spectrum(
-                extent,
-                self.axes_dims[axis],
-                window=self.window,
-                theta=self.theta,
-                variant=self.variant if axis else "flux",
-            )
-            positions = torch.arange(extent, dtype=torch.float64)
-            # Phases in float64: at position 400 float32 would lose 2e-5 rad in the fastest band.
-            phases = torch.outer(positions, torch.from_numpy(frequencies))
-            self._axes[key] = (
-                (phases.cos() * amplitude).float().repeat_interleave(2, dim=1).to(device),
-                (phases.sin() * amplitude).float().repeat_interleave(2, dim=1).to(device),
-            )
+            self._axes[key] = self._build_axis_tables(axis, int(extent), device)
         return self._axes[key]
+
+    def _build_axis_tables(
+        self, axis: int, extent: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        # The stream axis has one position; plain frequencies whatever the variant.
+        frequencies, amplitude = axis_spectrum(
+            extent,
+            self.axes_dims[axis],
+            window=self.window,
+            theta=self.theta,
+            variant=self.variant if axis else "flux",
+        )
+        positions = torch.arange(extent, dtype=torch.float64)
+        # Phases in float64: at position 400 float32 would lose 2e-5 rad in the fastest band.
+        phases = torch.outer(positions, torch.from_numpy(frequencies))
+        return (
+            (phases.cos() * amplitude).float().repeat_interleave(2, dim=1).to(device),
+            (phases.sin() * amplitude).float().repeat_interleave(2, dim=1).to(device),
+        )

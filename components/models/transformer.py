@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import FluxTransformer2DModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks.context_parallel import EquipartitionSharder
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
@@ -117,6 +119,9 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict the velocity of packed latents.
 
+        Under diffusers' context parallelism pass whole tensors and `grid_hw` on every rank; ids
+        may be None but must be named in the call (diffusers looks them up to split them).
+
         Args:
             hidden_states: (B, tokens_h * tokens_w, in_channels) packed 2x2 latents, row by row.
             encoder_hidden_states: (B, L, joint_attention_dim) T5 embeddings.
@@ -144,10 +149,15 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
         if img_ids is None:
             if grid is None:
                 raise ValueError("grid_hw: pass it, or img_ids")
-            img_ids = grid_ids(*grid, device=hidden_states.device)
+            img_ids = self._share_of_rank(grid_ids(*grid, device=hidden_states.device))
         elif img_ids.ndim == 3:
-            img_ids = img_ids[0]
+            # diffusers splits ids of two axes only.
+            img_ids = self._share_of_rank(img_ids[0])
         if grid is None:
+            if self._context_parallel() is not None:
+                raise ValueError(
+                    "grid_hw: pass it, because a rank sees the ids of a part of the image only"
+                )
             grid = grid_of_ids(img_ids)
         _check_ids(img_ids, hidden_states.shape[1], grid)
         if txt_ids is None:
@@ -169,6 +179,23 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
             return_dict=return_dict,
             controlnet_blocks_repeat=controlnet_blocks_repeat,
         )
+
+    def _context_parallel(self) -> Any | None:
+        """Diffusers' ContextParallelConfig when `enable_parallelism` was called with one."""
+        return getattr(self._parallel_config, "context_parallel_config", None)
+
+    def _share_of_rank(self, ids: Tensor) -> Tensor:
+        """Rows of whole-image ids for the tokens that this rank was given.
+
+        diffusers' split runs before `forward` and passes over arguments that are None.
+        """
+        config = self._context_parallel()
+        if config is None:
+            return ids
+        if config.ulysses_anything or config.ring_anything:
+            parts = ids.tensor_split(config._flattened_mesh.size(), dim=0)
+            return parts[dist.get_rank(config._flattened_mesh.get_group())]
+        return EquipartitionSharder.shard(ids, 0, config._flattened_mesh)
 
     @classmethod
     def from_pretrained(

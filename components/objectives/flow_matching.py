@@ -1,7 +1,8 @@
 """Rectified-flow path and its losses. t runs from 0 (data) to 1 (noise).
 
 z_t = (1 - t) z + t eps, velocity target v* = eps - z, data prediction z_hat = z_t - t v.
-Dtype policy: path arithmetic keeps the latents' dtype, losses are computed in float32.
+Dtype policy: path arithmetic keeps the latents' dtype, losses are computed in float32, or in
+float64 where an input is float64 (for numerical differentiation).
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from components.objectives.haar import haar
 TIME_EPSILON = 1e-4
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen half precision to float32; leave float64 alone."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def clamp_time(t: Tensor) -> Tensor:
-    """Move t in [0, 1] off the singular end points: float32 in [1e-4, 1 - 1e-4]."""
-    return t.float().clamp(TIME_EPSILON, 1.0 - TIME_EPSILON)
+    """Move t in [0, 1] off the singular end points: [1e-4, 1 - 1e-4], at least float32."""
+    return at_least_float32(t).clamp(TIME_EPSILON, 1.0 - TIME_EPSILON)
 
 
 def expand_time(t: Tensor, like: Tensor) -> Tensor:
@@ -51,8 +57,8 @@ def interpolate(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """Velocity of the straight path, v* = eps - z, in float32."""
-    return noise.float() - latents.float()
+    """Velocity of the straight path, v* = eps - z, at least float32."""
+    return at_least_float32(noise) - at_least_float32(latents)
 
 
 def predict_data(noised: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
@@ -71,7 +77,7 @@ def flow_matching_loss(velocity: Tensor, latents: Tensor, noise: Tensor) -> Tens
     Returns:
         (B,) float32.
     """
-    error = velocity.float() - velocity_target(latents, noise)
+    error = at_least_float32(velocity) - velocity_target(latents, noise)
     return error.square().flatten(1).mean(1)
 
 
@@ -102,9 +108,9 @@ def wavelet_flow_loss(
     """
     if space not in ("x0", "v"):
         raise ValueError(f"space: expected 'x0' or 'v', got {space!r}")
-    error = velocity.float() - velocity_target(latents, noise)
+    error = at_least_float32(velocity) - velocity_target(latents, noise)
     if space == "x0":
-        error = -expand_time(t, error).float() * error
+        error = -at_least_float32(expand_time(t, error)) * error
     energies = [band.square().flatten(1).mean(1) for band in haar(error)]
-    weights = torch.tensor(band_weights, dtype=torch.float32, device=error.device)
+    weights = torch.tensor(band_weights, dtype=error.dtype, device=error.device)
     return (torch.stack(energies, dim=1) * weights).mean(1)

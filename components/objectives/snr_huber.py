@@ -4,9 +4,9 @@ Residuals are Haar coefficients of the predicted minus the true data, R = -t W(v
 penalised by a pseudo-Huber function whose threshold c(t) falls with noise, and each sample is
 weighted by omega(t). t runs from 0 (data) to 1 (noise); SNR(t) = (1 - t)^2 / t^2.
 
-Everything is computed in float32 from l = logit(t): log SNR = -2 l is exact and finite where
-(1 - t)^2 / t^2 overflows. t = 1 is the first index of the sampling schedule, so the end points
-do occur; they are moved inwards by 1e-4 (`clamp_time`).
+Everything is computed in float32 (float64 for float64 inputs) from l = logit(t): log SNR = -2 l is
+exact and finite where (1 - t)^2 / t^2 overflows. t = 1 is the first index of the sampling
+schedule, so the end points do occur; they are moved inwards by 1e-4 (`clamp_time`).
 
 The paper publishes c_min and c_max only; alpha, beta and gamma are this project's choice.
 """
@@ -18,7 +18,12 @@ import math
 import torch
 from torch import Tensor
 
-from components.objectives.flow_matching import clamp_time, expand_time, velocity_target
+from components.objectives.flow_matching import (
+    at_least_float32,
+    clamp_time,
+    expand_time,
+    velocity_target,
+)
 from components.objectives.haar import haar
 from components.settings import SnrHuberSettings
 
@@ -107,11 +112,11 @@ def snr_huber_band_losses(
         ValueError: odd latent size, or t is not (B,).
     """
     clamped = clamp_time(t)
-    error = velocity.float() - velocity_target(latents, noise)
+    error = at_least_float32(velocity) - velocity_target(latents, noise)
     residual = -expand_time(clamped, error) * error
     threshold = expand_time(huber_threshold(clamped, settings), error)
     bands = [pseudo_huber(band, threshold).flatten(1).mean(1) for band in haar(residual)]
-    weights = torch.tensor(settings.band_weights, dtype=torch.float32, device=error.device)
+    weights = torch.tensor(settings.band_weights, dtype=error.dtype, device=error.device)
     return time_weight(clamped, settings)[:, None] * torch.stack(bands, dim=1) * weights
 
 

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from components.objectives.flow_matching import flow_matching_loss, interpolate, wavelet_flow_loss
-from components.objectives.snr_huber import snr_huber_wavelet_loss
+from components.objectives.fused_snr_huber import fused_snr_huber_loss
 from components.settings import ObjectiveSettings
 
 
@@ -103,7 +103,7 @@ def _takes_guidance(transformer: Any) -> bool:
 def objective_loss(settings: ObjectiveSettings, velocity: Tensor, batch: NoisedBatch) -> Tensor:
     """The training objective per sample, (B,) float32."""
     if settings.kind == "snr_huber":
-        return snr_huber_wavelet_loss(
+        return fused_snr_huber_loss(
             velocity, batch.latents, batch.noise, batch.t, settings.snr_huber
         )
     if settings.kind == "wavelet":

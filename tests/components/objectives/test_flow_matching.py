@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from components.objectives.flow_matching import (
     flow_matching_loss,
@@ -73,3 +75,34 @@ def test_a_time_vector_of_the_wrong_length_is_refused() -> None:
         interpolate(latents, noise, torch.zeros(2))
     with pytest.raises(ValueError, match="space"):
         wavelet_flow_loss(latents, latents, noise, torch.zeros(5), space="eps")  # type: ignore[arg-type]
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    t=st.lists(st.floats(0, 1), min_size=1, max_size=4),
+    half=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+)
+def test_parseval_makes_equal_band_weights_a_plain_square_at_any_size(
+    seed: int, t: list[float], half: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (3, len(t), 2, 2 * half[0], 2 * half[1])
+    velocity, latents, noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    times = torch.tensor(t, dtype=torch.float64)
+    plain = flow_matching_loss(velocity, latents, noise)
+    in_data = wavelet_flow_loss(velocity, latents, noise, times, space="x0")
+    in_velocity = wavelet_flow_loss(velocity, latents, noise, times, space="v")
+    torch.testing.assert_close(in_data, times.square() * plain, rtol=1e-12, atol=1e-300)
+    torch.testing.assert_close(in_velocity, plain, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("space", ["x0", "v"])
+def test_wavelet_gradients_equal_finite_differences_and_are_finite_at_both_ends(space: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    velocity, latents, noise = torch.randn(3, 3, 2, 2, 4, generator=generator, dtype=torch.float64)
+    t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+    weights = (1.0, 0.5, 2.0, 4.0)
+    assert torch.autograd.gradcheck(
+        lambda v: wavelet_flow_loss(v, latents, noise, t, space=space, band_weights=weights),
+        velocity.requires_grad_(True),
+    )

@@ -56,3 +56,30 @@ def test_bands_of_different_shapes_are_refused() -> None:
     band = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="bands"):
         inverse_haar((band, band, band, band[..., :1]))
+
+
+def test_bands_equal_the_transform_written_as_one_orthogonal_matrix() -> None:
+    height, width = 6, 10
+    low, high = (
+        torch.kron(torch.eye(n // 2, dtype=torch.float64), torch.tensor([[1.0, s]]) / 2**0.5)
+        for n, s in ((height, 1.0), (height, -1.0))
+    )
+    low_w, high_w = (
+        torch.kron(torch.eye(width // 2, dtype=torch.float64), torch.tensor([[1.0, s]]) / 2**0.5)
+        for s in (1.0, -1.0)
+    )
+    # Rows of the Kronecker product act on the image read row by row.
+    pairs = ((low, low_w), (high, low_w), (low, high_w), (high, high_w))
+    matrix = torch.cat([torch.kron(rows, columns) for rows, columns in pairs])
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(60, dtype=torch.float64))
+    image = torch.randn(height, width, generator=torch.Generator().manual_seed(0)).double()
+    actual = torch.cat([band.flatten() for band in haar(image)])
+    torch.testing.assert_close(actual, matrix @ image.flatten())
+
+
+def test_bands_equal_pywavelets() -> None:
+    pywt = pytest.importorskip("pywt")
+    image = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).double()
+    ll, (from_top, from_left, diagonal) = pywt.dwt2(image.numpy(), "haar")
+    for mine, theirs in zip(haar(image), (ll, from_top, from_left, diagonal), strict=True):
+        torch.testing.assert_close(mine, torch.from_numpy(theirs))

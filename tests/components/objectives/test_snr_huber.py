@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from hypothesis import given
+from hypothesis import strategies as st
 
 from components.objectives.flow_matching import flow_matching_loss
 from components.objectives.haar import haar
@@ -148,3 +151,83 @@ def test_band_losses_average_to_the_loss() -> None:
     torch.testing.assert_close(
         bands.mean(1), snr_huber_wavelet_loss(velocity, latents, noise, t, settings)
     )
+
+
+def _every_level_of_a_schedule() -> torch.Tensor:
+    """sigmas of the released sampling schedule, its whole training table, and both ends."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=False)
+    table = scheduler.sigmas.clone()
+    scheduler.set_timesteps(50)
+    return torch.cat((table, scheduler.sigmas, torch.tensor([0.0, 1.0, 1e-12, 1 - 2**-24])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["paper", "fm_exact"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_loss_and_gradient_are_finite_at_every_level_of_the_schedule(
+    dtype: torch.dtype, kind: str, beta: float
+) -> None:
+    t = _every_level_of_a_schedule()
+    assert t.max() == 1
+    assert t.min() == 0
+    velocity, latents, noise = (
+        torch.randn(3, len(t), 1, 2, 2, generator=torch.Generator().manual_seed(0)).to(dtype) * 8
+    )
+    # A perfect prediction is the other place where a square root could divide by zero.
+    for prediction in (velocity, noise - latents):
+        leaf = prediction.clone().requires_grad_(True)
+        settings = SnrHuberSettings(time_weight=kind, beta=beta)
+        loss = snr_huber_wavelet_loss(leaf, latents, noise, t.to(dtype), settings)
+        loss.sum().backward()
+        assert torch.isfinite(loss).all()
+        assert torch.isfinite(leaf.grad).all()
+
+
+@pytest.mark.parametrize("kind", ["paper", "fm_exact"])
+def test_gradients_equal_finite_differences_in_float64(kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    velocity, latents, noise = torch.randn(3, 3, 2, 2, 4, generator=generator, dtype=torch.float64)
+    t = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    settings = SnrHuberSettings(time_weight=kind, band_weights=(1.0, 2.0, 0.5, 3.0))
+    assert torch.autograd.gradcheck(
+        lambda v: snr_huber_wavelet_loss(v, latents, noise, t, settings),
+        velocity.requires_grad_(True),
+    )
+
+
+def test_half_precision_times_move_the_loss_by_their_rounding_only() -> None:
+    """bfloat16 cannot tell t = 0.998 from 1; the clamp keeps its weight finite and ordered."""
+    settings = SnrHuberSettings()
+    t = torch.linspace(0.9, 1.0, 64).bfloat16()
+    weights = time_weight(t, settings)
+    assert torch.isfinite(weights).all()
+    assert torch.equal(weights, time_weight(t.float(), settings))
+
+
+@given(
+    t=st.floats(1e-3, 1 - 1e-3),
+    c=st.floats(1e3, 1e5),
+    seed=st.integers(0, 2**31),
+)
+def test_the_quadratic_limit_holds_at_any_time_and_seed(t: float, c: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    velocity, latents, noise = torch.randn(3, 1, 2, 4, 4, generator=generator, dtype=torch.float64)
+    time = torch.tensor([t], dtype=torch.float64)
+    settings = SnrHuberSettings(c_min=c, c_max=c, beta=0.0)
+    torch.testing.assert_close(
+        snr_huber_wavelet_loss(velocity, latents, noise, time, settings),
+        0.5 * time**3 / (1 - time) * flow_matching_loss(velocity, latents, noise),
+        rtol=1e-4,
+        atol=0,
+    )
+
+
+@given(residual=st.floats(-1e4, 1e4), c=st.floats(0.01, 10))
+def test_pseudo_huber_lies_below_half_square_and_below_its_asymptote(
+    residual: float, c: float
+) -> None:
+    r = torch.tensor(residual, dtype=torch.float64)
+    value = float(pseudo_huber(r, torch.tensor(c, dtype=torch.float64)))
+    assert 0 <= value <= residual**2 / 2
+    assert value <= c * abs(residual)
+    assert value >= c * abs(residual) - c**2 - 1e-9

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
@@ -88,3 +89,23 @@ def test_an_impossible_range_is_refused(bad):
 def test_an_unknown_density_is_refused():
     with pytest.raises(ValueError, match="timestep_density"):
         density_cdf(torch.zeros(1), "cosine")
+
+
+def test_stage_two_starts_at_entry_459_of_the_unshifted_table():
+    """Table 3's "0-459" as indices into diffusers' descending table of 1,000 levels.
+
+    The unshifted table gives the 0.541 of the settings; with the sampler's shift of 3 the same
+    entry is 0.780.
+    """
+    unshifted = FlowMatchEulerDiscreteScheduler(shift=1.0).sigmas
+    assert len(unshifted) == 1000
+    assert unshifted[0] == 1
+    assert float(unshifted[459]) == pytest.approx(0.541, abs=1e-6)
+    shifted = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas
+    assert float(shifted[459]) == pytest.approx(3 * 0.541 / (1 + 2 * 0.541), abs=1e-6)
+
+
+def test_shifted_density_is_the_law_of_the_shifted_table():
+    table = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas.double().flip(0)
+    share = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    torch.testing.assert_close(density_cdf(table, "shifted"), share, atol=1e-6, rtol=0)
