@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -199,6 +198,16 @@ def _drift(table: pd.DataFrame, settings: Settings) -> Callable[[], object]:
     return lambda: measure_drift(table, table)
 
 
+def peak_gib() -> float:
+    """Largest resident size of this process so far (Linux).
+
+    getrusage would start from the size of the process that made the tables.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 2**20
+
+
 def measure(step: str, path: Path) -> None:
     """Run one step on the table at `path` and print its line."""
     settings = paper_settings()
@@ -214,11 +223,11 @@ def measure(step: str, path: Path) -> None:
         "diff": _diff,
         "drift": _drift,
     }[step](table, settings)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before = peak_gib()
     started, cpu = time.perf_counter(), time.process_time()
     result = run()
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_gib()
     note = result if step.startswith("validate") else ""
     print(f"{step:<14}{seconds:>8.2f}{cpu:>8.2f}{before:>12.2f}{peak:>10.2f}  {note}", flush=True)
 
