@@ -102,10 +102,13 @@ class TinyTransformer(Section):
 
 
 class TransformerSettings(Section):
-    """The Flux DiT."""
+    """The DiT."""
 
+    backbone: Literal["flux", "sd3"]
+    """Architecture: Flux (UltraFlux), or SD3, Diffusion-4K's second one. The text encoders follow:
+    T5 and CLIP for Flux, T5 and two CLIPs for SD3."""
     pretrained: str | None
-    """Folder of a Flux transformer; None: `tiny`."""
+    """Folder of a transformer of that architecture; None: a random tiny one."""
     rope_variant: Literal["official", "official_prefix", "paper", "flux"]
     rope_window: Count
     """Training window in tokens per axis; paper: 64."""

@@ -29,6 +29,7 @@ from components.settings import (
     RuntimeSettings,
     TransformerSettings,
 )
+from components.training.backbones import BACKBONES, check_stores
 from components.training.batch_plan import BatchPlan, GlobalBatch, PlanState
 from components.training.checkpoints import CheckpointStore
 from components.training.curriculum import draw_noise
@@ -74,7 +75,7 @@ class DitJob(BaseModel):
     train_slice: Path | None
     """Parquet with image_id: train on these images only (None: all with split 'train')."""
     initial_weights: Path | None
-    """Transformer folder; None: the random transformer of `transformer.tiny`."""
+    """Transformer folder; None: the backbone's random tiny transformer."""
     state_dir: Path
     """Checkpoints, and batches that made the loss diverge."""
     export_dir: Path
@@ -129,31 +130,10 @@ def training_ids(index: pd.DataFrame, train_slice: Path | None) -> dict[str, str
 
 def build_transformer(job: DitJob, widths: tuple[int, int], latent_channels: int) -> Any:
     """The transformer that training starts from, float32."""
+    backbone = BACKBONES[job.transformer.backbone]
     if job.initial_weights is not None:
-        from components.models.transformer import UltraFluxTransformer2DModel
-
-        return UltraFluxTransformer2DModel.from_pretrained(
-            job.initial_weights,
-            torch_dtype=torch.float32,
-            rope_variant=job.transformer.rope_variant,
-            rope_window=job.transformer.rope_window,
-        )
-    from components.models.tiny import build_tiny_transformer
-
-    tiny = job.transformer.tiny
-    return build_tiny_transformer(
-        num_layers=tiny.num_layers,
-        num_single_layers=tiny.num_single_layers,
-        num_attention_heads=tiny.num_attention_heads,
-        axes_dims_rope=tiny.axes_dims_rope,
-        joint_attention_dim=widths[0],
-        pooled_projection_dim=widths[1],
-        in_channels=4 * latent_channels,
-        guidance_embeds=True,
-        rope_variant=job.transformer.rope_variant,
-        rope_window=job.transformer.rope_window,
-        seed=job.seed,
-    )
+        return backbone.load(job.initial_weights, job.transformer)
+    return backbone.build_tiny(job.transformer, widths, latent_channels, job.seed)
 
 
 def train(job: DitJob, ranks: Ranks) -> None:
@@ -190,6 +170,8 @@ class DitTrainer:
         )
         channels = int(index["latent_channels"].iloc[0])
         model = build_transformer(job, self.texts.widths, channels)
+        sizes = zip(index["latent_h"], index["latent_w"], strict=True)
+        check_stores(model, self.texts.widths, channels, ((int(h), int(w)) for h, w in sizes))
         if self.settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         model.train()

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from components.settings import ObjectiveSettings, SnrHuberSettings
+from components.training.backbones import pack_latents
 from components.training.distributed import Ranks
 from components.training.dit_validation import NOISE_LEVELS, ValidationLoss, ValidationSet
 from components.training.latent_store import LatentStore
 from components.training.text_store import TextStore
-from components.training.velocity import pack_latents
 
 OBJECTIVE = ObjectiveSettings(kind="flow_matching", wavelet_space="v", snr_huber=SnrHuberSettings())
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -7,12 +7,11 @@ from diffusers import FluxPipeline
 from components.models.tiny import build_tiny_transformer
 from components.objectives.flow_matching import flow_matching_loss
 from components.settings import ObjectiveSettings, SnrHuberSettings
+from components.training.backbones import pack_latents, unpack_latents
 from components.training.velocity import (
     NoisedBatch,
     objective_loss,
-    pack_latents,
     predict_velocity,
-    unpack_latents,
 )
 
 
