@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, Strict, ValidationError, model_validator
 from components.corpus.settings import (
     CaptionSettings,
     EndpointSettings,
+    ImagesSettings,
     IngestSettings,
     PeopleSettings,
     QualitySettings,
@@ -330,6 +331,7 @@ class Settings(Section):
     caption: CaptionSettings
     validation: ValidateSettings
     slices: SlicesSettings
+    images: ImagesSettings
     buckets: BucketsSettings
     models: ModelsSettings
     vae: VaeSettings

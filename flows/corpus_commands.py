@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows import versioning
 from flows.command_line import fail, project_root
 
 if TYPE_CHECKING:
@@ -164,6 +165,70 @@ def datasheet(
     tables = slices(table, settings.slices, settings.project.seed)
     write_page(datasheet_page(table, tables), output)
     print(output)
+
+
+@app.command()
+def pack(
+    manifest: Annotated[
+        Path | None, typer.Option(help="Other rows than `images.rows` says: a manifest.")
+    ] = None,
+    track: Annotated[bool, typer.Option(help="Also `dvc add` the store.")] = True,
+) -> None:
+    """Pack original photographs by content address into data/images, for DVC's remotes."""
+    from components.corpus.image_packing import pack_images
+    from components.corpus.image_store import FOLDER
+    from components.corpus.original_lookup import OriginalLookup
+    from components.settings import SettingsError, load_settings
+
+    root = project_root()
+    try:
+        settings = load_settings(root / "params.yaml").images
+        rows = _rows_to_pack(root, settings.rows, manifest)
+        report = pack_images(
+            OriginalLookup(root).find_each(rows),
+            root / FOLDER,
+            shard_digits=settings.shard_digits,
+        )
+    except (SettingsError, ValueError) as problem:
+        raise fail(str(problem)) from None
+    print(
+        f"{report.images} originals ({report.total_bytes / 1e6:.1f} MB) in {report.shards} shards, "
+        f"{report.written} of them new"
+    )
+    if track:
+        try:
+            versioning.add(root, FOLDER)
+        except ValueError as problem:
+            raise fail(str(problem)) from None
+        print(f"git add {FOLDER}.dvc, then `dvc push {FOLDER}`")
+    if report.unreadable:
+        name, reason = next(iter(report.unreadable.items()))
+        raise fail(
+            f"{len(report.unreadable)} originals could not be packed, the first is {name}: "
+            f"{reason}; bring them back and pack again",
+            code=1,
+        )
+
+
+def _rows_to_pack(root: Path, which: str, manifest: Path | None) -> pd.DataFrame:
+    """image_id and uri of the originals that the store shall hold.
+
+    Raises:
+        ValueError: no such manifest, or no row is left.
+    """
+    from components.corpus.manifest import read_table
+
+    path = manifest or Path("data", "slices" if which == "kept" else "ingest", "manifest.parquet")
+    if not (root / path).is_file():
+        raise ValueError(f"{path}: not found; run the pipeline first: ultraflux run")
+    table = read_table(root / path)
+    wanted = (table["integrity"] == "ok") & table["duplicate_of"].isna()
+    # Null before the select stage: nothing is decided yet.
+    if table["kept"].notna().any():
+        wanted = table["kept"].eq(True)
+    if not wanted.any():
+        raise ValueError(f"{path}: no row to pack")
+    return table.loc[wanted, ["image_id", "uri"]]
 
 
 def select(

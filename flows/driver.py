@@ -76,7 +76,10 @@ def preflight(root: Path) -> None:
     if (missing := settings.caption.missing_prices()) is not None:
         raise PipelineRefused(missing)
     source = root / ingest.source
-    if not (source.is_dir() if ingest.kind == "folder" else source.exists()):
+    # `dvc freeze ingest`: the photographs may be gone, the image store holds them.
+    if not versioning.is_frozen(root, "ingest") and not (
+        source.is_dir() if ingest.kind == "folder" else source.exists()
+    ):
         wanted = "folder" if ingest.kind == "folder" else "file or folder"
         raise PipelineRefused(
             f"ingest.source = {ingest.source}: no such {wanted} below {root}; set it in "

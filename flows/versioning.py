@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,6 +114,12 @@ def stage_graph(root: Path) -> dict[str, StageNode]:
         }
 
 
+def is_frozen(root: Path, name: str) -> bool:
+    """Whether `dvc freeze` has fixed a stage's outputs as they are."""
+    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return bool(stages[name].get("frozen", False))
+
+
 def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
     """Stages that have to be looked at again, each with DVC's reason or the upstream one.
 
@@ -167,6 +175,23 @@ def stage_key(root: Path, name: str) -> str:
                 parts.append([dep.def_path, dep.hash_info.value])
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def add(root: Path, folder: str) -> None:
+    """`dvc add`: put a folder under version control; unchanged files are not read again.
+
+    Raises:
+        ValueError: DVC refuses; one line.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "--wait-for-lock", "add", "-q", folder],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        said = (done.stderr.strip() or "no message").splitlines()[0]
+        raise ValueError(f"dvc add {folder}: {said.removeprefix('ERROR: ')}")
 
 
 def lock_entry(root: Path, name: str) -> dict[str, Any] | None:

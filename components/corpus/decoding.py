@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import simplejpeg
@@ -35,6 +35,18 @@ _pil_limit_lock = threading.Lock()
 
 class ImageUndecodable(ValueError):
     """The file cannot be turned into pixels; the message is one short line saying why."""
+
+
+class ByteSource(Protocol):
+    """Where the bytes of a file come from: a path, or an original that is looked up."""
+
+    def read_bytes(self) -> bytes:
+        """All of them.
+
+        Raises:
+            OSError: they cannot be had; `strerror` says why.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -201,7 +213,7 @@ def decode_rgb(
     return DecodedImage(pixels, header, integrity, note, quantization)
 
 
-def read_rgb(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> DecodedImage:
+def read_rgb(path: ByteSource, *, max_megapixels: float = MAX_MEGAPIXELS) -> DecodedImage:
     """`decode_rgb` of a file.
 
     Raises:

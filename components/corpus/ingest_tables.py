@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.corpus.download_journal import DownloadJournal, Loss, Outcome, Stored
+from components.corpus.image_store import ImageStore
 from components.corpus.manifest import SCHEMA, to_arrow
 from components.corpus.originals import original_path
 from components.corpus.parquet_files import RowStream, write_row_groups
@@ -160,23 +161,28 @@ def _rows(path: Path) -> Iterator[Row]:
             yield from batch.to_pylist()
 
 
-def pending_keys(candidates: Path, journal: DownloadJournal, originals: Path) -> list[str]:
-    """Keys without an outcome, or whose original is no longer in the store."""
+def pending_keys(
+    candidates: Path, journal: DownloadJournal, originals: Path, packed: ImageStore
+) -> list[str]:
+    """Keys without an outcome, or whose original is neither in the folder nor packed."""
     return [
         row["key"]
         for row in _rows(candidates)
-        if row["key"] is not None and not _is_settled(journal.get(row["key"]), originals)
+        if row["key"] is not None and not _is_settled(journal.get(row["key"]), originals, packed)
     ]
 
 
-def _is_settled(outcome: Outcome | None, originals: Path) -> bool:
+def _is_settled(outcome: Outcome | None, originals: Path, packed: ImageStore) -> bool:
     if outcome is None:
         return False
     stored = outcome.result
     if isinstance(stored, Loss):
         return True
     path = original_path(originals, stored.sha256, stored.extension)
-    return path.is_file() and path.stat().st_size == stored.size_bytes
+    if path.is_file() and path.stat().st_size == stored.size_bytes:
+        return True
+    place = packed.find(stored.sha256)
+    return place is not None and place.size == stored.size_bytes and place.shard.is_file()
 
 
 @dataclass(frozen=True)

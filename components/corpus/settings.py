@@ -359,6 +359,15 @@ class ValidateSettings(Section):
     """What must hold of the captioned manifest; `validate` checks it with the other two."""
 
 
+class ImagesSettings(Section):
+    """Versions of the original photographs (`ultraflux corpus pack`)."""
+
+    rows: Literal["kept", "all"]
+    """`kept`: the released corpus (data/slices); `all`: every readable candidate (data/ingest)."""
+    shard_digits: Annotated[int, Field(ge=1, le=3)]
+    """Hexadecimal digits of the sha256 that decide an image's shard: 16, 256 or 4,096 shards."""
+
+
 class SlicesSettings(Section):
     """Training slices."""
 

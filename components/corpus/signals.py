@@ -22,6 +22,7 @@ from components.corpus.decoding import MAX_MEGAPIXELS, ImageUndecodable, decode_
 from components.corpus.fused_texture import FusedTexture, fused_texture
 from components.corpus.glcm import glcm_measures
 from components.corpus.jpeg_quality import jpeg_quality
+from components.corpus.original_lookup import Original
 from components.corpus.pdq import pdq
 from components.corpus.scratch import Scratch
 from components.corpus.shrinking import box_reduced
@@ -58,6 +59,9 @@ DERIVATIVES_SCHEMA = pa.schema(
 CANDIDATE_SCHEMA = pa.schema([*SIGNALS_SCHEMA, DERIVATIVES_SCHEMA.field("jpeg")])
 """What one worker returns: both tables in one row."""
 
+UNREAD = "cannot read"
+"""What `integrity` starts with when not even the bytes could be had."""
+
 _MEASURES = ("entropy_bits", "flat_fraction", "glcm_score", "glcm_entropy_bits", "jpeg95_ratio")
 
 
@@ -65,7 +69,7 @@ _MEASURES = ("entropy_bits", "flat_fraction", "glcm_score", "glcm_entropy_bits",
 class Candidate:
     """One file to measure, with the settings that matter (picklable)."""
 
-    path: Path
+    path: Path | Original
     patch_px: int
     flat_variance: float
     derivative_px: int
@@ -131,7 +135,7 @@ def measure_candidate(candidate: Candidate) -> dict[str, Any]:
         data = candidate.path.read_bytes()
         decoded = decode_rgb(data, max_megapixels=candidate.max_megapixels, scratch=_scratch())
     except OSError as problem:
-        return {"integrity": f"cannot read: {problem.strerror}"}
+        return {"integrity": f"{UNREAD}: {problem.strerror}"}
     except ImageUndecodable as problem:
         return {"integrity": str(problem)}
     texture = _texture(decoded.pixels, candidate)

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from components.corpus.decoding import MAX_MEGAPIXELS, ImageUndecodable, read_rgb
+from components.corpus.original_lookup import Original, OriginalLookup
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.base_autoencoder import encoder_digest
 from components.objectives.haar import BAND_NAMES, haar
@@ -36,7 +37,7 @@ class EncodingItem:
 
     image_id: str
     split: str
-    path: Path
+    path: Path | Original
     bucket: Bucket
 
 
@@ -45,10 +46,10 @@ def encoding_items(rows: pd.DataFrame, root: Path) -> list[EncodingItem]:
 
     Args:
         rows: columns image_id, split, uri, bucket_height, bucket_width.
-        root: where a relative `uri` starts.
+        root: repository; see `OriginalLookup`.
 
     Raises:
-        ValueError: an image appears with two splits.
+        ValueError: an image appears with two splits, or an original is missing.
     """
     unique = rows.drop_duplicates(["image_id", "split"])
     repeated = unique.loc[unique["image_id"].duplicated(), "image_id"]
@@ -56,14 +57,15 @@ def encoding_items(rows: pd.DataFrame, root: Path) -> list[EncodingItem]:
         raise ValueError(
             f"image {repeated.iloc[0]} is in more than one split; make the slices again"
         )
+    originals = OriginalLookup(root).find_all(unique)
     items = [
         EncodingItem(
             row["image_id"],
             row["split"],
-            root / row["uri"],
+            original,
             Bucket(int(row["bucket_height"]), int(row["bucket_width"])),
         )
-        for row in unique.to_dict("records")
+        for row, original in zip(unique.to_dict("records"), originals, strict=True)
     ]
     return sorted(items, key=lambda item: (item.bucket, item.image_id))
 

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from components.corpus.decoding import MAX_MEGAPIXELS, ImageUndecodable, read_rgb
+from components.corpus.original_lookup import Original
 from components.progress import track
 from components.training.pixel_range import Pixels, to_model
 
@@ -34,7 +35,7 @@ class Photograph:
     """One original."""
 
     image_id: str
-    path: Path
+    path: Path | Original
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from components.corpus.original_lookup import Original
 from components.models.base_autoencoder import load_base_autoencoder
 from components.settings import AutoencoderSettings, RuntimeSettings, VaeSettings
 from components.training.distributed import (
@@ -28,15 +29,6 @@ from components.training.vae_trainer import train_vae
 JOB_FILE = "job.json"
 
 
-class PhotographFile(BaseModel):
-    """One original, as it travels to the ranks."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    image_id: str
-    path: Path
-
-
 class VaeJob(BaseModel):
     """Everything that decides a run; travels to the ranks as JSON."""
 
@@ -48,8 +40,8 @@ class VaeJob(BaseModel):
     seed: int
     root: Path
     """Repository root: relative weight folders start here."""
-    photographs: tuple[PhotographFile, ...]
-    held_out: tuple[PhotographFile, ...]
+    photographs: tuple[Original, ...]
+    held_out: tuple[Original, ...]
     state_dir: Path
     """Checkpoints, working copies of photographs, batches that made the loss diverge."""
     max_megapixels: float
@@ -85,8 +77,8 @@ def run_job(job: VaeJob) -> None:
     )
 
 
-def _copies(job: VaeJob, files: tuple[PhotographFile, ...]) -> WorkingCopies:
-    photographs = [Photograph(file.image_id, file.path) for file in files]
+def _copies(job: VaeJob, originals: tuple[Original, ...]) -> WorkingCopies:
+    photographs = [Photograph(original.image_id, original) for original in originals]
     return WorkingCopies(
         photographs,
         job.settings.crop_px,

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from components.corpus.decoding import read_rgb
+from components.corpus.original_lookup import OriginalLookup
 from components.evaluation import gate, scores
 from components.evaluation.reconstruction import fidelity_metrics, reconstruct
 from components.evaluation.report import build_report
@@ -22,7 +23,7 @@ from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.base_autoencoder import load_base_autoencoder
 from components.progress import track
 from components.training.aspect_buckets import Bucket, fit_to_bucket
-from flows.stages.contract import StageContext, StageResult
+from flows.stages.contract import StageContext, StageFailed, StageResult
 
 ImageArray = npt.NDArray[np.uint8]
 
@@ -88,8 +89,16 @@ def _photograph_scores(context: StageContext, held_out: pd.DataFrame) -> Iterato
     after = after.to(device).eval()
     systems = ((scores.RECONSTRUCTION_BEFORE, before), (scores.RECONSTRUCTION_AFTER, after))
     limit = settings.evaluate.reconstruction_images
-    for index, row in enumerate(track(held_out.to_dict("records"), "evaluate photographs")):
-        photograph = Image.fromarray(_pixels(context, row["uri"]))
+    megapixels = settings.ingest.max_megapixels
+    try:
+        originals = OriginalLookup(context.root).find_all(held_out)
+    except ValueError as problem:
+        raise StageFailed(f"evaluate: {problem}") from None
+    rows = zip(held_out.to_dict("records"), originals, strict=True)
+    for index, (row, original) in enumerate(
+        track(rows, "evaluate photographs", total=len(originals))
+    ):
+        photograph = Image.fromarray(read_rgb(original, max_megapixels=megapixels).pixels)
         if index < limit:
             size = (int(row["bucket_height"]), int(row["bucket_width"]))
             reference = _fitted(photograph, size)
@@ -99,12 +108,6 @@ def _photograph_scores(context: StageContext, held_out: pd.DataFrame) -> Iterato
         for size in settings.generate.sizes:
             values = texture_metrics(_fitted(photograph, size))
             yield from scores.image_scores(row["image_id"], scores.PHOTOGRAPHS, size, values)
-
-
-def _pixels(context: StageContext, uri: str) -> ImageArray:
-    limit = context.settings.ingest.max_megapixels
-    pixels: ImageArray = read_rgb(context.root / uri, max_megapixels=limit).pixels
-    return pixels
 
 
 def _generations(context: StageContext) -> list[dict[str, Any]]:

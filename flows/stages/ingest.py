@@ -10,6 +10,7 @@ from typing import Any
 
 from components.corpus.download_journal import DownloadJournal
 from components.corpus.downloader import Downloader, DownloadProgress
+from components.corpus.image_store import FOLDER, ImageStore
 from components.corpus.ingest_tables import (
     IngestCounts,
     pending_keys,
@@ -104,7 +105,7 @@ def _collect(context: StageContext) -> StageResult:
             track(records, "ingest: records"), candidates, keyed_by_url=from_web
         )
         if from_web:
-            _download(settings.download, candidates, originals, journal)
+            _download(context, candidates, originals, journal)
         counts = write_ingest_tables(candidates, journal, folder, URI_PREFIX, settings)
     prune_originals(originals, counts.originals)
     coverage_path = _write_coverage(coverage, folder)
@@ -123,9 +124,10 @@ def _collect(context: StageContext) -> StageResult:
 
 
 def _download(
-    settings: DownloadSettings, candidates: Path, originals: Path, journal: DownloadJournal
+    context: StageContext, candidates: Path, originals: Path, journal: DownloadJournal
 ) -> None:
-    pending = pending_keys(candidates, journal, originals)
+    packed = ImageStore(context.root / FOLDER)
+    pending = pending_keys(candidates, journal, originals, packed)
     state = DownloadProgress(0, len(pending), 0, 0, 0.0)
 
     def note() -> str:
@@ -140,7 +142,7 @@ def _download(
         state = progress
         next(bar, None)
 
-    Downloader(settings, originals).run(pending, journal, report)
+    Downloader(context.settings.ingest.download, originals).run(pending, journal, report)
 
 
 def _fingerprint(settings: DownloadSettings) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pyarrow.parquet as pq
 
 from components.corpus import (
@@ -18,7 +21,24 @@ from components.corpus import (
 )
 from components.corpus.engine import EngineLimits, code_digest, join_shards, map_items
 from components.corpus.manifest import read_table
-from flows.stages.contract import StageContext, StageResult
+from components.corpus.original_lookup import OriginalLookup
+from flows.stages.contract import StageContext, StageFailed, StageResult
+
+
+def _refuse_unread(shards: Sequence[Path], names: dict[str, str]) -> None:
+    """Fail when originals that ingest has read cannot be read now; their rows are forgotten.
+
+    Such a row would say something of this moment's disk, while DVC would keep it for the manifest.
+    """
+    unread: list[str] = []
+    for shard in shards:
+        rows = pq.read_table(shard, columns=["image_id", "integrity"]).to_pandas()
+        rows = rows[rows["integrity"].str.startswith(signals.UNREAD, na=False)]
+        unread += [f"{names[row.image_id]}: {row.integrity}" for row in rows.itertuples()]
+        if len(rows):
+            shard.unlink()
+    if unread:
+        raise StageFailed(f"signals: {len(unread)} originals, the first is {unread[0]}")
 
 
 def run(context: StageContext) -> StageResult:
@@ -30,16 +50,20 @@ def run(context: StageContext) -> StageResult:
     manifest = read_table(context.input("ingest", "manifest.parquet"))
     readable = manifest[(manifest["integrity"] == "ok") & manifest["duplicate_of"].isna()]
     settings = context.settings.signals
+    try:
+        originals = OriginalLookup(context.root).find_all(readable)
+    except ValueError as problem:
+        raise StageFailed(f"signals: {problem}") from None
     candidates = [
         signals.Candidate(
-            path=context.root / uri,
+            path=original,
             patch_px=settings.patch_px,
             flat_variance=settings.flat_variance,
             derivative_px=settings.derivative_px,
             max_megapixels=context.settings.ingest.max_megapixels,
             glcm=settings.glcm,
         )
-        for uri in readable["uri"]
+        for original in originals
     ]
     shards = map_items(
         signals.measure_candidate,
@@ -70,6 +94,7 @@ def run(context: StageContext) -> StageResult:
         state_dir=context.state_dir / "shards",
         limits=EngineLimits.of(context.settings),
     )
+    _refuse_unread(shards, {original.image_id: original.name for original in originals})
     table_path = context.output_dir / "signals.parquet"
     join_shards(shards, signals.SIGNALS_SCHEMA, table_path)
     join_shards(shards, signals.DERIVATIVES_SCHEMA, context.output_dir / "derivatives.parquet")

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from components.corpus.decoding import ImageUndecodable
 from components.corpus.manifest import read_table
+from components.corpus.original_lookup import Original, OriginalLookup
 from components.models.weights import WeightsMissing, folder_digest
 from components.training.distributed import TrainingFailed
 from components.training.vae_data import PhotographTooSmall
 from components.training.vae_trainer import LossNotFinite
-from components.training.vae_worker import PhotographFile, VaeJob, run_job
+from components.training.vae_worker import VaeJob, run_job
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 
-def _photographs(context: StageContext, name: str) -> tuple[PhotographFile, ...]:
+def _photographs(context: StageContext, lookup: OriginalLookup, name: str) -> tuple[Original, ...]:
     """The images of one slice, ordered by id (the order decides which crop a number means)."""
     table = read_table(context.input("slices", f"{name}.parquet"))
     if table.empty:
@@ -23,27 +24,30 @@ def _photographs(context: StageContext, name: str) -> tuple[PhotographFile, ...]
             f"vae: data/slices/{name}.parquet is empty; relax the rules in `select` or add photos"
         )
     rows = table.drop_duplicates("image_id").sort_values("image_id")
-    return tuple(
-        PhotographFile(image_id=row["image_id"], path=context.root / row["uri"])
-        for row in rows.to_dict("records")
-    )
+    return tuple(lookup.find_all(rows))
 
 
 def run(context: StageContext) -> StageResult:
     """Write `data/vae/`: `autoencoder/`, history.csv, metrics.json, crops, figures.
 
     Raises:
-        StageFailed: training diverged, weights are missing, or a slice is empty.
+        StageFailed: training diverged, weights or originals are missing, or a slice is empty.
     """
     settings = context.settings
+    try:
+        lookup = OriginalLookup(context.root)
+        training = _photographs(context, lookup, "vae")
+        held_out = _photographs(context, lookup, "eval")
+    except ValueError as problem:
+        raise StageFailed(f"vae: {problem}") from None
     job = VaeJob(
         settings=settings.vae,
         autoencoder=settings.models.autoencoder,
         runtime=settings.runtime,
         seed=settings.project.seed,
         root=context.root,
-        photographs=_photographs(context, "vae"),
-        held_out=_photographs(context, "eval"),
+        photographs=training,
+        held_out=held_out,
         state_dir=context.state_dir,
         max_megapixels=settings.ingest.max_megapixels,
         export_dir=context.output_dir,

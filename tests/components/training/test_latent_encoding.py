@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import time
 from pathlib import Path
@@ -46,10 +47,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame
     for number in range(9):
         height, width = SIZES[number % 3]
         pixels = to_pixels(synthetic_images(1, 200, number))[0][: height + 8, : width + 8]
-        Image.fromarray(pixels).save(root / "photos" / f"{number}.png")
+        path = root / "photos" / f"{number}.png"
+        Image.fromarray(pixels).save(path)
         rows.append(
             {
-                "image_id": f"{number * 7919 % 9}{number:04d}",
+                "image_id": hashlib.sha256(path.read_bytes()).hexdigest(),
                 "split": "eval" if number < 2 else "train",
                 "uri": f"photos/{number}.png",
                 "bucket_height": height,
