@@ -58,12 +58,33 @@ class RuntimeSettings(Section):
     """Intra-op threads of a training process; fixed because sums depend on it bit for bit."""
     workers: Count
     """Worker processes of the corpus engine (results do not depend on it)."""
+    engine: Literal["local", "ray"]
+    """Where those workers run: processes of this machine, or actors of a Ray cluster (extra
+    `ray`)."""
+    ray_address: Annotated[str, Field(pattern=r"^(auto|[\w.-]+:\d{1,5})$")] | None
+    """For `ray`: head node of a running cluster, such as 10.0.0.1:6379, or `auto` on one of its
+    machines; None: an instance on this machine's loopback, with a CPU per worker."""
+    actors: Count | None
+    """For `ray`: worker actors, one CPU each; None: as many as the cluster has room for."""
+    gpus_per_actor: Annotated[float, Field(ge=0, le=8)]
+    """For `ray` and device `cuda`: of stages that run networks; a share such as 0.5 puts two actors
+    on a GPU. Device `cpu`: none."""
     processes: Count
     """Training processes (ranks) per node."""
     device: Literal["cpu", "cuda"]
     """Where models run."""
     offline: bool
     """Set HF_HUB_OFFLINE so that a missing weight fails at once instead of waiting for a hub."""
+
+    @model_validator(mode="after")
+    def _actors_see_a_gpu(self) -> RuntimeSettings:
+        if self.engine == "ray" and self.device == "cuda" and self.gpus_per_actor == 0:
+            raise ValueError(
+                "runtime.gpus_per_actor must be above 0 for engine 'ray' on device 'cuda'"
+            )
+        if self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
+            raise ValueError("runtime.gpus_per_actor must be a whole number when it is above 1")
+        return self
 
 
 class BucketsSettings(Section):

@@ -32,7 +32,18 @@ class Finding:
 def examine(root: Path) -> list[Finding]:
     """Look at everything; never raises."""
     findings: list[Finding] = []
-    for check in (_python, _machine, _packages, _programs, _project, _photos, _weights, _services):
+    checks = (
+        _python,
+        _machine,
+        _packages,
+        _programs,
+        _project,
+        _engine,
+        _photos,
+        _weights,
+        _services,
+    )
+    for check in checks:
         try:
             findings += list(check(root))
         except Exception as problem:
@@ -102,6 +113,20 @@ def _packages(root: Path) -> Iterator[Finding]:
                 f"{module} is not installed (optional)",
                 f"pip install -e .[{extra}]",
             )
+
+
+def _engine(root: Path) -> Iterator[Finding]:
+    from components.settings import load_settings
+
+    runtime = load_settings(root / "params.yaml").runtime
+    if runtime.engine == "local":
+        yield Finding("engine", "ok", f"corpus: {runtime.workers} worker processes here")
+        return
+    where = runtime.ray_address or "an instance on this machine"
+    if importlib.util.find_spec("ray") is None:
+        yield Finding("engine", "problem", "runtime.engine: ray", "pip install -e .[ray]")
+    else:
+        yield Finding("engine", "ok", f"corpus: Ray, {where} (not contacted)")
 
 
 def _programs(_root: Path) -> Iterator[Finding]:

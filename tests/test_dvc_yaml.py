@@ -22,6 +22,7 @@ NOT_BYTES = {
     "components/section.py",
     "components/corpus/settings.py",
     "components/progress.py",
+    "components/corpus/throughput.py",
     "components/training/metric_log.py",
     "flows/stages/contract.py",
 }

@@ -1,10 +1,10 @@
 """One function over many untrusted items: timeouts, retries, quarantine, resume.
 
-Every item runs in a worker process, so that a decoder that crashes, hangs or eats memory costs one
-item: its row says so and the rest goes on. Finished rows are kept in small Parquet shards, each
-written aside and renamed; a run that was killed repeats only what had not reached a shard, or, for
-costly functions, a journal of single rows. Rows come out in the order of the items, whatever the
-number of workers.
+Every item runs in a worker process, of this machine or of a Ray cluster, so that a decoder that
+crashes, hangs or eats memory costs one item: its row says so and the rest goes on. Finished rows
+are kept in small Parquet shards, each written aside and renamed; a run that was killed repeats only
+what had not reached a shard, or, for costly functions, a journal of single rows. Rows come out in
+the order of the items, whatever the number of workers and wherever they run.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from components.corpus.ordered_pool import EngineLimits, Failure, OrderedPool
 from components.corpus.parquet_files import write_parquet, write_row_groups
 from components.corpus.shard_journal import ShardJournal
-from components.corpus.worker_pool import EngineLimits, Failure, WorkerPool
+from components.corpus.throughput import Throughput
+from components.corpus.worker_pool import WorkerPool
 from components.progress import track
 
 __all__ = ["EngineLimits", "ItemsFailed", "code_digest", "join_shards", "map_items"]
@@ -91,6 +93,15 @@ def _raise_failed(failed: Mapping[str, str], state_dir: Path, kept: int, total: 
     )
 
 
+def _pool(function: Function, limits: EngineLimits) -> OrderedPool:
+    """Workers where `limits` wants them."""
+    if limits.ray is None:
+        return WorkerPool(function, limits)
+    from components.corpus.ray_pool import RayPool
+
+    return RayPool(function, limits, limits.ray)
+
+
 def map_items(
     function: Function,
     ids: Sequence[str],
@@ -115,7 +126,7 @@ def map_items(
         key: everything but the items that rows depend on (settings, code digest), JSON-able.
         schema: of the rows; has "image_id" and "error" (null where all went well).
         state_dir: where shards live between attempts.
-        limits: workers, time, memory, retries.
+        limits: workers, time, memory, retries, and whether they are actors of Ray.
         keep_items: rows are JSON-able and each is kept as soon as it is there.
         outside: exceptions of `function` that say nothing about the item: no row is made of them,
             and after three the run ends.
@@ -124,7 +135,8 @@ def map_items(
         shard files in order; together one row per id.
 
     Raises:
-        ValueError: a row holds a key that the schema does not know.
+        ValueError: a row holds a key that the schema does not know, or Ray cannot be used.
+        WorkersDoNotStart: workers die before they take an item.
         ItemsFailed: one of `outside` was raised.
     """
     state_dir.mkdir(parents=True, exist_ok=True)
@@ -159,8 +171,9 @@ def map_items(
             journals[index].add(place, result)
             kept += 1
 
-    results = WorkerPool(function, limits).map(todo(), keep)
-    tracked = track(results, stage, total=len(ids), initial=at_start)
+    results = _pool(function, limits).map(todo(), keep)
+    throughput = Throughput(pending=len(ids) - at_start)
+    tracked = track(results, stage, total=len(ids), initial=at_start, note=throughput.note)
     # Closing stops the workers at once when this function leaves early.
     with closing(results):
         for index in pending:
@@ -173,6 +186,8 @@ def map_items(
                     if len(failed) == _GIVE_UP_AFTER:
                         _raise_failed(failed, state_dir, kept, len(ids))
                 rows.append(_row(stage, schema, image_id, result))
+                if done is None:
+                    throughput.see(rows[-1])
             if not failed.keys() & set(chunks[index]):
                 write_parquet(pa.Table.from_pylist(rows, schema=schema), shards[index])
                 journals[index].remove()

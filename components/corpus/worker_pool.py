@@ -21,13 +21,20 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from components.settings import Settings
+from components.corpus.ordered_pool import (
+    EngineLimits,
+    Failure,
+    Item,
+    OrderedPool,
+    WorkersDoNotStart,
+)
+
+__all__ = ["EngineLimits", "Failure", "WorkerPool", "WorkersDoNotStart"]
 
 _START_ATTEMPTS = 3
 # The C library returns freed image buffers to the kernel, which then clears the same pages for the
@@ -38,39 +45,6 @@ _MALLOC_KEEPS_MEMORY = {
     "MALLOC_TOP_PAD_": str(2**26),
 }
 _IN_FLIGHT_PER_WORKER = 4
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What one item may cost; none of it changes a result."""
-
-    workers: int
-    timeout_s: float
-    memory_mb: int
-    """MiB of address space above what a worker holds when it is ready."""
-    retries: int
-    """Further attempts after a crash, a timeout or an exception."""
-
-    @classmethod
-    def of(cls, settings: Settings) -> EngineLimits:
-        """The limits that the settings name."""
-        return cls(
-            workers=settings.runtime.workers,
-            timeout_s=settings.signals.timeout_s,
-            memory_mb=settings.signals.memory_mb,
-            retries=settings.signals.retries,
-        )
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why an item has no result; no addresses, process ids or times, so it is reproducible."""
-
-    message: str
-
-
-class WorkersDoNotStart(RuntimeError):
-    """Worker processes die before they take an item (an import error, most likely)."""
 
 
 def _exit_with_parent() -> None:
@@ -148,15 +122,6 @@ def _serve(connection: Connection, pickled_function: bytes, memory_mb: int) -> N
         return
 
 
-@dataclass
-class _Item:
-    """One payload on its way."""
-
-    index: int
-    payload: Any
-    attempts_left: int
-
-
 class _Worker:
     """The parent's view of one process."""
 
@@ -170,10 +135,10 @@ class _Worker:
             self.process.start()
         theirs.close()
         self.is_ready = False
-        self.item: _Item | None = None
+        self.item: Item | None = None
         self.timeout_s = self.deadline = float("inf")
 
-    def give(self, item: _Item, timeout_s: float) -> None:
+    def give(self, item: Item, timeout_s: float) -> None:
         self.item = item
         self.timeout_s = timeout_s
         self.deadline = time.monotonic() + timeout_s
@@ -217,66 +182,54 @@ class _Worker:
         self.stop()
 
 
-class WorkerPool:
-    """A fixed number of replaceable workers for one function."""
+class WorkerPool(OrderedPool):
+    """A fixed number of replaceable worker processes for one function."""
 
-    def __init__(self, function: Callable[[Any], Any], limits: EngineLimits) -> None:
-        """Start nothing yet; `function` is module-level, payloads and results are picklable."""
-        self._function = pickle.dumps(function)
-        self._limits = limits
-        self._workers: list[_Worker] = []
-        self._failed_starts = 0
-        self._on_result: Callable[[int, Any], None] = lambda index, result: None
-
-    def map(
-        self, payloads: Iterable[Any], on_result: Callable[[int, Any], None] | None = None
-    ) -> Generator[Any, None, None]:
-        """Results in the order of `payloads`, a `Failure` for an item that keeps failing.
-
-        Payloads are read only as fast as results are taken.
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        limits: EngineLimits,
+        *,
+        keep_workers: bool = False,
+    ) -> None:
+        """Start nothing yet.
 
         Args:
-            payloads: picklable.
-            on_result: called with (number of the payload, result) as soon as a result is there,
-                which may be before those of earlier payloads.
-
-        Raises:
-            WorkersDoNotStart: three workers in a row died before they were ready.
+            function: module-level; payloads and results are picklable.
+            limits: workers and what one item may cost.
+            keep_workers: workers (and what they have loaded) survive the end of a `map`, until
+                `close`.
         """
-        if on_result is not None:
-            self._on_result = on_result
-        source = enumerate(payloads)
-        queue: deque[_Item] = deque()
-        done: dict[int, Any] = {}
-        yielded = read = 0
-        exhausted = finished = False
-        window = _IN_FLIGHT_PER_WORKER * self._limits.workers
-        try:
-            while True:
-                while not exhausted and read - yielded < window:
-                    following = next(source, None)
-                    if following is None:
-                        exhausted = True
-                    else:
-                        queue.append(_Item(*following, attempts_left=self._limits.retries + 1))
-                        read += 1
-                if yielded in done:
-                    result = done.pop(yielded)
-                    yielded += 1
-                    yield result
-                elif exhausted and yielded == read:
-                    break
-                else:
-                    self._step(queue, done, open_items=read - yielded - len(done))
-            finished = True
-        finally:
-            # On Ctrl-C or an error whatever is running is dropped.
-            for worker in self._workers:
-                worker.close() if finished else worker.stop()
-            self._workers.clear()
+        super().__init__(limits)
+        self._function = pickle.dumps(function)
+        self._keep_workers = keep_workers
+        self._workers: list[_Worker] = []
+        self._failed_starts = 0
 
-    def _step(self, queue: deque[_Item], done: dict[int, Any], open_items: int) -> None:
+    def close(self) -> None:
+        """Let idle workers end."""
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
+
+    def _window(self) -> int:
+        return _IN_FLIGHT_PER_WORKER * self._limits.workers
+
+    def _end(self, finished: bool) -> None:
+        if finished and self._keep_workers:
+            return
+        if not finished:
+            for worker in self._workers:
+                worker.stop()
+        self.close()
+
+    def _step(self, queue: deque[Item], done: dict[int, Any], open_items: int) -> None:
         """Keep workers running and busy, then wait for something to happen."""
+        for worker in list(self._workers):
+            if worker.is_ready and worker.item is None and not worker.process.is_alive():
+                # It died idle (the kernel's memory killer, say): no item is to blame.
+                worker.connection.close()
+                self._workers.remove(worker)
         while len(self._workers) < min(self._limits.workers, open_items):
             self._workers.append(_Worker(self._function, self._limits.memory_mb))
         for worker in self._workers:
@@ -291,7 +244,7 @@ class WorkerPool:
         for worker in list(self._workers):
             self._settle(worker, queue, done)
 
-    def _settle(self, worker: _Worker, queue: deque[_Item], done: dict[int, Any]) -> None:
+    def _settle(self, worker: _Worker, queue: deque[Item], done: dict[int, Any]) -> None:
         """Take what one worker has to say."""
         answer = worker.collect()
         if answer is ...:
@@ -311,12 +264,3 @@ class WorkerPool:
         if is_gone:
             worker.connection.close()
             self._workers.remove(worker)
-
-    def _finish(self, item: _Item, answer: Any, queue: deque[_Item], done: dict[int, Any]) -> None:
-        if isinstance(answer, Failure):
-            item.attempts_left -= 1
-            if item.attempts_left > 0:
-                queue.appendleft(item)
-                return
-        self._on_result(item.index, answer)
-        done[item.index] = answer

@@ -59,14 +59,10 @@ def _plan(context: StageContext) -> people.LookPlan:
 
 def _limits(context: StageContext, plan: people.LookPlan) -> EngineLimits:
     """Networks of torch get time to load, memory, and on a GPU one process."""
-    limits = EngineLimits.of(context.settings)
     if not plan.runs_networks:
-        return limits
-    return replace(
-        limits,
-        workers=1 if plan.device == "cuda" else limits.workers,
-        timeout_s=max(limits.timeout_s, _NETWORK_TIMEOUT_S),
-        memory_mb=max(limits.memory_mb, _NETWORK_MEMORY_MB),
+        return EngineLimits.of(context.settings)
+    return EngineLimits.for_networks(
+        context.settings, timeout_s=_NETWORK_TIMEOUT_S, memory_mb=_NETWORK_MEMORY_MB
     )
 
 

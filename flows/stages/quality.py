@@ -104,7 +104,7 @@ def _score_by_model(
 
 
 def _qalign(context: StageContext, derivatives: Path) -> pd.DataFrame:
-    """Q-Align in one process, since the model fills a good part of a GPU.
+    """Q-Align in one process per machine or actor: the model fills a good part of a GPU.
 
     Raises:
         WeightsMissing: a file of it is not there.
@@ -114,6 +114,9 @@ def _qalign(context: StageContext, derivatives: Path) -> pd.DataFrame:
     folder = qalign.check_weights(None if named is None else context.root / named)
     device = context.settings.runtime.device
     digest = folder_digest(folder)
+    limits = EngineLimits.for_networks(
+        context.settings, timeout_s=_MODEL_TIMEOUT_S, memory_mb=_MODEL_MEMORY_MB
+    )
     return _score_by_model(
         context,
         derivatives,
@@ -121,7 +124,7 @@ def _qalign(context: StageContext, derivatives: Path) -> pd.DataFrame:
         qalign,
         qalign.QALIGN_SCHEMA,
         key={"weights": digest, "device": device},
-        limits=replace(EngineLimits.of(context.settings), workers=1),
+        limits=replace(limits, workers=1),
     )
 
 
