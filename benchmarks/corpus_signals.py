@@ -14,7 +14,6 @@ and times are CPU seconds of the process, so that other work on the machine dist
   "with reduce" has PIL's box reduction instead, which is what the pass computes.
 - texture, texture reference: of both decode, entropy and flat fraction alone.
 - GLCM: a centre square of each file, or with --whole-glcm the whole (seconds each).
-- engine: rows of a function that does nothing, with a derivative's bytes, through shards and all.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import argparse
 import io
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,14 +37,12 @@ from skimage.feature import graycomatrix
 from skimage.measure import shannon_entropy
 
 from components.corpus.decoding import decode_rgb
-from components.corpus.engine import EngineLimits, join_shards, map_items
 from components.corpus.flat_regions import grayscale, sobel_variance
 from components.corpus.fused_texture import fused_texture
 from components.corpus.glcm import glcm_measures
 from components.corpus.jpeg_quality import jpeg_quality
 from components.corpus.scratch import Scratch
 from components.corpus.signals import (
-    CANDIDATE_SCHEMA,
     Candidate,
     derivative_factor,
     measure_candidate,
@@ -61,9 +57,6 @@ PDQ_SAME_BITS = 10
 """Of 256: what hashing gray instead of RGB may change; duplicates are within 31."""
 GLCM_EDGE_PX = 256
 """16 patches per file."""
-ENGINE_ITEMS = 4000
-ROW_JPEG_BYTES = 100_000
-"""About a derivative of 1024 pixels."""
 
 
 def texture_reference(rgb: np.ndarray) -> tuple[float, float]:
@@ -210,30 +203,6 @@ def measure_files(paths: list[Path], rounds: int, glcm_px: int) -> tuple[dict[st
     return totals, megapixels
 
 
-def nothing(number: int) -> dict[str, Any]:
-    """A row as large as a real one, for free."""
-    return {"width": number, "jpeg": bytes(ROW_JPEG_BYTES)}
-
-
-def engine_seconds(items: int) -> float:
-    """Wall seconds of a whole run over `items` free items with one worker."""
-    limits = EngineLimits(workers=1, timeout_s=60, memory_mb=1024, retries=0)
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        shards = map_items(
-            nothing,
-            [f"{number:064d}" for number in range(items)],
-            range(items),
-            stage="nothing",
-            key={},
-            schema=CANDIDATE_SCHEMA,
-            state_dir=Path(folder),
-            limits=limits,
-        )
-        join_shards(shards, CANDIDATE_SCHEMA, Path(folder) / "all.parquet")
-        return time.perf_counter() - started
-
-
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -275,12 +244,6 @@ def main() -> None:
     if options.whole_glcm:
         totals["reference with GLCM"] = totals["reference with reduce"] + totals["GLCM reference"]
         ratio("reference with GLCM", "pass with GLCM")
-    few, many = ENGINE_ITEMS // 10, ENGINE_ITEMS
-    # The start of the worker is in both, and the quieter of two runs counts.
-    short = min(engine_seconds(few) for _ in range(2))
-    long = min(engine_seconds(many) for _ in range(2))
-    per_item = (long - short) / (many - few)
-    print(f"{'engine per item':40} {per_item * 1e3:6.2f} ms  (target below 1)")
 
 
 if __name__ == "__main__":
