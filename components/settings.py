@@ -123,6 +123,27 @@ class TinyTransformer(Section):
     axes_dims_rope: Annotated[tuple[Count, Count, Count], Strict(False)]
 
 
+class TinySd3Transformer(Section):
+    """Shape of the random SD3 transformer."""
+
+    num_layers: Count
+    num_attention_heads: Count
+    attention_head_dim: Count
+    sample_size: Annotated[int, Field(ge=2, multiple_of=2)]
+    """Latent pixels over which the positions 0 to sample_size/2 are spread; SD3: 128."""
+    pos_embed_max_size: Count
+    """Side of the table of positions in 2x2 patches; SD3-2B: 192."""
+
+
+class Sd3Settings(Section):
+    """What the SD3 backbone has of its own."""
+
+    pos_embed_max_size: Count | None
+    """Continue the position table of `pretrained` to this many patches an edge (a patch is 32 px
+    with F16), for images beyond it; null: its own, and larger images are an error."""
+    tiny: TinySd3Transformer
+
+
 class TransformerSettings(Section):
     """The DiT."""
 
@@ -135,6 +156,7 @@ class TransformerSettings(Section):
     rope_window: Count
     """Training window in tokens per axis; paper: 64."""
     tiny: TinyTransformer
+    sd3: Sd3Settings
 
 
 class TinyTextEncoders(Section):
@@ -142,6 +164,7 @@ class TinyTextEncoders(Section):
 
     t5_dim: Count
     clip_dim: Count
+    """Width of the pooled vector; SD3's two CLIPs have half of it each (even, at most t5_dim)."""
     vocab_size: Annotated[int, Field(ge=300)]
 
 
@@ -149,7 +172,8 @@ class TextEncodersSettings(Section):
     """T5 and CLIP."""
 
     pretrained: str | None
-    """FLUX.1-dev folder (tokenizer, tokenizer_2, text_encoder, text_encoder_2); None: `tiny`."""
+    """FLUX.1-dev folder (tokenizer, tokenizer_2, text_encoder, text_encoder_2), or for the backbone
+    sd3 its folder (the same and tokenizer_3, text_encoder_3); None: `tiny`."""
     max_sequence_length: Annotated[int, Field(ge=8, le=512)]
     tiny: TinyTextEncoders
 

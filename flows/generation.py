@@ -213,7 +213,7 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
     )
     requests = _requests(root, options, settings)
     from components.models.released import source_digests
-    from components.models.text_encoders import load_text_encoders
+    from components.models.text_families import family_in
 
     digests = source_digests(sources)
     # The key in the name: other settings or weights are another file, nothing is overwritten.
@@ -230,7 +230,8 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
     def load_encoders() -> Any:
         import torch
 
-        return load_text_encoders(sources.text_encoders, dtype=getattr(torch, sampler.dtype))
+        family = family_in(sources.text_encoders)
+        return family.load(sources.text_encoders, dtype=getattr(torch, sampler.dtype))
 
     made = sampling.generate_images(
         lambda: sampling.load_model(

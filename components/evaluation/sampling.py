@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from components.models.memory_modes import MemoryModes
-    from components.models.pipeline import UltraFluxPipeline
-    from components.models.released import ModelSources
-    from components.models.text_encoders import TextEncoders
+    from components.models.released import AnyPipeline, ModelSources
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 KEY_CHUNK = "ultraflux_key"
@@ -177,7 +175,7 @@ def load_model(
     device: str,
     memory: MemoryModes,
     **options: Any,
-) -> UltraFluxPipeline:
+) -> AnyPipeline:
     """A pipeline on its device, with text encoders unless they come first.
 
     Args:
@@ -252,14 +250,14 @@ def _fields(
 
 
 def generate_images(
-    load: Callable[[], UltraFluxPipeline],
+    load: Callable[[], AnyPipeline],
     requests: Iterable[GenerationRequest],
     out_dir: Path,
     *,
     sampler: SamplerSettings,
     digests: dict[str, str],
     description: str = "generate",
-    load_encoders: Callable[[], TextEncoders] | None = None,
+    load_encoders: Callable[[], Any] | None = None,
     batch_size: int = 1,
     file_format: FileFormat = "png",
     replace: bool = True,
@@ -322,8 +320,8 @@ def _batches(
 
 
 def _paint(
-    load: Callable[[], UltraFluxPipeline],
-    load_encoders: Callable[[], TextEncoders] | None,
+    load: Callable[[], AnyPipeline],
+    load_encoders: Callable[[], Any] | None,
     requests: Sequence[GenerationRequest],
     sampler: SamplerSettings,
     batch_size: int,
@@ -331,20 +329,23 @@ def _paint(
     """Each request with its picture."""
     import torch
 
-    from components.models.text_encoders import TextEncoders, encode_prompts
+    from components.models.text_families import family_of
 
     length = sampler.max_sequence_length
     texts: dict[str, tuple[Tensor, Tensor]] = {}
     if load_encoders is not None:
-        encoders: TextEncoders | None = load_encoders()
-        assert encoders is not None
-        for prompt in dict.fromkeys(request.prompt for request in requests):
-            text, pooled = encode_prompts(encoders, [prompt], length)
+        encoders: Any = load_encoders()
+        family = family_of(encoders)
+        prompts = [request.prompt for request in requests]
+        if family.negative_prompt is not None:
+            prompts.append(family.negative_prompt)
+        for prompt in dict.fromkeys(prompts):
+            text, pooled = family.encode(encoders, [prompt], length)
             texts[prompt] = (text.cpu(), pooled.cpu())
         # The only reference: freed before the large models are loaded.
         encoders = None
     pipeline = load()
-    device = pipeline._execution_device
+    device, family = pipeline._execution_device, family_of(pipeline)
     for batch in _batches(requests, batch_size):
         embedded = []
         for request in batch:
@@ -352,15 +353,19 @@ def _paint(
             if request.prompt in texts:
                 embedded.append(texts[request.prompt])
             else:
-                own = TextEncoders(
-                    tokenizer=pipeline.tokenizer,
-                    tokenizer_2=pipeline.tokenizer_2,
-                    text_encoder=pipeline.text_encoder,
-                    text_encoder_2=pipeline.text_encoder_2,
-                )
-                embedded.append(encode_prompts(own, [request.prompt], length))
+                embedded.append(family.encode(pipeline, [request.prompt], length))
         start: dict[str, Any] = {}
+        if family.negative_prompt is not None and family.negative_prompt in texts:
+            states, vector = texts[family.negative_prompt]
+            start = {
+                "negative_prompt_embeds": states.expand(len(batch), -1, -1).to(device),
+                "negative_pooled_prompt_embeds": vector.expand(len(batch), -1).to(device),
+            }
         if batch[0].image is not None:
+            if family.negative_prompt is not None:
+                raise ValueError(
+                    "image-to-image: SD3 makes images from text only; use Flux weights"
+                )
             start = {
                 "image": [starting_image(r.image, r.height, r.width) for r in batch if r.image],
                 "strength": batch[0].strength,

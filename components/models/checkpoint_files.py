@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from components.models.weights import PICKLED_SUFFIXES, WeightsMissing
@@ -113,6 +115,29 @@ def require_shapes(needed: Shapes, found: Shapes, where: str | Path) -> None:
         problems.append(f"{len(wrong)} have another shape ({_listed(wrong)})")
     if problems:
         raise WeightsBroken(f"{where}: {'; '.join(problems)}")
+
+
+def check_folder(folder: Path, model: type[Any], what: str, **changes: Any) -> None:
+    """Compare a diffusers folder's tensors with what its own configuration needs.
+
+    Args:
+        folder: with config.json and safetensors.
+        model: diffusers class.
+        what: name of the weights for messages.
+        **changes: entries that replace those of the configuration.
+
+    Raises:
+        WeightsMissing: no weights.
+        WeightsBroken: an unusable configuration, or tensors missing, unknown or misshapen.
+    """
+    shapes = folder_shapes(folder, what, f"download {what} again")
+    try:
+        with torch.device("meta"):
+            empty = model.from_config(model.load_config(folder), **changes)
+    except (ValueError, TypeError, OSError) as problem:
+        raise WeightsBroken(f"{folder}/config.json: {' '.join(str(problem).split())}") from None
+    needed = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    require_shapes(needed, shapes, folder)
 
 
 def _listed(names: list[str]) -> str:

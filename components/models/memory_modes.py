@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from components.models.pipeline import UltraFluxPipeline
+    from components.models.released import AnyPipeline
 
 MEMORY_MODES = ("text-first", "model-offload", "vae-slicing", "vae-tiling")
 
@@ -50,7 +50,7 @@ def parse_memory(text: str) -> MemoryModes:
     )
 
 
-def place_pipeline(pipeline: UltraFluxPipeline, modes: MemoryModes, device: str) -> None:
+def place_pipeline(pipeline: AnyPipeline, modes: MemoryModes, device: str) -> None:
     """Put a pipeline on a device the way the modes ask for.
 
     Args:

@@ -202,13 +202,9 @@ class UltraFluxPipeline(FluxPipeline):
             ValueError: bad size or strength, a starting image of another size, or generators that
                 do not match the batch.
         """
-        for name, size in (("height", height), ("width", width)):
-            if size < self.size_multiple or size % self.size_multiple:
-                raise ValueError(
-                    f"{name}: must be a positive multiple of {self.size_multiple}, got {size}"
-                )
-        batch = _batch_size(prompt, prompt_embeds) * int(kwargs.get("num_images_per_prompt", 1))
-        generators = _one_generator_per_image(generator, batch)
+        check_image_size(height, width, self.size_multiple)
+        batch = batch_size(prompt, prompt_embeds) * int(kwargs.get("num_images_per_prompt", 1))
+        generators = one_generator_per_image(generator, batch)
         grid = (height // self.size_multiple, width // self.size_multiple)
         if image is not None:
             if latents is not None:
@@ -304,15 +300,32 @@ def _checked(strength: float) -> float:
     return strength
 
 
-def _batch_size(prompt: str | list[str] | None, prompt_embeds: Tensor | None) -> int:
+def check_image_size(height: int, width: int, multiple: int) -> None:
+    """Sizes that a pipeline would round are errors.
+
+    Raises:
+        ValueError: an edge is not a positive multiple of `multiple` pixels.
+    """
+    for name, size in (("height", height), ("width", width)):
+        if size < multiple or size % multiple:
+            raise ValueError(f"{name}: must be a positive multiple of {multiple}, got {size}")
+
+
+def batch_size(prompt: str | list[str] | None, prompt_embeds: Tensor | None) -> int:
+    """Number of prompts, whichever way they are given."""
     if prompt_embeds is not None:
         return int(prompt_embeds.shape[0])
     return len(prompt) if isinstance(prompt, list) else 1
 
 
-def _one_generator_per_image(
+def one_generator_per_image(
     generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
 ) -> list[torch.Generator] | None:
+    """One generator for each image of a batch; None stays None.
+
+    Raises:
+        ValueError: another number of generators.
+    """
     if generator is None:
         return None
     generators = [generator] if isinstance(generator, torch.Generator) else list(generator)

@@ -15,17 +15,21 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from components.models.autoencoder_f16 import AutoencoderKLF16, DecodeMode
-from components.models.checkpoint_files import WeightsBroken, folder_shapes, require_shapes
+from components.models.checkpoint_files import WeightsBroken, check_folder
 from components.models.pipeline import SHIFT, Schedule, UltraFluxPipeline, build_scheduler
 from components.models.resonance_rope import RopeVariant
+from components.models.sd3_pipeline import StableDiffusion3F16Pipeline
+from components.models.sd3_text_encoders import Sd3TextEncoders
+from components.models.sd3_transformer import SD3_CLASS, load_sd3_transformer
 from components.models.single_file import load_single_file
-from components.models.text_encoders import FOLDERS, TextEncoders, load_text_encoders
+from components.models.text_encoders import FOLDERS, TextEncoders
+from components.models.text_families import family_in
 from components.models.transformer import UltraFluxTransformer2DModel
 from components.models.weights import (
     PICKLED_SUFFIXES,
@@ -40,6 +44,7 @@ ULTRAFLUX, ULTRAFLUX_V11 = "Owen777/UltraFlux-v1", "Owen777/UltraFlux-v1-1-Trans
 FLUX = "black-forest-labs/FLUX.1-dev"
 TRANSFORMER_CLASSES = ("UltraFluxTransformer2DModel", "FluxTransformer2DModel")
 VAE_CLASSES = ("AutoencoderKLF16", "AutoencoderKL")
+AnyPipeline: TypeAlias = UltraFluxPipeline | StableDiffusion3F16Pipeline
 VAE_STRIDES: tuple[int, ...] = (1, 2)
 
 
@@ -145,27 +150,16 @@ def _missing_transformer(path: Path, repository: Path, replacement: Path | None)
 
 
 def source_digests(sources: ModelSources) -> dict[str, str]:
-    """Content digest of each part; of a text encoder folder only the four parts count."""
+    """Content digest of each part; of a text encoder folder only its parts count."""
     file = sources.transformer
     # A FLUX.1-dev folder also holds what is not read here.
-    parts = [f"{name}={folder_digest(sources.text_encoders / name)}" for name in FOLDERS]
+    family = family_in(sources.text_encoders)
+    parts = [f"{name}={folder_digest(sources.text_encoders / name)}" for name in family.folders]
     return {
         "autoencoder": folder_digest(sources.autoencoder),
         "transformer": file_digest(file) if file.is_file() else folder_digest(file),
         "text_encoders": hashlib.sha256("\n".join(parts).encode()).hexdigest(),
     }
-
-
-def _check_folder(folder: Path, model: type[Any], what: str, **changes: Any) -> None:
-    """Compare the folder's tensors with what its own configuration needs."""
-    shapes = folder_shapes(folder, what, f"download {what} again")
-    try:
-        with torch.device("meta"):
-            empty = model.from_config(model.load_config(folder), **changes)
-    except (ValueError, TypeError, OSError) as problem:
-        raise WeightsBroken(f"{folder}/config.json: {' '.join(str(problem).split())}") from None
-    needed = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-    require_shapes(needed, shapes, folder)
 
 
 def load_transformer(
@@ -187,7 +181,7 @@ def load_transformer(
         return load_single_file(path, dtype=dtype, rope_variant=rope_variant or "official")
     require_class(path, None, TRANSFORMER_CLASSES)
     changes = {"rope_variant": rope_variant} if rope_variant is not None else {}
-    _check_folder(path, UltraFluxTransformer2DModel, "transformer")
+    check_folder(path, UltraFluxTransformer2DModel, "transformer")
     return UltraFluxTransformer2DModel.from_pretrained(
         path, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **changes
     ).eval()
@@ -216,7 +210,7 @@ def load_autoencoder(
     require_class(path, None, VAE_CLASSES)
     stock = _class_name(path) == "AutoencoderKL"
     changes: dict[str, Any] = {"stride": stride, "decode_mode": decode_mode} if stock else {}
-    _check_folder(path, AutoencoderKLF16, "autoencoder", **changes)
+    check_folder(path, AutoencoderKLF16, "autoencoder", **changes)
     return AutoencoderKLF16.from_pretrained(
         path, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **changes
     ).eval()
@@ -238,15 +232,15 @@ def load_pipeline(
     sources: ModelSources,
     *,
     dtype: torch.dtype,
-    encoders: TextEncoders | None = None,
+    encoders: TextEncoders | Sd3TextEncoders | None = None,
     with_encoders: bool = True,
     rope_variant: RopeVariant | None = None,
     stride: Literal[1, 2] = 2,
     decode_mode: DecodeMode = "official_partitioned",
     schedule: Schedule = "static",
     shift: float = SHIFT,
-) -> UltraFluxPipeline:
-    """All parts as one pipeline on the CPU.
+) -> AnyPipeline:
+    """All parts as one pipeline on the CPU: SD3's for an SD3 transformer, else Flux'.
 
     Args:
         sources: from `find_sources`.
@@ -265,13 +259,32 @@ def load_pipeline(
         ValueError: parts that do not fit together.
     """
     if encoders is None and with_encoders:
-        encoders = load_text_encoders(sources.text_encoders, dtype=dtype)
-    pipeline = UltraFluxPipeline.from_components(
-        load_autoencoder(sources.autoencoder, dtype=dtype, stride=stride, decode_mode=decode_mode),
-        load_transformer(sources.transformer, dtype=dtype, rope_variant=rope_variant),
-        encoders,
-        scheduler=load_scheduler(sources, schedule=schedule, shift=shift),
-    )
+        encoders = family_in(sources.text_encoders).load(sources.text_encoders, dtype=dtype)
+    vae = load_autoencoder(sources.autoencoder, dtype=dtype, stride=stride, decode_mode=decode_mode)
+    scheduler = load_scheduler(sources, schedule=schedule, shift=shift)
+    is_sd3 = _class_name(sources.transformer) == SD3_CLASS
+    pipeline: AnyPipeline
+    if is_sd3 and (encoders is None or isinstance(encoders, Sd3TextEncoders)):
+        if rope_variant is not None:
+            raise ValueError(f"rope_variant: {rope_variant}: SD3 has no rotary positions")
+        pipeline = StableDiffusion3F16Pipeline.from_components(
+            vae,
+            load_sd3_transformer(sources.transformer, dtype=dtype),
+            encoders,
+            scheduler=scheduler,
+        )
+    elif not is_sd3 and (encoders is None or isinstance(encoders, TextEncoders)):
+        pipeline = UltraFluxPipeline.from_components(
+            vae,
+            load_transformer(sources.transformer, dtype=dtype, rope_variant=rope_variant),
+            encoders,
+            scheduler=scheduler,
+        )
+    else:
+        raise ValueError(
+            f"{sources.text_encoders}: does not hold the text encoders of {sources.transformer}, "
+            f"an {'SD3' if is_sd3 else 'Flux'} transformer"
+        )
     # None: no bar of its own where stderr is not a terminal.
     pipeline.set_progress_bar_config(disable=None, leave=False)
     return pipeline

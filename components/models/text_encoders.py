@@ -160,6 +160,18 @@ def train_t5_tokenizer(captions: Sequence[str], vocab_size: int) -> T5TokenizerF
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
+def training_text(captions: Sequence[str]) -> list[str]:
+    """Captions that say something, stripped.
+
+    Raises:
+        ValueError: none does.
+    """
+    texts = [caption.strip() for caption in captions if caption.strip()]
+    if not texts:
+        raise ValueError("captions: no text to train tokenizers on")
+    return texts
+
+
 def train_tokenizers(
     captions: Sequence[str], out_dir: str | Path, *, vocab_size: int = 1000
 ) -> tuple[CLIPTokenizer, T5TokenizerFast]:
@@ -177,9 +189,7 @@ def train_tokenizers(
     Raises:
         ValueError: no text.
     """
-    texts = [caption.strip() for caption in captions if caption.strip()]
-    if not texts:
-        raise ValueError("captions: no text to train tokenizers on")
+    texts = training_text(captions)
     clip, t5 = train_clip_tokenizer(texts, vocab_size), train_t5_tokenizer(texts, vocab_size)
     clip.save_pretrained(Path(out_dir) / "tokenizer")
     t5.save_pretrained(Path(out_dir) / "tokenizer_2")
@@ -189,6 +199,38 @@ def train_tokenizers(
 def _heads(width: int) -> int:
     """Heads of 16 channels where the width allows it."""
     return next(heads for heads in (max(width // 16, 1), 4, 2, 1) if width % heads == 0)
+
+
+def tiny_clip_config(tokenizer: CLIPTokenizer, width: int, num_layers: int) -> CLIPTextConfig:
+    """CLIP text configuration of a width, for a tokenizer of ours."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=_heads(width),
+        max_position_embeddings=CLIP_CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tiny_t5_config(tokenizer: T5TokenizerFast, width: int, num_layers: int) -> T5Config:
+    """T5 configuration of a width, for a tokenizer of ours."""
+    return T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=width // _heads(width),
+        d_ff=2 * width,
+        num_layers=num_layers,
+        num_heads=_heads(width),
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
 
 
 def build_tiny_text_encoders(
@@ -216,34 +258,10 @@ def build_tiny_text_encoders(
         The encoders in evaluation mode.
     """
     clip_tokenizer, t5_tokenizer = train_tokenizers(captions, out_dir, vocab_size=vocab_size)
-    clip_config = CLIPTextConfig(
-        vocab_size=len(clip_tokenizer),
-        hidden_size=clip_dim,
-        intermediate_size=2 * clip_dim,
-        projection_dim=clip_dim,
-        num_hidden_layers=num_layers,
-        num_attention_heads=_heads(clip_dim),
-        max_position_embeddings=CLIP_CONTEXT,
-        bos_token_id=clip_tokenizer.bos_token_id,
-        eos_token_id=clip_tokenizer.eos_token_id,
-        pad_token_id=clip_tokenizer.pad_token_id,
-    )
-    t5_config = T5Config(
-        vocab_size=len(t5_tokenizer),
-        d_model=t5_dim,
-        d_kv=t5_dim // _heads(t5_dim),
-        d_ff=2 * t5_dim,
-        num_layers=num_layers,
-        num_heads=_heads(t5_dim),
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = CLIPTextModel(clip_config).eval()
-        t5 = T5EncoderModel(t5_config).eval()
+        clip = CLIPTextModel(tiny_clip_config(clip_tokenizer, clip_dim, num_layers)).eval()
+        t5 = T5EncoderModel(tiny_t5_config(t5_tokenizer, t5_dim, num_layers)).eval()
     clip.save_pretrained(Path(out_dir) / "text_encoder")
     t5.save_pretrained(Path(out_dir) / "text_encoder_2")
     return TextEncoders(clip_tokenizer, t5_tokenizer, clip, t5)
@@ -271,19 +289,34 @@ def load_text_encoders(
     for name in FOLDERS[:2]:
         if not (root / name / "tokenizer_config.json").is_file():
             raise WeightsMissing(f"Flux {name}", root / name, DOWNLOAD)
+
+    def load(name: str, kind: Any, part: str) -> Any:
+        return load_encoder(kind, root / part, f"Flux {name} text encoder", DOWNLOAD, dtype)
+
     return TextEncoders(
         tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer", local_files_only=True),
         tokenizer_2=T5TokenizerFast.from_pretrained(root / "tokenizer_2", local_files_only=True),
-        text_encoder=_load_encoder(CLIPTextModel, root / "text_encoder", "CLIP", dtype),
-        text_encoder_2=_load_encoder(T5EncoderModel, root / "text_encoder_2", "T5", dtype),
+        text_encoder=load("CLIP", CLIPTextModel, "text_encoder"),
+        text_encoder_2=load("T5", T5EncoderModel, "text_encoder_2"),
     )
 
 
-def _load_encoder(kind: Any, path: Path, name: str, dtype: torch.dtype) -> Any:
-    """One encoder in evaluation mode; transformers itself would only warn about lost weights."""
-    what = f"Flux {name} text encoder"
-    folder = resolve_folder(path, what, DOWNLOAD)
-    folder_shapes(folder, what, DOWNLOAD)
+def load_encoder(kind: Any, path: Path, what: str, command: str, dtype: torch.dtype) -> Any:
+    """One encoder in evaluation mode; transformers itself would only warn about lost weights.
+
+    Args:
+        kind: transformers class.
+        path: its folder.
+        what: name of the weights for messages.
+        command: how to get them.
+        dtype: of the weights.
+
+    Raises:
+        WeightsMissing: it is not there.
+        WeightsBroken: a file cannot be read, or does not hold the encoder's tensors.
+    """
+    folder = resolve_folder(path, what, command)
+    folder_shapes(folder, what, command)
     try:
         model, report = kind.from_pretrained(
             folder,

@@ -241,6 +241,9 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
     # work. Reading the table would first probe every native operator with the compiler.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    # The engine rounds buffers with the weights; SD3's table of positions must stay exact, since
+    # it is exported with them.
+    exact = {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -250,6 +253,9 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
         config=engine_configuration(settings, ranks.world_size, parameters),
         dist_init_required=False,
     )
+    for name, values in exact.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(engine.module.get_submodule(owner), leaf, values.to(ranks.device))
     return engine
 
 

@@ -1,4 +1,7 @@
-"""Text embeddings of a corpus: T5 sequence and pooled CLIP vector per caption.
+"""Text embeddings of a corpus: a sequence of states and a pooled CLIP vector per caption.
+
+The states (stored as `t5`) are T5's for Flux; for SD3 the two CLIPs' 77 positions stand before
+T5's, and the pooled vector is the two CLIPs' in a row (`components.models.sd3_text_encoders`).
 
 Layout of a store folder: `index.parquet` (one row per image, the empty prompt under image id "")
 and shards `text-<number>.safetensors` with tensors `t5` (n, L, D) and `pooled` (n, P). Equal

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from components.models.weights import resolve_folder
+from components.models.weights import require_class, resolve_folder
 from components.settings import DitStageSettings
 from components.training import dit_curves
+from components.training.backbones import BACKBONES
 from components.training.dit_trainer import DitJob, TrainingDiverged
 from components.training.dit_worker import run_job
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
-TRANSFORMER_COMMAND = (
-    "hf download black-forest-labs/FLUX.1-dev --include 'transformer/*' "
-    "--local-dir weights/FLUX.1-dev"
-)
+TRANSFORMER_COMMANDS = {
+    "flux": "hf download black-forest-labs/FLUX.1-dev --include 'transformer/*' "
+    "--local-dir weights/FLUX.1-dev",
+    "sd3": "hf download stabilityai/stable-diffusion-3-medium-diffusers --include 'transformer/*' "
+    "--local-dir weights/stable-diffusion-3-medium",
+}
 
 
 def initial_weights(context: StageContext, settings: DitStageSettings) -> Path | None:
@@ -25,19 +28,36 @@ def initial_weights(context: StageContext, settings: DitStageSettings) -> Path |
 
     Raises:
         WeightsMissing: the pretrained folder is not there; names the command that gets it.
-        StageFailed: stage 1 is told to start from itself.
+        StageFailed: stage 1 is told to start from itself, or the folder holds a transformer of
+            another backbone.
     """
+    backbone = context.settings.models.transformer.backbone
     if settings.initial_weights == "pretrained":
         named = context.settings.models.transformer.pretrained
         if named is None:
             return None
-        return resolve_folder(context.root / named, "Flux transformer", TRANSFORMER_COMMAND)
+        command = TRANSFORMER_COMMANDS[backbone]
+        folder = resolve_folder(context.root / named, f"{backbone} transformer", command)
+        return _of_backbone(folder, backbone)
     if context.stage == "dit_stage1":
         raise StageFailed(
             f"dit_stage1.initial_weights = {settings.initial_weights}: stage 1 has no stage "
             "before it; set it to pretrained"
         )
-    return context.input("dit_stage1", settings.initial_weights.removeprefix("stage1_"))
+    before = context.input("dit_stage1", settings.initial_weights.removeprefix("stage1_"))
+    return _of_backbone(before, backbone)
+
+
+def _of_backbone(folder: Path, backbone: str) -> Path:
+    """The folder, if it holds a transformer of the backbone."""
+    try:
+        require_class(folder, None, BACKBONES[backbone].folder_classes)
+    except ValueError as problem:
+        raise StageFailed(
+            f"models.transformer.backbone is {backbone}: {problem}; set the backbone of these "
+            "weights, or other weights"
+        ) from None
+    return folder
 
 
 def run_dit(

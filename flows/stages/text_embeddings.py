@@ -1,4 +1,4 @@
-"""Stage `text_embeddings`: T5 and CLIP embeddings of all English captions."""
+"""Stage `text_embeddings`: T5 and CLIP embeddings of all English captions, for the backbone."""
 
 from __future__ import annotations
 
@@ -10,16 +10,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from components.models.text_encoders import (
-    build_tiny_text_encoders,
-    encode_prompts,
-    load_text_encoders,
-)
+from components.models.text_families import TEXT_FAMILIES, TextFamily
 from components.models.weights import folder_digest
 from components.training.text_store import build_text_store
 from flows.stages.contract import StageContext, StageFailed, StageResult
-
-TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 
 
 def run(context: StageContext) -> StageResult:
@@ -27,7 +21,7 @@ def run(context: StageContext) -> StageResult:
 
     Embeds `caption_en` of training and evaluation rows, and the empty prompt. Without a
     pretrained folder the tokenizers are trained on the training captions only, and the encoders
-    are saved in `encoders/` in FLUX.1-dev's layout for `generate`.
+    are saved in `encoders/` in the layout of FLUX.1-dev or SD3 for `generate`.
 
     Raises:
         StageFailed: a row has no caption.
@@ -45,17 +39,21 @@ def run(context: StageContext) -> StageResult:
             f"{silent['image_id'].iloc[0]}; caption them or reject them in `select`"
         )
     torch.set_num_threads(context.settings.runtime.torch_threads)
-    folder = _encoder_folder(context, rows)
+    family = TEXT_FAMILIES[context.settings.models.transformer.backbone]
+    folder = _encoder_folder(context, rows, family)
     # Before the digest: a missing part is named together with the command that gets it.
-    encoders = load_text_encoders(folder)
-    digest = _encoder_digest(folder)
+    encoders = family.load(folder)
+    digest = _encoder_digest(folder, family)
     device = torch.device(context.settings.runtime.device)
-    for model in (encoders.text_encoder, encoders.text_encoder_2):
+    for model in family.models(encoders):
         model.to(device)
 
     def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            return encode_prompts(encoders, prompts, settings.max_sequence_length)
+            states: tuple[torch.Tensor, torch.Tensor] = family.encode(
+                encoders, prompts, settings.max_sequence_length
+            )
+            return states
 
     store = build_text_store(
         context.state_dir / "store",
@@ -71,17 +69,17 @@ def run(context: StageContext) -> StageResult:
         metrics={"captions": float(captions), "images": float(len(rows))},
         datasets={"text_embeddings": context.output_dir / "index.parquet"},
         tags={"text_encoders.digest": digest, "text_embeddings.digest": store.digest},
-        summary=f"{captions} prompts, {settings.max_sequence_length} tokens each",
+        summary=f"{captions} prompts, {int(store.index['text_tokens'].iloc[0])} tokens each",
     )
 
 
-def _encoder_digest(folder: Path) -> str:
-    """Identity of the four text parts (a FLUX.1-dev folder also holds what is not read here)."""
-    parts = [f"{name}={folder_digest(folder / name)}" for name in TEXT_PARTS]
+def _encoder_digest(folder: Path, family: TextFamily) -> str:
+    """Identity of the text parts (a FLUX.1-dev folder also holds what is not read here)."""
+    parts = [f"{name}={folder_digest(folder / name)}" for name in family.folders]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _encoder_folder(context: StageContext, rows: pd.DataFrame) -> Path:
+def _encoder_folder(context: StageContext, rows: pd.DataFrame, family: TextFamily) -> Path:
     """The pretrained folder, or tiny encoders built from the training captions."""
     settings = context.settings.models.text_encoders
     if settings.pretrained is not None:
@@ -89,7 +87,7 @@ def _encoder_folder(context: StageContext, rows: pd.DataFrame) -> Path:
     folder = context.output_dir / "encoders"
     aside = context.output_dir / ".encoders"
     shutil.rmtree(aside, ignore_errors=True)
-    build_tiny_text_encoders(
+    family.build_tiny(
         aside,
         rows.loc[rows["split"] == "train", "caption_en"].tolist(),
         seed=context.settings.project.seed,
