@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import versioning
 from flows.command_line import fail, project_root
 
 if TYPE_CHECKING:
@@ -179,6 +178,7 @@ def pack(
     from components.corpus.image_store import FOLDER
     from components.corpus.original_lookup import OriginalLookup
     from components.settings import SettingsError, load_settings
+    from flows import versioning
 
     root = project_root()
     try:

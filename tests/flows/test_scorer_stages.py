@@ -58,6 +58,8 @@ quality.run(StageContext("quality", settings, root, state, MetricLog(state / "me
 def values(**sections: dict[str, Any]) -> dict[str, Any]:
     found = load_settings(ROOT / "params.yaml").model_dump(mode="json")
     found["runtime"]["workers"] = 1
+    contracts = ROOT / "data" / "contracts"
+    found["validation"] = {name: str(contracts / f"{name}.yaml") for name in found["validation"]}
     for name, changes in sections.items():
         found[name] |= changes
     return found

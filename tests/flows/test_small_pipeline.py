@@ -50,7 +50,7 @@ SETTINGS = {
 
 def ultraflux(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["ultraflux", *arguments], cwd=project, capture_output=True, text=True, timeout=540
+        ["ultraflux", *arguments], cwd=project, capture_output=True, text=True, timeout=1500
     )
 
 
