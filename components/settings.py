@@ -275,6 +275,9 @@ class DitStageSettings(Section):
     weight_decay: NonNegative
     max_grad_norm: Annotated[float, Field(gt=0)]
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    ema_device: Literal["model", "cpu"]
+    """Where each rank keeps its share of the average: beside the weights, or in host memory (4
+    bytes times parameters over ranks less on the GPU, copied across once a step)."""
     precision: Literal["bf16", "fp32"]
     zero_stage: Literal[0, 1, 2]
     """DeepSpeed ZeRO; 3 is out, because every rank must hold whole parameters."""

@@ -14,7 +14,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from components.settings import DitStageSettings
 
@@ -257,24 +257,3 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
         owner, _, leaf = name.rpartition(".")
         setattr(engine.module.get_submodule(owner), leaf, values.to(ranks.device))
     return engine
-
-
-def float32_weights(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, float32 tensor) of every parameter: the optimizer's masters where there are some.
-
-    Collective: with ZeRO every rank contributes the part of the masters that it holds.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    for name, parameter in engine.module.named_parameters():
-        if parameter.dtype == torch.float32:
-            yield name, parameter.detach()
-        else:
-            yield name, safe_get_full_fp32_param(parameter)
-
-
-def buffers_and_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A full state dict: `weights` for the parameters, the module's own values for the rest."""
-    state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
-    state.update({name: tensor.detach().cpu().clone() for name, tensor in weights.items()})
-    return state

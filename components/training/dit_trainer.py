@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from components.progress import track
@@ -33,21 +32,17 @@ from components.training.backbones import BACKBONES, check_stores
 from components.training.batch_plan import BatchPlan, GlobalBatch, PlanState
 from components.training.checkpoints import CheckpointStore
 from components.training.curriculum import draw_noise
-from components.training.distributed import (
-    Ranks,
-    buffers_and_weights,
-    float32_weights,
-    initialize_engine,
-)
+from components.training.distributed import Ranks, initialize_engine
 from components.training.dit_validation import LEVELS, ValidationSet
 from components.training.ema import WeightAverage
 from components.training.latent_store import LatentStore
 from components.training.metric_log import MetricLog
 from components.training.text_store import TextStore
+from components.training.transformer_export import save_transformer
 from components.training.velocity import NoisedBatch, objective_loss, predict_velocity
+from components.training.weight_shards import WeightShard, assemble, master_shards
 
 STATE_FILE = "trainer.json"
-AVERAGE_FILE = "ema.safetensors"
 ENGINE_FOLDER = "engine"
 WEIGHTS_NAMES = ("raw", "ema")
 
@@ -177,7 +172,12 @@ class DitTrainer:
         model.train()
         self.engine = initialize_engine(model, self.settings, ranks)
         self.dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
-        self.average = WeightAverage(float32_weights(self.engine), self.settings.ema_decay)
+        self.average = WeightAverage(
+            self._masters(),
+            self.settings.ema_decay,
+            ranks,
+            torch.device("cpu") if self.settings.ema_device == "cpu" else None,
+        )
         self.metrics = MetricLog(job.metrics) if ranks.is_first else None
         self.checkpoints = CheckpointStore(
             job.state_dir / "checkpoints",
@@ -282,7 +282,7 @@ class DitTrainer:
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm):
             self._diverged(step, batches, "gradient norm")
-        self.average.update(float32_weights(self.engine))
+        self.average.update(self._masters())
         return {
             "loss": float(loss.double().mean()),
             "grad_norm": norm,
@@ -319,8 +319,8 @@ class DitTrainer:
     def _write_checkpoint(self, folder: Path) -> None:
         """Fill a checkpoint folder; called in every rank."""
         self.engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, save_latest=False)
+        self.average.save(folder)
         if self.ranks.is_first:
-            save_file(self.average.weights, folder / AVERAGE_FILE)
             state = {
                 "plan": self.plan.state(self.step).as_dict(),
                 "ema_updates": self.average.updates,
@@ -345,36 +345,22 @@ class DitTrainer:
                 f"use the same number, or delete {self.checkpoints.folder} to start again"
             )
         self.engine.load_checkpoint(str(folder), tag=ENGINE_FOLDER)
-        self.average.restore(load_file(folder / AVERAGE_FILE), state["ema_updates"])
+        self.average.load(folder, state["ema_updates"])
         if self.metrics is not None:
             self.metrics.rewind(step)
         return step
 
+    def _masters(self) -> Iterator[WeightShard]:
+        return master_shards(self.engine, self.ranks)
+
     def _export(self) -> None:
         """Diffusers folders of the trained weights and of their average, float32."""
-        raw = dict(float32_weights(self.engine))
-        if self.ranks.is_first:
-            for name, weights in zip(WEIGHTS_NAMES, (raw, self.average.weights), strict=True):
+        masters = ((s.name, assemble(s, self.ranks)) for s in self._masters())
+        for name, tensors in zip(
+            WEIGHTS_NAMES, (masters, self.average.whole_tensors()), strict=True
+        ):
+            # Every rank takes part in putting each tensor together; only the first keeps it.
+            weights = {key: value.cpu() for key, value in tensors if self.ranks.is_first}
+            if self.ranks.is_first:
                 save_transformer(self.engine.module, weights, self.job.export_dir / name)
         self.ranks.barrier()
-
-
-def save_transformer(module: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a diffusers folder with `weights` in place of the module's own; aside, then renamed.
-
-    Args:
-        module: the transformer whose class, configuration and buffers are used.
-        weights: float32 parameters by name.
-        folder: replaced if it exists.
-    """
-    # `_name_or_path` would carry the path that the weights were loaded from.
-    config = {key: value for key, value in module.config.items() if not key.startswith("_")}
-    with torch.device("meta"):
-        model = type(module).from_config(config)
-    model.load_state_dict(buffers_and_weights(module, weights), assign=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
