@@ -103,6 +103,17 @@ CARDS: tuple[MetricCard, ...] = (
         "matrix, which is not the textbook GLCM entropy.",
     ),
     MetricCard(
+        "glcm_entropy_bits",
+        "GLCM entropy",
+        "higher",
+        "bit",
+        "native pixels of the top-left square",
+        "glcm-entropy/haralick64/v1",
+        "image",
+        note="-sum p log2 p of the co-occurrence probabilities (Haralick 1973), mean over 16 "
+        "matrices and all 64 px patches; 0 to 12.",
+    ),
+    MetricCard(
         "compression_ratio",
         "Compression ratio",
         "lower",
