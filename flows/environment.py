@@ -22,6 +22,10 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_MININTERVAL": "0.5",
+    # The uploader tries again by itself; MLflow's own seven tries would hold up a run's end by
+    # minutes when the server is away.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 
 

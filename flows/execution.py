@@ -84,6 +84,7 @@ def _describe(root: Path, node: versioning.StageNode, key: str, state_dir: Path)
         stage_key=key,
         parent=parent,
         metrics_file=str((state_dir / "metrics.jsonl").relative_to(root)),
+        images_dir=str((state_dir / "samples").relative_to(root)),
         params=stage_parameters(root, node.name),
         tags=tags,
     )

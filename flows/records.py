@@ -51,6 +51,8 @@ class RunDescription:
     """Record id of the pipeline."""
     metrics_file: str | None = None
     """JSONL of metrics over steps, relative to the repository root."""
+    images_dir: str | None = None
+    """Folder of `step-<number>.png` pictures, relative to the repository root."""
     params: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     started_ms: int = field(default_factory=lambda: int(time.time() * 1000))

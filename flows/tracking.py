@@ -2,34 +2,32 @@
 
 `python -m flows.tracking ROOT` follows `runs/records/` until its standard input closes and
 everything finished is uploaded. One uploader works at a time (a file lock); a second waits. Killed
-or offline uploaders lose nothing: what was sent is noted in each record's mlflow.json, metrics of
-a step are idempotent in MLflow, and `ultraflux sync` sends the rest later.
+or offline uploaders lose nothing and send nothing twice (see `flows.metric_feed`), and
+`ultraflux sync` sends the rest later.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from flows import environment
+from flows import environment, metric_feed
 from flows.records import Record, RunResult, all_records, read_json, write_json
 from flows.registry import Promotion, register
 
 POLL_S = 1.0
 RETRY_S = 5.0
 DRAIN_TIMEOUT_S = 120.0
-_BATCH = 500  # MLflow's limit is 1,000 metrics a request
 
 
 def tracking_config(root: Path) -> dict[str, Any]:
@@ -135,36 +133,43 @@ class Uploader:
         created = self.client.create_run(
             self.experiment_id, start_time=run.started_ms, tags=tags, run_name=run.name
         )
-        state.update(run_id=created.info.run_id, offset=0)
+        state.update(run_id=created.info.run_id)
         params = [Param(key, str(value)[:6000]) for key, value in run.params.items()]
         self.client.log_batch(created.info.run_id, params=params, tags=[RunTag("source", "dvc")])
         write_json(record.folder / "mlflow.json", state)
         return True
 
     def _metrics(self, record: Record, state: dict[str, Any]) -> None:
+        """Send what the metric file and the picture folder hold beyond what was sent."""
         from mlflow.entities import Metric
 
-        name = record.run.metrics_file
-        path = self._root / name if name else None
-        if path is None or not path.is_file():
-            return
-        if path.stat().st_size < state["offset"]:
-            state["offset"] = 0  # rewound by a resume; repeated points are idempotent
-        now = int(time.time() * 1000)
-        with path.open("rb") as file:
-            file.seek(state["offset"])
-            data = file.read()
-        complete = data[: data.rfind(b"\n") + 1]
-        batch: list[Any] = []
-        for line in complete.splitlines():
-            row = json.loads(line)
-            step = int(row.pop("step"))
-            batch += [Metric(key, value, now, step) for key, value in row.items()]
-        for start in range(0, len(batch), _BATCH):
-            self.client.log_batch(state["run_id"], metrics=batch[start : start + _BATCH])
-        if complete:
-            state["offset"] += len(complete)
+        def note() -> None:
             write_json(record.folder / "mlflow.json", state)
+
+        def send(points: list[metric_feed.Point]) -> None:
+            metrics = [Metric(point.key, point.value, point.ms, point.step) for point in points]
+            self.client.log_batch(state["run_id"], metrics=metrics)
+
+        if record.run.metrics_file:
+            metric_feed.deliver(self._root / record.run.metrics_file, state, send, note)
+        if record.run.images_dir:
+            self._images(self._root / record.run.images_dir, state, note)
+
+    def _images(self, folder: Path, state: dict[str, Any], note: Callable[[], None]) -> None:
+        """Pictures by step, for the run page's image grid."""
+        from PIL import Image
+
+        sent = state.setdefault("images", [])
+        for path in sorted(folder.glob("step-*.png")):
+            if path.name in sent:
+                continue
+            step = int(path.stem.removeprefix("step-"))
+            with Image.open(path) as image:
+                self.client.log_image(
+                    state["run_id"], image, key=folder.name, step=step, synchronous=True
+                )
+            sent.append(path.name)
+            note()
 
     def _result(self, record: Record, state: dict[str, Any], result: RunResult) -> None:
         from mlflow.entities import Metric, RunTag
@@ -232,6 +237,9 @@ def follow(root: Path) -> None:
             try:
                 uploader = uploader or Uploader(root)
                 uploader.sync()
+                if complained:
+                    print("tracking: connected again, everything is uploaded", file=sys.stderr)
+                    complained = False
                 if closing_since is not None:
                     return
             except Exception as problem:

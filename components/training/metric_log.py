@@ -1,15 +1,21 @@
 """Metrics over steps in a JSONL file: written first, uploaded by whoever wants to, later.
 
-Training never waits for a tracking server: one line `{"step": 10, "loss": 0.5}` is appended and
-flushed. A resumed run calls `rewind` so that every step stands in the file once.
+Training never waits for a tracking server: one line `{"step": 10, "time_ms": 1763733600000,
+"loss": 0.5}` is appended and flushed. A resumed run calls `rewind` so that every step stands in the
+file once. The time belongs to the line and not to the upload, so that a line sent twice is one
+point.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+TIME_KEY = "time_ms"
+"""Wall clock of a line in ms since 1970; part of the file, not of `rows`."""
 
 
 class MetricLog:
@@ -23,12 +29,18 @@ class MetricLog:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Append the `metrics` of one `step` (at least 0); a NaN is recorded as it is."""
-        line = json.dumps({"step": step, **{name: float(v) for name, v in metrics.items()}})
+        stamp = {"step": step, TIME_KEY: int(time.time() * 1000)}
+        line = json.dumps(stamp | {name: float(v) for name, v in metrics.items()})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def rows(self) -> Iterator[dict[str, float]]:
         """Complete lines in the order written; a line cut off by a kill is left out."""
+        for row in self._lines():
+            row.pop(TIME_KEY, None)
+            yield row
+
+    def _lines(self) -> Iterator[dict[str, float]]:
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 yield json.loads(line)
@@ -37,7 +49,7 @@ class MetricLog:
 
     def rewind(self, step: int) -> None:
         """Forget everything logged at steps greater than `step` (resume from a checkpoint)."""
-        kept = [row for row in self.rows() if row["step"] <= step]
+        kept = [row for row in self._lines() if row["step"] <= step]
         temporary = self.path.with_suffix(".rewound")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(self.path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas
 import pytest
+from PIL import Image
 
 from flows.records import (
     Record,
@@ -81,6 +82,23 @@ def test_a_record_becomes_a_child_run_with_metrics_artifacts_and_datasets(
     parent = uploader.client.get_run(str(pipeline.mlflow_run_id))
     assert parent.data.metrics["vae.psnr_gain_db"] == 4.5
     assert latest_finished(toy, "vae") == record
+
+
+def test_sample_pictures_are_logged_by_step_and_once(toy: Path, uploader: Uploader) -> None:
+    folder = toy / "runs" / "samples"
+    folder.mkdir()
+    run = RunDescription(kind="stage", name="dit_stage1", images_dir="runs/samples")
+    record = open_record(toy, run)
+    for step in (40, 80):
+        Image.new("RGB", (8, 8), "red").save(folder / f"step-{step:08d}.png")
+        uploader.sync()
+        uploader.sync()
+    listed = uploader.client.list_artifacts(str(record.mlflow_run_id), "images")
+    names = sorted(Path(item.path).name for item in listed if item.path.endswith(".png"))
+    assert [name.split("+")[:3] for name in names] == [
+        ["samples", "step", "40"],
+        ["samples", "step", "80"],
+    ]
 
 
 def test_an_unfinished_run_with_the_same_key_is_continued(toy: Path, uploader: Uploader) -> None:
