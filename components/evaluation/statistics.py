@@ -1,13 +1,15 @@
 """Means with bootstrap confidence intervals, and paired differences.
 
 Everything is float64 and seeded. With a handful of images an interval is wide and still
-optimistic, so the number of images travels with every estimate and n < 2 is refused.
+optimistic, so the number of images travels with every estimate and n < 2 is refused. Images of one
+prompt are not independent: `mean_interval` resamples whole clusters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +20,17 @@ _CHUNK_VALUES = 4_000_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its percentile-bootstrap interval."""
+    """A mean and its bootstrap interval."""
 
     mean: float
     low: float
     high: float
     n: int
+    """Values."""
     confidence: float
+    clusters: int | None = None
+    """Independent groups that were resampled; None: the values themselves."""
+    method: str = "percentile"
 
 
 def _finite(values: Sequence[float] | npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -57,10 +63,7 @@ def bootstrap_mean(
     Raises:
         ValueError: n < 2, a value that is not finite, or a bad argument.
     """
-    if resamples < 100:
-        raise ValueError(f"resamples {resamples} must be at least 100")
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence {confidence} must lie in (0, 1)")
+    _check_resampling(resamples, confidence)
     array = _finite(values)
     generator = np.random.default_rng(seed)
     means: list[npt.NDArray[np.float64]] = []
@@ -98,3 +101,184 @@ def paired_difference(
     if first.shape != second.shape:
         raise ValueError(f"pairs need equal lengths, got {first.size} and {second.size}")
     return bootstrap_mean(second - first, resamples=resamples, seed=seed, confidence=confidence)
+
+
+IntervalMethod = Literal["percentile", "bca", "studentised"]
+FEWEST_STUDENTISED_CLUSTERS = 6
+"""Below it, resamples of one repeated cluster (k^(1-k) of them, 0.8% at 5) reach the tails."""
+
+
+@dataclass(frozen=True)
+class ClusterSums:
+    """Values summed by cluster, centred on the overall mean for accuracy."""
+
+    centre: float
+    """Mean of all values."""
+    sums: npt.NDArray[np.float64]
+    """(k,) sum of value - centre in each cluster."""
+    sizes: npt.NDArray[np.float64]
+    """(k,) values in each cluster."""
+
+    @property
+    def clusters(self) -> int:
+        """How many there are, k."""
+        return int(self.sums.size)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean: the linearised ratio estimator, s / sqrt(n) where every cluster is one."""
+        k = self.clusters
+        return float(np.sqrt(k / (k - 1) * np.square(self.sums).sum()) / self.sizes.sum())
+
+
+def cluster_sums(
+    values: Sequence[float] | npt.ArrayLike, clusters: Sequence[object] | None = None
+) -> ClusterSums:
+    """Group values that are not independent.
+
+    Args:
+        values: (n,) finite numbers.
+        clusters: (n,) labels, such as the prompt of each image: several seeds or sizes of a prompt
+            say little more than one. None: every value is a cluster of its own.
+
+    Raises:
+        ValueError: n < 2, a value that is not finite, labels of another length, or one cluster.
+    """
+    array = _finite(values)
+    centre = float(array.mean())
+    if clusters is None:
+        return ClusterSums(centre, array - centre, np.ones_like(array))
+    if len(clusters) != array.size:
+        raise ValueError(f"{array.size} values need as many cluster labels, got {len(clusters)}")
+    numbers: dict[object, int] = {}
+    codes = np.array([numbers.setdefault(label, len(numbers)) for label in clusters])
+    if len(numbers) < 2:
+        raise ValueError(
+            f"all {array.size} values belong to one cluster ({clusters[0]!r}): an interval needs "
+            "at least 2 independent prompts"
+        )
+    return ClusterSums(
+        centre,
+        np.bincount(codes, weights=array - centre).astype(np.float64),
+        np.bincount(codes).astype(np.float64),
+    )
+
+
+def _check_resampling(resamples: int, confidence: float) -> None:
+    if resamples < 100:
+        raise ValueError(f"resamples {resamples} must be at least 100")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence {confidence} must lie in (0, 1)")
+
+
+def _resampled(
+    grouped: ClusterSums, resamples: int, seed: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Means (about the centre) and standard errors of `resamples` draws of k clusters each."""
+    generator = np.random.default_rng(seed)
+    k = grouped.clusters
+    sums, sizes = grouped.sums, grouped.sizes
+    moments = np.stack([sums, sizes, sums * sums, sums * sizes, sizes * sizes])
+    rows = max(1, _CHUNK_VALUES // (len(moments) * k))
+    means: list[npt.NDArray[np.float64]] = []
+    errors: list[npt.NDArray[np.float64]] = []
+    for start in range(0, resamples, rows):
+        picks = generator.integers(0, k, size=(min(rows, resamples - start), k))
+        total, count, squares, products, counts = moments[:, picks].sum(axis=2)
+        mean = total / count
+        # A draw that hits the mean is a tie; rounding must not decide its side.
+        mean = np.where(np.abs(mean) <= 1e-12 * np.abs(sums).max(), 0.0, mean)
+        spread = squares - 2.0 * mean * products + mean * mean * counts
+        # A draw of one repeated cluster has no spread; what rounding leaves is not one.
+        spread = np.where(spread <= 1e-12 * squares, 0.0, spread)
+        means.append(mean)
+        errors.append(np.sqrt(k / (k - 1) * spread) / count)
+    return np.concatenate(means), np.concatenate(errors)
+
+
+def studentised_draws(
+    grouped: ClusterSums, *, resamples: int, seed: int
+) -> npt.NDArray[np.float64]:
+    """(resamples,) sorted t* = (mean* - mean) / se*, the pivot of the bootstrap-t interval.
+
+    A draw without spread gives an infinite t* of its mean's sign (0 when it hits the mean).
+
+    Raises:
+        ValueError: fewer than `FEWEST_STUDENTISED_CLUSTERS` clusters.
+    """
+    if grouped.clusters < FEWEST_STUDENTISED_CLUSTERS:
+        raise ValueError(
+            f"a studentised interval needs at least {FEWEST_STUDENTISED_CLUSTERS} independent "
+            f"prompts or images, got {grouped.clusters}"
+        )
+    means, errors = _resampled(grouped, resamples, seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = np.where(means == 0.0, 0.0, means / errors)
+    return np.sort(draws)
+
+
+def _bca_levels(
+    grouped: ClusterSums, means: npt.NDArray[np.float64], levels: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Quantile levels corrected for bias and acceleration (Efron 1987, equation 6.8)."""
+    from scipy.special import ndtr, ndtri
+
+    below = (np.sum(means < 0.0) + np.sum(means <= 0.0)) / (2.0 * means.size)
+    bias = ndtri(below)
+    total, count = grouped.sums.sum(), grouped.sizes.sum()
+    left_out = (total - grouped.sums) / (count - grouped.sizes)
+    moved = left_out.mean() - left_out
+    spread = np.square(moved).sum()
+    acceleration = np.power(moved, 3).sum() / (6.0 * spread**1.5) if spread > 0.0 else 0.0
+    shifted = bias + ndtri(levels)
+    corrected: npt.NDArray[np.float64] = ndtr(bias + shifted / (1.0 - acceleration * shifted))
+    return corrected
+
+
+def mean_interval(
+    values: Sequence[float] | npt.ArrayLike,
+    *,
+    resamples: int,
+    seed: int,
+    clusters: Sequence[object] | None = None,
+    confidence: float = 0.95,
+    method: IntervalMethod = "studentised",
+) -> Estimate:
+    """Mean of `values` with a two-sided bootstrap interval, whole clusters resampled.
+
+    Coverage of 95% intervals for the mean of 20 independent log-normal values, in 2,000 simulated
+    samples (the slow test of this function repeats it): studentised 91.0%, BCa 87.0%, percentile
+    83.8%. BCa and percentile intervals stay within the range of the values, a studentised one need
+    not.
+
+    Args:
+        values: (n,) finite numbers.
+        resamples: bootstrap resamples, at least 100; 2,000 for a stable 95% interval.
+        seed: of the resampling.
+        clusters: (n,) labels as in `cluster_sums`.
+        confidence: coverage in (0, 1).
+        method: "studentised" (Efron 1982, bootstrap-t), "bca" (Efron 1987) or "percentile".
+
+    Raises:
+        ValueError: too few values or clusters, a value that is not finite, or a bad argument.
+    """
+    _check_resampling(resamples, confidence)
+    grouped = cluster_sums(values, clusters)
+    n, tail = int(grouped.sizes.sum()), (1.0 - confidence) / 2.0
+    levels = np.array([tail, 1.0 - tail])
+    if not grouped.sums.any():
+        # Equal values, or clusters with equal means: nothing varies between resamples.
+        low = high = 0.0
+    elif method == "studentised":
+        draws = studentised_draws(grouped, resamples=resamples, seed=seed)
+        upper, lower = np.quantile(draws, levels[::-1], method="nearest")
+        low, high = -upper * grouped.standard_error, -lower * grouped.standard_error
+    else:
+        means, _ = _resampled(grouped, resamples, seed)
+        if method == "bca":
+            levels = _bca_levels(grouped, means, levels)
+        low, high = np.quantile(means, levels)
+    centre = grouped.centre
+    return Estimate(
+        centre, centre + float(low), centre + float(high), n, confidence, grouped.clusters, method
+    )
