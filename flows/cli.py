@@ -30,6 +30,26 @@ app.command(
     epilog="Example: [bold]ultraflux select --what-if entropy_bits=6.8 "
     "--what-if aesthetic_top_fraction=0.4[/]",
 )(corpus_commands.select)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"ultraflux {version('ultraflux-mlops')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Version, and stop."),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
 app.command("generate", epilog=generate_command.EPILOG)(generate_command.generate)
 
 

@@ -19,6 +19,17 @@ Verdict = Literal["ok", "warning", "problem"]
 MIN_DISK_GB, MIN_MEMORY_GB = 5.0, 8.0
 
 
+_REPOSITORIES = {
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+}
+_PARTS = {
+    "autoencoder": "'vae/*'",
+    "transformer": "'transformer/*'",
+    "text_encoders": "'tokenizer*/*' 'text_encoder*/*'",
+}
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing looked at."""
@@ -190,7 +201,12 @@ def _weights(root: Path) -> Iterator[Finding]:
         elif (root / folder).is_dir():
             yield Finding("weights", "ok", f"{name}: {folder}")
         else:
-            fix = "hf download black-forest-labs/FLUX.1-dev --local-dir weights/FLUX.1-dev"
+            # The autoencoder is Flux's for both backbones.
+            backbone = "flux" if name == "autoencoder" else models.transformer.backbone
+            # The setting names the part's folder, except for text encoders: there are several.
+            into = folder if name == "text_encoders" else str(Path(folder).parent)
+            fix = f"hf download {_REPOSITORIES[backbone]} --include {_PARTS[name]} "
+            fix += f"--local-dir {into}"
             yield Finding("weights", "problem", f"{name}: {folder} is missing", fix)
 
 

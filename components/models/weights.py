@@ -21,18 +21,20 @@ class WeightsMissing(Exception):
         name: what is missing, such as "FLUX.1-dev VAE".
         expected: the path that was looked for.
         command: shell command that puts it there.
+        reason: why what is there does not do; empty where nothing is there.
     """
 
     def __init__(self, name: str, expected: str | Path, command: str, reason: str = "") -> None:
         self.name = name
         self.expected = str(expected)
         self.command = command
+        self.reason = reason
         detail = f" ({reason})" if reason else ""
         super().__init__(f"{name} not found at {self.expected}{detail}; get it with: {command}")
 
-    def __reduce__(self) -> tuple[type[WeightsMissing], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[WeightsMissing], tuple[str, str, str, str]]:
         # The default would call __init__ with the message alone when a worker process raises.
-        return (type(self), (self.name, self.expected, self.command))
+        return (type(self), (self.name, self.expected, self.command, self.reason))
 
 
 class ComponentsMissing(WeightsMissing):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -10,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
+from flows.doctor import examine
 from flows.generation import GenerationRefused, parse_size
 
 
@@ -97,6 +100,34 @@ def test_doctor_finds_this_machine_fit_and_names_what_is_broken(root: Path, toy:
     done = ultraflux("doctor", cwd=toy)
     assert done.returncode == 1
     assert "problem" in done.stdout
+
+
+def test_doctor_names_the_command_for_each_missing_part_of_the_chosen_backbone(
+    root: Path, toy: Path
+) -> None:
+    values = yaml.safe_load((root / "params.yaml").read_text())
+    models = values["models"]
+    models["transformer"]["backbone"] = "sd3"
+    for part, folder in (
+        ("autoencoder", "weights/FLUX.1-dev/vae"),
+        ("transformer", "weights/sd3/transformer"),
+        ("text_encoders", "weights/sd3"),
+    ):
+        models[part]["pretrained"] = folder
+    (toy / "params.yaml").write_text(yaml.safe_dump(values))
+    shown = {f.text.partition(":")[0]: f.fix for f in examine(toy) if f.topic == "weights"}
+    sd3 = "hf download stabilityai/stable-diffusion-3-medium-diffusers --include"
+    assert shown == {
+        "autoencoder": "hf download black-forest-labs/FLUX.1-dev --include 'vae/*' "
+        "--local-dir weights/FLUX.1-dev",
+        "transformer": f"{sd3} 'transformer/*' --local-dir weights/sd3",
+        "text_encoders": f"{sd3} 'tokenizer*/*' 'text_encoder*/*' --local-dir weights/sd3",
+    }
+
+
+def test_the_version_is_that_of_the_installed_project(root: Path) -> None:
+    done = ultraflux("--version", cwd=root)
+    assert done.stdout == f"ultraflux {importlib.metadata.version('ultraflux-mlops')}\n"
 
 
 @pytest.mark.parametrize(

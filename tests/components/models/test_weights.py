@@ -47,8 +47,12 @@ def test_missing_folder_is_one_line_with_name_place_and_command(tmp_path: Path) 
         COMMAND,
     )
     assert str(error) == f"Flux VAE not found at {tmp_path / 'none'}; get it with: {COMMAND}"
-    copy = pickle.loads(pickle.dumps(error))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WeightsMissing, match="it is a file") as raised:
+        resolve_folder(tmp_path / "file", "Flux VAE", COMMAND)
+    copy = pickle.loads(pickle.dumps(raised.value))
     assert copy.command == COMMAND
+    assert str(copy) == str(raised.value)
 
 
 def test_digest_depends_on_names_and_bytes_but_not_on_place_or_hidden_files(
