@@ -357,6 +357,27 @@ class EvaluateSettings(Section):
     """Long edge of pictures inside the HTML report."""
 
 
+class BaselineSettings(Section):
+    """Scores that a candidate is compared with."""
+
+    scores: Annotated[str, Field(min_length=1)]
+    """Parquet file below the repository root, kept in Git or DVC: `data/evaluate/scores.parquet` of
+    the champion (`ultraflux promote --keep-baseline` writes it)."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of the file, so that a baseline never changes unnoticed and a new one re-runs the gate."""
+
+
+class NonInferioritySettings(Section):
+    """One metric that must not become worse than the baseline's by more than a margin."""
+
+    system: str
+    """As in the scores table, such as `generated` or `reconstruction_after`."""
+    metric: str
+    """Id of a metric card, which also says the better direction."""
+    margin: NonNegative
+    """In the metric's unit."""
+
+
 class PromoteSettings(Section):
     """Promotion gate."""
 
@@ -364,6 +385,16 @@ class PromoteSettings(Section):
     min_vae_psnr_gain_db: float
     min_validation_loss_drop: float
     """Relative fall of the DiT validation loss over both stages, 0 to 1."""
+    baseline: BaselineSettings | None
+    """None: there is none yet; `non_inferiority` is then stated as not compared."""
+    non_inferiority: Annotated[tuple[NonInferioritySettings, ...], Strict(False)]
+    significance: Annotated[float, Field(gt=0.0, lt=0.5)]
+    """One-sided level of the lower bounds; 0.05 is a 95% bound."""
+    correction: Literal["holm", "none"]
+    """`holm`: every rule may be read as a claim of its own. `none`: suffices for the decision,
+    because all rules must hold at once."""
+    resamples: Annotated[int, Field(ge=100)]
+    """Of the bootstrap over prompts; with m rules under `holm` at least m / significance."""
 
 
 class Settings(Section):

@@ -175,12 +175,24 @@ def measure(
 
 
 @app.command()
-def promote() -> None:
+def promote(
+    keep_baseline: Annotated[
+        bool,
+        typer.Option(
+            "--keep-baseline",
+            help="Also keep its scores in baselines/, for later candidates to be compared with.",
+        ),
+    ] = False,
+) -> None:
     """Apply the gate's decision to the MLflow registry (exit code 1: the gate refused)."""
-    from flows.promotion import PromotionRefused, promote_from_decision
+    from flows import promotion
+    from flows.promotion import PromotionRefused
 
+    root = project_root()
     try:
-        print(promote_from_decision(project_root()))
+        print(promotion.promote_from_decision(root))
+        if keep_baseline:
+            print(promotion.keep_baseline(root))
     except PromotionRefused as problem:
         raise fail(str(problem), 1) from None
 

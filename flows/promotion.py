@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from flows.registry import Promotion, register
 from flows.tracking import Uploader, tracking_config
 
 DECISION = Path("data/promote/decision.json")
+SCORES = Path("data/evaluate/scores.parquet")
+BASELINES = Path("baselines")
 
 
 class PromotionRefused(RuntimeError):
@@ -29,7 +32,8 @@ def promotions(root: Path, decision: Mapping[str, Any], project: str) -> list[Pr
             path=decision["paths"][kind],
             digest=digest,
             alias=decision["alias"] if decision["promoted"] else None,
-            tags={f"gate.{rule}": text for rule, text in gate.items()},
+            tags={f"gate.{rule}": text for rule, text in gate.items()}
+            | {"gate.baseline": decision["baseline"] or "none yet"},
         )
         for kind, digest in sorted(decision["digests"].items())
     ]
@@ -38,9 +42,13 @@ def promotions(root: Path, decision: Mapping[str, Any], project: str) -> list[Pr
 def explain(decision: Mapping[str, Any]) -> str:
     """One line: promoted, or which rule refused and by how much."""
     if decision["promoted"]:
-        return f"promoted to alias '{decision['alias']}'"
+        waiting = decision["not_compared"]
+        missing = f"; no baseline yet: {', '.join(waiting)} not compared" if waiting else ""
+        return f"promoted to alias '{decision['alias']}'{missing}"
     failed = [
-        f"{rule['name']} {_number(rule['value'])} is below {_number(rule['threshold'])}"
+        f"{rule['name']}: {rule['reason']}"
+        if rule.get("reason")
+        else f"{rule['name']} {_number(rule['value'])} is below {_number(rule['threshold'])}"
         for rule in decision["rules"]
         if not rule["passed"]
     ]
@@ -51,20 +59,46 @@ def _number(value: float | None) -> str:
     return "missing" if value is None else f"{value:.4g}"
 
 
-def promote_from_decision(root: Path) -> str:
-    """Apply the decision on disk to the registry; returns a line that says what was done.
-
-    Raises:
-        PromotionRefused: no decision yet, or the gate refused.
-    """
+def _promoted(root: Path) -> dict[str, Any]:
+    """The decision on disk, where it is a yes."""
     try:
-        decision = json.loads((root / DECISION).read_text(encoding="utf-8"))
+        decision: dict[str, Any] = json.loads((root / DECISION).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PromotionRefused(
             f"{DECISION} is missing: run the pipeline first (`ultraflux run`)"
         ) from None
     if not decision["promoted"]:
         raise PromotionRefused(explain(decision))
+    return decision
+
+
+def keep_baseline(root: Path) -> str:
+    """Keep the promoted models' scores as a baseline; returns the settings that make it one.
+
+    Raises:
+        PromotionRefused: no decision yet, or the gate refused: only a champion is a baseline.
+    """
+    _promoted(root)
+    data = (root / SCORES).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    kept = BASELINES / f"{digest[:16]}.parquet"
+    (root / BASELINES).mkdir(exist_ok=True)
+    temporary = root / BASELINES / f".{kept.name}"
+    temporary.write_bytes(data)
+    temporary.replace(root / kept)
+    return (
+        f"{kept} written; commit it and set in the profile:\n"
+        f"promote:\n  baseline:\n    scores: {kept}\n    sha256: {digest}"
+    )
+
+
+def promote_from_decision(root: Path) -> str:
+    """Apply the decision on disk to the registry; returns a line that says what was done.
+
+    Raises:
+        PromotionRefused: no decision yet, or the gate refused.
+    """
+    decision = _promoted(root)
     uploader = Uploader(root)
     lines = []
     for promotion in promotions(root, decision, uploader.project):

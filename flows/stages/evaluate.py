@@ -23,6 +23,7 @@ from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.base_autoencoder import load_base_autoencoder
 from components.progress import track
 from components.training.aspect_buckets import Bucket, fit_to_bucket
+from flows.stages.baseline import baseline_scores
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 ImageArray = npt.NDArray[np.uint8]
@@ -42,7 +43,14 @@ def run(context: StageContext) -> StageResult:
     )
     metrics = dict(sorted((metrics | _validation_loss(context)).items()))
     digests: dict[str, str] = _generations(context)[0]["digests"]
-    decision = gate.decide(metrics, settings.promote, digests)
+    decision = gate.decide(
+        metrics,
+        settings.promote,
+        digests,
+        candidate=table,
+        baseline=baseline_scores(context),
+        seed=settings.project.seed,
+    )
     page = build_report(context.root, settings, table=table, metrics=metrics, decision=decision)
 
     out = context.output_dir

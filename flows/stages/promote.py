@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+import pandas as pd
+
 from components.evaluation.gate import decide
 from components.models.weights import folder_digest
 from flows.promotion import explain, promotions
+from flows.stages.baseline import baseline_scores
 from flows.stages.contract import StageContext, StageResult
 
 
 def run(context: StageContext) -> StageResult:
-    """Judge the trained models and write `data/promote/decision.json`."""
+    """Judge the trained models; write `data/promote/{decision.json, metrics.json}`."""
     metrics = json.loads(context.input("evaluate", "metrics.json").read_text(encoding="utf-8"))
     paths = {
         "autoencoder": context.input("vae", "autoencoder"),
@@ -20,11 +23,25 @@ def run(context: StageContext) -> StageResult:
     }
     digests = {kind: folder_digest(path) for kind, path in paths.items()}
     relative = {kind: str(path.relative_to(context.root)) for kind, path in paths.items()}
-    decision = decide(metrics, context.settings.promote, digests) | {"paths": relative}
+    decision = decide(
+        metrics,
+        context.settings.promote,
+        digests,
+        candidate=pd.read_parquet(context.input("evaluate", "scores.parquet")),
+        baseline=baseline_scores(context),
+        seed=context.settings.project.seed,
+    ) | {"paths": relative}
     output = context.output_dir / "decision.json"
     output.write_text(json.dumps(decision, indent=1) + "\n", encoding="utf-8")
+    numbers = {"promoted": float(decision["promoted"])} | {
+        f"margin.{rule['name']}": rule["margin"]
+        for rule in decision["rules"]
+        if rule["margin"] is not None
+    }
+    measured = context.output_dir / "metrics.json"
+    measured.write_text(json.dumps(numbers, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return StageResult(
-        metrics={"promoted": float(decision["promoted"])},
+        metrics=numbers,
         artifacts=(output,),
         promotions=tuple(
             asdict(promotion)

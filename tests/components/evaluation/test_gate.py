@@ -12,7 +12,14 @@ from components.evaluation.gate import decide
 from components.settings import PromoteSettings
 
 SETTINGS = PromoteSettings(
-    alias="candidate", min_vae_psnr_gain_db=3.0, min_validation_loss_drop=0.15
+    alias="candidate",
+    min_vae_psnr_gain_db=3.0,
+    min_validation_loss_drop=0.15,
+    baseline=None,
+    non_inferiority=(),
+    significance=0.05,
+    correction="holm",
+    resamples=999,
 )
 
 
