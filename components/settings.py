@@ -293,6 +293,9 @@ class DitStageSettings(Section):
     """Fixed noise draws per held-out image and noise level."""
     checkpoint_every: Count
     keep_checkpoints: Count
+    async_checkpoints: bool
+    """Write checkpoints in a thread while training goes on: same files, a copy of the state in
+    host memory (pinned on CUDA)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DitStageSettings:

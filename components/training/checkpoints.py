@@ -12,7 +12,9 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,29 @@ LATEST_FILE = "latest"
 _FORMAT = 1
 _WRITING = ".writing-"
 _DROPPED = ".dropped-"
+# One empty file per rank whose part is on disk; a text where the rank failed. Not in the contents.
+_DONE = ".done-"
+_FAILED = ".failed-"
+_POLL_S = 0.01
 
 
 class CheckpointUnreadable(RuntimeError):
     """A checkpoint that is complete by its contents list, but does not hold what is expected."""
+
+
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written; the ones before it are untouched."""
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint that is being written."""
+
+    step: int
+    aside: Path
+    """The folder to fill."""
+    final: Path
+    """Its name once it is whole."""
 
 
 def _flush(path: Path) -> None:
@@ -45,9 +66,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush_tree(folder: Path) -> None:
-    """Flush every file and every folder below and including `folder`."""
+    """Flush every file and every folder below and including `folder`.
+
+    The marks of other ranks are left out: they may be renamed meanwhile.
+    """
     for path in _files(folder):
-        _flush(path)
+        if not path.name.lstrip(".").startswith((_DONE[1:], _FAILED[1:])):
+            _flush(path)
     for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
         _flush(path)
 
@@ -67,7 +92,9 @@ class CheckpointStore:
     """Checkpoints of one run, in one folder.
 
     With several ranks every rank makes the same calls and passes the same `barrier`; each writes
-    its own files into the shared folder (as DeepSpeed's `save_checkpoint` does) and rank 0 commits.
+    its own files into the shared folder (as DeepSpeed's `save_checkpoint` does) and rank 0 commits
+    once it sees the mark of every rank. Only `begin` and `save` are collective, so `finish` may
+    run in a thread beside training.
     """
 
     def __init__(
@@ -76,6 +103,7 @@ class CheckpointStore:
         keep: int,
         *,
         rank: int = 0,
+        world_size: int = 1,
         barrier: Callable[[], object] = lambda: None,
     ) -> None:
         """Use `folder` (created when missing).
@@ -84,6 +112,7 @@ class CheckpointStore:
             folder: where the checkpoints live.
             keep: how many of the newest complete checkpoints stay, at least 1.
             rank: this process; only rank 0 renames and deletes.
+            world_size: number of ranks.
             barrier: returns when every rank has called it, such as `torch.distributed.barrier`.
 
         Raises:
@@ -94,6 +123,7 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
         self._rank = rank
+        self._world_size = world_size
         self._barrier = barrier
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -107,6 +137,18 @@ class CheckpointStore:
         Returns:
             The folder of the checkpoint.
         """
+        opened = self.begin(step)
+        write(opened.aside)
+        self.finish(opened)
+        self._barrier()
+        return opened.final
+
+    def begin(self, step: int) -> OpenCheckpoint:
+        """Open an empty folder for a checkpoint; the one before it must be finished.
+
+        Args:
+            step: optimizer steps done, at least 0.
+        """
         if step < 0:
             raise ValueError(f"step = {step}: must be at least 0")
         aside = self.folder / f"{_WRITING}{step:08d}"
@@ -114,17 +156,51 @@ class CheckpointStore:
             self._remove_leftovers()
             aside.mkdir()
         self._barrier()
-        write(aside)
-        # A rank on another node can flush only what it wrote itself, so every rank flushes.
-        _flush_tree(aside)
-        self._barrier()
         final = self._unused_name(step)
         # Nobody may rename before everybody has computed the name.
         self._barrier()
+        return OpenCheckpoint(step, aside, final)
+
+    def finish(
+        self, opened: OpenCheckpoint, is_abandoned: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Flush what this rank has written; rank 0 waits for all ranks and commits.
+
+        Args:
+            opened: a checkpoint into which this rank has written all of its files.
+            is_abandoned: asked while rank 0 waits; True makes it give up.
+
+        Raises:
+            CheckpointFailed: another rank failed, or the wait was abandoned.
+        """
+        # A rank on another node can flush only what it wrote itself, so every rank flushes.
+        _flush_tree(opened.aside)
+        if self._world_size > 1:
+            write_atomically(opened.aside / f"{_DONE}{self._rank:05d}", b"")
         if self._rank == 0:
-            self._commit(step, aside, final)
-        self._barrier()
-        return final
+            self._wait_for_marks(opened, is_abandoned)
+            self._commit(opened.step, opened.aside, opened.final)
+
+    def fail(self, opened: OpenCheckpoint, reason: str) -> None:
+        """Tell rank 0 that this rank cannot write its part."""
+        if self._world_size > 1:
+            write_atomically(opened.aside / f"{_FAILED}{self._rank:05d}", reason.encode())
+
+    def _wait_for_marks(self, opened: OpenCheckpoint, is_abandoned: Callable[[], bool]) -> None:
+        """Return when every rank is done, with the marks removed."""
+        if self._world_size == 1:
+            return
+        marks = [opened.aside / f"{_DONE}{rank:05d}" for rank in range(self._world_size)]
+        while not all(mark.exists() for mark in marks):
+            for failed in sorted(opened.aside.glob(f"{_FAILED}*")):
+                rank, reason = int(failed.name.removeprefix(_FAILED)), failed.read_text()
+                raise CheckpointFailed(f"rank {rank}: {reason}")
+            if is_abandoned():
+                missing = [rank for rank, mark in enumerate(marks) if not mark.exists()]
+                raise CheckpointFailed(f"training ended before ranks {missing} had written")
+            time.sleep(_POLL_S)
+        for mark in marks:
+            mark.unlink()
 
     def latest(self) -> tuple[int, Path] | None:
         """(step, folder) of the newest whole checkpoint, None when there is none.

@@ -30,11 +30,13 @@ from components.settings import (
 )
 from components.training.backbones import BACKBONES, check_stores
 from components.training.batch_plan import BatchPlan, GlobalBatch, PlanState
-from components.training.checkpoints import CheckpointStore
+from components.training.checkpoint_writer import CheckpointWriter
+from components.training.checkpoints import CheckpointStore, write_atomically
 from components.training.curriculum import draw_noise
 from components.training.distributed import Ranks, initialize_engine
 from components.training.dit_validation import LEVELS, ValidationSet
 from components.training.ema import WeightAverage
+from components.training.host_copies import HostCopies
 from components.training.latent_store import LatentStore
 from components.training.metric_log import MetricLog
 from components.training.text_store import TextStore
@@ -139,10 +141,15 @@ def train(job: DitJob, ranks: Ranks) -> None:
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite.
+        CheckpointFailed: a checkpoint could not be written; training goes on from the one before.
         PlanMismatch: the checkpoint was trained on other data.
         ValueError: settings that do not fit together, or nothing to train on.
     """
-    DitTrainer(job, ranks).run()
+    trainer = DitTrainer(job, ranks)
+    try:
+        trainer.run()
+    finally:
+        trainer.writer.close()
 
 
 class DitTrainer:
@@ -183,8 +190,17 @@ class DitTrainer:
             job.state_dir / "checkpoints",
             self.settings.keep_checkpoints,
             rank=ranks.rank,
+            world_size=ranks.world_size,
             barrier=ranks.barrier,
         )
+        self.copies = HostCopies()
+        self.writer = CheckpointWriter(
+            self.checkpoints, in_background=self.settings.async_checkpoints
+        )
+        # Imports DeepSpeed, for which `open_ranks` has made the environment.
+        from components.training import engine_snapshot
+
+        engine_snapshot.install(self.engine, ranks, self.copies)
         self.step = self._resume()
 
     def run(self) -> None:
@@ -214,6 +230,7 @@ class DitTrainer:
 
     def _validate_and_save(self) -> None:
         """What is due after the step just done."""
+        self.writer.check()
         last = self.step == self.settings.steps
         if last or self.step % self.settings.validate_every == 0:
             self._validate("")
@@ -221,7 +238,9 @@ class DitTrainer:
             with self.average.swapped_into(self.engine.module):
                 self._validate("_ema")
         if last or self.step % self.settings.checkpoint_every == 0:
-            self.checkpoints.save(self.step, self._write_checkpoint)
+            self._write_checkpoint()
+        if last:
+            self.writer.wait()
 
     def _prefetch(self, loader: ThreadPoolExecutor) -> Iterator[list[NoisedBatch]]:
         """Micro batches of the coming steps, one step ahead of the optimizer."""
@@ -291,13 +310,16 @@ class DitTrainer:
         }
 
     def _diverged(self, step: int, batches: list[NoisedBatch], what: str) -> None:
-        """Save this rank's batch and stop."""
+        """Save this rank's batch and stop, with the checkpoint in flight committed."""
         folder = self.job.state_dir / "diverged" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         for number, batch in enumerate(batches):
             name = f"rank{self.ranks.rank}-micro{number}.safetensors"
             ids = json.dumps(batch.sample_ids)
             save_file(batch.tensors(), folder / name, metadata={"sample_ids": ids})
+        self.writer.wait()
+        # The first rank to leave ends the others.
+        self.ranks.barrier()
         raise TrainingDiverged(
             f"{self.job.name}: {what} is not finite at step {step}; the batch is in {folder}; "
             "lower the learning rate or check these latents, the last checkpoint is untouched"
@@ -316,17 +338,24 @@ class DitTrainer:
         if self.metrics is not None:
             self.metrics.log(values, self.step)
 
-    def _write_checkpoint(self, folder: Path) -> None:
-        """Fill a checkpoint folder; called in every rank."""
-        self.engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, save_latest=False)
-        self.average.save(folder)
+    def _write_checkpoint(self) -> None:
+        """Copy the state after the step just done and hand it to the writer; collective."""
+        from components.training import engine_snapshot
+
+        self.writer.wait()
+        opened = self.checkpoints.begin(self.step)
+        folder = opened.aside
+        writes = engine_snapshot.engine_writes(self.engine, folder, ENGINE_FOLDER)
+        writes.append(self.average.take_write(folder, self.copies))
         if self.ranks.is_first:
             state = {
                 "plan": self.plan.state(self.step).as_dict(),
                 "ema_updates": self.average.updates,
                 "processes": self.ranks.world_size,
             }
-            (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+            text = json.dumps(state, indent=1)
+            writes.append(lambda: write_atomically(folder / STATE_FILE, text.encode()))
+        self.writer.submit(opened, [self.copies.fence(), *writes])
 
     def _resume(self) -> int:
         """Load the newest checkpoint; returns the number of steps done."""
@@ -338,12 +367,6 @@ class DitTrainer:
         step, folder = newest
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         self.plan.check(PlanState(**state["plan"]))
-        if state["processes"] != self.ranks.world_size:
-            raise ValueError(
-                f"{self.job.name}: the checkpoint at step {step} was written by "
-                f"{state['processes']} processes, runtime.processes is {self.ranks.world_size}: "
-                f"use the same number, or delete {self.checkpoints.folder} to start again"
-            )
         self.engine.load_checkpoint(str(folder), tag=ENGINE_FOLDER)
         self.average.load(folder, state["ema_updates"])
         if self.metrics is not None:

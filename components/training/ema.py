@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from components.training.distributed import Ranks
+from components.training.host_copies import HostCopies
 from components.training.weight_shards import (
     WeightShard,
     assemble,
@@ -94,10 +96,19 @@ class WeightAverage:
 
     def save(self, folder: Path) -> None:
         """Write this rank's share into `folder`; every rank calls it."""
+        self.take_write(folder, HostCopies())()
+
+    def take_write(self, folder: Path, copies: HostCopies) -> Callable[[], None]:
+        """Copy this rank's share now; the returned function writes it into `folder` later.
+
+        On CUDA a fence of `copies` must be waited for before that.
+        """
         held = {name: shard for name, shard in self.shards.items() if shard.values.numel()}
         layout = {name: [shard.start, *shard.shape] for name, shard in held.items()}
-        save_file(
-            {name: shard.values.contiguous() for name, shard in held.items()},
+        values = copies.take(FILES, {name: shard.values for name, shard in held.items()})
+        return partial(
+            save_file,
+            values,
             folder / FILES.replace("*", f"rank{self._ranks.rank:05d}"),
             metadata={SHARDS_KEY: json.dumps(layout)},
         )

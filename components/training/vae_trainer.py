@@ -114,7 +114,11 @@ class _Run:
         self.ranks = ranks
         self.state_dir = state_dir
         self.store = CheckpointStore(
-            state_dir / "checkpoints", KEEP_CHECKPOINTS, rank=ranks.rank, barrier=ranks.barrier
+            state_dir / "checkpoints",
+            KEEP_CHECKPOINTS,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            barrier=ranks.barrier,
         )
         self.step = 0
         self.history: list[dict[str, float]] = []

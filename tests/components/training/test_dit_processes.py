@@ -90,6 +90,3 @@ def test_two_processes_follow_the_trajectory_of_one(make_dit_job, tmp_path):
         assert one.keys() == two.keys()
         for name, value in one.items():
             assert two[name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
-    # ZeRO's shards belong to their number of ranks: said before anything is overwritten.
-    with pytest.raises(ValueError, match="written by 2 processes"):
-        run_job(pair.model_copy(update={"runtime": alone.runtime}))
