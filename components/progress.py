@@ -2,13 +2,14 @@
 
 A stage usually runs as a child of a scheduler that owns the terminal. Where the environment
 variable `ULTRAFLUX_PROGRESS_FILE` names a file, the current position is written there (atomically,
-at most twice a second) and no bar is drawn.
+at most twice a second) and no bar is drawn. Without a terminal a line is printed now and then.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
@@ -20,6 +21,8 @@ T = TypeVar("T")
 
 PROGRESS_FILE = "ULTRAFLUX_PROGRESS_FILE"
 _WRITE_INTERVAL_S = 0.5
+LINE_INTERVAL_S = 30.0
+"""Between lines where stderr is not a terminal."""
 
 
 def _write(path: Path, description: str, done: int, total: int | None) -> None:
@@ -48,9 +51,11 @@ def track(
     if total is None and isinstance(items, Sized):
         total = initial + len(items)
     target = os.environ.get(PROGRESS_FILE)
+    if target is None and not sys.stderr.isatty():
+        yield from _lines(items, description, total, initial, note)
+        return
     if target is None:
-        # disable=None: no bar when stderr is not a terminal.
-        bar = tqdm(items, description, total=total, initial=initial, disable=None)
+        bar = tqdm(items, description, total=total, initial=initial)
         for item in bar:
             yield item
             if note is not None:
@@ -67,3 +72,27 @@ def track(
             last = now
             text = f"{description} ({note()})" if note is not None else description
             _write(path, text, done, total)
+
+
+def _lines(
+    items: Iterable[T],
+    description: str,
+    total: int | None,
+    initial: int,
+    note: Callable[[], str] | None,
+) -> Iterator[T]:
+    """Yield `items`; a line on stderr every `LINE_INTERVAL_S`, none for short work."""
+    began = last = time.monotonic()
+    for done, item in enumerate(items, initial + 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= LINE_INTERVAL_S:
+            last = now
+            passed = tqdm.format_interval(now - began)
+            line = f"{description}: {done}"
+            if total is not None:
+                left = (now - began) / (done - initial) * (total - done)
+                line += f" of {total}, {passed} passed, {tqdm.format_interval(left)} to go"
+            else:
+                line += f", {passed} passed"
+            print(f"{line}, {note()}" if note is not None else line, file=sys.stderr)

@@ -73,6 +73,9 @@ class RuntimeSettings(Section):
     """Training processes (ranks) per node."""
     device: Literal["cpu", "cuda"]
     """Where models run."""
+    peak_tflops: Annotated[float, Field(gt=0)] | None
+    """Dense bf16 TFLOP/s of one GPU by its data sheet, such as 989 for an H100 or H200 SXM; model
+    FLOPs utilisation (MFU) is logged against it. None: not logged."""
     offline: bool
     """Set HF_HUB_OFFLINE so that a missing weight fails at once instead of waiting for a hub."""
 
@@ -291,6 +294,9 @@ class DitStageSettings(Section):
     validate_every: Count
     validation_repeats: Count
     """Fixed noise draws per held-out image and noise level."""
+    watch_every: Count
+    """Steps between readings of the error by wavelet band and of memory; the other metrics are
+    logged at every step."""
     checkpoint_every: Count
     keep_checkpoints: Count
     async_checkpoints: bool

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from components.objectives.haar import BAND_NAMES
 from components.progress import track
 from components.settings import (
     DitStageSettings,
@@ -40,8 +41,14 @@ from components.training.host_copies import HostCopies
 from components.training.latent_store import LatentStore
 from components.training.metric_log import MetricLog
 from components.training.text_store import TextStore
+from components.training.throughput import Throughput
 from components.training.transformer_export import save_transformer
-from components.training.velocity import NoisedBatch, objective_loss, predict_velocity
+from components.training.velocity import (
+    NoisedBatch,
+    band_errors,
+    objective_loss,
+    predict_velocity,
+)
 from components.training.weight_shards import WeightShard, assemble, master_shards
 
 STATE_FILE = "trainer.json"
@@ -201,6 +208,15 @@ class DitTrainer:
         from components.training import engine_snapshot
 
         engine_snapshot.install(self.engine, ranks, self.copies)
+        self.throughput = Throughput(
+            job.name,
+            self.engine.module,
+            images_per_step=self.settings.global_batch_size,
+            world_size=ranks.world_size,
+            peak_tflops=job.runtime.peak_tflops,
+            memory_every=self.settings.watch_every,
+        )
+        self.progress = ""
         self.step = self._resume()
 
     def run(self) -> None:
@@ -211,7 +227,13 @@ class DitTrainer:
             batches = self._prefetch(loader)
             remaining = range(self.step, self.settings.steps)
             shown = (
-                track(remaining, self.job.name, total=self.settings.steps, initial=self.step)
+                track(
+                    remaining,
+                    self.job.name,
+                    total=self.settings.steps,
+                    initial=self.step,
+                    note=lambda: self.progress,
+                )
                 if self.ranks.is_first
                 else remaining
             )
@@ -221,9 +243,12 @@ class DitTrainer:
                 waited = time.perf_counter() - begin
                 values = self._optimize(step, batch)
                 took = time.perf_counter() - begin
-                values["images_per_s"] = self.settings.global_batch_size / took
-                values["data_wait_s"] = waited
                 self.step = step + 1
+                if self.ranks.is_first:
+                    values |= self.throughput.measure(self.step, took, waited, batch[0])
+                    self.progress = (
+                        f"loss {values['loss']:.4f}, {values['images_per_s']:.3g} images/s"
+                    )
                 self._log(values)
                 self._validate_and_save()
         self._export()
@@ -280,7 +305,8 @@ class DitTrainer:
         rate = learning_rate(step, self.settings)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        times, losses = [], []
+        watched = (step + 1) % self.settings.watch_every == 0
+        rows = []
         for number, host_batch in enumerate(batches):
             batch = host_batch.to(self.ranks.device)
             velocity = predict_velocity(
@@ -288,13 +314,14 @@ class DitTrainer:
             )
             per_sample = objective_loss(self.job.objective, velocity, batch)
             self.engine.backward(per_sample.mean())
-            times.append(batch.t.cpu())
-            losses.append(per_sample.detach().float().cpu())
+            columns = [batch.t, per_sample.detach().float()]
+            if watched:
+                columns += band_errors(velocity.detach(), batch)
+            rows.append(torch.stack(columns))
             if number == len(batches) - 1:
                 # Checked before the update, so that the weights stay as they were.
-                gathered = self.ranks.gather((torch.cat(times), torch.cat(losses)))
-                t = torch.cat([pair[0] for pair in gathered])
-                loss = torch.cat([pair[1] for pair in gathered])
+                gathered = torch.cat(self.ranks.gather(torch.cat(rows, 1).cpu()), 1)
+                t, loss = gathered[:2]
                 if not bool(torch.isfinite(loss).all()):
                     self._diverged(step, batches, "loss")
             self.engine.step()
@@ -307,6 +334,10 @@ class DitTrainer:
             "grad_norm": norm,
             "lr": rate,
             **band_losses(t, loss),
+            **{
+                f"error_{name}": float(values.double().mean())
+                for name, values in zip(BAND_NAMES, gathered[2:], strict=False)
+            },
         }
 
     def _diverged(self, step: int, batches: list[NoisedBatch], what: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from components.objectives.flow_matching import flow_matching_loss, interpolate, wavelet_flow_loss
 from components.objectives.fused_snr_huber import fused_snr_huber_loss
+from components.objectives.haar import haar
 from components.settings import ObjectiveSettings
 from components.training.backbones import backbone_of, check_even
 
@@ -89,3 +90,13 @@ def objective_loss(settings: ObjectiveSettings, velocity: Tensor, batch: NoisedB
             band_weights=settings.snr_huber.band_weights,
         )
     return flow_matching_loss(velocity, batch.latents, batch.noise)
+
+
+def band_errors(velocity: Tensor, batch: NoisedBatch) -> list[Tensor]:
+    """Velocity error by Haar band, four tensors (B,) in the order of `haar.BAND_NAMES`.
+
+    Mean square of each band of v - (eps - z). The transform is orthonormal, so the mean of the four
+    is the flow matching loss.
+    """
+    error = velocity - (batch.noise - batch.latents)
+    return [band.square().flatten(1).mean(1) for band in haar(error)]

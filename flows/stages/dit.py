@@ -13,6 +13,7 @@ from components.training import dit_curves
 from components.training.backbones import BACKBONES
 from components.training.dit_trainer import DitJob, TrainingDiverged
 from components.training.dit_worker import run_job
+from components.training.throughput import WAIT_WARNING
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 TRANSFORMER_COMMANDS = {
@@ -105,14 +106,16 @@ def _describe(context: StageContext, job: DitJob) -> StageResult:
     dit_curves.draw_curves(rows, job.name, out / "curves.png")
     text = json.dumps(metrics, indent=2, sort_keys=True) + "\n"
     dit_curves.write_aside(out / "metrics.json", lambda path: path.write_text(text))
+    waits = sum(1 for row in rows if WAIT_WARNING in row)
     first, last = metrics["validation_loss_first"], metrics["validation_loss_last"]
     return StageResult(
         metrics=metrics,
         artifacts=(out / "curves.png", out / "history.csv", out / "validation.csv"),
-        tags=_lineage(job),
+        tags=_lineage(job) | {"data_wait.warnings": str(waits)},
         summary=(
             f"{job.settings.steps} steps, validation loss {first:.4f} -> {last:.4f} "
             f"({-metrics['validation_loss_drop']:+.1%})"
+            + (f"; waited too long for data, {waits} warnings" if waits else "")
         ),
     )
 

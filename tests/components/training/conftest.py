@@ -84,6 +84,7 @@ def make_dit_job(dit_corpus: Path) -> Callable[..., object]:
         "micro_batch_size": 2,
         "validate_every": 2,
         "validation_repeats": 1,
+        "watch_every": 2,
         "checkpoint_every": 2,
         "warmup_steps": 2,
         "precision": "bf16",

@@ -15,9 +15,9 @@ from components.training.checkpoints import CheckpointStore
 from components.training.dit_trainer import DitJob
 from components.training.dit_worker import run_job
 from components.training.metric_log import MetricLog
+from components.training.throughput import MACHINE_METRICS
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("training_environment_restored")]
-TIMINGS = {"images_per_s", "data_wait_s"}
 PATIENCE_S = 240.0
 
 
@@ -51,7 +51,7 @@ def kill_after(job: DitJob, steps: int) -> None:
 
 def rows(job: DitJob) -> list[dict[str, float]]:
     return [
-        {name: value for name, value in row.items() if name not in TIMINGS}
+        {name: value for name, value in row.items() if name not in MACHINE_METRICS}
         for row in MetricLog(job.metrics).rows()
     ]
 

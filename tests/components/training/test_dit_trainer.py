@@ -27,6 +27,7 @@ from components.training.dit_trainer import (
 from components.training.dit_worker import run_job
 from components.training.latent_store import LatentStore
 from components.training.metric_log import MetricLog
+from components.training.throughput import MACHINE_METRICS
 
 pytestmark = pytest.mark.usefixtures("training_environment_restored")
 
@@ -38,9 +39,9 @@ def exported(job: DitJob) -> dict[str, bytes]:
 
 def lasting(job: DitJob) -> list[dict[str, float]]:
     """Logged metrics without durations."""
-    timings = {"images_per_s", "data_wait_s"}
     return [
-        {k: v for k, v in row.items() if k not in timings} for row in MetricLog(job.metrics).rows()
+        {k: v for k, v in row.items() if k not in MACHINE_METRICS}
+        for row in MetricLog(job.metrics).rows()
     ]
 
 
