@@ -8,7 +8,13 @@ from typing import Annotated
 
 import typer
 
-from flows import corpus_commands, diagnose_commands, environment, generate_command
+from flows import (
+    corpus_commands,
+    diagnose_commands,
+    environment,
+    generate_command,
+    judge_command,
+)
 from flows.command_line import fail, project_root
 
 app = typer.Typer(
@@ -51,6 +57,7 @@ def _options(
 
 
 app.command("generate", epilog=generate_command.EPILOG)(generate_command.generate)
+app.command("judge", epilog=judge_command.EPILOG)(judge_command.judge)
 
 
 @app.command()

@@ -76,6 +76,9 @@ class Question:
     jpeg: bytes | None = field(default=None, repr=False)
     picture: str | None = None
     """What identifies the picture besides image_id, such as the size of the derivative."""
+    exhibits: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)
+    """Several pictures as (caption, JPEG), each shown after its caption; image_id and picture must
+    identify them all."""
     attempt: int = 0
     """0, or 1 for the second try after an answer failed its checks."""
 
@@ -291,6 +294,12 @@ class ChatClient:
                 {"type": "text", "text": text},
                 {"type": "image_url", "image_url": {"url": url}},
             ]
+        if question.exhibits:
+            content = [{"type": "text", "text": text}]
+            for caption, jpeg in question.exhibits:
+                url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+                content.append({"type": "text", "text": caption})
+                content.append({"type": "image_url", "image_url": {"url": url}})
         messages = [{"role": "user", "content": content}]
         if question.prompt.system:
             messages.insert(0, {"role": "system", "content": question.prompt.system})
