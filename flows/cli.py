@@ -12,6 +12,7 @@ from flows import (
     corpus_commands,
     diagnose_commands,
     environment,
+    evaluate_command,
     generate_command,
     judge_command,
 )
@@ -58,6 +59,7 @@ def _options(
 
 app.command("generate", epilog=generate_command.EPILOG)(generate_command.generate)
 app.command("judge", epilog=judge_command.EPILOG)(judge_command.judge)
+app.command("evaluate", epilog=evaluate_command.EPILOG)(evaluate_command.evaluate)
 
 
 @app.command()

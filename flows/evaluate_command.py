@@ -1,0 +1,238 @@
+"""`ultraflux evaluate`: systems against a benchmark suite."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.command_line import fail, project_root
+
+if TYPE_CHECKING:
+    from components.evaluation.suite_scores import SuiteResult
+    from components.evaluation.suites import Suite
+
+EPILOG = """Suites: aesthetic-eval-4096, aesthetic-eval-2048, aspect-ratio, reconstruction, detail,
+held-out, or a folder with metadata.jsonl (an object a line: file_name, text).
+
+Systems: NAME=SPEC, where SPEC is a folder of pictures; references; trained; ultraflux-v1,
+ultraflux-v1.1, flux, sd3, sana, pixart-sigma (folders below weights/); ultraflux:FOLDER;
+diffusers:FOLDER; vae:FOLDER; or command:TEMPLATE.
+
+Examples:
+
+  ultraflux evaluate data/benchmarks/mine --system photos=references --system mine=outputs/mine
+
+  ultraflux evaluate aesthetic-eval-4096 --system ours=trained --system sana=sana --limit 8
+
+  ultraflux evaluate aspect-ratio --system "mine=command:python my.py --prompts {prompts}
+  --out {out} --size {width}x{height}"
+
+  ultraflux evaluate reconstruction --system flux=vae:weights/FLUX.1-dev/vae"""
+
+
+def evaluate(
+    suite: Annotated[str, typer.Argument(help="Name of a suite, or a folder; see below.")],
+    system: Annotated[
+        list[str] | None, typer.Option(help="NAME=SPEC; repeat for several. See below.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Ids and `weight-free` with commas, or `all`; default: the suite's."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Local copy of the suite's benchmark, if elsewhere.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first items of each stratum.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: runs/evaluations/SUITE.")] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="Measurements so far; default: runs/ledger.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that measure, on CPUs.")] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, or cuda:0,cuda:1 (a process each); default: settings."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Root of the pictures' seeds.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; default: the system's own.")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the system's own.")] = None,
+    log: Annotated[bool, typer.Option("--log", help="Also as a run in MLflow.")] = False,
+) -> None:
+    """Measure systems on a suite; what has been measured before is not measured again.
+
+    Writes scores.parquet (a row per picture and metric), metrics.json (means with 95% intervals)
+    and pictures.jsonl. Metrics whose weights are missing are listed once, with the command that
+    gets them, and the others are measured. Ended at any time, the same command goes on.
+    """
+    from components.evaluation.evaluation_run import RunOptions, open_metrics
+    from components.evaluation.ledger import Ledger, LedgerConflict, LedgerDamaged
+    from components.evaluation.suite_scores import evaluate_suite, statistics_of, write_result
+    from components.evaluation.suites import load_suite
+    from components.evaluation.systems import Sampling, parse_system
+    from components.settings import SettingsError, load_settings
+
+    root = project_root()
+    started = time.monotonic()
+    try:
+        settings = load_settings(root / "params.yaml")
+        chosen = device or settings.runtime.device
+        loaded = load_suite(suite, root, data=data, seed=seed).limited(limit)
+        ids = _metric_ids(metrics, loaded.metrics)
+        sampling = Sampling(
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            dtype="float32" if chosen == "cpu" else "bfloat16",
+            device=chosen.split(",")[0],
+        )
+        if not system:
+            raise ValueError("--system: name at least one, such as --system mine=pictures/")
+        systems = [parse_system(text, root, settings, sampling) for text in system]
+        options = RunOptions(
+            weights_dir=root / "weights",
+            workers=workers,
+            devices=_devices(chosen),
+            max_megapixels=settings.ingest.max_megapixels,
+        )
+        opened = open_metrics(ids, root / "weights", chosen.split(",")[0])
+        folder = out or root / "runs" / "evaluations" / loaded.name
+        result = evaluate_suite(
+            loaded,
+            systems,
+            opened,
+            ids,
+            ledger=Ledger(ledger or root / "runs" / "ledger"),
+            options=options,
+            out_dir=folder,
+            resamples=settings.evaluate.bootstrap_resamples,
+            seed=settings.project.seed,
+        )
+        write_result(result, loaded, folder)
+    except (SettingsError, ValueError, LedgerConflict, LedgerDamaged) as problem:
+        raise fail(str(problem)) from None
+    _show(loaded, result, ids)
+    did = statistics_of(result)
+    seconds = time.monotonic() - started
+    print(
+        f"{did['pictures']} pictures, {did['decoded']} decoded, {did['computed']} values computed, "
+        f"{did['reused']} found in the ledger; {seconds:.1f} s"
+    )
+    print(f"Scores: {folder / 'scores.parquet'}")
+    if log:
+        _log(root, loaded, result, folder)
+    if result.failed_systems:
+        lines = [f"{name}: {text}" for name, text in result.failed_systems.items()]
+        raise fail("\n".join(lines), 1)
+
+
+def _metric_ids(wanted: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    from components.evaluation.cards import CARDS, card
+    from components.evaluation.suites import WEIGHT_FREE_METRICS
+
+    if wanted is None:
+        return default
+    if wanted == "all":
+        return tuple(c.id for c in CARDS)
+    ids: list[str] = []
+    for name in filter(None, (part.strip() for part in wanted.split(","))):
+        ids += WEIGHT_FREE_METRICS if name == "weight-free" else (card(name).id,)
+    return tuple(dict.fromkeys(ids))
+
+
+def _devices(chosen: str) -> tuple[str, ...]:
+    if chosen != "cuda":
+        return tuple(chosen.split(","))
+    import torch
+
+    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("cuda",)
+
+
+def _number(metrics: dict[str, float], name: str, decimals: int) -> str:
+    value = metrics.get(name)
+    if value is None:
+        return "-"
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    text = f"{value:.{decimals}f}"
+    if low is None or high is None:
+        return text
+    return f"{text} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
+    """Our numbers, published ones beside them, and what is missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from components.evaluation.cards import card
+
+    console = Console()
+    systems = sorted(set(result.table["system"]))
+    strata = sorted(set(result.table["stratum"]))
+    table = Table(title=f"{suite.title} ({len(suite.items)} items)", title_justify="left")
+    table.add_column("system")
+    measured = [i for i in ids if any(key.endswith(f".{i}") for key in result.metrics)]
+    for metric_id in measured:
+        table.add_column(f"{card(metric_id).name} {card(metric_id).arrow}", justify="right")
+    prefixes = [
+        prefix
+        for name in systems
+        for prefix in (name, *(f"{name}.{s}" for s in strata if len(strata) > 1))
+    ]
+    for prefix in prefixes:
+        cells = [_number(result.metrics, f"{prefix}.{i}", card(i).decimals) for i in measured]
+        table.add_row(prefix, *cells)
+    console.print(table)
+    for published in _published(suite.name):
+        beside = Table(
+            title=f"Published, other pictures and weights: {published.caption} "
+            f"({published.source})",
+            title_justify="left",
+        )
+        beside.add_column("system")
+        for column in published.columns:
+            beside.add_column(column, justify="right")
+        for name, values in published.rows:
+            beside.add_row(name, *values)
+        console.print(beside)
+    for metric_id, reason in result.unavailable.items():
+        console.print(f"not measured: {metric_id}: {reason}", markup=False, soft_wrap=True)
+    errors = result.table[result.table["error"].notna()]
+    for (name, error), rows in errors.groupby(["system", "error"]):
+        console.print(f"no value: {name}: {len(rows)} ({error})", markup=False, soft_wrap=True)
+
+
+def _published(suite: str) -> tuple[Any, ...]:
+    from components.evaluation import published
+
+    tables = {
+        "aesthetic-eval-4096": (published.TEXT_TO_IMAGE,),
+        "reconstruction": (published.VAE_RECONSTRUCTION,),
+        "detail": (published.DETAIL,),
+    }
+    return tables.get(suite, ())
+
+
+def _log(root: Path, suite: Suite, result: SuiteResult, folder: Path) -> None:
+    """A run record; the uploader brings it to MLflow, now or when the server is back."""
+    from flows.records import RunDescription, RunResult, open_record
+    from flows.tracking import sync_once
+
+    params = {"suite": suite.name, "protocol": suite.protocol, "items": len(suite.items)}
+    record = open_record(
+        root, RunDescription(kind="stage", name=f"evaluate-{suite.name}", params=params)
+    )
+    named = {name.replace("/", "_"): value for name, value in result.metrics.items()}
+    record.finish(
+        RunResult(
+            status="FAILED" if result.failed_systems else "FINISHED",
+            metrics=named,
+            artifacts=[str(folder / "metrics.json"), str(folder / "scores.parquet")],
+            summary=f"{len(result.table)} scores",
+        )
+    )
+    sync_once(root)
