@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flows import (
+    ablate_command,
     corpus_commands,
     diagnose_commands,
     environment,
@@ -58,6 +59,7 @@ def _options(
 
 
 app.command("generate", epilog=generate_command.EPILOG)(generate_command.generate)
+app.command("ablate", epilog=ablate_command.EPILOG)(ablate_command.ablate)
 app.command("judge", epilog=judge_command.EPILOG)(judge_command.judge)
 app.command("evaluate", epilog=evaluate_command.EPILOG)(evaluate_command.evaluate)
 

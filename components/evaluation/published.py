@@ -64,3 +64,27 @@ DETAIL = PublishedTable(
         ("SD3-F16-WLF@4096", ("0.77", "10.50")),
     ),
 )
+
+ABLATION_LADDER = PublishedTable(
+    caption="Additive ablation, 500K images and 10K steps each, Aesthetic-Eval@4096",
+    source="UltraFlux, ablation table",
+    columns=("FID ↓", "HPSv3 ↑", "ArtiMuse ↑"),
+    rows=(
+        ("Flux + F16 VAE", ("151.40", "9.22", "66.39")),
+        ("+ SNR-HW", ("148.81", "9.70", "67.23")),
+        ("+ SNR-HW + SACL", ("147.32", "10.30", "67.31")),
+        ("+ SNR-HW + SACL + Resonance 2D RoPE w. YaRN", ("146.93", "10.91", "68.13")),
+    ),
+)
+
+ABLATION_DATA_MODEL = PublishedTable(
+    caption="Data and model, Aesthetic-Eval@4096",
+    source="UltraFlux, supplement, table 1",
+    columns=("FID ↓", "HPSv3 ↑"),
+    rows=(
+        ("A: Diffusion-4K-v2, Flux with latent L2", ("152.09", "8.57")),
+        ("B: MultiAspect-4K-1M, Flux with latent L2", ("151.41", "9.17")),
+        ("C: Diffusion-4K-v2, UltraFlux", ("147.41", "10.03")),
+        ("D: MultiAspect-4K-1M, UltraFlux", ("145.81", "10.78")),
+    ),
+)
