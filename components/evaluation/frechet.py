@@ -1,0 +1,272 @@
+"""Distances between two sets of features: Fréchet distance and kernel distance, in float64.
+
+Fréchet (Heusel et al. 2017): ||m1 - m2||^2 + Tr S1 + Tr S2 - 2 Tr (S1 S2)^(1/2), unbiased
+covariances. With centred rows X and Y, S1 = X'X / (n - 1), the last trace is the nuclear norm of
+X Y' over sqrt((n - 1)(m - 1)): singular values of an (n, m) matrix instead of a square root of a
+(2048, 2048) one, exact also where the covariances are singular. At n = 195 the distance is nearly
+all bias: compare systems by permutation and report levels by the kernel distance.
+
+Legend: x (n, d), y (m, d).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+Matrix = npt.NDArray[np.float64]
+
+KID_SUBSETS = 100
+KID_SUBSET_ROWS = 1000
+KID_SEED = 0
+
+
+def _rows(features: npt.ArrayLike, name: str) -> Matrix:
+    matrix = np.asarray(features, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] < 2:
+        raise ValueError(
+            f"{name}: features must be (n, d) with n >= 2 pictures or patches, got {matrix.shape}"
+        )
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"{name}: features must be finite")
+    return matrix
+
+
+def _two_sets(x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Matrix, Matrix]:
+    first, second = _rows(x, "first set"), _rows(y, "second set")
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"feature widths differ: {first.shape[1]} and {second.shape[1]}")
+    return first, second
+
+
+def _nuclear_norm(matrix: Matrix) -> float:
+    values = scipy.linalg.svd(matrix, compute_uv=False, check_finite=False, overwrite_a=True)
+    return float(values.sum())
+
+
+def _compact(centred: Matrix) -> Matrix:
+    """A matrix with the same Gram matrix X'X and at most d rows: R of X = QR where n > d."""
+    if centred.shape[0] <= centred.shape[1]:
+        return centred
+    (upper,) = scipy.linalg.qr(centred, mode="r", check_finite=False)[:1]
+    square: Matrix = upper[: centred.shape[1]]
+    return square
+
+
+def frechet_distance(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
+    """Fréchet distance of the Gaussians fitted to two sets.
+
+    Args:
+        x: (n, d), n >= 2.
+        y: (m, d), m >= 2.
+
+    Returns:
+        At least 0 up to rounding; 0 for equal sets.
+
+    Raises:
+        ValueError: fewer than two rows, different widths, or values that are not finite.
+    """
+    first, second = _two_sets(x, y)
+    mean_x, mean_y = first.mean(axis=0), second.mean(axis=0)
+    a = (first - mean_x) / np.sqrt(first.shape[0] - 1)
+    b = (second - mean_y) / np.sqrt(second.shape[0] - 1)
+    cross = _nuclear_norm(_compact(a) @ _compact(b).T)
+    difference = mean_x - mean_y
+    return float(difference @ difference + np.vdot(a, a) + np.vdot(b, b) - 2.0 * cross)
+
+
+@dataclass(frozen=True)
+class PermutationTest:
+    """A statistic, and how often relabelling gives one at least as extreme."""
+
+    statistic: float
+    p_value: float
+    """(1 + resamples at least as extreme) / (1 + resamples); never 0."""
+    resamples: int
+
+
+class GramFrechet:
+    """Fréchet distances between subsets of one pool of rows, from the pool's Gram matrix alone.
+
+    All that the distance needs are inner products, so a relabelling costs the singular values of
+    one (n, m) matrix and nothing of size d.
+    """
+
+    def __init__(self, pool: npt.ArrayLike) -> None:
+        """Compute the Gram matrix.
+
+        Args:
+            pool: (N, d) rows of all sets.
+
+        Raises:
+            ValueError: as `frechet_distance`.
+        """
+        rows = _rows(pool, "pool")
+        # The distance does not change under a common shift; a centred pool loses fewer digits.
+        rows = rows - rows.mean(axis=0)
+        self.gram: Matrix = rows @ rows.T
+
+    def __call__(self, first: npt.NDArray[np.intp], second: npt.NDArray[np.intp]) -> float:
+        """Distance of two subsets.
+
+        Args:
+            first: (n,) row numbers.
+            second: (m,) row numbers; may overlap with `first`.
+        """
+        n, m = len(first), len(second)
+        within_x = self.gram[np.ix_(first, first)]
+        within_y = self.gram[np.ix_(second, second)]
+        cross = self.gram[np.ix_(first, second)]
+        means = within_x.mean() + within_y.mean() - 2.0 * cross.mean()
+        trace_x = (np.trace(within_x) - n * within_x.mean()) / (n - 1)
+        trace_y = (np.trace(within_y) - m * within_y.mean()) / (m - 1)
+        centred = cross - cross.mean(axis=0) - cross.mean(axis=1, keepdims=True) + cross.mean()
+        nuclear = _nuclear_norm(centred) / np.sqrt((n - 1) * (m - 1))
+        return float(means + trace_x + trace_y - 2.0 * nuclear)
+
+
+def _check_resamples(resamples: int) -> None:
+    if resamples < 1:
+        raise ValueError(f"resamples {resamples} must be at least 1")
+
+
+def frechet_permutation_test(
+    x: npt.ArrayLike, y: npt.ArrayLike, *, resamples: int, seed: int
+) -> PermutationTest:
+    """Whether two sets of independent pictures come from one distribution, by the distance.
+
+    Args:
+        x: (n, d).
+        y: (m, d).
+        resamples: relabellings of the pooled rows.
+        seed: of the relabelling.
+
+    Raises:
+        ValueError: as `frechet_distance`.
+    """
+    _check_resamples(resamples)
+    first, second = _two_sets(x, y)
+    distance = GramFrechet(np.concatenate([first, second]))
+    n, total = len(first), len(first) + len(second)
+    observed = distance(np.arange(n), np.arange(n, total))
+    generator = np.random.default_rng(seed)
+    extreme = 0
+    for _ in range(resamples):
+        order = generator.permutation(total)
+        extreme += distance(order[:n], order[n:]) >= observed
+    return PermutationTest(observed, (1 + extreme) / (1 + resamples), resamples)
+
+
+def paired_frechet_test(
+    ours: npt.ArrayLike,
+    theirs: npt.ArrayLike,
+    reference: npt.ArrayLike,
+    *,
+    resamples: int,
+    seed: int,
+) -> PermutationTest:
+    """Whether two systems differ in their distance to one reference; prompt by prompt.
+
+    The statistic is FD(ours, reference) - FD(theirs, reference); under the null hypothesis the two
+    pictures of a prompt may be swapped. Both distances have nearly the same bias, which the
+    difference removes. Two-sided.
+
+    Args:
+        ours: (n, d), row i is prompt i.
+        theirs: (n, d), the same prompts in the same order.
+        reference: (m, d).
+        resamples: random swaps.
+        seed: of the swaps.
+
+    Raises:
+        ValueError: different numbers of rows, or as `frechet_distance`.
+    """
+    _check_resamples(resamples)
+    first, second = _two_sets(ours, theirs)
+    if first.shape != second.shape:
+        raise ValueError(f"pairs need equal numbers of rows: {len(first)} and {len(second)}")
+    _, third = _two_sets(first, reference)
+    n = len(first)
+    distance = GramFrechet(np.concatenate([first, second, third]))
+    targets = np.arange(2 * n, 2 * n + len(third))
+    plain, other = np.arange(n), np.arange(n, 2 * n)
+
+    def difference(swap: npt.NDArray[np.bool_]) -> float:
+        a, b = np.where(swap, other, plain), np.where(swap, plain, other)
+        return distance(a, targets) - distance(b, targets)
+
+    observed = difference(np.zeros(n, bool))
+    generator = np.random.default_rng(seed)
+    swaps = generator.integers(0, 2, (resamples, n)).astype(bool)
+    extreme = sum(abs(difference(swap)) >= abs(observed) for swap in swaps)
+    return PermutationTest(observed, (1 + extreme) / (1 + resamples), resamples)
+
+
+def kernel_distance(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
+    """Unbiased squared MMD under (x.y / d + 1)^3 (KID; Binkowski et al. 2018), over all rows.
+
+    Args:
+        x: (n, d), n >= 2.
+        y: (m, d), m >= 2.
+
+    Returns:
+        Zero on average for equal distributions, so it may be negative.
+
+    Raises:
+        ValueError: as `frechet_distance`.
+    """
+    first, second = _two_sets(x, y)
+    return _unbiased_mmd(_kernel(first, first), _kernel(second, second), _kernel(first, second))
+
+
+def _kernel(x: Matrix, y: Matrix) -> Matrix:
+    kernel: Matrix = (x @ y.T / x.shape[1] + 1.0) ** 3
+    return kernel
+
+
+def _unbiased_mmd(within_x: Matrix, within_y: Matrix, cross: Matrix) -> float:
+    n, m = cross.shape
+    own_x = (within_x.sum() - np.trace(within_x)) / (n * (n - 1))
+    own_y = (within_y.sum() - np.trace(within_y)) / (m * (m - 1))
+    return float(own_x + own_y - 2.0 * cross.mean())
+
+
+def kernel_distance_spread(
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    *,
+    subsets: int = KID_SUBSETS,
+    rows: int | None = None,
+    seed: int = KID_SEED,
+) -> tuple[float, float]:
+    """Mean and standard deviation of the kernel distance over random subsets of both sets.
+
+    Args:
+        x: (n, d).
+        y: (m, d).
+        subsets: how many, at least 2.
+        rows: rows of each subset; None: half of the smaller set, at most 1000. With all rows every
+            subset would be the same and the spread would be 0.
+        seed: of the subsets.
+
+    Raises:
+        ValueError: sets of fewer than four rows, a bad argument, or as `frechet_distance`.
+    """
+    first, second = _two_sets(x, y)
+    smaller = min(len(first), len(second))
+    size = min(KID_SUBSET_ROWS, smaller // 2) if rows is None else rows
+    if subsets < 2 or not 2 <= size <= smaller:
+        raise ValueError(
+            f"{subsets} subsets of {size} rows: at least 2 of 2 rows, at most {smaller} rows; "
+            "sets need at least 4 rows"
+        )
+    generator = np.random.default_rng(seed)
+    values = []
+    for _ in range(subsets):
+        a = first[generator.choice(len(first), size, replace=False)]
+        b = second[generator.choice(len(second), size, replace=False)]
+        values.append(_unbiased_mmd(_kernel(a, a), _kernel(b, b), _kernel(a, b)))
+    return float(np.mean(values)), float(np.std(values, ddof=1))
