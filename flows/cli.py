@@ -16,6 +16,7 @@ from flows import (
     evaluate_command,
     generate_command,
     judge_command,
+    weights_commands,
 )
 from flows.command_line import fail, project_root
 
@@ -33,6 +34,7 @@ app.add_typer(stage_app, name="stage")
 app.add_typer(config_app, name="config")
 app.add_typer(corpus_commands.app, name="corpus")
 app.add_typer(diagnose_commands.app, name="diagnose")
+app.add_typer(weights_commands.app, name="weights")
 app.command(
     "select",
     epilog="Example: [bold]ultraflux select --what-if entropy_bits=6.8 "

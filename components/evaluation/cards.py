@@ -24,6 +24,12 @@ class Weights:
     license: str
     command: str
     """What fetches them into `path` on a machine with network access."""
+    repository: str | None = None
+    """Hub repository; its snapshot in the hub's cache serves as well."""
+    files: tuple[str, ...] = ()
+    """Files that the folder must hold beside its weights."""
+    also: tuple[Weights, ...] = ()
+    """Further weights that the metric needs."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,53 @@ class MetricCard:
         return {"higher": "↑", "lower": "↓", "neither": ""}[self.direction]
 
 
-def _hub(folder: str, repository: str, size: str, license_name: str, *files: str) -> Weights:
+def _hub(
+    folder: str,
+    repository: str,
+    size: str,
+    license_name: str,
+    *files: str,
+    needs: tuple[str, ...] = ("config.json",),
+    also: tuple[Weights, ...] = (),
+) -> Weights:
     """Weights in a hub repository, fetched with the hub's own client."""
     wanted = "".join(f" {file}" for file in files)
     command = f"hf download {repository}{wanted} --local-dir weights/{folder}"
-    return Weights(folder, size, license_name, command)
+    return Weights(folder, size, license_name, command, repository, needs, also)
 
 
+def _lpips_heads(backbone: str) -> Weights:
+    """The linear heads, which the lpips package carries."""
+    return Weights(
+        f"lpips/heads-{backbone}.pth",
+        "6 to 7 KB",
+        "BSD-2-Clause",
+        f"copy weights/v0.1/{backbone}.pth of the lpips package to "
+        f"weights/lpips/heads-{backbone}.pth",
+    )
+
+
+_CLIP_L14 = _hub(
+    "clip-vit-large-patch14",
+    "openai/clip-vit-large-patch14",
+    "1.7 GB",
+    "MIT",
+    "model.safetensors",
+    "config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    needs=("model.safetensors", "config.json", "tokenizer.json"),
+)
+_CLIP_H14_TOKENIZER = _hub(
+    "clip-vit-h-14-tokenizer",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "4 MB",
+    "MIT",
+    "config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    needs=("tokenizer.json",),
+)
 _INCEPTION = Weights(
     path="inception/pt_inception-2015-12-05-6726825d.pth",
     size="91 MiB",
@@ -79,6 +125,17 @@ CARDS: tuple[MetricCard, ...] = (
         "ssim/gauss1.5-valid-rgb8/v1",
         "pair",
         note="11x11 Gaussian window, population moments, mean of the three channels.",
+    ),
+    MetricCard(
+        "ms_ssim",
+        "MS-SSIM",
+        "higher",
+        "1",
+        NATIVE + " and four halvings",
+        "ms-ssim/gauss1.5-valid-rgb8/v1",
+        "pair",
+        note="Five scales of averaged 2x2 pixels, per channel, mean of the three; edges of at "
+        "least 176 px.",
     ),
     MetricCard(
         "nmse",
@@ -168,18 +225,38 @@ CARDS: tuple[MetricCard, ...] = (
     ),
     MetricCard(
         "lpips",
-        "LPIPS",
+        "LPIPS (VGG)",
         "lower",
         "1",
         NATIVE,
         "lpips/vgg16-v0.1/v1",
         "pair",
+        note="Exact in tiles. The papers do not name their backbone.",
         weights=Weights(
             "lpips/vgg16-397923af.pth",
             "528 MiB",
-            "BSD-3-Clause (backbone), BSD-2-Clause (heads)",
-            "copy torchvision's vgg16-397923af.pth and the lpips package's v0.1/vgg.pth to "
-            "weights/lpips/",
+            "BSD-3-Clause",
+            "curl -Lo weights/lpips/vgg16-397923af.pth "
+            "https://download.pytorch.org/models/vgg16-397923af.pth",
+            also=(_lpips_heads("vgg"),),
+        ),
+    ),
+    MetricCard(
+        "lpips_alex",
+        "LPIPS (AlexNet)",
+        "lower",
+        "1",
+        NATIVE,
+        "lpips/alex-v0.1/v1",
+        "pair",
+        note="Exact in tiles.",
+        weights=Weights(
+            "lpips/alexnet-owt-7be5be79.pth",
+            "233 MiB",
+            "BSD-3-Clause",
+            "curl -Lo weights/lpips/alexnet-owt-7be5be79.pth "
+            "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            also=(_lpips_heads("alex"),),
         ),
     ),
     MetricCard(
@@ -205,6 +282,89 @@ CARDS: tuple[MetricCard, ...] = (
         weights=_INCEPTION,
     ),
     MetricCard(
+        "kid",
+        "KID",
+        "lower",
+        "1",
+        "299 px",
+        "kid/inception2048-noantialias-poly3/v1",
+        "set pair",
+        note="Unbiased squared MMD over all pictures, so levels of small sets can be read; may be "
+        "negative.",
+        weights=_INCEPTION,
+        decimals=5,
+    ),
+    MetricCard(
+        "kid_spread",
+        "KID spread",
+        "neither",
+        "1",
+        "299 px",
+        "kid-spread/100-subsets-of-half-max1000-seed0/v1",
+        "set pair",
+        note="Standard deviation of KID over 100 random subsets of half the smaller set; not a "
+        "standard error.",
+        weights=_INCEPTION,
+        decimals=5,
+    ),
+    MetricCard(
+        "fid_clean",
+        "FID (clean)",
+        "lower",
+        "1",
+        "299 px, antialiased",
+        "fid/inception2048-clean/v1",
+        "set pair",
+        note="clean-fid's resize (PIL bicubic on float channels) before the network of `fid`; "
+        "nearly all bias below a few thousand images.",
+        weights=_INCEPTION,
+    ),
+    MetricCard(
+        "patch_fid",
+        "Patch FID",
+        "lower",
+        "1",
+        "native pixels in 299 px patches",
+        "fid/inception2048-patch299-centred-grid/v1",
+        "set pair",
+        note="Every full patch of a centred grid is a row (169 at 4096 x 4096); patches of one "
+        "picture are not independent.",
+        weights=_INCEPTION,
+    ),
+    MetricCard(
+        "patch_kid",
+        "Patch KID",
+        "lower",
+        "1",
+        "native pixels in 299 px patches",
+        "kid/inception2048-patch299-centred-grid-poly3/v1",
+        "set pair",
+        weights=_INCEPTION,
+        decimals=5,
+    ),
+    MetricCard(
+        "patch_kid_spread",
+        "Patch KID spread",
+        "neither",
+        "1",
+        "native pixels in 299 px patches",
+        "kid-spread/patch299-100-subsets-of-half-max1000-seed0/v1",
+        "set pair",
+        weights=_INCEPTION,
+        decimals=5,
+    ),
+    MetricCard(
+        "fd_dinov2",
+        "FD-DINOv2",
+        "lower",
+        "1",
+        "224 px, antialiased, squashed",
+        "fd/dinov2-vitl14-cls-clean224/v1",
+        "set pair",
+        note="Class token of ViT-L/14; nearly all bias below a few thousand images.",
+        weights=_hub("dinov2-large", "facebook/dinov2-large", "1.2 GB", "Apache-2.0"),
+    ),
+    MetricCard(
         "hpsv3",
         "HPSv3",
         "higher",
@@ -212,7 +372,7 @@ CARDS: tuple[MetricCard, ...] = (
         "about 448 px",
         "hpsv3/v1",
         "prompt and image",
-        weights=_hub("hpsv3", "MizzenAI/HPSv3", "about 17 GB", "see its model card"),
+        weights=_hub("hpsv3", "MizzenAI/HPSv3", "about 17 GB", "see its model card", needs=()),
     ),
     MetricCard(
         "pickscore",
@@ -222,7 +382,14 @@ CARDS: tuple[MetricCard, ...] = (
         "224 px",
         "pickscore/v1",
         "prompt and image",
-        weights=_hub("pickscore", "yuvalkirstain/PickScore_v1", "about 4 GB", "see its model card"),
+        weights=_hub(
+            "pickscore",
+            "yuvalkirstain/PickScore_v1",
+            "about 4 GB",
+            "see its model card",
+            needs=("config.json",),
+            also=(_CLIP_H14_TOKENIZER,),
+        ),
     ),
     MetricCard(
         "artimuse",
@@ -249,16 +416,7 @@ CARDS: tuple[MetricCard, ...] = (
         "clip/vit-l-14/v1",
         "prompt and image",
         note="Reads 77 tokens; the end of a long caption is not seen.",
-        weights=_hub(
-            "clip-vit-large-patch14",
-            "openai/clip-vit-large-patch14",
-            "1.7 GB",
-            "MIT",
-            "model.safetensors",
-            "config.json",
-            "preprocessor_config.json",
-            "tokenizer.json",
-        ),
+        weights=_CLIP_L14,
     ),
     MetricCard(
         "qalign",
@@ -295,10 +453,11 @@ CARDS: tuple[MetricCard, ...] = (
         "image",
         weights=Weights(
             "laion/sac+logos+ava1-l14-linearMSE.pth",
-            "4 MB and CLIP ViT-L/14",
+            "4 MB",
             "Apache-2.0",
             "copy sac+logos+ava1-l14-linearMSE.pth (improved-aesthetic-predictor) to "
             "weights/laion/",
+            also=(_CLIP_L14,),
         ),
     ),
 )
@@ -329,6 +488,7 @@ def status(metric: MetricCard, measured: Collection[str], weights_dir: Path) -> 
         return "measured"
     if metric.weights is None:
         return "no input"
-    if not (weights_dir / metric.weights.path).exists():
-        return f"weights missing: {metric.weights.command}"
-    return "weights found, but this version has no scorer for them"
+    for part in (metric.weights, *metric.weights.also):
+        if not (weights_dir / part.path).exists():
+            return f"weights missing: {part.command}"
+    return "weights found, not measured"

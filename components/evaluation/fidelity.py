@@ -1,4 +1,4 @@
-"""Full-reference fidelity of a reconstruction: PSNR, SSIM, NMSE, all in float64.
+"""Full-reference fidelity of a reconstruction: PSNR, SSIM, MS-SSIM, NMSE, all in float64.
 
 Images are uint8 RGB (H, W, 3) as a viewer sees them: a reconstruction is clipped and rounded to
 8 bits before it is measured, so the numbers hold for the file and not for the network output.
@@ -7,17 +7,26 @@ Images are uint8 RGB (H, W, 3) as a viewer sees them: a reconstruction is clippe
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import correlate1d
 
 ImageArray = npt.NDArray[np.uint8]
+Plane = npt.NDArray[Any]
 
 _SSIM_SIGMA = 1.5
 _SSIM_RADIUS = 5
 _K1, _K2 = 0.01, 0.03
 _PEAK = 255.0
+SSIM_WINDOW_PX = 2 * _SSIM_RADIUS + 1
+# Exponents of the five scales (Wang et al. 2003).
+_MS_SSIM_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+MS_SSIM_MIN_PX = SSIM_WINDOW_PX * 2 ** (len(_MS_SSIM_EXPONENTS) - 1)
+"""The window must fit into the smallest scale."""
+_BAND_PX = 2**20
+"""Pixels of one band: 8 MB an array. Smaller images are one band."""
 
 
 def _check(reference: ImageArray, image: ImageArray) -> None:
@@ -83,7 +92,8 @@ def ssim(reference: ImageArray, image: ImageArray) -> float:
     """Structural similarity (Wang et al. 2004), mean of the three channels.
 
     11x11 Gaussian window of sigma 1.5, K1 0.01, K2 0.03, dynamic range 255, population moments,
-    windows that lie wholly inside the image only.
+    windows that lie wholly inside the image only. Computed in bands of rows with a halo: the value
+    of the whole image to 1e-12 (tested), in memory that does not grow with its height.
 
     Args:
         reference: uint8 (H, W, 3), both edges at least 11 px.
@@ -96,21 +106,80 @@ def ssim(reference: ImageArray, image: ImageArray) -> float:
         ValueError: wrong type or shape, or an edge below 11 px.
     """
     _check(reference, image)
-    if min(reference.shape[:2]) < 2 * _SSIM_RADIUS + 1:
+    if min(reference.shape[:2]) < SSIM_WINDOW_PX:
         raise ValueError(f"SSIM needs edges of at least 11 px, got {reference.shape[:2]}")
-    return float(np.mean([_ssim_channel(reference[..., c], image[..., c]) for c in range(3)]))
+    return float(np.mean([_similarity(reference[..., c], image[..., c])[0] for c in range(3)]))
 
 
-def _ssim_channel(x_u8: ImageArray, y_u8: ImageArray) -> float:
+def ms_ssim(reference: ImageArray, image: ImageArray) -> float:
+    """Multi-scale structural similarity (Wang et al. 2003), mean of the three channels.
+
+    Per channel: product over five scales of contrast-structure (at the last scale the whole SSIM),
+    each averaged over its scale and raised to its exponent; negative means count as 0. Between
+    scales 2x2 pixels are averaged and an odd last row or column is dropped.
+
+    Args:
+        reference: uint8 (H, W, 3), both edges at least 176 px.
+        image: uint8 (H, W, 3).
+
+    Raises:
+        ValueError: wrong type or shape, or an edge below 176 px.
+    """
+    _check(reference, image)
+    if min(reference.shape[:2]) < MS_SSIM_MIN_PX:
+        raise ValueError(
+            f"MS-SSIM needs edges of at least {MS_SSIM_MIN_PX} px, got {reference.shape[:2]}"
+        )
+    return float(np.mean([_ms_ssim_channel(reference[..., c], image[..., c]) for c in range(3)]))
+
+
+def _ms_ssim_channel(reference: ImageArray, image: ImageArray) -> float:
+    x: Plane = reference
+    y: Plane = image
+    product = 1.0
+    for scale, exponent in enumerate(_MS_SSIM_EXPONENTS):
+        if scale:
+            x, y = _halved(x), _halved(y)
+        similarity, contrast = _similarity(x, y)
+        is_last = scale == len(_MS_SSIM_EXPONENTS) - 1
+        product *= float(max(similarity if is_last else contrast, 0.0) ** exponent)
+    return product
+
+
+def _halved(plane: Plane) -> Plane:
+    """Mean of 2x2 pixels, (h // 2, w // 2) float64."""
+    even = plane[: plane.shape[0] // 2 * 2, : plane.shape[1] // 2 * 2]
+    rows = np.add(even[::2], even[1::2], dtype=np.float64)
+    halved: Plane = (rows[:, ::2] + rows[:, 1::2]) / 4.0
+    return halved
+
+
+def _similarity(x: Plane, y: Plane, band_px: int = _BAND_PX) -> tuple[float, float]:
+    """Mean SSIM and mean contrast-structure of two planes (H, W), band by band."""
+    rows = x.shape[0] - 2 * _SSIM_RADIUS
+    step = max(1, band_px // x.shape[1])
+    similarity: list[float] = []
+    contrast: list[float] = []
+    for top in range(0, rows, step):
+        bottom = min(top + step, rows)
+        band = slice(top, bottom + 2 * _SSIM_RADIUS)
+        maps = _similarity_maps(x[band].astype(np.float64), y[band].astype(np.float64))
+        share = (bottom - top) / rows
+        similarity.append(float(np.mean(maps[0])) * share)
+        contrast.append(float(np.mean(maps[1])) * share)
+    return math.fsum(similarity), math.fsum(contrast)
+
+
+def _similarity_maps(x: Plane, y: Plane) -> tuple[Plane, Plane]:
+    """SSIM and contrast-structure of every window, (H - 10, W - 10) float64."""
     window = _gaussian_window()
     inside = (slice(_SSIM_RADIUS, -_SSIM_RADIUS),) * 2
 
-    def smooth(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def smooth(array: Plane) -> Plane:
         rows = correlate1d(array, window, axis=0)
-        result: npt.NDArray[np.float64] = correlate1d(rows, window, axis=1)[inside]
+        result: Plane = correlate1d(rows, window, axis=1)[inside]
         return result
 
-    x, y = x_u8.astype(np.float64), y_u8.astype(np.float64)
     mean_x, mean_y = smooth(x), smooth(y)
     variance_x = smooth(x * x) - mean_x**2
     variance_y = smooth(y * y) - mean_y**2
@@ -118,4 +187,4 @@ def _ssim_channel(x_u8: ImageArray, y_u8: ImageArray) -> float:
     c1, c2 = (_K1 * _PEAK) ** 2, (_K2 * _PEAK) ** 2
     luminance = (2.0 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     structure = (2.0 * covariance + c2) / (variance_x + variance_y + c2)
-    return float(np.mean(luminance * structure))
+    return luminance * structure, structure

@@ -10,12 +10,13 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from components.evaluation.cards import CARDS, card
+from components.evaluation.weight_files import trusted_files
 
 ImageArray = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
@@ -106,6 +107,7 @@ class SetMetric(Protocol):
 
 
 Metric = ImageMetric | SetMetric
+_Opener = Callable[[Path, str], Metric]
 
 
 @functools.lru_cache(maxsize=1)
@@ -183,17 +185,60 @@ def _appearance(_weights_dir: Path, _device: str) -> Metric:
 
 
 def _fidelity(_weights_dir: Path, _device: str) -> Metric:
-    from components.evaluation.reconstruction import fidelity_metrics
+    from components.evaluation.native_metrics import pair_metrics
 
-    return FunctionMetric(("psnr_db", "ssim", "nmse"), of_pair=fidelity_metrics)
+    return FunctionMetric(("psnr_db", "nmse", "ssim", "ms_ssim"), of_pair=pair_metrics)
 
 
-_OPENERS: dict[tuple[str, ...], Callable[[Path, str], Metric]] = {
-    ("psnr_db", "ssim", "nmse"): _fidelity,
+def _lpips(metric_id: str, backbone: Literal["alex", "vgg"]) -> _Opener:
+    def open_it(weights_dir: Path, device: str) -> Metric:
+        (features, heads), digest = trusted_files(card(metric_id), weights_dir)
+        from components.evaluation.perceptual_similarity import LpipsMetric
+
+        return LpipsMetric(metric_id, backbone, (features, heads), digest, device)
+
+    return open_it
+
+
+def _inception(
+    ids: tuple[str, ...], preprocessing: Literal["noantialias", "clean", "patch299"]
+) -> _Opener:
+    def open_it(weights_dir: Path, device: str) -> Metric:
+        (file,), digest = trusted_files(card(ids[0]), weights_dir)
+        from components.evaluation import set_metrics
+
+        distances = (
+            set_metrics.frechet_only(ids[0])
+            if len(ids) == 1
+            else set_metrics.frechet_and_kernel(ids[0], ids[1])
+        )
+        return set_metrics.inception_metric(ids, preprocessing, distances)(file, digest, device)
+
+    return open_it
+
+
+def _dino(weights_dir: Path, device: str) -> Metric:
+    (folder,), digest = trusted_files(card("fd_dinov2"), weights_dir)
+    from components.evaluation.set_metrics import dino_metric
+
+    return dino_metric(folder, digest, device)
+
+
+_NOANTIALIAS = ("fid", "kid", "kid_spread")
+_PATCHES = ("patch_fid", "patch_kid", "patch_kid_spread")
+_OPENERS: dict[tuple[str, ...], _Opener] = {
+    ("psnr_db", "nmse", "ssim", "ms_ssim"): _fidelity,
     ("glcm_score", "glcm_entropy_bits"): _glcm,
     ("compression_ratio",): _compression,
     ("entropy_bits", "flat_fraction"): _texture,
     ("laplacian_variance", "colourfulness"): _appearance,
+    ("lpips",): _lpips("lpips", "vgg"),
+    ("lpips_alex",): _lpips("lpips_alex", "alex"),
+    _NOANTIALIAS: _inception(_NOANTIALIAS, "noantialias"),
+    ("rfid",): _inception(("rfid",), "noantialias"),
+    ("fid_clean",): _inception(("fid_clean",), "clean"),
+    _PATCHES: _inception(_PATCHES, "patch299"),
+    ("fd_dinov2",): _dino,
 }
 """Ids that are measured together, and what opens them."""
 

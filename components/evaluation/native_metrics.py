@@ -11,6 +11,14 @@ import numpy.typing as npt
 from components.corpus.flat_regions import grayscale
 from components.corpus.fused_texture import fused_texture
 from components.corpus.glcm import glcm_measures
+from components.evaluation.fidelity import (
+    MS_SSIM_MIN_PX,
+    SSIM_WINDOW_PX,
+    ms_ssim,
+    nmse,
+    psnr_db,
+    ssim,
+)
 from components.evaluation.texture import FLAT_PATCH_PX, colourfulness, laplacian_variance
 
 ImageArray = npt.NDArray[np.uint8]
@@ -58,4 +66,23 @@ def appearance_metrics(rgb: ImageArray) -> dict[str, float | None]:
     return {
         "laplacian_variance": laplacian_variance(grayscale(rgb)),
         "colourfulness": colourfulness(rgb),
+    }
+
+
+def pair_metrics(reference: ImageArray, image: ImageArray) -> dict[str, float | None]:
+    """PSNR, SSIM, NMSE and MS-SSIM; None where the windows do not fit.
+
+    Args:
+        reference: uint8 (H, W, 3).
+        image: uint8 (H, W, 3).
+
+    Raises:
+        ValueError: different shapes.
+    """
+    edge = min(reference.shape[:2])
+    return {
+        "psnr_db": psnr_db(reference, image),
+        "nmse": nmse(reference, image),
+        "ssim": ssim(reference, image) if edge >= SSIM_WINDOW_PX else None,
+        "ms_ssim": ms_ssim(reference, image) if edge >= MS_SSIM_MIN_PX else None,
     }

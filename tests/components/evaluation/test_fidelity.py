@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from components.evaluation.fidelity import nmse, psnr_db, ssim
+from components.evaluation import fidelity
+from components.evaluation.fidelity import ms_ssim, nmse, psnr_db, ssim
 
 ImageArray = npt.NDArray[np.uint8]
 
@@ -87,3 +88,49 @@ def test_wrong_shapes_and_types_are_named() -> None:
         nmse(image, image.astype(np.float32))
     with pytest.raises(ValueError, match="at least 11 px"):
         ssim(image[:10], image[:10])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_ssim_in_bands_equals_the_whole_image(rows: int) -> None:
+    first, second = noisy_pair(11, 150, 203)
+    x, y = first[..., 0], second[..., 0]
+    whole = fidelity._similarity(x, y)
+    bands = fidelity._similarity(x, y, band_px=rows * 203)
+    assert bands == pytest.approx(whole, abs=1e-12)
+
+
+def test_ms_ssim_equals_five_whole_scales_of_scikit_image() -> None:
+    first, second = noisy_pair(12, 181, 230)
+    exponents = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    channels = []
+    for channel in range(3):
+        x, y = first[..., channel].astype(float), second[..., channel].astype(float)
+        product = 1.0
+        for scale, exponent in enumerate(exponents):
+            if scale:
+                x, y = (
+                    a[: a.shape[0] // 2 * 2, : a.shape[1] // 2 * 2]
+                    .reshape(a.shape[0] // 2, 2, a.shape[1] // 2, 2)
+                    .mean((1, 3))
+                    for a in (x, y)
+                )
+            # Without the luminance term at all scales but the last: K1 so large that it is 1.
+            value = structural_similarity(
+                x,
+                y,
+                data_range=255,
+                gaussian_weights=True,
+                sigma=1.5,
+                use_sample_covariance=False,
+                K1=0.01 if scale == 4 else 1e6,
+            )
+            product *= value**exponent
+        channels.append(product)
+    assert ms_ssim(first, second) == pytest.approx(np.mean(channels), abs=1e-9)
+
+
+def test_ms_ssim_of_equal_images_is_one_and_small_ones_are_refused() -> None:
+    first, second = noisy_pair(13, 180, 176)
+    assert ms_ssim(first, first) == 1.0
+    with pytest.raises(ValueError, match="at least 176 px"):
+        ms_ssim(first[:100], second[:100])
