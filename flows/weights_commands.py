@@ -13,7 +13,7 @@ import typer
 from flows.command_line import fail, project_root
 
 if TYPE_CHECKING:
-    from components.evaluation.cards import Weights
+    from components.evaluation.metric_weights import Weights
 
 app = typer.Typer(no_args_is_help=True, help="Weights of learned metrics: list and verify them.")
 _COLOURS = {"ok": "green", "recorded": "green", "unchecked": "yellow", "wrong": "red"}

@@ -11,25 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from components.evaluation.metric_weights import (
+    CLIP_H14_TOKENIZER,
+    CLIP_L14,
+    INCEPTION,
+    Weights,
+    hub,
+    lpips_heads,
+)
+
 Direction = Literal["higher", "lower", "neither"]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Where a learned metric's weights come from; sizes are approximate downloads."""
-
-    path: str
-    """File or folder below the repository's `weights/`."""
-    size: str
-    license: str
-    command: str
-    """What fetches them into `path` on a machine with network access."""
-    repository: str | None = None
-    """Hub repository; its snapshot in the hub's cache serves as well."""
-    files: tuple[str, ...] = ()
-    """Files that the folder must hold beside its weights."""
-    also: tuple[Weights, ...] = ()
-    """Further weights that the metric needs."""
 
 
 @dataclass(frozen=True)
@@ -56,61 +47,6 @@ class MetricCard:
         """Arrow as the papers print it."""
         return {"higher": "↑", "lower": "↓", "neither": ""}[self.direction]
 
-
-def _hub(
-    folder: str,
-    repository: str,
-    size: str,
-    license_name: str,
-    *files: str,
-    needs: tuple[str, ...] = ("config.json",),
-    also: tuple[Weights, ...] = (),
-) -> Weights:
-    """Weights in a hub repository, fetched with the hub's own client."""
-    wanted = "".join(f" {file}" for file in files)
-    command = f"hf download {repository}{wanted} --local-dir weights/{folder}"
-    return Weights(folder, size, license_name, command, repository, needs, also)
-
-
-def _lpips_heads(backbone: str) -> Weights:
-    """The linear heads, which the lpips package carries."""
-    return Weights(
-        f"lpips/heads-{backbone}.pth",
-        "6 to 7 KB",
-        "BSD-2-Clause",
-        f"copy weights/v0.1/{backbone}.pth of the lpips package to "
-        f"weights/lpips/heads-{backbone}.pth",
-    )
-
-
-_CLIP_L14 = _hub(
-    "clip-vit-large-patch14",
-    "openai/clip-vit-large-patch14",
-    "1.7 GB",
-    "MIT",
-    "model.safetensors",
-    "config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    needs=("model.safetensors", "config.json", "tokenizer.json"),
-)
-_CLIP_H14_TOKENIZER = _hub(
-    "clip-vit-h-14-tokenizer",
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-    "4 MB",
-    "MIT",
-    "config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    needs=("tokenizer.json",),
-)
-_INCEPTION = Weights(
-    path="inception/pt_inception-2015-12-05-6726825d.pth",
-    size="91 MiB",
-    license="Apache-2.0",
-    command="copy pt_inception-2015-12-05-6726825d.pth (release fid_weights of the pytorch-fid "
-    "project) to weights/inception/",
-)
 
 NATIVE = "native pixels"
 
@@ -238,7 +174,7 @@ CARDS: tuple[MetricCard, ...] = (
             "BSD-3-Clause",
             "curl -Lo weights/lpips/vgg16-397923af.pth "
             "https://download.pytorch.org/models/vgg16-397923af.pth",
-            also=(_lpips_heads("vgg"),),
+            also=(lpips_heads("vgg"),),
         ),
     ),
     MetricCard(
@@ -256,7 +192,7 @@ CARDS: tuple[MetricCard, ...] = (
             "BSD-3-Clause",
             "curl -Lo weights/lpips/alexnet-owt-7be5be79.pth "
             "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-            also=(_lpips_heads("alex"),),
+            also=(lpips_heads("alex"),),
         ),
     ),
     MetricCard(
@@ -268,7 +204,7 @@ CARDS: tuple[MetricCard, ...] = (
         "fid/inception2048-noantialias/v1",
         "set pair",
         note="Nearly all bias below a few thousand images.",
-        weights=_INCEPTION,
+        weights=INCEPTION,
     ),
     MetricCard(
         "fid",
@@ -279,7 +215,7 @@ CARDS: tuple[MetricCard, ...] = (
         "fid/inception2048-noantialias/v1",
         "set pair",
         note="Newer torchmetrics antialiases the resize: another metric id, other numbers.",
-        weights=_INCEPTION,
+        weights=INCEPTION,
     ),
     MetricCard(
         "kid",
@@ -291,7 +227,7 @@ CARDS: tuple[MetricCard, ...] = (
         "set pair",
         note="Unbiased squared MMD over all pictures, so levels of small sets can be read; may be "
         "negative.",
-        weights=_INCEPTION,
+        weights=INCEPTION,
         decimals=5,
     ),
     MetricCard(
@@ -304,7 +240,7 @@ CARDS: tuple[MetricCard, ...] = (
         "set pair",
         note="Standard deviation of KID over 100 random subsets of half the smaller set; not a "
         "standard error.",
-        weights=_INCEPTION,
+        weights=INCEPTION,
         decimals=5,
     ),
     MetricCard(
@@ -317,7 +253,7 @@ CARDS: tuple[MetricCard, ...] = (
         "set pair",
         note="clean-fid's resize (PIL bicubic on float channels) before the network of `fid`; "
         "nearly all bias below a few thousand images.",
-        weights=_INCEPTION,
+        weights=INCEPTION,
     ),
     MetricCard(
         "patch_fid",
@@ -329,7 +265,7 @@ CARDS: tuple[MetricCard, ...] = (
         "set pair",
         note="Every full patch of a centred grid is a row (169 at 4096 x 4096); patches of one "
         "picture are not independent.",
-        weights=_INCEPTION,
+        weights=INCEPTION,
     ),
     MetricCard(
         "patch_kid",
@@ -339,7 +275,7 @@ CARDS: tuple[MetricCard, ...] = (
         "native pixels in 299 px patches",
         "kid/inception2048-patch299-centred-grid-poly3/v1",
         "set pair",
-        weights=_INCEPTION,
+        weights=INCEPTION,
         decimals=5,
     ),
     MetricCard(
@@ -350,7 +286,7 @@ CARDS: tuple[MetricCard, ...] = (
         "native pixels in 299 px patches",
         "kid-spread/patch299-100-subsets-of-half-max1000-seed0/v1",
         "set pair",
-        weights=_INCEPTION,
+        weights=INCEPTION,
         decimals=5,
     ),
     MetricCard(
@@ -362,7 +298,7 @@ CARDS: tuple[MetricCard, ...] = (
         "fd/dinov2-vitl14-cls-clean224/v1",
         "set pair",
         note="Class token of ViT-L/14; nearly all bias below a few thousand images.",
-        weights=_hub("dinov2-large", "facebook/dinov2-large", "1.2 GB", "Apache-2.0"),
+        weights=hub("dinov2-large", "facebook/dinov2-large", "1.2 GB", "Apache-2.0"),
     ),
     MetricCard(
         "hpsv3",
@@ -372,7 +308,8 @@ CARDS: tuple[MetricCard, ...] = (
         "about 448 px",
         "hpsv3/v1",
         "prompt and image",
-        weights=_hub("hpsv3", "MizzenAI/HPSv3", "about 17 GB", "see its model card", needs=()),
+        note="No scorer in this version.",
+        weights=hub("hpsv3", "MizzenAI/HPSv3", "about 17 GB", "see its model card", needs=()),
     ),
     MetricCard(
         "pickscore",
@@ -382,13 +319,14 @@ CARDS: tuple[MetricCard, ...] = (
         "224 px",
         "pickscore/v1",
         "prompt and image",
-        weights=_hub(
+        note="Learnt temperature times the cosine of CLIP ViT-H/14; 77 tokens, centre square.",
+        weights=hub(
             "pickscore",
             "yuvalkirstain/PickScore_v1",
             "about 4 GB",
             "see its model card",
             needs=("config.json",),
-            also=(_CLIP_H14_TOKENIZER,),
+            also=(CLIP_H14_TOKENIZER,),
         ),
     ),
     MetricCard(
@@ -399,7 +337,8 @@ CARDS: tuple[MetricCard, ...] = (
         "448 px, squashed",
         "artimuse/v1",
         "image",
-        note="Pins an old transformers release, so it runs as a process of its own.",
+        note="Pins an old transformers release, so it runs as a process of its own, whose address "
+        "stands in ULTRAFLUX_ARTIMUSE_URL; gets the picture as JPEG (95, 4:4:4).",
         weights=Weights(
             "artimuse",
             "about 17 GB",
@@ -415,8 +354,9 @@ CARDS: tuple[MetricCard, ...] = (
         "224 px",
         "clip/vit-l-14/v1",
         "prompt and image",
-        note="Reads 77 tokens; the end of a long caption is not seen.",
-        weights=_CLIP_L14,
+        note="max(100 cos, 0); reads 77 tokens, so the end of a long caption is not seen, and the "
+        "centre square, so the sides of a wide picture are not.",
+        weights=CLIP_L14,
     ),
     MetricCard(
         "qalign",
@@ -426,7 +366,7 @@ CARDS: tuple[MetricCard, ...] = (
         "448 px",
         "qalign/one-align/v1",
         "image",
-        weights=_hub("one-align", "q-future/one-align", "about 16 GB", "MIT"),
+        weights=hub("one-align", "q-future/one-align", "about 16 GB", "MIT"),
     ),
     MetricCard(
         "musiq",
@@ -436,10 +376,11 @@ CARDS: tuple[MetricCard, ...] = (
         "native pixels and two smaller scales",
         "musiq/koniq/v1",
         "image",
+        note="All native 32 px patches, and copies with longer edges of 384 and 224 px.",
         weights=Weights(
             "musiq/musiq_koniq_ckpt-e95806b9.pth",
             "about 100 MiB",
-            "Apache-2.0 (weights); the pyiqa port is PolyForm-Noncommercial",
+            "Apache-2.0",
             "copy musiq_koniq_ckpt-e95806b9.pth (pyiqa's weight release) to weights/musiq/",
         ),
     ),
@@ -457,7 +398,7 @@ CARDS: tuple[MetricCard, ...] = (
             "Apache-2.0",
             "copy sac+logos+ava1-l14-linearMSE.pth (improved-aesthetic-predictor) to "
             "weights/laion/",
-            also=(_CLIP_L14,),
+            also=(CLIP_L14,),
         ),
     ),
 )

@@ -224,6 +224,54 @@ def _dino(weights_dir: Path, device: str) -> Metric:
     return dino_metric(folder, digest, device)
 
 
+def _clip_score(weights_dir: Path, device: str) -> Metric:
+    (folder,), digest = trusted_files(card("clip_score"), weights_dir)
+    from components.evaluation.preference import ClipEncoder, PromptMetric
+
+    return PromptMetric("clip_score", ClipEncoder(folder, device), "cosine", digest)
+
+
+def _pickscore(weights_dir: Path, device: str) -> Metric:
+    (folder, tokenizer), digest = trusted_files(card("pickscore"), weights_dir)
+    from components.evaluation.preference import ClipEncoder, PromptMetric
+
+    return PromptMetric("pickscore", ClipEncoder(folder, device, tokenizer), "logit", digest)
+
+
+def _laion_aesthetics(weights_dir: Path, device: str) -> Metric:
+    (head, folder), digest = trusted_files(card("laion_aesthetics"), weights_dir)
+    import torch
+
+    from components.evaluation.preference import AestheticMetric, ClipEncoder
+
+    state = torch.load(head, map_location="cpu", weights_only=True)
+    return AestheticMetric(ClipEncoder(folder, device), state, digest)
+
+
+def _musiq(weights_dir: Path, device: str) -> Metric:
+    (file,), digest = trusted_files(card("musiq"), weights_dir)
+    from components.evaluation.quality import open_musiq
+
+    return open_musiq(file, digest, device)
+
+
+def _qalign(weights_dir: Path, device: str) -> Metric:
+    (folder,), digest = trusted_files(card("qalign"), weights_dir)
+    from components.corpus.qalign import QAlign
+    from components.evaluation.quality import QAlignMetric
+
+    return QAlignMetric(QAlign(folder, device), digest)
+
+
+def _artimuse(_weights_dir: Path, _device: str) -> Metric:
+    from components.evaluation.quality import ArtiMuseMetric, artimuse_url
+
+    url = artimuse_url()
+    from components.corpus.scorer_protocol import ScorerClient
+
+    return ArtiMuseMetric(ScorerClient(url))
+
+
 _NOANTIALIAS = ("fid", "kid", "kid_spread")
 _PATCHES = ("patch_fid", "patch_kid", "patch_kid_spread")
 _OPENERS: dict[tuple[str, ...], _Opener] = {
@@ -239,6 +287,12 @@ _OPENERS: dict[tuple[str, ...], _Opener] = {
     ("fid_clean",): _inception(("fid_clean",), "clean"),
     _PATCHES: _inception(_PATCHES, "patch299"),
     ("fd_dinov2",): _dino,
+    ("clip_score",): _clip_score,
+    ("pickscore",): _pickscore,
+    ("laion_aesthetics",): _laion_aesthetics,
+    ("musiq",): _musiq,
+    ("qalign",): _qalign,
+    ("artimuse",): _artimuse,
 }
 """Ids that are measured together, and what opens them."""
 

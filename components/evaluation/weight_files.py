@@ -18,7 +18,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from components.evaluation.cards import MetricCard, Weights
+from components.evaluation.cards import MetricCard
+from components.evaluation.metric_weights import Weights
 from components.models.weights import PICKLED_SUFFIXES, WeightsMissing, file_digest, folder_digest
 
 RECORD = "digests.json"
@@ -80,6 +81,8 @@ def _is_complete(place: Path, weights: Weights) -> bool:
         return place.is_file() if Path(weights.path).suffix else place.is_dir()
     if not place.is_dir() or not all((place / name).is_file() for name in weights.files):
         return False
+    if not weights.holds_network:
+        return True
     suffixes = {".safetensors", *PICKLED_SUFFIXES}
     return any(file.suffix in suffixes for file in place.iterdir())
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from components.evaluation.cards import CARDS, Weights, card
+from components.evaluation.cards import CARDS, card
+from components.evaluation.metric_weights import Weights
 from components.evaluation.metrics import has_scorer, open_metric
 from components.evaluation.weight_files import find, trusted_digest, trusted_files, verify
 from components.models.weights import WeightsMissing
