@@ -70,8 +70,9 @@ def evaluate(
     and pictures.jsonl. Metrics whose weights are missing are listed once, with the command that
     gets them, and the others are measured. Ended at any time, the same command goes on.
     """
+    from components.corpus.ordered_pool import WorkersDoNotStart
     from components.evaluation.evaluation_run import RunOptions, open_metrics
-    from components.evaluation.ledger import Ledger, LedgerConflict, LedgerDamaged
+    from components.evaluation.ledger import Ledger
     from components.evaluation.suite_scores import evaluate_suite, statistics_of, write_result
     from components.evaluation.suites import load_suite
     from components.evaluation.systems import Sampling, parse_system
@@ -113,7 +114,7 @@ def evaluate(
             seed=settings.project.seed,
         )
         write_result(result, loaded, folder)
-    except (SettingsError, ValueError, LedgerConflict, LedgerDamaged) as problem:
+    except (SettingsError, ValueError, WorkersDoNotStart) as problem:
         raise fail(str(problem)) from None
     _show(loaded, result, ids)
     did = statistics_of(result)

@@ -305,7 +305,11 @@ class EvaluationRun:
         jobs: dict[tuple[Any, ...], Job] = {}
         for picture, ns in wanted:
             missing = [n for n in ns if not self._is_known(n, picture, known, features)]
-            self.statistics.reused += len(ns) - len(missing)
+            self.statistics.reused += sum(
+                1 if n in set_numbers else len(self._opened.metrics[n].ids)
+                for n in ns
+                if n not in missing
+            )
             if missing:
                 # The same content under two names is one job.
                 same = (picture.sha256, picture.reference_sha256, picture.prompt)
