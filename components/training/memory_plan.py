@@ -1,0 +1,154 @@
+"""GPU memory of training, before anyone pays for it.
+
+Exact: weights, gradients, optimizer states and the weight average (bytes per parameter, measured
+on the engine itself), and what autograd keeps of a transformer block (closed form, equal to a
+count on the meta device). Estimates: working memory, communication buffers, and the tensors kept
+outside of the blocks. Not included: CUDA's own context (about half a gigabyte to one) and what
+the allocator loses to fragmentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from components.training.distributed import BUCKET_ELEMENTS
+from components.training.model_shapes import MLP_RATIO, AutoencoderShape, FluxShape
+
+Precision = Literal["bf16", "fp32"]
+ITEM_BYTES: dict[str, int] = {"bf16": 2, "fp32": 4}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one GPU."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """Adam's two moments, and the float32 masters of bf16 weights."""
+    average: int
+    """The exponential moving average."""
+    activations: int
+    """Estimate (what blocks keep is exact)."""
+    buffers: int
+    """Estimate: communication."""
+
+    @property
+    def states(self) -> int:
+        """Weights, gradients and optimizer."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.states + self.average + self.activations + self.buffers
+
+
+def state_bytes(
+    parameters: int, processes: int, zero_stage: int, precision: Precision
+) -> tuple[int, int, int]:
+    """(weights, gradients, optimizer) bytes on each GPU under DeepSpeed ZeRO with AdamW.
+
+    Gradients are accumulated in float32. ZeRO-1 with bf16 keeps its float32 gradients whole, and
+    beside them the bf16 ones of a micro batch; ZeRO-2 keeps its share of the float32 ones.
+
+    Args:
+        parameters: of the network.
+        processes: ranks that share what is sharded.
+        zero_stage: 0 shares nothing, 1 the optimizer, 2 gradients too, 3 weights too.
+        precision: of weights.
+    """
+    low = precision == "bf16"
+    share = -(-parameters // processes)
+    sharded_from = {"optimizer": 1, "gradients": 2, "weights": 3}
+
+    def count(what: str) -> int:
+        return share if zero_stage >= sharded_from[what] else parameters
+
+    weights = ITEM_BYTES[precision] * count("weights")
+    gradients = 4 * count("gradients")
+    if low and zero_stage < 2:
+        gradients += 2 * parameters
+    moments = 8 * count("optimizer")
+    # In float32 the weights are their own masters, but ZeRO keeps a flat copy of its share.
+    masters = 4 * count("optimizer") if low or zero_stage else 0
+    return weights, gradients, moments + masters
+
+
+def flux_block_bytes(
+    shape: FluxShape, tokens: int, batch: int, precision: Precision
+) -> tuple[int, int]:
+    """What autograd keeps of one (double, single) block with fused attention, exactly.
+
+    Double: 13 tensors of width D per token (inputs of the projections and products, q, k, v and
+    the attention's output), the MLP's input and output of its activation (8 D), and in float32
+    four of width D for the rotation of q and k, four norm statistics, and per head two RMS
+    statistics and the log-sum-exp. Single: 8 D, 9 D (MLP and joint input of the last
+    projection). Then a few vectors per sample.
+
+    Args:
+        shape: the transformer.
+        tokens: image and text tokens.
+        batch: samples.
+        precision: of the network.
+    """
+    item, d, rows = ITEM_BYTES[precision], shape.width, batch * tokens
+    rotation = 16 * rows * d
+    per_head = 12 * rows * shape.num_attention_heads
+    # Two state words of the attention's random numbers, kept whether or not there is dropout.
+    words = 24
+    double = (13 + 2 * MLP_RATIO) * item * rows * d + rotation + 16 * rows + per_head
+    single = (8 + 2 * MLP_RATIO + 1) * item * rows * d + rotation + 8 * rows + per_head
+    return double + 18 * item * batch * d + words, single + 5 * item * batch * d + words
+
+
+def flux_activation_bytes(
+    shape: FluxShape, tokens: int, batch: int, precision: Precision, *, checkpointing: bool
+) -> int:
+    """Peak of activations in the backward pass: blocks, and the working memory of one (estimate).
+
+    With checkpointing every block keeps its input only, and one block at a time is repeated.
+    """
+    item, stream = ITEM_BYTES[precision], batch * tokens * shape.width
+    double, single = flux_block_bytes(shape, tokens, batch, precision)
+    # Gradients in flight: of the MLP's hidden layer and of the stream.
+    working = (MLP_RATIO + 2) * item * stream
+    # Rotary tables, float32 cos and sin.
+    tables = 8 * tokens * shape.attention_head_dim
+    if checkpointing:
+        inputs = (shape.num_layers + shape.num_single_layers) * item * stream
+        return inputs + max(double, single) + working + tables
+    return shape.num_layers * double + shape.num_single_layers * single + working + tables
+
+
+def decoder_activation_bytes(
+    shape: AutoencoderShape, height: int, width: int, batch: int, *, checkpointing: bool
+) -> int:
+    """Estimate for the decoder in training: inputs of norms, activations and convolutions.
+
+    Counted in float32, also under bf16 autocast, which keeps norms in float32: an upper bound.
+    """
+    widths = shape.block_out_channels
+    pixels = batch * height * width // shape.compression**2
+    before = widths[-1]
+    blocks = [3 * 4 * widths[-1] * pixels * 4]
+    inputs = 0
+    for level, channels in enumerate(reversed(widths)):
+        inputs += before * pixels * 4
+        kept = (3 * before + 3 * channels) * pixels
+        kept += shape.layers_per_block * 6 * channels * pixels
+        if level < len(widths) - 1:
+            pixels *= 4
+            kept += channels * pixels
+        blocks.append(4 * kept)
+        before = channels
+    return inputs + max(blocks) if checkpointing else sum(blocks)
+
+
+def communication_bytes(parameters: int, processes: int, precision: Precision) -> int:
+    """Estimate: two reduction buckets (one filling while the other travels)."""
+    if processes == 1:
+        return 0
+    return 2 * ITEM_BYTES[precision] * min(BUCKET_ELEMENTS, parameters)
