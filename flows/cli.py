@@ -16,6 +16,7 @@ from flows import (
     evaluate_command,
     generate_command,
     judge_command,
+    plan_command,
     weights_commands,
 )
 from flows.command_line import fail, project_root
@@ -64,6 +65,7 @@ app.command("generate", epilog=generate_command.EPILOG)(generate_command.generat
 app.command("ablate", epilog=ablate_command.EPILOG)(ablate_command.ablate)
 app.command("judge", epilog=judge_command.EPILOG)(judge_command.judge)
 app.command("evaluate", epilog=evaluate_command.EPILOG)(evaluate_command.evaluate)
+app.command("plan", epilog=plan_command.EPILOG)(plan_command.plan)
 
 
 @app.command()

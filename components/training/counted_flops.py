@@ -43,7 +43,7 @@ def flux_on_meta(shape: FluxShape, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def sd3_on_meta(config: Mapping[str, Any], latent_hw: tuple[int, int]) -> Any:
-    """diffusers' SD3 transformer without storage, its position table large enough."""
+    """Diffusers' SD3 transformer without storage, its position table large enough."""
     from diffusers import SD3Transformer2DModel
 
     known = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -72,6 +72,8 @@ def tiny_on_meta(
         )
     with torch.device("meta"):
         model = BACKBONES[settings.backbone].build_tiny(settings, widths, latent_channels, 0)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
     return model.train()
 
 
@@ -190,9 +192,8 @@ def backbone_counts(
     widths: tuple[int, int],
     latent: tuple[int, int, int],
     text_tokens: int,
-    batch: int,
-) -> tuple[int, Flops, int]:
-    """Counts of a backbone that has no closed form.
+) -> tuple[int, Flops, int, tuple[int, int]]:
+    """Counts of a backbone that has no closed form (SD3), for one sample in bf16.
 
     Args:
         settings: names backbone and tiny shape.
@@ -200,16 +201,23 @@ def backbone_counts(
         widths: (D, P) of text states and pooled vectors.
         latent: (C, h, w) in latent pixels.
         text_tokens: text tokens.
-        batch: samples per pass.
 
     Returns:
-        (parameters, operations of forward and backward, bytes saved for the backward pass).
+        (parameters, operations of forward and backward, bytes saved for the backward pass,
+        (bytes of all blocks' inputs, number of blocks)).
     """
     model = (
         tiny_on_meta(settings, widths, latent[0])
         if config is None
         else sd3_on_meta(config, latent[1:])
     )
-    call = sd3_call(model, latent[1:], text_tokens, batch)
-    return sum(p.numel() for p in model.parameters()), count(call), saved_bytes(model, call)
-
+    call = sd3_call(model, latent[1:], text_tokens)
+    blocks = len(model.transformer_blocks)
+    tokens = latent[1] * latent[2] // int(model.config.patch_size) ** 2 + text_tokens
+    inputs = 2 * blocks * tokens * int(model.inner_dim)
+    return (
+        sum(parameter.numel() for parameter in model.parameters()),
+        count(call),
+        saved_bytes(model, call),
+        (inputs, blocks),
+    )

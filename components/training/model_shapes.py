@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -253,9 +253,9 @@ def networks(settings: Settings, root: Path) -> Networks:
         _tiny_clip(settings) if clip is None else shape_from_config(ClipShape, clip, origin["CLIP"])
     )
     flux = models.transformer.backbone == "flux"
-    if flux:
-        # Flux reads the pooled state itself; SD3 reads it through the projection.
-        clip_shape = ClipShape(**{**vars(clip_shape), "projection_dim": None})
+    # Flux reads the pooled state itself; SD3 reads it through a projection of the same width.
+    projection = None if flux else clip_shape.hidden_size
+    clip_shape = replace(clip_shape, projection_dim=projection)
     published = "FLUX.1-dev" if flux else "stable-diffusion-3-medium"
     config = configured("transformer", models.transformer.pretrained, published)
     second = () if flux else ((clip_shape if clip is None else CLIP_BIG_G),)
@@ -307,4 +307,7 @@ def _tiny_t5(settings: Settings) -> T5Shape:
 
 def _tiny_clip(settings: Settings) -> ClipShape:
     tiny = settings.models.text_encoders.tiny
-    return ClipShape(tiny.clip_dim, 2 * tiny.clip_dim, 2, tiny.vocab_size)
+    # SD3's two CLIPs share the width of the pooled vector.
+    halves = 2 if settings.models.transformer.backbone == "sd3" else 1
+    width = tiny.clip_dim // halves
+    return ClipShape(width, 2 * width, 2, tiny.vocab_size)

@@ -28,12 +28,12 @@ from components.training.flops import (
 from components.training.memory_plan import (
     ITEM_BYTES,
     TrainingMemory,
-    communication_bytes,
     decoder_activation_bytes,
-    flux_activation_bytes,
     state_bytes,
 )
-from components.training.model_shapes import CLIP_TOKENS, FluxShape, Networks, networks
+from components.training.model_shapes import FluxShape, networks
+from components.training.plan_advice import refusals, too_large
+from components.training.planned_transformer import Transformer, dit_memory
 
 # Noise levels of a validation (components.training.dit_validation.LEVELS, which imports torch).
 VALIDATION_LEVELS = 8
@@ -121,86 +121,19 @@ class Plan:
     origin: dict[str, str]
     buckets: tuple[BucketPlan, ...]
     stages: tuple[StagePlan, ...]
+    states_by_zero: dict[int, tuple[int, int, int]]
+    """(weights, gradients, optimizer) bytes on a GPU in stage 1 under each ZeRO stage. The trainer
+    offers 0 to 2; 3 is there for comparison."""
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Transformer:
-    """What the planner asks of a transformer, whatever its backbone."""
-
-    networks: Networks
-    settings: Settings
-
-    @property
-    def text_tokens(self) -> int:
-        """L; SD3 puts the CLIP tokens before T5's."""
-        length = self.settings.models.text_encoders.max_sequence_length
-        return length if self.networks.transformer else length + CLIP_TOKENS
-
-    @property
-    def pooled_width(self) -> int:
-        """P; SD3 joins the pooled vectors of its CLIPs."""
-        return sum(clip.projection_dim or clip.hidden_size for clip in self.networks.clips)
-
-    def latent_hw(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Latent pixels of an image (height, width)."""
-        compression = self.networks.autoencoder.compression
-        return size[0] // compression, size[1] // compression
-
-    def counts(
-        self, size: tuple[int, int], stage: DitStageSettings | None
-    ) -> tuple[int, Flops, int]:
-        """(parameters, operations of one sample, activation bytes of a micro batch).
-
-        Args:
-            size: (height, width) in pixels.
-            stage: precision, micro batch and checkpointing; None: forward only.
-        """
-        h, w = self.latent_hw(size)
-        checkpointing = stage is not None and stage.gradient_checkpointing
-        shape = self.networks.transformer
-        if shape is None:
-            return self._counted((h, w), stage)
-        tokens = (h // 2) * (w // 2)
-        flops = flux_flops(shape, tokens, self.text_tokens, checkpointing=checkpointing)
-        if stage is None:
-            return shape.parameters, flops.inference, 0
-        activations = flux_activation_bytes(
-            shape,
-            tokens + self.text_tokens,
-            stage.micro_batch_size,
-            stage.precision,
-            checkpointing=checkpointing,
-        )
-        return shape.parameters, flops, activations
-
-    def _counted(
-        self, latent_hw: tuple[int, int], stage: DitStageSettings | None
-    ) -> tuple[int, Flops, int]:
-        """A backbone without a closed form, counted on the meta device (imports torch)."""
-        from components.training.counted_flops import backbone_counts
-
-        nets = self.networks
-        held, flops, saved, block_inputs = backbone_counts(
-            self.settings.models.transformer,
-            nets.transformer_config,
-            (nets.t5.d_model, self.pooled_width),
-            (nets.autoencoder.latent_channels, *latent_hw),
-            self.text_tokens,
-        )
-        if stage is None:
-            return held, flops.inference, 0
-        scale = stage.micro_batch_size * ITEM_BYTES[stage.precision] // ITEM_BYTES["bf16"]
-        if stage.gradient_checkpointing:
-            # Blocks are alike: one block's share is repeated at a time, its inputs are kept.
-            inputs, blocks = block_inputs
-            repeated = Flops(flops.forward, flops.backward, flops.forward)
-            return held, repeated, scale * (inputs + saved // blocks)
-        return held, flops, scale * saved
-
-
 def plan(
-    settings: Settings, root: Path, images: int, rate: Rate | None = None, *, limit: int | None = None
+    settings: Settings,
+    root: Path,
+    images: int,
+    rate: Rate | None = None,
+    *,
+    limit: int | None = None,
 ) -> Plan:
     """Plan every GPU stage.
 
@@ -226,16 +159,25 @@ def plan(
         _dit("dit_stage2", settings.dit_stage2, transformer, sizes, images, rate),
         _generate(transformer, rate),
     )
-    warnings = _refusals(settings)
+    warnings = refusals(settings)
     if limit is not None:
         for stage in stages:
-            warnings += _too_large(stage, transformer, sizes, limit)
+            warnings += too_large(stage.stage, stage.memory_bytes, transformer, sizes, limit)
     return Plan(
         profile=settings.project.profile,
         images=images,
         origin=dict(transformer.networks.origin),
         buckets=tuple(_bucket(transformer, Bucket(*size)) for size in sizes),
         stages=stages,
+        states_by_zero={
+            zero: state_bytes(
+                stages[3].parameters,
+                settings.runtime.processes,
+                zero,
+                settings.dit_stage1.precision,
+            )
+            for zero in range(4)
+        },
         warnings=tuple(warnings),
     )
 
@@ -294,7 +236,7 @@ def _text(transformer: Transformer, images: int, rate: Rate | None) -> StagePlan
     # The empty prompt is embedded too.
     hours, source = _hours((images + 1) * flops.model, 1, rate)
     return StagePlan(
-        stage="text",
+        stage="text_embeddings",
         work="captions embedded (one per image, all different)",
         items=images + 1,
         flops_per_item=flops,
@@ -404,24 +346,6 @@ def _dit(
     )
 
 
-def dit_memory(
-    stage: DitStageSettings, transformer: Transformer, sizes: Sequence[tuple[int, int]], gpus: int
-) -> TrainingMemory:
-    """Memory of one GPU at the bucket with the most tokens."""
-    largest = max(sizes, key=lambda size: size[0] * size[1])
-    held, _, activations = transformer.counts(largest, stage)
-    weights, gradients, optimizer = state_bytes(held, gpus, stage.zero_stage, stage.precision)
-    return TrainingMemory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        # Every rank holds the whole average in float32 (components.training.ema).
-        average=4 * held,
-        activations=activations,
-        buffers=communication_bytes(held, gpus, stage.precision),
-    )
-
-
 def _generate(transformer: Transformer, rate: Rate | None) -> StagePlan:
     settings, nets = transformer.settings.generate, transformer.networks
     # Without a guidance input, classifier-free guidance takes a second pass.
@@ -452,7 +376,8 @@ def _generate(transformer: Transformer, rate: Rate | None) -> StagePlan:
         parameters=held,
         trained=0,
         memory=None,
-        weights_bytes=4 * held,
+        # As `evaluation.sampling` loads them.
+        weights_bytes=(2 if transformer.settings.runtime.device == "cuda" else 4) * held,
         disk={"images (uncompressed size; PNG is smaller)": raw},
         hours=hours,
         rate=source,
@@ -480,78 +405,4 @@ def _published_sampling(transformer: Transformer) -> Rate | None:
         flops,
         f"paper: {PUBLISHED_SECONDS_PER_IMAGE} s per 4096x4096 image of {PUBLISHED_STEPS} steps "
         f"({flops / 1e12:.0f} TFLOP/s); not measured here",
-    )
-
-
-def _refusals(settings: Settings) -> list[str]:
-    """Settings that the engine would refuse at its start."""
-    found = []
-    for name in ("dit_stage1", "dit_stage2"):
-        stage: DitStageSettings = getattr(settings, name)
-        share = stage.micro_batch_size * settings.runtime.processes
-        if stage.zero_stage == 0 and stage.precision == "bf16":
-            found.append(
-                f"{name}: DeepSpeed refuses zero_stage 0 with precision bf16 and float32 "
-                f"accumulation; set {name}.zero_stage to 1 or 2"
-            )
-        if stage.global_batch_size % share:
-            found.append(
-                f"{name}: global_batch_size {stage.global_batch_size} is not a multiple of "
-                f"micro_batch_size {stage.micro_batch_size} x runtime.processes "
-                f"{settings.runtime.processes}; set it to "
-                f"{-(-stage.global_batch_size // share) * share}"
-            )
-    return found
-
-
-_MOST_GPUS = 1024
-
-
-def _too_large(
-    stage: StagePlan, transformer: Transformer, sizes: Sequence[tuple[int, int]], limit: int
-) -> list[str]:
-    """A warning when a stage does not fit, with the first change of settings that makes it fit."""
-    if stage.memory_bytes <= limit:
-        return []
-    gib = 2**30
-    text = f"{stage.stage}: needs {stage.memory_bytes / gib:.1f} GiB of {limit / gib:.1f} GiB"
-    if stage.stage.startswith("dit_"):
-        return [f"{text}; {_cure(stage.stage, transformer, sizes, limit)}"]
-    if stage.stage == "vae":
-        changes = "vae.micro_batch_size, or set vae.gradient_checkpointing to true"
-        return [f"{text}; lower {changes}"]
-    if stage.stage == "generate":
-        return [f"{text} for weights in float32; use ultraflux generate --dtype and --memory"]
-    return [f"{text} for weights in float32; choose a larger GPU"]
-
-
-def _cure(
-    name: str, transformer: Transformer, sizes: Sequence[tuple[int, int]], limit: int
-) -> str:
-    """Changes, one after another, until the stage fits; what to do where none helps."""
-    stage: DitStageSettings = getattr(transformer.settings, name)
-    gpus = transformer.settings.runtime.processes
-    changes: list[str] = []
-    wanted = (
-        ("precision", "bf16"),
-        ("gradient_checkpointing", True),
-        ("zero_stage", 2),
-        ("micro_batch_size", 1),
-    )
-    for key, value in wanted:
-        if getattr(stage, key) == value:
-            continue
-        stage = stage.model_copy(update={key: value})
-        changes.append(f"{name}.{key}: {str(value).lower()}")
-        if dit_memory(stage, transformer, sizes, gpus).total <= limit:
-            return "set " + ", ".join(changes)
-    while gpus < _MOST_GPUS:
-        gpus *= 2
-        if dit_memory(stage, transformer, sizes, gpus).total <= limit:
-            return "set " + ", ".join([*changes, f"runtime.processes: {gpus}"])
-    memory = dit_memory(stage, transformer, sizes, _MOST_GPUS)
-    fixed = memory.weights + memory.average + memory.activations + memory.buffers
-    return (
-        "no number of GPUs helps: weights, their average and activations, which are not shared "
-        f"out, take {fixed / 2**30:.1f} GiB; choose a GPU with more memory"
     )

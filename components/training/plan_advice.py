@@ -1,0 +1,79 @@
+"""What a planned run would fail on, and which setting to change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from components.settings import DitStageSettings, Settings
+from components.training.memory_plan import GIB
+from components.training.planned_transformer import Transformer, dit_memory
+
+_MOST_GPUS = 1024
+
+
+def refusals(settings: Settings) -> list[str]:
+    """Settings that the training engine would refuse at its start, a line each."""
+    found = []
+    for name in ("dit_stage1", "dit_stage2"):
+        stage: DitStageSettings = getattr(settings, name)
+        share = stage.micro_batch_size * settings.runtime.processes
+        if stage.zero_stage == 0 and stage.precision == "bf16":
+            found.append(
+                f"{name}: DeepSpeed refuses zero_stage 0 with precision bf16 and float32 "
+                f"accumulation; set {name}.zero_stage to 1 or 2"
+            )
+        if stage.global_batch_size % share:
+            found.append(
+                f"{name}: global_batch_size {stage.global_batch_size} is not a multiple of "
+                f"micro_batch_size {stage.micro_batch_size} x runtime.processes "
+                f"{settings.runtime.processes}; set it to "
+                f"{-(-stage.global_batch_size // share) * share}"
+            )
+    return found
+
+
+def too_large(
+    name: str, needed: int, transformer: Transformer, sizes: Sequence[tuple[int, int]], limit: int
+) -> list[str]:
+    """A warning when a stage does not fit, with the first change of settings that makes it fit."""
+    if needed <= limit:
+        return []
+    text = f"{name}: needs {needed / GIB:.1f} GiB of {limit / GIB:.1f} GiB"
+    if name.startswith("dit_"):
+        return [f"{text}; {_cure(name, transformer, sizes, limit)}"]
+    if name == "vae":
+        changes = "vae.micro_batch_size, or set vae.gradient_checkpointing to true"
+        return [f"{text}; lower {changes}"]
+    if name == "generate":
+        return [f"{text} for weights alone; use ultraflux generate --memory text-first"]
+    return [f"{text} for weights in float32; choose a larger GPU"]
+
+
+def _cure(name: str, transformer: Transformer, sizes: Sequence[tuple[int, int]], limit: int) -> str:
+    """Changes, one after another, until the stage fits; what to do where none helps."""
+    stage: DitStageSettings = getattr(transformer.settings, name)
+    gpus = transformer.settings.runtime.processes
+    changes: list[str] = []
+    wanted = (
+        ("precision", "bf16"),
+        ("gradient_checkpointing", True),
+        ("zero_stage", 2),
+        ("micro_batch_size", 1),
+    )
+    for key, value in wanted:
+        if getattr(stage, key) == value:
+            continue
+        stage = stage.model_copy(update={key: value})
+        changes.append(f"{name}.{key}: {str(value).lower()}")
+        if dit_memory(stage, transformer, sizes, gpus).total <= limit:
+            return "set " + ", ".join(changes)
+    while gpus < _MOST_GPUS:
+        gpus *= 2
+        if dit_memory(stage, transformer, sizes, gpus).total <= limit:
+            return "set " + ", ".join([*changes, f"runtime.processes: {gpus}"])
+    memory = dit_memory(stage, transformer, sizes, _MOST_GPUS)
+    fixed = memory.weights + memory.average + memory.activations + memory.buffers
+    return (
+        "no number of GPUs helps: weights, their average and activations, which are not shared "
+        f"out, take {fixed / GIB:.1f} GiB; choose a GPU with more memory"
+    )

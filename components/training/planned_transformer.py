@@ -1,0 +1,117 @@
+"""What the planner asks of a transformer, whatever its backbone: counts and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from components.settings import DitStageSettings, Settings
+from components.training.flops import Flops, flux_flops
+from components.training.memory_plan import (
+    ITEM_BYTES,
+    TrainingMemory,
+    communication_bytes,
+    flux_activation_bytes,
+    state_bytes,
+)
+from components.training.model_shapes import CLIP_TOKENS, Networks
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Shapes and settings of one plan."""
+
+    networks: Networks
+    settings: Settings
+    _counts: dict[int, tuple[int, Flops, int, tuple[int, int]]] = field(
+        default_factory=dict, compare=False
+    )
+    """Counts on the meta device by latent area, on which alone they depend."""
+
+    @property
+    def text_tokens(self) -> int:
+        """L; SD3 puts the CLIP tokens before T5's."""
+        length = self.settings.models.text_encoders.max_sequence_length
+        return length if self.networks.transformer else length + CLIP_TOKENS
+
+    @property
+    def pooled_width(self) -> int:
+        """P; SD3 joins the pooled vectors of its CLIPs."""
+        return sum(clip.projection_dim or clip.hidden_size for clip in self.networks.clips)
+
+    def latent_hw(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Latent pixels of an image (height, width)."""
+        compression = self.networks.autoencoder.compression
+        return size[0] // compression, size[1] // compression
+
+    def counts(
+        self, size: tuple[int, int], stage: DitStageSettings | None
+    ) -> tuple[int, Flops, int]:
+        """(parameters, operations of one sample, activation bytes of a micro batch).
+
+        Args:
+            size: (height, width) in pixels.
+            stage: precision, micro batch and checkpointing; None: forward only.
+        """
+        h, w = self.latent_hw(size)
+        checkpointing = stage is not None and stage.gradient_checkpointing
+        shape = self.networks.transformer
+        if shape is None:
+            return self._counted((h, w), stage)
+        tokens = (h // 2) * (w // 2)
+        flops = flux_flops(shape, tokens, self.text_tokens, checkpointing=checkpointing)
+        if stage is None:
+            return shape.parameters, flops.inference, 0
+        activations = flux_activation_bytes(
+            shape,
+            tokens + self.text_tokens,
+            stage.micro_batch_size,
+            stage.precision,
+            checkpointing=checkpointing,
+        )
+        return shape.parameters, flops, activations
+
+    def _counted(
+        self, latent_hw: tuple[int, int], stage: DitStageSettings | None
+    ) -> tuple[int, Flops, int]:
+        """A backbone without a closed form, counted on the meta device (imports torch)."""
+        from components.training.counted_flops import backbone_counts
+
+        nets = self.networks
+        area = math.prod(latent_hw)
+        if area not in self._counts:
+            self._counts[area] = backbone_counts(
+                self.settings.models.transformer,
+                nets.transformer_config,
+                (nets.t5.d_model, self.pooled_width),
+                (nets.autoencoder.latent_channels, *latent_hw),
+                self.text_tokens,
+            )
+        held, flops, saved, (inputs, blocks) = self._counts[area]
+        if stage is None:
+            return held, flops.inference, 0
+        scale = stage.micro_batch_size * ITEM_BYTES[stage.precision] // ITEM_BYTES["bf16"]
+        if stage.gradient_checkpointing:
+            # Blocks are alike: one block's share is repeated at a time, its inputs are kept.
+            repeated = Flops(flops.forward, flops.backward, flops.forward)
+            return held, repeated, scale * (inputs + saved // blocks)
+        return held, flops, scale * saved
+
+
+def dit_memory(
+    stage: DitStageSettings, transformer: Transformer, sizes: Sequence[tuple[int, int]], gpus: int
+) -> TrainingMemory:
+    """Memory of one GPU at the bucket with the most tokens."""
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    held, _, activations = transformer.counts(largest, stage)
+    weights, gradients, optimizer = state_bytes(held, gpus, stage.zero_stage, stage.precision)
+    return TrainingMemory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        # Every rank holds the whole average in float32 (components.training.ema).
+        average=4 * held,
+        activations=activations,
+        buffers=communication_bytes(held, gpus, stage.precision),
+    )

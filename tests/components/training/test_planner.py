@@ -1,0 +1,166 @@
+"""Plans of the shipped profiles."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from components.models.text_encoders import build_tiny_text_encoders
+from components.models.tiny import build_tiny_autoencoder
+from components.settings import Settings, parse_settings
+from components.training import planner
+from components.training.dit_validation import LEVELS
+from components.training.flops import flux_flops
+from components.training.model_shapes import AutoencoderShape, FluxShape, networks
+from components.training.planner import Plan, Rate, plan
+from flows.profiles import compose
+
+GIB = 2**30
+
+
+@pytest.fixture
+def profile(root):
+    def load(name: str, **changes: object) -> Settings:
+        values = yaml.safe_load(compose(root, name))
+        for path, value in changes.items():
+            *sections, key = path.split("__")
+            place = values
+            for section in sections:
+                place = place[section]
+            place[key] = value
+        return parse_settings(values)
+
+    return load
+
+
+def stage(made: Plan, name: str) -> planner.StagePlan:
+    return next(item for item in made.stages if item.stage == name)
+
+
+def test_the_paper_profile_costs_what_the_design_states(profile, tmp_path):
+    made = plan(profile("paper"), tmp_path, 1_007_230)
+    square = next(bucket for bucket in made.buckets if bucket.name == "4096x4096")
+    assert (square.image_tokens, square.forward, square.training) == (
+        16384,
+        418_111_959_859_200,
+        1_254_316_544_360_448,
+    )
+    first = stage(made, "dit_stage1")
+    assert first.items == 30_000 * 64
+    assert first.parameters == 11_901_408_320
+    # DESIGN's 44.6 GB with bf16 gradients; this engine accumulates them in float32.
+    assert made.states_by_zero[2] == (first.memory.weights, 4 * 1_487_676_040, 12 * 1_487_676_040)
+    assert round((first.memory.states - 2 * 1_487_676_040) / 1e9, 1) == 44.6
+    store = stage(made, "latents").disk["latent store"]
+    assert store / 1_007_230 == pytest.approx(2.1e6, rel=0.01)
+    text = stage(made, "text_embeddings").disk["text store"]
+    assert text == 1_007_231 * 2 * (512 * 4096 + 768)
+    assert all("published" in origin for origin in made.origin.values())
+
+
+def test_the_papers_rate_gives_the_papers_12_days(profile, tmp_path):
+    made = plan(profile("paper"), tmp_path, 1_007_230)
+    first, second = stage(made, "dit_stage1"), stage(made, "dit_stage2")
+    assert "not measured" in first.rate
+    assert stage(made, "latents").hours is None
+    without_validation = sum(
+        item.hours * (1 - item.validation / item.model_flops) for item in (first, second)
+    )
+    assert without_validation / 24 == pytest.approx(12, rel=0.01)
+
+
+def test_hours_follow_from_the_stated_rate(profile, tmp_path):
+    made = plan(profile("paper"), tmp_path, 1000, Rate(1e15 * 0.5, "stated"))
+    for item in made.stages:
+        assert item.rate == "stated"
+        assert item.hours * item.gpus * 3600 * 5e14 == pytest.approx(item.model_flops)
+        assert item.gpu_hours == pytest.approx(item.hours * item.gpus)
+
+
+def test_buckets_are_averaged_with_equal_weight(profile, tmp_path):
+    made = plan(profile("paper"), tmp_path, 1000)
+    flops = [flux_flops(FluxShape(), bucket.image_tokens, 512) for bucket in made.buckets]
+    mean = sum(f.model for f in flops) / len(flops)
+    assert stage(made, "dit_stage1").flops_per_item.model == pytest.approx(mean, abs=1)
+
+
+def test_the_embedded_profile_is_planned_from_its_tiny_networks(profile, tmp_path):
+    chosen = profile("embedded")
+    made = plan(chosen, tmp_path, 21)
+    assert stage(made, "dit_stage1").rate is None
+    shapes = networks(chosen, tmp_path)
+    tiny = chosen.models.autoencoder.tiny
+    model = build_tiny_autoencoder(
+        block_out_channels=tiny.block_out_channels,
+        layers_per_block=tiny.layers_per_block,
+        norm_num_groups=tiny.norm_num_groups,
+    )
+    assert stage(made, "vae").parameters == sum(p.numel() for p in model.parameters())
+    encoders = build_tiny_text_encoders(tmp_path, ["a quiet lake at dawn"] * 4)
+    t5 = sum(p.numel() for p in encoders.text_encoder_2.parameters())
+    missing = shapes.t5.vocab_size - encoders.text_encoder_2.config.vocab_size
+    assert shapes.t5.parameters == t5 + missing * shapes.t5.d_model
+    assert VALIDATION == LEVELS
+
+
+VALIDATION = planner.VALIDATION_LEVELS
+
+
+def test_a_weights_folder_decides_the_architecture(profile, tmp_path):
+    folder = tmp_path / "weights" / "FLUX.1-dev" / "transformer"
+    folder.mkdir(parents=True)
+    config = {"_class_name": "FluxTransformer2DModel", "num_layers": 2, "num_single_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = networks(profile("paper"), tmp_path)
+    assert shapes.transformer == FluxShape(2, 1)
+    assert shapes.origin["transformer"].endswith("transformer/config.json")
+    assert shapes.autoencoder == AutoencoderShape(decode_mode="official_partitioned")
+    (folder / "config.json").write_text('{"num_layers": "many"}')
+    with pytest.raises(ValueError, match="num_layers = 'many'"):
+        networks(profile("paper"), tmp_path)
+    (folder / "config.json").write_text("no")
+    with pytest.raises(ValueError, match=r"not a readable config\.json"):
+        networks(profile("paper"), tmp_path)
+
+
+def test_a_small_gpu_is_warned_about_with_a_change_that_fits(profile, tmp_path):
+    chosen = profile("paper", dit_stage1__gradient_checkpointing=False)
+    made = plan(chosen, tmp_path, 1000, limit=141 * GIB)
+    warning = next(text for text in made.warnings if text.startswith("dit_stage1"))
+    assert "dit_stage1.gradient_checkpointing: true" in warning
+    cured = plan(profile("paper"), tmp_path, 1000, limit=141 * GIB)
+    assert not cured.warnings
+    small = plan(chosen, tmp_path, 1000, limit=24 * GIB)
+    assert any("no number of GPUs helps" in text for text in small.warnings)
+    assert any(text.startswith("generate") for text in small.warnings)
+
+
+def test_more_gpus_are_advised_when_they_are_enough(profile, tmp_path):
+    made = plan(profile("single-gpu"), tmp_path, 1000, limit=141 * GIB)
+    warning = next(text for text in made.warnings if text.startswith("dit_stage1"))
+    advised = int(warning.rpartition("runtime.processes: ")[2])
+    chosen = profile("single-gpu", runtime__processes=advised)
+    assert stage(plan(chosen, tmp_path, 1000), "dit_stage1").memory_bytes <= 141 * GIB
+
+
+def test_settings_that_the_engine_refuses_are_named(profile, tmp_path):
+    chosen = profile("paper", dit_stage1__zero_stage=0, dit_stage2__global_batch_size=12)
+    warnings = plan(chosen, tmp_path, 1000).warnings
+    assert any("zero_stage 0" in text for text in warnings)
+    assert any("set it to 16" in text for text in warnings)
+
+
+def test_too_few_images_are_refused(profile, tmp_path):
+    with pytest.raises(ValueError, match="images 1"):
+        plan(profile("paper"), tmp_path, 1)
+
+
+def test_the_second_backbone_is_planned_from_counts(profile, tmp_path):
+    chosen = profile("embedded", models__transformer__backbone="sd3")
+    made = plan(chosen, tmp_path, 21)
+    first = stage(made, "dit_stage1")
+    assert first.parameters > 0
+    assert 1.9 < first.flops_per_item.backward / first.flops_per_item.forward < 2.0
+    assert first.memory.activations > 0
