@@ -82,8 +82,9 @@ def flux_block_bytes(
 ) -> tuple[int, int]:
     """What autograd keeps of one (double, single) block with fused attention, exactly.
 
-    Double: 13 tensors of width D per token (inputs of the projections and products, q, k, v and
-    the attention's output), the MLP's input and output of its activation (8 D), and in float32
+    Double: 13 tensors of width D per token (inputs of the projections and products, q, k, v, the
+    attention's output, and its copy in two streams, which a batch of one does without: there the
+    streams are views of the joint tensor), the MLP's input and output of its activation (8 D), and in float32
     four of width D for the rotation of q and k, four norm statistics, and per head two RMS
     statistics and the log-sum-exp. Single: 8 D, 9 D (MLP and joint input of the last
     projection). Then a few vectors per sample.
@@ -99,7 +100,8 @@ def flux_block_bytes(
     per_head = 12 * rows * shape.num_attention_heads
     # Two state words of the attention's random numbers, kept whether or not there is dropout.
     words = 24
-    double = (13 + 2 * MLP_RATIO) * item * rows * d + rotation + 16 * rows + per_head
+    copies = 13 if batch > 1 else 12
+    double = (copies + 2 * MLP_RATIO) * item * rows * d + rotation + 16 * rows + per_head
     single = (8 + 2 * MLP_RATIO + 1) * item * rows * d + rotation + 8 * rows + per_head
     return double + 18 * item * batch * d + words, single + 5 * item * batch * d + words
 

@@ -7,8 +7,6 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from components.training.counted_flops import flux_call, flux_on_meta, saved_bytes
@@ -21,14 +19,14 @@ from components.training.memory_plan import (
 from components.training.model_shapes import AutoencoderShape, FluxShape
 
 
-@settings(max_examples=2)
-@given(
-    heads=st.integers(1, 3),
-    head=st.sampled_from([16, 32]),
-    grid=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-    text=st.integers(1, 9),
-    batch=st.integers(1, 3),
-    precision=st.sampled_from(["bf16", "fp32"]),
+@pytest.mark.parametrize(
+    ("heads", "head", "grid", "text", "batch", "precision"),
+    [
+        (1, 16, (1, 1), 1, 1, "bf16"),
+        (3, 32, (3, 2), 7, 1, "fp32"),
+        (2, 16, (3, 2), 5, 2, "bf16"),
+        pytest.param(3, 32, (1, 6), 9, 3, "fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_blocks_keep_the_bytes_that_autograd_saves(heads, head, grid, text, batch, precision):
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
@@ -108,9 +106,10 @@ def test_a_higher_zero_stage_never_needs_more():
 
 
 def live_bytes() -> int:
-    """Storage of all tensors that Python can see."""
+    """Storage of all tensors that Python can see; shapes on the meta device have none."""
     gc.collect()
     tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    tensors = [tensor for tensor in tensors if not tensor.is_meta]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
