@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,16 +23,17 @@ EPILOG = """Examples:
 
   ultraflux plan --profile single-gpu --gpu-memory-gib 80
 
-  ultraflux plan --params experiments/large.yaml --json
+  ultraflux plan --profile paper --stage dit_stage1 --gpu-memory-gib 80 --price-per-gpu-hour 3
 
-FLOPs, parameters, optimizer states and store sizes are exact; activations and buffers are
-estimates. Hours follow from --tflops-per-gpu times --mfu; nothing is measured."""
+  ultraflux plan --settings experiments/large.yaml --json
+
+FLOPs, parameters, optimizer states and store sizes are exact (equal to torch's own counts);
+activations and buffers are estimates, so a verdict within a few GiB of the limit is open. Hours
+are FLOPs / (--tflops-per-gpu x --mfu x GPUs), cost is GPU-hours x price; nothing is measured."""
 
 # Images in the released MultiAspect-4K-1M metadata.
 PUBLISHED_IMAGES = 1_007_230
 _GIB = 2**30
-# Every rank of the trainer holds whole parameters.
-_NOT_OFFERED = 3
 
 
 def plan(
@@ -40,7 +41,12 @@ def plan(
         str | None, typer.Option(help="embedded, single-gpu or paper, as in conf/profiles.")
     ] = None,
     params: Annotated[
-        Path | None, typer.Option(help="A settings file (default: params.yaml).")
+        Path | None,
+        typer.Option("--settings", "--params", help="A settings file (default: params.yaml)."),
+    ] = None,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option("--stage", help="Show this stage only; may be given several times."),
     ] = None,
     images: Annotated[
         int | None,
@@ -57,7 +63,14 @@ def plan(
         typer.Option(help="Share of that peak that model FLOPs reach, 0 to 1; measure it."),
     ] = None,
     gpu_memory_gib: Annotated[
-        float | None, typer.Option(help="Warn where one GPU of this size is too small.")
+        float | None,
+        typer.Option(
+            help="Say for every stage whether a GPU of this size is enough, and if not "
+            "which setting to change."
+        ),
+    ] = None,
+    price_per_gpu_hour: Annotated[
+        float | None, typer.Option(help="In any currency; needs hours (see --mfu).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -67,6 +80,8 @@ def plan(
 
     if gpu_memory_gib is not None and gpu_memory_gib <= 0:
         raise fail(f"--gpu-memory-gib {gpu_memory_gib}: must be above 0")
+    if price_per_gpu_hour is not None and price_per_gpu_hour < 0:
+        raise fail(f"--price-per-gpu-hour {price_per_gpu_hour}: must not be negative")
     root = project_root()
     rate = _rate(tflops_per_gpu, mfu)
     try:
@@ -76,10 +91,28 @@ def plan(
         made = make(settings, root, count, rate, limit=limit)
     except (SettingsError, ValueError) as problem:
         raise fail(str(problem)) from None
+    made = _only(made, stages or [])
     if as_json:
-        print(json.dumps(as_dict(made, counted), indent=2))
+        print(json.dumps(as_dict(made, counted, limit, price_per_gpu_hour), indent=2))
     else:
-        show(made, counted)
+        show(made, counted, limit, price_per_gpu_hour)
+
+
+def _only(made: Plan, wanted: list[str]) -> Plan:
+    """The plan with some of its stages and the warnings about them; all where none is named."""
+    known = [stage.stage for stage in made.stages]
+    for name in wanted:
+        if name not in known:
+            raise fail(
+                f"--stage {name}: not a stage that uses a GPU; choose from {', '.join(known)}"
+            )
+    if not wanted:
+        return made
+    return replace(
+        made,
+        stages=tuple(stage for stage in made.stages if stage.stage in wanted),
+        warnings=tuple(text for text in made.warnings if text.partition(":")[0] in wanted),
+    )
 
 
 def _rate(tflops_per_gpu: float | None, mfu: float | None) -> Rate | None:
@@ -120,21 +153,34 @@ def _images(root: Path, settings: Settings) -> tuple[int, str]:
     return PUBLISHED_IMAGES, "MultiAspect-4K-1M as published; set --images"
 
 
-def as_dict(made: Plan, counted: str) -> dict[str, Any]:
-    """The plan as plain values, with the sums that its properties make."""
+def as_dict(
+    made: Plan, counted: str, limit: int | None = None, price: float | None = None
+) -> dict[str, Any]:
+    """The plan as plain values, with the sums that its properties make.
+
+    Args:
+        made: the plan.
+        counted: where the number of images comes from.
+        limit: memory of one GPU in bytes; adds `fits` to each stage.
+        price: of a GPU-hour; adds `cost` to each stage.
+    """
     values = asdict(made)
     values["images_from"] = counted
     for row, stage in zip(values["stages"], made.stages, strict=True):
         row["model_flops"], row["hardware_flops"] = stage.model_flops, stage.hardware_flops
         row["gpu_hours"], row["memory_bytes"] = stage.gpu_hours, stage.memory_bytes
+        if limit is not None:
+            row["fits"] = stage.memory_bytes <= limit
+        if price is not None:
+            row["cost"] = None if stage.gpu_hours is None else stage.gpu_hours * price
         if stage.memory is not None:
             row["memory"]["states"] = stage.memory.states
             row["memory"]["total"] = stage.memory.total
     return values
 
 
-def show(made: Plan, counted: str) -> None:
-    """Print the tables."""
+def show(made: Plan, counted: str, limit: int | None = None, price: float | None = None) -> None:
+    """Print the tables; arguments as `as_dict`."""
     from rich.console import Console
 
     console = Console()
@@ -143,7 +189,7 @@ def show(made: Plan, counted: str) -> None:
         console.print(f"  {network}: {origin}")
     for table in (
         _bucket_table(made),
-        _work_table(made),
+        _work_table(made, price),
         _memory_table(made),
         _zero_table(made),
         _disk_table(made),
@@ -153,6 +199,9 @@ def show(made: Plan, counted: str) -> None:
         console.print(f"Hours at: {source}")
     if any(stage.hours is None for stage in made.stages):
         console.print("Hours left out: give --tflops-per-gpu and --mfu.")
+    if limit is not None:
+        for stage in made.stages:
+            console.print(_verdict(stage, limit))
     for warning in made.warnings:
         console.print(f"[yellow]warning:[/] {warning}")
 
@@ -203,7 +252,7 @@ def _bucket_table(made: Plan) -> Any:
     return table
 
 
-def _work_table(made: Plan) -> Any:
+def _work_table(made: Plan, price: float | None) -> Any:
     table = _table(
         "Work (buckets equally frequent; model FLOPs, without recomputation)",
         "stage",
@@ -215,6 +264,7 @@ def _work_table(made: Plan) -> Any:
         "GPUs",
         "hours",
         "GPU-hours",
+        *([] if price is None else ["cost"]),
     )
     for stage in made.stages:
         table.add_row(
@@ -227,8 +277,20 @@ def _work_table(made: Plan) -> Any:
             str(stage.gpus),
             _duration(stage.hours),
             _duration(stage.gpu_hours),
+            *([] if price is None else [_cost(stage, price)]),
         )
     return table
+
+
+def _cost(stage: StagePlan, price: float) -> str:
+    return "-" if stage.gpu_hours is None else f"{stage.gpu_hours * price:,.2f}"
+
+
+def _verdict(stage: StagePlan, limit: int) -> str:
+    """Whether one GPU is enough, as far as the plan knows."""
+    share = f"{stage.memory_bytes / _GIB:.1f} of {limit / _GIB:.1f} GiB"
+    fits = "fits" if stage.memory_bytes <= limit else "[red]does not fit[/]"
+    return f"{stage.stage}: {fits} ({share}{'' if stage.memory else ', weights alone'})"
 
 
 def _duration(hours: float | None) -> str:
@@ -264,10 +326,12 @@ def _memory_cells(stage: StagePlan) -> list[str]:
 
 
 def _zero_table(made: Plan) -> Any:
+    from components.training.plan_advice import offered_zero_stages
+
     title = "States of the transformer on one GPU, by dit_stage1.zero_stage (exact)"
     table = _table(title, "ZeRO", "weights", "gradients", "optimizer", "sum")
     for zero, states in made.states_by_zero.items():
-        name = f"{zero} (not offered)" if zero == _NOT_OFFERED else str(zero)
+        name = str(zero) if zero in offered_zero_stages() else f"{zero} (not offered)"
         table.add_row(name, *map(bytes_text, states), bytes_text(sum(states)))
     return table
 

@@ -18,6 +18,8 @@ from components.training.model_shapes import MLP_RATIO, AutoencoderShape, FluxSh
 Precision = Literal["bf16", "fp32"]
 ITEM_BYTES: dict[str, int] = {"bf16": 2, "fp32": 4}
 GIB = 2**30
+# DeepSpeed's stage3_max_live_parameters: weights that ZeRO-3 keeps gathered at most.
+GATHERED_ELEMENTS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class TrainingMemory:
     optimizer: int
     """Adam's two moments, and the float32 masters of bf16 weights."""
     average: int
-    """The exponential moving average."""
+    """The exponential moving average: this rank's share of it, 0 where it is in host memory."""
     activations: int
     """Estimate (what blocks keep is exact)."""
     buffers: int
@@ -84,10 +86,10 @@ def flux_block_bytes(
 
     Double: 13 tensors of width D per token (inputs of the projections and products, q, k, v, the
     attention's output, and its copy in two streams, which a batch of one does without: there the
-    streams are views of the joint tensor), the MLP's input and output of its activation (8 D), and in float32
-    four of width D for the rotation of q and k, four norm statistics, and per head two RMS
-    statistics and the log-sum-exp. Single: 8 D, 9 D (MLP and joint input of the last
-    projection). Then a few vectors per sample.
+    streams are views of the joint tensor), the MLP's input and output of its activation (8 D),
+    and in float32 four of width D for the rotation of q and k, four norm statistics, and per
+    head two RMS statistics and the log-sum-exp. Single: 8 D, 9 D (MLP and joint input of the
+    last projection). Then a few vectors per sample.
 
     Args:
         shape: the transformer.
@@ -149,8 +151,15 @@ def decoder_activation_bytes(
     return inputs + max(blocks) if checkpointing else sum(blocks)
 
 
-def communication_bytes(parameters: int, processes: int, precision: Precision) -> int:
-    """Estimate: two reduction buckets (one filling while the other travels)."""
+def communication_bytes(
+    parameters: int, processes: int, precision: Precision, zero_stage: int = 2
+) -> int:
+    """Estimate: two reduction buckets (one filling while the other travels).
+
+    Under ZeRO-3 also the weights that are gathered for the layers at work.
+    """
     if processes == 1:
         return 0
-    return 2 * ITEM_BYTES[precision] * min(BUCKET_ELEMENTS, parameters)
+    item = ITEM_BYTES[precision]
+    gathered = min(GATHERED_ELEMENTS, parameters) if zero_stage == 3 else 0
+    return item * (2 * min(BUCKET_ELEMENTS, parameters) + gathered)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from components.settings import DitStageSettings, Settings
 from components.training.memory_plan import GIB
@@ -11,17 +12,17 @@ from components.training.planned_transformer import Transformer, dit_memory
 _MOST_GPUS = 1024
 
 
+def offered_zero_stages() -> tuple[int, ...]:
+    """ZeRO stages that the settings allow, ascending."""
+    return tuple(sorted(get_args(DitStageSettings.model_fields["zero_stage"].annotation)))
+
+
 def refusals(settings: Settings) -> list[str]:
     """Settings that the training engine would refuse at its start, a line each."""
     found = []
     for name in ("dit_stage1", "dit_stage2"):
         stage: DitStageSettings = getattr(settings, name)
         share = stage.micro_batch_size * settings.runtime.processes
-        if stage.zero_stage == 0 and stage.precision == "bf16":
-            found.append(
-                f"{name}: DeepSpeed refuses zero_stage 0 with precision bf16 and float32 "
-                f"accumulation; set {name}.zero_stage to 1 or 2"
-            )
         if stage.global_batch_size % share:
             found.append(
                 f"{name}: global_batch_size {stage.global_batch_size} is not a multiple of "
@@ -57,13 +58,17 @@ def _cure(name: str, transformer: Transformer, sizes: Sequence[tuple[int, int]],
     wanted = (
         ("precision", "bf16"),
         ("gradient_checkpointing", True),
-        ("zero_stage", 2),
+        ("zero_stage", max(2, stage.zero_stage)),
         ("micro_batch_size", 1),
+        ("ema_device", "cpu"),
+        ("zero_stage", offered_zero_stages()[-1]),
     )
     for key, value in wanted:
         if getattr(stage, key) == value:
             continue
         stage = stage.model_copy(update={key: value})
+        # A later value replaces an earlier one of the same setting.
+        changes = [text for text in changes if not text.startswith(f"{name}.{key}:")]
         changes.append(f"{name}.{key}: {str(value).lower()}")
         if dit_memory(stage, transformer, sizes, gpus).total <= limit:
             return "set " + ", ".join(changes)
@@ -72,8 +77,8 @@ def _cure(name: str, transformer: Transformer, sizes: Sequence[tuple[int, int]],
         if dit_memory(stage, transformer, sizes, gpus).total <= limit:
             return "set " + ", ".join([*changes, f"runtime.processes: {gpus}"])
     memory = dit_memory(stage, transformer, sizes, _MOST_GPUS)
-    fixed = memory.weights + memory.average + memory.activations + memory.buffers
     return (
-        "no number of GPUs helps: weights, their average and activations, which are not shared "
-        f"out, take {fixed / GIB:.1f} GiB; choose a GPU with more memory"
+        f"no number of GPUs helps: {_MOST_GPUS} of them with "
+        f"{', '.join(changes) or 'these settings'} would still need {memory.total / GIB:.1f} GiB "
+        "each for weights, activations and buffers; choose a GPU with more memory"
     )

@@ -110,8 +110,8 @@ def dit_memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        # Every rank holds the whole average in float32 (components.training.ema).
-        average=4 * held,
+        # Each rank averages its share (components.training.ema); on "cpu" it is in host memory.
+        average=4 * -(-held // gpus) if stage.ema_device == "model" else 0,
         activations=activations,
-        buffers=communication_bytes(held, gpus, stage.precision),
+        buffers=communication_bytes(held, gpus, stage.precision, stage.zero_stage),
     )

@@ -122,8 +122,8 @@ class Plan:
     buckets: tuple[BucketPlan, ...]
     stages: tuple[StagePlan, ...]
     states_by_zero: dict[int, tuple[int, int, int]]
-    """(weights, gradients, optimizer) bytes on a GPU in stage 1 under each ZeRO stage. The trainer
-    offers 0 to 2; 3 is there for comparison."""
+    """(weights, gradients, optimizer) bytes on a GPU in stage 1 under each ZeRO stage, also those
+    that the settings do not offer."""
     warnings: tuple[str, ...]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 from typer.testing import CliRunner
@@ -27,7 +28,7 @@ def test_every_profile_has_tables(profile):
 def test_json_holds_the_sums():
     shown = run(
         app,
-        "plan --profile paper --images 1000 --tflops-per-gpu 989 --mfu 0.4 --json".split(),
+        shlex.split("plan --profile paper --images 1000 --tflops-per-gpu 989 --mfu 0.4 --json"),
     )
     values = json.loads(shown.stdout)
     stages = {row["stage"]: row for row in values["stages"]}
@@ -45,6 +46,8 @@ def test_json_holds_the_sums():
         ["--profile", "paper", "--params", "params.yaml"],
         ["--gpu-memory-gib", "0"],
         ["--images", "0"],
+        ["--stage", "select"],
+        ["--price-per-gpu-hour", "-1"],
     ],
 )
 def test_bad_input_is_one_line(arguments):
@@ -58,3 +61,21 @@ def test_units_are_chosen_by_size():
     assert flops_text(418_111_959_859_200) == "418 TFLOP"
     assert flops_text(999_900_000_000_000) == "1 PFLOP"
     assert bytes_text(2_100_000) == "2.1 MB"
+
+
+def test_a_stage_gets_a_verdict_and_a_price():
+    words = (
+        "plan --profile paper --stage dit_stage1 --images 1000 --tflops-per-gpu 989 --mfu 0.4 "
+        "--gpu-memory-gib {} --price-per-gpu-hour 3"
+    )
+    small, large = (
+        run(app, words.format(size).split(), env={"COLUMNS": "240"}) for size in (24, 141)
+    )
+    assert "dit_stage1: does not fit" in small.output
+    assert "warning: dit_stage1: needs" in small.output
+    assert "dit_stage1: fits" in large.output
+    assert "dit_stage2" not in large.output
+    values = json.loads(run(app, [*words.format(141).split(), "--json"]).stdout)
+    (only,) = values["stages"]
+    assert only["fits"] is True
+    assert only["cost"] == pytest.approx(3 * only["gpu_hours"])

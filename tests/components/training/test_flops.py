@@ -75,7 +75,7 @@ def test_checkpointing_of_the_12b_transformer_repeats_what_torch_counts():
         assert closed.total == counted.total
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(
     layers=st.tuples(st.integers(0, 2), st.integers(1, 2)),
     heads=st.integers(1, 3),
@@ -153,7 +153,7 @@ def test_the_f16_autoencoder_at_4096_px_costs_what_torch_counts(mode):
     assert parameters(decoder) == sum(p.numel() for p in model.decoder.parameters())
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(
     widths=st.lists(st.sampled_from([4, 8, 12]), min_size=2, max_size=4),
     layers=st.integers(1, 2),
