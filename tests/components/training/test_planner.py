@@ -140,8 +140,11 @@ def test_a_small_gpu_is_warned_about_with_a_change_that_fits(profile, tmp_path):
 def test_more_gpus_are_advised_when_they_are_enough(profile, tmp_path):
     made = plan(profile("single-gpu"), tmp_path, 1000, limit=141 * GIB)
     warning = next(text for text in made.warnings if text.startswith("dit_stage1"))
-    advised = int(warning.rpartition("runtime.processes: ")[2])
-    chosen = profile("single-gpu", runtime__processes=advised)
+    # "...; set dit_stage1.ema_device: cpu, runtime.processes: 2"
+    advised = dict(part.split(": ") for part in warning.rpartition("set ")[2].split(", "))
+    assert int(advised["runtime.processes"]) > 1
+    changes = {key.replace(".", "__"): yaml.safe_load(value) for key, value in advised.items()}
+    chosen = profile("single-gpu", **changes)
     assert stage(plan(chosen, tmp_path, 1000), "dit_stage1").memory_bytes <= 141 * GIB
 
 
