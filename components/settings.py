@@ -76,6 +76,12 @@ class RuntimeSettings(Section):
     peak_tflops: Annotated[float, Field(gt=0)] | None
     """Dense bf16 TFLOP/s of one GPU by its data sheet, such as 989 for an H100 or H200 SXM; model
     FLOPs utilisation (MFU) is logged against it. None: not logged."""
+    encoders_per_gpu: Count = 2
+    """Worker processes per GPU that encode latents and texts (device `cuda`, engine `local`): one
+    decodes its photograph while the other encodes."""
+    verify_reads: Literal["always", "first", "never"] = "always"
+    """When training compares a stored record with its hash: on every read, on the first read of a
+    record in this process, or not at all."""
     offline: bool
     """Set HF_HUB_OFFLINE so that a missing weight fails at once instead of waiting for a hub."""
 
@@ -231,6 +237,9 @@ class LatentsSettings(Section):
     dtype: Literal["float32", "bfloat16"]
     shard_mb: Count
     """A shard is closed when it reaches this size in MiB."""
+    max_rejected_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the photographs that may turn out undecodable (or kill their worker) before the
+    stage fails; those within it are listed in `store.json` and left out of training."""
 
 
 class SnrHuberSettings(Section):

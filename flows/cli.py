@@ -17,6 +17,7 @@ from flows import (
     generate_command,
     judge_command,
     plan_command,
+    store_commands,
     weights_commands,
 )
 from flows.command_line import fail, project_root
@@ -36,6 +37,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(corpus_commands.app, name="corpus")
 app.add_typer(diagnose_commands.app, name="diagnose")
 app.add_typer(weights_commands.app, name="weights")
+app.add_typer(store_commands.app, name="stores")
 app.command(
     "select",
     epilog="Example: [bold]ultraflux select --what-if entropy_bits=6.8 "

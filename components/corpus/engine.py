@@ -27,7 +27,7 @@ from components.corpus.throughput import Throughput
 from components.corpus.worker_pool import WorkerPool
 from components.progress import track
 
-__all__ = ["EngineLimits", "ItemsFailed", "code_digest", "join_shards", "map_items"]
+__all__ = ["EngineLimits", "ItemsFailed", "code_digest", "join_shards", "map_items", "open_pool"]
 
 MAX_SHARD_ROWS = 512
 _MIN_SHARDS = 16
@@ -93,8 +93,8 @@ def _raise_failed(failed: Mapping[str, str], state_dir: Path, kept: int, total: 
     )
 
 
-def _pool(function: Function, limits: EngineLimits) -> OrderedPool:
-    """Workers where `limits` wants them."""
+def open_pool(function: Callable[[Any], Any], limits: EngineLimits) -> OrderedPool:
+    """Workers where `limits` wants them; for results that do not fit rows, such as latents."""
     if limits.ray is None:
         return WorkerPool(function, limits)
     from components.corpus.ray_pool import RayPool
@@ -171,7 +171,7 @@ def map_items(
             journals[index].add(place, result)
             kept += 1
 
-    results = _pool(function, limits).map(todo(), keep)
+    results = open_pool(function, limits).map(todo(), keep)
     throughput = Throughput(pending=len(ids) - at_start)
     tracked = track(results, stage, total=len(ids), initial=at_start, note=throughput.note)
     # Closing stops the workers at once when this function leaves early.

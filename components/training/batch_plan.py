@@ -1,8 +1,13 @@
 """Which samples stand in which global batch: a pure function of (seed, step).
 
-A global batch holds samples of one aspect-ratio bucket, so that they stack. Buckets alternate in a
-shuffled order. Nothing is iterated: any step can be asked for, hence a resumed run needs no more
-than its step number, and the plan does not know how many processes there are.
+A global batch holds samples of one aspect-ratio bucket, so that they stack. Nothing is iterated:
+any step can be asked for, hence a resumed run needs no more than its step number, and the plan does
+not know how many processes there are.
+
+Buckets are interleaved by stratified jitter: batch k of a bucket's n gets a random time in
+[k / n, (k + 1) / n) of the epoch, and the epoch runs in the order of times. So every bucket is
+spread over the whole epoch, unlike in a plain shuffle: two neighbours of one bucket are never more
+than 2 / n apart, and a run of one bucket is no longer than 2 + 2 n / m for any other bucket of m.
 
 An epoch walks every bucket at least `passes` times, where `passes` is the smallest number for
 which even the smallest bucket fills one batch. A bucket of n samples reads from one endless
@@ -10,6 +15,8 @@ sequence, a fresh shuffle of all its samples per pass, and gives ceil(passes * n
 batches an epoch. So a bucket smaller than the batch repeats its samples evenly (counts within a
 bucket differ by at most one), and no bucket is seen twice as often as its size deserves. In a
 corpus whose buckets all fill a batch, `passes` is 1: the usual epoch.
+
+Ids are kept as one array (`components.training.sample_ids`), a bucket as row numbers into it.
 """
 
 from __future__ import annotations
@@ -17,17 +24,22 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-PLAN_VERSION = 1
+from components.training.sample_ids import id_array
+
+PLAN_VERSION = 2
+_SHOWN_BUCKETS = 5
 # Distinguishes the two kinds of random stream made from the same seed and epoch.
 _ORDER_STREAM, _SHUFFLE_STREAM = 0, 1
 
 Integers = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.bytes_]
 
 
 class PlanMismatch(ValueError):
@@ -42,8 +54,12 @@ class PlanState:
     step: int
     plan_version: int
     index_digest: str
+    batch_size: int = 0
+    """0: not recorded."""
+    buckets: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
+    """[number of samples, digest of their ids] by bucket: enough to say what changed."""
 
-    def as_dict(self) -> dict[str, int | str]:
+    def as_dict(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)
 
@@ -84,13 +100,54 @@ class GlobalBatch:
         )
 
 
-def _digest(buckets: Mapping[str, Sequence[str]], batch_size: int) -> str:
+def _digest(buckets: Mapping[str, Ids], batch_size: int) -> str:
     """SHA-256 of everything besides the seed that decides the batches."""
     digest = hashlib.sha256(f"batch_size={batch_size}\n".encode())
     for bucket, sample_ids in buckets.items():
         digest.update(f"{bucket}\t{len(sample_ids)}\n".encode())
-        digest.update("".join(f"{sample_id}\n" for sample_id in sample_ids).encode())
+        digest.update(_lines(sample_ids))
     return digest.hexdigest()
+
+
+def _lines(sample_ids: Ids) -> bytes:
+    return b"\n".join(sample_ids.tolist()) + b"\n"
+
+
+def _grouped(bucket_of: Mapping[str, str]) -> dict[str, Ids]:
+    """Sorted ids by bucket name, buckets sorted."""
+    grouped: dict[str, list[str]] = {}
+    for sample_id, bucket in bucket_of.items():
+        grouped.setdefault(bucket, []).append(sample_id)
+    # Python sorts a million strings in a fraction of the time that NumPy takes.
+    return {bucket: id_array(sorted(grouped[bucket])) for bucket in sorted(grouped)}
+
+
+def _changes(before: PlanState, after: PlanState) -> list[str]:
+    """What differs between two plans, a sentence part each."""
+    parts = []
+    if before.batch_size and before.batch_size != after.batch_size:
+        parts.append(f"global_batch_size {before.batch_size} is now {after.batch_size}")
+    if not before.buckets:
+        return parts
+    resized, replaced = [], []
+    for bucket in sorted(before.buckets.keys() | after.buckets.keys()):
+        (old, old_digest), (new, new_digest) = (
+            plan.buckets.get(bucket, (0, "")) for plan in (before, after)
+        )
+        if old != new:
+            resized.append((bucket, int(old), int(new)))
+        elif old_digest != new_digest:
+            replaced.append(bucket)
+    if resized:
+        gone = sum(max(0, old - new) for _, old, new in resized)
+        come = sum(max(0, new - old) for _, old, new in resized)
+        shown = ", ".join(f"{name} {old} -> {new}" for name, old, new in resized[:_SHOWN_BUCKETS])
+        more = f" and {len(resized) - _SHOWN_BUCKETS} more" * (len(resized) > _SHOWN_BUCKETS)
+        parts.append(f"at least {come} samples came and {gone} went (bucket {shown}{more})")
+    if replaced:
+        shown = ", ".join(replaced[:_SHOWN_BUCKETS])
+        parts.append(f"as many but other samples in bucket {shown}")
+    return parts
 
 
 def _occurrences(sample_ids: Sequence[str]) -> tuple[int, ...]:
@@ -120,10 +177,7 @@ class BatchPlan:
             raise ValueError("batch plan: there is no sample to plan over")
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
-        grouped: dict[str, list[str]] = {}
-        for sample_id in sorted(bucket_of):
-            grouped.setdefault(bucket_of[sample_id], []).append(sample_id)
-        self._samples = {bucket: grouped[bucket] for bucket in sorted(grouped)}
+        self._samples = _grouped(bucket_of)
         self._names = list(self._samples)
         self.batch_size = batch_size
         self.seed = seed
@@ -154,7 +208,11 @@ class BatchPlan:
 
     def state(self, step: int) -> PlanState:
         """State to store in a checkpoint written after `step` steps."""
-        return PlanState(self.seed, step, PLAN_VERSION, self.index_digest)
+        buckets: dict[str, Sequence[int | str]] = {
+            bucket: [len(ids), hashlib.sha256(_lines(ids)).hexdigest()[:16]]
+            for bucket, ids in self._samples.items()
+        }
+        return PlanState(self.seed, step, PLAN_VERSION, self.index_digest, self.batch_size, buckets)
 
     def check(self, state: PlanState) -> None:
         """Make sure that `state` belongs to this plan.
@@ -174,10 +232,11 @@ class BatchPlan:
                 f"the settings say {self.seed}: {remedy}"
             )
         if state.index_digest != self.index_digest:
+            changes = _changes(state, self.state(state.step))
             raise PlanMismatch(
                 f"checkpoint at step {state.step} was trained on another set of samples, buckets "
                 f"or global batch size (index {state.index_digest[:12]}, now "
-                f"{self.index_digest[:12]}): {remedy}"
+                f"{self.index_digest[:12]}){''.join(f'; {part}' for part in changes)}: {remedy}"
             )
 
     def _rng(self, *key: int) -> np.random.Generator:
@@ -185,13 +244,12 @@ class BatchPlan:
 
     def _make_epoch_order(self, epoch: int) -> tuple[Integers, Integers]:
         """(bucket of every step of the epoch, how often that bucket came before in the epoch)."""
-        order: Integers = np.repeat(np.arange(len(self._names)), self._batches_of)
-        self._rng(_ORDER_STREAM, epoch).shuffle(order)
-        by_bucket = np.argsort(order, kind="stable")
+        buckets: Integers = np.repeat(np.arange(len(self._names)), self._batches_of)
         first_of = np.concatenate([[0], np.cumsum(self._batches_of)[:-1]])
-        visits = np.empty_like(order)
-        visits[by_bucket] = np.arange(len(order)) - np.repeat(first_of, self._batches_of)
-        return order, visits
+        visits: Integers = np.arange(len(buckets)) - np.repeat(first_of, self._batches_of)
+        jitter = self._rng(_ORDER_STREAM, epoch).random(len(buckets))
+        order = np.argsort((visits + jitter) / self._batches_of[buckets], kind="stable")
+        return buckets[order], visits[order]
 
     def _make_shuffle(self, epoch: int, bucket: int, walk: int) -> Integers:
         size = len(self._samples[self._names[bucket]])
@@ -202,6 +260,8 @@ class BatchPlan:
         samples = self._samples[self._names[bucket]]
         places = range(visit * self.batch_size, (visit + 1) * self.batch_size)
         return tuple(
-            samples[self._shuffle(epoch, bucket, place // len(samples))[place % len(samples)]]
+            samples[
+                self._shuffle(epoch, bucket, place // len(samples))[place % len(samples)]
+            ].decode()
             for place in places
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,10 @@ def band_losses(t: Tensor, losses: Tensor) -> dict[str, float]:
     }
 
 
-def training_ids(index: pd.DataFrame, train_slice: Path | None) -> dict[str, str]:
-    """Bucket by image id of the training images.
+def training_ids(
+    index: pd.DataFrame, train_slice: Path | None, rejected: Collection[str] = ()
+) -> dict[str, str]:
+    """Bucket by image id of the training images; `rejected` ones have no latent and are left out.
 
     Raises:
         ValueError: nothing to train on, or the slice names images without latents.
@@ -120,6 +122,7 @@ def training_ids(index: pd.DataFrame, train_slice: Path | None) -> dict[str, str
     rows = index[index["split"] == "train"]
     if train_slice is not None:
         wanted = set(pd.read_parquet(train_slice, columns=["image_id"])["image_id"])
+        wanted -= set(rejected)
         absent = sorted(wanted - set(rows["image_id"]))
         if absent:
             raise ValueError(
@@ -165,9 +168,11 @@ class DitTrainer:
     def __init__(self, job: DitJob, ranks: Ranks) -> None:
         """Open the stores, build model and engine, and load the newest checkpoint if any."""
         self.job, self.ranks, self.settings = job, ranks, job.settings
-        self.latents, self.texts = LatentStore(job.latents), TextStore(job.texts)
+        verify = job.runtime.verify_reads
+        self.latents = LatentStore(job.latents, verify=verify)
+        self.texts = TextStore(job.texts, verify=verify)
         index = self.latents.index
-        buckets = training_ids(index, job.train_slice)
+        buckets = training_ids(index, job.train_slice, self.latents.rejected)
         self.plan = BatchPlan(buckets, self.settings.global_batch_size, job.seed)
         self.validation = ValidationSet(
             self.latents,
@@ -286,7 +291,6 @@ class DitTrainer:
 
     def _noised(self, part: GlobalBatch) -> NoisedBatch:
         latents = self.latents.read_batch(part.sample_ids)
-        pairs = [self.texts.read(sample_id) for sample_id in part.sample_ids]
         channels, height, width = latents.shape[1:]
         noise, t = draw_noise(
             self.job.seed,
@@ -297,7 +301,7 @@ class DitTrainer:
             self.settings.timestep_density,
             self.settings.sigma_range,
         )
-        text, pooled = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+        text, pooled = self.texts.read_batch(part.sample_ids)
         return NoisedBatch(part.sample_ids, latents, noise, t, text, pooled)
 
     def _optimize(self, step: int, batches: list[NoisedBatch]) -> dict[str, float]:

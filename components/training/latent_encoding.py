@@ -1,17 +1,21 @@
 """Encode a corpus with the base autoencoder into a latent store.
 
 The plan (which images share a batch) is a pure function of the rows, so a run that was killed
-continues with the same batches and ends with the same bytes.
+continues with the same batches and ends with the same bytes. Who encodes is left open: this
+process, or workers (`components.training.encoder_workers`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from components.corpus.decoding import MAX_MEGAPIXELS, ImageUndecodable, read_rgb
+from components.corpus.ordered_pool import Failure
 from components.corpus.original_lookup import Original, OriginalLookup
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.base_autoencoder import encoder_digest
@@ -29,6 +34,7 @@ from components.settings import LatentsSettings
 from components.training.aspect_buckets import Bucket, fit_to_bucket
 from components.training.latent_store import LatentStore, LatentStoreWriter
 from components.training.pixel_range import to_model
+from components.training.stored_tensors import StoreDtype, to_record
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,59 @@ def load_image(item: EncodingItem, max_megapixels: float = MAX_MEGAPIXELS) -> Te
     return to_model([np.asarray(fit_to_bucket(image, item.bucket))])[0]
 
 
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What the store keeps of a batch; travels between processes."""
+
+    records: dict[str, bytes]
+    """By image id, in batch order."""
+    shape: tuple[int, ...]
+    """(C, h, w) of every record."""
+    rejected: dict[str, str]
+    """Reason by image id, for photographs that cannot be encoded."""
+
+
+Workers = Callable[[Iterable[list[EncodingItem]]], Iterator[EncodedBatch | Failure]]
+
+
+class TooManyRejected(ValueError):
+    """More photographs than the settings allow could not be encoded; one line."""
+
+
+def encode_batch(
+    items: Sequence[EncodingItem],
+    autoencoder: AutoencoderKLF16,
+    dtype: StoreDtype,
+    max_megapixels: float = MAX_MEGAPIXELS,
+) -> EncodedBatch:
+    """Latents of photographs of one bucket; one that cannot be encoded costs only itself.
+
+    Args:
+        items: of one bucket.
+        autoencoder: on the device that encodes.
+        dtype: of the records.
+        max_megapixels: bound on decoded photographs.
+    """
+    images: dict[str, Tensor] = {}
+    rejected: dict[str, str] = {}
+    for item in items:
+        try:
+            images[item.image_id] = load_image(item, max_megapixels)
+        except ImageUndecodable as problem:
+            rejected[item.image_id] = str(problem)
+    if not images:
+        return EncodedBatch({}, (0, 0, 0), rejected)
+    device = next(autoencoder.parameters()).device
+    latents = encode(autoencoder, torch.stack(list(images.values())).to(device))
+    records: dict[str, bytes] = {}
+    for image_id, latent in zip(images, latents.cpu(), strict=True):
+        if bool(torch.isfinite(latent).all()):
+            records[image_id] = to_record(latent, dtype)
+        else:
+            rejected[image_id] = "its latent is not finite"
+    return EncodedBatch(records, tuple(latents.shape[1:]), rejected)
+
+
 def encode_corpus(
     items: Sequence[EncodingItem],
     autoencoder: AutoencoderKLF16,
@@ -118,38 +177,100 @@ def encode_corpus(
     destination: Path,
     device: str = "cpu",
     max_megapixels: float = MAX_MEGAPIXELS,
+    workers: Workers | None = None,
 ) -> LatentStore:
     """Encode all items and publish the store; continues where a killed run stopped.
+
+    Batches are appended in the order of the plan whoever encodes them, so the bytes do not depend
+    on workers or kills. A batch that takes its worker down with it is tried again at the end, one
+    photograph at a time, so that only the culprit is left out.
 
     Args:
         items: from `encoding_items`.
         autoencoder: base autoencoder, evaluation mode.
-        settings: batch size, stored dtype, shard size.
+        settings: batch size, stored dtype, shard size, and how many photographs may fail.
         work_dir: state of unfinished work, private to this corpus and these settings.
         destination: folder of the finished store.
         device: where the encoder runs.
         max_megapixels: bound on decoded photographs.
+        workers: encode batches elsewhere, results in order; None: in this process.
 
     Raises:
-        ImageUndecodable: a photograph cannot be read.
+        TooManyRejected: more photographs fail than `settings.max_rejected_fraction`.
     """
-    autoencoder = autoencoder.to(device)
+
+    def here(plan: Iterable[list[EncodingItem]]) -> Iterator[EncodedBatch | Failure]:
+        model = autoencoder.to(device)
+        for batch in plan:
+            yield encode_batch(batch, model, settings.dtype, max_megapixels)
+
     plan = batches(items, settings.batch_size)
+    digest = encoder_digest(autoencoder)
     writer = LatentStoreWriter(
         work_dir / plan_digest(plan)[:16],
         dtype=settings.dtype,
         shard_mb=settings.shard_mb,
-        encoder_digest=encoder_digest(autoencoder),
+        encoder_digest=digest,
     )
+    rejected: dict[str, str] = {}
+    allowed = int(settings.max_rejected_fraction * len(items))
+
+    def reject(reasons: Mapping[str, str]) -> None:
+        rejected.update(reasons)
+        if len(rejected) > allowed:
+            first, reason = next(iter(rejected.items()))
+            raise TooManyRejected(
+                f"{len(rejected)} of {len(items)} photographs cannot be encoded, {allowed} may "
+                f"(latents.max_rejected_fraction); first {first}: {reason}"
+            )
+
+    def take(todo: Sequence[list[EncodingItem]], done: int) -> list[EncodingItem]:
+        """Append what can be encoded; images of batches that were lost as a whole come back."""
+        lost: list[EncodingItem] = []
+        results = (workers or here)(todo)
+        shown = track(results, "latents", total=len(plan), initial=done)
+        with closing(results):  # type: ignore[type-var]
+            for batch, result in zip(todo, shown, strict=True):
+                if isinstance(result, Failure):
+                    if len(batch) > 1:
+                        lost += batch
+                    else:
+                        reject({batch[0].image_id: result.message})
+                    continue
+                bucket = batch[0].bucket
+                kept = [(i.image_id, i.split) for i in batch if i.image_id in result.records]
+                records = list(result.records.values())
+                if kept:
+                    hw = (bucket.height, bucket.width)
+                    writer.append_records(hw, kept, result.shape, records)
+                reject(result.rejected)
+        return lost
+
     stored = writer.stored()
-    pending = [batch for batch in plan if batch[0].image_id not in stored]
-    for batch in track(pending, "latents", total=len(plan), initial=len(plan) - len(pending)):
-        images = torch.stack([load_image(item, max_megapixels) for item in batch]).to(device)
-        bucket = batch[0].bucket
-        latents = encode(autoencoder, images)
-        members = [(item.image_id, item.split) for item in batch]
-        writer.append((bucket.height, bucket.width), members, latents)
-    return writer.publish(destination)
+    left = [[item for item in batch if item.image_id not in stored] for batch in plan]
+    pending = [batch for batch in left if batch]
+    lost = take(pending, len(plan) - len(pending)) if pending else []
+    if lost:
+        take([[item] for item in lost], len(plan) - len(lost))
+    return writer.publish(destination, provenance(autoencoder, digest, device), rejected)
+
+
+def provenance(autoencoder: AutoencoderKLF16, digest: str, device: str) -> dict[str, Any]:
+    """What the latents came from: weights, normalisation, arithmetic, software."""
+    config = autoencoder.config
+    packages = ("torch", "diffusers", "numpy", "pillow", "simplejpeg")
+    return {
+        "encoder": type(autoencoder).__name__,
+        "encoder_digest": digest,
+        "encoder_dtype": str(next(autoencoder.parameters()).dtype).removeprefix("torch."),
+        "stride": config.stride,
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+        "posterior": "mode",
+        "fit": "Lanczos until the bucket is covered, centre kept",
+        "device": device,
+        "software": {name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def band_energy_shares(store: LatentStore) -> pd.DataFrame:

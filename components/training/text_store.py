@@ -3,40 +3,44 @@
 The states (stored as `t5`) are T5's for Flux; for SD3 the two CLIPs' 77 positions stand before
 T5's, and the pooled vector is the two CLIPs' in a row (`components.models.sd3_text_encoders`).
 
-Layout of a store folder: `index.parquet` (one row per image, the empty prompt under image id "")
-and shards `text-<number>.safetensors` with tensors `t5` (n, L, D) and `pooled` (n, P). Equal
-captions share a record. All L padded positions are kept, because Flux attends to them.
+Layout of a store folder: `index.parquet` (one row per image, the empty prompt under image id ""),
+`store.json` (provenance of the encoders) and shards `text-<number>.bin` of fixed-size records: the
+states (L, D), then the pooled vector (P), little-endian. Equal captions share a record. All L
+padded positions are kept, because Flux attends to them.
 
-`build_text_store` works shard by shard in a work folder: a shard that is there with the right
-fingerprint (captions, encoder, dtype) is not encoded again.
+`build_text_store` appends to a work folder batch by batch; a killed build goes on with the next
+batch and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from components.progress import track
+from components.training.record_reader import Extents, RecordCorrupt, RecordReader, Verify
+from components.training.record_writer import INDEX_FILE, MIB, STORE_FILE, RecordWriter
+from components.training.sample_ids import IdTable
+from components.training.stored_tensors import StoreDtype, to_record
+from components.training.table_digest import table_digest
 
-INDEX_FILE = "index.parquet"
-STORE_VERSION = 1
+STORE_VERSION = 2
 EMPTY_PROMPT_ID = ""
 INDEX_COLUMNS = (
     "image_id",
     "caption_sha256",
     "shard",
-    "row",
+    "offset",
+    "nbytes",
+    "xxh64",
     "text_tokens",
     "t5_dim",
     "pooled_dim",
@@ -50,16 +54,37 @@ class TextStoreIncomplete(RuntimeError):
     """The folder holds no finished store."""
 
 
+class TextCorrupt(RuntimeError):
+    """A record whose bytes are not the ones that were written; names shard and image."""
+
+
+@dataclass(frozen=True)
+class EmbeddedPrompts:
+    """What the store keeps of a few prompts; small enough to travel between processes."""
+
+    records: list[bytes]
+    """Per prompt: states, then pooled vector."""
+    shape: tuple[int, int, int]
+    """(L, D, P)."""
+
+
+EncodeBatches = Callable[[Iterable[list[str]]], Iterator[EmbeddedPrompts]]
+
+
 def caption_sha256(caption: str) -> str:
     """Identity of a caption: SHA-256 of its UTF-8 bytes."""
     return hashlib.sha256(caption.encode("utf-8")).hexdigest()
 
 
 class TextStore:
-    """Read access by image id."""
+    """Read access by image id; every read is verified unless told otherwise."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, verify: Verify = "always") -> None:
         """Open a finished store.
+
+        Args:
+            folder: of the store.
+            verify: compare record hashes on every read, on a record's first, or never.
 
         Raises:
             TextStoreIncomplete: no index (embedding has not finished), or another layout.
@@ -73,29 +98,30 @@ class TextStore:
         self.index = pd.read_parquet(path)
         """One row per image, columns `INDEX_COLUMNS`."""
         missing = [name for name in INDEX_COLUMNS if name not in self.index.columns]
-        if missing:
-            raise TextStoreIncomplete(f"{path}: columns {missing} are missing; embed again")
-        self._place = {
-            image_id: (shard, int(row))
-            for image_id, shard, row in zip(
-                self.index["image_id"], self.index["shard"], self.index["row"], strict=True
-            )
-        }
-        rows = self.index[["image_id", "caption_sha256", "dtype", "encoder_digest"]]
-        lines = [json.dumps([str(v) for v in row]) for row in rows.itertuples(index=False)]
-        content = "\n".join([f"v{STORE_VERSION}", *sorted(lines)])
-        self.digest = hashlib.sha256(content.encode()).hexdigest()
+        if missing or not (folder / STORE_FILE).exists():
+            lacking = f"columns {missing} are missing" if missing else f"no {STORE_FILE}"
+            raise TextStoreIncomplete(f"{path}: {lacking}; embed again")
+        self.about: Mapping[str, Any] = json.loads((folder / STORE_FILE).read_text("utf-8"))
+        """`provenance` of the encoders."""
+        index = self.index
+        self._rows = IdTable(index["image_id"])
+        extents = Extents.of(index)
+        self._reader = RecordReader(folder, extents, verify=verify)
+        first = index.iloc[0]
+        self._shape = tuple(int(first[name]) for name in ("text_tokens", "t5_dim", "pooled_dim"))
+        self._dtype: torch.dtype = getattr(torch, str(first["dtype"]))
+        identity = ("image_id", "caption_sha256", "dtype", "encoder_digest")
+        self.digest = table_digest(index, identity, key="image_id", version=STORE_VERSION)
         """SHA-256 over captions and encoder: equal digests mean equal embeddings."""
 
     def __contains__(self, image_id: object) -> bool:
         """Whether the image has an embedding."""
-        return image_id in self._place
+        return self._rows.row(image_id) is not None
 
     @property
     def widths(self) -> tuple[int, int]:
         """(T5 width D, pooled width P)."""
-        first = self.index.iloc[0]
-        return int(first["t5_dim"]), int(first["pooled_dim"])
+        return self._shape[1], self._shape[2]
 
     def read(self, image_id: str) -> tuple[Tensor, Tensor]:
         """Embeddings of one image's caption; id "" is the empty prompt.
@@ -105,126 +131,126 @@ class TextStore:
 
         Raises:
             KeyError: the store has no such image.
+            TextCorrupt: the record is cut off or its hash differs.
         """
-        if image_id not in self._place:
-            raise KeyError(f"image {image_id} has no text embedding in {self.folder}")
-        shard, row = self._place[image_id]
-        with safe_open(self.folder / shard, framework="pt") as tensors:
-            t5 = tensors.get_slice("t5")[row]
-            pooled = tensors.get_slice("pooled")[row]
+        t5, pooled = self.read_batch([image_id])
+        return t5[0], pooled[0]
+
+    def read_batch(self, image_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings of B images' captions, (T5 (B, L, D), pooled (B, P)), float32.
+
+        Raises:
+            KeyError: the store has no such image.
+            TextCorrupt: a record is cut off or its hash differs.
+        """
+        t5, pooled = self.read_stored(image_ids)
         return t5.float(), pooled.float()
+
+    def read_stored(
+        self, image_ids: Sequence[str], *, pin_memory: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`read_batch` in the stored precision: two views of one buffer.
+
+        Args:
+            image_ids: B images.
+            pin_memory: page-lock the buffer, so that its copy to a GPU does not block.
+        """
+        try:
+            rows = self._rows.rows(image_ids)
+        except KeyError as unknown:
+            raise KeyError(
+                f"image {unknown.args[0]} has no text embedding in {self.folder}"
+            ) from None
+        tokens, width, pooled = self._shape
+        states = tokens * width
+        buffer = torch.empty((len(rows), states + pooled), dtype=self._dtype, pin_memory=pin_memory)
+        try:
+            self._reader.read_into(rows.tolist(), buffer.view(torch.uint8).numpy())
+        except RecordCorrupt as problem:
+            image_id = self.index["image_id"].iloc[problem.row]
+            raise TextCorrupt(
+                f"shard {problem.shard}, image {image_id or '(empty prompt)'}: {problem.problem}; "
+                f"`ultraflux stores verify {self.folder}` lists all such records"
+            ) from None
+        return buffer[:, :states].unflatten(1, (tokens, width)), buffer[:, states:]
+
+
+def embedded_prompts(prompts: list[str], encode: Encode, dtype: StoreDtype) -> EmbeddedPrompts:
+    """Encode B prompts into records.
+
+    Raises:
+        ValueError: an embedding is not finite.
+    """
+    t5, pooled = (tensor.detach().cpu() for tensor in encode(prompts))
+    for name, tensor in (("t5", t5), ("pooled", pooled)):
+        bad = (~torch.isfinite(tensor.flatten(1)).all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"text embedding {name} of caption {prompts[bad[0]][:60]!r} is not finite; "
+                "check the text encoders' weights"
+            )
+    records = [
+        to_record(one, dtype) + to_record(two, dtype) for one, two in zip(t5, pooled, strict=True)
+    ]
+    return EmbeddedPrompts(records, (t5.shape[1], t5.shape[2], pooled.shape[1]))
 
 
 def build_text_store(
     work: Path,
     destination: Path,
     captions: Mapping[str, str],
-    encode: Encode,
+    encode_batches: EncodeBatches,
     *,
     encoder_digest: str,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: StoreDtype,
     batch_size: int = 16,
-    shard_rows: int = 512,
+    shard_mb: float = 2048,
+    provenance: Mapping[str, Any] | None = None,
 ) -> TextStore:
-    """Embed captions and publish the store; a killed build goes on with the next shard.
+    """Embed captions and publish the store; a killed build goes on with the next batch.
 
     Args:
         work: private folder that survives a kill.
         destination: folder of the store (other files in it stay).
         captions: caption by image id; the empty prompt is added.
-        encode: B prompts to (T5 (B, L, D), pooled (B, P)).
+        encode_batches: results of lists of prompts, in their order (`embedded_prompts`).
         encoder_digest: identity of the encoder's weights and tokenizers.
         dtype: of the stored embeddings.
-        batch_size: prompts per call of `encode`.
-        shard_rows: captions per shard; 512 of FLUX.1-dev are 2.1 GB in bfloat16.
-
-    Raises:
-        ValueError: an embedding is not finite.
+        batch_size: prompts per list.
+        shard_mb: a shard takes no further record beyond this size in MiB.
+        provenance: how the embeddings were made, JSON-able.
     """
-    work.mkdir(parents=True, exist_ok=True)
     prompts = {EMPTY_PROMPT_ID: "", **captions}
     # One record per distinct caption, in the order of the smallest image id.
     distinct = list(dict.fromkeys(prompts[image_id] for image_id in sorted(prompts)))
-    shards = [distinct[start : start + shard_rows] for start in range(0, len(distinct), shard_rows)]
-    places: dict[str, tuple[str, int]] = {}
-    shapes: dict[str, tuple[int, int, int]] = {}
-    for number, members in enumerate(track(shards, "text embeddings")):
-        name = f"text-{number:05d}.safetensors"
-        fingerprint = _fingerprint(members, encoder_digest, dtype)
-        if _stored_fingerprint(work / name) != fingerprint:
-            _write_shard(work / name, members, encode, batch_size, dtype, fingerprint)
-        shapes[name] = _shard_shape(work / name)
-        places.update({caption: (name, row) for row, caption in enumerate(members)})
-    rows = []
-    for image_id in sorted(prompts):
-        name, row = places[prompts[image_id]]
-        sha = caption_sha256(prompts[image_id])
-        rows.append((image_id, sha, name, row, *shapes[name], dtype, encoder_digest))
-    index = pd.DataFrame(rows, columns=list(INDEX_COLUMNS))
-    _publish(work, destination, sorted(shapes), index)
+    plan = [distinct[at : at + batch_size] for at in range(0, len(distinct), batch_size)]
+    shas = {caption: caption_sha256(caption) for caption in distinct}
+    listed = hashlib.sha256(f"{batch_size}\n".encode() + "\n".join(shas.values()).encode())
+    common = {"dtype": dtype, "encoder_digest": encoder_digest}
+    header = {"version": STORE_VERSION, **common, "captions": listed.hexdigest()}
+    writer = RecordWriter(
+        work, key="caption_sha256", header=header, shard_bytes=int(shard_mb * MIB)
+    )
+    stored = writer.stored()
+    pending = [batch for batch in plan if shas[batch[0]] not in stored]
+    results = encode_batches(pending) if pending else iter(())
+    tracked = track(results, "text embeddings", total=len(plan), initial=len(plan) - len(pending))
+    for batch, embedded in zip(pending, tracked, strict=True):
+        names = ("text_tokens", "t5_dim", "pooled_dim")
+        shape = dict(zip(names, embedded.shape, strict=True))
+        rows = [{"caption_sha256": shas[caption], **shape} for caption in batch]
+        writer.append("text", rows, embedded.records)
+    images = sorted(prompts)
+    samples = pd.DataFrame(
+        {"image_id": images, "caption_sha256": [shas[prompts[one]] for one in images]}
+    )
+    index = samples.merge(pd.DataFrame(writer.rows), on="caption_sha256", how="left")
+    index = index.assign(**common).loc[:, list(INDEX_COLUMNS)]
+    about = {
+        "kind": "text embeddings",
+        "version": STORE_VERSION,
+        "provenance": dict(provenance or {}),
+        "rejected": [],
+    }
+    writer.publish(destination, index, about)
     return TextStore(destination)
-
-
-def _fingerprint(captions: list[str], encoder_digest: str, dtype: str) -> str:
-    parts = [f"v{STORE_VERSION}", encoder_digest, dtype, *map(caption_sha256, captions)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _stored_fingerprint(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    with safe_open(path, framework="pt") as tensors:
-        return (tensors.metadata() or {}).get("fingerprint")
-
-
-def _shard_shape(path: Path) -> tuple[int, int, int]:
-    """(L, D, P) of a shard."""
-    with safe_open(path, framework="pt") as tensors:
-        _, length, width = tensors.get_slice("t5").get_shape()
-        return length, width, tensors.get_slice("pooled").get_shape()[1]
-
-
-def _write_shard(
-    path: Path,
-    captions: list[str],
-    encode: Encode,
-    batch_size: int,
-    dtype: Literal["float32", "bfloat16"],
-    fingerprint: str,
-) -> None:
-    sequences, vectors = [], []
-    for start in range(0, len(captions), batch_size):
-        t5, pooled = encode(captions[start : start + batch_size])
-        sequences.append(t5.detach().cpu())
-        vectors.append(pooled.detach().cpu())
-    tensors = {"t5": torch.cat(sequences), "pooled": torch.cat(vectors)}
-    for name, tensor in tensors.items():
-        bad = (~torch.isfinite(tensor.flatten(1)).all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"text embedding {name} of caption {captions[bad[0]][:60]!r} is not finite; "
-                "check the text encoders' weights"
-            )
-    tensors = {k: v.to(getattr(torch, dtype)).contiguous() for k, v in tensors.items()}
-    temporary = path.with_name(f".{path.name}")
-    save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
-    os.replace(temporary, path)
-
-
-def _publish(work: Path, destination: Path, shards: list[str], index: pd.DataFrame) -> None:
-    """Copy (or hard-link) the shards, then the index: a kill leaves no index or a whole store."""
-    destination.mkdir(parents=True, exist_ok=True)
-    (destination / INDEX_FILE).unlink(missing_ok=True)
-    for old in destination.glob("text-*.safetensors"):
-        old.unlink()
-    for name in shards:
-        temporary = destination / f".{name}"
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(work / name, temporary)
-        except OSError:
-            shutil.copyfile(work / name, temporary)
-        os.replace(temporary, destination / name)
-    temporary = destination / f".{INDEX_FILE}"
-    index.to_parquet(temporary, index=False)
-    os.replace(temporary, destination / INDEX_FILE)

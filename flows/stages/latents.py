@@ -9,15 +9,22 @@ from typing import Any
 
 import pandas as pd
 
-from components.corpus.decoding import ImageUndecodable
 from components.corpus.manifest import read_table
-from components.models.base_autoencoder import load_base_autoencoder
+from components.corpus.ordered_pool import WorkersDoNotStart
+from components.models.base_autoencoder import encoder_digest, load_base_autoencoder
 from components.models.weights import WeightsMissing
 from components.objectives.haar import BAND_NAMES
 from components.training.checkpoints import write_atomically
 from components.training.distributed import deterministic_torch
-from components.training.latent_encoding import band_energy_shares, encode_corpus, encoding_items
+from components.training.encoder_workers import Placement, encoder_limits
+from components.training.latent_encoding import (
+    Workers,
+    band_energy_shares,
+    encode_corpus,
+    encoding_items,
+)
 from components.training.latent_store import LatentStore
+from components.training.latent_workers import LatentJob, latent_workers
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 # Stage 2 is a part of stage 1.
@@ -28,7 +35,8 @@ def run(context: StageContext) -> StageResult:
     """Write `data/latents/`: index.parquet and shards, summary.json, bands.csv, bands.png.
 
     Raises:
-        StageFailed: no images, an image in two splits, or weights are missing.
+        StageFailed: no images, an image in two splits, weights are missing, or more photographs
+            than the settings allow cannot be encoded.
     """
     settings = context.settings
     slices = [read_table(context.input("slices", f"{name}.parquet")) for name in TABLES]
@@ -53,11 +61,30 @@ def run(context: StageContext) -> StageResult:
                 destination=context.output_dir,
                 device=settings.runtime.device,
                 max_megapixels=settings.ingest.max_megapixels,
+                workers=_workers(context, encoder_digest(autoencoder)),
             )
-    except ImageUndecodable as problem:
+    except (ValueError, WorkersDoNotStart) as problem:
         raise StageFailed(f"latents: {problem}") from problem
     bands = band_energy_shares(store)
     return _describe(context.output_dir, store, bands)
+
+
+def _workers(context: StageContext, digest: str) -> Workers | None:
+    """Encoders elsewhere, where the settings want them."""
+    settings = context.settings
+    limits = encoder_limits(settings)
+    if limits is None:
+        return None
+    job = LatentJob(
+        autoencoder=settings.models.autoencoder,
+        seed=settings.project.seed,
+        root=str(context.root),
+        digest=digest,
+        dtype=settings.latents.dtype,
+        max_megapixels=settings.ingest.max_megapixels,
+        placement=Placement.of(settings, context.state_dir),
+    )
+    return latent_workers(job, limits)
 
 
 def _describe(folder: Path, store: LatentStore, bands: pd.DataFrame) -> StageResult:
@@ -91,6 +118,7 @@ def _summary(store: LatentStore, bands: pd.DataFrame) -> dict[str, Any]:
     shares = {f"{name}_energy_share": float(bands[name].mean()) for name in BAND_NAMES}
     return {
         "images": len(index),
+        "rejected_images": len(store.rejected),
         "train_images": int((index["split"] == "train").sum()),
         "eval_images": int((index["split"] == "eval").sum()),
         "buckets": int(index["bucket"].nunique()),

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-import torch
 
+from components.corpus.ordered_pool import WorkersDoNotStart
 from components.models.text_families import TEXT_FAMILIES, TextFamily
 from components.models.weights import folder_digest
+from components.training.encoder_workers import Placement, encoder_limits
 from components.training.text_store import build_text_store
+from components.training.text_workers import EmbeddingFailed, TextJob, embed_batches
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 
@@ -24,7 +29,7 @@ def run(context: StageContext) -> StageResult:
     are saved in `encoders/` in the layout of FLUX.1-dev or SD3 for `generate`.
 
     Raises:
-        StageFailed: a row has no caption.
+        StageFailed: a row has no caption, or the captions cannot be embedded.
     """
     settings = context.settings.models.text_encoders
     rows = pd.read_parquet(
@@ -38,32 +43,33 @@ def run(context: StageContext) -> StageResult:
             f"text_embeddings: {len(silent)} rows have no English caption, first image "
             f"{silent['image_id'].iloc[0]}; caption them or reject them in `select`"
         )
-    torch.set_num_threads(context.settings.runtime.torch_threads)
     family = TEXT_FAMILIES[context.settings.models.transformer.backbone]
     folder = _encoder_folder(context, rows, family)
     # Before the digest: a missing part is named together with the command that gets it.
-    encoders = family.load(folder)
+    family.load(folder)
     digest = _encoder_digest(folder, family)
-    device = torch.device(context.settings.runtime.device)
-    for model in family.models(encoders):
-        model.to(device)
-
-    def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.no_grad():
-            states: tuple[torch.Tensor, torch.Tensor] = family.encode(
-                encoders, prompts, settings.max_sequence_length
-            )
-            return states
-
-    store = build_text_store(
-        context.state_dir / "store",
-        context.output_dir,
-        dict(zip(rows["image_id"], rows["caption_en"], strict=True)),
-        encode,
-        encoder_digest=digest,
-        # One storage precision for everything that the transformer reads.
-        dtype=context.settings.latents.dtype,
+    # One storage precision for everything that the transformer reads.
+    dtype = context.settings.latents.dtype
+    job = TextJob(
+        backbone=context.settings.models.transformer.backbone,
+        folder=str(folder),
+        max_sequence_length=settings.max_sequence_length,
+        dtype=dtype,
+        placement=Placement.of(context.settings, context.state_dir),
     )
+    try:
+        store = build_text_store(
+            context.state_dir / "store",
+            context.output_dir,
+            dict(zip(rows["image_id"], rows["caption_en"], strict=True)),
+            partial(embed_batches, job=job, limits=encoder_limits(context.settings)),
+            encoder_digest=digest,
+            dtype=dtype,
+            shard_mb=context.settings.latents.shard_mb,
+            provenance=_provenance(context, digest),
+        )
+    except (ValueError, EmbeddingFailed, WorkersDoNotStart) as problem:
+        raise StageFailed(f"text_embeddings: {problem}") from problem
     captions = int(store.index["caption_sha256"].nunique())
     return StageResult(
         metrics={"captions": float(captions), "images": float(len(rows))},
@@ -71,6 +77,23 @@ def run(context: StageContext) -> StageResult:
         tags={"text_encoders.digest": digest, "text_embeddings.digest": store.digest},
         summary=f"{captions} prompts, {int(store.index['text_tokens'].iloc[0])} tokens each",
     )
+
+
+def _provenance(context: StageContext, digest: str) -> dict[str, Any]:
+    """What the embeddings came from: encoders, padding, arithmetic, software."""
+    settings = context.settings
+    return {
+        "encoders": list(TEXT_FAMILIES[settings.models.transformer.backbone].folders),
+        "encoder_digest": digest,
+        "pretrained": settings.models.text_encoders.pretrained,
+        "max_sequence_length": settings.models.text_encoders.max_sequence_length,
+        "padded": True,
+        "device": settings.runtime.device,
+        "software": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "diffusers", "transformers", "tokenizers")
+        },
+    }
 
 
 def _encoder_digest(folder: Path, family: TextFamily) -> str:

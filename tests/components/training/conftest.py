@@ -13,7 +13,7 @@ import torch
 from components.settings import parse_settings
 from components.training.distributed import training_environment
 from components.training.latent_store import LatentStoreWriter
-from components.training.text_store import build_text_store
+from components.training.text_store import build_text_store, embedded_prompts
 
 ROOT = Path(__file__).resolve().parents[3]
 BUCKETS = ((128, 128), (96, 192), (192, 96))
@@ -63,7 +63,7 @@ def dit_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "embedding",
         root / "texts",
         captions,
-        embed,
+        lambda plan: (embedded_prompts(prompts, embed, "float32") for prompts in plan),
         encoder_digest="synthetic",
         dtype="float32",
     )

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
+from itertools import groupby
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.training.batch_plan import PLAN_VERSION, BatchPlan, PlanMismatch, PlanState
+from components.training.curriculum import draw_noise
 
 corpora = st.lists(st.integers(1, 40), min_size=1, max_size=6).map(
     lambda sizes: {f"{b}-{i}": f"bucket{b}" for b, size in enumerate(sizes) for i in range(size)}
@@ -133,11 +137,88 @@ def test_an_empty_corpus_is_refused():
         BatchPlan({}, 4, 0)
 
 
-def test_a_million_samples_are_planned_quickly():
-    import time
+@settings(max_examples=60, deadline=None)
+@given(corpora, st.integers(1, 16), st.integers(0, 1000), st.integers(0, 2))
+def test_no_bucket_runs_longer_than_its_share_demands(corpus, batch_size, seed, epoch):
+    plan = BatchPlan(corpus, batch_size, seed)
+    first = epoch * plan.steps_per_epoch
+    order = [plan.batch(first + step).bucket for step in range(plan.steps_per_epoch)]
+    batches = Counter(order)
+    for bucket, run in groupby(order):
+        others = [count for name, count in batches.items() if name != bucket]
+        if others:
+            assert len(list(run)) <= 2 + 2 * batches[bucket] / max(others)
 
-    corpus = {f"{i:07d}": f"bucket{i % 21}" for i in range(300_000)}
-    plan = BatchPlan(corpus, 64, 0)
-    start = time.perf_counter()
-    plan.batch(123_456)
-    assert time.perf_counter() - start < 1.0
+
+@settings(max_examples=60, deadline=None)
+@given(corpora, st.integers(1, 16), st.integers(0, 1000))
+def test_every_part_of_an_epoch_has_its_share_of_every_bucket(corpus, batch_size, seed):
+    plan = BatchPlan(corpus, batch_size, seed)
+    order = [plan.batch(step).bucket for step in range(plan.steps_per_epoch)]
+    totals = Counter(order)
+    for stop in range(1, len(order) + 1):
+        seen = Counter(order[:stop])
+        # Every bucket is at most one batch off its schedule, and so is the clock per bucket.
+        for bucket, total in totals.items():
+            assert abs(seen[bucket] - total * stop / len(order)) <= 1 + len(totals)
+
+
+@settings(max_examples=30, deadline=None)
+@given(corpora, st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 300))
+def test_noise_belongs_to_the_sample_not_to_the_rank(corpus, world, step):
+    batch = BatchPlan(corpus, batch_size=12, seed=1).batch(step)
+
+    def noise(part):
+        return draw_noise(
+            5, step, part.sample_ids, part.occurrences, (1, 2, 2), "logit_normal", (0.0, 1.0)
+        )
+
+    whole = noise(batch)
+    parts = [noise(batch.rank_slice(rank, world)) for rank in range(world)]
+    assert torch.equal(torch.cat([n for n, _ in parts]), whole[0])
+    assert torch.equal(torch.cat([t for _, t in parts]), whole[1])
+
+
+def test_a_far_step_draws_one_epoch_order_and_the_shuffles_of_one_bucket(monkeypatch):
+    plan = BatchPlan({f"{i:04d}": f"bucket{i % 7}" for i in range(2000)}, 64, 0)
+    drawn = []
+    real = BatchPlan._rng
+
+    def counted(self, *key):
+        drawn.append(key)
+        return real(self, *key)
+
+    monkeypatch.setattr(BatchPlan, "_rng", counted)
+    step = 10**7
+    plan.batch(step)
+    # Keys are (stream, epoch[, bucket, walk]).
+    assert {key[1] for key in drawn} == {step // plan.steps_per_epoch}
+    assert len([key for key in drawn if len(key) == 2]) == 1
+    assert len({key[2] for key in drawn if len(key) == 4}) == 1
+    assert len(drawn) <= 3
+
+
+CORPUS = {f"{b}{i}": b for b, size in (("wide", 6), ("tall", 4)) for i in range(size)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "batch_size", "words"),
+    [
+        ({**CORPUS, "wide6": "wide", "new": "square"}, 2, "at least 2 samples came and 0 went"),
+        ({**CORPUS, "wide6": "wide"}, 2, r"bucket wide 6 -> 7"),
+        ({k: v for k, v in CORPUS.items() if v == "wide"}, 2, r"0 samples came and 4 went.*tall"),
+        ({**CORPUS, "wide5": "tall"}, 2, r"tall 4 -> 5, wide 6 -> 5"),
+        ({k.replace("tall3", "other"): v for k, v in CORPUS.items()}, 2, "other samples in .*tall"),
+        (CORPUS, 5, "global_batch_size 2 is now 5"),
+    ],
+)
+def test_a_refused_checkpoint_says_what_changed(changed, batch_size, words):
+    state = PlanState(**json.loads(json.dumps(BatchPlan(CORPUS, 2, 0).state(9).as_dict())))
+    with pytest.raises(PlanMismatch, match=words):
+        BatchPlan(changed, batch_size, 0).check(state)
+
+
+def test_a_state_without_counts_is_still_refused():
+    plan = BatchPlan(CORPUS, 2, 0)
+    with pytest.raises(PlanMismatch, match="another set of samples"):
+        plan.check(PlanState(0, 3, PLAN_VERSION, "0" * 64))

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +20,31 @@ import pytest
 import torch
 from PIL import Image
 
+from components.corpus.ordered_pool import Failure
 from components.models.autoencoder_f16 import AutoencoderKLF16
+from components.models.base_autoencoder import encoder_digest, load_base_autoencoder
 from components.models.tiny import build_tiny_autoencoder, synthetic_images
-from components.settings import LatentsSettings
+from components.settings import AutoencoderSettings, LatentsSettings, TinyAutoencoder
 from components.training.aspect_buckets import Bucket, fit_to_bucket
+from components.training.encoder_workers import Placement
 from components.training.latent_encoding import (
+    EncodedBatch,
     EncodingItem,
+    TooManyRejected,
     band_energy_shares,
     batches,
     encode,
+    encode_batch,
     encode_corpus,
     encoding_items,
     load_image,
     plan_digest,
 )
+from components.training.latent_store import LatentStore
+from components.training.latent_workers import LatentJob
 from components.training.pixel_range import to_pixels
 
+ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = LatentsSettings(batch_size=2, dtype="float32", shard_mb=1)
 SIZES = ((96, 160), (160, 96), (128, 128))
 
@@ -192,3 +208,137 @@ def test_an_image_fills_its_bucket(corpus: tuple[Path, pd.DataFrame]) -> None:
     image = load_image(item)
     assert image.shape == (3, 64, 128)
     assert -1.0 <= float(image.min()) < float(image.max()) <= 1.0
+
+
+def spoil(corpus: tuple[Path, pd.DataFrame], root: Path, number: int) -> pd.DataFrame:
+    """A copy of the corpus whose photograph `number` is cut off."""
+    shutil.copytree(corpus[0], root, dirs_exist_ok=True)
+    path = root / str(corpus[1]["uri"].iloc[number])
+    path.write_bytes(path.read_bytes()[:300])
+    return corpus[1]
+
+
+def test_a_photograph_that_cannot_be_decoded_is_left_out_and_listed(
+    corpus: tuple[Path, pd.DataFrame], autoencoder: AutoencoderKLF16, tmp_path: Path
+) -> None:
+    rows = spoil(corpus, tmp_path / "root", 4)
+    store = encode_corpus(
+        encoding_items(rows, tmp_path / "root"),
+        autoencoder,
+        SETTINGS.model_copy(update={"max_rejected_fraction": 0.2}),
+        work_dir=tmp_path / "work",
+        destination=tmp_path / "out",
+    )
+    bad = rows["image_id"].iloc[4]
+    assert len(store) == 8
+    assert bad not in store
+    assert store.rejected == {bad}
+    assert "4.png" in store.about["rejected"][0]["error"]
+
+
+def test_more_rejected_photographs_than_allowed_end_the_encoding_with_the_first_reason(
+    corpus: tuple[Path, pd.DataFrame], autoencoder: AutoencoderKLF16, tmp_path: Path
+) -> None:
+    rows = spoil(corpus, tmp_path / "root", 4)
+    with pytest.raises(TooManyRejected, match=r"1 of 9 photographs.*max_rejected_fraction.*4\.png"):
+        run((tmp_path / "root", rows), autoencoder, tmp_path / "work", tmp_path / "out")
+
+
+def test_a_batch_that_takes_its_worker_down_costs_only_the_culprit(
+    corpus: tuple[Path, pd.DataFrame], autoencoder: AutoencoderKLF16, tmp_path: Path
+) -> None:
+    root, rows = corpus
+    culprit = rows["image_id"].iloc[4]
+
+    def crashing(plan: Iterable[list[EncodingItem]]) -> Iterator[EncodedBatch | Failure]:
+        for batch in plan:
+            if culprit in {item.image_id for item in batch}:
+                yield Failure("worker killed by SIGSEGV")
+            else:
+                yield encode_batch(batch, autoencoder, "float32")
+
+    def encode_all(folder: Path) -> dict[str, bytes]:
+        encode_corpus(
+            encoding_items(rows, root),
+            autoencoder,
+            SETTINGS.model_copy(update={"max_rejected_fraction": 0.2}),
+            work_dir=folder / "work",
+            destination=folder / "out",
+            workers=crashing,
+        )
+        return contents(folder / "out")
+
+    first = encode_all(tmp_path / "a")
+    store = LatentStore(tmp_path / "a" / "out")
+    assert len(store) == 8
+    assert store.about["rejected"] == [{"image_id": culprit, "error": "worker killed by SIGSEGV"}]
+    assert encode_all(tmp_path / "a") == encode_all(tmp_path / "b") == first
+
+
+def test_the_store_says_what_its_latents_came_from(
+    corpus: tuple[Path, pd.DataFrame], autoencoder: AutoencoderKLF16, tmp_path: Path
+) -> None:
+    run(corpus, autoencoder, tmp_path / "work", tmp_path / "out")
+    found = LatentStore(tmp_path / "out").about["provenance"]
+    assert found["encoder_digest"] == encoder_digest(autoencoder)
+    assert found["scaling_factor"] == autoencoder.config.scaling_factor
+    assert found["encoder_dtype"] == "float32"
+    assert found["software"]["torch"].startswith("2.")
+
+
+KILLED = """
+import pickle, sys
+from pathlib import Path
+from components.corpus.ordered_pool import EngineLimits
+from components.training.latent_encoding import encode_corpus
+from components.training.latent_workers import latent_workers
+
+if __name__ == "__main__":
+    items, autoencoder, settings, job, folder = pickle.loads(Path(sys.argv[1]).read_bytes())
+    limits = EngineLimits(workers=2, timeout_s=300, memory_mb=2**24, retries=1)
+    encode_corpus(
+        items, autoencoder, settings, work_dir=folder / "work", destination=folder / "out",
+        workers=latent_workers(job, limits),
+    )
+"""
+
+
+@pytest.mark.slow
+def test_two_workers_killed_and_continued_write_the_bytes_of_one_process(
+    corpus: tuple[Path, pd.DataFrame], tmp_path: Path
+) -> None:
+    tiny = TinyAutoencoder(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+    chosen = AutoencoderSettings(pretrained=None, stride=2, decode_mode="aligned", tiny=tiny)
+    autoencoder = load_base_autoencoder(chosen, seed=3)
+    items = encoding_items(corpus[1], corpus[0])
+    settings = SETTINGS.model_copy(update={"batch_size": 1})
+    torch.set_num_threads(1)
+    encode_corpus(
+        items, autoencoder, settings, work_dir=tmp_path / "work", destination=tmp_path / "alone"
+    )
+    job = LatentJob(
+        autoencoder=chosen,
+        seed=3,
+        root=str(corpus[0]),
+        digest=encoder_digest(autoencoder),
+        dtype="float32",
+        max_megapixels=100.0,
+        placement=Placement(device="cpu", threads=1, slots=None),
+    )
+    arguments = tmp_path / "arguments.pickle"
+    arguments.write_bytes(pickle.dumps((items, autoencoder, settings, job, tmp_path)))
+    script = tmp_path / "encode.py"
+    script.write_text(KILLED)
+    shutil.rmtree(tmp_path / "work")
+    command = [sys.executable, str(script), str(arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(command, env=environment)
+    while killed.poll() is None:
+        journals = list((tmp_path / "work").glob("*/journal.jsonl"))
+        if journals and len(journals[0].read_text().splitlines()) > 2:
+            killed.kill()
+        time.sleep(0.002)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out" / "index.parquet").exists()
+    subprocess.run(command, env=environment, check=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")

@@ -21,11 +21,9 @@ from components.training.latent_store import (
     LatentStore,
     LatentStoreIncomplete,
     LatentStoreWriter,
-    StoreDtype,
-    from_record,
     index_digest,
-    to_record,
 )
+from components.training.stored_tensors import StoreDtype, to_record
 
 FORK = multiprocessing.get_context("fork")
 BUCKETS = ((64, 96), (96, 64), (64, 64))
@@ -86,10 +84,10 @@ def test_what_was_written_is_read_back(tmp_path: Path, dtype: StoreDtype) -> Non
 )
 def test_records_keep_every_bit(values: np.ndarray) -> None:
     tensor = torch.from_numpy(values)
-    shape = tuple(tensor.shape)
-    assert torch.equal(from_record(to_record(tensor, "float32"), shape, "float32"), tensor)
-    half = tensor.bfloat16()
-    assert torch.equal(from_record(to_record(half, "bfloat16"), shape, "bfloat16"), half)
+    for dtype in (torch.float32, torch.bfloat16):
+        record = bytearray(to_record(tensor, str(dtype).removeprefix("torch.")))
+        stored = torch.frombuffer(record, dtype=dtype).reshape(tensor.shape)
+        assert torch.equal(stored, tensor.to(dtype))
 
 
 def test_a_record_is_little_endian_row_major() -> None:
@@ -223,3 +221,21 @@ def test_the_digest_follows_content_not_row_order(tmp_path: Path) -> None:
     changed = store.index.copy()
     changed["xxh64"] = changed["xxh64"].where(pd.Series(range(len(changed))) != 2, "0" * 16)
     assert index_digest(changed) != store.digest
+
+
+def test_stored_precision_is_read_into_a_tensor_that_is_there(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "work", "bfloat16")
+    fill(writer)
+    store = writer.publish(tmp_path / "store")
+    out = torch.zeros(2, *latent(3).shape, dtype=torch.bfloat16)
+    assert store.read_stored(["image-3", "image-0"], out=out) is out
+    assert torch.equal(out[0], latent(3).bfloat16())
+    assert torch.equal(out.float(), store.read_batch(["image-3", "image-0"]))
+
+
+def test_a_batch_of_two_buckets_is_refused_even_where_records_have_one_size(tmp_path: Path) -> None:
+    writer = open_writer(tmp_path / "work")
+    fill(writer)
+    store = writer.publish(tmp_path / "store")
+    with pytest.raises(ValueError, match="one bucket at a time"):
+        store.read_batch(["image-0", "image-1"])

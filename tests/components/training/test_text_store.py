@@ -11,6 +11,7 @@ from components.training.text_store import (
     TextStoreIncomplete,
     build_text_store,
     caption_sha256,
+    embedded_prompts,
 )
 
 CAPTIONS = {"b": "two dogs", "a": "one cat", "c": "two dogs"}
@@ -22,8 +23,12 @@ def embed(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def build(root, captions=CAPTIONS, encode=embed, **options):
-    options = {"encoder_digest": "e", "dtype": "float32", "shard_rows": 2, **options}
-    return build_text_store(root / "work", root / "store", captions, encode, **options)
+    options = {"encoder_digest": "e", "dtype": "float32", "batch_size": 2, **options}
+
+    def here(plan):
+        return (embedded_prompts(prompts, encode, options["dtype"]) for prompts in plan)
+
+    return build_text_store(root / "work", root / "store", captions, here, **options)
 
 
 def contents(root) -> dict[str, str]:
@@ -45,7 +50,8 @@ def test_embeddings_come_back_by_image_id_with_the_empty_prompt(tmp_path):
 
 def test_equal_captions_share_a_record_and_hashes_are_those_of_the_text(tmp_path):
     index = build(tmp_path).index.set_index("image_id")
-    assert tuple(index.loc["b", ["shard", "row"]]) == tuple(index.loc["c", ["shard", "row"]])
+    where = ["shard", "offset", "xxh64"]
+    assert tuple(index.loc["b", where]) == tuple(index.loc["c", where])
     assert index.loc["a", "caption_sha256"] == hashlib.sha256(b"one cat").hexdigest()
     assert caption_sha256("é") == hashlib.sha256("é".encode()).hexdigest()
 
