@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from components.corpus.caption_client import (
     ChatClient,
@@ -53,14 +53,7 @@ def _write(client: ChatClient, question: Question, check: Check) -> Written:
     """Ask until the text passes its check, at most twice; the last answer is recorded."""
     written = Written(None, "missing")
     for attempt in range(_ATTEMPTS):
-        asked = Question(
-            question.image_id,
-            question.prompt,
-            question.text,
-            question.jpeg,
-            question.picture,
-            attempt,
-        )
+        asked = replace(question, attempt=attempt)
         try:
             answer = client.ask(asked)
         except RequestFailed as problem:
