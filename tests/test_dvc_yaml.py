@@ -21,6 +21,7 @@ NOT_BYTES = {
     "components/settings.py",
     "components/section.py",
     "components/corpus/settings.py",
+    "components/training/settings.py",
     "components/progress.py",
     "components/corpus/throughput.py",
     "components/training/metric_log.py",

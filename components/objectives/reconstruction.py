@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from components.models.weights import WeightsMissing
 from components.objectives.haar import haar
-from components.settings import ReconstructionSettings
+from components.training.settings import ReconstructionSettings
 
 # Rec. 601 luma.
 LUMA = (0.299, 0.587, 0.114)

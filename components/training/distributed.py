@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from components.settings import DitStageSettings
+from components.training.settings import DitStageSettings
 
 T = TypeVar("T")
 Device = Literal["cpu", "cuda"]

@@ -23,12 +23,7 @@ from torch import Tensor
 
 from components.objectives.haar import BAND_NAMES
 from components.progress import track
-from components.settings import (
-    DitStageSettings,
-    ObjectiveSettings,
-    RuntimeSettings,
-    TransformerSettings,
-)
+from components.settings import ObjectiveSettings, RuntimeSettings, TransformerSettings
 from components.training.backbones import BACKBONES, check_stores
 from components.training.batch_plan import BatchPlan, GlobalBatch, PlanState
 from components.training.checkpoint_writer import CheckpointWriter
@@ -40,6 +35,7 @@ from components.training.ema import WeightAverage
 from components.training.host_copies import HostCopies
 from components.training.latent_store import LatentStore
 from components.training.metric_log import MetricLog
+from components.training.settings import DitStageSettings
 from components.training.text_store import TextStore
 from components.training.throughput import Throughput
 from components.training.transformer_export import save_transformer

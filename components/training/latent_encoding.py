@@ -30,10 +30,10 @@ from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.base_autoencoder import encoder_digest
 from components.objectives.haar import BAND_NAMES, haar
 from components.progress import track
-from components.settings import LatentsSettings
 from components.training.aspect_buckets import Bucket, fit_to_bucket
 from components.training.latent_store import LatentStore, LatentStoreWriter
 from components.training.pixel_range import to_model
+from components.training.settings import LatentsSettings
 from components.training.stored_tensors import StoreDtype, to_record
 
 

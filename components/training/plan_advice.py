@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from components.settings import DitStageSettings, Settings
+from components.settings import Settings
 from components.training.memory_plan import GIB
 from components.training.planned_transformer import Transformer, dit_memory
+from components.training.settings import DitStageSettings
 
 _MOST_GPUS = 1024
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from components.settings import DitStageSettings, Settings
+from components.settings import Settings
 from components.training.flops import Flops, flux_flops
 from components.training.memory_plan import (
     ITEM_BYTES,
@@ -16,6 +16,7 @@ from components.training.memory_plan import (
     state_bytes,
 )
 from components.training.model_shapes import CLIP_TOKENS, Networks
+from components.training.settings import DitStageSettings
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.settings import DitStageSettings, Settings
+from components.settings import Settings
 from components.training.aspect_buckets import Bucket, buckets
 from components.training.flops import (
     Flops,
@@ -34,6 +34,7 @@ from components.training.memory_plan import (
 from components.training.model_shapes import FluxShape, networks
 from components.training.plan_advice import refusals, too_large
 from components.training.planned_transformer import Transformer, dit_memory
+from components.training.settings import DitStageSettings
 
 # Noise levels of a validation (components.training.dit_validation.LEVELS, which imports torch).
 VALIDATION_LEVELS = 8

@@ -13,11 +13,11 @@ import pandas as pd
 import xxhash
 
 from components.models.autoencoder_f16 import AutoencoderKLF16
-from components.settings import LatentsSettings
 from components.training.latent_encoding import EncodingItem, batches, encode_batch
 from components.training.latent_store import LatentStore
 from components.training.record_reader import Extents, RecordCorrupt, RecordReader
 from components.training.record_writer import INDEX_FILE
+from components.training.settings import LatentsSettings
 
 _BATCH_BYTES = 64 * 2**20
 

@@ -28,11 +28,11 @@ from components.evaluation.fidelity import psnr_db
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.objectives.reconstruction import ReconstructionLoss
 from components.progress import track
-from components.settings import VaeSettings
 from components.training.checkpoints import CheckpointStore, load_state, save_state
 from components.training.distributed import Ranks
 from components.training.metric_log import MetricLog
 from components.training.pixel_range import Pixels, to_model, to_pixels
+from components.training.settings import VaeSettings
 from components.training.vae_data import Crop, WorkingCopies
 
 MAX_GRAD_NORM = 1.0

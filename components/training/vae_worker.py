@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from components.corpus.original_lookup import Original
 from components.models.base_autoencoder import load_base_autoencoder
-from components.settings import AutoencoderSettings, RuntimeSettings, VaeSettings
+from components.settings import AutoencoderSettings, RuntimeSettings
 from components.training.distributed import (
     Ranks,
     deterministic_torch,
@@ -22,6 +22,7 @@ from components.training.distributed import (
     open_ranks,
 )
 from components.training.metric_log import MetricLog
+from components.training.settings import VaeSettings
 from components.training.vae_data import Photograph, WorkingCopies
 from components.training.vae_export import export_training
 from components.training.vae_trainer import train_vae

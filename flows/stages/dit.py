@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 
 from components.models.weights import require_class, resolve_folder
-from components.settings import DitStageSettings
 from components.training import dit_curves
 from components.training.backbones import BACKBONES
 from components.training.dit_trainer import DitJob, TrainingDiverged
 from components.training.dit_worker import run_job
+from components.training.settings import DitStageSettings
 from components.training.throughput import WAIT_WARNING
 from flows.stages.contract import StageContext, StageFailed, StageResult
 

@@ -18,7 +18,7 @@ from components.objectives.reconstruction import (
     ms_ssim,
     wavelet_l1,
 )
-from components.settings import ReconstructionSettings
+from components.training.settings import ReconstructionSettings
 
 
 def _settings(kind: str, **kwargs: Any) -> ReconstructionSettings:

@@ -24,7 +24,7 @@ from components.corpus.ordered_pool import Failure
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.base_autoencoder import encoder_digest, load_base_autoencoder
 from components.models.tiny import build_tiny_autoencoder, synthetic_images
-from components.settings import AutoencoderSettings, LatentsSettings, TinyAutoencoder
+from components.settings import AutoencoderSettings, TinyAutoencoder
 from components.training.aspect_buckets import Bucket, fit_to_bucket
 from components.training.encoder_workers import Placement
 from components.training.latent_encoding import (
@@ -43,6 +43,7 @@ from components.training.latent_encoding import (
 from components.training.latent_store import LatentStore
 from components.training.latent_workers import LatentJob
 from components.training.pixel_range import to_pixels
+from components.training.settings import LatentsSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = LatentsSettings(batch_size=2, dtype="float32", shard_mb=1)

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.tiny import build_tiny_autoencoder
-from components.settings import LatentsSettings
 from components.training.aspect_buckets import Bucket
 from components.training.latent_encoding import EncodingItem, encode_corpus
 from components.training.latent_store import LatentStore
+from components.training.settings import LatentsSettings
 from components.training.store_check import RebuildDiffers, check_store, rebuild_shard
 from flows.cli import app
 

@@ -20,11 +20,11 @@ from components.corpus.decoding import ImageUndecodable
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.base_autoencoder import encoder_digest
 from components.models.tiny import build_tiny_autoencoder, synthetic_images
-from components.settings import ReconstructionSettings, VaeSettings
 from components.training.checkpoints import load_state
 from components.training.distributed import Ranks, deterministic_torch, open_ranks
 from components.training.metric_log import MetricLog
 from components.training.pixel_range import to_model, to_pixels
+from components.training.settings import ReconstructionSettings, VaeSettings
 from components.training.vae_data import (
     Photograph,
     PhotographTooSmall,
