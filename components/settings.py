@@ -153,6 +153,18 @@ class Sd3Settings(Section):
     tiny: TinySd3Transformer
 
 
+class ModelCardSettings(Section):
+    """What only the owner of the weights can say in a model card."""
+
+    license: Annotated[str, Field(pattern=r"^[a-z0-9.-]+$")]
+    """Identifier of the model hub's list, such as apache-2.0, other or unknown. Weights trained
+    from others inherit their terms."""
+    license_name: str | None
+    """Name of the licence where `license` is other."""
+    base_model: str | None
+    """Hub repository of the weights that training began with."""
+
+
 class TransformerSettings(Section):
     """The DiT."""
 
@@ -164,6 +176,7 @@ class TransformerSettings(Section):
     rope_variant: Literal["official", "official_prefix", "paper", "flux"]
     rope_window: Count
     """Training window in tokens per axis; paper: 64."""
+    card: ModelCardSettings
     tiny: TinyTransformer
     sd3: Sd3Settings
 

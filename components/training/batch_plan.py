@@ -192,6 +192,10 @@ class BatchPlan:
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
         self._shuffle = lru_cache(maxsize=64)(self._make_shuffle)
 
+    def __len__(self) -> int:
+        """Number of different samples."""
+        return sum(len(ids) for ids in self._samples.values())
+
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of optimizer step `step` (0 is the first).
 

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ from components.training.ema import WeightAverage
 from components.training.host_copies import HostCopies
 from components.training.latent_store import LatentStore
 from components.training.metric_log import MetricLog
+from components.training.model_card import (
+    TrainingFacts,
+    initial_identity,
+    last_validation,
+    model_card,
+)
 from components.training.settings import DitStageSettings
 from components.training.text_store import TextStore
 from components.training.throughput import Throughput
@@ -409,12 +416,34 @@ class DitTrainer:
 
     def _export(self) -> None:
         """Diffusers folders of the trained weights and of their average, float32."""
+        job = self.job
         masters = ((s.name, assemble(s, self.ranks)) for s in self._masters())
+        facts = self._facts() if self.ranks.is_first else None
         for name, tensors in zip(
             WEIGHTS_NAMES, (masters, self.average.whole_tensors()), strict=True
         ):
             # Every rank takes part in putting each tensor together; only the first keeps it.
             weights = {key: value.cpu() for key, value in tensors if self.ranks.is_first}
-            if self.ranks.is_first:
-                save_transformer(self.engine.module, weights, self.job.export_dir / name)
+            if facts is not None:
+                save_transformer(
+                    self.engine.module,
+                    weights,
+                    job.export_dir / name,
+                    max_shard_gb=self.settings.max_shard_gb,
+                    card=partial(model_card, job, facts, name),
+                )
         self.ranks.barrier()
+
+    def _facts(self) -> TrainingFacts:
+        """What the model card says about this run; on the first rank."""
+        assert self.metrics is not None
+        return TrainingFacts(
+            images=len(self.plan),
+            plan_digest=self.plan.index_digest,
+            latents_digest=self.latents.digest,
+            texts_digest=self.texts.digest,
+            autoencoder_digest=str(self.latents.index["encoder_digest"].iloc[0]),
+            text_encoder_digest=str(self.texts.index["encoder_digest"].iloc[0]),
+            started_from=initial_identity(self.job.initial_weights),
+            validation=last_validation(self.metrics.rows()),
+        )

@@ -95,6 +95,8 @@ class DitStageSettings(Section):
     async_checkpoints: bool
     """Write checkpoints in a thread while training goes on: same files, a copy of the state in
     host memory (pinned on CUDA)."""
+    max_shard_gb: Annotated[float, Field(gt=0)]
+    """Exported weights above this size (GB) are divided over several files."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DitStageSettings:

@@ -1,17 +1,42 @@
-"""Diffusers folders of trained transformers."""
+"""Diffusers folders of trained transformers: weights in shards, their checksums, a model card."""
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from components.models.weights import file_digest
 
-def save_transformer(module: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+CARD_FILE = "README.md"
+CHECKSUM_FILE = "weights.sha256"
+_GB = 10**9
+
+
+def weights_checksums(folder: Path) -> str:
+    """A line `sha256  name` for each safetensors file, sorted by name, as sha256sum reads them."""
+    files = sorted(folder.glob("*.safetensors"))
+    return "".join(f"{file_digest(file)}  {file.name}\n" for file in files)
+
+
+def weights_identity(checksums: str) -> str:
+    """Sha256 of `weights_checksums`: one number for all weight files."""
+    return hashlib.sha256(checksums.encode()).hexdigest()
+
+
+def save_transformer(
+    module: Any,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    max_shard_gb: float,
+    card: Callable[[Mapping[str, Any], str], str],
+) -> None:
     """Write a diffusers folder with `weights` in place of the module's own; aside, then renamed.
 
     Args:
@@ -19,6 +44,8 @@ def save_transformer(module: Any, weights: Mapping[str, Tensor], folder: Path) -
             not read, so they may be divided over the ranks.
         weights: float32 parameters by name, all of them.
         folder: replaced if it exists.
+        max_shard_gb: weights above this size (GB) are divided over several files with an index.
+        card: gives the model card from the configuration and the weights' checksums.
     """
     # `_name_or_path` would carry the path that the weights were loaded from.
     config = {key: value for key, value in module.config.items() if not key.startswith("_")}
@@ -32,6 +59,9 @@ def save_transformer(module: Any, weights: Mapping[str, Tensor], folder: Path) -
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(f".{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
+    model.save_pretrained(aside, max_shard_size=int(max_shard_gb * _GB))
+    checksums = weights_checksums(aside)
+    (aside / CHECKSUM_FILE).write_text(checksums, encoding="utf-8")
+    (aside / CARD_FILE).write_text(card(config, checksums), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)

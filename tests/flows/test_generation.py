@@ -12,6 +12,7 @@ from components.evaluation.image_metadata import read_metadata
 from components.models.text_encoders import build_tiny_text_encoders
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
 from components.models.weights import ComponentsMissing
+from components.training.transformer_export import save_transformer
 from flows.generation import GenerateOptions, GenerationRefused, generate, parse_size
 
 
@@ -100,3 +101,26 @@ def test_sizes_round_to_multiples_of_32_only_when_asked() -> None:
     assert parse_size("1000x33", round_size=True) == (32, 992)
     with pytest.raises(GenerationRefused, match="--round-size"):
         parse_size("1000x32")
+
+
+def test_a_trained_export_in_shards_is_sampled_like_the_model_it_was_made_of(
+    project: Path, tmp_path: Path
+) -> None:
+    module = build_tiny_transformer(
+        num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=32, seed=7
+    )
+    module.save_pretrained(tmp_path / "saved")
+    save_transformer(
+        module,
+        dict(module.named_parameters()),
+        tmp_path / "export",
+        max_shard_gb=0.0005,
+        card=lambda config, checksums: f"{config['rope_variant']}\n{checksums}",
+    )
+    assert len(list((tmp_path / "export").glob("*.safetensors"))) > 1
+    pictures = [
+        generate(project, options(project, tmp_path / name, transformer=tmp_path / name))[0]
+        for name in ("saved", "export")
+    ]
+    one, two = (Image.open(path).tobytes() for path in pictures)
+    assert one == two

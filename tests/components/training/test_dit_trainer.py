@@ -55,7 +55,12 @@ def test_a_run_stopped_after_a_checkpoint_ends_with_the_same_bytes(make_dit_job,
     assert set(exported(whole)) == {
         f"{name}/{file}"
         for name in ("raw", "ema")
-        for file in ("config.json", "diffusion_pytorch_model.safetensors")
+        for file in (
+            "README.md",
+            "config.json",
+            "diffusion_pytorch_model.safetensors",
+            "weights.sha256",
+        )
     }
     # The short run measured its EMA at its own end; everything else is the same.
     rows = [row for row in lasting(parts) if row["step"] != 2 or "validation_loss_ema" not in row]
