@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from components.evaluation.suites import Suite
 
 EPILOG = """Suites: aesthetic-eval-4096, aesthetic-eval-2048, aspect-ratio, reconstruction, detail,
-held-out, or a folder with metadata.jsonl (an object a line: file_name, text).
+held-out, runtime, or a folder with metadata.jsonl (an object a line: file_name, text).
 
 Systems: NAME=SPEC, where SPEC is a folder of pictures; references; trained; ultraflux-v1,
 ultraflux-v1.1, flux, sd3, sana, pixart-sigma (folders below weights/); ultraflux:FOLDER;
@@ -30,7 +30,9 @@ Examples:
   ultraflux evaluate aspect-ratio --system "mine=command:python my.py --prompts {prompts}
   --out {out} --size {width}x{height}"
 
-  ultraflux evaluate reconstruction --system flux=vae:weights/FLUX.1-dev/vae"""
+  ultraflux evaluate reconstruction --system flux=vae:weights/FLUX.1-dev/vae
+
+  ultraflux evaluate runtime --system ours=trained --system sana=sana --size 4096x4096"""
 
 
 def evaluate(
@@ -62,6 +64,13 @@ def evaluate(
         int | None, typer.Option(min=1, help="Denoising steps; default: the system's own.")
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the system's own.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="WIDTHxHEIGHT, repeatable; for the runtime suite.")
+    ] = None,
+    warm_up: Annotated[
+        int, typer.Option(min=0, help="Pictures before the clock starts; for the runtime suite.")
+    ] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed pictures; for the runtime suite.")] = 3,
     log: Annotated[bool, typer.Option("--log", help="Also as a run in MLflow.")] = False,
 ) -> None:
     """Measure systems on a suite; what has been measured before is not measured again.
@@ -69,14 +78,17 @@ def evaluate(
     Writes scores.parquet (a row per picture and metric), metrics.json (means with 95% intervals)
     and pictures.jsonl. Metrics whose weights are missing are listed once, with the command that
     gets them, and the others are measured. Ended at any time, the same command goes on.
+
+    The runtime suite writes runtime.json instead: seconds, pictures per second and peak memory.
     """
     from components.corpus.ordered_pool import WorkersDoNotStart
     from components.evaluation.evaluation_run import RunOptions, open_metrics
     from components.evaluation.ledger import Ledger
     from components.evaluation.suite_scores import evaluate_suite, statistics_of, write_result
-    from components.evaluation.suites import load_suite
+    from components.evaluation.suites import load_suite, runtime_items
     from components.evaluation.systems import Sampling, parse_system
     from components.settings import SettingsError, load_settings
+    from flows.runtime_command import parse_sizes, time_and_show
 
     root = project_root()
     started = time.monotonic()
@@ -94,6 +106,17 @@ def evaluate(
         if not system:
             raise ValueError("--system: name at least one, such as --system mine=pictures/")
         systems = [parse_system(text, root, settings, sampling) for text in system]
+        folder = out or root / "runs" / "evaluations" / loaded.name
+        if loaded.protocol.startswith("runtime/"):
+            items = runtime_items(parse_sizes(size))
+            timed, failed = time_and_show(
+                systems, items, sampling, folder, warm_up=warm_up, repeats=repeats
+            )
+            if log:
+                _log(root, loaded, timed, [folder / "runtime.json"], is_complete=not failed)
+            if failed:
+                raise fail("\n".join(failed), 1)
+            return
         options = RunOptions(
             weights_dir=root / "weights",
             workers=workers,
@@ -101,7 +124,6 @@ def evaluate(
             max_megapixels=settings.ingest.max_megapixels,
         )
         opened = open_metrics(ids, root / "weights", chosen.split(",")[0])
-        folder = out or root / "runs" / "evaluations" / loaded.name
         result = evaluate_suite(
             loaded,
             systems,
@@ -125,7 +147,8 @@ def evaluate(
     )
     print(f"Scores: {folder / 'scores.parquet'}")
     if log:
-        _log(root, loaded, result, folder)
+        files = [folder / "metrics.json", folder / "scores.parquet"]
+        _log(root, loaded, result.metrics, files, is_complete=not result.failed_systems)
     if result.failed_systems:
         lines = [f"{name}: {text}" for name, text in result.failed_systems.items()]
         raise fail("\n".join(lines), 1)
@@ -218,7 +241,9 @@ def _published(suite: str) -> tuple[Any, ...]:
     return tables.get(suite, ())
 
 
-def _log(root: Path, suite: Suite, result: SuiteResult, folder: Path) -> None:
+def _log(
+    root: Path, suite: Suite, metrics: dict[str, float], files: list[Path], *, is_complete: bool
+) -> None:
     """A run record; the uploader brings it to MLflow, now or when the server is back."""
     from flows.records import RunDescription, RunResult, open_record
     from flows.tracking import sync_once
@@ -227,13 +252,12 @@ def _log(root: Path, suite: Suite, result: SuiteResult, folder: Path) -> None:
     record = open_record(
         root, RunDescription(kind="stage", name=f"evaluate-{suite.name}", params=params)
     )
-    named = {name.replace("/", "_"): value for name, value in result.metrics.items()}
     record.finish(
         RunResult(
-            status="FAILED" if result.failed_systems else "FINISHED",
-            metrics=named,
-            artifacts=[str(folder / "metrics.json"), str(folder / "scores.parquet")],
-            summary=f"{len(result.table)} scores",
+            status="FINISHED" if is_complete else "FAILED",
+            metrics={name.replace("/", "_"): value for name, value in metrics.items()},
+            artifacts=[str(file) for file in files],
+            summary=f"{len(metrics)} numbers",
         )
     )
     sync_once(root)

@@ -299,7 +299,9 @@ def generate_images(
             "choose another folder"
         )
     done = len(wanted) - len(pending)
-    made = _paint(load, load_encoders, pending, sampler, batch_size) if pending else iter(())
+    made = (
+        paint_requests(load, load_encoders, pending, sampler, batch_size) if pending else iter(())
+    )
     for request, image in track(made, description, total=len(wanted), initial=done):
         key = keys[request.name]
         fields = _fields(request, sampler, digests, key)
@@ -319,14 +321,14 @@ def _batches(
             yield alike[first : first + batch_size]
 
 
-def _paint(
+def paint_requests(
     load: Callable[[], AnyPipeline],
     load_encoders: Callable[[], Any] | None,
     requests: Sequence[GenerationRequest],
     sampler: SamplerSettings,
     batch_size: int,
 ) -> Iterator[tuple[GenerationRequest, Image.Image]]:
-    """Each request with its picture."""
+    """Each request with its picture, nothing saved; arguments as of `generate_images`."""
     import torch
 
     from components.models.text_families import family_of

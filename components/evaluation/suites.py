@@ -149,7 +149,7 @@ RUNTIME_PROMPT = "A mountain lake at dawn, pine forest on the far shore, mist ab
 
 
 def suite_names() -> tuple[str, ...]:
-    """Every name that `load_suite` knows beside paths, and the runtime suite."""
+    """Every name that `load_suite` knows beside paths."""
     return (*(definition.name for definition in DEFINITIONS), HELD_OUT, RUNTIME)
 
 
@@ -291,7 +291,7 @@ def load_suite(name: str, root: Path, *, data: Path | None = None, seed: int = 0
     """A suite by name, or a folder with metadata.jsonl.
 
     Args:
-        name: one of `suite_names` but the runtime suite, or a path.
+        name: one of `suite_names`, or a path.
         root: repository root; local copies are in its data/benchmarks/.
         data: another place of the local copy, for suites that have one source.
         seed: root of the items' seeds.
@@ -304,6 +304,9 @@ def load_suite(name: str, root: Path, *, data: Path | None = None, seed: int = 0
         return _folder_suite(Path(name), seed)
     if name == HELD_OUT:
         return _held_out_suite(root, seed)
+    if name == RUNTIME:
+        title = "Seconds and memory per picture"
+        return Suite(RUNTIME, title, "runtime/v1", (), runtime_items())
     definition = next((d for d in DEFINITIONS if d.name == name), None)
     if definition is None:
         known = ", ".join(suite_names())

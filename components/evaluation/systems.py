@@ -31,12 +31,23 @@ import numpy as np
 from PIL import Image
 
 from components.evaluation.image_metadata import read_metadata, save_with_metadata
-from components.evaluation.sampling import KEY_CHUNK, DtypeName
+from components.evaluation.sampling import (
+    KEY_CHUNK,
+    DtypeName,
+    GenerationRequest,
+    SamplerSettings,
+    generate_images,
+    load_model,
+    model_sources,
+    paint_requests,
+    sampler_settings,
+)
 from components.evaluation.suites import SuiteItem
 from components.models.weights import WeightsMissing, folder_digest, resolve_folder
 from components.progress import track
 
 if TYPE_CHECKING:
+    from components.models.released import ModelSources
     from components.settings import Settings
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
@@ -164,10 +175,7 @@ class PipelineSystem:
 
     def pictures(self, items: Sequence[SuiteItem], out_dir: Path) -> list[Path]:
         """See `System.pictures`; one picture at a time, noise from a CPU generator."""
-        folder = resolve_folder(self.folder, self.name, self.command)
-        if not (folder / "model_index.json").is_file():
-            raise WeightsMissing(self.name, folder, self.command, "no model_index.json")
-        identity = {"weights": folder_digest(folder), **asdict(self.sampling)}
+        identity = {"weights": folder_digest(self._found()), **asdict(self.sampling)}
         del identity["device"]
         out_dir.mkdir(parents=True, exist_ok=True)
         paths = [out_dir / f"{item.id}.png" for item in items]
@@ -186,12 +194,20 @@ class PipelineSystem:
                 save_with_metadata(image, paths[place], fields)
         return paths
 
+    def _found(self) -> Path:
+        folder = resolve_folder(self.folder, self.name, self.command)
+        if not (folder / "model_index.json").is_file():
+            raise WeightsMissing(self.name, folder, self.command, "no model_index.json")
+        return folder
+
     def painter(self) -> Callable[[SuiteItem], Image.Image]:
         """Load the pipeline; what is returned makes one picture.
 
         Raises:
             SystemFailed: the pipeline does not load, or cannot make the size.
+            WeightsMissing: there is none.
         """
+        self._found()
         import torch
         from diffusers import DiffusionPipeline
 
@@ -250,22 +266,54 @@ class UltraFluxSystem:
 
     def pictures(self, items: Sequence[SuiteItem], out_dir: Path) -> list[Path]:
         """See `System.pictures`."""
+        sources, sampler = self._parts()
+        from components.models.released import source_digests
+
+        made = generate_images(
+            lambda: self._load(sources, sampler),
+            [_request(item) for item in items],
+            out_dir,
+            sampler=sampler,
+            digests=source_digests(sources),
+            description=self.name,
+        )
+        return [out_dir / record.file for record in made]
+
+    def painter(self) -> Callable[[SuiteItem], Image.Image]:
+        """Load the model; what is returned makes one picture.
+
+        Raises:
+            WeightsMissing: a part is not there; the message names it.
+        """
+        sources, sampler = self._parts()
+        pipeline = self._load(sources, sampler)
+
+        def paint(item: SuiteItem) -> Image.Image:
+            made = paint_requests(lambda: pipeline, None, [_request(item)], sampler, 1)
+            ((_, image),) = made
+            return image
+
+        return paint
+
+    def _load(self, sources: ModelSources, sampler: SamplerSettings) -> Any:
+        from components.models.memory_modes import parse_memory
+
+        memory = parse_memory("none")
+        return load_model(sources, sampler, device=self.sampling.device, memory=memory)
+
+    def _parts(self) -> tuple[ModelSources, SamplerSettings]:
+        """Where the weights are, and how they are sampled."""
         # Before the imports, which take seconds; `find_sources` names parts that are missing.
         for path in (self.transformer, self.model):
             if path is not None and not path.exists():
                 raise WeightsMissing(self.name, path, self.command)
-        from components.evaluation import sampling
-        from components.models.memory_modes import parse_memory
-
         if self.model is None:
-            sources = sampling.model_sources(self.root, self.settings)
+            sources = model_sources(self.root, self.settings)
         else:
             from components.models.released import find_sources
 
             sources = find_sources(self.model, base=self.base, transformer=self.transformer)
-        from components.models.released import source_digests
-
-        own = sampling.sampler_settings(self.settings)
+        own = sampler_settings(self.settings)
         wanted = self.sampling
         sampler = replace(
             own,
@@ -275,26 +323,13 @@ class UltraFluxSystem:
             ),
             dtype=wanted.dtype,
         )
-        requests = [
-            sampling.GenerationRequest(
-                prompt=item.prompt,
-                seed=item.seed,
-                height=item.height,
-                width=item.width,
-                name=item.id,
-            )
-            for item in items
-        ]
-        memory = parse_memory("none")
-        made = sampling.generate_images(
-            lambda: sampling.load_model(sources, sampler, device=wanted.device, memory=memory),
-            requests,
-            out_dir,
-            sampler=sampler,
-            digests=source_digests(sources),
-            description=self.name,
-        )
-        return [out_dir / record.file for record in made]
+        return sources, sampler
+
+
+def _request(item: SuiteItem) -> GenerationRequest:
+    return GenerationRequest(
+        prompt=item.prompt, seed=item.seed, height=item.height, width=item.width, name=item.id
+    )
 
 
 @dataclass(frozen=True)
