@@ -23,13 +23,19 @@ _MEMORY_MB = 2**24
 """CUDA reserves address space freely."""
 
 
-def encoder_limits(settings: Settings) -> EngineLimits | None:
+def encoder_limits(settings: Settings, pretrained: str | None) -> EngineLimits | None:
     """Where encoders run; None: in the process of the stage.
 
-    One worker process on a CPU would only add the seconds that it takes to import torch.
+    On a CPU one worker process, or several with a tiny network, would only add the seconds that
+    each takes to import torch.
+
+    Args:
+        settings: their `runtime` decides.
+        pretrained: folder of the encoders; None: the tiny random ones.
     """
     runtime = settings.runtime
-    if runtime.engine == "local" and runtime.device == "cpu" and runtime.workers == 1:
+    is_small = runtime.workers == 1 or pretrained is None
+    if runtime.engine == "local" and runtime.device == "cpu" and is_small:
         return None
     limits = EngineLimits.for_networks(settings, timeout_s=_TIMEOUT_S, memory_mb=_MEMORY_MB)
     if runtime.engine == "local" and runtime.device == "cuda":

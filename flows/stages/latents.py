@@ -72,7 +72,7 @@ def run(context: StageContext) -> StageResult:
 def _workers(context: StageContext, digest: str) -> Workers | None:
     """Encoders elsewhere, where the settings want them."""
     settings = context.settings
-    limits = encoder_limits(settings)
+    limits = encoder_limits(settings, settings.models.autoencoder.pretrained)
     if limits is None:
         return None
     job = LatentJob(

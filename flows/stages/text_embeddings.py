@@ -50,6 +50,7 @@ def run(context: StageContext) -> StageResult:
     digest = _encoder_digest(folder, family)
     # One storage precision for everything that the transformer reads.
     dtype = context.settings.latents.dtype
+    limits = encoder_limits(context.settings, context.settings.models.text_encoders.pretrained)
     job = TextJob(
         backbone=context.settings.models.transformer.backbone,
         folder=str(folder),
@@ -62,7 +63,7 @@ def run(context: StageContext) -> StageResult:
             context.state_dir / "store",
             context.output_dir,
             dict(zip(rows["image_id"], rows["caption_en"], strict=True)),
-            partial(embed_batches, job=job, limits=encoder_limits(context.settings)),
+            partial(embed_batches, job=job, limits=limits),
             encoder_digest=digest,
             dtype=dtype,
             shard_mb=context.settings.latents.shard_mb,
