@@ -22,6 +22,9 @@ from flows import (
 )
 from flows.command_line import fail, project_root
 
+PIPELINE, CORPUS = "Pipeline", "Corpus"
+IMAGES, MODEL, SERVICES = "Images and evaluation", "Model", "Services"
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -32,17 +35,12 @@ app = typer.Typer(
 )
 stage_app = typer.Typer(no_args_is_help=True, help="Single stages of the pipeline.")
 config_app = typer.Typer(no_args_is_help=True, help="Settings: profiles and params.yaml.")
-app.add_typer(stage_app, name="stage")
-app.add_typer(config_app, name="config")
-app.add_typer(corpus_commands.app, name="corpus")
-app.add_typer(diagnose_commands.app, name="diagnose")
-app.add_typer(weights_commands.app, name="weights")
-app.add_typer(store_commands.app, name="stores")
-app.command(
-    "select",
-    epilog="Example: [bold]ultraflux select --what-if entropy_bits=6.8 "
-    "--what-if aesthetic_top_fraction=0.4[/]",
-)(corpus_commands.select)
+app.add_typer(stage_app, name="stage", rich_help_panel=PIPELINE)
+app.add_typer(config_app, name="config", rich_help_panel=PIPELINE)
+app.add_typer(corpus_commands.app, name="corpus", rich_help_panel=CORPUS)
+app.add_typer(diagnose_commands.app, name="diagnose", rich_help_panel=MODEL)
+app.add_typer(weights_commands.app, name="weights", rich_help_panel=MODEL)
+app.add_typer(store_commands.app, name="stores", rich_help_panel=PIPELINE)
 
 
 def _show_version(wanted: bool) -> None:
@@ -63,14 +61,7 @@ def _options(
     """Options of the command itself."""
 
 
-app.command("generate", epilog=generate_command.EPILOG)(generate_command.generate)
-app.command("ablate", epilog=ablate_command.EPILOG)(ablate_command.ablate)
-app.command("judge", epilog=judge_command.EPILOG)(judge_command.judge)
-app.command("evaluate", epilog=evaluate_command.EPILOG)(evaluate_command.evaluate)
-app.command("plan", epilog=plan_command.EPILOG)(plan_command.plan)
-
-
-@app.command()
+@app.command(rich_help_panel=PIPELINE)
 def run(
     engine: Annotated[
         str, typer.Option(help="local: no server. prefect: the same graph as a Prefect flow.")
@@ -169,7 +160,7 @@ def config_check() -> None:
     print(f"params.yaml is valid (profile {settings.project.profile})")
 
 
-@app.command()
+@app.command(rich_help_panel=CORPUS)
 def measure(
     paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
@@ -191,7 +182,7 @@ def measure(
     raise typer.Exit(2 if failed else 0)
 
 
-@app.command()
+@app.command(rich_help_panel=PIPELINE)
 def promote(
     keep_baseline: Annotated[
         bool,
@@ -214,7 +205,7 @@ def promote(
         raise fail(str(problem), 1) from None
 
 
-@app.command()
+@app.command(rich_help_panel=SERVICES)
 def sync() -> None:
     """Upload run records that MLflow has not received yet."""
     from flows.tracking import sync_once
@@ -223,7 +214,7 @@ def sync() -> None:
     print("MLflow has everything" if not open_records else f"{open_records} runs still going on")
 
 
-@app.command()
+@app.command(rich_help_panel=SERVICES)
 def up(
     prefect_port: Annotated[int, typer.Option(help="Port of the Prefect UI.")] = 4200,
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
@@ -241,7 +232,7 @@ def up(
     print("Stop them with: ultraflux down")
 
 
-@app.command()
+@app.command(rich_help_panel=SERVICES)
 def down() -> None:
     """Stop the servers that `ultraflux up` started."""
     from flows.services import down as stop
@@ -250,12 +241,29 @@ def down() -> None:
     print("\n".join(f"stopped {s.name} ({s.url})" for s in stopped) or "nothing was running")
 
 
-@app.command()
+@app.command(rich_help_panel=SERVICES)
 def doctor() -> None:
     """Say what is missing or broken on this machine, and how to fix it."""
     from flows.doctor import examine, print_findings
 
     raise typer.Exit(print_findings(examine(project_root())))
+
+
+app.command("generate", epilog=generate_command.EPILOG, rich_help_panel=IMAGES)(
+    generate_command.generate
+)
+app.command("ablate", epilog=ablate_command.EPILOG, rich_help_panel=IMAGES)(ablate_command.ablate)
+app.command("judge", epilog=judge_command.EPILOG, rich_help_panel=IMAGES)(judge_command.judge)
+app.command("evaluate", epilog=evaluate_command.EPILOG, rich_help_panel=IMAGES)(
+    evaluate_command.evaluate
+)
+app.command("plan", epilog=plan_command.EPILOG, rich_help_panel=PIPELINE)(plan_command.plan)
+app.command(
+    "select",
+    epilog="Example: [bold]ultraflux select --what-if entropy_bits=6.8 "
+    "--what-if aesthetic_top_fraction=0.4[/]",
+    rich_help_panel=CORPUS,
+)(corpus_commands.select)
 
 
 def main() -> None:
