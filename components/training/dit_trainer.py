@@ -24,7 +24,12 @@ from torch import Tensor
 
 from components.objectives.haar import BAND_NAMES
 from components.progress import track
-from components.settings import ObjectiveSettings, RuntimeSettings, TransformerSettings
+from components.settings import (
+    AutoencoderSettings,
+    ObjectiveSettings,
+    RuntimeSettings,
+    TransformerSettings,
+)
 from components.training.backbones import BACKBONES, check_stores
 from components.training.batch_plan import BatchPlan, GlobalBatch, PlanState
 from components.training.checkpoint_writer import CheckpointWriter
@@ -36,12 +41,8 @@ from components.training.ema import WeightAverage
 from components.training.host_copies import HostCopies
 from components.training.latent_store import LatentStore
 from components.training.metric_log import MetricLog
-from components.training.model_card import (
-    TrainingFacts,
-    initial_identity,
-    last_validation,
-    model_card,
-)
+from components.training.model_card import facts_of_run, model_card
+from components.training.sample_grids import grids_of_run
 from components.training.settings import DitStageSettings
 from components.training.text_store import TextStore
 from components.training.throughput import Throughput
@@ -81,10 +82,12 @@ class DitJob(BaseModel):
     """Text store."""
     train_slice: Path | None
     """Parquet with image_id: train on these images only (None: all with split 'train')."""
+    autoencoder: AutoencoderSettings | None
+    """Decodes the sample grids, `pretrained` as a path from here; None: no grids."""
     initial_weights: Path | None
     """Transformer folder; None: the backbone's random tiny transformer."""
     state_dir: Path
-    """Checkpoints, and batches that made the loss diverge."""
+    """Checkpoints, sample grids, and batches that made the loss diverge."""
     export_dir: Path
     """Where folders `raw` and `ema` are written."""
     metrics: Path
@@ -224,6 +227,7 @@ class DitTrainer:
             peak_tflops=job.runtime.peak_tflops,
             memory_every=self.settings.watch_every,
         )
+        self.samples = grids_of_run(job, self.latents, self.texts, self.validation.image_ids, ranks)
         self.progress = ""
         self.step = self._resume()
 
@@ -267,9 +271,13 @@ class DitTrainer:
         last = self.step == self.settings.steps
         if last or self.step % self.settings.validate_every == 0:
             self._validate("")
-        if last:
+        grids = self.samples if self.samples and self.samples.is_due(self.step) else None
+        if last or grids:
             with self.average.swapped_into(self.engine.module):
-                self._validate("_ema")
+                if last:
+                    self._validate("_ema")
+                if grids:
+                    grids.draw(self.engine.module, self.step)
         if last or self.step % self.settings.checkpoint_every == 0:
             self._write_checkpoint()
         if last:
@@ -418,7 +426,11 @@ class DitTrainer:
         """Diffusers folders of the trained weights and of their average, float32."""
         job = self.job
         masters = ((s.name, assemble(s, self.ranks)) for s in self._masters())
-        facts = self._facts() if self.ranks.is_first else None
+        facts = (
+            facts_of_run(job, self.plan, self.latents, self.texts, self.metrics.rows())
+            if self.metrics is not None
+            else None
+        )
         for name, tensors in zip(
             WEIGHTS_NAMES, (masters, self.average.whole_tensors()), strict=True
         ):
@@ -433,17 +445,3 @@ class DitTrainer:
                     card=partial(model_card, job, facts, name),
                 )
         self.ranks.barrier()
-
-    def _facts(self) -> TrainingFacts:
-        """What the model card says about this run; on the first rank."""
-        assert self.metrics is not None
-        return TrainingFacts(
-            images=len(self.plan),
-            plan_digest=self.plan.index_digest,
-            latents_digest=self.latents.digest,
-            texts_digest=self.texts.digest,
-            autoencoder_digest=str(self.latents.index["encoder_digest"].iloc[0]),
-            text_encoder_digest=str(self.texts.index["encoder_digest"].iloc[0]),
-            started_from=initial_identity(self.job.initial_weights),
-            validation=last_validation(self.metrics.rows()),
-        )

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from components.training.batch_plan import BatchPlan
 from components.training.dit_validation import NOISE_LEVELS, ValidationLoss
+from components.training.latent_store import LatentStore
+from components.training.text_store import TextStore
 from components.training.transformer_export import weights_checksums, weights_identity
 
 if TYPE_CHECKING:
@@ -48,6 +51,26 @@ class TrainingFacts:
     """Last losses on held-out images by weights, and those before training as "start"."""
 
 
+def facts_of_run(
+    job: DitJob,
+    plan: BatchPlan,
+    latents: LatentStore,
+    texts: TextStore,
+    rows: Iterable[Mapping[str, float]],
+) -> TrainingFacts:
+    """Facts of a run whose metric log has `rows`."""
+    return TrainingFacts(
+        images=len(plan),
+        plan_digest=plan.index_digest,
+        latents_digest=latents.digest,
+        texts_digest=texts.digest,
+        autoencoder_digest=str(latents.index["encoder_digest"].iloc[0]),
+        text_encoder_digest=str(texts.index["encoder_digest"].iloc[0]),
+        started_from=initial_identity(job.initial_weights),
+        validation=last_validation(rows),
+    )
+
+
 def initial_identity(folder: Path | None) -> str:
     """Identity of the weights that training starts from; empty for random ones."""
     return "" if folder is None else weights_identity(weights_checksums(folder))
@@ -71,7 +94,7 @@ def settings_digest(job: DitJob) -> str:
     values = {
         "objective": job.objective.model_dump(mode="json"),
         "seed": job.seed,
-        "stage": job.settings.model_dump(mode="json"),
+        "stage": job.settings.model_dump(mode="json", exclude={"samples"}),
         "transformer": job.transformer.model_dump(mode="json", exclude={"pretrained", "card"}),
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

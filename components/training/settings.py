@@ -56,6 +56,17 @@ class LatentsSettings(Section):
     stage fails; those within it are listed in `store.json` and left out of training."""
 
 
+class SampleSettings(Section):
+    """Pictures from the averaged weights while training goes on."""
+
+    every: Annotated[int, Field(ge=0)] | None
+    """Steps between grids; one more at the end. 0: only at the end; None: no grid."""
+    prompts: Count
+    """Captions of the first held-out images, each at its image's size."""
+    num_inference_steps: Count
+    guidance_scale: NonNegative
+
+
 class DitStageSettings(Section):
     """One stage of SACL training."""
 
@@ -95,6 +106,7 @@ class DitStageSettings(Section):
     async_checkpoints: bool
     """Write checkpoints in a thread while training goes on: same files, a copy of the state in
     host memory (pinned on CUDA)."""
+    samples: SampleSettings
     max_shard_gb: Annotated[float, Field(gt=0)]
     """Exported weights above this size (GB) are divided over several files."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pandas as pd
 
 from components.models.weights import require_class, resolve_folder
+from components.settings import AutoencoderSettings
 from components.training import dit_curves
 from components.training.backbones import BACKBONES
 from components.training.dit_trainer import DitJob, TrainingDiverged
@@ -61,6 +63,27 @@ def _of_backbone(folder: Path, backbone: str) -> Path:
     return folder
 
 
+def sample_autoencoder(
+    context: StageContext, settings: DitStageSettings
+) -> AutoencoderSettings | None:
+    """The base autoencoder for sample grids (the trained one is made in parallel); None without.
+
+    Pictures are no reason to stop: where its folder is missing a line says so.
+    """
+    autoencoder = context.settings.models.autoencoder
+    if settings.samples.every is None or autoencoder.pretrained is None:
+        return None if settings.samples.every is None else autoencoder
+    folder = context.root / autoencoder.pretrained
+    if not folder.is_dir():
+        print(
+            f"{context.stage}: no sample grids: there is no autoencoder in "
+            f"{autoencoder.pretrained} (models.autoencoder.pretrained)",
+            file=sys.stderr,
+        )
+        return None
+    return autoencoder.model_copy(update={"pretrained": str(folder)})
+
+
 def run_dit(
     context: StageContext, settings: DitStageSettings, train_slice: Path | None
 ) -> StageResult:
@@ -84,6 +107,7 @@ def run_dit(
         latents=context.input("latents", "index.parquet").parent,
         texts=context.input("text_embeddings", "index.parquet").parent,
         train_slice=train_slice,
+        autoencoder=sample_autoencoder(context, settings),
         initial_weights=initial_weights(context, settings),
         state_dir=context.state_dir,
         export_dir=context.output_dir,

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from components.evaluation import sampling
+from components.evaluation.contact_sheet import contact_sheet
 from components.models.memory_modes import MemoryModes
 from components.models.released import source_digests
 from flows.stages.contract import StageContext, StageFailed, StageResult
@@ -59,7 +60,7 @@ def run(context: StageContext) -> StageResult:
     lines = (json.dumps(asdict(g), ensure_ascii=False, sort_keys=True) for g in generations)
     log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     grid = context.output_dir / "grid.png"
-    sampling.contact_sheet(
+    contact_sheet(
         [Image.open(images_dir / generation.file) for generation in generations],
         columns=len(settings.generate.sizes),
         cell_px=_CELL_PX,

@@ -241,13 +241,3 @@ def test_every_image_has_its_own_seed() -> None:
 def test_requests_with_one_name_are_refused(pipeline: UltraFluxPipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="distinct"):
         generate(pipeline, tmp_path, [REQUESTS[0], REQUESTS[0]])
-
-
-def test_contact_sheet_places_pictures_on_a_bounded_grid() -> None:
-    pictures = [Image.new("RGB", (40, 20), "red"), Image.new("RGB", (20, 40), "blue")]
-    sheet = sampling.contact_sheet(pictures, columns=2, cell_px=50)
-    assert sheet.size == (2 * 62 + 12, 62 + 12)
-    assert sheet.getpixel((12 + 25, 12 + 25)) == (255, 0, 0)
-    assert sheet.getpixel((12 + 62 + 25, 12 + 25)) == (0, 0, 255)
-    large = sampling.contact_sheet(pictures, columns=1, cell_px=900, max_px=512)
-    assert max(large.size) == 512

@@ -118,6 +118,7 @@ def make_dit_job(dit_corpus: Path) -> Callable[..., object]:
             latents=dit_corpus / "latents",
             texts=dit_corpus / "texts",
             train_slice=None,
+            autoencoder=None,
             initial_weights=None,
             state_dir=folder / "state",
             export_dir=folder / "export",
