@@ -18,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from components.settings import TransformerSettings
+from components.training.activation_checkpointing import STORED_OPERATORS
 from components.training.backbones import BACKBONES
 from components.training.flops import Flops
 from components.training.model_shapes import FluxShape
@@ -186,13 +189,41 @@ def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+class _ProductResults(TorchDispatchMode):
+    """Bytes that matrix products and attention give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in STORED_OPERATORS:
+            leaves = tree_leaves(result)
+            self.bytes += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        return result
+
+
+def product_bytes(call: Callable[[], Tensor]) -> int:
+    """Bytes of what selective activation checkpointing keeps, were all of `call` checkpointed."""
+    with torch.no_grad(), _ProductResults() as results, _FusedAttention():
+        call()
+    return results.bytes
+
+
 def backbone_counts(
     settings: TransformerSettings,
     config: Mapping[str, Any] | None,
     widths: tuple[int, int],
     latent: tuple[int, int, int],
     text_tokens: int,
-) -> tuple[int, Flops, int, tuple[int, int]]:
+) -> tuple[int, Flops, int, tuple[int, int, int]]:
     """Counts of a backbone that has no closed form (SD3), for one sample in bf16.
 
     Args:
@@ -204,7 +235,7 @@ def backbone_counts(
 
     Returns:
         (parameters, operations of forward and backward, bytes saved for the backward pass,
-        (bytes of all blocks' inputs, number of blocks)).
+        (bytes of all blocks' inputs, bytes of all products' results, number of blocks)).
     """
     model = (
         tiny_on_meta(settings, widths, latent[0])
@@ -219,5 +250,5 @@ def backbone_counts(
         sum(parameter.numel() for parameter in model.parameters()),
         count(call),
         saved_bytes(model, call),
-        (inputs, blocks),
+        (inputs, product_bytes(call), blocks),
     )

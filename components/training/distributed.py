@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from components.training.optimizers import build_optimizer, offload_configuration
 from components.training.settings import DitStageSettings
 
 T = TypeVar("T")
@@ -223,13 +224,21 @@ def engine_configuration(
             "allgather_bucket_size": bucket,
             # Overlapping reduces in several buckets is a CUDA stream feature.
             "overlap_comm": torch.cuda.is_available(),
+            # Stage 3: no small parameter stays whole on the ranks, so that each share is all of
+            # the weights (the EMA is put in their place for validation).
+            "stage3_param_persistence_threshold": 0,
+            # DeepSpeed would replace torch.nn.functional.linear for the whole process.
+            "memory_efficient_linear": False,
+            **offload_configuration(settings),
         },
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": sys.maxsize,
     }
 
 
 def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks) -> Any:
-    """Wrap `model` into a DeepSpeed engine with AdamW.
+    """Wrap `model` into a DeepSpeed engine with its optimizer.
 
     Call inside `open_ranks`. Returns a `deepspeed.DeepSpeedEngine`; its learning rate is set by
     the trainer at every step.
@@ -241,19 +250,45 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
     # work. Reading the table would first probe every native operator with the compiler.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    configuration = engine_configuration(settings, ranks.world_size, parameters)
     # The engine rounds buffers with the weights; SD3's table of positions must stay exact, since
     # it is exported with them.
     exact = {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    if settings.zero_stage == 3:
+        _divide_parameters(model, settings, configuration)
+    optimizer = build_optimizer(model.parameters(), settings)
     engine, _, _, _ = deepspeed.initialize(
-        model=model.to(ranks.device),
+        model=model,
         optimizer=optimizer,
-        config=engine_configuration(settings, ranks.world_size, parameters),
+        config=configuration,
         dist_init_required=False,
     )
+    if settings.zero_stage == 0:
+        _clip_with_norm(engine, settings.max_grad_norm)
     for name, values in exact.items():
         owner, _, leaf = name.rpartition(".")
         setattr(engine.module.get_submodule(owner), leaf, values.to(ranks.device))
     return engine
+
+
+def _divide_parameters(
+    model: nn.Module, settings: DitStageSettings, configuration: dict[str, Any]
+) -> None:
+    """Divide the weights over the ranks one by one, so that no device ever holds all of them."""
+    import deepspeed
+
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    deepspeed.init_distributed(dist_init_required=False)
+    deepspeed.zero.Init(module=model, config_dict_or_path=configuration, dtype=dtype)
+
+
+def _clip_with_norm(engine: Any, max_norm: float) -> None:
+    """Without ZeRO the engine clips float32 gradients but forgets their norm: keep it."""
+
+    def clip() -> None:
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm)
+        engine._global_grad_norm = float(norm)
+
+    engine.clip_fp32_gradients = clip

@@ -30,8 +30,11 @@ from components.settings import (
     RuntimeSettings,
     TransformerSettings,
 )
+from components.training.activation_checkpointing import enable_activation_checkpointing
+from components.training.adapters import add_adapter, save_adapted
 from components.training.backbones import BACKBONES, check_stores
 from components.training.batch_plan import BatchPlan, GlobalBatch, PlanState
+from components.training.block_compilation import compile_blocks
 from components.training.checkpoint_writer import CheckpointWriter
 from components.training.checkpoints import CheckpointStore, write_atomically
 from components.training.curriculum import draw_noise
@@ -46,7 +49,7 @@ from components.training.sample_grids import grids_of_run
 from components.training.settings import DitStageSettings
 from components.training.text_store import TextStore
 from components.training.throughput import Throughput
-from components.training.transformer_export import save_transformer
+from components.training.transformer_export import Card, save_transformer
 from components.training.velocity import (
     NoisedBatch,
     band_errors,
@@ -192,8 +195,11 @@ class DitTrainer:
         model = build_transformer(job, self.texts.widths, channels)
         sizes = zip(index["latent_h"], index["latent_w"], strict=True)
         check_stores(model, self.texts.widths, channels, ((int(h), int(w)) for h, w in sizes))
-        if self.settings.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+        if self.settings.adapter is not None:
+            add_adapter(model, self.settings.adapter, job.seed)
+        enable_activation_checkpointing(model, self.settings.gradient_checkpointing)
+        if self.settings.compile == "blocks":
+            compile_blocks(model)
         model.train()
         self.engine = initialize_engine(model, self.settings, ranks)
         self.dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
@@ -437,11 +443,16 @@ class DitTrainer:
             # Every rank takes part in putting each tensor together; only the first keeps it.
             weights = {key: value.cpu() for key, value in tensors if self.ranks.is_first}
             if facts is not None:
-                save_transformer(
-                    self.engine.module,
-                    weights,
-                    job.export_dir / name,
-                    max_shard_gb=self.settings.max_shard_gb,
-                    card=partial(model_card, job, facts, name),
+                self._save_weights(
+                    weights, job.export_dir / name, partial(model_card, job, facts, name)
                 )
         self.ranks.barrier()
+
+    def _save_weights(self, weights: dict[str, Tensor], folder: Path, card: Card) -> None:
+        size = self.settings.max_shard_gb
+        if self.settings.adapter is None:
+            save_transformer(self.engine.module, weights, folder, max_shard_gb=size, card=card)
+            return
+        channels = int(self.latents.index["latent_channels"].iloc[0])
+        base = build_transformer(self.job, self.texts.widths, channels)
+        save_adapted(base, self.settings.adapter, weights, folder, max_shard_gb=size, card=card)

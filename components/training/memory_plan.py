@@ -14,12 +14,15 @@ from typing import Literal
 
 from components.training.distributed import BUCKET_ELEMENTS
 from components.training.model_shapes import MLP_RATIO, AutoencoderShape, FluxShape
+from components.training.settings import Checkpointing
 
 Precision = Literal["bf16", "fp32"]
 ITEM_BYTES: dict[str, int] = {"bf16": 2, "fp32": 4}
 GIB = 2**30
 # DeepSpeed's stage3_max_live_parameters: weights that ZeRO-3 keeps gathered at most.
 GATHERED_ELEMENTS = 1_000_000_000
+# State words of the attention's random numbers, kept whether or not there is dropout.
+_WORDS = 24
 
 
 @dataclass(frozen=True)
@@ -100,20 +103,36 @@ def flux_block_bytes(
     item, d, rows = ITEM_BYTES[precision], shape.width, batch * tokens
     rotation = 16 * rows * d
     per_head = 12 * rows * shape.num_attention_heads
-    # Two state words of the attention's random numbers, kept whether or not there is dropout.
-    words = 24
     copies = 13 if batch > 1 else 12
     double = (copies + 2 * MLP_RATIO) * item * rows * d + rotation + 16 * rows + per_head
     single = (8 + 2 * MLP_RATIO + 1) * item * rows * d + rotation + 8 * rows + per_head
-    return double + 18 * item * batch * d + words, single + 5 * item * batch * d + words
+    return double + 18 * item * batch * d + _WORDS, single + 5 * item * batch * d + _WORDS
+
+
+def flux_product_bytes(
+    shape: FluxShape, tokens: int, batch: int, precision: Precision
+) -> tuple[int, int]:
+    """What matrix products and attention give in one (double, single) block, exactly.
+
+    This is what selective checkpointing keeps. Double: q, k, v, attention, its projection (D
+    each per token), the MLP's hidden layer (4 D) and output, and 12 D of modulation per sample.
+    Single: q, k, v, attention, hidden layer, the joint projection, and 3 D of modulation. Both:
+    the float32 log-sum-exp of each head. Arguments as `flux_block_bytes`.
+    """
+    item, d, rows = ITEM_BYTES[precision], shape.width, batch * tokens
+    log_sum_exp = 4 * rows * shape.num_attention_heads
+    double = (6 + MLP_RATIO) * item * rows * d + log_sum_exp
+    single = (5 + MLP_RATIO) * item * rows * d + log_sum_exp
+    return double + 12 * item * batch * d + _WORDS, single + 3 * item * batch * d + _WORDS
 
 
 def flux_activation_bytes(
-    shape: FluxShape, tokens: int, batch: int, precision: Precision, *, checkpointing: bool
+    shape: FluxShape, tokens: int, batch: int, precision: Precision, *, checkpointing: Checkpointing
 ) -> int:
     """Peak of activations in the backward pass: blocks, and the working memory of one (estimate).
 
-    With checkpointing every block keeps its input only, and one block at a time is repeated.
+    With checkpointing every block keeps its input, and one block at a time is repeated;
+    `selective` keeps `flux_product_bytes` too.
     """
     item, stream = ITEM_BYTES[precision], batch * tokens * shape.width
     double, single = flux_block_bytes(shape, tokens, batch, precision)
@@ -121,9 +140,12 @@ def flux_activation_bytes(
     working = (MLP_RATIO + 2) * item * stream
     # Rotary tables, float32 cos and sin.
     tables = 8 * tokens * shape.attention_head_dim
-    if checkpointing:
-        inputs = (shape.num_layers + shape.num_single_layers) * item * stream
-        return inputs + max(double, single) + working + tables
+    if checkpointing != "none":
+        kept = (shape.num_layers + shape.num_single_layers) * item * stream
+        if checkpointing == "selective":
+            double_kept, single_kept = flux_product_bytes(shape, tokens, batch, precision)
+            kept += shape.num_layers * double_kept + shape.num_single_layers * single_kept
+        return kept + max(double, single) + working + tables
     return shape.num_layers * double + shape.num_single_layers * single + working + tables
 
 

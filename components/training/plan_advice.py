@@ -58,7 +58,7 @@ def _cure(name: str, transformer: Transformer, sizes: Sequence[tuple[int, int]],
     changes: list[str] = []
     wanted = (
         ("precision", "bf16"),
-        ("gradient_checkpointing", True),
+        ("gradient_checkpointing", "blocks"),
         ("zero_stage", max(2, stage.zero_stage)),
         ("micro_batch_size", 1),
         ("ema_device", "cpu"),

@@ -16,7 +16,7 @@ from components.training.memory_plan import (
     state_bytes,
 )
 from components.training.model_shapes import CLIP_TOKENS, Networks
-from components.training.settings import DitStageSettings
+from components.training.settings import Checkpointing, DitStageSettings
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Transformer:
 
     networks: Networks
     settings: Settings
-    _counts: dict[int, tuple[int, Flops, int, tuple[int, int]]] = field(
+    _counts: dict[int, tuple[int, Flops, int, tuple[int, int, int]]] = field(
         default_factory=dict, compare=False
     )
     """Counts on the meta device by latent area, on which alone they depend."""
@@ -56,12 +56,12 @@ class Transformer:
             stage: precision, micro batch and checkpointing; None: forward only.
         """
         h, w = self.latent_hw(size)
-        checkpointing = stage is not None and stage.gradient_checkpointing
+        policy: Checkpointing = "none" if stage is None else stage.gradient_checkpointing
         shape = self.networks.transformer
         if shape is None:
             return self._counted((h, w), stage)
         tokens = (h // 2) * (w // 2)
-        flops = flux_flops(shape, tokens, self.text_tokens, checkpointing=checkpointing)
+        flops = flux_flops(shape, tokens, self.text_tokens, checkpointing=policy == "blocks")
         if stage is None:
             return shape.parameters, flops.inference, 0
         activations = flux_activation_bytes(
@@ -69,7 +69,7 @@ class Transformer:
             tokens + self.text_tokens,
             stage.micro_batch_size,
             stage.precision,
-            checkpointing=checkpointing,
+            checkpointing=policy,
         )
         return shape.parameters, flops, activations
 
@@ -89,14 +89,16 @@ class Transformer:
                 (nets.autoencoder.latent_channels, *latent_hw),
                 self.text_tokens,
             )
-        held, flops, saved, (inputs, blocks) = self._counts[area]
+        held, flops, saved, (inputs, products, blocks) = self._counts[area]
         if stage is None:
             return held, flops.inference, 0
         scale = stage.micro_batch_size * ITEM_BYTES[stage.precision] // ITEM_BYTES["bf16"]
-        if stage.gradient_checkpointing:
-            # Blocks are alike: one block's share is repeated at a time, its inputs are kept.
+        # Blocks are alike: one block's share is repeated at a time, its inputs are kept.
+        if stage.gradient_checkpointing == "blocks":
             repeated = Flops(flops.forward, flops.backward, flops.forward)
             return held, repeated, scale * (inputs + saved // blocks)
+        if stage.gradient_checkpointing == "selective":
+            return held, flops, scale * (inputs + products + saved // blocks)
         return held, flops, scale * saved
 
 

@@ -8,6 +8,8 @@ from pydantic import Field, Strict, model_validator
 
 from components.section import Count, Fraction, NonNegative, Section
 
+Checkpointing = Literal["none", "blocks", "selective"]
+
 
 class ReconstructionSettings(Section):
     """VAE post-training loss (UltraFlux table 3: 0.2 wavelet, 0.1 perceptual, 1.0 L2)."""
@@ -67,6 +69,16 @@ class SampleSettings(Section):
     guidance_scale: NonNegative
 
 
+class AdapterSettings(Section):
+    """Low-rank adapter (LoRA) that is trained instead of the weights."""
+
+    rank: Count
+    alpha: Count
+    """The adapter's output is scaled by alpha / rank."""
+    target_modules: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
+    """Names, or last parts of names, of the layers that get factors, such as to_q."""
+
+
 class DitStageSettings(Section):
     """One stage of SACL training."""
 
@@ -86,9 +98,20 @@ class DitStageSettings(Section):
     """Where each rank keeps its share of the average: beside the weights, or in host memory (4
     bytes times parameters over ranks less on the GPU, copied across once a step)."""
     precision: Literal["bf16", "fp32"]
-    zero_stage: Literal[0, 1, 2]
-    """DeepSpeed ZeRO; 3 is out, because every rank must hold whole parameters."""
-    gradient_checkpointing: bool
+    zero_stage: Literal[0, 1, 2, 3]
+    """What DeepSpeed ZeRO divides over the ranks: 1 optimizer states, 2 also gradients, 3 also the
+    weights. 0 divides nothing and keeps no float32 masters, so it needs precision fp32."""
+    gradient_checkpointing: Checkpointing
+    """Activations kept for the backward pass: all; only what enters a block (its forward runs
+    twice); also what matrix products and attention give (no such product runs twice)."""
+    compile: Literal["none", "blocks"]
+    """torch.compile of the transformer blocks, one set of graphs for all buckets."""
+    optimizer: Literal["adamw", "adamw_8bit"]
+    """`adamw_8bit` (extra `gpu`) keeps AdamW's moments in 8 bits."""
+    offload_optimizer: Literal["none", "cpu"]
+    """Where DeepSpeed keeps optimizer states and float32 masters; `cpu`: in host memory."""
+    adapter: AdapterSettings | None
+    """None: all weights are trained."""
     sigma_range: Annotated[tuple[Fraction, Fraction], Strict(False)]
     """Noise levels trained on, 0 data to 1 noise; SACL stage 2: [0.541, 1]."""
     timestep_density: Literal["uniform", "logit_normal", "shifted"]
@@ -118,5 +141,34 @@ class DitStageSettings(Section):
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} must be a multiple of "
                 f"micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_choices(self) -> DitStageSettings:
+        """Refuse what DeepSpeed, torch.compile and the optimizer cannot do together."""
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "zero_stage 0 keeps no float32 masters of bf16 weights: use zero_stage 1, 2 or 3, "
+                "or precision fp32"
+            )
+        if self.compile == "blocks" and self.zero_stage == 3:
+            raise ValueError(
+                "compile 'blocks' cannot see through the gathering of weights inside blocks: use "
+                "zero_stage 2 or less, or compile 'none'"
+            )
+        if self.compile == "blocks" and self.gradient_checkpointing == "selective":
+            raise ValueError(
+                "gradient_checkpointing 'selective' chooses among operators, which a compiled "
+                "block does not show: use 'blocks', or compile 'none'"
+            )
+        if self.offload_optimizer == "cpu" and self.zero_stage < 2:
+            raise ValueError(
+                f"offload_optimizer 'cpu' needs zero_stage 2 or 3, not {self.zero_stage}"
+            )
+        if self.offload_optimizer == "cpu" and self.optimizer == "adamw_8bit":
+            raise ValueError(
+                "optimizer 'adamw_8bit' updates on the GPU: use 'adamw' with offload_optimizer "
+                "'cpu', or offload_optimizer 'none'"
             )
         return self

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from components.models.weights import file_digest
 
+# Text of a model card from the configuration and the weights' checksums.
+Card = Callable[[Mapping[str, Any], str], str]
 CARD_FILE = "README.md"
 CHECKSUM_FILE = "weights.sha256"
 _GB = 10**9
@@ -35,7 +37,8 @@ def save_transformer(
     folder: Path,
     *,
     max_shard_gb: float,
-    card: Callable[[Mapping[str, Any], str], str],
+    card: Card,
+    beside: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a diffusers folder with `weights` in place of the module's own; aside, then renamed.
 
@@ -46,6 +49,7 @@ def save_transformer(
         folder: replaced if it exists.
         max_shard_gb: weights above this size (GB) are divided over several files with an index.
         card: gives the model card from the configuration and the weights' checksums.
+        beside: writes further weights into the folder that it is given, before the rename.
     """
     # `_name_or_path` would carry the path that the weights were loaded from.
     config = {key: value for key, value in module.config.items() if not key.startswith("_")}
@@ -60,6 +64,8 @@ def save_transformer(
     aside = folder.with_name(f".{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside, max_shard_size=int(max_shard_gb * _GB))
+    if beside is not None:
+        beside(aside)
     checksums = weights_checksums(aside)
     (aside / CHECKSUM_FILE).write_text(checksums, encoding="utf-8")
     (aside / CARD_FILE).write_text(card(config, checksums), encoding="utf-8")

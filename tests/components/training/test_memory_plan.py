@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from components.training.counted_flops import flux_call, flux_on_meta, saved_bytes
+from components.training.counted_flops import flux_call, flux_on_meta, product_bytes, saved_bytes
 from components.training.memory_plan import (
     decoder_activation_bytes,
     flux_activation_bytes,
     flux_block_bytes,
+    flux_product_bytes,
     state_bytes,
 )
 from components.training.model_shapes import AutoencoderShape, FluxShape
@@ -31,7 +32,7 @@ from components.training.model_shapes import AutoencoderShape, FluxShape
 def test_blocks_keep_the_bytes_that_autograd_saves(heads, head, grid, text, batch, precision):
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
-    def saved(double: int, single: int) -> int:
+    def saved(double: int, single: int) -> tuple[int, int]:
         shape = FluxShape(
             double,
             single,
@@ -42,14 +43,24 @@ def test_blocks_keep_the_bytes_that_autograd_saves(heads, head, grid, text, batc
             in_channels=8,
         )
         model = flux_on_meta(shape, dtype)
-        return saved_bytes(model, flux_call(model, grid, text, batch))
+        call = flux_call(model, grid, text, batch)
+        return saved_bytes(model, call), product_bytes(call)
 
     # Differences, so that what is kept outside of the blocks does not matter.
-    base = saved(1, 1)
+    base, two_double, two_single = saved(1, 1), saved(2, 1), saved(1, 2)
     shape = FluxShape(1, 1, head, heads)
-    double, single = flux_block_bytes(shape, grid[0] * grid[1] + text, batch, precision)
-    assert saved(2, 1) - base == double
-    assert saved(1, 2) - base == single
+    for number, closed_form in enumerate((flux_block_bytes, flux_product_bytes)):
+        double, single = closed_form(shape, grid[0] * grid[1] + text, batch, precision)
+        assert two_double[number] - base[number] == double
+        assert two_single[number] - base[number] == single
+
+
+def test_selective_checkpointing_lies_between_keeping_all_and_keeping_inputs():
+    none, selective, blocks = (
+        flux_activation_bytes(FluxShape(), 16384 + 512, 1, "bf16", checkpointing=policy)
+        for policy in ("none", "selective", "blocks")
+    )
+    assert blocks < selective < none
 
 
 @pytest.mark.slow
@@ -57,7 +68,7 @@ def test_the_12b_transformer_keeps_over_150_gb_without_checkpointing_and_10_with
     shape = FluxShape()
     whole, little = (
         flux_activation_bytes(shape, 16384 + 512, 1, "bf16", checkpointing=on)
-        for on in (False, True)
+        for on in ("none", "blocks")
     )
     assert 150e9 < whole < 170e9
     assert 8e9 < little < 11e9

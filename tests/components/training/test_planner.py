@@ -126,10 +126,10 @@ def test_a_weights_folder_decides_the_architecture(profile, tmp_path):
 
 
 def test_a_small_gpu_is_warned_about_with_a_change_that_fits(profile, tmp_path):
-    chosen = profile("paper", dit_stage1__gradient_checkpointing=False)
+    chosen = profile("paper", dit_stage1__gradient_checkpointing="none")
     made = plan(chosen, tmp_path, 1000, limit=141 * GIB)
     warning = next(text for text in made.warnings if text.startswith("dit_stage1"))
-    assert "dit_stage1.gradient_checkpointing: true" in warning
+    assert "dit_stage1.gradient_checkpointing: blocks" in warning
     cured = plan(profile("paper"), tmp_path, 1000, limit=141 * GIB)
     assert not cured.warnings
     small = plan(chosen, tmp_path, 1000, limit=8 * GIB)
