@@ -30,9 +30,12 @@ def add_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
         seed: of the factors A.
 
     Raises:
-        ValueError: no layer has a name of `target_modules`.
+        ValueError: no layer has a name of `target_modules`, or peft is not installed.
     """
-    from peft import LoraConfig
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ValueError("adapter needs peft: pip install 'ultraflux-mlops[lora]'") from None
 
     names = [name for name, _ in model.named_modules()]
     for target in settings.target_modules:

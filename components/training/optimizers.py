@@ -20,11 +20,18 @@ def build_optimizer(
         parameters: of the model; frozen ones are left out.
         settings: kind, learning rate and weight decay. `adamw_8bit` keeps both moments in 8 bits
             per value with a scale per block of 256 (Dettmers et al., 2110.02861).
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if settings.optimizer == "adamw_8bit":
-        from bitsandbytes.optim.adamw import AdamW8bit
-
+        try:
+            from bitsandbytes.optim.adamw import AdamW8bit
+        except ImportError:
+            raise ValueError(
+                "optimizer 'adamw_8bit' needs bitsandbytes: pip install 'ultraflux-mlops[gpu]'"
+            ) from None
         optimizer: torch.optim.Optimizer = AdamW8bit(
             trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )

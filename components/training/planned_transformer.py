@@ -105,14 +105,17 @@ class Transformer:
 def dit_memory(
     stage: DitStageSettings, transformer: Transformer, sizes: Sequence[tuple[int, int]], gpus: int
 ) -> TrainingMemory:
-    """Memory of one GPU at the bucket with the most tokens."""
+    """Memory of one GPU at the bucket with the most tokens.
+
+    An upper bound with `adapter` and `adamw_8bit`, whose savings are not counted.
+    """
     largest = max(sizes, key=lambda size: size[0] * size[1])
     held, _, activations = transformer.counts(largest, stage)
     weights, gradients, optimizer = state_bytes(held, gpus, stage.zero_stage, stage.precision)
     return TrainingMemory(
         weights=weights,
         gradients=gradients,
-        optimizer=optimizer,
+        optimizer=0 if stage.offload_optimizer == "cpu" else optimizer,
         # Each rank averages its share (components.training.ema); on "cpu" it is in host memory.
         average=4 * -(-held // gpus) if stage.ema_device == "model" else 0,
         activations=activations,
