@@ -34,7 +34,6 @@ from components.training.activation_checkpointing import enable_activation_check
 from components.training.adapters import add_adapter, save_adapted
 from components.training.backbones import BACKBONES, check_stores
 from components.training.batch_plan import BatchPlan, GlobalBatch, PlanState
-from components.training.block_compilation import compile_blocks
 from components.training.checkpoint_writer import CheckpointWriter
 from components.training.checkpoints import CheckpointStore, write_atomically
 from components.training.curriculum import draw_noise
@@ -198,8 +197,6 @@ class DitTrainer:
         if self.settings.adapter is not None:
             add_adapter(model, self.settings.adapter, job.seed)
         enable_activation_checkpointing(model, self.settings.gradient_checkpointing)
-        if self.settings.compile == "blocks":
-            compile_blocks(model)
         model.train()
         self.engine = initialize_engine(model, self.settings, ranks)
         self.dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32

@@ -104,8 +104,6 @@ class DitStageSettings(Section):
     gradient_checkpointing: Checkpointing
     """Activations kept for the backward pass: all; only what enters a block (its forward runs
     twice); also what matrix products and attention give (no such product runs twice)."""
-    compile: Literal["none", "blocks"]
-    """torch.compile of the transformer blocks, one set of graphs for all buckets."""
     optimizer: Literal["adamw", "adamw_8bit"]
     """`adamw_8bit` (extra `gpu`) keeps AdamW's moments in 8 bits."""
     offload_optimizer: Literal["none", "cpu"]
@@ -146,21 +144,11 @@ class DitStageSettings(Section):
 
     @model_validator(mode="after")
     def _engine_choices(self) -> DitStageSettings:
-        """Refuse what DeepSpeed, torch.compile and the optimizer cannot do together."""
+        """Refuse what DeepSpeed and the optimizer cannot do together."""
         if self.zero_stage == 0 and self.precision == "bf16":
             raise ValueError(
                 "zero_stage 0 keeps no float32 masters of bf16 weights: use zero_stage 1, 2 or 3, "
                 "or precision fp32"
-            )
-        if self.compile == "blocks" and self.zero_stage == 3:
-            raise ValueError(
-                "compile 'blocks' cannot see through the gathering of weights inside blocks: use "
-                "zero_stage 2 or less, or compile 'none'"
-            )
-        if self.compile == "blocks" and self.gradient_checkpointing == "selective":
-            raise ValueError(
-                "gradient_checkpointing 'selective' chooses among operators, which a compiled "
-                "block does not show: use 'blocks', or compile 'none'"
             )
         if self.offload_optimizer == "cpu" and self.zero_stage < 2:
             raise ValueError(
