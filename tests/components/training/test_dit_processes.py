@@ -83,9 +83,13 @@ def test_killed_and_resumed_training_equals_undisturbed_training_byte_for_byte(
 def test_two_processes_follow_the_trajectory_of_one(make_dit_job, tmp_path):
     options = {"steps": 6, "precision": "fp32", "checkpoint_every": 3, "validate_every": 3}
     alone = make_dit_job(tmp_path / "alone", **options)
-    run_job(alone)
     pair = make_dit_job(tmp_path / "pair", processes=2, **options)
+    run_job(alone)
     run_job(pair)
+    # Before the first step the weights are equal, so validation must be: to the last bit.
+    assert rows(alone)[0]["step"] == 0
+    assert rows(alone)[0] == rows(pair)[0]
+    assert "validation_loss_level_7" in rows(pair)[0]
     for one, two in zip(rows(alone), rows(pair), strict=True):
         assert one.keys() == two.keys()
         for name, value in one.items():
