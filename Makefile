@@ -9,6 +9,9 @@ DEV_READY := $(VENV)/.ready-dev
 WORKERS ?= 2
 ENGINE ?= prefect
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Stages, ranks and tests are processes that import torch: without cached bytecode each of them
+# compiles it anew, which costs four times the import.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test test-all lint services services-down clean setup lock help
 
