@@ -25,7 +25,7 @@ from components.evaluation.statistics import (
 KEY = ["image", "height", "width"]
 """What a picture of one system must share with its partner."""
 CLUSTER_COLUMN = "prompt"
-"""Where a scores table has it, pictures of a prompt form a cluster; else those of an image name."""
+"""Where a row has one, pictures of a prompt form a cluster; else those of an image name."""
 _FEATURES_PER_PICTURE = 5
 
 
@@ -95,6 +95,28 @@ def _one_system(table: pd.DataFrame, metric: str, name: str) -> pd.DataFrame:
     return rows.set_index(KEY).sort_index()
 
 
+def _clusters(metric: str, first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
+    """Prompt of each pair, from whichever table knows it; else the image name."""
+    images = first.index.get_level_values(0)
+    known: list[list[str | None]] = [
+        [text if isinstance(text, str) else None for text in table[CLUSTER_COLUMN]]
+        if CLUSTER_COLUMN in table
+        else [None] * len(images)
+        for table in (first, second)
+    ]
+    labels = []
+    for image, ours, theirs in zip(images, *known, strict=True):
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ComparisonInvalid(
+                f"{metric}: {image} was made from another prompt in one system; compare the same "
+                "prompts, seeds and sizes"
+            )
+        # Marked, so that a prompt that reads like an image's name is no cluster with it.
+        prompt = ours if ours is not None else theirs
+        labels.append(f"image {image}" if prompt is None else f"prompt {prompt}")
+    return labels
+
+
 def paired_scores(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> PairedScores:
     """Pair two systems' rows of one metric.
 
@@ -106,7 +128,8 @@ def paired_scores(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> Pai
 
     Raises:
         ComparisonInvalid: missing or duplicate rows, a picture that only one system has, more than
-            one protocol, or a value that is not finite in one system only.
+            one protocol, one picture of two prompts, or a value that is not finite in one system
+            only.
     """
     first = _one_system(before, metric, "the first system")
     second = _one_system(after, metric, "the second system")
@@ -131,8 +154,8 @@ def paired_scores(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> Pai
             "is not finite in one system cannot be averaged away"
         )
     both = finite[0]
-    column = first[CLUSTER_COLUMN] if CLUSTER_COLUMN in first else first.index.get_level_values(0)
-    clusters = tuple(str(label) for label, kept in zip(column, both, strict=True) if kept)
+    labels = _clusters(metric, first, second)
+    clusters = tuple(label for label, kept in zip(labels, both, strict=True) if kept)
     return PairedScores(
         metric, protocols[0], values[0, both], values[1, both], clusters, int((~both).sum())
     )

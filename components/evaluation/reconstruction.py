@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 ImageArray = npt.NDArray[np.uint8]
 
+FIDELITY_IDS = ("psnr_db", "ssim", "nmse")
+"""What `fidelity_metrics` yields, in its order."""
+
 
 @torch.no_grad()
 def reconstruct(autoencoder: AutoencoderKLF16, rgb: ImageArray) -> ImageArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ RECONSTRUCTION_BEFORE = "reconstruction_before"
 RECONSTRUCTION_AFTER = "reconstruction_after"
 GENERATED = "generated"
 PHOTOGRAPHS = "photographs"
-COLUMNS = ("image", "system", "height", "width", "metric", "protocol", "value")
+COLUMNS = ("image", "system", "height", "width", "metric", "protocol", "value", "prompt")
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,35 @@ class Score:
     protocol: str
     value: float | None
     """None where the image is too small for the metric."""
+    prompt: str | None = None
+    """What the image was made from; comparisons take images of one prompt as dependent."""
 
 
 def image_scores(
-    image: str, system: str, size: tuple[int, int], values: Mapping[str, float | None]
+    image: str,
+    system: str,
+    size: tuple[int, int],
+    values: Mapping[str, float | None],
+    prompt: str | None = None,
 ) -> list[Score]:
     """Rows of one image: every metric of `values`, protocol ids from the cards."""
     height, width = size
     return [
-        Score(image, system, height, width, metric, card(metric).protocol, value)
+        Score(image, system, height, width, metric, card(metric).protocol, value, prompt)
         for metric, value in values.items()
     ]
+
+
+def text_column(values: pd.Series[Any]) -> pd.Series[Any]:
+    """Texts with None where there is none, one type however many are missing."""
+    return values.astype("str").where(values.notna(), None)
 
 
 def scores_table(scores: Iterable[Score]) -> pd.DataFrame:
     """All rows in a fixed order: system, image, size, metric; a missing value is NaN."""
     table = pd.DataFrame([asdict(score) for score in scores], columns=list(COLUMNS))
     table["value"] = table["value"].astype("float64")
+    table["prompt"] = text_column(table["prompt"])
     return table.sort_values(
         ["system", "image", "height", "width", "metric"], kind="stable", ignore_index=True
     )

@@ -221,6 +221,7 @@ def _rows(
                 "metric": metric_id,
                 "protocol": card(metric_id).protocol,
                 "value": value,
+                "prompt": item.prompt,
                 "item": item.id,
                 "stratum": item.stratum,
                 "image_sha256": found.sha256,
@@ -233,7 +234,8 @@ def _rows(
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table["value"] = table["value"].astype("float64")
-    table["error"] = table["error"].astype("str").where(table["error"].notna(), None)
+    for name in ("prompt", "error"):
+        table[name] = scores.text_column(table[name])
     return table.sort_values(["system", "item", "metric"], kind="stable", ignore_index=True)
 
 

@@ -21,6 +21,11 @@ ImageArray = npt.NDArray[np.uint8]
 
 FLAT_PATCH_PX = 240
 """The corpus rule's patch; smaller images have no flat fraction."""
+TEXTURE_IDS = (
+    *("glcm_score", "compression_ratio", "entropy_bits", "flat_fraction"),
+    *("laplacian_variance", "colourfulness"),
+)
+"""What `texture_metrics` yields, in its order."""
 
 
 def laplacian_variance(gray: ImageArray) -> float:

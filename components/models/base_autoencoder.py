@@ -7,6 +7,7 @@ with the base encoder stay valid for the trained decoder.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -68,12 +69,22 @@ def encoder_digest(autoencoder: AutoencoderKLF16) -> str:
     Encoder weights by name, shape and bytes, and the configuration values stride, shift_factor and
     scaling_factor. Decoder post-training leaves it unchanged.
     """
-    digest = hashlib.sha256()
     config = autoencoder.config
-    digest.update(f"{config.stride} {config.shift_factor} {config.scaling_factor}".encode())
+    described = f"{config.stride} {config.shift_factor} {config.scaling_factor}"
+    return _digest(autoencoder, described, ("encoder.", "quant_conv."))
+
+
+def autoencoder_digest(autoencoder: AutoencoderKLF16) -> str:
+    """Sha256 of everything that determines a reconstruction: all weights and the configuration."""
+    config = {k: v for k, v in autoencoder.config.items() if not k.startswith("_")}
+    return _digest(autoencoder, json.dumps(config, sort_keys=True, default=str), ("",))
+
+
+def _digest(autoencoder: AutoencoderKLF16, described: str, prefixes: tuple[str, ...]) -> str:
+    digest = hashlib.sha256(described.encode())
     state = autoencoder.state_dict()
     for name in sorted(state):
-        if name.startswith(("encoder.", "quant_conv.")):
+        if name.startswith(prefixes):
             tensor = state[name].detach().cpu().contiguous()
             digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.view(torch.uint8).numpy().tobytes())

@@ -1,9 +1,13 @@
-"""Stage `evaluate`: reconstruction fidelity, weight-free image metrics, and the report page."""
+"""Stage `evaluate`: reconstruction fidelity, weight-free image metrics, and the report page.
+
+Pictures that were measured before, by the same protocols, are not measured again.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +18,25 @@ import torch
 from PIL import Image
 
 from components.corpus.decoding import read_rgb
-from components.corpus.original_lookup import OriginalLookup
+from components.corpus.original_lookup import Original, OriginalLookup
 from components.evaluation import gate, scores
-from components.evaluation.reconstruction import fidelity_metrics, reconstruct
+from components.evaluation.ledger import Ledger
+from components.evaluation.measured_once import MeasuredOnce, Values, recipe_digest
+from components.evaluation.reconstruction import FIDELITY_IDS, fidelity_metrics, reconstruct
 from components.evaluation.report import build_report
-from components.evaluation.texture import texture_metrics
+from components.evaluation.texture import TEXTURE_IDS, texture_metrics
 from components.models.autoencoder_f16 import AutoencoderKLF16
-from components.models.base_autoencoder import load_base_autoencoder
+from components.models.base_autoencoder import autoencoder_digest, load_base_autoencoder
+from components.models.weights import file_digest
 from components.progress import track
 from components.training.aspect_buckets import Bucket, fit_to_bucket
 from flows.stages.baseline import baseline_scores
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 ImageArray = npt.NDArray[np.uint8]
+
+LEDGER = Path("runs", "ledger")
+"""Shared with `ultraflux evaluate`; a cache of measurements, not an output of the stage."""
 
 
 def run(context: StageContext) -> StageResult:
@@ -79,13 +89,38 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _fitted(image: Image.Image, size: tuple[int, int]) -> ImageArray:
-    """The photograph at (height, width), resized to cover and cropped as in training."""
-    return np.asarray(fit_to_bucket(image, Bucket(*size)))
+def _fitted_digest(image_id: str, size: tuple[int, int]) -> str:
+    """Stands for a photograph that was cut to (height, width)."""
+    return recipe_digest("fitted/v1", image_id, *size)
 
 
-def _photograph_scores(context: StageContext, held_out: pd.DataFrame) -> Iterator[scores.Score]:
-    """Reconstructions at bucket size, and photographs at the generated sizes for reference."""
+class _Photograph:
+    """One held-out photograph, decoded when a number of it is missing."""
+
+    def __init__(self, original: Original, max_megapixels: float) -> None:
+        self._original = original
+        self._max_megapixels = max_megapixels
+
+    @cached_property
+    def _image(self) -> Image.Image:
+        return Image.fromarray(read_rgb(self._original, max_megapixels=self._max_megapixels).pixels)
+
+    def fitted(self, size: tuple[int, int]) -> ImageArray:
+        """Resized to cover (height, width) and cropped as in training."""
+        return np.asarray(fit_to_bucket(self._image, Bucket(*size)))
+
+    def texture(self, size: tuple[int, int]) -> Values:
+        """Its weight-free numbers at a size."""
+        return texture_metrics(self.fitted(size))
+
+    def reconstruction(self, autoencoder: AutoencoderKLF16, size: tuple[int, int]) -> Values:
+        """Fidelity of an autoencoder's reconstruction at a size."""
+        reference = self.fitted(size)
+        return fidelity_metrics(reference, reconstruct(autoencoder, reference))
+
+
+def _autoencoders(context: StageContext) -> list[tuple[str, AutoencoderKLF16, str]]:
+    """(system, autoencoder on its device, digest) before and after post-training."""
     settings = context.settings
     device = settings.runtime.device
     before: AutoencoderKLF16 = load_base_autoencoder(
@@ -96,26 +131,47 @@ def _photograph_scores(context: StageContext, held_out: pd.DataFrame) -> Iterato
     )
     after = after.to(device).eval()
     systems = ((scores.RECONSTRUCTION_BEFORE, before), (scores.RECONSTRUCTION_AFTER, after))
-    limit = settings.evaluate.reconstruction_images
-    megapixels = settings.ingest.max_megapixels
+    # The device: its rounding of sums decides an 8-bit level here and there.
+    return [
+        (name, model, recipe_digest("autoencoder/v1", autoencoder_digest(model), device))
+        for name, model in systems
+    ]
+
+
+def _photograph_scores(context: StageContext, held_out: pd.DataFrame) -> Iterator[scores.Score]:
+    """Reconstructions at bucket size, and photographs at the generated sizes for reference."""
+    settings = context.settings
     try:
         originals = OriginalLookup(context.root).find_all(held_out)
     except ValueError as problem:
         raise StageFailed(f"evaluate: {problem}") from None
-    rows = zip(held_out.to_dict("records"), originals, strict=True)
-    for index, (row, original) in enumerate(
-        track(rows, "evaluate photographs", total=len(originals))
-    ):
-        photograph = Image.fromarray(read_rgb(original, max_megapixels=megapixels).pixels)
-        if index < limit:
-            size = (int(row["bucket_height"]), int(row["bucket_width"]))
-            reference = _fitted(photograph, size)
-            for system, autoencoder in systems:
-                values = fidelity_metrics(reference, reconstruct(autoencoder, reference))
-                yield from scores.image_scores(row["image_id"], system, size, values)
-        for size in settings.generate.sizes:
-            values = texture_metrics(_fitted(photograph, size))
-            yield from scores.image_scores(row["image_id"], scores.PHOTOGRAPHS, size, values)
+    systems = _autoencoders(context)
+    buckets = list(zip(held_out["bucket_height"], held_out["bucket_width"], strict=True))
+    # Per photograph: size, and (image, reference) of every system's reconstruction.
+    reconstructed = []
+    for original, (height, width) in zip(originals, buckets, strict=True):
+        size = (int(height), int(width))
+        reference = _fitted_digest(original.image_id, size)
+        pairs = [(recipe_digest("reconstruction/v1", d, reference), reference) for *_, d in systems]
+        reconstructed.append((size, pairs))
+    del reconstructed[settings.evaluate.reconstruction_images :]
+    sizes = settings.generate.sizes
+    photographs = [(_fitted_digest(o.image_id, size), "") for o in originals for size in sizes]
+    known = [*(pair for _, pairs in reconstructed for pair in pairs), *photographs]
+    once = MeasuredOnce(Ledger(context.root / LEDGER), known, (*FIDELITY_IDS, *TEXTURE_IDS))
+    for index, original in enumerate(track(originals, "evaluate photographs")):
+        photograph, name = _Photograph(original, settings.ingest.max_megapixels), original.image_id
+        if index < len(reconstructed):
+            size, pairs = reconstructed[index]
+            for (system, autoencoder, _), (image, reference) in zip(systems, pairs, strict=True):
+                measure = partial(photograph.reconstruction, autoencoder, size)
+                values = once.values(image, FIDELITY_IDS, measure, reference=reference)
+                yield from scores.image_scores(name, system, size, values)
+        for size in sizes:
+            measure = partial(photograph.texture, size)
+            values = once.values(_fitted_digest(name, size), TEXTURE_IDS, measure)
+            yield from scores.image_scores(name, scores.PHOTOGRAPHS, size, values)
+    once.close()
 
 
 def _generations(context: StageContext) -> list[dict[str, Any]]:
@@ -124,11 +180,23 @@ def _generations(context: StageContext) -> list[dict[str, Any]]:
 
 
 def _generated_scores(context: StageContext) -> Iterator[scores.Score]:
-    for record in track(_generations(context), "evaluate images"):
-        with Image.open(context.input("generate", "images", record["file"])) as image:
-            rgb = np.asarray(image.convert("RGB"))
+    records = _generations(context)
+    folder = context.input("generate", "images")
+    digests = [file_digest(folder / record["file"]) for record in records]
+    ledger = Ledger(context.root / LEDGER)
+    once = MeasuredOnce(ledger, ((digest, "") for digest in digests), TEXTURE_IDS)
+    for record, digest in zip(track(records, "evaluate images"), digests, strict=True):
         size = (int(record["height"]), int(record["width"]))
-        yield from scores.image_scores(record["file"], scores.GENERATED, size, texture_metrics(rgb))
+        values = once.values(digest, TEXTURE_IDS, partial(_texture_of, folder / record["file"]))
+        yield from scores.image_scores(
+            record["file"], scores.GENERATED, size, values, record["prompt"]
+        )
+    once.close()
+
+
+def _texture_of(path: Path) -> Values:
+    with Image.open(path) as image:
+        return texture_metrics(np.asarray(image.convert("RGB")))
 
 
 def _validation_loss(context: StageContext) -> dict[str, float]:

@@ -47,6 +47,21 @@ def test_a_prompt_column_makes_the_clusters() -> None:
     assert found.difference.clusters == 6
 
 
+def test_a_prompt_that_one_table_knows_counts_and_pictures_without_one_stand_alone() -> None:
+    before, after = _table(0.0), _table(0.5)
+    after["prompt"] = ["one" if name < "06" else None for name in after["image"]]
+    for tables in ((before, after), (after, before), (after, after)):
+        clusters = paired_scores(*tables, "psnr_db").clusters
+        assert len(set(clusters)) == 1 + 6
+        assert clusters.count("prompt one") == 12
+
+
+def test_pictures_of_two_prompts_are_no_pair() -> None:
+    before, after = _table(0.0).assign(prompt="a lake"), _table(0.5).assign(prompt="a hill")
+    with pytest.raises(ComparisonInvalid, match="another prompt"):
+        paired_scores(before, after, "psnr_db")
+
+
 def test_holm_runs_over_the_metrics_that_could_be_compared() -> None:
     before = pd.concat([_table(0.0), _table(0.0, metric="ssim"), _table(0.0, metric="nmse", n=3)])
     after = pd.concat([_table(0.5), _table(0.1, metric="ssim"), _table(0.1, metric="nmse", n=3)])

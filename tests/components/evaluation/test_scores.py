@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 
 from components.evaluation import scores
@@ -59,3 +62,16 @@ def test_compression_ratio_of_a_set_weighs_by_bytes() -> None:
 def test_an_unknown_metric_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown metric"):
         scores.image_scores("x", scores.GENERATED, (10, 10), {"beauty": 1.0})
+
+
+def test_prompts_stay_with_their_rows_and_none_is_none(tmp_path: Path) -> None:
+    rows = [
+        *scores.image_scores("x", scores.GENERATED, (10, 10), {"entropy_bits": 2.0}, "a lake"),
+        *scores.image_scores("y", scores.PHOTOGRAPHS, (10, 10), {"entropy_bits": 3.0}),
+    ]
+    scores.scores_table(rows).to_parquet(tmp_path / "scores.parquet", index=False)
+    table = pd.read_parquet(tmp_path / "scores.parquet").set_index("image")
+    assert table.loc["x", "prompt"] == "a lake"
+    assert pd.isna(table.loc["y", "prompt"])
+    alone = scores.scores_table(rows[1:])
+    assert alone["prompt"].dtype == scores.scores_table(rows)["prompt"].dtype
