@@ -18,6 +18,7 @@ from components.evaluation.metric_weights import (
     Weights,
     hub,
     lpips_heads,
+    place_of,
 )
 
 Direction = Literal["higher", "lower", "neither"]
@@ -423,13 +424,14 @@ def status(metric: MetricCard, measured: Collection[str], weights_dir: Path) -> 
     Args:
         metric: the card.
         measured: metric ids with at least one value.
-        weights_dir: the repository's `weights/` folder; only existence is looked at.
+        weights_dir: the repository's `weights/` folder; it and the caches are looked through as by
+            `ultraflux weights list`, and nothing is read.
     """
     if metric.id in measured:
         return "measured"
     if metric.weights is None:
         return "no input"
     for part in (metric.weights, *metric.weights.also):
-        if not (weights_dir / part.path).exists():
+        if place_of(part, weights_dir) is None:
             return f"weights missing: {part.command}"
     return "weights found, not measured"

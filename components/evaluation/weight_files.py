@@ -12,15 +12,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 from components.evaluation.cards import MetricCard
-from components.evaluation.metric_weights import Weights
-from components.models.weights import PICKLED_SUFFIXES, WeightsMissing, file_digest, folder_digest
+from components.evaluation.metric_weights import Weights, place_of
+from components.models.weights import WeightsMissing, file_digest, folder_digest
 
 RECORD = "digests.json"
 _NAMED_DIGEST = re.compile(r"-([0-9a-f]{8})\.(?:pth|pt|safetensors)$")
@@ -39,54 +39,6 @@ class Verdict:
     """sha256, or why it is wrong or missing."""
 
 
-def _hub_cache() -> Path:
-    """Hugging Face's cache folder, by its own environment variables."""
-    if cache := os.environ.get("HF_HUB_CACHE"):
-        return Path(cache)
-    home = os.environ.get("HF_HOME") or str(
-        Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
-    )
-    return Path(home).expanduser() / "hub"
-
-
-def _torch_cache() -> Path:
-    home = os.environ.get("TORCH_HOME") or str(
-        Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
-    )
-    return Path(home).expanduser() / "hub"
-
-
-def _snapshot(repository: str) -> Path | None:
-    """The cached snapshot that the main branch last named."""
-    folder = _hub_cache() / f"models--{repository.replace('/', '--')}"
-    reference = folder / "refs" / "main"
-    if not reference.is_file():
-        return None
-    snapshot = folder / "snapshots" / reference.read_text(encoding="utf-8").strip()
-    return snapshot if snapshot.is_dir() else None
-
-
-def _places(weights: Weights, weights_dir: Path) -> Iterable[Path]:
-    yield weights_dir / weights.path
-    if weights.repository is not None:
-        if (snapshot := _snapshot(weights.repository)) is not None:
-            yield snapshot
-    elif Path(weights.path).suffix:
-        name = Path(weights.path).name
-        yield from (_torch_cache() / "checkpoints" / name, _torch_cache() / "pyiqa" / name)
-
-
-def _is_complete(place: Path, weights: Weights) -> bool:
-    if weights.repository is None:
-        return place.is_file() if Path(weights.path).suffix else place.is_dir()
-    if not place.is_dir() or not all((place / name).is_file() for name in weights.files):
-        return False
-    if not weights.holds_network:
-        return True
-    suffixes = {".safetensors", *PICKLED_SUFFIXES}
-    return any(file.suffix in suffixes for file in place.iterdir())
-
-
 def find(name: str, weights: Weights, weights_dir: Path) -> Path:
     """The file or folder.
 
@@ -98,9 +50,8 @@ def find(name: str, weights: Weights, weights_dir: Path) -> Path:
     Raises:
         WeightsMissing: with file, size, licence and command.
     """
-    for place in _places(weights, weights_dir):
-        if _is_complete(place, weights):
-            return place
+    if (place := place_of(weights, weights_dir)) is not None:
+        return place
     detail = f"{weights.size}, licence: {weights.license}"
     raise WeightsMissing(f"{name} weights", weights_dir / weights.path, weights.command, detail)
 

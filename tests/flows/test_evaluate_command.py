@@ -78,6 +78,9 @@ def test_two_systems_are_measured_once_and_reported(project: Path, root: Path) -
         (("aesthetic-eval-4096", "--system", "x=mine"), "get it with: hf download"),
         (("real", "--system", "x=mine", "--metrics", "beauty"), "unknown metric 'beauty'"),
         (("real", "--system", "x=sana"), "get it with: hf download Efficient"),
+        (("runtime", "--system", "x=mine"), "x: not timed: pictures that exist"),
+        (("runtime", "--system", "x=mine", "--size", "64"), "--size 64: expected WIDTHxHEIGHT"),
+        (("runtime", "--system", "x=mine", "--size", "60x64"), "multiples of 16 px"),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -87,3 +90,25 @@ def test_what_is_wrong_is_one_line(
     assert done.returncode != 0
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_logged_numbers_reach_mlflow(project: Path, root: Path) -> None:
+    from mlflow import MlflowClient
+
+    from flows.tracking import tracking_uri
+
+    shutil.copytree(root / "mlflow", project / "mlflow")
+    words = ("--system", "mine=mine", "--metrics", "colourfulness", "--log")
+    done = evaluate(project, root, "real", *words)
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient(tracking_uri(project))
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = client.search_runs(experiments)
+    assert run.info.run_name == "evaluate-real"
+    assert run.info.status == "FINISHED"
+    assert run.data.params["suite"] == "real"
+    metrics = json.loads((project / "runs/evaluations/real/metrics.json").read_text())["metrics"]
+    assert run.data.metrics["mine.colourfulness"] == metrics["mine.colourfulness"]
+    files = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"metrics.json", "scores.parquet"} <= files

@@ -24,8 +24,24 @@ def test_missing_weights_name_the_command_and_present_ones_do_not(tmp_path: Path
     message = status(metric, (), tmp_path)
     assert message.startswith("weights missing: ")
     assert metric.weights.command in message
-    (tmp_path / metric.weights.path).mkdir()
-    assert "weights missing" not in status(metric, (), tmp_path)
+    folder = tmp_path / metric.weights.path
+    folder.mkdir()
+    # As for `ultraflux weights list`, a folder without its files is not there.
+    assert status(metric, (), tmp_path) == message
+    for name in metric.weights.files:
+        (folder / name).touch()
+    assert status(metric, (), tmp_path) == "weights found, not measured"
+
+
+def test_weights_in_a_cache_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    metric = card("fid")
+    assert metric.weights is not None
+    assert status(metric, (), tmp_path / "weights").startswith("weights missing")
+    cached = tmp_path / "torch" / "hub" / "checkpoints" / Path(metric.weights.path).name
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    assert status(metric, (), tmp_path / "weights") == "weights found, not measured"
 
 
 def test_measured_wins_over_everything(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -113,6 +115,29 @@ def test_bad_metadata_is_named_by_line(tmp_path: Path, records: list[Any], messa
 def test_every_metric_of_a_suite_that_has_a_card_is_known() -> None:
     ids = {metric for definition in DEFINITIONS for metric in definition.metrics}
     assert {card(metric).id for metric in ids} == ids
+
+
+def test_held_out_photographs_are_asked_for_at_their_buckets(tmp_path: Path) -> None:
+    table = tmp_path / "data" / "slices" / "eval.parquet"
+    table.parent.mkdir(parents=True)
+    photo = tmp_path / "photos" / "lake.png"
+    photo.parent.mkdir()
+    Image.new("RGB", (100, 70)).save(photo)
+    digest = hashlib.sha256(photo.read_bytes()).hexdigest()
+    rows = [
+        {"image_id": digest, "uri": "photos/lake.png", "bucket_height": 64, "bucket_width": 96},
+        {"image_id": "0" * 64, "uri": "photos/gone.png", "bucket_height": 96, "bucket_width": 64},
+    ]
+    for row in rows:
+        row["caption_en"] = f"caption of {row['uri']}"
+    pd.DataFrame(rows[:1]).to_parquet(table)
+    (item,) = load_suite("held-out", tmp_path).items
+    assert (item.id, item.prompt) == (digest, "caption of photos/lake.png")
+    assert (item.height, item.width, item.stratum) == (64, 96, "96x64")
+    assert item.reference == photo
+    pd.DataFrame(rows).to_parquet(table)
+    with pytest.raises(ValueError, match=r"1 of 2 originals .*gone.png"):
+        load_suite("held-out", tmp_path)
 
 
 def test_runtime_sizes_are_multiples_of_32() -> None:
