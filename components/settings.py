@@ -71,6 +71,18 @@ class RuntimeSettings(Section):
     on a GPU. Device `cpu`: none."""
     processes: Count
     """Training processes (ranks) per node."""
+    nodes: Count
+    """Machines of a training run. They see the same files; `python -m
+    components.training.dit_worker JOB.json --join` on the others joins a run (job.json lies in its
+    state folder)."""
+    rendezvous_endpoint: Annotated[str, Field(pattern=r"^[\w.-]+:\d{1,5}$")] | None
+    """For several nodes: host and port of the one that the others meet at, such as node1:29400."""
+    max_restarts: Annotated[int, Field(ge=0, le=100)]
+    """How often all ranks of a stage start again from the newest checkpoint when one of them dies
+    or stands still, before the stage fails."""
+    collective_timeout_minutes: Annotated[float, Field(gt=0, le=1440)]
+    """How long ranks may wait for each other; longer than the slowest single part between two
+    meetings, such as loading the weights."""
     device: Literal["cpu", "cuda"]
     """Where models run."""
     peak_tflops: Annotated[float, Field(gt=0)] | None
@@ -84,6 +96,15 @@ class RuntimeSettings(Section):
     record in this process, or not at all."""
     offline: bool
     """Set HF_HUB_OFFLINE so that a missing weight fails at once instead of waiting for a hub."""
+
+    @model_validator(mode="after")
+    def _nodes_meet_somewhere(self) -> RuntimeSettings:
+        if self.nodes > 1 and self.rendezvous_endpoint is None:
+            raise ValueError(
+                f"runtime.nodes = {self.nodes} needs runtime.rendezvous_endpoint, the HOST:PORT of "
+                "one of the nodes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _actors_see_a_gpu(self) -> RuntimeSettings:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 
-from components.training.checkpoints import CheckpointFailed, CheckpointStore, OpenCheckpoint
+from components.training.checkpoints import (
+    CheckpointFailed,
+    CheckpointStore,
+    DiskFull,
+    OpenCheckpoint,
+    no_room,
+)
 
 
 class CheckpointWriter:
@@ -88,9 +94,11 @@ class CheckpointWriter:
                 reason = f"{reason}; {_reason(second)}"
             newest = self._store.latest()
             kept = f"the checkpoint of step {newest[0]} is whole" if newest else "there is none yet"
-            self._problem = CheckpointFailed(
+            what_to_do = "make room and run again" if no_room(reason) else "run again to go on"
+            kind = DiskFull if no_room(reason) else CheckpointFailed
+            self._problem = kind(
                 f"{self._store.folder}: the checkpoint of step {opened.step} could not be written "
-                f"({reason}); {kept}, make room and run again"
+                f"({reason}); {kept}, {what_to_do}"
             )
             self._problem.__cause__ = problem
 

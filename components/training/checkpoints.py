@@ -8,6 +8,7 @@ and removed by the next `save`. One training run writes to a folder at a time.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -39,6 +40,18 @@ class CheckpointUnreadable(RuntimeError):
 
 class CheckpointFailed(RuntimeError):
     """A checkpoint could not be written; the ones before it are untouched."""
+
+
+class DiskFull(CheckpointFailed):
+    """No room for a checkpoint (disk, quota or file size limit); a retry would end alike."""
+
+
+_NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+def no_room(reason: str) -> bool:
+    """Whether the system's words, on this rank or passed on by another, say that a disk is full."""
+    return any(words in reason for words in _NO_ROOM)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Processes of a training run: process group, launch of several ranks, DeepSpeed engine.
+"""A process of a training run: process group, determinism, DeepSpeed engine.
 
 DeepSpeed is imported inside functions: it takes seconds (mostly MLflow, through its autotuner).
 The accelerator name must be in the environment before that import, so `training_environment`
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import stat
-import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from components.settings import RuntimeSettings
 from components.training.optimizers import build_optimizer, offload_configuration
 from components.training.settings import DitStageSettings
 
@@ -32,12 +34,15 @@ T = TypeVar("T")
 Device = Literal["cpu", "cuda"]
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+HEARTBEATS = "ULTRAFLUX_HEARTBEATS"
+"""Names a folder with a file per rank, touched when the rank gets on."""
+_BEAT_EVERY_S = 1.0
 # Upper limit of DeepSpeed's communication buckets in elements (its default is 5e8).
 BUCKET_ELEMENTS = 200_000_000
 
 
-class TrainingFailed(RuntimeError):
-    """A launched training process ended with an error; its own message is on stderr."""
+def _no_beat() -> None:
+    """Nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    beat: Callable[[], None] = _no_beat
+    """Called after every meeting with the other ranks."""
 
     @property
     def is_first(self) -> bool:
@@ -57,6 +64,7 @@ class Ranks:
         """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier()
+            self.beat()
 
     def gather(self, value: T) -> list[T]:
         """Values of all ranks in rank order, on every rank."""
@@ -64,7 +72,13 @@ class Ranks:
             return [value]
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, value)
+        self.beat()
         return everyone
+
+
+def collective_timeout(runtime: RuntimeSettings) -> timedelta:
+    """How long a rank waits for the others."""
+    return timedelta(minutes=runtime.collective_timeout_minutes)
 
 
 def training_environment(device: Device, ranks_on_this_host_only: bool = True) -> dict[str, str]:
@@ -85,11 +99,32 @@ def training_environment(device: Device, ranks_on_this_host_only: bool = True) -
     return environment
 
 
+class Heartbeat:
+    """Touches a file, at most once a second, so that a launcher sees that a rank gets on."""
+
+    def __init__(self, file: Path) -> None:
+        """Touch `file` now."""
+        self._file = file
+        file.touch()
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        """This rank has got on."""
+        now = time.monotonic()
+        if now - self._last >= _BEAT_EVERY_S:
+            self._file.touch()
+            self._last = now
+
+
 @contextmanager
-def open_ranks(device: Device) -> Iterator[Ranks]:
+def open_ranks(device: Device, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[Ranks]:
     """Join the process group (that of torchrun where there is one, else of this process alone).
 
     A lone process uses a store in memory, so no port is opened.
+
+    Args:
+        device: where the model trains.
+        timeout: how long a rank waits for the others before it fails.
     """
     for name, value in training_environment(device).items():
         os.environ.setdefault(name, value)
@@ -101,12 +136,12 @@ def open_ranks(device: Device) -> Iterator[Ranks]:
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     store = dist.HashStore() if world_size == 1 else None  # type: ignore[attr-defined]
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    folder = os.environ.get(HEARTBEATS)
+    beat = Heartbeat(Path(folder) / f"{rank:05d}") if folder else _no_beat
     target = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     try:
-        yield Ranks(rank, world_size, target)
+        yield Ranks(rank, world_size, target, beat)
     finally:
         _leave_ranks()
 
@@ -138,54 +173,21 @@ def deterministic_torch(threads: int) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[1])
 
 
-def launch(module: str, arguments: list[str], processes: int, device: Device, threads: int) -> None:
-    """Run `python -m module arguments` in `processes` ranks on this host and wait.
-
-    torchrun picks free ports on the loopback interface. The ranks hold the read end of a pipe to
-    this process and stop when it closes, so they never outlive it (see `exit_with_parent`).
-
-    Raises:
-        TrainingFailed: a rank failed.
-    """
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    where = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    ranks = ["--local-addr=127.0.0.1", f"--nproc-per-node={processes}", "--module", module]
-    environment = {**os.environ, **training_environment(device)}
-    environment["OMP_NUM_THREADS"] = str(threads)
-    # The ranks import this project wherever they are started.
-    above = Path(__file__).resolve().parents[2]
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(above), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    process = subprocess.Popen(
-        [*torchrun, *where, *ranks, *arguments], env=environment, stdin=subprocess.PIPE
-    )
-    try:
-        code = process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-    if code:
-        raise TrainingFailed(
-            f"{module}: one of {processes} training processes failed (exit {code})"
-        )
-
-
 def exit_with_parent() -> None:
     """End this process when the pipe at its standard input closes: its launcher is gone.
 
-    Without a pipe (a terminal, /dev/null) there is nothing to watch.
+    Without a pipe (a terminal, /dev/null) there is nothing to watch. torchrun is ended as well, so
+    that it does not restart the ranks.
     """
     if not stat.S_ISFIFO(os.fstat(0).st_mode):
         return
+    torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def watch() -> None:
         while os.read(0, 4096):
             pass
+        if torchrun is not None and os.getppid() == torchrun:
+            os.kill(torchrun, signal.SIGTERM)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()

@@ -162,6 +162,7 @@ class ValidationSet:
                 own = objective_loss(objective, velocity, batch).tolist()
                 for (level, repeat), a, b in zip(part, plain, own, strict=True):
                     mine[level, image_id, repeat] = (a, b)
+                ranks.beat()
         everyone = {key: value for part in ranks.gather(mine) for key, value in part.items()}
         return _by_level(everyone)
 

@@ -1,5 +1,7 @@
 """One process of a DiT training run: `python -m components.training.dit_worker JOB.json`.
 
+With `--join`, on the further nodes of a run: launch this node's processes.
+
 `run_job` is the front door: one process trains right here, more are launched through torchrun,
 and both go through `train_here`.
 """
@@ -10,25 +12,33 @@ import os
 import sys
 from pathlib import Path
 
+from components.models.weights import WeightsMissing
+from components.training.checkpoints import DiskFull
 from components.training.distributed import (
+    collective_timeout,
     deterministic_torch,
     exit_with_parent,
-    launch,
     open_ranks,
 )
-from components.training.dit_trainer import DitJob, train
+from components.training.dit_trainer import DitJob, TrainingDiverged, train
+from components.training.supervision import launch, reporting_failures
 
 JOB_FILE = "job.json"
+WORKER = "components.training.dit_worker"
+LASTING = (TrainingDiverged, DiskFull, WeightsMissing, ValueError, LookupError, PermissionError)
+"""Failures that another attempt would only repeat."""
 
 
 def run_job(job: DitJob) -> None:
-    """Train `job` to its end with `job.runtime.processes` processes on this host.
+    """Train `job` to its end with `job.runtime.processes` processes on this node.
 
     Raises:
         TrainingDiverged: (one process) a loss or gradient is not finite.
-        TrainingFailed: (several processes) a rank failed; its message is on stderr.
+        CheckpointFailed: (one process) a checkpoint could not be written.
+        TrainingRefused: (several processes) a rank failed in a way that a retry would repeat.
+        TrainingFailed: (several processes) a rank failed; names it, its last words and the logs.
     """
-    if job.runtime.processes == 1:
+    if job.runtime.processes * job.runtime.nodes == 1:
         train_here(job)
         return
     job.state_dir.mkdir(parents=True, exist_ok=True)
@@ -36,26 +46,26 @@ def run_job(job: DitJob) -> None:
     temporary = path.with_name(f".{JOB_FILE}.{os.getpid()}")
     temporary.write_text(job.model_dump_json(indent=1), encoding="utf-8")
     temporary.replace(path)
-    launch(
-        "components.training.dit_worker",
-        [str(path.resolve())],
-        job.runtime.processes,
-        job.runtime.device,
-        job.runtime.torch_threads,
-    )
+    launch(WORKER, [str(path.resolve())], job.runtime, job.state_dir)
 
 
 def train_here(job: DitJob) -> None:
     """This process's share of the training."""
-    with deterministic_torch(job.runtime.torch_threads), open_ranks(job.runtime.device) as ranks:
+    wait = collective_timeout(job.runtime)
+    ranks_here = open_ranks(job.runtime.device, wait)
+    with deterministic_torch(job.runtime.torch_threads), ranks_here as ranks:
         train(job, ranks)
 
 
 def main() -> None:
-    """Entry point of a launched rank."""
+    """Entry point of a launched rank, or of a further node."""
     exit_with_parent()
     job = DitJob.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"), strict=False)
-    train_here(job)
+    if "--join" in sys.argv:
+        launch(WORKER, sys.argv[1:2], job.runtime, job.state_dir, joins=True)
+        return
+    with reporting_failures(LASTING):
+        train_here(job)
 
 
 if __name__ == "__main__":

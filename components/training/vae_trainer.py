@@ -176,6 +176,7 @@ class _Run:
         names = ["loss" if name == "total" else f"loss_{name}" for name in terms]
         values = torch.stack(list(terms.values()))
         dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        self.ranks.beat()
         values /= self.ranks.world_size
         measured = dict(zip(names, values.tolist(), strict=True)) | {"grad_norm": float(norm)}
         # Every rank sees the same averages, so all of them stop, before the weights are spoilt.

@@ -11,23 +11,29 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from components.corpus.decoding import ImageUndecodable
 from components.corpus.original_lookup import Original
 from components.models.base_autoencoder import load_base_autoencoder
+from components.models.weights import WeightsMissing
 from components.settings import AutoencoderSettings, RuntimeSettings
 from components.training.distributed import (
     Ranks,
+    collective_timeout,
     deterministic_torch,
     exit_with_parent,
-    launch,
     open_ranks,
 )
 from components.training.metric_log import MetricLog
 from components.training.settings import VaeSettings
-from components.training.vae_data import Photograph, WorkingCopies
+from components.training.supervision import launch, reporting_failures
+from components.training.vae_data import Photograph, PhotographTooSmall, WorkingCopies
 from components.training.vae_export import export_training
-from components.training.vae_trainer import train_vae
+from components.training.vae_trainer import LossNotFinite, train_vae
 
 JOB_FILE = "job.json"
+WORKER = "components.training.vae_worker"
+LASTING = (LossNotFinite, PhotographTooSmall, ImageUndecodable, WeightsMissing, ValueError)
+"""Failures that another attempt would only repeat."""
 
 
 class VaeJob(BaseModel):
@@ -56,26 +62,21 @@ def run_job(job: VaeJob) -> None:
     """Train, and export to `job.export_dir`; continues from the newest checkpoint.
 
     Raises:
-        LossNotFinite: training diverged (with several ranks: `TrainingFailed`).
+        LossNotFinite: training diverged (with several ranks: `TrainingRefused`).
+        TrainingFailed: (several ranks) a rank failed; names it, its last words and the logs.
     """
     job.state_dir.mkdir(parents=True, exist_ok=True)
     # Before any rank starts, so that they do not all decode the same files.
     _copies(job, job.photographs)
     _copies(job, job.held_out)
-    if job.runtime.processes == 1:
+    if job.runtime.processes * job.runtime.nodes == 1:
         train_here(job)
         return
     path = job.state_dir / JOB_FILE
     temporary = path.with_name(f".{JOB_FILE}.{os.getpid()}")
     temporary.write_text(job.model_dump_json(indent=1), encoding="utf-8")
     temporary.replace(path)
-    launch(
-        "components.training.vae_worker",
-        [str(path.resolve())],
-        job.runtime.processes,
-        job.runtime.device,
-        job.runtime.torch_threads,
-    )
+    launch(WORKER, [str(path.resolve())], job.runtime, job.state_dir)
 
 
 def _copies(job: VaeJob, originals: tuple[Original, ...]) -> WorkingCopies:
@@ -90,7 +91,9 @@ def _copies(job: VaeJob, originals: tuple[Original, ...]) -> WorkingCopies:
 
 def train_here(job: VaeJob) -> None:
     """This process's share of the training; rank 0 exports."""
-    with deterministic_torch(job.runtime.torch_threads), open_ranks(job.runtime.device) as ranks:
+    wait = collective_timeout(job.runtime)
+    ranks_here = open_ranks(job.runtime.device, wait)
+    with deterministic_torch(job.runtime.torch_threads), ranks_here as ranks:
         _train(job, ranks)
 
 
@@ -115,7 +118,12 @@ def main() -> None:
     """Entry point of a launched rank."""
     exit_with_parent()
     text = Path(sys.argv[1]).read_text(encoding="utf-8")
-    train_here(VaeJob.model_validate_json(text, strict=False))
+    job = VaeJob.model_validate_json(text, strict=False)
+    if "--join" in sys.argv:
+        launch(WORKER, sys.argv[1:2], job.runtime, job.state_dir, joins=True)
+        return
+    with reporting_failures(LASTING):
+        train_here(job)
 
 
 if __name__ == "__main__":

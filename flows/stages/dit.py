@@ -12,9 +12,11 @@ from components.models.weights import require_class, resolve_folder
 from components.settings import AutoencoderSettings
 from components.training import dit_curves
 from components.training.backbones import BACKBONES
+from components.training.checkpoints import DiskFull
 from components.training.dit_trainer import DitJob, TrainingDiverged
 from components.training.dit_worker import run_job
 from components.training.settings import DitStageSettings
+from components.training.supervision import TrainingRefused, restarts
 from components.training.throughput import WAIT_WARNING
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
@@ -93,8 +95,10 @@ def run_dit(
     `metrics.json`, `curves.png`.
 
     Raises:
-        StageFailed: training diverged (a retry would do the same).
-        TrainingFailed: a rank died; a retry goes on from the last checkpoint.
+        StageFailed: training diverged, or the disk is full (a retry would do the same).
+        TrainingFailed: a rank died more often than `runtime.max_restarts`; a retry goes on from
+            the last checkpoint.
+        CheckpointFailed: a checkpoint could not be written, and not for lack of room.
         ValueError: the inputs do not allow any training.
     """
     job = DitJob(
@@ -115,7 +119,7 @@ def run_dit(
     )
     try:
         run_job(job)
-    except TrainingDiverged as problem:
+    except (TrainingDiverged, DiskFull, TrainingRefused) as problem:
         raise StageFailed(str(problem)) from problem
     return _describe(context, job)
 
@@ -131,15 +135,19 @@ def _describe(context: StageContext, job: DitJob) -> StageResult:
     text = json.dumps(metrics, indent=2, sort_keys=True) + "\n"
     dit_curves.write_aside(out / "metrics.json", lambda path: path.write_text(text))
     waits = sum(1 for row in rows if WAIT_WARNING in row)
+    restarted = restarts(job.state_dir)
     first, last = metrics["validation_loss_first"], metrics["validation_loss_last"]
     return StageResult(
         metrics=metrics,
         artifacts=(out / "curves.png", out / "history.csv", out / "validation.csv"),
-        tags=_lineage(job) | {"data_wait.warnings": str(waits)},
+        tags=_lineage(job)
+        | {"data_wait.warnings": str(waits), "restarts": str(len(restarted))}
+        | {f"restarts.{number}": str(failure) for number, failure in enumerate(restarted, 1)},
         summary=(
             f"{job.settings.steps} steps, validation loss {first:.4f} -> {last:.4f} "
             f"({-metrics['validation_loss_drop']:+.1%})"
             + (f"; waited too long for data, {waits} warnings" if waits else "")
+            + (f"; {len(restarted)} restarts, last: {restarted[-1]}" if restarted else "")
         ),
     )
 

@@ -9,7 +9,7 @@ from components.corpus.decoding import ImageUndecodable
 from components.corpus.manifest import read_table
 from components.corpus.original_lookup import Original, OriginalLookup
 from components.models.weights import WeightsMissing, folder_digest
-from components.training.distributed import TrainingFailed
+from components.training.supervision import TrainingRefused
 from components.training.vae_data import PhotographTooSmall
 from components.training.vae_trainer import LossNotFinite
 from components.training.vae_worker import VaeJob, run_job
@@ -59,7 +59,7 @@ def run(context: StageContext) -> StageResult:
         ImageUndecodable,
         LossNotFinite,
         PhotographTooSmall,
-        TrainingFailed,
+        TrainingRefused,
         WeightsMissing,
     ) as problem:
         raise StageFailed(f"vae: {problem}") from problem
