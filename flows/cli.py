@@ -10,12 +10,14 @@ import typer
 
 from flows import (
     ablate_command,
+    compare_command,
     corpus_commands,
     diagnose_commands,
     environment,
     evaluate_command,
     generate_command,
     judge_command,
+    lineage_command,
     plan_command,
     store_commands,
     weights_commands,
@@ -256,6 +258,12 @@ app.command("ablate", epilog=ablate_command.EPILOG, rich_help_panel=IMAGES)(abla
 app.command("judge", epilog=judge_command.EPILOG, rich_help_panel=IMAGES)(judge_command.judge)
 app.command("evaluate", epilog=evaluate_command.EPILOG, rich_help_panel=IMAGES)(
     evaluate_command.evaluate
+)
+app.command("compare", epilog=compare_command.EPILOG, rich_help_panel=PIPELINE)(
+    compare_command.compare
+)
+app.command("lineage", epilog=lineage_command.EPILOG, rich_help_panel=PIPELINE)(
+    lineage_command.lineage
 )
 app.command("plan", epilog=plan_command.EPILOG, rich_help_panel=PIPELINE)(plan_command.plan)
 app.command(

@@ -20,12 +20,13 @@ from components.settings import load_settings
 from flows import environment, versioning
 from flows.console import PipelineConsole
 from flows.execution import flatten
-from flows.provenance import provenance_tags
+from flows.provenance import changes_since_commit, provenance_tags
 from flows.records import (
     Record,
     RunDescription,
     RunResult,
     Status,
+    all_records,
     close_interrupted,
     latest_finished,
     open_record,
@@ -35,6 +36,8 @@ from flows.scheduler import Report, run_graph
 from flows.tracking import UploaderProcess
 
 Engine = Literal["local", "prefect"]
+CHANGES_FILE = "changes.diff"
+"""In a pipeline's record: tracked changes beyond its commit."""
 
 PHOTO_SOURCES = {
     "folder": "photographs",
@@ -117,6 +120,7 @@ def run_pipeline(root: Path, *, engine: Engine, force: bool = False) -> Pipeline
     graph = versioning.stage_graph(root)
     stale = versioning.stale_stages(root, graph)
     record = open_record(root, _description(root, engine))
+    kept = _keep_sources(root, record)
     uploader = UploaderProcess(root)
     runner = StageRunner(root, graph, parent_record=record.record_id, stale=stale, force=force)
     interrupted = False
@@ -144,7 +148,7 @@ def run_pipeline(root: Path, *, engine: Engine, force: bool = False) -> Pipeline
     console.summarise(outcomes.values())
     summary = PipelineSummary(outcomes, time.monotonic() - started, interrupted)
     close_interrupted(root, record.record_id)
-    record.finish(_result(root, summary))
+    record.finish(_result(root, summary, [*kept, *_keep(root, record, "dvc.lock")]))
     console.console.print("Sending the rest to MLflow")
     if not uploader.drain():
         console.console.print("MLflow does not answer: send it later with `ultraflux sync`")
@@ -191,13 +195,39 @@ def _description(root: Path, engine: Engine) -> RunDescription:
     )
 
 
-def _result(root: Path, summary: PipelineSummary) -> RunResult:
+def _maker(root: Path, name: str) -> Record | None:
+    """The run that made a stage's present outputs: DVC may have restored those of an older one."""
+    entry = versioning.lock_entry(root, name) or {}
+    outputs = versioning.hashes(entry.get("outs", []))
+    made = [r for r in all_records(root) if outputs and r.outputs == outputs]
+    return made[-1] if made else latest_finished(root, name)
+
+
+def _keep(root: Path, record: Record, name: str, data: bytes | None = None) -> list[str]:
+    """Copy a file of the clone (or `data`) into the record; its path, where there is anything."""
+    if data is None:
+        source = root / name
+        data = source.read_bytes() if source.is_file() else b""
+    if not data:
+        return []
+    kept = record.folder / name
+    kept.write_bytes(data)
+    return [str(kept.relative_to(root))]
+
+
+def _keep_sources(root: Path, record: Record) -> list[str]:
+    """The settings as they are now, and what the code differs in from its commit."""
+    diff = _keep(root, record, CHANGES_FILE, changes_since_commit(root))
+    return [*_keep(root, record, "params.yaml"), *diff]
+
+
+def _result(root: Path, summary: PipelineSummary, kept: list[str]) -> RunResult:
     """The pipeline's record: which run made each stage's present result, and the report."""
     tags: dict[str, str] = {}
     metrics: dict[str, float] = {"pipeline_seconds": summary.seconds}
     for name, outcome in summary.outcomes.items():
         tags[f"stage.{name}"] = outcome.status
-        made_by: Record | None = latest_finished(root, name)
+        made_by: Record | None = _maker(root, name)
         if made_by is not None and outcome.ok:
             tags[f"stage.{name}.run_id"] = made_by.mlflow_run_id or made_by.record_id
             result = made_by.result
@@ -208,4 +238,5 @@ def _result(root: Path, summary: PipelineSummary) -> RunResult:
     text = ", ".join(f"{counts.count(kind)} {kind}" for kind in sorted(set(counts)))
     report = root / "data" / "evaluate" / "report.html"
     artifacts = [str(report.relative_to(root))] if report.is_file() and summary.ok else []
+    artifacts += kept
     return RunResult(status=status, metrics=metrics, tags=tags, artifacts=artifacts, summary=text)

@@ -67,7 +67,13 @@ def _undeclared_outputs(root: Path, node: versioning.StageNode) -> list[str]:
     ]
 
 
-def _describe(root: Path, node: versioning.StageNode, key: str, state_dir: Path) -> RunDescription:
+def _describe(
+    root: Path,
+    node: versioning.StageNode,
+    key: str,
+    inputs: dict[str, str],
+    state_dir: Path,
+) -> RunDescription:
     from flows.provenance import provenance_tags
 
     parent = os.environ.get(PARENT_RECORD)
@@ -87,6 +93,7 @@ def _describe(root: Path, node: versioning.StageNode, key: str, state_dir: Path)
         images_dir=str((state_dir / "samples").relative_to(root)),
         params=stage_parameters(root, node.name),
         tags=tags,
+        inputs=inputs,
     )
 
 
@@ -143,10 +150,10 @@ def run_stage(name: str, root: Path) -> int:
         graph = versioning.stage_graph(root)
         if name not in graph:
             raise StageFailed(f"no stage '{name}' in dvc.yaml; stages: {', '.join(graph)}")
-        key = versioning.stage_key(root, name)
+        key, inputs = versioning.stage_identity(root, name)
         state_dir = root / "runs" / name / key[:16]
         state_dir.mkdir(parents=True, exist_ok=True)
-        record = open_record(root, _describe(root, graph[name], key, state_dir))
+        record = open_record(root, _describe(root, graph[name], key, inputs, state_dir))
         if PARENT_RECORD not in os.environ:
             from flows.tracking import UploaderProcess
 

@@ -55,6 +55,8 @@ class RunDescription:
     """Folder of `step-<number>.png` pictures, relative to the repository root."""
     params: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    """DVC hash by path of what a stage reads, code included."""
     started_ms: int = field(default_factory=lambda: int(time.time() * 1000))
     version: int = RECORD_VERSION
 

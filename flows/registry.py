@@ -79,3 +79,44 @@ def register(
     if promotion.alias is not None:
         client.set_registered_model_alias(promotion.model, promotion.alias, version.version)
     return version
+
+
+@dataclass(frozen=True)
+class RegisteredWeights:
+    """A model version and the weights that it stands for."""
+
+    model: str
+    version: str
+    """Empty where only a local record tells of it."""
+    digest: str
+    path: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Such as "ultraflux-transformer version 3 (champion)"."""
+        version = f" version {self.version}" if self.version else ", version unknown"
+        return self.model + version + (f" ({', '.join(self.aliases)})" if self.aliases else "")
+
+
+def registered_weights(client: MlflowClient) -> list[RegisteredWeights]:
+    """Every registered version that carries a digest."""
+    found = []
+    for model in client.search_registered_models():
+        aliases = dict(model.aliases or {})
+        for version in client.search_model_versions(f"name='{model.name}'"):
+            tags = version.tags or {}
+            if DIGEST_TAG in tags:
+                names = tuple(
+                    sorted(a for a, v in aliases.items() if str(v) == str(version.version))
+                )
+                found.append(
+                    RegisteredWeights(
+                        model=model.name,
+                        version=str(version.version),
+                        digest=tags[DIGEST_TAG],
+                        path=tags.get("weights.path", ""),
+                        aliases=names,
+                    )
+                )
+    return found

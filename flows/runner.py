@@ -182,7 +182,7 @@ class StageRunner:
         if outcome.status != "ran":
             return
         entry = versioning.lock_entry(self.root, outcome.name) or {}
-        hashes = {out["path"]: str(out.get("md5", "")) for out in entry.get("outs", [])}
+        hashes = versioning.hashes(entry.get("outs", []))
         for folder in records_dir(self.root).glob(f"{outcome.name}-*"):
             record = Record(folder)
             if record.run.parent == self.parent_record:

@@ -125,6 +125,9 @@ class Uploader:
 
         run = record.run
         tags = {"ultraflux.record": record.record_id, "ultraflux.kind": run.kind, **run.tags}
+        # Code files are the commit's; what is data is not in git.
+        data = {path: md5 for path, md5 in run.inputs.items() if path.startswith("data/")}
+        tags |= {f"dvc.in.{path}": md5 for path, md5 in data.items()}
         if run.parent is not None:
             parent = Record(record.folder.parent / run.parent).mlflow_run_id
             if parent is None:

@@ -163,6 +163,12 @@ def stage_key(root: Path, name: str) -> str:
     Equal keys mean that the same command would see the same inputs, so unfinished work under this
     key can be continued.
     """
+    return stage_identity(root, name)[0]
+
+
+def stage_identity(root: Path, name: str) -> tuple[str, dict[str, str]]:
+    """The stage's key and what it hashes of files: DVC hash by path of every dependency."""
+    inputs: dict[str, str] = {}
     with _repo(root) as repo:
         stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
         parts: list[Any] = [stage.cmd]
@@ -173,8 +179,9 @@ def stage_key(root: Path, name: str) -> str:
             else:
                 dep.save()
                 parts.append([dep.def_path, dep.hash_info.value])
+                inputs[str(dep.def_path)] = str(dep.hash_info.value)
     text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest(), inputs
 
 
 def add(root: Path, folder: str) -> None:
@@ -194,6 +201,23 @@ def add(root: Path, folder: str) -> None:
         raise ValueError(f"dvc add {folder}: {said.removeprefix('ERROR: ')}")
 
 
+def cache_folder(root: Path) -> Path:
+    """Where this clone's DVC cache keeps files by md5 (shared caches lie elsewhere)."""
+    with _repo(root) as repo:
+        return Path(repo.cache.local.path)
+
+
+def locked_stages(text: str) -> dict[str, Any]:
+    """`stages` of a dvc.lock's text; empty for an empty one."""
+    stages: dict[str, Any] = (yaml.safe_load(text) or {}).get("stages", {})
+    return stages
+
+
+def hashes(entries: list[dict[str, Any]]) -> dict[str, str]:
+    """Hash by path of `deps` or `outs` in dvc.lock."""
+    return {entry["path"]: str(entry.get("md5", "")) for entry in entries}
+
+
 def lock_entry(root: Path, name: str) -> dict[str, Any] | None:
     """What dvc.lock says of a stage: cmd, deps, params, outs with hashes; None if it never ran."""
     return _locked_stages(root).get(name)
@@ -202,7 +226,6 @@ def lock_entry(root: Path, name: str) -> dict[str, Any] | None:
 def _locked_stages(root: Path) -> dict[str, Any]:
     """`stages` of dvc.lock, empty before the first run."""
     try:
-        lock = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8")) or {}
+        return locked_stages((root / "dvc.lock").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    return lock.get("stages", {})

@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -138,6 +139,26 @@ def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(project: Path
     later = [run for run in pipelines if run.info.run_id != first.info.run_id]
     for run in later:
         assert run.data.tags["stage.vae.run_id"] == vae.info.run_id
+
+
+def test_lineage_walks_from_a_generated_picture_to_photographs_and_back(project: Path) -> None:
+    picture = sorted((project / "data/generate/images").glob("*.png"))[0]
+    done = ultraflux(project, "lineage", str(picture), "--json")
+    assert done.returncode == 0, done.stderr
+
+    def steps(node: dict[str, Any]) -> list[dict[str, Any]]:
+        return [node, *(found for child in node["children"] for found in steps(child))]
+
+    back = steps(json.loads(done.stdout))
+    assert [step["title"] for step in back if step["kind"] == "missing"] == []
+    photos = {s["title"] for s in back if s["kind"] == "photograph"}
+    assert photos
+    assert photos <= {f"data/sample/{name}" for name in PHOTOS}
+    runs = {step["title"].split()[0] for step in back if step["kind"] == "run"}
+    assert {"ingest", "slices", "vae", "dit_stage1", "dit_stage2", "generate"} <= runs
+    stage2 = pandas.read_parquet(project / "data/slices/stage2.parquet")["uri"].iloc[0]
+    forth = steps(json.loads(ultraflux(project, "lineage", stage2, "--json").stdout))
+    assert picture.name in {step["title"] for step in forth if step["kind"] == "picture"}
 
 
 def test_the_report_and_the_images_are_there(project: Path) -> None:
