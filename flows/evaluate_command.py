@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -193,6 +193,7 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
     from rich.table import Table
 
     from components.evaluation.cards import card
+    from components.evaluation.published import TABLES_OF_SUITE
 
     console = Console()
     systems = sorted(set(result.table["system"]))
@@ -211,7 +212,8 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
         cells = [_number(result.metrics, f"{prefix}.{i}", card(i).decimals) for i in measured]
         table.add_row(prefix, *cells)
     console.print(table)
-    for published in _published(suite.name):
+    published = TABLES_OF_SUITE.get(suite.name)
+    if published is not None:
         beside = Table(
             title=f"Published, other pictures and weights: {published.caption} "
             f"({published.source})",
@@ -220,25 +222,14 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
         beside.add_column("system")
         for column in published.columns:
             beside.add_column(column, justify="right")
-        for name, values in published.rows:
-            beside.add_row(name, *values)
+        for model, values in published.rows:
+            beside.add_row(model, *values)
         console.print(beside)
     for metric_id, reason in result.unavailable.items():
         console.print(f"not measured: {metric_id}: {reason}", markup=False, soft_wrap=True)
     errors = result.table[result.table["error"].notna()]
     for (name, error), rows in errors.groupby(["system", "error"]):
         console.print(f"no value: {name}: {len(rows)} ({error})", markup=False, soft_wrap=True)
-
-
-def _published(suite: str) -> tuple[Any, ...]:
-    from components.evaluation import published
-
-    tables = {
-        "aesthetic-eval-4096": (published.TEXT_TO_IMAGE,),
-        "reconstruction": (published.VAE_RECONSTRUCTION,),
-        "detail": (published.DETAIL,),
-    }
-    return tables.get(suite, ())
 
 
 def _log(

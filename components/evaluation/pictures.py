@@ -30,12 +30,17 @@ def thumbnail_uri(image: Image.Image, long_edge_px: int) -> str:
     return data_uri(buffer.getvalue(), "image/jpeg")
 
 
+def clean_png(path: Path) -> bytes:
+    """A picture as PNG of its pixels alone: text chunks of the file do not enter a page."""
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
 def picture_uri(path: Path, long_edge_px: int) -> str:
     """A PNG as it is when it fits into `long_edge_px`, else a JPEG copy that does."""
     with Image.open(path) as image:
         if max(image.size) > long_edge_px:
             return thumbnail_uri(image, long_edge_px)
-        # Saved anew, so that text chunks of the file do not enter the page.
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, format="PNG", optimize=True)
-    return data_uri(buffer.getvalue(), "image/png")
+    return data_uri(clean_png(path), "image/png")

@@ -19,6 +19,8 @@ class PublishedTable:
     """Metric names with their arrows, without the system column."""
     rows: tuple[tuple[str, tuple[str, ...]], ...]
     """(system, values in column order, digits as printed)."""
+    metrics: tuple[str, ...] = ()
+    """Ids of our metrics under the columns; empty where the table is not of one system each."""
 
 
 VAE_RECONSTRUCTION = PublishedTable(
@@ -30,6 +32,7 @@ VAE_RECONSTRUCTION = PublishedTable(
         ("Flux-VAE-F16-SC", ("0.588", "0.00736", "30.19", "0.846", "0.097")),
         ("UltraFlux-F16-VAE", ("0.547", "0.00657", "30.70", "0.852", "0.102")),
     ),
+    metrics=("rfid", "nmse", "psnr_db", "ssim", "lpips"),
 )
 
 TEXT_TO_IMAGE = PublishedTable(
@@ -51,6 +54,7 @@ TEXT_TO_IMAGE = PublishedTable(
         ("Diffusion-4K", ("152.43", "8.92", "21.88", "63.76", "33.00", "4.69", "27.51")),
         ("UltraFlux", ("143.11", "11.47", "22.69", "68.36", "34.62", "4.85", "46.13")),
     ),
+    metrics=("fid", "hpsv3", "pickscore", "artimuse", "clip_score", "qalign", "musiq"),
 )
 
 DETAIL = PublishedTable(
@@ -63,6 +67,7 @@ DETAIL = PublishedTable(
         ("SD3-F16@4096", ("0.73", "11.97")),
         ("SD3-F16-WLF@4096", ("0.77", "10.50")),
     ),
+    metrics=("glcm_score", "compression_ratio"),
 )
 
 ABLATION_LADDER = PublishedTable(
@@ -88,3 +93,10 @@ ABLATION_DATA_MODEL = PublishedTable(
         ("D: MultiAspect-4K-1M, UltraFlux", ("145.81", "10.78")),
     ),
 )
+
+TABLES_OF_SUITE: dict[str, PublishedTable] = {
+    "aesthetic-eval-4096": TEXT_TO_IMAGE,
+    "reconstruction": VAE_RECONSTRUCTION,
+    "detail": DETAIL,
+}
+"""Suite to the published table with its layout."""

@@ -9,26 +9,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 from markupsafe import Markup
 
 from components.evaluation import published, scores
 from components.evaluation.cards import CARDS, card, status
+from components.evaluation.report_page import (
+    RULE_NAMES,
+    SCRIPTS,
+    STYLES,
+    Cell,
+    ImageRow,
+    ImageTable,
+    Row,
+    Table,
+    Tile,
+    assets,
+    column_name,
+    environment,
+    fixed,
+    published_rows,
+)
 from components.evaluation.report_sources import (
     Corpus,
-    number,
     read_contract,
     read_corpus,
     read_crops,
     read_figures,
     read_samples,
 )
+from components.evaluation.viewer import EmbeddedPictures
 from components.settings import Settings
 
 CARD_LIMIT = 60
@@ -37,10 +50,6 @@ CROP_LIMIT = 12
 SAMPLE_LIMIT = 60
 ROW_LIMIT = 500
 
-RULE_NAMES = {
-    "vae_psnr_gain_db": "Autoencoder PSNR gain on held-out images (dB)",
-    "validation_loss_drop": "Transformer validation loss drop over both stages (fraction)",
-}
 SYSTEM_NAMES = {
     scores.RECONSTRUCTION_BEFORE: "base autoencoder",
     scores.RECONSTRUCTION_AFTER: "trained autoencoder",
@@ -58,59 +67,6 @@ _DETAIL_METRICS = (
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A table cell: value and, where n >= 2, its interval."""
-
-    text: str
-    interval: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a metrics table."""
-
-    name: str
-    cells: tuple[Cell, ...]
-    published: bool = False
-    first_ours: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A metrics table: published rows above ours."""
-
-    caption: str
-    source: str
-    first: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A headline number."""
-
-    label: str
-    value: str
-    detail: str
-
-
-def _published_rows(table: published.PublishedTable, extra_columns: int = 0) -> list[Row]:
-    blank = (Cell(""),) * extra_columns
-    return [
-        Row(name, tuple(Cell(value) for value in values) + blank, published=True)
-        for name, values in table.rows
-    ]
-
-
-def _fixed(value: float | None, metric: str) -> str:
-    """`value` with the digits of the metric's card; a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return number(value)
-    return f"{value:.{card(metric).decimals}f}"
-
-
 def _estimate_cell(table: pd.DataFrame, system: str, metric: str, settings: Settings) -> Cell:
     rows = table[table["system"] == system]
     value = scores.set_value(rows, metric)
@@ -123,15 +79,15 @@ def _estimate_cell(table: pd.DataFrame, system: str, metric: str, settings: Sett
     )
     # The interval is one of a mean, so a ratio of sums gets none.
     if estimate is None or metric == "compression_ratio":
-        return Cell(_fixed(value, metric))
+        return Cell(fixed(value, metric))
     return Cell(
-        _fixed(value, metric), f"{_fixed(estimate.low, metric)} to {_fixed(estimate.high, metric)}"
+        fixed(value, metric), f"{fixed(estimate.low, metric)} to {fixed(estimate.high, metric)}"
     )
 
 
 def _vae_table(table: pd.DataFrame, settings: Settings) -> Table:
-    metrics = ("rfid", "nmse", "psnr_db", "ssim", "lpips")
-    rows = _published_rows(published.VAE_RECONSTRUCTION)
+    metrics = published.VAE_RECONSTRUCTION.metrics
+    rows = published_rows(published.VAE_RECONSTRUCTION)
     ours = [
         (scores.RECONSTRUCTION_BEFORE, "this run, before"),
         (scores.RECONSTRUCTION_AFTER, "this run, after"),
@@ -152,14 +108,14 @@ def _vae_table(table: pd.DataFrame, settings: Settings) -> Table:
 
 
 def _detail_table(table: pd.DataFrame) -> Table:
-    columns = tuple(f"{card(m).name} {card(m).arrow}".strip() for m in _DETAIL_METRICS)
+    columns = tuple(column_name(m) for m in _DETAIL_METRICS)
     extra = len(columns) - len(published.DETAIL.columns)
-    rows = _published_rows(published.DETAIL, extra)
+    rows = published_rows(published.DETAIL, extra)
     first = True
     for system in (scores.GENERATED, scores.PHOTOGRAPHS):
         ours = table[(table["system"] == system)]
         for (height, width), stratum in ours.groupby(["height", "width"], sort=True):
-            cells = tuple(Cell(_fixed(scores.set_value(stratum, m), m)) for m in _DETAIL_METRICS)
+            cells = tuple(Cell(fixed(scores.set_value(stratum, m), m)) for m in _DETAIL_METRICS)
             count = stratum["image"].nunique()
             name = f"{SYSTEM_NAMES[system]}, {width} × {height} (n = {count})"
             rows.append(Row(name, cells, first_ours=first))
@@ -176,35 +132,12 @@ def _detail_table(table: pd.DataFrame) -> Table:
 
 def _text_to_image_table(table: pd.DataFrame) -> Table:
     source = published.TEXT_TO_IMAGE
-    rows = _published_rows(source)
+    rows = published_rows(source)
     count = table.loc[table["system"] == scores.GENERATED, ["image"]].nunique().iloc[0]
-    metrics = ("fid", "hpsv3", "pickscore", "artimuse", "clip_score", "qalign", "musiq")
     ours = table[table["system"] == scores.GENERATED]
-    cells = tuple(Cell(_fixed(scores.set_value(ours, metric), metric)) for metric in metrics)
+    cells = tuple(Cell(fixed(scores.set_value(ours, metric), metric)) for metric in source.metrics)
     rows.append(Row(f"this run (n = {count})", cells, first_ours=True))
     return Table(source.caption, source.source, "Model", source.columns, tuple(rows))
-
-
-@dataclass(frozen=True)
-class ImageRow:
-    """One image in a sortable table."""
-
-    image: str
-    system: str
-    height: int
-    width: int
-    cells: tuple[tuple[float | None, str], ...]
-    """(value to sort by, text)."""
-
-
-@dataclass(frozen=True)
-class ImageTable:
-    """A sortable table; `rows` may be fewer than `total`."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[ImageRow, ...]
-    total: int
 
 
 def _image_table(title: str, table: pd.DataFrame) -> ImageTable:
@@ -217,7 +150,7 @@ def _image_table(title: str, table: pd.DataFrame) -> ImageTable:
         values = dict(zip(group["metric"], group["value"], strict=True))
         measured = [(c.id, float(values.get(c.id, math.nan))) for c in metrics]
         cells = tuple(
-            (value, _fixed(value, name)) if math.isfinite(value) else (None, "–")
+            (value, fixed(value, name)) if math.isfinite(value) else (None, "–")
             for name, value in measured
         )
         shown = Path(image).stem if system == scores.GENERATED else image[:12]
@@ -226,7 +159,7 @@ def _image_table(title: str, table: pd.DataFrame) -> ImageTable:
         )
     order = list(SYSTEM_NAMES.values())
     rows.sort(key=lambda row: order.index(row.system) if row.system in order else len(order))
-    columns = tuple(f"{c.name} {c.arrow}".strip() for c in metrics)
+    columns = tuple(column_name(c.id) for c in metrics)
     return ImageTable(title, columns, tuple(rows[:ROW_LIMIT]), len(rows))
 
 
@@ -270,22 +203,6 @@ def _gain_text(metrics: Mapping[str, float]) -> str:
     return f"{text} ({low:+.2f} to {high:+.2f})." if low is not None else f"{text} (one image)."
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("components.evaluation", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    return environment
-
-
-def _asset(name: str) -> Markup:
-    return Markup(files("components.evaluation").joinpath("templates", name).read_text("utf-8"))
-
-
 def build_report(
     root: Path,
     settings: Settings,
@@ -314,7 +231,8 @@ def build_report(
     figures = [
         {"title": figure.title, "svg": Markup(figure.svg)} for figure in read_figures(data_dir)
     ]
-    crops = read_crops(data_dir, CROP_LIMIT)
+    embedded = EmbeddedPictures()
+    crops = read_crops(data_dir, CROP_LIMIT, embedded)
     samples = read_samples(data_dir, image_px, SAMPLE_LIMIT)
     measured = set(table.loc[table["value"].notna(), "metric"])
     per_image = _image_tables(table)
@@ -323,7 +241,7 @@ def build_report(
         ("corpus", "Corpus", bool(corpus.accepted_total or corpus.rejected_total)),
         ("contract", "Contract", contract is not None),
         ("training", "Training", bool(figures)),
-        ("autoencoder", "Autoencoder", bool(crops)),
+        ("autoencoder", "Autoencoder", bool(crops.items)),
         ("samples", "Samples", bool(samples)),
         ("metrics", "Metrics", True),
         ("images", "Per image", bool(per_image)),
@@ -333,15 +251,15 @@ def build_report(
     counts = table.groupby("system")["image"].nunique()
     smallest = int(counts.min()) if len(counts) else 0
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             title=f"{settings.project.name}: run report",
             profile=settings.project.profile,
             is_tiny=settings.models.autoencoder.pretrained is None,
             seed=settings.project.seed,
-            css=_asset("report.css"),
-            js=_asset("report.js"),
+            css=assets(STYLES),
+            js=assets(SCRIPTS),
             sections=[(key, name) for key, name, shown in sections if shown],
             tiles=_tiles(corpus, metrics, table),
             decision=decision,
@@ -349,7 +267,9 @@ def build_report(
             corpus=corpus,
             contract=contract,
             figures=figures,
-            crops=crops,
+            crops=crops.items,
+            viewer=crops.as_json(),
+            blocks=embedded.blocks,
             samples=samples,
             tables=[_vae_table(table, settings), _text_to_image_table(table), _detail_table(table)],
             gain_text=_gain_text(metrics),

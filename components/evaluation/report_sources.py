@@ -20,10 +20,19 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from components.evaluation.charts import Series, line_chart
-from components.evaluation.pictures import picture_uri, thumbnail_uri
+from components.evaluation.pictures import clean_png, picture_uri, thumbnail_uri
+from components.evaluation.viewer import (
+    EmbeddedPictures,
+    Layer,
+    ViewedItem,
+    ViewedPicture,
+    Viewer,
+)
 
 _THUMBNAIL_PX = 320
 _SMOOTHING = 0.9
+CROP_SYSTEMS = {"original": "original", "before": "base decoder", "after": "trained decoder"}
+"""Ending of the crop's file name to what the page calls it."""
 _NO_SERIES_COLUMNS = frozenset({"step", "epoch", "learning_rate", "lr"})
 
 
@@ -82,17 +91,6 @@ class Figure:
 
     title: str
     svg: str
-
-
-@dataclass(frozen=True)
-class CropTriple:
-    """A held-out crop: original, base autoencoder, trained autoencoder."""
-
-    name: str
-    original: str
-    before: str
-    after: str
-    size_px: int
 
 
 @dataclass(frozen=True)
@@ -326,19 +324,30 @@ def read_figures(data_dir: Path) -> list[Figure]:
     return figures
 
 
-def read_crops(data_dir: Path, limit: int) -> list[CropTriple]:
-    """Before/after crops of the vae stage, at their native pixels."""
+def read_crops(data_dir: Path, limit: int, embedded: EmbeddedPictures) -> Viewer:
+    """Before/after crops of the vae stage, at their native pixels.
+
+    Args:
+        data_dir: where the stages write.
+        limit: crops at most.
+        embedded: receives the pictures.
+    """
     folder = data_dir / "vae" / "crops"
-    triples: list[CropTriple] = []
+    items: list[ViewedItem] = []
     for original in sorted(folder.glob("*_original.png"))[:limit]:
         name = original.name.removesuffix("_original.png")
-        paths = [original] + [folder / f"{name}_{kind}.png" for kind in ("before", "after")]
-        if all(path.exists() for path in paths):
-            with Image.open(original) as image:
-                edge = max(image.size)
-            uris = [picture_uri(path, 1024) for path in paths]
-            triples.append(CropTriple(name, uris[0], uris[1], uris[2], edge))
-    return triples
+        paths = {system: folder / f"{name}_{kind}.png" for kind, system in CROP_SYSTEMS.items()}
+        if not all(path.exists() for path in paths.values()):
+            continue
+        pictures = {}
+        for system, path in paths.items():
+            with Image.open(path) as image:
+                width, height = image.size
+            picture = embedded.add(clean_png(path), "image/png")
+            layer = Layer(0, 0, height, width, picture)
+            pictures[system] = ViewedPicture(height, width, (layer,), picture)
+        items.append(ViewedItem(name, f"Held-out crop {name}", pictures))
+    return Viewer(tuple(CROP_SYSTEMS.values()), items)
 
 
 def read_samples(data_dir: Path, long_edge_px: int, limit: int) -> list[SampleGroup]:
