@@ -19,6 +19,7 @@ from flows import (
     judge_command,
     lineage_command,
     plan_command,
+    report_command,
     store_commands,
     weights_commands,
 )
@@ -265,6 +266,7 @@ app.command("compare", epilog=compare_command.EPILOG, rich_help_panel=PIPELINE)(
 app.command("lineage", epilog=lineage_command.EPILOG, rich_help_panel=PIPELINE)(
     lineage_command.lineage
 )
+app.command("report", epilog=report_command.EPILOG, rich_help_panel=IMAGES)(report_command.report)
 app.command("plan", epilog=plan_command.EPILOG, rich_help_panel=PIPELINE)(plan_command.plan)
 app.command(
     "select",

@@ -1,10 +1,90 @@
-"""A tiny saved pipeline for tests of systems under test."""
+"""A tiny pipeline, an evaluation as `ultraflux evaluate` leaves it, and a browser for its page."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
+
+from components.evaluation.cards import card
+from components.evaluation.suite_scores import headline
+
+HEIGHT, WIDTH, ITEMS = 540, 700, 8
+# Item 3 is where "mine" loses most PSNR (9 dB), item 5 where it loses most SSIM.
+PSNR = {"base": [30.0 + n for n in range(ITEMS)], "mine": [29, 30, 31, 24, 33, 34, 35, 40]}
+SSIM = {"base": [0.9] * ITEMS, "mine": [0.95, 0.85, 0.9, 0.89, 0.9, 0.5, 0.9, 0.9]}
+
+
+def write_pictures(root: Path) -> list[dict[str, str]]:
+    """Smooth pictures with one rectangle of noise each, in two systems."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for system, offset in (("base", 0), ("mine", 12)):
+        (root / system).mkdir(parents=True)
+        for number in range(ITEMS):
+            ramp = np.linspace(0, 200, WIDTH)[None, :, None] + offset
+            pixels = np.broadcast_to(ramp, (HEIGHT, WIDTH, 3)).astype(np.uint8).copy()
+            pixels[40:100, 300:400] = rng.integers(0, 255, (60, 100, 3), dtype=np.uint8)
+            pixels[:20, : 20 * (number + 1)] = 255
+            path = root / system / f"{number}.png"
+            Image.fromarray(pixels).save(path)
+            pictures.append(
+                {"system": system, "item": f"item{number}", "path": f"{system}/{number}.png"}
+                | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+                | {"prompt": f"<b>prompt</b> {number} & more", "reference": f"base/{number}.png"}
+            )
+    return pictures
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an evaluation of two systems on eight items; its pictures lie in the parent."""
+    tmp_path = tmp_path_factory.mktemp("suite")
+    pictures = write_pictures(tmp_path)
+    rows = [
+        {"image": Path(p["path"]).name, "system": p["system"], "height": HEIGHT, "width": WIDTH}
+        | {"metric": metric, "protocol": card(metric).protocol, "item": p["item"]}
+        | {"value": float(values[p["system"]][int(p["item"][4:])]), "stratum": "700x540"}
+        | {"image_sha256": p["sha256"], "error": None}
+        for p in pictures
+        for metric, values in (("psnr_db", PSNR), ("ssim", SSIM))
+    ]
+    table = pd.DataFrame(rows)
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    table.to_parquet(folder / "scores.parquet", index=False)
+    description = {
+        "suite": "reconstruction",
+        "protocol": "reconstruction-4096/v1",
+        "items": ITEMS,
+        "metrics": headline(table, resamples=200, seed=0) | {"mine.rfid": 1.25},
+        "unavailable": {"lpips": "weights missing"},
+        "failed_systems": {},
+    }
+    (folder / "metrics.json").write_text(json.dumps(description))
+    lines = "\n".join(json.dumps(picture) for picture in pictures)
+    (folder / "pictures.jsonl").write_text(lines + "\n")
+    return folder
+
+
+@pytest.fixture
+def browser(root: Path) -> ModuleType:
+    """The DevTools client of the benchmarks; `browser.open_browser()` needs Debian's chromium."""
+    spec = importlib.util.spec_from_file_location("browser", root / "benchmarks" / "browser.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["browser"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
