@@ -118,6 +118,8 @@ class Tab:
         named = {"key": key, "code": code or key} | ({"text": text} if text else {})
         if key == "Enter":
             named |= {"windowsVirtualKeyCode": 13, "text": "\r"}
+        elif key == "Escape":
+            named["windowsVirtualKeyCode"] = 27
         await self.call("Input.dispatchKeyEvent", type="keyDown", **named)
         await self.call("Input.dispatchKeyEvent", type="keyUp", **named)
 
