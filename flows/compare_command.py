@@ -63,7 +63,7 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         if code[name][0] != code[name][1]:
             console.print(f"  {name}: {_short(code[name][0])} -> {_short(code[name][1])}")
     for line in code["stat"]:
-        console.print(f"  {escape(line)}")
+        console.print(f"  {escape(line)}", soft_wrap=True)
     for part in ("settings", "data", "environment", "packages"):
         rows = [(name, _short(a), _short(b)) for name, (a, b) in found[part].items()]
         _table(console, part, (part, first, second), rows)
@@ -99,7 +99,8 @@ def _show_corpus(console: Console, corpus: dict[str, Any]) -> None:
     changes = ", ".join(f"{kind} {number}" for kind, number in corpus["changes"].items() if number)
     console.print(
         f"[bold]corpus[/] ({corpus['manifest']}): rows {rows[0]} -> {rows[1]}, "
-        f"kept {kept[0]} -> {kept[1]}; {changes or 'no row differs'}"
+        f"kept {kept[0]} -> {kept[1]}; {changes or 'no row differs'}",
+        soft_wrap=True,
     )
 
 

@@ -158,3 +158,41 @@ def test_directions_come_from_the_cards(name: str, expected: str) -> None:
     assert direction(name) == expected
     assert MetricChange(name, 1.0, 2.0, "lower").verdict == "worse"
     assert MetricChange(name, None, 2.0, "lower").verdict == ""
+
+
+def test_the_command_prints_tables_and_ends_with_one_where_something_differs(
+    history: tuple[Path, str, str],
+) -> None:
+    root, first, second = history
+
+    def ultraflux(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["ultraflux", "compare", "--no-mlflow", *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+    shown = ultraflux(first, second)
+    assert shown.returncode == 1, shown.stderr
+    assert "settings: 1 differ" in shown.stdout
+    assert "newly_rejected 1" in shown.stdout
+    assert "worse" in shown.stdout
+    assert ultraflux(second, "workspace").returncode == 0
+    unknown = ultraflux("nothing", "workspace")
+    assert unknown.returncode == 2
+    assert unknown.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_pipeline_record_keeps_its_settings_lock_and_uncommitted_changes(
+    toy: Path, root: Path
+) -> None:
+    (toy / "params.yaml").write_text((root / "params.yaml").read_text())
+    (toy / "data" / "sample").mkdir()
+    graph = (toy / "dvc.yaml").read_text().replace("params: [value]", "params: [project.seed]")
+    # The driver asks whether `ingest` is frozen.
+    (toy / "dvc.yaml").write_text(graph.replace("  a:\n", "  ingest:\n"))
+    done = subprocess.run(["ultraflux", "run"], cwd=toy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = next((toy / "runs" / "records").glob("pipeline-*"))
+    assert (folder / "dvc.lock").read_bytes() == (toy / "dvc.lock").read_bytes()
+    assert (folder / "params.yaml").read_bytes() == (toy / "params.yaml").read_bytes()
+    assert "project.seed" in (folder / "changes.diff").read_text()
+    assert differences(toy, folder.name, "workspace")["data"] == {}
