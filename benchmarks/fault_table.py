@@ -65,6 +65,14 @@ def digest(job: DitJob) -> str:
     return summed.hexdigest()[:16]
 
 
+LAUNCHER = """
+import pathlib, sys
+from components.training.dit_worker import run_job
+from components.training.dit_trainer import DitJob
+run_job(DitJob.model_validate_json(pathlib.Path(sys.argv[1]).read_text(), strict=False))
+"""
+
+
 def start(job: DitJob) -> subprocess.Popen[str]:
     """The job in a process of its own; several ranks under their launcher."""
     job.state_dir.mkdir(parents=True, exist_ok=True)
@@ -72,7 +80,7 @@ def start(job: DitJob) -> subprocess.Popen[str]:
     path.write_text(job.model_dump_json(), encoding="utf-8")
     command = [sys.executable, "-m", WORKER, str(path)]
     if job.runtime.processes > 1:
-        command.append("--join")
+        command = [sys.executable, "-c", LAUNCHER, str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # A file, so that nobody has to empty a pipe while we watch.
     with (job.state_dir / "stderr.log").open("w") as log:

@@ -95,6 +95,9 @@ def launch(
     beats.mkdir()
     environment = {**os.environ, **training_environment(runtime.device, runtime.nodes == 1)}
     environment |= {"OMP_NUM_THREADS": str(runtime.torch_threads), HEARTBEATS: str(beats.resolve())}
+    # torchrun would keep one store for all attempts, and restarted ranks would find the addresses
+    # of their dead predecessors in it ("Gloo connectFullMesh failed: connection refused").
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # The ranks import this project wherever they are started.
     above = Path(__file__).resolve().parents[2]
     environment["PYTHONPATH"] = os.pathsep.join(
