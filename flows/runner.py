@@ -139,6 +139,7 @@ class StageRunner:
         progress = self.progress_file(name)
         progress.parent.mkdir(parents=True, exist_ok=True)
         progress.unlink(missing_ok=True)
+        versioning.clear_torn_rwlock(self.root)
         command = ["dvc", "--wait-for-lock", "repro", "-s", name, *(["-f"] if self.force else [])]
         with tempfile.TemporaryDirectory() as folder:
             outcome_file = Path(folder) / "outcome.json"

@@ -65,11 +65,41 @@ def _repo(root: Path) -> Iterator[Any]:
     from dvc.repo import Repo
 
     with _REPO_LOCK:
+        clear_torn_rwlock(root)
         repo = Repo(str(root))
         try:
             yield repo
         finally:
             repo.close()
+
+
+def clear_torn_rwlock(root: Path) -> None:
+    """Remove DVC's table of busy paths when a killed process left it half-written.
+
+    DVC rewrites the table in place, and refuses every later command once a kill has torn it. The
+    table holds claims of running processes only; DVC's own guard is held here, so nobody is
+    writing it now.
+    """
+    from dvc.lock import make_lock
+    from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
+
+    folder = root / ".dvc" / "tmp"
+    table = folder / RWLOCK_FILE
+    if not _is_torn(table):
+        return
+    with make_lock(str(folder / RWLOCK_LOCK), tmp_dir=str(folder), wait=True):
+        if _is_torn(table):
+            table.unlink()
+
+
+def _is_torn(table: Path) -> bool:
+    try:
+        json.loads(table.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except json.JSONDecodeError:
+        return True
+    return False
 
 
 def _meta(name: str, values: Any) -> StageMeta:

@@ -114,6 +114,24 @@ def test_killing_the_scheduler_leaves_no_stage_process_and_a_rerun_finishes(
     assert all(o.ok for o in run_graph(runner_for(toy), lambda outcome: None).values())
 
 
+@pytest.mark.parametrize("torn", ["", '{"write": {"'])
+def test_a_table_of_busy_paths_torn_by_a_kill_stops_nothing(toy: Path, torn: str) -> None:
+    runner = runner_for(toy)
+    # DVC rewrites this file in place: a kill between truncation and writing leaves it like this.
+    (toy / ".dvc" / "tmp" / "rwlock").write_text(torn)
+    assert all(outcome.ok for outcome in run_graph(runner, lambda outcome: None).values())
+    (toy / ".dvc" / "tmp" / "rwlock").write_text(torn)
+    assert versioning.stale_stages(toy, versioning.stage_graph(toy)) == {}
+
+
+def test_a_claim_of_a_running_process_is_kept(toy: Path) -> None:
+    table = toy / ".dvc" / "tmp" / "rwlock"
+    claim = f'{{"write": {{"data/a": {{"pid": {os.getpid()}, "cmd": "dvc repro"}}}}, "read": {{}}}}'
+    table.write_text(claim)
+    versioning.clear_torn_rwlock(toy)
+    assert table.read_text() == claim
+
+
 def _sleepers(root: Path) -> list[int]:
     """Processes of the hanging stage of this project."""
     found = []
