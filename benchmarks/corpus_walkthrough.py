@@ -1,0 +1,127 @@
+"""What the corpus stages say of a folder of photographs, and of files that are wrong.
+
+    python benchmarks/corpus_walkthrough.py FOLDER >> docs/corpus.md
+
+Prints Markdown: every photograph with its measures and the verdict of the released rules, then
+what each kind of bad file (`bad_files.py`) ends as. Runs ingest, signals and select of this
+repository in a temporary folder; no networks are involved, so quality and aesthetics are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+from bad_files import EXTENSIONS, make_files
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from components.corpus.bucket_columns import assign_buckets  # noqa: E402
+from components.corpus.duplicates import mark_near_duplicates  # noqa: E402
+from components.corpus.manifest import read_table  # noqa: E402
+from components.corpus.selection import select  # noqa: E402
+from components.settings import (  # noqa: E402
+    BucketsSettings,
+    Settings,
+    load_settings,
+    parse_settings,
+)
+from components.training.aspect_buckets import buckets  # noqa: E402
+from components.training.metric_log import MetricLog  # noqa: E402
+from flows.stages import ingest, signals  # noqa: E402
+from flows.stages.contract import StageContext  # noqa: E402
+
+PUBLISHED = BucketsSettings(published="table", target_pixels=None)
+MEASURES = ["flat_fraction", "entropy_bits", "glcm_score", "pdq_hash", "pdq_quality", "error"]
+
+
+def settings_for(source: Path, **ingest_values: object) -> Settings:
+    """The committed settings with another source and without attribution."""
+    values = load_settings(ROOT / "params.yaml").model_dump(mode="json")
+    contracts = ROOT / "data" / "contracts"
+    values["validation"] = {name: str(contracts / f"{name}.yaml") for name in values["validation"]}
+    values["ingest"] |= {"source": str(source), "attribution": None, "kind": "folder"}
+    values["ingest"] |= ingest_values
+    return parse_settings(values)
+
+
+def measured(root: Path, settings: Settings) -> pd.DataFrame:
+    """The manifest after ingest and signals; `integrity` is the first complaint of either."""
+    for stage in (ingest, signals):
+        name = stage.__name__.rsplit(".", 1)[-1]
+        state = root / "runs" / name
+        stage.run(StageContext(name, settings, root, state, MetricLog(state / "metrics.jsonl")))
+    manifest = read_table(root / "data" / "ingest" / "manifest.parquet")
+    found = pd.read_parquet(root / "data" / "signals" / "signals.parquet")
+    found = found.rename(columns={"integrity": "decoded"})
+    table = manifest.drop(columns=[c for c in MEASURES if c in manifest]).merge(
+        found[["image_id", "decoded", *MEASURES]], "left", "image_id"
+    )
+    complaint = table["error"].fillna(table["decoded"]).fillna("never decoded")
+    table["integrity"] = table["integrity"].where(table["integrity"] != "ok", complaint)
+    return table
+
+
+def photographs(folder: Path) -> None:
+    """Print one row per photograph, and the count of every reason."""
+    settings = settings_for(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        table = measured(Path(scratch), settings)
+    distinct = table.drop_duplicates("image_id")
+    rule = settings.select
+    assert rule.near_duplicate_distance is not None
+    near = mark_near_duplicates(
+        distinct,
+        max_distance=rule.near_duplicate_distance,
+        min_quality=rule.near_duplicate_min_quality,
+    ).set_index("image_id")["duplicate_of"]
+    table = table.assign(near_duplicate_of=table["image_id"].map(near))
+    decided = select(assign_buckets(table, buckets(PUBLISHED)), rule)
+    print("| photograph | size | bucket | entropy | flat | GLCM | verdict |")
+    print("|---|---|---|---|---|---|---|")
+    for row in decided.sort_values("uri").to_dict("records"):
+        verdict = "kept" if row["kept"] else row["reject_reason"]
+        bucket = row["bucket"] if row["kept"] else ""
+        print(
+            f"| {Path(row['uri']).name} | {row['width']}x{row['height']} | {bucket} "
+            f"| {row['entropy_bits']:.2f} | {row['flat_fraction']:.2f} | {row['glcm_score']:.2f} "
+            f"| {verdict} |"
+        )
+    counts = decided["reject_reason"].fillna("kept").value_counts()
+    print("\n" + ", ".join(f"{count} {reason}" for reason, count in counts.items()) + ".\n")
+
+
+def wrong_files() -> None:
+    """Print what each kind of bad file ends as."""
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        kinds = make_files(root / "photos")
+        settings = settings_for(root / "photos", max_megapixels=1.0, extensions=list(EXTENSIONS))
+        table = measured(root, settings)
+        names = table["uri"].str.removeprefix("photos/")
+    assert sorted(names) == sorted(kinds), "a file is missing or twice"
+    table["kind"] = names.map(kinds)
+    print("| kind | files | measured | rejected, with the commonest reason |\n|---|---|---|---|")
+    for kind, rows in table.groupby("kind", sort=False):
+        wrong = rows.loc[rows["integrity"] != "ok", "integrity"]
+        reason = f"{len(wrong)}: {wrong.value_counts().index[0]}" if len(wrong) else ""
+        print(f"| {kind} | {len(rows)} | {rows['entropy_bits'].notna().sum()} | {reason} |")
+    print(f"\n{len(table)} files, {len(table)} rows, {table['error'].notna().sum()} quarantined.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Walk a folder through the corpus stages.")
+    parser.add_argument("folder", type=Path, help="photographs")
+    folder = parser.parse_args().folder.resolve()
+    if not folder.is_dir():
+        parser.error(f"{folder} is not a folder")
+    photographs(folder)
+    wrong_files()
+
+
+if __name__ == "__main__":
+    main()
