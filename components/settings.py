@@ -88,6 +88,9 @@ class RuntimeSettings(Section):
     peak_tflops: Annotated[float, Field(gt=0)] | None
     """Dense bf16 TFLOP/s of one GPU by its data sheet, such as 989 for an H100 or H200 SXM; model
     FLOPs utilisation (MFU) is logged against it. None: not logged."""
+    context_parallel_degree: Count = 1
+    """Ranks that share the tokens of each sample in DiT training (Ulysses), for sequences too long
+    for one GPU; divides the ranks, the heads and every bucket's tokens. 1: none."""
     encoders_per_gpu: Count = 2
     """Worker processes per GPU that encode latents and texts (device `cuda`, engine `local`): one
     decodes its photograph while the other encodes."""
@@ -103,6 +106,16 @@ class RuntimeSettings(Section):
             raise ValueError(
                 f"runtime.nodes = {self.nodes} needs runtime.rendezvous_endpoint, the HOST:PORT of "
                 "one of the nodes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_divide_over_ranks(self) -> RuntimeSettings:
+        ranks = self.processes * self.nodes
+        if ranks % self.context_parallel_degree:
+            raise ValueError(
+                f"runtime.context_parallel_degree {self.context_parallel_degree} does not divide "
+                f"the {ranks} ranks (processes x nodes)"
             )
         return self
 

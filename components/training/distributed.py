@@ -54,11 +54,24 @@ class Ranks:
     device: torch.device
     beat: Callable[[], None] = _no_beat
     """Called after every meeting with the other ranks."""
+    context_degree: int = 1
+    """So many neighbouring ranks work on the same samples (`components.training.context_parallel`);
+    divides `world_size`."""
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, which writes logs and results."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the samples this process works on."""
+        return self.rank // self.context_degree
+
+    @property
+    def data_world_size(self) -> int:
+        """Into how many shares samples are divided."""
+        return self.world_size // self.context_degree
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -74,6 +87,10 @@ class Ranks:
         dist.all_gather_object(everyone, value)
         self.beat()
         return everyone
+
+    def gather_data(self, value: T) -> list[T]:
+        """As `gather`, with one value per share of the samples."""
+        return self.gather(value)[:: self.context_degree]
 
 
 def collective_timeout(runtime: RuntimeSettings) -> timedelta:
@@ -117,7 +134,9 @@ class Heartbeat:
 
 
 @contextmanager
-def open_ranks(device: Device, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[Ranks]:
+def open_ranks(
+    device: Device, timeout: timedelta = COLLECTIVE_TIMEOUT, context_degree: int = 1
+) -> Iterator[Ranks]:
     """Join the process group (that of torchrun where there is one, else of this process alone).
 
     A lone process uses a store in memory, so no port is opened.
@@ -125,6 +144,7 @@ def open_ranks(device: Device, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Itera
     Args:
         device: where the model trains.
         timeout: how long a rank waits for the others before it fails.
+        context_degree: so many neighbouring ranks share each sample.
     """
     for name, value in training_environment(device).items():
         os.environ.setdefault(name, value)
@@ -141,7 +161,7 @@ def open_ranks(device: Device, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Itera
     beat = Heartbeat(Path(folder) / f"{rank:05d}") if folder else _no_beat
     target = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     try:
-        yield Ranks(rank, world_size, target, beat)
+        yield Ranks(rank, world_size, target, beat, context_degree)
     finally:
         _leave_ranks()
 
@@ -194,7 +214,7 @@ def exit_with_parent() -> None:
 
 
 def engine_configuration(
-    settings: DitStageSettings, world_size: int, parameters: int
+    settings: DitStageSettings, world_size: int, parameters: int, context_degree: int = 1
 ) -> dict[str, Any]:
     """DeepSpeed's configuration for one stage.
 
@@ -202,19 +222,23 @@ def engine_configuration(
         settings: the stage.
         world_size: number of processes.
         parameters: parameters of the model; bounds the communication buckets.
+        context_degree: processes that share each sample.
 
     Raises:
         ValueError: the global batch does not divide over processes and micro batches.
     """
-    share = settings.micro_batch_size * world_size
+    groups = world_size // context_degree
+    share = settings.micro_batch_size * groups
     if settings.global_batch_size % share:
+        counted = "processes" if context_degree == 1 else "groups of processes"
         raise ValueError(
             f"global_batch_size {settings.global_batch_size} must be a multiple of "
-            f"micro_batch_size {settings.micro_batch_size} times {world_size} processes"
+            f"micro_batch_size {settings.micro_batch_size} times {groups} {counted}"
         )
     bucket = max(1024, min(BUCKET_ELEMENTS, parameters))
     return {
-        "train_batch_size": settings.global_batch_size,
+        # DeepSpeed counts a sample once for every process that works on it.
+        "train_batch_size": settings.global_batch_size * context_degree,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": settings.global_batch_size // share,
         "gradient_clipping": settings.max_grad_norm,
@@ -252,7 +276,9 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
     # work. Reading the table would first probe every native operator with the compiler.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    configuration = engine_configuration(settings, ranks.world_size, parameters)
+    configuration = engine_configuration(
+        settings, ranks.world_size, parameters, ranks.context_degree
+    )
     # The engine rounds buffers with the weights; SD3's table of positions must stay exact, since
     # it is exported with them.
     exact = {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}

@@ -36,6 +36,7 @@ from components.training.backbones import BACKBONES, check_stores
 from components.training.batch_plan import BatchPlan, GlobalBatch, PlanState
 from components.training.checkpoint_writer import CheckpointWriter
 from components.training.checkpoints import CheckpointStore, write_atomically
+from components.training.context_parallel import check_context_parallel, enable_context_parallel
 from components.training.curriculum import draw_noise
 from components.training.distributed import Ranks, initialize_engine
 from components.training.dit_validation import LEVELS, ValidationSet
@@ -194,6 +195,9 @@ class DitTrainer:
         model = build_transformer(job, self.texts.widths, channels)
         sizes = zip(index["latent_h"], index["latent_w"], strict=True)
         check_stores(model, self.texts.widths, channels, ((int(h), int(w)) for h, w in sizes))
+        if ranks.context_degree > 1:
+            check_context_parallel(model, ranks.context_degree, self.texts.tokens, index)
+            enable_context_parallel(model, ranks)
         if self.settings.adapter is not None:
             add_adapter(model, self.settings.adapter, job.seed)
         enable_activation_checkpointing(model, self.settings.gradient_checkpointing)
@@ -299,7 +303,7 @@ class DitTrainer:
 
     def _load(self, step: int) -> list[NoisedBatch]:
         """This rank's micro batches of one step."""
-        share = self.plan.batch(step).rank_slice(self.ranks.rank, self.ranks.world_size)
+        share = self.plan.batch(step).rank_slice(self.ranks.data_rank, self.ranks.data_world_size)
         parts = share.micro_batches(self.settings.micro_batch_size)
         return [self._noised(part) for part in parts]
 
@@ -331,14 +335,15 @@ class DitTrainer:
                 self.engine, batch, self.settings.guidance_scale, self.dtype
             )
             per_sample = objective_loss(self.job.objective, velocity, batch)
-            self.engine.backward(per_sample.mean())
+            # Ranks that share a sample hold parts of its gradient, and ZeRO averages over them.
+            self.engine.backward(self.ranks.context_degree * per_sample.mean())
             columns = [batch.t, per_sample.detach().float()]
             if watched:
                 columns += band_errors(velocity.detach(), batch)
             rows.append(torch.stack(columns))
             if number == len(batches) - 1:
                 # Checked before the update, so that the weights stay as they were.
-                gathered = torch.cat(self.ranks.gather(torch.cat(rows, 1).cpu()), 1)
+                gathered = torch.cat(self.ranks.gather_data(torch.cat(rows, 1).cpu()), 1)
                 t, loss = gathered[:2]
                 if not bool(torch.isfinite(loss).all()):
                     self._diverged(step, batches, "loss")

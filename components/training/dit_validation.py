@@ -150,10 +150,10 @@ class ValidationSet:
         mine: dict[tuple[int, str, int], tuple[float, float]] = {}
         draws = self._draws()
         count = len(self.image_ids)
-        for first in range(0, count, ranks.world_size):
+        for first in range(0, count, ranks.data_world_size):
             # In the last round a rank without an image repeats one: with ZeRO 3 every forward
             # pass is collective.
-            image_id = self.image_ids[(first + ranks.rank) % count]
+            image_id = self.image_ids[(first + ranks.data_rank) % count]
             for start in range(0, len(draws), self._batch_size):
                 part = draws[start : start + self._batch_size]
                 batch = self._batch(image_id, part).to(ranks.device)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import get_args
 
-from components.settings import Settings
+from components.training.context_parallel import context_parallel_problem
 from components.training.memory_plan import GIB
 from components.training.planned_transformer import Transformer, dit_memory
 from components.training.settings import DitStageSettings
 
 _MOST_GPUS = 1024
+_DEGREES = (2, 4, 8)
+
+
+def _with_degree(transformer: Transformer, degree: int) -> Transformer:
+    settings = transformer.settings
+    runtime = settings.runtime.model_copy(update={"context_parallel_degree": degree})
+    return replace(transformer, settings=settings.model_copy(update={"runtime": runtime}))
 
 
 def offered_zero_stages() -> tuple[int, ...]:
@@ -18,20 +26,40 @@ def offered_zero_stages() -> tuple[int, ...]:
     return tuple(sorted(get_args(DitStageSettings.model_fields["zero_stage"].annotation)))
 
 
-def refusals(settings: Settings) -> list[str]:
+def refusals(transformer: Transformer, sizes: Sequence[tuple[int, int]]) -> list[str]:
     """Settings that the training engine would refuse at its start, a line each."""
-    found = []
+    settings = transformer.settings
+    degree = settings.runtime.context_parallel_degree
+    groups = transformer.gpus // degree
+    counted = f"runtime.processes {groups}" if degree == 1 else f"{groups} groups of {degree} GPUs"
+    problem = _undivided(transformer, sizes, degree)
+    found = [] if problem is None else [problem]
     for name in ("dit_stage1", "dit_stage2"):
         stage: DitStageSettings = getattr(settings, name)
-        share = stage.micro_batch_size * settings.runtime.processes
+        share = stage.micro_batch_size * groups
         if stage.global_batch_size % share:
             found.append(
                 f"{name}: global_batch_size {stage.global_batch_size} is not a multiple of "
-                f"micro_batch_size {stage.micro_batch_size} x runtime.processes "
-                f"{settings.runtime.processes}; set it to "
+                f"micro_batch_size {stage.micro_batch_size} x {counted}; set it to "
                 f"{-(-stage.global_batch_size // share) * share}"
             )
     return found
+
+
+def _undivided(
+    transformer: Transformer, sizes: Sequence[tuple[int, int]], degree: int
+) -> str | None:
+    """What context parallelism cannot divide; None: nothing."""
+    shape = transformer.networks.transformer
+    if degree == 1:
+        return None
+    if shape is None:
+        return f"runtime.context_parallel_degree {degree}: this backbone cannot be divided; use 1"
+    latents = [(size, transformer.latent_hw(size)) for size in sizes]
+    buckets = [(f"{h}x{w}", rows // 2 * (columns // 2)) for (h, w), (rows, columns) in latents]
+    return context_parallel_problem(
+        degree, shape.num_attention_heads, transformer.text_tokens, buckets
+    )
 
 
 def too_large(
@@ -54,7 +82,7 @@ def too_large(
 def _cure(name: str, transformer: Transformer, sizes: Sequence[tuple[int, int]], limit: int) -> str:
     """Changes, one after another, until the stage fits; what to do where none helps."""
     stage: DitStageSettings = getattr(transformer.settings, name)
-    gpus = transformer.settings.runtime.processes
+    gpus = transformer.gpus
     changes: list[str] = []
     wanted = (
         ("precision", "bf16"),
@@ -73,10 +101,16 @@ def _cure(name: str, transformer: Transformer, sizes: Sequence[tuple[int, int]],
         changes.append(f"{name}.{key}: {str(value).lower()}")
         if dit_memory(stage, transformer, sizes, gpus).total <= limit:
             return "set " + ", ".join(changes)
-    while gpus < _MOST_GPUS:
-        gpus *= 2
-        if dit_memory(stage, transformer, sizes, gpus).total <= limit:
-            return "set " + ", ".join([*changes, f"runtime.processes: {gpus}"])
+    for degree in (1, *_DEGREES):
+        more = changes + [f"runtime.context_parallel_degree: {degree}"] * (degree > 1)
+        divided = _with_degree(transformer, degree)
+        if _undivided(transformer, sizes, degree) is not None:
+            continue
+        ranks = gpus
+        while ranks < _MOST_GPUS:
+            ranks *= 2
+            if dit_memory(stage, divided, sizes, ranks).total <= limit:
+                return "set " + ", ".join([*more, f"runtime.processes: {ranks}"])
     memory = dit_memory(stage, transformer, sizes, _MOST_GPUS)
     return (
         f"no number of GPUs helps: {_MOST_GPUS} of them with "

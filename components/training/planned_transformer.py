@@ -31,6 +31,11 @@ class Transformer:
     """Counts on the meta device by latent area, on which alone they depend."""
 
     @property
+    def gpus(self) -> int:
+        """Training processes on all nodes."""
+        return self.settings.runtime.processes * self.settings.runtime.nodes
+
+    @property
     def text_tokens(self) -> int:
         """L; SD3 puts the CLIP tokens before T5's."""
         length = self.settings.models.text_encoders.max_sequence_length
@@ -64,9 +69,11 @@ class Transformer:
         flops = flux_flops(shape, tokens, self.text_tokens, checkpointing=policy == "blocks")
         if stage is None:
             return shape.parameters, flops.inference, 0
+        degree = self.settings.runtime.context_parallel_degree
         activations = flux_activation_bytes(
             shape,
-            tokens + self.text_tokens,
+            # With context parallelism an estimate: attention keeps other tensors, of like size.
+            -(-(tokens + self.text_tokens) // degree),
             stage.micro_batch_size,
             stage.precision,
             checkpointing=policy,

@@ -160,7 +160,7 @@ def plan(
         _dit("dit_stage2", settings.dit_stage2, transformer, sizes, images, rate),
         _generate(transformer, rate),
     )
-    warnings = refusals(settings)
+    warnings = refusals(transformer, sizes)
     if limit is not None:
         for stage in stages:
             warnings += too_large(stage.stage, stage.memory_bytes, transformer, sizes, limit)
@@ -173,7 +173,7 @@ def plan(
         states_by_zero={
             zero: state_bytes(
                 stages[3].parameters,
-                settings.runtime.processes,
+                transformer.gpus,
                 zero,
                 settings.dit_stage1.precision,
             )
@@ -262,7 +262,7 @@ def _encoding_flops(transformer: Transformer) -> Flops:
 
 def _vae(transformer: Transformer, rate: Rate | None) -> StagePlan:
     settings, vae = transformer.settings.vae, transformer.networks.autoencoder
-    gpus, crop = transformer.settings.runtime.processes, (settings.crop_px, settings.crop_px)
+    gpus, crop = transformer.gpus, (settings.crop_px, settings.crop_px)
     encoder, decoder = encoder_products(vae, *crop), decoder_products(vae, *crop)
     checkpointing = settings.gradient_checkpointing
     flops = total(encoder).inference + total(decoder, checkpointing=checkpointing)
@@ -311,7 +311,8 @@ def _dit(
     images: int,
     rate: Rate | None,
 ) -> StagePlan:
-    gpus = transformer.settings.runtime.processes
+    gpus = transformer.gpus
+    degree = transformer.settings.runtime.context_parallel_degree
     flops = mean_flops(transformer.counts(size, stage)[1] for size in sizes)
     held = transformer.counts(sizes[0], None)[0]
     # At the start, every validate_every steps, at the end, and there once more for the average.
@@ -327,7 +328,8 @@ def _dit(
     )
     return StagePlan(
         stage=name,
-        work=f"{stage.steps} steps of {stage.global_batch_size}",
+        work=f"{stage.steps} steps of {stage.global_batch_size}"
+        + (f", {degree} GPUs a sample" if degree > 1 else ""),
         items=items,
         flops_per_item=flops,
         validation=validation,

@@ -103,8 +103,8 @@ class SampleGrids:
         self._autoencoder.to(ranks.device)
         pipeline = self._pipeline(transformer)
         mine = {}
-        for turn in range(math.ceil(count / ranks.world_size)):
-            number = (turn * ranks.world_size + ranks.rank) % count
+        for turn in range(math.ceil(count / ranks.data_world_size)):
+            number = (turn * ranks.data_world_size + ranks.data_rank) % count
             mine[number] = self._sample(pipeline, *self._prompts[number]).cpu()
         everyone = {number: z for part in ranks.gather(mine) for number, z in part.items()}
         if ranks.is_first:

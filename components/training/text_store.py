@@ -123,6 +123,11 @@ class TextStore:
         """(T5 width D, pooled width P)."""
         return self._shape[1], self._shape[2]
 
+    @property
+    def tokens(self) -> int:
+        """Text tokens L of every record."""
+        return self._shape[0]
+
     def read(self, image_id: str) -> tuple[Tensor, Tensor]:
         """Embeddings of one image's caption; id "" is the empty prompt.
 

@@ -97,9 +97,16 @@ def make_dit_job(dit_corpus: Path) -> Callable[..., object]:
         "zero_stage": 2,
     }
 
-    def make(folder: Path, processes: int = 1, **changes: object) -> DitJob:
+    def make(
+        folder: Path, processes: int = 1, context_parallel_degree: int = 1, **changes: object
+    ) -> DitJob:
         values["dit_stage1"].update(small | changes)
-        values["runtime"].update(processes=processes, torch_threads=1, device="cpu")
+        values["runtime"].update(
+            processes=processes,
+            context_parallel_degree=context_parallel_degree,
+            torch_threads=1,
+            device="cpu",
+        )
         values["models"]["transformer"]["pretrained"] = None
         values["models"]["transformer"]["tiny"] = {
             "num_layers": 1,

@@ -132,7 +132,7 @@ def test_a_small_gpu_is_warned_about_with_a_change_that_fits(profile, tmp_path):
     assert "dit_stage1.gradient_checkpointing: blocks" in warning
     cured = plan(profile("paper"), tmp_path, 1000, limit=141 * GIB)
     assert not cured.warnings
-    small = plan(chosen, tmp_path, 1000, limit=8 * GIB)
+    small = plan(chosen, tmp_path, 1000, limit=2 * GIB)
     assert any("no number of GPUs helps" in text for text in small.warnings)
     assert any(text.startswith("generate") for text in small.warnings)
 
@@ -152,6 +152,27 @@ def test_settings_that_the_engine_refuses_are_named(profile, tmp_path):
     chosen = profile("paper", dit_stage2__global_batch_size=12)
     warnings = plan(chosen, tmp_path, 1000).warnings
     assert any("set it to 16" in text for text in warnings)
+
+
+def test_tokens_divided_over_gpus_divide_the_activations(profile, tmp_path):
+    whole = plan(profile("paper"), tmp_path, 1000)
+    divided = plan(profile("paper", runtime__context_parallel_degree=4), tmp_path, 1000)
+    one, part = (stage(made, "dit_stage1") for made in (whole, divided))
+    assert part.memory.activations == pytest.approx(one.memory.activations / 4, rel=1e-3)
+    assert part.memory.states == one.memory.states
+    assert part.work.endswith(", 4 GPUs a sample")
+    assert divided.warnings == ()
+
+
+def test_a_degree_that_does_not_divide_a_bucket_is_named(profile, tmp_path):
+    warnings = plan(profile("paper", runtime__context_parallel_degree=8), tmp_path, 9).warnings
+    assert any("context_parallel_degree 8: bucket " in text for text in warnings)
+
+
+def test_divided_tokens_are_advised_where_more_gpus_do_not_help(profile, tmp_path):
+    made = plan(profile("paper"), tmp_path, 1000, limit=8 * GIB)
+    warning = next(text for text in made.warnings if text.startswith("dit_stage1"))
+    assert "runtime.context_parallel_degree: " in warning
 
 
 def test_too_few_images_are_refused(profile, tmp_path):
