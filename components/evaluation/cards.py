@@ -14,6 +14,7 @@ from typing import Literal
 from components.evaluation.metric_weights import (
     CLIP_H14_TOKENIZER,
     CLIP_L14,
+    HPSV3,
     INCEPTION,
     Weights,
     hub,
@@ -161,6 +162,37 @@ CARDS: tuple[MetricCard, ...] = (
         decimals=2,
     ),
     MetricCard(
+        "piqe",
+        "PIQE",
+        "lower",
+        "0 to 100",
+        "native pixels in 16 px blocks",
+        "piqe/matlab-float64/v1",
+        "image",
+        note="Venkatanath et al. 2015: how distorted the blocks with detail are; a picture without "
+        "any has 100.",
+        decimals=2,
+    ),
+    MetricCard(
+        "niqe",
+        "NIQE",
+        "lower",
+        "1",
+        "native pixels in 96 px blocks, and half the size",
+        "niqe/pris36-96-float64/v1",
+        "image",
+        note="Mittal et al. 2013: distance to the statistics of undistorted photographs, which "
+        "were far smaller than 4K.",
+        weights=Weights(
+            "niqe/niqe_modelparameters.mat",
+            "about 10 KB",
+            "University of Texas at Austin: any use, with its notice and citation; pyiqa's copy is "
+            "in a CC-BY-NC-SA-4.0 repository",
+            "hf download chaofengc/IQA-PyTorch-Weights niqe_modelparameters.mat --local-dir "
+            "weights/niqe",
+        ),
+    ),
+    MetricCard(
         "lpips",
         "LPIPS (VGG)",
         "lower",
@@ -306,11 +338,23 @@ CARDS: tuple[MetricCard, ...] = (
         "HPSv3",
         "higher",
         "1",
-        "about 448 px",
-        "hpsv3/v1",
+        "200,704 pixels in its own shape (448 px for a square)",
+        "hpsv3/qwen2-vl-7b-mean/v1",
         "prompt and image",
-        note="No scorer in this version.",
-        weights=hub("hpsv3", "MizzenAI/HPSv3", "about 17 GB", "see its model card", needs=()),
+        note="Mean of the preference; instruction, size, head and positions follow the released "
+        "code. Equality with its numbers on the released weights was not confirmed.",
+        weights=HPSV3,
+    ),
+    MetricCard(
+        "hpsv3_sigma",
+        "HPSv3 deviation",
+        "neither",
+        "1",
+        "200,704 pixels in its own shape (448 px for a square)",
+        "hpsv3/qwen2-vl-7b-deviation/v1",
+        "prompt and image",
+        note="exp of the head's second output, as in the training loss: how sure the model is.",
+        weights=HPSV3,
     ),
     MetricCard(
         "pickscore",

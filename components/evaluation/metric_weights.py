@@ -140,6 +140,29 @@ CLIP_H14_TOKENIZER = replace(
     ),
     holds_network=False,
 )
+QWEN2_VL_TEXTS = replace(
+    hub(
+        "qwen2-vl-7b-texts",
+        "Qwen/Qwen2-VL-7B-Instruct",
+        "7 MB",
+        "Apache-2.0",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        needs=("config.json", "tokenizer.json"),
+    ),
+    holds_network=False,
+)
+"""Configuration and tokenizer alone."""
+HPSV3 = hub(
+    "hpsv3",
+    "MizzenAI/HPSv3",
+    "about 17 GB",
+    "code MIT; weights: see their model card",
+    "HPSv3.safetensors",
+    needs=("HPSv3.safetensors",),
+    also=(QWEN2_VL_TEXTS,),
+)
 INCEPTION = Weights(
     path="inception/pt_inception-2015-12-05-6726825d.pth",
     size="91 MiB",

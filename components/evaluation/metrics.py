@@ -184,6 +184,19 @@ def _appearance(_weights_dir: Path, _device: str) -> Metric:
     return FunctionMetric(("laplacian_variance", "colourfulness"), of_picture=appearance_metrics)
 
 
+def _piqe(_weights_dir: Path, _device: str) -> Metric:
+    from components.evaluation.piqe import piqe
+
+    return FunctionMetric(("piqe",), of_picture=lambda rgb: {"piqe": piqe(rgb)})
+
+
+def _niqe(weights_dir: Path, _device: str) -> Metric:
+    (file,), digest = trusted_files(card("niqe"), weights_dir)
+    from components.evaluation.niqe import NiqeMetric
+
+    return NiqeMetric(file, digest)
+
+
 def _fidelity(_weights_dir: Path, _device: str) -> Metric:
     from components.evaluation.native_metrics import pair_metrics
 
@@ -238,6 +251,13 @@ def _pickscore(weights_dir: Path, device: str) -> Metric:
     return PromptMetric("pickscore", ClipEncoder(folder, device, tokenizer), "logit", digest)
 
 
+def _hpsv3(weights_dir: Path, device: str) -> Metric:
+    (folder, texts), digest = trusted_files(card("hpsv3"), weights_dir)
+    from components.evaluation.hpsv3 import CHECKPOINT, HpsV3, HpsV3Metric
+
+    return HpsV3Metric(HpsV3(folder / CHECKPOINT, texts, device), digest)
+
+
 def _laion_aesthetics(weights_dir: Path, device: str) -> Metric:
     (head, folder), digest = trusted_files(card("laion_aesthetics"), weights_dir)
     import torch
@@ -280,6 +300,8 @@ _OPENERS: dict[tuple[str, ...], _Opener] = {
     ("compression_ratio",): _compression,
     ("entropy_bits", "flat_fraction"): _texture,
     ("laplacian_variance", "colourfulness"): _appearance,
+    ("piqe",): _piqe,
+    ("niqe",): _niqe,
     ("lpips",): _lpips("lpips", "vgg"),
     ("lpips_alex",): _lpips("lpips_alex", "alex"),
     _NOANTIALIAS: _inception(_NOANTIALIAS, "noantialias"),
@@ -289,6 +311,7 @@ _OPENERS: dict[tuple[str, ...], _Opener] = {
     ("fd_dinov2",): _dino,
     ("clip_score",): _clip_score,
     ("pickscore",): _pickscore,
+    ("hpsv3", "hpsv3_sigma"): _hpsv3,
     ("laion_aesthetics",): _laion_aesthetics,
     ("musiq",): _musiq,
     ("qalign",): _qalign,

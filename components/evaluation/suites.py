@@ -29,7 +29,7 @@ DETAIL_METRICS = ("glcm_score", "compression_ratio", "laion_aesthetics")
 RECONSTRUCTION_METRICS = ("rfid", "nmse", "psnr_db", "ssim", "lpips")
 WEIGHT_FREE_METRICS = (
     *("glcm_score", "compression_ratio", "entropy_bits", "flat_fraction"),
-    *("laplacian_variance", "colourfulness"),
+    *("laplacian_variance", "colourfulness", "piqe"),
 )
 
 
