@@ -47,8 +47,9 @@ test-all: $(DEV_READY)
 lint: $(DEV_READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-services: $(READY)
-	@$(BIN)/ultraflux up
+# SERVED=1: on PostgreSQL; its drivers are among the optional libraries.
+services: $(if $(SERVED),$(DEV_READY),$(READY))
+	@$(BIN)/ultraflux up $(if $(SERVED),--served)
 
 services-down: $(READY)
 	@$(BIN)/ultraflux down
@@ -61,5 +62,6 @@ lock: $(READY)
 	$(COMPILE) -c requirements-dev.lock -o requirements.lock
 
 clean:
+	@test ! -x $(BIN)/ultraflux || $(BIN)/ultraflux down
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,6 +20,7 @@ from flows import (
     lineage_command,
     plan_command,
     report_command,
+    services_command,
     store_commands,
     weights_commands,
 )
@@ -218,33 +219,6 @@ def sync() -> None:
 
 
 @app.command(rich_help_panel=SERVICES)
-def up(
-    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect UI.")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
-) -> None:
-    """Start the Prefect and MLflow servers on 127.0.0.1 and print their addresses."""
-    from flows.services import ServiceError
-    from flows.services import up as start
-
-    try:
-        services = start(project_root(), prefect_port=prefect_port, mlflow_port=mlflow_port)
-    except ServiceError as problem:
-        raise fail(str(problem), 1) from None
-    for service in services:
-        print(f"{service.name:<8} {service.url}   (log: {service.log})")
-    print("Stop them with: ultraflux down")
-
-
-@app.command(rich_help_panel=SERVICES)
-def down() -> None:
-    """Stop the servers that `ultraflux up` started."""
-    from flows.services import down as stop
-
-    stopped = stop(project_root())
-    print("\n".join(f"stopped {s.name} ({s.url})" for s in stopped) or "nothing was running")
-
-
-@app.command(rich_help_panel=SERVICES)
 def doctor() -> None:
     """Say what is missing or broken on this machine, and how to fix it."""
     from flows.doctor import examine, print_findings
@@ -252,6 +226,8 @@ def doctor() -> None:
     raise typer.Exit(print_findings(examine(project_root())))
 
 
+for command in (services_command.up, services_command.down, services_command.status):
+    app.command(rich_help_panel=SERVICES)(command)
 app.command("generate", epilog=generate_command.EPILOG, rich_help_panel=IMAGES)(
     generate_command.generate
 )

@@ -1,11 +1,13 @@
 """The two servers: Prefect (orchestration) and MLflow (records), on this machine only.
 
 Embedded use (`ultraflux run --engine prefect`, `make run`) starts a Prefect server that ends with
-the run. `ultraflux up` starts both as daemons and remembers them in `runs/services/services.json`.
+the run. `ultraflux up` starts both as daemons and remembers them in `runs/services/services.json`,
+in the order of their start; `ultraflux up --served` puts PostgreSQL under them (`flows.served`).
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -14,18 +16,22 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from flows.launcher import GuardedProcess
 from flows.records import read_json, write_json
+from flows.tier import LOOPBACK as HOST
+from flows.tier import served_clients, served_tier
+from flows.tier import services_dir as services_dir
 from flows.tracking import tracking_config
 
-HOST = "127.0.0.1"
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
 LOG_DRAIN_S = 10.0
@@ -45,20 +51,28 @@ class Service:
     log: str
 
 
-def services_dir(root: Path) -> Path:
-    """`runs/services`: databases, artifacts, logs."""
-    return root / "runs" / "services"
-
-
-def port_is_free(port: int) -> bool:
-    """Whether 127.0.0.1:port can be bound."""
+def port_is_free(port: int, host: str = HOST) -> bool:
+    """Whether host:port can be bound."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True
+
+
+def check_port(name: str, port: int, host: str = HOST) -> None:
+    """Make sure that a server can listen.
+
+    Raises:
+        ServiceError: the port is taken.
+    """
+    if not port_is_free(port, host):
+        raise ServiceError(
+            f"port {port} on {host} is taken, so {name} cannot start: choose another with "
+            f"--{name}-port, or stop what listens there"
+        )
 
 
 def free_port() -> int:
@@ -69,12 +83,15 @@ def free_port() -> int:
 
 
 def prefect_environment(root: Path, port: int) -> dict[str, str]:
-    """Variables that make Prefect use a server on `port` with its database inside the project."""
+    """Variables that make Prefect use a server on `port` with its database inside the project.
+
+    In the served tier they also hold how its clients log in and how long they wait.
+    """
     home = services_dir(root) / "prefect"
     return {
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
-        "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
         # Everything goes to the UI; the terminal belongs to the pipeline's own lines, and Ctrl-C
         # would print a "crash" for every stage that had not started.
         "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "INFO"),
@@ -84,12 +101,13 @@ def prefect_environment(root: Path, port: int) -> dict[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
             "prefect.server.concurrency.lease_storage.filesystem"
         ),
+        **{key: value for key, value in served_clients(root).items() if key.startswith("PREFECT_")},
     }
 
 
-def prefect_command(port: int) -> list[str]:
+def prefect_command(port: int, host: str = HOST) -> list[str]:
     """Command line of the Prefect server."""
-    return [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    return [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
 
 
 def mlflow_command(root: Path, port: int) -> list[str]:
@@ -116,18 +134,41 @@ def wait_until_healthy(name: str, url: str, alive: psutil.Process | None, log: P
                     return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             pass
-        if alive is not None and not _is_running(alive):
+        if alive is not None and not is_running(alive):
             raise ServiceError(f"{name} ended while starting; see {log}")
         time.sleep(0.2)
     raise ServiceError(f"{name} did not answer at {url} within {START_TIMEOUT_S:.0f} s; see {log}")
 
 
-def _is_running(process: psutil.Process) -> bool:
+def is_running(process: psutil.Process) -> bool:
+    """Whether a process still works (a zombie does not)."""
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def _health_url(name: str, url: str) -> str:
-    return f"{url}/api/health" if name == "prefect" else f"{url}/health"
+def health_url(service: Service) -> str | None:
+    """Where a server says that it is well; None: it does not speak HTTP."""
+    return {"prefect": f"{service.url}/api/health", "mlflow": f"{service.url}/health"}.get(
+        service.name
+    )
+
+
+def wait_for_all(services: Iterable[Service]) -> None:
+    """Wait beside each other until every server answers.
+
+    Raises:
+        ServiceError: one ended or did not answer in time.
+    """
+    with ThreadPoolExecutor() as pool:
+        waits = [
+            pool.submit(
+                wait_until_healthy,
+                *(service.name, url, psutil.Process(service.pid), Path(service.log)),
+            )
+            for service in services
+            if (url := health_url(service)) is not None
+        ]
+    for wait in waits:
+        wait.result()
 
 
 @contextmanager
@@ -144,6 +185,11 @@ def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
         os.environ.update(environment)
         yield environment
         return
+    if (tier := served_tier(root)) is not None:
+        raise ServiceError(
+            f"the Prefect server of this project (port {tier.prefect_port}) is not running: start "
+            "it with `ultraflux up`, or go back to servers per run with `ultraflux up --embedded`"
+        )
     port = free_port()
     environment = prefect_environment(root, port)
     Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
@@ -155,8 +201,7 @@ def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
             prefect_command(port), cwd=root, env=dict(os.environ), output=output
         )
     try:
-        url = f"http://{HOST}:{port}"
-        wait_until_healthy("prefect", _health_url("prefect", url), psutil.Process(server.pid), log)
+        wait_for_all([Service("prefect", f"http://{HOST}:{port}", server.pid, str(log))])
         yield environment
     finally:
         _send_prefect_logs()
@@ -171,57 +216,77 @@ def _send_prefect_logs() -> None:
         APILogWorker.drain_all(timeout=LOG_DRAIN_S)
 
 
+@contextmanager
+def up_lock(root: Path) -> Iterator[None]:
+    """One `up` or `down` of a project at a time; a second waits."""
+    services_dir(root).mkdir(parents=True, exist_ok=True)
+    with (services_dir(root) / ".up.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def up(root: Path, *, prefect_port: int, mlflow_port: int) -> list[Service]:
-    """Start both servers as daemons, or return those that run already.
+    """Start both embedded servers as daemons, or return those that run already.
 
     Raises:
         ServiceError: a port is taken, or a server does not come up (the other is stopped again).
     """
-    running = {service.name: service for service in running_services(root)}
-    for name, port in {"prefect": prefect_port, "mlflow": mlflow_port}.items():
-        if name not in running and not port_is_free(port):
-            raise ServiceError(
-                f"port {port} on {HOST} is taken, so {name} cannot start: choose another with "
-                f"--{name}-port, or stop what listens there"
-            )
-    services_dir(root).mkdir(parents=True, exist_ok=True)
-    started: list[Service] = []
-    environment = prefect_environment(root, prefect_port)
-    Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
-    plans = {
-        "prefect": (prefect_port, prefect_command(prefect_port), environment),
-        "mlflow": (mlflow_port, mlflow_command(root, mlflow_port), {}),
-    }
-    try:
-        for name, (port, command, extra) in plans.items():
+    with up_lock(root):
+        running = {service.name: service for service in running_services(root)}
+        for name, port in {"prefect": prefect_port, "mlflow": mlflow_port}.items():
             if name not in running:
-                started.append(_daemon(root, name, port, command, extra))
-        everything = [*running.values(), *started]
-        write_json(_state(root), [asdict(service) for service in everything])
-        for service in everything:
-            url = _health_url(service.name, service.url)
-            wait_until_healthy(service.name, url, psutil.Process(service.pid), Path(service.log))
-    except ServiceError:
-        for service in started:
-            _stop(service)
-        write_json(_state(root), [asdict(service) for service in running.values()])
-        raise
-    return sorted(everything, key=lambda service: service.name)
+                check_port(name, port)
+        environment = prefect_environment(root, prefect_port)
+        Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+        plans = {
+            "prefect": (prefect_port, prefect_command(prefect_port), environment),
+            "mlflow": (mlflow_port, mlflow_command(root, mlflow_port), {}),
+        }
+        started: list[Service] = []
+        try:
+            for name, (port, command, extra) in plans.items():
+                if name not in running:
+                    url = f"http://{HOST}:{port}"
+                    started.append(start_daemon(root, name, url, command, extra))
+                    remember(root, started[-1])
+            wait_for_all([*running.values(), *started])
+        except BaseException:
+            stop(root, started)
+            raise
+        return sorted([*running.values(), *started], key=lambda service: service.name)
 
 
 def down(root: Path) -> list[Service]:
-    """Stop what `up` started; returns what was stopped."""
-    services = running_services(root)
-    for service in services:
-        _stop(service)
-    _state(root).unlink(missing_ok=True)
-    return services
+    """Stop what `up` started, the last one first; returns what was stopped."""
+    with up_lock(root):
+        services = running_services(root)[::-1]
+        stop(root, services)
+        _state(root).unlink(missing_ok=True)
+        return services
+
+
+def stop(root: Path, services: Iterable[Service]) -> None:
+    """Stop servers in reverse order of their start and forget them."""
+    gone = sorted(services, key=known_services(root).index, reverse=True)
+    for service in gone:
+        stop_service(service)
+    write_json(_state(root), [asdict(s) for s in known_services(root) if s not in gone])
+
+
+def remember(root: Path, service: Service) -> None:
+    """Add a server to those that `down` stops; one of the same name is replaced."""
+    others = [known for known in known_services(root) if known.name != service.name]
+    write_json(_state(root), [asdict(known) for known in [*others, service]])
+
+
+def known_services(root: Path) -> list[Service]:
+    """Servers from `up` in the order of their start, whether they still run or not."""
+    return [Service(**values) for values in read_json(_state(root)) or []]
 
 
 def running_services(root: Path) -> list[Service]:
     """Servers from `up` whose process is still there."""
-    known = [Service(**values) for values in read_json(_state(root)) or []]
-    return [service for service in known if _owns(service)]
+    return [service for service in known_services(root) if _owns(service)]
 
 
 def _state(root: Path) -> Path:
@@ -234,18 +299,33 @@ def _owns(service: Service) -> bool:
         command = " ".join(psutil.Process(service.pid).cmdline())
     except psutil.Error:
         return False
-    return f"-m {service.name}" in command and service.url.rsplit(":", 1)[1] in command
+    program = "postgres -D" if service.name == "postgres" else f"-m {service.name}"
+    return program in command and service.url.rsplit(":", 1)[1] in command
 
 
-def _daemon(
-    root: Path, name: str, port: int, command: list[str], extra: Mapping[str, str]
+def start_daemon(
+    root: Path,
+    name: str,
+    url: str,
+    command: list[str],
+    extra: Mapping[str, str],
+    **options: Any,
 ) -> Service:
+    """Start a program that outlives this one; its output goes to runs/logs/NAME-server.log.
+
+    Args:
+        root: repository root, and working folder unless `options` name another.
+        name: name of the service.
+        url: where it will listen.
+        command: program and arguments.
+        extra: environment variables beside this process's own.
+        options: further arguments of `subprocess.Popen`.
+    """
     log = root / "runs" / "logs" / f"{name}-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
-            cwd=root,
             env=os.environ | dict(extra),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -253,22 +333,26 @@ def _daemon(
             start_new_session=True,
             # A scheduler that ignores SIGINT would hand that on.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+            **({"cwd": root} | options),
         )
-    return Service(name, f"http://{HOST}:{port}", process.pid, str(log))
+    return Service(name, url, process.pid, str(log))
 
 
-def _stop(service: Service) -> None:
+def stop_service(service: Service) -> None:
     """Terminate a server and its children, kill what does not go."""
     try:
         parent = psutil.Process(service.pid)
         family = [*parent.children(recursive=True), parent]
     except psutil.NoSuchProcess:
         return
-    for process in family:
-        try:
-            process.terminate()
-        except psutil.NoSuchProcess:
-            continue
+    if service.name == "postgres":
+        # Its "fast" shutdown: ends sessions itself and writes everything; SIGTERM would wait for
+        # clients for ever.
+        parent.send_signal(signal.SIGINT)
+    else:
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
     _, left = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
     for process in left:
         process.kill()

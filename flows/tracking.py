@@ -24,6 +24,7 @@ import yaml
 from flows import environment, metric_feed
 from flows.records import Record, RunResult, all_records, read_json, write_json
 from flows.registry import Promotion, register
+from flows.tier import served_clients
 
 POLL_S = 1.0
 RETRY_S = 5.0
@@ -41,8 +42,19 @@ def tracking_config(root: Path) -> dict[str, Any]:
 
 
 def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, or the embedded SQLite store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or str(tracking_config(root)["backend_store"])
+    """MLFLOW_TRACKING_URI, the served tier's server, or the embedded SQLite store.
+
+    MLflow's client looks for user and password in the environment alone, so those of the served
+    tier are set there.
+    """
+    if given := os.environ.get("MLFLOW_TRACKING_URI"):
+        return given
+    served = served_clients(root)
+    if not served:
+        return str(tracking_config(root)["backend_store"])
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        os.environ.setdefault(name, served[name])
+    return served["MLFLOW_TRACKING_URI"]
 
 
 @contextmanager
@@ -73,6 +85,8 @@ class Uploader:
         self.client = MlflowClient(tracking_uri=uri)
         self._uri = uri
         self.experiment_id = self._experiment()
+        experiment = self.client.get_experiment(self.experiment_id)
+        self._store = f"{self.experiment_id}@{experiment.creation_time}"
         self._ended: set[str] = set()
 
     def _experiment(self) -> str:
@@ -100,8 +114,10 @@ class Uploader:
 
     def _sync_record(self, record: Record) -> bool:
         """Upload one record; True when nothing more can come."""
-        state = read_json(record.folder / "mlflow.json") or {}
         result = record.result
+        state = self._state(record, result)
+        if state is None:
+            return True
         if state.get("ended_ms") is not None:
             if result is not None and state["ended_ms"] == result.ended_ms:
                 return self._sync_outputs(record, state)
@@ -120,6 +136,18 @@ class Uploader:
         write_json(record.folder / "mlflow.json", state)
         return result.status == "FINISHED" and record.run.kind == "pipeline"
 
+    def _state(self, record: Record, result: RunResult | None) -> dict[str, Any] | None:
+        """How far the upload of a record is; None: another store has all of it.
+
+        After a change between embedded and served tier, what is finished stays where it is: its
+        artifacts may have been replaced since. What goes on begins anew here.
+        """
+        state = read_json(record.folder / "mlflow.json") or {}
+        if state.get("store", self._store) == self._store:
+            return state | {"store": self._store}
+        complete = result is not None and state.get("ended_ms") == result.ended_ms
+        return None if complete else {"store": self._store}
+
     def _create(self, record: Record, state: dict[str, Any]) -> bool:
         from mlflow.entities import Param, RunTag
 
@@ -133,8 +161,16 @@ class Uploader:
             if parent is None:
                 return False
             tags["mlflow.parentRunId"] = parent
-        created = self.client.create_run(
-            self.experiment_id, start_time=run.started_ms, tags=tags, run_name=run.name
+        # A run whose answer was lost with the server is taken up, not made twice.
+        found = self.client.search_runs(
+            [self.experiment_id], f"tags.`ultraflux.record` = '{record.record_id}'", max_results=1
+        )
+        created = (
+            found[0]
+            if found
+            else self.client.create_run(
+                self.experiment_id, start_time=run.started_ms, tags=tags, run_name=run.name
+            )
         )
         state.update(run_id=created.info.run_id)
         params = [Param(key, str(value)[:6000]) for key, value in run.params.items()]
@@ -195,7 +231,9 @@ class Uploader:
         parent = record.run.parent
         if parent is not None and metrics:
             # Headline numbers stand on the pipeline run too, named by stage.
-            parent_id = Record(record.folder.parent / parent).mlflow_run_id
+            above = read_json(record.folder.parent / parent / "mlflow.json") or {}
+            here = above.get("store", self._store) == self._store
+            parent_id = above.get("run_id") if here else None
             named = [Metric(f"{record.run.name}.{m.key}", m.value, m.timestamp, 0) for m in metrics]
             if parent_id is not None:
                 self.client.log_batch(parent_id, metrics=named)
