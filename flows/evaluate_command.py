@@ -19,13 +19,16 @@ held-out, runtime, or a folder with metadata.jsonl (an object a line: file_name,
 
 Systems: NAME=SPEC, where SPEC is a folder of pictures; references; trained; ultraflux-v1,
 ultraflux-v1.1, flux, sd3, sana, pixart-sigma (folders below weights/); ultraflux:FOLDER;
-diffusers:FOLDER; vae:FOLDER; or command:TEMPLATE.
+diffusers:FOLDER; vae:FOLDER; registry:MODEL@ALIAS or registry:MODEL/VERSION; or
+command:TEMPLATE.
 
 Examples:
 
   ultraflux evaluate data/benchmarks/mine --system photos=references --system mine=outputs/mine
 
   ultraflux evaluate aesthetic-eval-4096 --system ours=trained --system sana=sana --limit 8
+
+  ultraflux evaluate held-out --system champion=registry:ultraflux-transformer@champion
 
   ultraflux evaluate aspect-ratio --system "mine=command:python my.py --prompts {prompts}
   --out {out} --size {width}x{height}"
@@ -86,8 +89,9 @@ def evaluate(
     from components.evaluation.ledger import Ledger
     from components.evaluation.suite_scores import evaluate_suite, statistics_of, write_result
     from components.evaluation.suites import load_suite, runtime_items
-    from components.evaluation.systems import Sampling, parse_system
+    from components.evaluation.systems import Sampling
     from components.settings import SettingsError, load_settings
+    from flows.registered_system import find_system
     from flows.runtime_command import parse_sizes, time_and_show
 
     root = project_root()
@@ -105,7 +109,7 @@ def evaluate(
         )
         if not system:
             raise ValueError("--system: name at least one, such as --system mine=pictures/")
-        systems = [parse_system(text, root, settings, sampling) for text in system]
+        systems = [find_system(text, root, settings, sampling) for text in system]
         folder = out or root / "runs" / "evaluations" / loaded.name
         if loaded.protocol.startswith("runtime/"):
             items = runtime_items(parse_sizes(size))

@@ -137,8 +137,20 @@ def request_key(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def model_sources(root: Path, settings: Settings) -> ModelSources:
+def model_sources(
+    root: Path,
+    settings: Settings,
+    *,
+    transformer: Path | None = None,
+    autoencoder: Path | None = None,
+) -> ModelSources:
     """Where the parts of the model that this project trained are.
+
+    Args:
+        root: repository root.
+        settings: of the project.
+        transformer: another folder than the pipeline's newest.
+        autoencoder: the same.
 
     Raises:
         WeightsMissing: the pipeline has not trained them yet.
@@ -150,8 +162,8 @@ def model_sources(root: Path, settings: Settings) -> ModelSources:
     if not encoders.is_dir() and pretrained is not None:
         encoders = root / pretrained
     folders = {
-        "autoencoder": root / "data" / "vae" / "autoencoder",
-        "transformer": root / "data" / "dit_stage2" / settings.generate.weights,
+        "autoencoder": autoencoder or root / "data" / "vae" / "autoencoder",
+        "transformer": transformer or root / "data" / "dit_stage2" / settings.generate.weights,
     }
     for kind, folder in folders.items():
         resolve_folder(folder, f"trained {kind}", "ultraflux run")

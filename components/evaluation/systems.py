@@ -261,8 +261,11 @@ class UltraFluxSystem:
     """None: what the pipeline trained."""
     base: Path | None = None
     transformer: Path | None = None
+    """Instead of the model's."""
     command: str = "copy the weights there"
     """What gets the weights."""
+    autoencoder: Path | None = None
+    """Instead of the model's."""
 
     def pictures(self, items: Sequence[SuiteItem], out_dir: Path) -> list[Path]:
         """See `System.pictures`."""
@@ -308,11 +311,21 @@ class UltraFluxSystem:
             if path is not None and not path.exists():
                 raise WeightsMissing(self.name, path, self.command)
         if self.model is None:
-            sources = model_sources(self.root, self.settings)
+            sources = model_sources(
+                self.root,
+                self.settings,
+                transformer=self.transformer,
+                autoencoder=self.autoencoder,
+            )
         else:
             from components.models.released import find_sources
 
-            sources = find_sources(self.model, base=self.base, transformer=self.transformer)
+            sources = find_sources(
+                self.model,
+                base=self.base,
+                transformer=self.transformer,
+                autoencoder=self.autoencoder,
+            )
         own = sampler_settings(self.settings)
         wanted = self.sampling
         sampler = replace(
