@@ -7,7 +7,6 @@ exists is gone on with, so an interrupted ablation is resumed by the same comman
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from components.evaluation.published import (
 )
 from components.evaluation.scores import GENERATED, values_of
 from flows.versioning import stage_graph
+from flows.working_trees import TreeRefused, settings_tree, tree_environment
 
 PUBLISHED: dict[Design, PublishedTable] = {
     "ladder": ABLATION_LADDER,
@@ -49,45 +49,17 @@ def plan(root: Path, arms: Sequence[Arm]) -> dict[str, dict[str, str]]:
     return planned_stages(arms, read_params(root), stages, upstream)
 
 
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    if done.returncode:
-        raise AblationFailed(f"git {arguments[0]}: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout.strip()
-
-
 def arm_tree(root: Path, design: Design, arm: Arm) -> Path:
     """The arm's working tree at the present commit, made or brought up to date.
 
     Raises:
-        AblationFailed: tracked files other than params.yaml and dvc.lock have uncommitted changes,
-            so arms would not run the code at hand; or Git refuses.
+        AblationFailed: see `flows.working_trees.settings_tree`.
     """
-    changed = {line[3:] for line in _git(root, "status", "--porcelain", "-uno").splitlines()}
-    if foreign := sorted(changed - {"params.yaml", "dvc.lock"}):
-        raise AblationFailed(
-            f"{foreign[0]} has uncommitted changes, which no arm would see; commit them first"
-        )
-    tree = root / "runs" / "ablate" / design / arm.name
-    commit = _git(root, "rev-parse", "HEAD")
-    if tree.is_dir():
-        # Its own dvc.lock stays: what ran there needs no second look.
-        _git(tree, "checkout", "-q", "--", "params.yaml")
-        _git(tree, "checkout", "-q", "--detach", commit)
-    else:
-        tree.parent.mkdir(parents=True, exist_ok=True)
-        _git(root, "worktree", "prune")
-        _git(root, "worktree", "add", "-q", "--detach", str(tree), commit)
-    cache = root / ".dvc" / "cache"
-    (tree / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n", encoding="utf-8")
     values = with_overrides(read_params(root), arm.overrides)
-    (tree / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    for name in ("weights", values["ingest"]["source"]):
-        # What Git does not carry is shared, not copied.
-        if (root / name).exists() and not (tree / name).exists():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            (tree / name).symlink_to(root / name)
-    return tree
+    try:
+        return settings_tree(root, root / "runs" / "ablate" / design / arm.name, values)
+    except TreeRefused as problem:
+        raise AblationFailed(str(problem)) from None
 
 
 def run_arm(root: Path, design: Design, arm: Arm) -> Path:
@@ -97,10 +69,8 @@ def run_arm(root: Path, design: Design, arm: Arm) -> Path:
         AblationFailed: its pipeline did not finish.
     """
     tree = arm_tree(root, design, arm)
-    # A process of its own: the pipeline takes over signals and the working folder. PYTHONPATH puts
-    # the tree's code, which is the commit's, before an editable installation.
-    env = os.environ | {"PYTHONPATH": str(tree)}
-    done = subprocess.run(["ultraflux", "run"], cwd=tree, env=env)
+    # A process of its own: the pipeline takes over signals and the working folder.
+    done = subprocess.run(["ultraflux", "run"], cwd=tree, env=tree_environment(tree))
     scores = tree / "data" / "evaluate" / "scores.parquet"
     if done.returncode or not scores.is_file():
         raise AblationFailed(f"arm {arm.name} did not finish; run the same command to go on")

@@ -20,6 +20,7 @@ from flows import (
     lineage_command,
     plan_command,
     report_command,
+    reproduce_command,
     services_command,
     store_commands,
     weights_commands,
@@ -241,6 +242,9 @@ app.command("compare", epilog=compare_command.EPILOG, rich_help_panel=PIPELINE)(
 )
 app.command("lineage", epilog=lineage_command.EPILOG, rich_help_panel=PIPELINE)(
     lineage_command.lineage
+)
+app.command("reproduce", epilog=reproduce_command.EPILOG, rich_help_panel=PIPELINE)(
+    reproduce_command.reproduce
 )
 app.command("report", epilog=report_command.EPILOG, rich_help_panel=IMAGES)(report_command.report)
 app.command("plan", epilog=plan_command.EPILOG, rich_help_panel=PIPELINE)(plan_command.plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ from flows.console import PipelineConsole
 from flows.execution import flatten
 from flows.provenance import changes_since_commit, provenance_tags
 from flows.records import (
+    RUN_TAGS,
     Record,
     RunDescription,
     RunResult,
@@ -191,7 +193,9 @@ def _description(root: Path, engine: Engine) -> RunDescription:
         kind="pipeline",
         name="pipeline",
         params=dict(flatten(values)),
-        tags=provenance_tags(root) | {"ultraflux.engine": engine},
+        tags=provenance_tags(root)
+        | {"ultraflux.engine": engine}
+        | json.loads(os.environ.get(RUN_TAGS, "{}")),
     )
 
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 RECORD_VERSION = 1
+RUN_TAGS = "ULTRAFLUX_RUN_TAGS"
+"""Environment variable: tags (JSON) that a pipeline run gets besides its own."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 

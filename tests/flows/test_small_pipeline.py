@@ -161,6 +161,20 @@ def test_lineage_walks_from_a_generated_picture_to_photographs_and_back(project:
     assert picture.name in {step["title"] for step in forth if step["kind"] == "picture"}
 
 
+def test_a_run_is_reproduced_with_equal_outputs_restored_and_computed_again(project: Path) -> None:
+    before = {p: p.read_bytes() for p in (project / "data/slices").glob("*.parquet")}
+    cheap = [argument for stage in ("select", "slices") for argument in ("--stage", stage)]
+    done = ultraflux(project, "reproduce", "pipeline", "--recompute", *cheap, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["warnings"] == []
+    how = {one["stage"]: one["how"] for one in found["stages"] if one["verdict"] == "equal"}
+    assert len(how) == 16
+    assert {stage for stage, made in how.items() if made == "computed"} == {"select", "slices"}
+    for path, data in before.items():
+        assert (Path(found["tree"]) / path.relative_to(project)).read_bytes() == data
+
+
 def test_the_report_and_the_images_are_there(project: Path) -> None:
     page = (project / "data" / "evaluate" / "report.html").read_text(encoding="utf-8")
     for photo in PHOTOS:
