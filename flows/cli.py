@@ -22,6 +22,7 @@ from flows import (
     report_command,
     reproduce_command,
     services_command,
+    stage_plan_command,
     store_commands,
     weights_commands,
 )
@@ -127,6 +128,9 @@ def stage_list() -> None:
     for name, node in graph.items():
         table.add_row(name, ", ".join(node.upstream), node.meta.pool, stale.get(name, "up to date"))
     Console().print(table)
+
+
+stage_app.command("plan", epilog=stage_plan_command.EPILOG)(stage_plan_command.stage_plan)
 
 
 @config_app.command("compose")

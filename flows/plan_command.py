@@ -14,6 +14,7 @@ from flows.command_line import fail, project_root
 if TYPE_CHECKING:
     from components.settings import Settings
     from components.training.planner import Plan, Rate, StagePlan
+    from flows.operations_plan import OperationsPlan
 
 EPILOG = """Examples:
 
@@ -29,7 +30,10 @@ EPILOG = """Examples:
 
 FLOPs, parameters, optimizer states and store sizes are exact (equal to torch's own counts);
 activations and buffers are estimates, so a verdict within a few GiB of the limit is open. Hours
-are FLOPs / (--tflops-per-gpu x --mfu x GPUs), cost is GPU-hours x price; nothing is measured."""
+are FLOPs / (--tflops-per-gpu x --mfu x GPUs), cost is GPU-hours x price; nothing is measured.
+
+Of params.yaml as it stands, the stages that the next run would compute come first, with times of
+past runs (`ultraflux stage plan` shows these alone)."""
 
 # Images in the released MultiAspect-4K-1M metadata.
 PUBLISHED_IMAGES = 1_007_230
@@ -74,7 +78,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Say what a settings file costs before it runs: FLOPs, GPU memory, disk, GPU-hours."""
+    """Say what would run and what it costs before it does: stages, FLOPs, GPU memory, disk."""
     from components.settings import SettingsError
     from components.training.planner import plan as make
 
@@ -92,10 +96,37 @@ def plan(
     except (SettingsError, ValueError) as problem:
         raise fail(str(problem)) from None
     made = _only(made, stages or [])
+    next_run = _next_run(root) if profile is None and params is None else None
     if as_json:
-        print(json.dumps(as_dict(made, counted, limit, price_per_gpu_hour), indent=2))
-    else:
-        show(made, counted, limit, price_per_gpu_hour)
+        values = as_dict(made, counted, limit, price_per_gpu_hour)
+        if next_run is not None:
+            values["next_run"] = next_run.as_dict(price_per_gpu_hour)
+        print(json.dumps(values, indent=2))
+        return
+    if next_run is not None:
+        _show_next_run(next_run, price_per_gpu_hour, stages or [])
+    show(made, counted, limit, price_per_gpu_hour)
+
+
+def _next_run(root: Path) -> OperationsPlan:
+    """What the clone has to do; of another profile or settings file DVC knows nothing."""
+    from flows.operations_plan import plan_operations
+    from flows.versioning import GraphError
+
+    try:
+        return plan_operations(root)
+    except GraphError as problem:
+        raise fail(str(problem)) from None
+
+
+def _show_next_run(next_run: OperationsPlan, price: float | None, stages: list[str]) -> None:
+    from rich.console import Console
+
+    from flows.operations_plan import operations_summary, operations_table
+
+    console = Console(highlight=False)
+    console.print(operations_table(next_run, price, stages))
+    console.print(operations_summary(next_run, price) + "\n", soft_wrap=True)
 
 
 def _only(made: Plan, wanted: list[str]) -> Plan:

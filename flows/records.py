@@ -60,6 +60,8 @@ class RunDescription:
     inputs: dict[str, str] = field(default_factory=dict)
     """DVC hash by path of what a stage reads, code included."""
     started_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+    attempts: int = 1
+    """Starts under the same key: a run that was interrupted and gone on with has more."""
     version: int = RECORD_VERSION
 
 
@@ -140,7 +142,10 @@ def open_record(root: Path, run: RunDescription) -> Record:
                 result = record.result
                 if result is None or result.status != "FINISHED":
                     (record.folder / "result.json").unlink(missing_ok=True)
-                    values = asdict(run) | {"started_ms": known.started_ms}
+                    values = asdict(run) | {
+                        "started_ms": known.started_ms,
+                        "attempts": known.attempts + 1,
+                    }
                     write_json(record.folder / "run.json", values)
                     return record
     record = Record(records_dir(root) / f"{run.name}-{uuid.uuid4().hex[:12]}")

@@ -46,6 +46,8 @@ class StageRun:
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    """From start to end; None where unknown, or where it was interrupted in between."""
 
     @property
     def name(self) -> str:
@@ -83,6 +85,7 @@ def _from_record(record: Record, lock: Mapping[str, Any]) -> StageRun | None:
         tags=run.tags | result.tags,
         metrics=result.metrics,
         params=run.params,
+        seconds=(result.ended_ms - run.started_ms) / 1000 if run.attempts == 1 else None,
     )
 
 
@@ -94,6 +97,8 @@ def _same_params(params: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
 def from_mlflow(run: Run) -> StageRun:
     """A run as the tracking server tells it; parameters are texts."""
     tags = dict(run.data.tags)
+    started, ended = run.info.start_time, run.info.end_time
+    whole = started and ended and "ultraflux.attempts" not in tags
     return StageRun(
         stage=tags.get("ultraflux.stage", run.info.run_name or ""),
         source="mlflow",
@@ -105,7 +110,39 @@ def from_mlflow(run: Run) -> StageRun:
         tags=tags,
         metrics=dict(run.data.metrics),
         params=dict(run.data.params),
+        seconds=(ended - started) / 1000 if whole else None,
     )
+
+
+def finished_runs(
+    root: Path, lock: Mapping[str, Any], client: MlflowClient | None
+) -> list[StageRun]:
+    """What records of the clone and MLflow know; a run that both know counts once.
+
+    Args:
+        root: the clone.
+        lock: `stages` of dvc.lock.
+        client: of a tracking store that answers, if there is one.
+    """
+    known = (_from_record(record, lock) for record in all_records(root))
+    runs = [run for run in known if run is not None]
+    ids = {run.run_id for run in runs} | {run.record_id for run in runs}
+    for run in _tracked(client):
+        if run.run_id not in ids and run.record_id not in ids:
+            runs.append(run)
+    return runs
+
+
+def _tracked(client: MlflowClient | None) -> list[StageRun]:
+    if client is None:
+        return []
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    found = client.search_runs(
+        experiments,
+        "tags.`ultraflux.kind` = 'stage' and attributes.status = 'FINISHED'",
+        max_results=_MAX_RUNS,
+    )
+    return [from_mlflow(run) for run in found]
 
 
 def connect(root: Path) -> tuple[MlflowClient | None, str]:
@@ -145,13 +182,8 @@ class Evidence:
         self.runs = self._read_runs()
 
     def _read_runs(self) -> list[StageRun]:
-        """Oldest first; a run that both records and MLflow know counts once."""
-        known = (_from_record(record, self.lock) for record in all_records(self.root))
-        runs = [run for run in known if run is not None]
-        ids = {run.run_id for run in runs} | {run.record_id for run in runs}
-        for run in self._tracked():
-            if run.run_id not in ids and run.record_id not in ids:
-                runs.append(run)
+        """Oldest first, with those that only dvc.lock tells of."""
+        runs = finished_runs(self.root, self.lock, self.client)
         for stage, entry in self.lock.items():
             outputs = versioning.hashes(entry.get("outs", []))
             if outputs and not any(r.stage == stage and r.outputs == outputs for r in runs):
@@ -159,17 +191,6 @@ class Evidence:
                 found = StageRun(stage, "dvc.lock", inputs=inputs, outputs=outputs)
                 runs.append(replace(found, tags=self._tags_of_files(found)))
         return sorted(runs, key=lambda run: run.started_ms)
-
-    def _tracked(self) -> list[StageRun]:
-        if self.client is None:
-            return []
-        experiments = [found.experiment_id for found in self.client.search_experiments()]
-        found = self.client.search_runs(
-            experiments,
-            "tags.`ultraflux.kind` = 'stage' and attributes.status = 'FINISHED'",
-            max_results=_MAX_RUNS,
-        )
-        return [from_mlflow(run) for run in found]
 
     def _tags_of_files(self, run: StageRun) -> dict[str, str]:
         """Digests that a stage would have recorded, from its files in the clone."""

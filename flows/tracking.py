@@ -216,6 +216,8 @@ class Uploader:
         run_id = state["run_id"]
         metrics = [Metric(k, v, result.ended_ms, 0) for k, v in result.metrics.items()]
         tags = {**result.tags, "ultraflux.summary": result.summary or result.error[-4000:]}
+        if record.run.attempts > 1:
+            tags["ultraflux.attempts"] = str(record.run.attempts)
         self.client.log_batch(
             run_id, metrics=metrics, tags=[RunTag(k, str(v)) for k, v in tags.items() if v]
         )

@@ -172,6 +172,26 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
     return reasons
 
 
+def has_cached_result(root: Path, name: str) -> bool:
+    """Whether `dvc repro` would restore a stage's outputs from the cache instead of running it.
+
+    Nothing is written. `dvc repro --dry` cannot be asked: it looks for the dependencies of the
+    lock and not for those that are there.
+    """
+    from dvc.exceptions import DvcException
+
+    with _repo(root) as repo:
+        stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
+        try:
+            stage.save_deps()
+        except DvcException:
+            return False
+        entry = repo.stage_cache._load(stage) or {}
+        folder = Path(repo.cache.local.path)
+        made = hashes(entry.get("outs", [])).values()
+        return bool(made) and all((folder / md5[:2] / md5[2:]).is_file() for md5 in made)
+
+
 def _reason(changes: list[Any]) -> str:
     parts: list[str] = []
     for change in changes:
