@@ -19,6 +19,7 @@ from flows import (
     judge_command,
     lineage_command,
     plan_command,
+    remote_command,
     report_command,
     reproduce_command,
     services_command,
@@ -70,13 +71,23 @@ def _options(
 @app.command(rich_help_panel=PIPELINE)
 def run(
     engine: Annotated[
-        str, typer.Option(help="local: no server. prefect: the same graph as a Prefect flow.")
+        str,
+        typer.Option(
+            help="local: no server. prefect: the same graph as a Prefect flow. remote: stages run "
+            "in the clones that --worker names."
+        ),
     ] = "local",
+    worker: Annotated[
+        list[Path] | None,
+        typer.Option(help="A clone at the same commit; give it once per worker."),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Run stages even when nothing changed.")] = False,
 ) -> None:
     """Bring the whole pipeline up to date; what has not changed is skipped."""
-    if engine not in {"local", "prefect"}:
-        raise fail(f"--engine {engine}: choose local or prefect")
+    if engine not in {"local", "prefect", "remote"}:
+        raise fail(f"--engine {engine}: choose local, prefect or remote")
+    if worker and engine != "remote":
+        raise fail("--worker: give --engine remote with it")
     from components.settings import SettingsError
     from flows.driver import PipelineRefused, run_pipeline
     from flows.services import ServiceError
@@ -84,7 +95,12 @@ def run(
 
     root = project_root()
     try:
-        summary = run_pipeline(root, engine=engine, force=force)  # type: ignore[arg-type]
+        summary = run_pipeline(
+            root,
+            engine=engine,  # type: ignore[arg-type]
+            force=force,
+            workers=worker or (),
+        )
     except (SettingsError, PipelineRefused, ServiceError, GraphError) as problem:
         raise fail(str(problem)) from None
     if summary.interrupted:
@@ -108,6 +124,9 @@ def stage_run(name: Annotated[str, typer.Argument(help="Stage in dvc.yaml.")]) -
     from flows.execution import run_stage
 
     raise typer.Exit(run_stage(name, project_root()))
+
+
+stage_app.command("remote", epilog=remote_command.EPILOG)(remote_command.stage_remote)
 
 
 @stage_app.command("list")
@@ -250,6 +269,7 @@ app.command("lineage", epilog=lineage_command.EPILOG, rich_help_panel=PIPELINE)(
 app.command("reproduce", epilog=reproduce_command.EPILOG, rich_help_panel=PIPELINE)(
     reproduce_command.reproduce
 )
+app.command("remote", rich_help_panel=SERVICES)(remote_command.remote)
 app.command("report", epilog=report_command.EPILOG, rich_help_panel=IMAGES)(report_command.report)
 app.command("plan", epilog=plan_command.EPILOG, rich_help_panel=PIPELINE)(plan_command.plan)
 app.command(

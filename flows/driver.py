@@ -5,22 +5,22 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 import yaml
 
 from components.settings import load_settings
 from flows import environment, versioning
+from flows.clone_lock import clone_lock
 from flows.console import PipelineConsole
+from flows.data_remote import RemoteFailed, configure
 from flows.execution import flatten
+from flows.lock_entries import stale_without_data
 from flows.provenance import changes_since_commit, provenance_tags
 from flows.records import (
     RUN_TAGS,
@@ -33,11 +33,13 @@ from flows.records import (
     latest_finished,
     open_record,
 )
-from flows.runner import StageOutcome, StageRunner
+from flows.remote_runner import RemoteRunner, checked_workers, send_present_results
+from flows.remote_stage import WorkerRefused
+from flows.runner import StageExecutor, StageOutcome, StageRunner, stopping_on_signals
 from flows.scheduler import Report, run_graph
 from flows.tracking import UploaderProcess
 
-Engine = Literal["local", "prefect"]
+Engine = Literal["local", "prefect", "remote"]
 CHANGES_FILE = "changes.diff"
 """In a pipeline's record: tracked changes beyond its commit."""
 
@@ -104,27 +106,61 @@ def preflight(root: Path) -> None:
             ) from None
 
 
-def run_pipeline(root: Path, *, engine: Engine, force: bool = False) -> PipelineSummary:
-    """Bring every stage up to date.
+def run_pipeline(
+    root: Path, *, engine: Engine, force: bool = False, workers: Sequence[Path] = ()
+) -> PipelineSummary:
+    """Bring every stage up to date; one run at a time in a clone, a second waits for the first.
 
     Args:
         root: repository root.
-        engine: "local" needs no server; "prefect" runs the same graph as a Prefect flow.
+        engine: "local" needs no server; "prefect" runs the same graph as a Prefect flow; "remote"
+            sends stages to other clones.
         force: run stages even when nothing changed.
+        workers: those clones.
 
     Raises:
         PipelineRefused, SettingsError, versioning.GraphError: nothing was started.
     """
-    started = time.monotonic()
     preflight(root)
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(clone_lock(root, print))
+        except KeyboardInterrupt:
+            return PipelineSummary({}, 0.0, interrupted=True)
+        return _run_pipeline(root, engine, force, workers, held)
+
+
+def _run_pipeline(
+    root: Path, engine: Engine, force: bool, workers: Sequence[Path], held: int
+) -> PipelineSummary:
+    """`run_pipeline` in a clone that is held."""
+    started = time.monotonic()
     settings = load_settings(root / "params.yaml")
     environment.prepare(offline=settings.runtime.offline)
     graph = versioning.stage_graph(root)
-    stale = versioning.stale_stages(root, graph)
+    if engine == "remote":
+        workers, stale = _prepare_workers(root, graph, workers, force=force)
+    else:
+        stale = versioning.stale_stages(root, graph)
     record = open_record(root, _description(root, engine))
     kept = _keep_sources(root, record)
     uploader = UploaderProcess(root)
-    runner = StageRunner(root, graph, parent_record=record.record_id, stale=stale, force=force)
+    runner: StageExecutor
+    if engine == "remote":
+        runner = RemoteRunner(
+            root,
+            graph,
+            parent_record=record.record_id,
+            stale=stale,
+            workers=workers,
+            say=print,
+            force=force,
+            held=(held,),
+        )
+    else:
+        runner = StageRunner(
+            root, graph, parent_record=record.record_id, stale=stale, force=force, held=(held,)
+        )
     interrupted = False
     outcomes: dict[str, StageOutcome] = {}
 
@@ -142,7 +178,7 @@ def run_pipeline(root: Path, *, engine: Engine, force: bool = False) -> Pipeline
                 console.console.print("Starting the Prefect server")
                 stack.enter_context(embedded_prefect(root))
             stack.enter_context(console)
-            stack.enter_context(_stopping_on_signals(runner))
+            stack.enter_context(stopping_on_signals(runner))
             outcomes.update(_run(engine, runner, report))
     except KeyboardInterrupt:
         interrupted = True
@@ -157,30 +193,23 @@ def run_pipeline(root: Path, *, engine: Engine, force: bool = False) -> Pipeline
     return summary
 
 
-@contextmanager
-def _stopping_on_signals(runner: StageRunner) -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the running stages at once; what they saved stays.
-
-    Without this Prefect's task runner would wait for a stage to end, which may take days.
-    """
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        runner.stop()
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+def _prepare_workers(
+    root: Path, graph: dict[str, versioning.StageNode], folders: Sequence[Path], *, force: bool
+) -> tuple[list[Path], dict[str, str]]:
+    """Checked worker clones, and what is stale on a clone that need not have the data."""
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        workers = checked_workers(root, folders)
+        configure(root)
+        stale = stale_without_data(root, graph)
+        if stale or force:
+            send_present_results(root, stale)
+    except (WorkerRefused, RemoteFailed) as problem:
+        raise PipelineRefused(str(problem)) from None
+    return workers, stale
 
 
-def _run(engine: Engine, runner: StageRunner, report: Report) -> dict[str, StageOutcome]:
-    if engine == "local":
+def _run(engine: Engine, runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:
+    if engine != "prefect":
         return run_graph(runner, report)
     # Imported by name: Prefect costs seconds and reads its environment at import.
     pipeline = importlib.import_module("flows.pipeline")

@@ -32,8 +32,17 @@ class GuardedProcess:
         cwd: Path,
         env: Mapping[str, str] | None = None,
         output: IO[bytes] | int | None = None,
+        held: Sequence[int] = (),
     ) -> None:
-        """Start `command`; its standard output and error go to `output` (default: inherited)."""
+        """Start `command`.
+
+        Args:
+            command: program and arguments.
+            cwd: its folder.
+            env: its environment (default: this one).
+            output: where its standard output and error go (default: inherited).
+            held: file descriptors (locks) that the launcher keeps open until the group is gone.
+        """
         read_end, write_end = os.pipe()
         os.set_inheritable(read_end, True)
         launcher = Path(__file__).resolve()
@@ -45,7 +54,7 @@ class GuardedProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output is not None else None,
-                pass_fds=(read_end,),
+                pass_fds=(read_end, *held),
                 start_new_session=True,
             )
         finally:

@@ -16,7 +16,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.runner import StageError, StageOutcome, StageRunner
+from flows.runner import StageError, StageExecutor, StageOutcome
 from flows.scheduler import Report, blocked
 
 RETRY_DELAY_S = 1.0
@@ -28,7 +28,7 @@ def _curable(_task: Task, _run: object, state: State) -> bool:
     return isinstance(problem, StageError) and problem.outcome.status == "failed"
 
 
-def _stage_task(runner: StageRunner, name: str, report: Report) -> Task:
+def _stage_task(runner: StageExecutor, name: str, report: Report) -> Task:
     meta = runner.graph[name].meta
 
     @task(
@@ -55,7 +55,7 @@ def _stage_task(runner: StageRunner, name: str, report: Report) -> Task:
     return run_stage
 
 
-def build_flow(runner: StageRunner, report: Report) -> Callable[[], dict[str, StageOutcome]]:
+def build_flow(runner: StageExecutor, report: Report) -> Callable[[], dict[str, StageOutcome]]:
     """The flow over the graph of `runner`.
 
     Args:
@@ -95,7 +95,7 @@ def build_flow(runner: StageRunner, report: Report) -> Callable[[], dict[str, St
     return pipeline
 
 
-def _collect(runner: StageRunner, name: str, futures: dict[str, PrefectFuture]) -> StageOutcome:
+def _collect(runner: StageExecutor, name: str, futures: dict[str, PrefectFuture]) -> StageOutcome:
     """The outcome of one stage; waits first, because a raising result would cancel siblings."""
     future = futures[name]
     future.wait()

@@ -9,15 +9,17 @@ its result when another dvc process holds the repository lock for three seconds.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import FrameType
+from typing import Literal, Protocol
 
 from components.progress import PROGRESS_FILE
 from flows import versioning
@@ -56,6 +58,34 @@ class StageError(RuntimeError):
         return (StageError, (self.outcome,))
 
 
+class StageExecutor(Protocol):
+    """What schedulers and the console ask of whoever runs stages."""
+
+    graph: dict[str, versioning.StageNode]
+    stale: dict[str, str]
+
+    def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
+        """Run (or skip) one stage; never raises for a failing stage."""
+        ...
+
+    def stop(self) -> None:
+        """Stop every running stage; what they saved stays for the next run."""
+        ...
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        ...
+
+    def running(self) -> list[str]:
+        """Names of the stages that run now."""
+        ...
+
+    def progress_file(self, name: str) -> Path:
+        """Where the running stage writes its position."""
+        ...
+
+
 class CpuSlots:
     """Cores of this machine, handed out by the number that a stage says it needs."""
 
@@ -91,6 +121,7 @@ class StageRunner:
         stale: dict[str, str],
         cpus: int | None = None,
         force: bool = False,
+        held: Sequence[int] = (),
     ) -> None:
         """Prepare for the stages of `graph`.
 
@@ -101,12 +132,14 @@ class StageRunner:
             stale: stages that need looking at, with reasons; others are skipped at once.
             cpus: cores to hand out (default: all of this machine).
             force: run stages even when nothing changed.
+            held: descriptor of the clone's lock, which stage processes are to hold too.
         """
         self.root = root
         self.graph = graph
         self.parent_record = parent_record
         self.stale = stale
         self.force = force
+        self._held = tuple(held)
         self._slots = CpuSlots(cpus or os.cpu_count() or 1)
         self._running: dict[str, GuardedProcess] = {}
         # Reentrant: a signal handler calls `stop` in a thread that may hold it.
@@ -151,7 +184,9 @@ class StageRunner:
             if prefect_run is not None:
                 env[PREFECT_RUN] = prefect_run
             with log.open("wb") as output:
-                process = GuardedProcess(command, cwd=self.root, env=env, output=output)
+                process = GuardedProcess(
+                    command, cwd=self.root, env=env, output=output, held=self._held
+                )
                 with self._lock:
                     self._running[name] = process
                 code = self._wait(process, node.meta.timeout_min)
@@ -206,6 +241,28 @@ class StageRunner:
         """Names of the stages that run now."""
         with self._lock:
             return sorted(self._running)
+
+
+@contextmanager
+def stopping_on_signals(runner: StageExecutor) -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the running stages at once; what they saved stays.
+
+    Without this Prefect's task runner would wait for a stage to end, which may take days.
+    """
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        runner.stop()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _last_error(log: Path, code: int) -> str:

@@ -61,12 +61,13 @@ class GraphError(ValueError):
 
 
 @contextmanager
-def _repo(root: Path) -> Iterator[Any]:
+def open_repo(root: Path) -> Iterator[Any]:
+    """DVC's view of the clone, for one thread at a time; waits for other dvc processes."""
     from dvc.repo import Repo
 
     with _REPO_LOCK:
         clear_torn_rwlock(root)
-        repo = Repo(str(root))
+        repo = Repo(str(root), _wait_for_lock=True)
         try:
             yield repo
         finally:
@@ -120,7 +121,7 @@ def stage_graph(root: Path) -> dict[str, StageNode]:
     import networkx
     from dvc.stage import PipelineStage
 
-    with _repo(root) as repo:
+    with open_repo(root) as repo:
         # An edge in DVC's graph points from a stage to what it depends on.
         graph = repo.index.graph
         stages = [stage for stage in graph if isinstance(stage, PipelineStage)]
@@ -155,11 +156,11 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
 
     A stage below a stale one is included: `dvc repro` decides when its inputs are there.
     """
-    with _repo(root) as repo:
+    with open_repo(root) as repo:
         # From outside the repository DVC calls a stage "path/dvc.yaml:name".
         status = {name.rsplit(":", 1)[-1]: changes for name, changes in repo.status().items()}
     reasons: dict[str, str] = {}
-    locked = _locked_stages(root)
+    locked = read_lock(root)
     for name, node in graph.items():
         if name not in locked:
             reasons[name] = "never run"
@@ -219,7 +220,7 @@ def stage_key(root: Path, name: str) -> str:
 def stage_identity(root: Path, name: str) -> tuple[str, dict[str, str]]:
     """The stage's key and what it hashes of files: DVC hash by path of every dependency."""
     inputs: dict[str, str] = {}
-    with _repo(root) as repo:
+    with open_repo(root) as repo:
         stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
         parts: list[Any] = [stage.cmd]
         for dep in sorted(stage.deps, key=lambda dep: str(dep.def_path)):
@@ -253,7 +254,7 @@ def add(root: Path, folder: str) -> None:
 
 def cache_folder(root: Path) -> Path:
     """Where this clone's DVC cache keeps files by md5 (shared caches lie elsewhere)."""
-    with _repo(root) as repo:
+    with open_repo(root) as repo:
         return Path(repo.cache.local.path)
 
 
@@ -270,10 +271,10 @@ def hashes(entries: list[dict[str, Any]]) -> dict[str, str]:
 
 def lock_entry(root: Path, name: str) -> dict[str, Any] | None:
     """What dvc.lock says of a stage: cmd, deps, params, outs with hashes; None if it never ran."""
-    return _locked_stages(root).get(name)
+    return read_lock(root).get(name)
 
 
-def _locked_stages(root: Path) -> dict[str, Any]:
+def read_lock(root: Path) -> dict[str, Any]:
     """`stages` of dvc.lock, empty before the first run."""
     try:
         return locked_stages((root / "dvc.lock").read_text(encoding="utf-8"))

@@ -1,0 +1,45 @@
+"""One pipeline, or one stage sent from elsewhere, at a time in a clone.
+
+The lock is the kernel's (flock), so it ends with whoever holds it, however that ends. Guarded stage
+processes hold it too: after `kill -9` of a pipeline the next one starts when the last training
+process is gone, not before.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOCK_FILE = "runs/clone.lock"
+
+
+@contextmanager
+def clone_lock(root: Path, say: Callable[[str], None]) -> Iterator[int]:
+    """Hold the clone at `root`; wait where another process has it.
+
+    Args:
+        root: repository root.
+        say: told one line before a wait.
+
+    Yields:
+        The file descriptor that is the lock, for processes that are to hold it too.
+    """
+    path = root / LOCK_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+            named = f" (process {holder})" if holder else ""
+            say(f"Another run{named} works in {root}: waiting until it ends; Ctrl-C to leave")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
