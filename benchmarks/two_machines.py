@@ -76,11 +76,19 @@ class Transcript:
         """Print a command at the prompt of a clone."""
         self.line(f"{clone}$ {' '.join(command)}")
 
+    def environment(self, clone: str) -> dict[str, str]:
+        """That of a machine which has `clone` alone: its code, whatever is installed here."""
+        return self.env | {"PYTHONPATH": str(self._folder / clone), "PYTHONUNBUFFERED": "1"}
+
     def run(self, clone: str, *command: str, quiet: bool = False) -> None:
         """Run a command in a clone; leave with its output where it fails."""
         self.typed(clone, *command)
         done = subprocess.run(
-            command, cwd=self._folder / clone, env=self.env, capture_output=True, text=True
+            command,
+            cwd=self._folder / clone,
+            env=self.environment(clone),
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             sys.exit(f"{' '.join(command)}: {done.stdout}{done.stderr}")
@@ -170,7 +178,7 @@ def run_and_kill(transcript: Transcript, folder: Path) -> None:
     run = subprocess.Popen(
         command,
         cwd=folder / "pipeline",
-        env=transcript.env | {"PYTHONUNBUFFERED": "1"},
+        env=transcript.environment("pipeline"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
