@@ -18,4 +18,7 @@ Ints = Annotated[tuple[Count, ...], Strict(False)]
 class Section(BaseModel):
     """Base of every section: immutable, no unknown keys, no silent type coercion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # The sentence below a field is also its description in the schema that forms are made of.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )

@@ -27,7 +27,8 @@ def ablate(
     """Run an ablation of the papers as pipeline runs, and print its table beside theirs."""
     from components.evaluation.ablation import DESIGNS, Design, expand
     from components.settings import SettingsError
-    from flows.ablation import AblationFailed, ablation_table, plan, read_params, run_arm
+    from flows.ablation import AblationFailed, ablation_table, plan, run_arm
+    from flows.setting_overrides import read_params
 
     root = project_root()
     if design not in DESIGNS:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import yaml
@@ -23,6 +22,7 @@ from components.evaluation.published import (
     PublishedTable,
 )
 from components.evaluation.scores import GENERATED, values_of
+from flows.setting_overrides import read_params
 from flows.versioning import stage_graph
 from flows.working_trees import TreeRefused, settings_tree, tree_environment
 
@@ -34,12 +34,6 @@ PUBLISHED: dict[Design, PublishedTable] = {
 
 class AblationFailed(RuntimeError):
     """An arm cannot be run; one line."""
-
-
-def read_params(root: Path) -> dict[str, Any]:
-    """`params.yaml` as nested values."""
-    values: dict[str, Any] = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
-    return values
 
 
 def plan(root: Path, arms: Sequence[Arm]) -> dict[str, dict[str, str]]:

@@ -12,6 +12,7 @@ from flows import (
     ablate_command,
     compare_command,
     corpus_commands,
+    deploy_command,
     diagnose_commands,
     environment,
     evaluate_command,
@@ -25,6 +26,7 @@ from flows import (
     services_command,
     stage_plan_command,
     store_commands,
+    submit_command,
     weights_commands,
 )
 from flows.command_line import fail, project_root
@@ -73,8 +75,9 @@ def run(
     engine: Annotated[
         str,
         typer.Option(
-            help="local: no server. prefect: the same graph as a Prefect flow. remote: stages run "
-            "in the clones that --worker names."
+            help="local: no server. prefect: the same graph as a Prefect flow. pools: each stage "
+            "on a worker (see [bold]ultraflux deploy[/]). remote: stages run in the clones that "
+            "--worker names."
         ),
     ] = "local",
     worker: Annotated[
@@ -84,8 +87,8 @@ def run(
     force: Annotated[bool, typer.Option(help="Run stages even when nothing changed.")] = False,
 ) -> None:
     """Bring the whole pipeline up to date; what has not changed is skipped."""
-    if engine not in {"local", "prefect", "remote"}:
-        raise fail(f"--engine {engine}: choose local, prefect or remote")
+    if engine not in {"local", "prefect", "pools", "remote"}:
+        raise fail(f"--engine {engine}: choose local, prefect, pools or remote")
     if worker and engine != "remote":
         raise fail("--worker: give --engine remote with it")
     from components.settings import SettingsError
@@ -271,6 +274,8 @@ app.command("reproduce", epilog=reproduce_command.EPILOG, rich_help_panel=PIPELI
 )
 app.command("remote", rich_help_panel=SERVICES)(remote_command.remote)
 app.command("report", epilog=report_command.EPILOG, rich_help_panel=IMAGES)(report_command.report)
+app.command("deploy", epilog=deploy_command.EPILOG, rich_help_panel=SERVICES)(deploy_command.deploy)
+app.command("submit", epilog=submit_command.EPILOG, rich_help_panel=SERVICES)(submit_command.submit)
 app.command("plan", epilog=plan_command.EPILOG, rich_help_panel=PIPELINE)(plan_command.plan)
 app.command(
     "select",

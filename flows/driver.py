@@ -21,6 +21,7 @@ from flows.console import PipelineConsole
 from flows.data_remote import RemoteFailed, configure
 from flows.execution import flatten
 from flows.lock_entries import stale_without_data
+from flows.prefect_connection import connect_to_prefect
 from flows.provenance import changes_since_commit, provenance_tags
 from flows.records import (
     RUN_TAGS,
@@ -39,7 +40,7 @@ from flows.runner import StageExecutor, StageOutcome, StageRunner, stopping_on_s
 from flows.scheduler import Report, run_graph
 from flows.tracking import UploaderProcess
 
-Engine = Literal["local", "prefect", "remote"]
+Engine = Literal["local", "prefect", "pools", "remote"]
 CHANGES_FILE = "changes.diff"
 """In a pipeline's record: tracked changes beyond its commit."""
 
@@ -113,15 +114,18 @@ def run_pipeline(
 
     Args:
         root: repository root.
-        engine: "local" needs no server; "prefect" runs the same graph as a Prefect flow; "remote"
-            sends stages to other clones.
+        engine: "local" needs no server; "prefect" runs the same graph as a Prefect flow; "pools"
+            sends each stage to the work pool that dvc.yaml names; "remote" sends stages to other
+            clones.
         force: run stages even when nothing changed.
         workers: those clones.
 
     Raises:
-        PipelineRefused, SettingsError, versioning.GraphError: nothing was started.
+        PipelineRefused, SettingsError, ServiceError, versioning.GraphError: nothing was started.
     """
     preflight(root)
+    if engine == "pools":
+        connect_to_prefect(root)
     with ExitStack() as stack:
         try:
             held = stack.enter_context(clone_lock(root, print))
@@ -156,6 +160,11 @@ def _run_pipeline(
             say=print,
             force=force,
             held=(held,),
+        )
+    elif engine == "pools":
+        pool_runner = importlib.import_module("flows.pool_runner")
+        runner = pool_runner.PoolRunner(
+            root, graph, parent_record=record.record_id, stale=stale, force=force
         )
     else:
         runner = StageRunner(
@@ -209,11 +218,11 @@ def _prepare_workers(
 
 
 def _run(engine: Engine, runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:
-    if engine != "prefect":
+    if engine not in {"prefect", "pools"}:
         return run_graph(runner, report)
     # Imported by name: Prefect costs seconds and reads its environment at import.
     pipeline = importlib.import_module("flows.pipeline")
-    return dict(pipeline.build_flow(runner, report)())
+    return dict(pipeline.run_in_prefect(runner, report))
 
 
 def _description(root: Path, engine: Engine) -> RunDescription:

@@ -147,20 +147,18 @@ def run_stage(name: str, root: Path) -> int:
     try:
         settings = load_settings(root / "params.yaml")
         _prepare(settings)
-        graph = versioning.stage_graph(root)
-        if name not in graph:
-            raise StageFailed(f"no stage '{name}' in dvc.yaml; stages: {', '.join(graph)}")
+        node = versioning.stage_node(root, name)
         key, inputs = versioning.stage_identity(root, name)
         state_dir = root / "runs" / name / key[:16]
         state_dir.mkdir(parents=True, exist_ok=True)
-        record = open_record(root, _describe(root, graph[name], key, inputs, state_dir))
+        record = open_record(root, _describe(root, node, key, inputs, state_dir))
         if PARENT_RECORD not in os.environ:
             from flows.tracking import UploaderProcess
 
             uploader = UploaderProcess(root)
         metrics = MetricLog(state_dir / "metrics.jsonl")
         context = StageContext(name, settings, root, state_dir, metrics)
-        result = _run(context, graph[name])
+        result = _run(context, node)
     except KeyboardInterrupt:
         message, code = f"{name}: interrupted; run it again to continue", EXIT_INTERRUPTED
         result = RunResult(status="KILLED", error=message)

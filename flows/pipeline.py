@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from prefect import State, Task, flow, get_run_logger, task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.pipeline_artifacts import PipelineArtifacts
 from flows.runner import StageError, StageExecutor, StageOutcome
 from flows.scheduler import Report, blocked
 
@@ -55,6 +56,34 @@ def _stage_task(runner: StageExecutor, name: str, report: Report) -> Task:
     return run_stage
 
 
+def run_tasks(runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:
+    """Run the graph of `runner` as tasks of the Prefect flow that this is called in.
+
+    Args:
+        runner: runs single stages.
+        report: called with each outcome as it comes.
+
+    Returns:
+        Outcome by stage name.
+    """
+    run_id = str(flow_run.id)
+    with PipelineArtifacts(runner) as artifacts:
+
+        def tell(outcome: StageOutcome) -> None:
+            artifacts.ended(outcome)
+            report(outcome)
+
+        futures: dict[str, PrefectFuture] = {}
+        for name, node in runner.graph.items():
+            upstream = [futures[other] for other in node.upstream]
+            futures[name] = _stage_task(runner, name, tell).submit(run_id, wait_for=upstream)
+        outcomes = {name: _collect(runner, name, futures) for name in runner.graph}
+        for outcome in outcomes.values():
+            if not outcome.ok:
+                tell(outcome)
+    return outcomes
+
+
 def build_flow(runner: StageExecutor, report: Report) -> Callable[[], dict[str, StageOutcome]]:
     """The flow over the graph of `runner`.
 
@@ -73,26 +102,16 @@ def build_flow(runner: StageExecutor, report: Report) -> Callable[[], dict[str, 
         persist_result=False,
     )
     def pipeline() -> dict[str, StageOutcome]:
-        run_id = str(flow_run.id)
-        futures: dict[str, PrefectFuture] = {}
-        for name, node in runner.graph.items():
-            upstream = [futures[other] for other in node.upstream]
-            futures[name] = _stage_task(runner, name, report).submit(run_id, wait_for=upstream)
-        outcomes = {name: _collect(runner, name, futures) for name in runner.graph}
-        for outcome in outcomes.values():
-            if not outcome.ok:
-                report(outcome)
-        create_table_artifact(
-            key="stages",
-            table=[
-                {"stage": o.name, "status": o.status, "seconds": round(o.seconds, 1), "": o.message}
-                for o in outcomes.values()
-            ],
-            description="Stages of this pipeline run",
-        )
-        return outcomes
+        return run_tasks(runner, report)
 
     return pipeline
+
+
+def run_in_prefect(runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:
+    """`run_tasks` in the flow of the calling thread; in one of its own where there is none."""
+    if FlowRunContext.get() is not None:
+        return run_tasks(runner, report)
+    return build_flow(runner, report)()
 
 
 def _collect(runner: StageExecutor, name: str, futures: dict[str, PrefectFuture]) -> StageOutcome:

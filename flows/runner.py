@@ -117,7 +117,7 @@ class StageRunner:
         root: Path,
         graph: dict[str, versioning.StageNode],
         *,
-        parent_record: str,
+        parent_record: str | None,
         stale: dict[str, str],
         cpus: int | None = None,
         force: bool = False,
@@ -128,7 +128,8 @@ class StageRunner:
         Args:
             root: repository root.
             graph: all stages.
-            parent_record: record id of the pipeline run.
+            parent_record: record id of the pipeline run; None for a stage on its own, which then
+                uploads its record itself.
             stale: stages that need looking at, with reasons; others are skipped at once.
             cpus: cores to hand out (default: all of this machine).
             force: run stages even when nothing changed.
@@ -176,11 +177,9 @@ class StageRunner:
         command = ["dvc", "--wait-for-lock", "repro", "-s", name, *(["-f"] if self.force else [])]
         with tempfile.TemporaryDirectory() as folder:
             outcome_file = Path(folder) / "outcome.json"
-            env = os.environ | {
-                PARENT_RECORD: self.parent_record,
-                OUTCOME_FILE: str(outcome_file),
-                PROGRESS_FILE: str(progress),
-            }
+            env = os.environ | {OUTCOME_FILE: str(outcome_file), PROGRESS_FILE: str(progress)}
+            if self.parent_record is not None:
+                env[PARENT_RECORD] = self.parent_record
             if prefect_run is not None:
                 env[PREFECT_RUN] = prefect_run
             with log.open("wb") as output:

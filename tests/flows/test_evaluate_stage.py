@@ -21,7 +21,7 @@ from components.models.tiny import build_tiny_autoencoder
 from components.settings import parse_settings
 from components.training.aspect_buckets import Bucket, fit_to_bucket
 from components.training.metric_log import MetricLog
-from flows.ablation import read_params
+from flows.setting_overrides import read_params
 from flows.stages import evaluate
 from flows.stages.contract import StageContext
 

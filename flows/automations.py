@@ -1,0 +1,109 @@
+"""Automations as YAML in git (`conf/automations/`), applied by name.
+
+A file is Prefect's own automation schema with one addition: an action `call-webhook` names
+`webhook: {block, url_from}` instead of a block's id; the address comes from an environment variable
+and goes into a Prefect block, so that it stays out of git. An automation whose variable is not set
+is left out (and paused where a former deployment had created it).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect.blocks.webhook import Webhook
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.events.schemas.automations import AutomationCore
+from pydantic import SecretStr, ValidationError
+
+
+class AutomationInvalid(ValueError):
+    """A file does not describe an automation; one line."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What became of one file."""
+
+    name: str
+    outcome: str
+    """created, updated, unchanged, or "left out: ...". """
+
+
+def automations_dir(root: Path) -> Path:
+    """`conf/automations`."""
+    return root / "conf" / "automations"
+
+
+def read_automation(path: Path) -> dict[str, Any]:
+    """The mapping in an automation file.
+
+    Raises:
+        AutomationInvalid: not YAML, or no mapping with a name.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as problem:
+        raise AutomationInvalid(f"{path}: not YAML ({problem})") from None
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+        raise AutomationInvalid(f"{path}: expected a mapping with a `name`")
+    return values
+
+
+def _webhooks(values: dict[str, Any]) -> list[dict[str, Any]]:
+    return [action["webhook"] for action in values["actions"] if "webhook" in action]
+
+
+def _with_blocks(values: dict[str, Any]) -> dict[str, Any]:
+    """Actions with the ids of their web hook blocks, which are saved first."""
+    actions = []
+    for action in values["actions"]:
+        if "webhook" in action:
+            named = action["webhook"]
+            block = Webhook(method="POST", url=SecretStr(os.environ[named["url_from"]]))
+            block_id = block.save(named["block"], overwrite=True)
+            rest = {key: value for key, value in action.items() if key != "webhook"}
+            actions.append(rest | {"block_document_id": str(block_id)})
+        else:
+            actions.append(action)
+    return {**values, "actions": actions}
+
+
+def apply_automation(client: SyncPrefectClient, path: Path) -> Applied:
+    """Create or update the automation of one file; applying twice changes nothing.
+
+    Raises:
+        AutomationInvalid: the file does not fit Prefect's schema; names the first wrong field.
+    """
+    values = read_automation(path)
+    name = values["name"]
+    known = client.read_automations_by_name(name)
+    unset = [hook["url_from"] for hook in _webhooks(values) if not os.environ.get(hook["url_from"])]
+    if unset:
+        for automation in known:
+            client.pause_automation(automation.id)
+        return Applied(name, f"left out: {unset[0]} is not set")
+    try:
+        wanted = AutomationCore.model_validate(_with_blocks(values))
+    except ValidationError as problem:
+        error = problem.errors()[0]
+        place = ".".join(str(part) for part in error["loc"])
+        raise AutomationInvalid(f"{path}: {place}: {error['msg'].lower()}") from None
+    for surplus in known[1:]:
+        client.delete_automation(surplus.id)
+    if not known:
+        client.create_automation(wanted)
+        return Applied(name, "created")
+    present = AutomationCore.model_validate(known[0].model_dump(exclude={"id"}))
+    if present.model_dump(mode="json") == wanted.model_dump(mode="json"):
+        return Applied(name, "unchanged")
+    client.update_automation(known[0].id, wanted)
+    return Applied(name, "updated")
+
+
+def apply_automations(client: SyncPrefectClient, root: Path) -> list[Applied]:
+    """Apply every file of `conf/automations/`, in the order of their names."""
+    return [apply_automation(client, path) for path in sorted(automations_dir(root).glob("*.yaml"))]

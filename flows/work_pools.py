@@ -1,0 +1,108 @@
+"""Work pools as YAML in git (`conf/work-pools/`): types, limits, job templates.
+
+`process.yaml` changes defaults of Prefect's own base job template; `docker.yaml` and
+`kubernetes.yaml` carry whole templates, because those workers are packages that need not be
+installed where one deploys from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PoolType = Literal["process", "docker", "kubernetes"]
+
+
+class PoolsInvalid(ValueError):
+    """A file does not describe work pools; one line."""
+
+
+class Pool(BaseModel):
+    """One work pool."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Literal["pipelines", "cpu", "gpu"]
+    description: str
+    concurrency_limit: Annotated[int, Field(ge=1)] | None
+    """Flow runs at once over all workers of the pool; null: no limit."""
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    """Default values of job variables of this pool."""
+
+
+class PoolFile(BaseModel):
+    """Content of a file in conf/work-pools/."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    type: PoolType
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    """Default values of job variables of every pool."""
+    base_job_template: dict[str, Any] | None = None
+    """Job configuration and variables; null: what Prefect's worker of this type declares."""
+    pools: list[Pool]
+
+
+def read_pools(root: Path, kind: str) -> PoolFile:
+    """`conf/work-pools/<kind>.yaml`.
+
+    Raises:
+        PoolsInvalid: no such file, or a wrong field, which is named.
+    """
+    path = root / "conf" / "work-pools" / f"{kind}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in path.parent.glob("*.yaml")))
+        raise PoolsInvalid(f"work pools '{kind}': no such file in conf/work-pools/; there: {known}")
+    try:
+        return PoolFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as problem:
+        error = problem.errors()[0]
+        place = ".".join(str(part) for part in error["loc"])
+        raise PoolsInvalid(f"{path.name}: {place}: {error['msg'].lower()}") from None
+    except yaml.YAMLError as problem:
+        raise PoolsInvalid(f"{path.name}: not YAML ({problem})") from None
+
+
+def job_template(pools: PoolFile, pool: Pool) -> dict[str, Any]:
+    """The pool's base job template, with its defaults in the variables.
+
+    Raises:
+        PoolsInvalid: a default for a variable that the template does not have.
+    """
+    template = pools.base_job_template
+    if template is None:
+        from prefect.workers.process import ProcessWorker
+
+        template = ProcessWorker.get_default_base_job_template()
+    variables = template["variables"]["properties"]
+    changed: dict[str, Any] = {}
+    for name, value in (pools.defaults | pool.defaults).items():
+        if name not in variables:
+            raise PoolsInvalid(
+                f"pool {pool.name}: defaults.{name}: the job template has no such variable; it "
+                f"has {', '.join(variables)}"
+            )
+        changed[name] = {**variables[name], "default": value}
+    return {
+        "job_configuration": template["job_configuration"],
+        "variables": {**template["variables"], "properties": {**variables, **changed}},
+    }
+
+
+def apply_pools(client: SyncPrefectClient, pools: PoolFile) -> list[str]:
+    """Create or update the pools; returns their names."""
+    for pool in pools.pools:
+        wanted = WorkPoolCreate(
+            name=pool.name,
+            description=pool.description,
+            type=pools.type,
+            base_job_template=job_template(pools, pool),
+            concurrency_limit=pool.concurrency_limit,
+        )
+        client.create_work_pool(wanted, overwrite=True)
+    return [pool.name for pool in pools.pools]
