@@ -45,7 +45,8 @@ def trivial_clone(folder: Path, stages: int) -> Path:
     graph = {}
     source = "data/sample/README.md"
     for number in range(stages):
-        name = f"copy{number}"
+        # Every pipeline of the project begins with this name.
+        name = "ingest" if number == 0 else f"copy{number}"
         code = STAGE.format(name=name, source=source)
         (clone / "flows" / "stages" / f"{name}.py").write_text(code, encoding="utf-8")
         output = f"data/{name}/out"
