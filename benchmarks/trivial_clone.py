@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -36,12 +37,19 @@ def run(context: StageContext) -> StageResult:
 
 
 def trivial_clone(folder: Path, stages: int) -> Path:
-    """Clone into `folder`; dvc.yaml becomes a chain of `stages` stages that copy one small file.
+    """`folder`/clone with the files of the working tree; its dvc.yaml is a chain of `stages`.
 
-    Run commands there with PYTHONPATH set to the clone: the stage modules are in it.
+    Each stage copies one small file. Run commands there with PYTHONPATH set to the clone: the stage
+    modules are in it.
     """
     clone = folder / "clone"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in names.split("\0"):
+        wanted = name and Path(name).suffix not in {".jpg", ".png"} and name != "dvc.lock"
+        if wanted and (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, clone / name)
     graph = {}
     source = "data/sample/README.md"
     for number in range(stages):
@@ -59,6 +67,7 @@ def trivial_clone(folder: Path, stages: int) -> Path:
         }
         source = output
     (clone / "dvc.yaml").write_text(yaml.safe_dump({"stages": graph}), encoding="utf-8")
+    subprocess.run(["git", "init", "-q"], cwd=clone, check=True)
     commit = ["git", "-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost", "commit"]
     subprocess.run(["git", "add", "-A"], cwd=clone, check=True)
     subprocess.run([*commit, "-qm", "trivial stages"], cwd=clone, check=True)

@@ -16,15 +16,19 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from components.settings import SettingsError
 from flows import environment, versioning
 from flows.outcome_artifacts import publish_outcome
 from flows.runner import StageRunner
 from flows.setting_overrides import SettingsOverrides, chosen
 from flows.stage_progress import reported_progress
+from flows.working_trees import TreeRefused
 
 ROOT_VARIABLE = "ULTRAFLUX_ROOT"
 """Names the clone that a worker's flows run in."""
 MOST_STAGES = 64
+REFUSALS = (versioning.GraphError, SettingsError, TreeRefused, FileNotFoundError)
+"""What a retry cannot cure and a person has to read: one line."""
 
 
 def worker_clone(clone: str | None, settings: Mapping[str, Any]) -> Path:
@@ -70,8 +74,11 @@ def run_stage(
         parent_record: record of the pipeline run that this stage belongs to.
     """
     logger = get_run_logger()
-    root = worker_clone(clone, chosen(settings))
-    node = versioning.stage_node(root, stage)
+    try:
+        root = worker_clone(clone, chosen(settings))
+        node = versioning.stage_node(root, stage)
+    except REFUSALS as problem:
+        return Failed(name="Refused", message=str(problem))
     runner = StageRunner(
         root, {stage: node}, parent_record=parent_record, stale={stage: "asked for"}, force=force
     )
@@ -106,17 +113,21 @@ def run_pipeline(
         force: run stages even when nothing changed.
         clone: folder of the clone on the worker's machine (default: the worker's own).
     """
+    from flows.driver import PipelineRefused
     from flows.driver import run_pipeline as drive
     from flows.submission import profile_values
 
     values = chosen(settings)
     named = clone or os.environ.get(ROOT_VARIABLE)
-    if profile is not None:
-        own = environment.project_root(Path(named) if named else None)
-        values = profile_values(own, profile, values)
-    root = worker_clone(clone, values)
-    os.chdir(root)
-    summary = drive(root, engine="pools", force=force)
+    try:
+        if profile is not None:
+            own = environment.project_root(Path(named) if named else None)
+            values = profile_values(own, profile, values)
+        root = worker_clone(clone, values)
+        os.chdir(root)
+        summary = drive(root, engine="pools", force=force)
+    except (*REFUSALS, PipelineRefused) as problem:
+        return Failed(name="Refused", message=str(problem))
     counts = [outcome.status for outcome in summary.outcomes.values()]
     text = ", ".join(f"{counts.count(kind)} {kind}" for kind in sorted(set(counts)))
     if summary.ok:

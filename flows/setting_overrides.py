@@ -32,7 +32,7 @@ def overrides_model(model: type[BaseModel]) -> type[BaseModel]:
         fields[name] = (kind | None, Field(default=None, description=field.description))
     documentation = (model.__doc__ or model.__name__).strip().splitlines()[0]
     return create_model(
-        model.__name__.removesuffix("Settings") + "Overrides",
+        (model.__name__.removesuffix("Settings") or "Settings") + "Overrides",
         __config__=ConfigDict(extra="forbid"),
         __doc__=documentation,
         **fields,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
-from pydantic import ValidationError
 
 from flows.command_line import fail
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from pydantic import ValidationError
 
 POLL_S = 2.0
 EPILOG = (
@@ -45,6 +45,8 @@ def submit(
     ] = False,
 ) -> None:
     """Submit a run to the workers of a Prefect server and print where to watch it."""
+    from pydantic import ValidationError
+
     from components.settings import SettingsError
     from flows import environment
     from flows.prefect_connection import connect_to_prefect

@@ -70,8 +70,7 @@ def start_workers(root: Path, pools: tuple[str, ...] = POOLS) -> list[Worker]:
     try:
         _wait_until_online(started)
     except ServiceError:
-        for worker in started:
-            _stop(worker)
+        _stop(started)
         write_json(_state(root), [asdict(worker) for worker in known])
         raise
     return [*known, *started]
@@ -80,8 +79,7 @@ def start_workers(root: Path, pools: tuple[str, ...] = POOLS) -> list[Worker]:
 def stop_workers(root: Path) -> list[Worker]:
     """Stop the workers of this clone and the runs they have begun; returns them."""
     workers = running_workers(root)
-    for worker in workers:
-        _stop(worker)
+    _stop(workers)
     _state(root).unlink(missing_ok=True)
     return workers
 
@@ -154,14 +152,16 @@ def _has_ended(pid: int) -> bool:
         return True
 
 
-def _stop(worker: Worker) -> None:
-    """SIGTERM to the worker, which stops its runs; then whatever of its family is left."""
-    try:
-        parent = psutil.Process(worker.pid)
-        family = [*parent.children(recursive=True), parent]
-        parent.terminate()
-    except psutil.NoSuchProcess:
-        return
+def _stop(workers: list[Worker]) -> None:
+    """SIGTERM to the workers, which stop their runs; then whatever of their families is left."""
+    family: list[psutil.Process] = []
+    for worker in workers:
+        try:
+            parent = psutil.Process(worker.pid)
+            family += [*parent.children(recursive=True), parent]
+            parent.terminate()
+        except psutil.NoSuchProcess:
+            continue
     _, left = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
     for process in left:
         process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import json
 import os
@@ -63,6 +64,19 @@ def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def trivial_clone() -> Callable[[Path, int], Path]:
+    """Makes projects whose stages copy one file: `benchmarks/trivial_clone.py`."""
+    path = ROOT / "benchmarks" / "trivial_clone.py"
+    spec = importlib.util.spec_from_file_location("trivial_clone", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make: Callable[[Path, int], Path] = module.trivial_clone
+    return make
 
 
 def _set(values: dict[str, Any], path: str, value: Any) -> None:

@@ -1,0 +1,224 @@
+"""Deployments on a real Prefect server with real workers, in a project of trivial stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from flows import services
+
+pytestmark = pytest.mark.slow
+TIMEOUT_S = 300
+
+
+@dataclass
+class Hook:
+    """A local HTTP server that keeps what is posted to it."""
+
+    url: str
+    received: list[dict[str, Any]] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def hook() -> Iterator[Hook]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            kept.received.append(json.loads(body))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    kept = Hook(f"http://127.0.0.1:{server.server_port}/failures")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield kept
+    server.shutdown()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A project with servers and workers."""
+
+    root: Path
+    env: dict[str, str]
+
+    def ultraflux(self, *arguments: str, cwd: Path | None = None) -> str:
+        """Standard output of a command that must work."""
+        done = self.attempt(*arguments, cwd=cwd)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def attempt(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """A finished command."""
+        return subprocess.run(
+            ["ultraflux", *arguments],
+            cwd=cwd or self.root,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+
+    def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """A question to the Prefect API."""
+        import httpx
+
+        url = self.env["PREFECT_API_URL"] + path
+        answer = httpx.post(url, json=body, timeout=30) if body is not None else httpx.get(url)
+        answer.raise_for_status()
+        return answer.json()
+
+
+@pytest.fixture(scope="module")
+def site(
+    trivial_clone: Callable[[Path, int], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    hook: Hook,
+) -> Iterator[Site]:
+    root = trivial_clone(tmp_path_factory.mktemp("site"), 3)
+    port = services.free_port()
+    env = os.environ | {"PYTHONPATH": str(root), "ULTRAFLUX_FAILURE_WEBHOOK": hook.url}
+    env["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    made = Site(root, env)
+    ports = ["--prefect-port", str(port), "--mlflow-port", str(services.free_port())]
+    try:
+        made.ultraflux("up", *ports, "--workers")
+        yield made
+    finally:
+        made.ultraflux("down")
+
+
+def wait_for(question: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        if answer := question():
+            return answer
+        time.sleep(0.3)
+    raise AssertionError(f"no {what} within {TIMEOUT_S} s")
+
+
+def test_deploying_again_changes_nothing(site: Site) -> None:
+    first = {d["id"]: d["updated"] for d in site.api("/deployments/filter", {})}
+    said = site.ultraflux("deploy", "--workers")
+    assert said.count(": unchanged") == 3
+    again = site.api("/deployments/filter", {})
+    assert {d["id"] for d in again} == set(first)
+    assert all(d["schedules"] == [] for d in again)
+    assert len(site.api("/automations/filter", {})) == 3
+    assert len(site.api("/work_pools/filter", {})) == 3
+    assert all(p["status"] == "READY" for p in site.api("/work_pools/filter", {}))
+
+
+def test_a_pipeline_runs_on_pools_survives_a_killed_stage_and_shows_its_parts(site: Site) -> None:
+    folder = site.root / "flows" / "stages"
+    kept = (folder / "copy1.py").read_text()
+    slow = "import os, time\n(lambda: None if os.path.exists('go') else time.sleep(60))()\n"
+    (folder / "copy1.py").write_text(kept.replace("import shutil\n", "import shutil\n" + slow))
+    process = subprocess.Popen(
+        ["ultraflux", "run", "--engine", "pools"],
+        cwd=site.root,
+        env=site.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+    def stage_process() -> psutil.Process | None:
+        for found in psutil.process_iter(["cmdline"]):
+            command = found.info["cmdline"] or []
+            if command[-3:] == ["stage", "run", "copy1"] and any("ultraflux" in c for c in command):
+                engine = [p for p in found.parents() if "prefect.engine" in " ".join(p.cmdline())]
+                if engine and found.cwd() == str(site.root):
+                    return engine[0]
+        return None
+
+    engine = wait_for(stage_process, "running stage")
+    (site.root / "go").touch()
+    children = engine.children(recursive=True)
+    engine.kill()
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    (folder / "copy1.py").write_text(kept)
+    assert process.returncode == 0, output
+    assert output.count("done") == 3
+    # The launcher took the killed run's processes with it.
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert left == []
+    lock = yaml.safe_load((site.root / "dvc.lock").read_text())
+    assert set(lock["stages"]) == {"ingest", "copy1", "copy2"}
+    assert (site.root / "data/copy2/out").read_bytes() == (
+        site.root / "data/sample/README.md"
+    ).read_bytes()
+    runs = site.api("/flow_runs/filter", {})
+    stages = sorted((r["name"], r["state"]["name"]) for r in runs if "stage" in r["tags"])
+    assert ("copy1", "Crashed") in stages
+    assert ("copy1", "Completed") in stages
+    assert all(run["parent_task_run_id"] for run in runs if "stage" in run["tags"])
+    artifacts = site.api("/artifacts/filter", {})
+    kinds = [(a["type"], a["key"]) for a in artifacts]
+    assert ("table", "stages") in kinds
+    assert [a["data"] for a in artifacts if a["type"] == "progress"] == [100.0]
+
+
+def test_settings_given_to_a_submitted_run_apply_in_a_tree_of_its_own(site: Site) -> None:
+    before = (site.root / "params.yaml").read_text()
+    elsewhere = site.root.parent
+    said = site.ultraflux("submit", "--watch", "-S", "project.seed=77", cwd=elsewhere)
+    assert "Completed: 3 ran" in said
+    (tree,) = (site.root / "runs" / "submitted").iterdir()
+    assert yaml.safe_load((tree / "params.yaml").read_text())["project"]["seed"] == 77
+    assert (tree / "data/copy2/out").is_file()
+    assert (site.root / "params.yaml").read_text() == before
+    again = site.ultraflux("submit", "--watch", "-S", "project.seed=77", cwd=elsewhere)
+    assert "Completed: 3 skipped" in again
+
+
+def test_one_stage_is_submitted_to_the_pool_of_dvc_yaml(site: Site) -> None:
+    said = site.ultraflux("submit", "--stage", "copy2", "--watch")
+    assert "to pool cpu" in said
+    assert "Skipped" in said or "Completed" in said
+
+
+def test_a_failing_run_calls_the_web_hook_and_fails_the_command(site: Site, hook: Hook) -> None:
+    done = site.attempt("submit", "--stage", "absent", "--pool", "gpu", "--watch")
+    assert done.returncode == 1
+    assert "no stage 'absent'" in done.stdout
+
+    def told() -> list[dict[str, Any]]:
+        return [post for post in hook.received if post["flow_run"] == "absent"]
+
+    wait_for(told, "web hook call")
+    time.sleep(3)
+    (post,) = told()
+    assert post["state"] == "Refused"
+    assert "no stage 'absent'" in post["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-S", "vae.stepz=3"], "vae.stepz: unknown setting"),
+        (["-S", "vae.steps=many"], "vae.steps = 'many'"),
+        (["--stage", "nothing"], "no stage 'nothing'"),
+        (["--stage", "ingest", "--profile", "paper"], "--profile is for the pipeline"),
+    ],
+)
+def test_a_wrong_submission_is_one_line(site: Site, arguments: list[str], said: str) -> None:
+    done = site.attempt("submit", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr

@@ -1,0 +1,99 @@
+"""Files of work pools, automations and deployments are what Prefect accepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.events.schemas.automations import AutomationCore
+from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.workers.process import ProcessJobConfiguration
+
+from flows.automations import AutomationInvalid, automations_dir, read_automation
+from flows.versioning import stage_graph
+from flows.work_pools import PoolFile, PoolsInvalid, job_template, read_pools
+
+
+def test_process_pools_exist_for_every_pool_that_stages_name(root: Path) -> None:
+    pools = read_pools(root, "process")
+    names = {pool.name for pool in pools.pools}
+    assert {node.meta.pool for node in stage_graph(root).values()} <= names
+    assert "pipelines" in names
+
+
+def test_process_jobs_do_not_hang_on_a_worker_that_was_killed(root: Path) -> None:
+    pools = read_pools(root, "process")
+    for pool in pools.pools:
+        template = job_template(pools, pool)
+        # Prefect's own check of templates: every placeholder has a variable.
+        WorkPoolCreate(name=pool.name, type=pools.type, base_job_template=template)
+        job = ProcessJobConfiguration.model_validate(
+            {
+                name: template["variables"]["properties"][name].get("default")
+                for name in ("command", "stream_output", "working_dir")
+            }
+        )
+        assert job.stream_output is False
+        env = template["variables"]["properties"]["env"]["default"]
+        assert env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+
+
+def test_a_default_for_a_variable_that_the_template_lacks_is_named(root: Path) -> None:
+    pools = read_pools(root, "process")
+    wrong = PoolFile.model_validate({**pools.model_dump(), "defaults": {"imagee": "x"}})
+    with pytest.raises(PoolsInvalid, match=r"defaults\.imagee.*working_dir"):
+        job_template(wrong, wrong.pools[0])
+
+
+def test_wrong_pool_files_are_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "conf" / "work-pools"
+    folder.mkdir(parents=True)
+    (folder / "a.yaml").write_text("type: process\npools:\n- {name: cpu, description: d}\n")
+    (folder / "b.yaml").write_text("type: [\n")
+    with pytest.raises(PoolsInvalid, match=r"a\.yaml: pools\.0\.concurrency_limit: field required"):
+        read_pools(tmp_path, "a")
+    with pytest.raises(PoolsInvalid, match=r"b\.yaml: not YAML"):
+        read_pools(tmp_path, "b")
+    with pytest.raises(PoolsInvalid, match="there: a, b"):
+        read_pools(tmp_path, "slurm")
+
+
+def test_every_automation_file_fits_prefects_schema(root: Path) -> None:
+    names = []
+    for path in sorted(automations_dir(root).glob("*.yaml")):
+        values = read_automation(path)
+        actions = [
+            {key: value for key, value in action.items() if key != "webhook"}
+            | ({"block_document_id": "0" * 32} if "webhook" in action else {})
+            for action in values["actions"]
+        ]
+        names.append(AutomationCore.model_validate({**values, "actions": actions}).name)
+    assert len(names) == len(set(names)) == 3
+
+
+def test_a_file_that_is_no_automation_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(AutomationInvalid, match="a mapping with a `name`"):
+        read_automation(path)
+
+
+def test_deployments_are_unscheduled_run_local_code_and_show_the_settings(root: Path) -> None:
+    content = yaml.safe_load((root / "prefect.yaml").read_text(encoding="utf-8"))
+    assert content["pull"] == []
+    seen = set()
+    for deployment in content["deployments"]:
+        assert deployment["schedules"] == []
+        assert "pull" not in deployment
+        flow = load_flow_from_entrypoint(deployment["entrypoint"], use_placeholder_flow=False)
+        assert isinstance(flow, Flow)
+        assert "SettingsOverrides" in str(flow.parameters.properties["settings"])
+        assert "DitStageOverrides" in (flow.parameters.definitions or {})
+        seen.add((flow.name, deployment["name"], deployment["work_pool"]["name"]))
+    assert seen == {
+        ("ultraflux-pipeline", "pipeline", "pipelines"),
+        ("stage", "cpu", "cpu"),
+        ("stage", "gpu", "gpu"),
+    }
