@@ -40,6 +40,9 @@ def up(
         bool | None,
         typer.Option(help="Prefect asks for a password too (always where others can reach it)."),
     ] = None,
+    workers: Annotated[
+        bool, typer.Option("--workers", help="Then deploy, and start a worker per pool.")
+    ] = False,
 ) -> None:
     """Start what does not run of the Prefect and MLflow servers; print their addresses."""
     from flows import served as served_servers
@@ -97,6 +100,10 @@ def up(
                 "put a TLS proxy in front of it",
                 file=sys.stderr,
             )
+    if workers:
+        from flows.deploy_command import deploy
+
+        deploy(workers=True, pools="process")
     print("Stop them with: ultraflux down")
 
 
@@ -118,9 +125,12 @@ def _tier(root: Path, before: ServedTier | None, given: dict[str, object]) -> Se
 
 
 def down() -> None:
-    """Stop the servers that `ultraflux up` started."""
+    """Stop the servers that `ultraflux up` started, their workers first."""
     from flows.services import down as stop
+    from flows.workers import stop_workers
 
+    for worker in stop_workers(project_root()):
+        print(f"stopped worker {worker.pool}")
     stopped = stop(project_root())
     print("\n".join(f"stopped {s.name} ({s.url})" for s in stopped) or "nothing was running")
 
