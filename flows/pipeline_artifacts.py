@@ -13,7 +13,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from flows.runner import StageOutcome, StageExecutor
+from flows.runner import StageExecutor, StageOutcome
 
 
 class PipelineArtifacts:

@@ -153,7 +153,7 @@ def stage_node(root: Path, name: str) -> StageNode:
     """
     from dvc.stage.exceptions import StageNotFound
 
-    with _repo(root) as repo:
+    with open_repo(root) as repo:
         try:
             stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
         except StageNotFound:
@@ -204,7 +204,7 @@ def has_cached_result(root: Path, name: str) -> bool:
     """
     from dvc.exceptions import DvcException
 
-    with _repo(root) as repo:
+    with open_repo(root) as repo:
         stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
         try:
             stage.save_deps()
