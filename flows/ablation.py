@@ -7,33 +7,36 @@ exists is gone on with, so an interrupted ablation is resumed by the same comman
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
 from components.evaluation.ablation import Arm, Design, planned_stages, with_overrides
-from components.evaluation.comparison import Comparison, compare_systems
-from components.evaluation.published import (
-    ABLATION_DATA_MODEL,
-    ABLATION_LADDER,
-    PublishedTable,
-)
-from components.evaluation.scores import GENERATED, values_of
+from components.evaluation.ablation_table import ArmScores
+from components.evaluation.scores import GENERATED
+from components.evaluation.suites import BENCHMARKS
 from flows.setting_overrides import read_params
 from flows.versioning import stage_graph
 from flows.working_trees import TreeRefused, settings_tree, tree_environment
 
-PUBLISHED: dict[Design, PublishedTable] = {
-    "ladder": ABLATION_LADDER,
-    "data-model": ABLATION_DATA_MODEL,
-}
-
 
 class AblationFailed(RuntimeError):
     """An arm cannot be run; one line."""
+
+
+@dataclass(frozen=True)
+class SuiteChoice:
+    """A benchmark on which every arm's model is measured beside the pipeline's own scores."""
+
+    suite: str
+    """As of `ultraflux evaluate`; a folder is meant from where the command was given."""
+    metrics: str | None = None
+    limit: int | None = None
 
 
 def plan(root: Path, arms: Sequence[Arm]) -> dict[str, dict[str, str]]:
@@ -51,61 +54,53 @@ def arm_tree(root: Path, design: Design, arm: Arm) -> Path:
     """
     values = with_overrides(read_params(root), arm.overrides)
     try:
-        return settings_tree(root, root / "runs" / "ablate" / design / arm.name, values)
+        tree = settings_tree(root, root / "runs" / "ablate" / design / arm.name, values)
     except TreeRefused as problem:
         raise AblationFailed(str(problem)) from None
+    if (root / BENCHMARKS).is_dir() and not (tree / BENCHMARKS).exists():
+        (tree / BENCHMARKS).symlink_to((root / BENCHMARKS).resolve())
+    return tree
 
 
-def run_arm(root: Path, design: Design, arm: Arm) -> Path:
-    """Bring an arm up to date; returns its scores table.
+def run_arm(root: Path, design: Design, arm: Arm, choice: SuiteChoice | None = None) -> ArmScores:
+    """Bring an arm up to date and read its scores; one that fails says so in them.
 
     Raises:
-        AblationFailed: its pipeline did not finish.
+        AblationFailed: no arm can be run from this working tree.
     """
     tree = arm_tree(root, design, arm)
+    again = "run the same command to go on"
+    if _ultraflux(tree, "run"):
+        return ArmScores(arm, problem=f"its pipeline did not finish (see above); {again}")
+    table = pd.read_parquet(tree / "data" / "evaluate" / "scores.parquet")
+    if choice is None:
+        return ArmScores(arm, table)
+    out = tree / "runs" / "ablation"
+    words = ["--system", f"{GENERATED}=trained", "--out", str(out)]
+    words += ["--ledger", str(root / "runs" / "ledger")]
+    words += [] if choice.metrics is None else ["--metrics", choice.metrics]
+    words += [] if choice.limit is None else ["--limit", str(choice.limit)]
+    suite = Path(choice.suite)
+    named = str(suite.absolute()) if suite.is_dir() else choice.suite
+    if _ultraflux(tree, "evaluate", named, *words):
+        return ArmScores(arm, problem=f"its evaluation did not finish (see above); {again}")
+    return _suite_scores(arm, out)
+
+
+def _suite_scores(arm: Arm, out: Path) -> ArmScores:
+    """What `ultraflux evaluate` left, with the numbers of sets."""
+    from components.evaluation.cards import CARDS
+
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["metrics"]
+    of_sets = {
+        card.id: float(metrics[f"{GENERATED}.{card.id}"])
+        for card in CARDS
+        if card.needs == "set pair" and f"{GENERATED}.{card.id}" in metrics
+    }
+    return ArmScores(arm, pd.read_parquet(out / "scores.parquet"), of_sets)
+
+
+def _ultraflux(tree: Path, *words: str) -> int:
+    """Exit code of a command in an arm's tree; what it prints is seen."""
     # A process of its own: the pipeline takes over signals and the working folder.
-    done = subprocess.run(["ultraflux", "run"], cwd=tree, env=tree_environment(tree))
-    scores = tree / "data" / "evaluate" / "scores.parquet"
-    if done.returncode or not scores.is_file():
-        raise AblationFailed(f"arm {arm.name} did not finish; run the same command to go on")
-    return scores
-
-
-def ablation_table(
-    design: Design, arms: Sequence[Arm], scores: Sequence[Path], *, resamples: int, seed: int
-) -> str:
-    """Markdown: ours in the papers' layout, paired differences to the first arm, published numbers.
-
-    Args:
-        design: whose published table stands below.
-        arms: in order.
-        scores: table of each arm.
-        resamples: of intervals and tests.
-        seed: of both.
-    """
-    tables = [pd.read_parquet(path) for path in scores]
-    generated = [table[table["system"] == GENERATED] for table in tables]
-    metrics = sorted(set.intersection(*(set(table["metric"]) for table in generated)))
-    lines = [f"| Ours | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
-    for arm, table in zip(arms, generated, strict=True):
-        means = [values_of(table, GENERATED, metric)["value"].mean() for metric in metrics]
-        lines.append(f"| {arm.label} | {' | '.join(f'{mean:.4g}' for mean in means)} |")
-    lines += ["", f"Paired differences to '{arms[0].label}', prompts as units, Holm per row:", ""]
-    for arm, table in zip(arms[1:], generated[1:], strict=True):
-        for found in compare_systems(generated[0], table, metrics, resamples=resamples, seed=seed):
-            if isinstance(found, Comparison):
-                d = found.difference
-                lines.append(
-                    f"- {arm.label}, {found.metric}: {d.mean:+.4g} [{d.low:+.4g}, {d.high:+.4g}], "
-                    f"p = {found.adjusted_p:.3g}, n = {d.n}"
-                )
-            else:
-                lines.append(f"- {arm.label}: not compared: {found.reason}")
-    published = PUBLISHED[design]
-    lines += ["", f"Published ({published.source}; other data, weights and 4096 x 4096):", ""]
-    lines += [
-        f"| {published.caption} | {' | '.join(published.columns)} |",
-        "|---|" + "---|" * len(published.columns),
-        *(f"| {label} | {' | '.join(values)} |" for label, values in published.rows),
-    ]
-    return "\n".join(lines) + "\n"
+    return subprocess.run(["ultraflux", *words], cwd=tree, env=tree_environment(tree)).returncode

@@ -203,7 +203,8 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
     systems = sorted(set(result.table["system"]))
     strata = sorted(set(result.table["stratum"]))
     table = Table(title=f"{suite.title} ({len(suite.items)} items)", title_justify="left")
-    table.add_column("system")
+    # Names of systems and strata stay whole; numbers wrap.
+    table.add_column("system", no_wrap=True)
     measured = [i for i in ids if any(key.endswith(f".{i}") for key in result.metrics)]
     for metric_id in measured:
         table.add_column(f"{card(metric_id).name} {card(metric_id).arrow}", justify="right")

@@ -39,7 +39,8 @@ def git(root: Path, *arguments: str, data: bytes | None = None) -> str:
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         raise TreeRefused(f"git {arguments[0]}: {said[-1]}")
-    return done.stdout.decode(errors="replace").strip()
+    # Leading spaces belong to the columns of `git status --porcelain`.
+    return done.stdout.decode(errors="replace").rstrip()
 
 
 def add_tree(root: Path, tree: Path, commit: str) -> None:

@@ -150,8 +150,8 @@ def paired_scores(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> Pai
     if np.isinf(values).any() or (finite[0] != finite[1]).any():
         at = int(np.flatnonzero(np.isinf(values).any(axis=0) | (finite[0] != finite[1]))[0])
         raise ComparisonInvalid(
-            f"{metric}: {first.index[at][0]} is {values[0, at]} and {values[1, at]}; a value that "
-            "is not finite in one system cannot be averaged away"
+            f"{metric}: {first.index[at][0]} is {values[0, at]:.6g} and {values[1, at]:.6g}; a "
+            "value that is not finite in one system cannot be averaged away"
         )
     both = finite[0]
     labels = _clusters(metric, first, second)

@@ -20,7 +20,7 @@ class PublishedTable:
     rows: tuple[tuple[str, tuple[str, ...]], ...]
     """(system, values in column order, digits as printed)."""
     metrics: tuple[str, ...] = ()
-    """Ids of our metrics under the columns; empty where the table is not of one system each."""
+    """Ids of our metrics under the columns."""
 
 
 VAE_RECONSTRUCTION = PublishedTable(
@@ -80,6 +80,7 @@ ABLATION_LADDER = PublishedTable(
         ("+ SNR-HW + SACL", ("147.32", "10.30", "67.31")),
         ("+ SNR-HW + SACL + Resonance 2D RoPE w. YaRN", ("146.93", "10.91", "68.13")),
     ),
+    metrics=("fid", "hpsv3", "artimuse"),
 )
 
 ABLATION_DATA_MODEL = PublishedTable(
@@ -92,6 +93,7 @@ ABLATION_DATA_MODEL = PublishedTable(
         ("C: Diffusion-4K-v2, UltraFlux", ("147.41", "10.03")),
         ("D: MultiAspect-4K-1M, UltraFlux", ("145.81", "10.78")),
     ),
+    metrics=("fid", "hpsv3"),
 )
 
 TABLES_OF_SUITE: dict[str, PublishedTable] = {

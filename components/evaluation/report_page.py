@@ -52,6 +52,9 @@ class Table:
     first: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
+    strata: tuple[Row, ...] = ()
+    """Rows of single strata, in a part of their own."""
+    strata_count: int = 0
 
 
 @dataclass(frozen=True)

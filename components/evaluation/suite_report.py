@@ -174,24 +174,46 @@ def _cell(evaluation: Evaluation, prefix: str, metric: str) -> Cell:
     return Cell(fixed(values.get(name), metric), interval)
 
 
-def _prefixes(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """(prefix in metrics.json, name in tables) of every system, and of its strata if several."""
+def _strata(evaluation: Evaluation) -> list[str]:
+    """Strata of the suite, if several."""
     strata = sorted(set(evaluation.table["stratum"]))
-    found = []
-    for system in evaluation.systems:
-        rows = evaluation.table[evaluation.table["system"] == system]
-        found.append((system, f"{system} (n = {rows['item'].nunique()})"))
-        for stratum in strata if len(strata) > 1 else ():
-            count = rows.loc[rows["stratum"] == stratum, "item"].nunique()
-            found.append((f"{system}.{stratum}", f"{system}, {stratum} (n = {count})"))
-    return found
+    return strata if len(strata) > 1 else []
 
 
-def _ours(evaluation: Evaluation, metrics: Sequence[str]) -> list[Row]:
-    return [
-        Row(name, tuple(_cell(evaluation, prefix, m) for m in metrics), first_ours=index == 0)
-        for index, (prefix, name) in enumerate(_prefixes(evaluation))
-    ]
+def _ours(evaluation: Evaluation, metrics: Sequence[str], stratum: str = "") -> list[Row]:
+    """A row per system, over all of its pictures or those of one stratum."""
+    rows = []
+    for index, system in enumerate(evaluation.systems):
+        scores = evaluation.table[evaluation.table["system"] == system]
+        prefix, name = system, system
+        if stratum:
+            scores = scores[scores["stratum"] == stratum]
+            prefix, name = f"{system}.{stratum}", f"{stratum}, {system}"
+        cells = tuple(_cell(evaluation, prefix, metric) for metric in metrics)
+        label = f"{name} (n = {scores['item'].nunique()})"
+        rows.append(Row(label, cells, first_ours=index == 0))
+    return rows
+
+
+def _table(
+    evaluation: Evaluation,
+    caption: str,
+    columns: tuple[str, ...],
+    metrics: Sequence[str],
+    *,
+    source: str = "",
+    published: Sequence[Row] = (),
+) -> Table:
+    strata = _strata(evaluation)
+    return Table(
+        caption,
+        source,
+        "System",
+        columns,
+        (*published, *_ours(evaluation, metrics)),
+        tuple(row for stratum in strata for row in _ours(evaluation, metrics, stratum)),
+        len(strata),
+    )
 
 
 def _tables(evaluation: Evaluation) -> list[Table]:
@@ -200,13 +222,21 @@ def _tables(evaluation: Evaluation) -> list[Table]:
     rest = evaluation.measured
     paper = TABLES_OF_SUITE.get(evaluation.suite)
     if paper is not None:
-        rows = published_rows(paper) + _ours(evaluation, paper.metrics)
-        tables.append(Table(paper.caption, paper.source, "System", paper.columns, tuple(rows)))
+        tables.append(
+            _table(
+                evaluation,
+                paper.caption,
+                paper.columns,
+                paper.metrics,
+                source=paper.source,
+                published=published_rows(paper),
+            )
+        )
         rest = [metric for metric in rest if metric not in paper.metrics]
     if rest:
         columns = tuple(column_name(metric) for metric in rest)
         caption = "Means over pictures, 95% intervals below; the compression ratio is of the set"
-        tables.append(Table(caption, "", "System", columns, tuple(_ours(evaluation, rest))))
+        tables.append(_table(evaluation, caption, columns, rest))
     return tables
 
 

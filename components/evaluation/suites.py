@@ -16,9 +16,11 @@ from pathlib import Path, PurePosixPath
 from components.evaluation.sampling import image_seed
 
 BENCHMARKS = Path("data/benchmarks")
+# The repository is the one that Diffusion-4K's README names; its scripts read eval/size_2048 and
+# eval/size_4096 in it. Its present file list was not seen.
 _DOWNLOAD = (
-    "hf download zhang0jhon/Aesthetic-4K --repo-type dataset --local-dir {parent} (then move the "
-    "folder whose metadata.jsonl belongs to {name} to {folder})"
+    "hf download zhang0jhon/Aesthetic-4K --repo-type dataset --include 'eval/{part}/*' "
+    "--local-dir {parent}/Aesthetic-4K"
 )
 
 TEXT_TO_IMAGE_METRICS = (
@@ -85,6 +87,12 @@ class Source:
 
     folder: str
     sizes: tuple[tuple[int, int], ...]
+    part: str
+    """Its folder below eval/ of the published dataset."""
+
+    def places(self, benchmarks: Path) -> tuple[Path, Path]:
+        """Where a local copy may be: under our name, or as it was downloaded."""
+        return benchmarks / self.folder, benchmarks / "Aesthetic-4K" / "eval" / self.part
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ ASPECT_SIZES = ((2048, 4096), (4096, 2048), (2880, 5120), (5952, 2496))
 RUNTIME_SIZES = (SQUARE_2K, SQUARE_4K, (2880, 5120))
 """(height, width) of the runtime suite."""
 _EVAL_4K, _EVAL_2K = "aesthetic-eval-4096", "aesthetic-eval-2048"
+_PART_4K, _PART_2K = "size_4096", "size_2048"
 
 DEFINITIONS: tuple[SuiteDefinition, ...] = (
     SuiteDefinition(
@@ -112,28 +121,28 @@ DEFINITIONS: tuple[SuiteDefinition, ...] = (
         "Aesthetic-Eval@4096 (Diffusion-4K): text to image at 4096 x 4096",
         "aesthetic-eval-4096/v1",
         TEXT_TO_IMAGE_METRICS,
-        (Source(_EVAL_4K, (SQUARE_4K,)),),
+        (Source(_EVAL_4K, (SQUARE_4K,), _PART_4K),),
     ),
     SuiteDefinition(
         _EVAL_2K,
         "Aesthetic-Eval@2048 (Diffusion-4K): text to image at 2048 x 2048",
         "aesthetic-eval-2048/v1",
         TEXT_TO_IMAGE_METRICS,
-        (Source(_EVAL_2K, (SQUARE_2K,)),),
+        (Source(_EVAL_2K, (SQUARE_2K,), _PART_2K),),
     ),
     SuiteDefinition(
         "aspect-ratio",
         "Aesthetic-Eval@4096 prompts at four aspect ratios (UltraFlux)",
         "aspect-ratio/v1",
         TEXT_TO_IMAGE_METRICS,
-        (Source(_EVAL_4K, ASPECT_SIZES),),
+        (Source(_EVAL_4K, ASPECT_SIZES, _PART_4K),),
     ),
     SuiteDefinition(
         "reconstruction",
         "Autoencoder reconstruction of the Aesthetic-Eval@4096 pictures",
         "reconstruction-4096/v1",
         RECONSTRUCTION_METRICS,
-        (Source(_EVAL_4K, (SQUARE_4K,)),),
+        (Source(_EVAL_4K, (SQUARE_4K,), _PART_4K),),
         is_reconstruction=True,
     ),
     SuiteDefinition(
@@ -141,7 +150,7 @@ DEFINITIONS: tuple[SuiteDefinition, ...] = (
         "Fine detail at 2048 x 2048 and 4096 x 4096 (Diffusion-4K)",
         "detail/v1",
         DETAIL_METRICS,
-        (Source(_EVAL_2K, (SQUARE_2K,)), Source(_EVAL_4K, (SQUARE_4K,))),
+        (Source(_EVAL_2K, (SQUARE_2K,), _PART_2K), Source(_EVAL_4K, (SQUARE_4K,), _PART_4K)),
     ),
 )
 HELD_OUT, RUNTIME = "held-out", "runtime"
@@ -313,12 +322,15 @@ def load_suite(name: str, root: Path, *, data: Path | None = None, seed: int = 0
         raise ValueError(f"suite '{name}': neither a folder with metadata.jsonl nor one of {known}")
     items: list[SuiteItem] = []
     for source in definition.sources:
-        folder = data if data and len(definition.sources) == 1 else root / BENCHMARKS
-        folder = folder if folder == data else folder / source.folder
-        if not (folder / "metadata.jsonl").is_file():
-            command = _DOWNLOAD.format(parent=BENCHMARKS, name=source.folder, folder=folder)
+        places = source.places(root / BENCHMARKS)
+        if data and len(definition.sources) == 1:
+            places = (data, data)
+        folder = next((p for p in places if (p / "metadata.jsonl").is_file()), None)
+        if folder is None:
+            command = _DOWNLOAD.format(parent=BENCHMARKS, part=source.part)
             raise SuiteMissing(
-                f"suite {name}: no local copy at {folder} (metadata.jsonl); get it with: {command}"
+                f"suite {name}: no local copy at {places[0]} (metadata.jsonl); get it with: "
+                f"{command}"
             )
         entries = read_benchmark(folder)
         if len(definition.sources) > 1:

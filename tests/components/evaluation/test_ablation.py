@@ -10,8 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from components.evaluation.ablation import DESIGNS, Design, expand, planned_stages, with_overrides
+from components.evaluation.ablation_table import PUBLISHED, ArmScores, ablation_table
 from components.evaluation.scores import Score, scores_table
-from flows.ablation import ablation_table
 from flows.cli import app
 from flows.versioning import stage_graph
 
@@ -73,19 +73,53 @@ def test_a_dry_run_prints_sets_and_stages(root: Path, monkeypatch: pytest.Monkey
     assert CliRunner().invoke(app, ["ablate", "stairs"]).exit_code == 2
 
 
-def test_the_table_has_ours_paired_differences_and_the_published_rows(
-    tmp_path: Path, params: dict[str, Any]
-) -> None:
-    arms = expand("ladder", params)
-    paths = []
-    for step, arm in enumerate(arms):
-        table = scores_table(
-            Score(f"{i}.png", "generated", 64, 64, "glcm_score", "g/v1", i + 0.5 * step)
-            for i in range(8)
+def arm_scores(params: dict[str, Any]) -> list[ArmScores]:
+    """Four arms, each half a point better than the one before."""
+    return [
+        ArmScores(
+            arm,
+            scores_table(
+                Score(f"{i}.png", "generated", 64, 64, "glcm_score", "g/v1", i + 0.5 * step)
+                for i in range(8)
+            ),
         )
-        paths.append(tmp_path / f"{arm.name}.parquet")
-        table.to_parquet(paths[-1], index=False)
-    text = ablation_table("ladder", arms, paths, resamples=999, seed=0)
-    assert "| Flux + F16 VAE | 3.5 |" in text
+        for step, arm in enumerate(expand("ladder", params))
+    ]
+
+
+def test_the_table_has_the_papers_columns_with_ours_beside_and_paired_differences(
+    params: dict[str, Any],
+) -> None:
+    scores = arm_scores(params)
+    scores[0] = ArmScores(scores[0].arm, scores[0].table, {"fid": 12.3456})
+    text = ablation_table("ladder", scores, resamples=999, seed=0)
+    head, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert head == (
+        "| Additive ablation | FID ↓, ours | FID ↓, paper | HPSv3 ↑, ours | HPSv3 ↑, paper | "
+        "ArtiMuse ↑, ours | ArtiMuse ↑, paper | GLCM score ↑ |"
+    )
+    assert rule.count("|") == head.count("|")
+    assert rows[0] == "| Flux + F16 VAE | 12.35 | 151.40 | – | 9.22 | – | 66.39 | 3.5 |"
+    assert rows[2] == "| + SNR-HW + SACL | – | 147.32 | – | 10.30 | – | 67.31 | 4.5 |"
     assert "- + SNR-HW, glcm_score: +0.5 [+0.5, +0.5], p = 0.00781, n = 8" in text
-    assert "| + SNR-HW + SACL | 147.32 | 10.30 | 67.31 |" in text
+
+
+def test_an_arm_that_did_not_finish_costs_its_own_row(params: dict[str, Any]) -> None:
+    scores = arm_scores(params)[:3]
+    scores[0] = ArmScores(scores[0].arm, problem="its pipeline did not finish")
+    text = ablation_table("ladder", scores, resamples=999, seed=0)
+    assert "| Flux + F16 VAE | – | 151.40 | – | 9.22 | – | 66.39 | – |" in text
+    assert "base: no numbers: its pipeline did not finish" in text
+    assert "Paired differences to '+ SNR-HW'" in text
+    lonely = ablation_table("ladder", scores[:1], resamples=999, seed=0)
+    assert "Paired" not in lonely
+
+
+@pytest.mark.parametrize("design", list(DESIGNS))
+def test_every_arm_has_its_published_row(design: Design) -> None:
+    published = PUBLISHED[design]
+    assert len(published.rows) == len(DESIGNS[design])
+    assert len(published.metrics) == len(published.columns)
+    for arm, (label, values) in zip(DESIGNS[design], published.rows, strict=True):
+        assert arm.label[:2] == label[:2]
+        assert len(values) == len(published.columns)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -24,6 +25,7 @@ from components.evaluation.suite_report import (
     build_suite_report,
     read_evaluation,
 )
+from components.evaluation.suite_scores import headline
 
 OPTIONS = ReportOptions(resamples=200)
 RESERVE = 3_000_000
@@ -87,7 +89,8 @@ def build(folder: Path, options: ReportOptions = OPTIONS, **more: Any) -> Page:
 def test_published_rows_stand_above_ours_in_the_papers_columns(html: str) -> None:
     table = html[html.index('<section id="metrics">') : html.index('<section id="statistics">')]
     heads = re.findall(r'<th scope="col">([^<]+)</th>', table)
-    assert heads[:6] == ["System", "rFID ↓", "NMSE ↓", "PSNR ↑", "SSIM ↑", "LPIPS ↓"]
+    names = [head.replace("\u00a0", " ") for head in heads[:6]]
+    assert names == ["System", "rFID ↓", "NMSE ↓", "PSNR ↑", "SSIM ↑", "LPIPS ↓"]
     assert table.index("UltraFlux-F16-VAE") < table.index("base (n = 8)")
     ours = table[table.index("mine (n = 8)") :]
     cells = re.findall(r"<td>([^<]*)", ours)
@@ -95,6 +98,28 @@ def test_published_rows_stand_above_ours_in_the_papers_columns(html: str) -> Non
     assert cells[1] == "–"
     assert cells[2] == "32.00"
     assert "weights missing" in table
+
+
+@pytest.mark.parametrize(("strata", "is_open"), [(2, True), (8, False)])
+def test_strata_have_a_table_of_their_own_that_is_folded_where_there_are_many(
+    evaluation: Path, tmp_path: Path, strata: int, is_open: bool
+) -> None:
+    shutil.copytree(evaluation.parent, tmp_path / "copy")
+    folder = tmp_path / "copy" / "evaluation"
+    table = pd.read_parquet(folder / "scores.parquet")
+    table["stratum"] = [f"size{int(item[4:]) % strata}" for item in table["item"]]
+    table.to_parquet(folder / "scores.parquet", index=False)
+    description = json.loads((folder / "metrics.json").read_text())
+    description["metrics"] |= headline(table, resamples=200, seed=0)
+    (folder / "metrics.json").write_text(json.dumps(description))
+    html = build_suite_report(folder, folder.parent, OPTIONS).html
+    part = html[html.index('<section id="metrics">') : html.index('<section id="statistics">')]
+    summary = f'<details class="more"{" open" if is_open else ""}><summary>By stratum ({strata})'
+    assert part.count(summary) == 1
+    whole, folded = part.split(summary)
+    assert "base (n = 8)" in whole
+    assert "size0" not in whole
+    assert f"size1, mine (n = {8 // strata})" in folded
 
 
 def test_statistics_name_difference_both_p_values_and_what_could_be_detected(

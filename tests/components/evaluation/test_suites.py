@@ -70,6 +70,18 @@ def test_a_folder_is_a_suite_at_the_size_of_its_pictures(tmp_path: Path) -> None
     assert {(item.height, item.width) for item in suite.items} == {(48, 64)}
 
 
+def test_a_copy_is_found_where_the_download_puts_it(tmp_path: Path) -> None:
+    benchmarks = tmp_path / "data" / "benchmarks"
+    good(benchmarks / "Aesthetic-4K" / "eval" / "size_4096")
+    suite = load_suite("aesthetic-eval-4096", tmp_path)
+    assert len(suite.items) == 2
+    with pytest.raises(SuiteMissing, match=r"--include 'eval/size_2048/\*' --local-dir"):
+        load_suite("aesthetic-eval-2048", tmp_path)
+    # A copy under our name comes first.
+    copy(benchmarks / "aesthetic-eval-4096", [{"file_name": "one.jpg", "text": "ours"}])
+    assert [item.prompt for item in load_suite("aesthetic-eval-4096", tmp_path).items] == ["ours"]
+
+
 def test_a_missing_copy_is_one_line_with_a_command(tmp_path: Path) -> None:
     with pytest.raises(SuiteMissing, match="hf download zhang0jhon/Aesthetic-4K") as caught:
         load_suite("detail", tmp_path)
