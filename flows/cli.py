@@ -222,14 +222,20 @@ def promote(
             help="Also keep its scores in baselines/, for later candidates to be compared with.",
         ),
     ] = False,
+    alias: Annotated[
+        str | None,
+        typer.Option(help="candidate or champion (default: promote.alias of the settings)."),
+    ] = None,
 ) -> None:
     """Apply the gate's decision to the MLflow registry (exit code 1: the gate refused)."""
     from flows import promotion
     from flows.promotion import PromotionRefused
 
+    if alias not in {None, "candidate", "champion"}:
+        raise fail(f"--alias {alias}: choose candidate or champion")
     root = project_root()
     try:
-        print(promotion.promote_from_decision(root))
+        print(promotion.promote_from_decision(root, alias))
         if keep_baseline:
             print(promotion.keep_baseline(root))
     except PromotionRefused as problem:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import yaml
 
+from components.models.weights import file_digest
 from components.settings import load_settings
 from flows import environment, versioning
 from flows.clone_lock import clone_lock
@@ -275,6 +276,8 @@ def _result(root: Path, summary: PipelineSummary, kept: list[str]) -> RunResult:
             result = made_by.result
             if outcome.status == "skipped" and result is not None:
                 metrics |= {f"{name}.{key}": value for key, value in result.metrics.items()}
+    if (root / "dvc.lock").is_file():
+        tags["dvc.lock.sha256"] = file_digest(root / "dvc.lock")
     status: Status = "FINISHED" if summary.ok else "KILLED" if summary.interrupted else "FAILED"
     counts = [o.status for o in summary.outcomes.values()]
     text = ", ".join(f"{counts.count(kind)} {kind}" for kind in sorted(set(counts)))

@@ -24,6 +24,7 @@ from components.training.metric_log import MetricLog
 from flows import environment, versioning
 from flows.records import Record, RunDescription, RunResult, open_record, write_json
 from flows.stages.contract import StageContext, StageFailed, StageResult
+from flows.system_metrics import watched
 
 OUTCOME_FILE = "ULTRAFLUX_OUTCOME_FILE"
 """Names a file in which the scheduler wants to read how the stage ended."""
@@ -90,6 +91,7 @@ def _describe(
         stage_key=key,
         parent=parent,
         metrics_file=str((state_dir / "metrics.jsonl").relative_to(root)),
+        system_file=str((state_dir / "system.jsonl").relative_to(root)),
         images_dir=str((state_dir / "samples").relative_to(root)),
         params=stage_parameters(root, node.name),
         tags=tags,
@@ -158,7 +160,8 @@ def run_stage(name: str, root: Path) -> int:
             uploader = UploaderProcess(root)
         metrics = MetricLog(state_dir / "metrics.jsonl")
         context = StageContext(name, settings, root, state_dir, metrics)
-        result = _run(context, node)
+        with watched(state_dir / "system.jsonl", root):
+            result = _run(context, node)
     except KeyboardInterrupt:
         message, code = f"{name}: interrupted; run it again to continue", EXIT_INTERRUPTED
         result = RunResult(status="KILLED", error=message)

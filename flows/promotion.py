@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,12 @@ def keep_baseline(root: Path) -> str:
     )
 
 
-def promote_from_decision(root: Path) -> str:
+def promote_from_decision(root: Path, alias: str | None = None) -> str:
     """Apply the decision on disk to the registry; returns a line that says what was done.
+
+    Args:
+        root: the clone.
+        alias: to give instead of the decision's.
 
     Raises:
         PromotionRefused: no decision yet, or the gate refused.
@@ -102,6 +107,7 @@ def promote_from_decision(root: Path) -> str:
     uploader = Uploader(root)
     lines = []
     for promotion in promotions(root, decision, uploader.project):
-        version = register(uploader.client, uploader.experiment_id, None, promotion)
-        lines.append(f"{promotion.model} version {version.version} -> {promotion.alias}")
+        chosen = replace(promotion, alias=alias or promotion.alias)
+        version = register(uploader.client, uploader.experiment_id, None, chosen, root=root)
+        lines.append(f"{chosen.model} version {version.version} -> {chosen.alias}")
     return "\n".join(lines)

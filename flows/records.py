@@ -53,6 +53,8 @@ class RunDescription:
     """Record id of the pipeline."""
     metrics_file: str | None = None
     """JSONL of metrics over steps, relative to the repository root."""
+    system_file: str | None = None
+    """JSONL of the machine's load, relative to the repository root."""
     images_dir: str | None = None
     """Folder of `step-<number>.png` pictures, relative to the repository root."""
     params: dict[str, Any] = field(default_factory=dict)

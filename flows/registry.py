@@ -6,11 +6,14 @@ and fetched. Registering the same digest again returns the version that exists.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
 
 DIGEST_TAG = "weights.sha256"
@@ -38,7 +41,12 @@ def _version_with_digest(client: MlflowClient, promotion: Promotion) -> ModelVer
 
 
 def register(
-    client: MlflowClient, experiment_id: str, run_id: str | None, promotion: Promotion
+    client: MlflowClient,
+    experiment_id: str,
+    run_id: str | None,
+    promotion: Promotion,
+    *,
+    root: Path | None = None,
 ) -> ModelVersion:
     """Register a model version and set its alias; both idempotent.
 
@@ -47,6 +55,7 @@ def register(
         experiment_id: where the logged model stands.
         run_id: the run that judged it.
         promotion: what to register.
+        root: the clone that has the weights: the version gets their signature.
 
     Returns:
         The version that now holds these weights.
@@ -68,6 +77,7 @@ def register(
         logged = client.create_logged_model(
             experiment_id, name=promotion.model, source_run_id=run_id, tags=tags
         )
+        _describe(client, logged, None if root is None else root / promotion.path)
         client.finalize_logged_model(logged.model_id, "READY")
         version = client.create_model_version(
             promotion.model,
@@ -79,6 +89,24 @@ def register(
     if promotion.alias is not None:
         client.set_registered_model_alias(promotion.model, promotion.alias, version.version)
     return version
+
+
+def _describe(client: MlflowClient, logged: LoggedModel, folder: Path | None) -> None:
+    """Write the `MLmodel` file, with the signature where the weights' configuration is there."""
+    from mlflow.models import Model
+
+    from flows.model_signatures import signature_of
+
+    described = Model(
+        artifact_path=logged.artifact_location,
+        model_uuid=logged.model_id,
+        model_id=logged.model_id,
+        run_id=logged.source_run_id,
+        signature=None if folder is None else signature_of(folder),
+    )
+    with tempfile.TemporaryDirectory() as aside:
+        described.save(str(Path(aside) / "MLmodel"))
+        client.log_model_artifacts(logged.model_id, aside)
 
 
 @dataclass(frozen=True)

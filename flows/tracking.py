@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,17 @@ import yaml
 from flows import environment, metric_feed
 from flows.records import Record, RunResult, all_records, read_json, write_json
 from flows.registry import Promotion, register
+from flows.run_pages import NOTE_TAG, pipeline_note, stage_note
 from flows.tier import served_clients
+from flows.tracked_datasets import dataset_inputs
 
 POLL_S = 1.0
 RETRY_S = 5.0
 DRAIN_TIMEOUT_S = 120.0
+_GRID_PX = 1024
+"""Long edge in the image grid: MLflow takes seconds to pack a picture of 4096 px."""
+
+_ORIGIN_TAGS = ("mlflow.source.git.commit", "git.dirty", "settings.sha256", "lock.sha256")
 
 
 def tracking_config(root: Path) -> dict[str, Any]:
@@ -103,9 +110,14 @@ class Uploader:
     def sync(self) -> int:
         """Upload what is new; returns the number of records that are still not complete."""
         open_records = 0
-        for record in all_records(self._root):
-            if record.record_id in self._ended:
-                continue
+        records = [r for r in all_records(self._root) if r.record_id not in self._ended]
+        for record in records:
+            # A pipeline's run has to be there for its stages, and is described by them at its end.
+            if record.run.kind != "stage":
+                state = self._state(record, record.result)
+                if state is not None and "run_id" not in state:
+                    self._create(record, state)
+        for record in sorted(records, key=lambda record: record.run.kind != "stage"):
             if self._sync_record(record):
                 self._ended.add(record.record_id)
             else:
@@ -191,11 +203,14 @@ class Uploader:
 
         if record.run.metrics_file:
             metric_feed.deliver(self._root / record.run.metrics_file, state, send, note)
+        if record.run.system_file:
+            system = state.setdefault("system", {})
+            metric_feed.deliver(self._root / record.run.system_file, system, send, note)
         if record.run.images_dir:
             self._images(self._root / record.run.images_dir, state, note)
 
     def _images(self, folder: Path, state: dict[str, Any], note: Callable[[], None]) -> None:
-        """Pictures by step, for the run page's image grid."""
+        """Pictures by step, for the run page's image grid; large ones also as they are."""
         from PIL import Image
 
         sent = state.setdefault("images", [])
@@ -204,6 +219,9 @@ class Uploader:
                 continue
             step = int(path.stem.removeprefix("step-"))
             with Image.open(path) as image:
+                if max(image.size) > _GRID_PX:
+                    self.client.log_artifact(state["run_id"], str(path), folder.name)
+                    image.thumbnail((_GRID_PX, _GRID_PX))
                 self.client.log_image(
                     state["run_id"], image, key=folder.name, step=step, synchronous=True
                 )
@@ -227,9 +245,14 @@ class Uploader:
                 self.client.log_artifacts(run_id, str(path), path.name)
             elif path.is_file():
                 self.client.log_artifact(run_id, str(path))
-        self._datasets(run_id, result)
+        datasets = dataset_inputs(self._root, record.run, result, record.outputs)
+        if datasets:
+            self.client.log_inputs(run_id, datasets=datasets)
         for promotion in result.promotions:
-            register(self.client, self.experiment_id, run_id, Promotion(**promotion))
+            self._register(record, run_id, Promotion(**promotion))
+        note = self._note(record, run_id, result)
+        if note:
+            self.client.set_tag(run_id, NOTE_TAG, note)
         parent = record.run.parent
         if parent is not None and metrics:
             # Headline numbers stand on the pipeline run too, named by stage.
@@ -240,22 +263,21 @@ class Uploader:
             if parent_id is not None:
                 self.client.log_batch(parent_id, metrics=named)
 
-    def _datasets(self, run_id: str, result: RunResult) -> None:
-        if not result.datasets:
-            return
-        import mlflow.data
-        import pandas
-        from mlflow.entities import DatasetInput, InputTag
+    def _register(self, record: Record, run_id: str, promotion: Promotion) -> None:
+        """A version carries what its weights came from: commit, settings, packages, DVC hash."""
+        tags = {name: record.run.tags[name] for name in _ORIGIN_TAGS if name in record.run.tags}
+        if promotion.path in record.run.inputs:
+            tags["dvc.md5"] = record.run.inputs[promotion.path]
+        described = replace(promotion, tags=tags | promotion.tags)
+        register(self.client, self.experiment_id, run_id, described, root=self._root)
 
-        inputs = []
-        for name, file in result.datasets.items():
-            path = self._root / file
-            if path.is_file():
-                table = pandas.read_parquet(path)
-                dataset = mlflow.data.from_pandas(table, source=str(path), name=name)  # type: ignore[attr-defined]
-                tags = [InputTag("mlflow.data.context", name)]
-                inputs.append(DatasetInput(dataset._to_mlflow_entity(), tags))
-        self.client.log_inputs(run_id, datasets=inputs)
+    def _note(self, record: Record, run_id: str, result: RunResult) -> str:
+        if record.run.kind == "stage":
+            return stage_note(self.experiment_id, run_id, result)
+        stages = [r for r in all_records(self._root) if r.run.kind == "stage"]
+        known = {r.record_id: r for r in stages}
+        known |= {r.mlflow_run_id: r for r in stages if r.mlflow_run_id}
+        return pipeline_note(self.experiment_id, run_id, result, known)
 
     def _sync_outputs(self, record: Record, state: dict[str, Any]) -> bool:
         """Tag the DVC hashes; True when they are there."""

@@ -105,10 +105,12 @@ def test_no_evaluation_image_is_trained_on(project: Path) -> None:
 
 
 def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(project: Path) -> None:
+    import mlflow.models
     from mlflow import MlflowClient
 
     from flows.tracking import tracking_uri
 
+    mlflow.set_tracking_uri(tracking_uri(project))
     client = MlflowClient(tracking_uri(project))
     experiment = client.get_experiment_by_name("ultraflux")
     assert experiment is not None
@@ -126,8 +128,26 @@ def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(project: Path
     vae = children["vae"]
     assert len(client.get_metric_history(vae.info.run_id, "loss")) == SETTINGS["vae.steps"]
     assert any(item.path.endswith(".png") for item in client.list_artifacts(vae.info.run_id))
-    corpus = [item.dataset.name for item in children["slices"].inputs.dataset_inputs]
-    assert corpus, "the corpus is a logged dataset"
+    written = {
+        (item.dataset.name, item.dataset.digest)
+        for item in children["slices"].inputs.dataset_inputs
+    }
+    read = {(i.dataset.name, i.dataset.digest) for i in vae.inputs.dataset_inputs}
+    assert {"slices/stage1", "slices/eval"} <= {name for name, _ in written}
+    assert {pair for pair in read if pair[0] == "slices/vae"} <= written
+    for run in children.values():
+        assert run.data.metrics["system/stage_memory_megabytes"] > 0
+    files = {item.path for item in client.list_artifacts(children["validate"].info.run_id)}
+    assert {"report.html", "failed_rows.parquet"} <= files
+    assert "report.html" in children["validate"].data.tags["mlflow.note.content"]
+    assert "[validate](#/experiments/" in first.data.tags["mlflow.note.content"]
+    for model in ("ultraflux-transformer", "ultraflux-autoencoder-f16"):
+        (version,) = client.search_model_versions(f"name='{model}'")
+        assert (
+            version.tags["mlflow.source.git.commit"] == first.data.tags["mlflow.source.git.commit"]
+        )
+        assert version.tags["dvc.md5"].endswith(".dir")
+        assert mlflow.models.get_model_info(f"models:/{model}/{version.version}").signature
     lock = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
     for name, run in children.items():
         assert run.data.tags["ultraflux.stage_key"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -32,6 +33,8 @@ def stage_record(root: Path, parent: Record | None, key: str = "k") -> Record:
     (root / "runs" / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": step, "loss": 1 / (step + 1)}) + "\n" for step in range(1200))
     )
+    line = {"step": 0, "time_ms": 1, "system/cpu_utilization_percentage": 40.0}
+    (root / "runs" / "system.jsonl").write_text(json.dumps(line) + "\n")
     return open_record(
         root,
         RunDescription(
@@ -40,6 +43,7 @@ def stage_record(root: Path, parent: Record | None, key: str = "k") -> Record:
             stage_key=key,
             parent=parent.record_id if parent else None,
             metrics_file="runs/metrics.jsonl",
+            system_file="runs/system.jsonl",
             params={"vae.steps": 300},
             tags={"lock.sha256": "abc"},
         ),
@@ -78,10 +82,104 @@ def test_a_record_becomes_a_child_run_with_metrics_artifacts_and_datasets(
     assert run.data.metrics["psnr_gain_db"] == 4.5
     assert len(uploader.client.get_metric_history(run_id, "loss")) == 1200
     assert [item.path for item in uploader.client.list_artifacts(run_id)] == ["note.txt"]
-    assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["corpus"]
+    assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["m"]
+    load = uploader.client.get_metric_history(run_id, "system/cpu_utilization_percentage")
+    assert [(metric.step, metric.value) for metric in load] == [(0, 40.0)]
     parent = uploader.client.get_run(str(pipeline.mlflow_run_id))
     assert parent.data.metrics["vae.psnr_gain_db"] == 4.5
     assert latest_finished(toy, "vae") == record
+
+
+def test_tables_are_datasets_with_their_dvc_hash_for_writer_and_reader(
+    toy: Path, uploader: Uploader
+) -> None:
+    import mlflow.data
+
+    table = pandas.DataFrame(
+        {"image_id": ["x", "y"], "width": [4096, 5120], "kept": [True, None], "boxes": [[1.0], []]}
+    )
+    path = toy / "data" / "slices" / "stage1.parquet"
+    path.parent.mkdir()
+    table.to_parquet(path, index=False)
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    named = "data/slices/stage1.parquet"
+    wrote = open_record(toy, RunDescription(kind="stage", name="slices"))
+    wrote.finish(RunResult(status="FINISHED", datasets={"stage1": named}))
+    # The reader's record is of an older table of the same name: its columns are not known now.
+    inputs = {named: md5, "data/slices/eval.parquet": "0" * 32, "components/x.py": "1" * 32}
+    read = open_record(toy, RunDescription(kind="stage", name="dit_stage1", inputs=inputs))
+    read.finish(RunResult(status="FINISHED"))
+    uploader.sync()
+    runs = [uploader.client.get_run(str(r.mlflow_run_id)) for r in (wrote, read)]
+    found = [
+        {(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in run.inputs.dataset_inputs}
+        for run in runs
+    ]
+    assert found[0] == {("slices/stage1", md5, "output")}
+    assert found[1] == {("slices/stage1", md5, "input"), ("slices/eval", "0" * 32, "input")}
+    dataset = runs[0].inputs.dataset_inputs[0].dataset
+    columns = {one["name"]: one["type"] for one in json.loads(dataset.schema)["mlflow_colspec"]}
+    assert columns == {"image_id": "string", "width": "long", "kept": "boolean", "boxes": "array"}
+    assert json.loads(dataset.profile)["num_rows"] == 2
+    source = mlflow.data.get_source(dataset)  # type: ignore[attr-defined]
+    assert source.uri == named
+
+
+def test_the_pages_of_a_pipeline_link_to_its_stages_and_their_reports(
+    toy: Path, uploader: Uploader
+) -> None:
+    for name in ("contract_report.html", "failed_rows.parquet", "crops.png"):
+        (toy / "data" / name).write_text("x")
+    pipeline = open_record(toy, RunDescription(kind="pipeline", name="pipeline"))
+    gate = RunDescription(kind="stage", name="validate", parent=pipeline.record_id)
+    stage = open_record(toy, gate)
+    files = ["data/contract_report.html", "data/failed_rows.parquet", "data/crops.png"]
+    stage.finish(RunResult(status="FINISHED", artifacts=files, summary="20 of 21 hold"))
+    tags = {"stage.validate": "ran", "stage.validate.run_id": stage.record_id}
+    pipeline.finish(RunResult(status="FINISHED", tags=tags, summary="1 ran"))
+    # Everything at once, as after a day without the server.
+    uploader.sync()
+    made = str(stage.mlflow_run_id)
+    link = f"#/experiments/{uploader.experiment_id}/runs/{made}"
+    note = uploader.client.get_run(made).data.tags["mlflow.note.content"]
+    assert note.startswith("20 of 21 hold")
+    for name in ("contract_report.html", "failed_rows.parquet"):
+        assert f"[{name}]({link}/artifactPath/{name})" in note
+    listed = {item.path for item in uploader.client.list_artifacts(made)}
+    assert {"contract_report.html", "failed_rows.parquet"} <= listed
+    above = uploader.client.get_run(str(pipeline.mlflow_run_id)).data.tags["mlflow.note.content"]
+    page = f"[contract_report.html]({link}/artifactPath/contract_report.html)"
+    assert f"- [validate]({link}) ran: {page}" in above
+
+
+def test_a_version_has_a_signature_and_says_what_its_weights_came_from(
+    toy: Path, uploader: Uploader
+) -> None:
+    import mlflow.models
+
+    folder = toy / "data" / "vae" / "autoencoder"
+    folder.mkdir(parents=True)
+    config = {"_class_name": "AutoencoderKLF16", "in_channels": 3, "out_channels": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    came_from = {
+        "mlflow.source.git.commit": "c0ffee",
+        "settings.sha256": "5" * 64,
+        "lock.sha256": "6" * 64,
+        "host": "not of the version",
+    }
+    where = "data/vae/autoencoder"
+    run = RunDescription(kind="stage", name="promote", tags=came_from, inputs={where: "7" * 32})
+    record = open_record(toy, run)
+    promotion = {"model": "toy-vae", "path": where, "digest": "d" * 64, "alias": "candidate"}
+    record.finish(RunResult(status="FINISHED", promotions=[promotion]))
+    uploader.sync()
+    version = uploader.client.get_model_version_by_alias("toy-vae", "candidate")
+    del came_from["host"]
+    expected = came_from | {"dvc.md5": "7" * 32, "weights.sha256": "d" * 64, "weights.path": where}
+    assert {name: version.tags.get(name) for name in expected} == expected
+    assert "host" not in version.tags
+    signature = mlflow.models.get_model_info("models:/toy-vae@candidate").signature
+    assert [spec.shape for spec in signature.inputs.inputs] == [(-1, 3, -1, -1)]
 
 
 def test_sample_pictures_are_logged_by_step_and_once(toy: Path, uploader: Uploader) -> None:
@@ -89,8 +187,8 @@ def test_sample_pictures_are_logged_by_step_and_once(toy: Path, uploader: Upload
     folder.mkdir()
     run = RunDescription(kind="stage", name="dit_stage1", images_dir="runs/samples")
     record = open_record(toy, run)
-    for step in (40, 80):
-        Image.new("RGB", (8, 8), "red").save(folder / f"step-{step:08d}.png")
+    for step, width_px in ((40, 8), (80, 2048)):
+        Image.new("RGB", (width_px, 8), "red").save(folder / f"step-{step:08d}.png")
         uploader.sync()
         uploader.sync()
     listed = uploader.client.list_artifacts(str(record.mlflow_run_id), "images")
@@ -99,6 +197,9 @@ def test_sample_pictures_are_logged_by_step_and_once(toy: Path, uploader: Upload
         ["samples", "step", "40"],
         ["samples", "step", "80"],
     ]
+    # Larger than the grid shows: the picture itself is kept beside it.
+    whole = uploader.client.list_artifacts(str(record.mlflow_run_id), "samples")
+    assert [item.path for item in whole] == ["samples/step-00000080.png"]
 
 
 def test_an_unfinished_run_with_the_same_key_is_continued(toy: Path, uploader: Uploader) -> None:
