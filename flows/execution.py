@@ -187,8 +187,8 @@ def run_stage(name: str, root: Path) -> int:
     status = {0: "finished", EXIT_BAD_INPUT: "refused"}.get(code, "failed")
     _report_outcome(status, message, record, time.monotonic() - started)
     print(f"{name}: {message}" if code == 0 else f"error: {message}", file=sys.stderr)
-    if uploader is not None:
-        uploader.drain()
+    if uploader is not None and not uploader.drain():
+        print("MLflow does not answer: send it later with `ultraflux sync`", file=sys.stderr)
     return code
 
 

@@ -35,8 +35,10 @@ AUTH_SETTINGS = """\
 default_permission = READ
 database_uri = {uri}
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+auth_cache_ttl_seconds = 60
 """
-"""Users that the administrator adds may read everything and change what is their own."""
+"""Users that the administrator adds may read everything and change what is their own. Without the
+cache every request would hash its password slowly, as is right for a password."""
 
 
 def missing_packages() -> list[str]:

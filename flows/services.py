@@ -173,11 +173,20 @@ def wait_for_all(services: Iterable[Service]) -> None:
 
 @contextmanager
 def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
-    """A Prefect server for the time of one run (or the one from `ultraflux up`).
+    """A Prefect server for the time of one run, where there is no other.
+
+    PREFECT_API_URL in the environment wins (servers in containers or on another machine), then the
+    server from `ultraflux up`.
 
     Yields:
         Environment variables for Prefect clients; already set in this process as well.
+
+    Raises:
+        ServiceError: no server comes up, or the served tier's does not run.
     """
+    if "PREFECT_API_URL" in os.environ:
+        yield {}
+        return
     running = {service.name: service for service in running_services(root)}
     if "prefect" in running:
         port = int(running["prefect"].url.rsplit(":", 1)[1])
@@ -274,9 +283,9 @@ def stop(root: Path, services: Iterable[Service]) -> None:
 
 
 def remember(root: Path, service: Service) -> None:
-    """Add a server to those that `down` stops; one of the same name is replaced."""
-    others = [known for known in known_services(root) if known.name != service.name]
-    write_json(_state(root), [asdict(known) for known in [*others, service]])
+    """Add a server to those that `down` stops; it takes the place of one of the same name."""
+    known = {one.name: one for one in known_services(root)} | {service.name: service}
+    write_json(_state(root), [asdict(one) for one in known.values()])
 
 
 def known_services(root: Path) -> list[Service]:

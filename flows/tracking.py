@@ -290,8 +290,12 @@ class Uploader:
         return bool(state.get("outputs"))
 
 
-def follow(root: Path) -> None:
-    """Upload until standard input closes, then once more; errors are printed once and retried."""
+def follow(root: Path) -> bool:
+    """Upload until standard input closes, then once more; errors are printed once and retried.
+
+    Returns:
+        Whether MLflow has everything.
+    """
     complained = False
     uploader: Uploader | None = None
     closing_since: float | None = None
@@ -306,7 +310,7 @@ def follow(root: Path) -> None:
                     print("tracking: connected again, everything is uploaded", file=sys.stderr)
                     complained = False
                 if closing_since is not None:
-                    return
+                    return True
             except Exception as problem:
                 if not complained:
                     text = " ".join(str(problem).split())[:300]
@@ -318,7 +322,7 @@ def follow(root: Path) -> None:
                         "send it later with `ultraflux sync`",
                         file=sys.stderr,
                     )
-                    return
+                    return False
                 time.sleep(RETRY_S / 5)
 
 
@@ -357,7 +361,7 @@ class UploaderProcess:
             )
 
     def drain(self) -> bool:
-        """Let it upload the rest; False when that takes too long (`ultraflux sync` finishes it)."""
+        """Let it upload the rest; False: MLflow is away or slow (`ultraflux sync` finishes it)."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -370,4 +374,4 @@ class UploaderProcess:
 
 if __name__ == "__main__":
     environment.prepare()
-    follow(Path(sys.argv[1]))
+    sys.exit(0 if follow(Path(sys.argv[1])) else 1)

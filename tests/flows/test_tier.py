@@ -20,7 +20,12 @@ def mode(path: Path) -> int:
 
 @pytest.fixture(autouse=True)
 def _no_tracking_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+    for name in (
+        "PREFECT_API_URL",
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_PASSWORD",
+    ):
         # Set first, so that what the code under test sets is taken back too.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -86,6 +91,16 @@ def test_a_run_does_not_start_a_server_of_its_own_beside_a_served_one(toy: Path)
         pass
 
 
+def test_a_server_that_the_environment_names_is_used_as_it_is(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier.use_served(toy, tier.ServedTier(postgres_port=5433))
+    monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere:4200/api")
+    with services.embedded_prefect(toy):
+        assert os.environ["PREFECT_API_URL"] == "http://elsewhere:4200/api"
+    assert not (toy / "runs" / "logs").exists()
+
+
 def test_missing_programs_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
@@ -148,13 +163,14 @@ def test_status_names_a_server_that_died_and_counts_what_mlflow_misses(toy: Path
     assert "ultraflux up" in done.stdout
 
 
-def test_services_are_stopped_in_reverse_order_of_their_start(toy: Path) -> None:
+def test_a_server_that_was_started_again_keeps_its_place_in_the_order(toy: Path) -> None:
+    """`down` stops in reverse: PostgreSQL must stay below what stands on it."""
     for name in ("postgres", "prefect", "mlflow"):
         services.remember(toy, services.Service(name, f"x:{name}", 2**22 + 1, ""))
-    first = services.known_services(toy)[0]
-    services.remember(toy, first)
-    assert [s.name for s in services.known_services(toy)] == ["prefect", "mlflow", "postgres"]
-    services.stop(toy, [first])
+    again = services.Service("postgres", "x:postgres", 2**22 + 2, "")
+    services.remember(toy, again)
+    assert [s.name for s in services.known_services(toy)] == ["postgres", "prefect", "mlflow"]
+    services.stop(toy, [again])
     assert [s.name for s in services.known_services(toy)] == ["prefect", "mlflow"]
 
 

@@ -1,0 +1,106 @@
+"""Pictures of both UIs of a served project, as in docs/images.
+
+    python benchmarks/service_screenshots.py PROJECT --output docs/images
+
+PROJECT is a clone in which `ultraflux up --served` and a run with `--engine prefect` have been.
+Needs Debian's package `chromium` and the extra `dev`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from browser import Tab, open_browser
+from PIL import Image
+
+from flows.records import read_json
+from flows.tier import Secrets, ServedTier, served_tier, services_dir
+
+WIDTH, HEIGHT = 1360, 850
+SETTLE_S = 6.0
+"""For charts and animations, after the text that shows that the data are there."""
+COLOURS = 128
+
+
+def _authorization(known: Secrets) -> str:
+    return "Basic " + base64.b64encode(f"admin:{known.mlflow_admin}".encode()).decode()
+
+
+def _post(address: str, body: dict[str, Any], headers: dict[str, str]) -> Any:
+    request = urllib.request.Request(
+        address,
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json", **headers},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def pages(tier: ServedTier, known: Secrets) -> dict[str, tuple[str, str]]:
+    """Address by picture and a text of the page: the first pipeline run in both UIs."""
+    prefect = f"http://{tier.client_host}:{tier.prefect_port}"
+    mlflow = f"http://{tier.client_host}:{tier.mlflow_port}"
+    login = {"Authorization": _authorization(known)}
+    flow = _post(
+        f"{prefect}/api/flow_runs/filter", {"limit": 1, "sort": "EXPECTED_START_TIME_ASC"}, {}
+    )
+    runs = _post(
+        f"{mlflow}/api/2.0/mlflow/runs/search",
+        {"experiment_ids": ["1"], "filter": "attributes.run_name = 'vae'", "max_results": 1},
+        login,
+    )
+    run = runs["runs"][0]["info"]["run_id"]
+    experiment = f"{mlflow}/#/experiments/1/runs"
+    kind = "workflowType=machine_learning"
+    return {
+        "prefect-run": (f"{prefect}/runs/flow-run/{flow[0]['id']}", "Task runs"),
+        "mlflow-runs": (f"{experiment}?{kind}", "pipeline"),
+        "mlflow-stage": (f"{experiment}/{run}/model-metrics?{kind}", "Model metrics"),
+    }
+
+
+async def picture(tab: Tab, address: str, text: str) -> Image.Image:
+    """What a page looks like once it shows `text` and has settled."""
+    await tab.call("Page.navigate", url=address)
+    await tab.wait_for(f"document.body && document.body.innerText.includes({json.dumps(text)})")
+    # MLflow opens a chat panel over the page, and shows a pipeline run without its stages.
+    await tab.evaluate("document.querySelector('button[aria-label=Close]')?.click()")
+    await tab.evaluate(
+        "[...document.querySelectorAll('button')]"
+        ".find((button) => button.innerText.includes('Expand rows'))?.click()"
+    )
+    await asyncio.sleep(SETTLE_S)
+    shot = await tab.call("Page.captureScreenshot", format="png")
+    return Image.open(io.BytesIO(base64.b64decode(shot["data"])))
+
+
+async def main() -> None:
+    """Write one PNG a page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("project", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("docs/images"))
+    arguments = parser.parse_args()
+    tier = served_tier(arguments.project)
+    if tier is None:
+        raise SystemExit(f"error: {arguments.project} is not served: ultraflux up --served")
+    known = Secrets(**read_json(services_dir(arguments.project) / "secrets.json"))
+    for name, (address, text) in pages(tier, known).items():
+        async with open_browser(WIDTH, HEIGHT) as tab:
+            if name.startswith("mlflow"):
+                headers = {"Authorization": _authorization(known)}
+                await tab.call("Network.setExtraHTTPHeaders", headers=headers)
+            image = (await picture(tab, address, text)).convert("RGB").quantize(COLOURS)
+        target = arguments.output / f"{name}.png"
+        image.save(target, optimize=True)
+        print(f"{target}  {target.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
