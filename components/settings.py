@@ -91,6 +91,19 @@ class RuntimeSettings(Section):
     context_parallel_degree: Count = 1
     """Ranks that share the tokens of each sample in DiT training (Ulysses), for sequences too long
     for one GPU; divides the ranks, the heads and every bucket's tokens. 1: none."""
+    gpus: Annotated[int, Field(ge=0, le=64)]
+    """GPUs of this machine that a stage that trains or encodes takes for itself (`meta` in
+    dvc.yaml); 0: none."""
+    network_gpus: Annotated[int, Field(ge=0, le=64)]
+    """Likewise of a stage that runs networks in one process: quality, people, generate,
+    evaluate."""
+    gpu_free_fraction: Annotated[float, Field(ge=0, le=1)]
+    """Share of a GPU's memory that has to be unused before a stage takes it."""
+    gpu_wait_minutes: Annotated[float, Field(ge=0)]
+    """How long a stage waits for GPUs that others hold before it fails; its own time limit stands
+    still meanwhile."""
+    gpu_hour_price: Annotated[float, Field(ge=0)] | None
+    """Price of a GPU for an hour, in any currency, for the cost of runs; None: cost is not said."""
     encoders_per_gpu: Count = 2
     """Worker processes per GPU that encode latents and texts (device `cuda`, engine `local`): one
     decodes its photograph while the other encodes."""

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from components.settings import load_settings
 from flows import environment, versioning
 from flows.clone_lock import clone_lock
 from flows.console import PipelineConsole
+from flows.costs import pipeline_cost
 from flows.data_remote import RemoteFailed, configure
 from flows.execution import flatten
 from flows.lock_entries import stale_without_data
@@ -196,7 +197,13 @@ def _run_pipeline(
     console.summarise(outcomes.values())
     summary = PipelineSummary(outcomes, time.monotonic() - started, interrupted)
     close_interrupted(root, record.record_id)
-    record.finish(_result(root, summary, [*kept, *_keep(root, record, "dvc.lock")]))
+    result = _result(root, summary, [*kept, *_keep(root, record, "dvc.lock")])
+    spent = pipeline_cost(
+        {o.name: o.seconds for o in outcomes.values()},
+        {name: node.meta.gpus for name, node in graph.items()},
+        settings.runtime.gpu_hour_price,
+    )
+    record.finish(replace(result, metrics=result.metrics | spent))
     console.console.print("Sending the rest to MLflow")
     if not uploader.drain():
         console.console.print("MLflow does not answer: send it later with `ultraflux sync`")

@@ -22,6 +22,8 @@ import yaml
 from components.settings import Settings, load_settings
 from components.training.metric_log import MetricLog
 from flows import environment, versioning
+from flows.costs import with_cost
+from flows.gpu_lock import gpus_for
 from flows.records import Record, RunDescription, RunResult, open_record, write_json
 from flows.stages.contract import StageContext, StageFailed, StageResult
 from flows.system_metrics import watched
@@ -32,6 +34,7 @@ PARENT_RECORD = "ULTRAFLUX_PARENT_RECORD"
 """Record id of the pipeline that runs this stage; without it the stage uploads its own record."""
 PREFECT_RUN = "ULTRAFLUX_PREFECT_FLOW_RUN"
 
+NOT_CURED_BY_A_RETRY = {"WeightsMissing", "ImageUndecodable", "GateFailed", "GpusMissing"}
 EXIT_BAD_INPUT, EXIT_ERROR, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -125,7 +128,8 @@ def _report_outcome(status: str, message: str, record: Record | None, seconds: f
 def _bad_input(problem: BaseException) -> bool:
     """Whether a retry cannot help: wrong data, settings, weights or permissions."""
     return isinstance(problem, StageFailed | ValueError | LookupError | PermissionError) or (
-        type(problem).__name__ in {"WeightsMissing", "ImageUndecodable", "GateFailed"}
+        type(problem).__name__
+        in {"WeightsMissing", "ImageUndecodable", "GateFailed", "GpusMissing"}
     )
 
 
@@ -160,8 +164,21 @@ def run_stage(name: str, root: Path) -> int:
             uploader = UploaderProcess(root)
         metrics = MetricLog(state_dir / "metrics.jsonl")
         context = StageContext(name, settings, root, state_dir, metrics)
-        with watched(state_dir / "system.jsonl", root):
-            result = _run(context, node)
+        runtime = settings.runtime
+        with (
+            gpus_for(
+                name,
+                node.meta.gpus,
+                free_fraction=runtime.gpu_free_fraction,
+                wait_s=60 * runtime.gpu_wait_minutes,
+                say=lambda line: print(line, file=sys.stderr, flush=True),
+            ),
+            watched(state_dir / "system.jsonl", root),
+        ):
+            begun = time.monotonic()
+            result = with_cost(
+                _run(context, node), time.monotonic() - begun, node.meta.gpus, runtime
+            )
     except KeyboardInterrupt:
         message, code = f"{name}: interrupted; run it again to continue", EXIT_INTERRUPTED
         result = RunResult(status="KILLED", error=message)

@@ -67,7 +67,7 @@ def run_tasks(runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:
         Outcome by stage name.
     """
     run_id = str(flow_run.id)
-    with PipelineArtifacts(runner) as artifacts:
+    with PipelineArtifacts(runner.root, runner) as artifacts:
 
         def tell(outcome: StageOutcome) -> None:
             artifacts.ended(outcome)

@@ -24,9 +24,11 @@ from typing import Literal, Protocol
 from components.progress import PROGRESS_FILE
 from flows import versioning
 from flows.execution import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
+from flows.gpu_lock import WAITING_VARIABLE
 from flows.launcher import GuardedProcess
 from flows.records import Record, read_json, records_dir
 
+TIMEOUT_STEP_S = 5.0
 OutcomeStatus = Literal["ran", "skipped", "failed", "refused", "blocked"]
 
 
@@ -61,6 +63,7 @@ class StageError(RuntimeError):
 class StageExecutor(Protocol):
     """What schedulers and the console ask of whoever runs stages."""
 
+    root: Path
     graph: dict[str, versioning.StageNode]
     stale: dict[str, str]
 
@@ -178,6 +181,8 @@ class StageRunner:
         with tempfile.TemporaryDirectory() as folder:
             outcome_file = Path(folder) / "outcome.json"
             env = os.environ | {OUTCOME_FILE: str(outcome_file), PROGRESS_FILE: str(progress)}
+            waiting = Path(folder) / "waiting"
+            env[WAITING_VARIABLE] = str(waiting)
             if self.parent_record is not None:
                 env[PARENT_RECORD] = self.parent_record
             if prefect_run is not None:
@@ -188,7 +193,7 @@ class StageRunner:
                 )
                 with self._lock:
                     self._running[name] = process
-                code = self._wait(process, node.meta.timeout_min)
+                code = self._wait(process, node.meta.timeout_min, waiting)
                 with self._lock:
                     del self._running[name]
             said = read_json(outcome_file)
@@ -206,11 +211,17 @@ class StageRunner:
         message = f"{name}: {_last_error(log, code)} (log: {log.relative_to(self.root)})"
         return StageOutcome(name, "failed", seconds, message, log)
 
-    def _wait(self, process: GuardedProcess, timeout_min: float) -> int:
-        try:
-            return process.wait(timeout_min * 60)
-        except subprocess.TimeoutExpired:
-            return process.stop()
+    def _wait(self, process: GuardedProcess, timeout_min: float, waiting: Path) -> int:
+        """Wait for the end; time in which the stage waits for a GPU does not count."""
+        used_s = 0.0
+        while used_s < timeout_min * 60:
+            begun = time.monotonic()
+            try:
+                return process.wait(min(TIMEOUT_STEP_S, timeout_min * 60 - used_s))
+            except subprocess.TimeoutExpired:
+                if not waiting.exists():
+                    used_s += time.monotonic() - begun
+        return process.stop()
 
     def _record_outputs(self, outcome: StageOutcome) -> None:
         """Note in the stage's record which output hashes DVC gave."""
