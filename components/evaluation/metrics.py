@@ -158,6 +158,26 @@ class FunctionMetric:
         return self.of_picture(rgb)
 
 
+@dataclass(frozen=True)
+class DeferredMetric:
+    """A metric whose network is too large to be held by a process that measures nothing.
+
+    Weights that do not fit are then the error of a picture, not of the start.
+    """
+
+    ids: tuple[str, ...]
+    weights_digest: str | None
+    load: Callable[[], ImageMetric]
+
+    @functools.cached_property
+    def _loaded(self) -> ImageMetric:
+        return self.load()
+
+    def measure(self, rgb: ImageArray, picture: Picture) -> dict[str, float | None]:
+        """See `ImageMetric.measure`; the first call loads the network."""
+        return self._loaded.measure(rgb, picture)
+
+
 def _texture(_weights_dir: Path, _device: str) -> Metric:
     from components.evaluation.native_metrics import fused_metrics
 
@@ -253,9 +273,13 @@ def _pickscore(weights_dir: Path, device: str) -> Metric:
 
 def _hpsv3(weights_dir: Path, device: str) -> Metric:
     (folder, texts), digest = trusted_files(card("hpsv3"), weights_dir)
-    from components.evaluation.hpsv3 import CHECKPOINT, HpsV3, HpsV3Metric
 
-    return HpsV3Metric(HpsV3(folder / CHECKPOINT, texts, device), digest)
+    def load() -> ImageMetric:
+        from components.evaluation.hpsv3 import CHECKPOINT, HpsV3, HpsV3Metric
+
+        return HpsV3Metric(HpsV3(folder / CHECKPOINT, texts, device), digest)
+
+    return DeferredMetric(("hpsv3", "hpsv3_sigma"), digest, load)
 
 
 def _laion_aesthetics(weights_dir: Path, device: str) -> Metric:
@@ -277,10 +301,14 @@ def _musiq(weights_dir: Path, device: str) -> Metric:
 
 def _qalign(weights_dir: Path, device: str) -> Metric:
     (folder,), digest = trusted_files(card("qalign"), weights_dir)
-    from components.corpus.qalign import QAlign
-    from components.evaluation.quality import QAlignMetric
 
-    return QAlignMetric(QAlign(folder, device), digest)
+    def load() -> ImageMetric:
+        from components.corpus.qalign import QAlign
+        from components.evaluation.quality import QAlignMetric
+
+        return QAlignMetric(QAlign(folder, device), digest)
+
+    return DeferredMetric(("qalign",), digest, load)
 
 
 def _artimuse(_weights_dir: Path, _device: str) -> Metric:
