@@ -1,12 +1,13 @@
 """Work pools as YAML in git (`conf/work-pools/`): types, limits, job templates.
 
-`process.yaml` changes defaults of Prefect's own base job template; `docker.yaml` and
-`kubernetes.yaml` carry whole templates, because those workers are packages that need not be
-installed where one deploys from.
+Prefect's own base job template of a type comes from the collection metadata that ships with it, so
+the Docker and Kubernetes workers' packages need not be installed where one deploys from. A file
+changes default values, and may bring a job configuration with variables of its own.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,7 +45,7 @@ class PoolFile(BaseModel):
     defaults: dict[str, Any] = Field(default_factory=dict)
     """Default values of job variables of every pool."""
     base_job_template: dict[str, Any] | None = None
-    """Job configuration and variables; null: what Prefect's worker of this type declares."""
+    """Job configuration in place of Prefect's, and variables beside Prefect's; null: Prefect's."""
     pools: list[Pool]
 
 
@@ -68,18 +69,29 @@ def read_pools(root: Path, kind: str) -> PoolFile:
         raise PoolsInvalid(f"{path.name}: not YAML ({problem})") from None
 
 
+def prefect_template(kind: PoolType) -> dict[str, Any]:
+    """The base job template that Prefect's worker of a type declares."""
+    import prefect.server.api.collections_data.views as views
+
+    path = Path(next(iter(views.__path__))) / "aggregate-worker-metadata.json"
+    for collection in json.loads(path.read_text(encoding="utf-8")).values():
+        if kind in collection:
+            found: dict[str, Any] = collection[kind]["default_base_job_configuration"]
+            return found
+    raise PoolsInvalid(f"work pools '{kind}': this version of Prefect has no such worker")
+
+
 def job_template(pools: PoolFile, pool: Pool) -> dict[str, Any]:
     """The pool's base job template, with its defaults in the variables.
 
     Raises:
         PoolsInvalid: a default for a variable that the template does not have.
     """
-    template = pools.base_job_template
-    if template is None:
-        from prefect.workers.process import ProcessWorker
-
-        template = ProcessWorker.get_default_base_job_template()
-    variables = template["variables"]["properties"]
+    template = prefect_template(pools.type)
+    variables = dict(template["variables"]["properties"])
+    if pools.base_job_template is not None:
+        variables |= pools.base_job_template["variables"]["properties"]
+        template = {**template, **pools.base_job_template, "variables": template["variables"]}
     changed: dict[str, Any] = {}
     for name, value in (pools.defaults | pool.defaults).items():
         if name not in variables:

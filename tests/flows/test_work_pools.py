@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.utilities.templating import apply_values
 from prefect.workers.process import ProcessJobConfiguration
 
 from flows.automations import AutomationInvalid, automations_dir, read_automation
 from flows.versioning import stage_graph
-from flows.work_pools import PoolFile, PoolsInvalid, job_template, read_pools
+from flows.work_pools import PoolFile, PoolsInvalid, job_template, prefect_template, read_pools
 
 
 def test_process_pools_exist_for_every_pool_that_stages_name(root: Path) -> None:
@@ -38,6 +43,42 @@ def test_process_jobs_do_not_hang_on_a_worker_that_was_killed(root: Path) -> Non
         assert job.stream_output is False
         env = template["variables"]["properties"]["env"]["default"]
         assert env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+
+
+@pytest.mark.parametrize("kind", ["process", "docker", "kubernetes"])
+def test_templates_keep_every_variable_of_prefects_own_and_use_what_they_declare(
+    root: Path, kind: str
+) -> None:
+    pools = read_pools(root, kind)
+    own = prefect_template(pools.type)
+    for pool in pools.pools:
+        template = job_template(pools, pool)
+        variables = template["variables"]["properties"]
+        assert set(own["variables"]["properties"]) <= set(variables)
+        assert set(own["job_configuration"]) <= set(template["job_configuration"])
+        used = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
+        assert used == set(variables)
+        WorkPoolCreate(name=pool.name, type=pools.type, base_job_template=template)
+        defaults = {n: v["default"] for n, v in variables.items() if v.get("default") is not None}
+        schema = {"type": "object", "definitions": template["variables"].get("definitions", {})}
+        jsonschema.validate(defaults, {**schema, "properties": variables})
+
+
+def test_a_kubernetes_job_is_complete(root: Path) -> None:
+    pools = read_pools(root, "kubernetes")
+    gpu = next(pool for pool in pools.pools if pool.name == "gpu")
+    template = job_template(pools, gpu)
+    values = {n: v.get("default") for n, v in template["variables"]["properties"].items()}
+    job = apply_values(template["job_configuration"], values)["job_manifest"]
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["restartPolicy"] == "Never"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    assert container["workingDir"] == values["env"]["ULTRAFLUX_ROOT"]
+    assert isinstance(job["spec"]["ttlSecondsAfterFinished"], int)
 
 
 def test_a_default_for_a_variable_that_the_template_lacks_is_named(root: Path) -> None:
@@ -97,3 +138,14 @@ def test_deployments_are_unscheduled_run_local_code_and_show_the_settings(root: 
         ("stage", "cpu", "cpu"),
         ("stage", "gpu", "gpu"),
     }
+
+
+def test_the_slurm_script_is_bash_and_names_modules_that_exist(root: Path) -> None:
+    script = root / "conf" / "slurm" / "dit_stage.sbatch"
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = script.read_text(encoding="utf-8")
+    embedded = text.split("<<'PYTHON'\n")[1].split("\nPYTHON\n")[0]
+    compile(embedded, "params", "exec")
+    for module in re.findall(r"python -m (components[\w.]+)", text):
+        assert (root / f"{module.replace('.', '/')}.py").is_file()
