@@ -113,6 +113,8 @@ def run(
         raise fail("\n".join(outcome.message for outcome in failed), 1)
     print(f"\nPipeline up to date in {summary.seconds:.0f} s.")
     print(f"Report:  {root / 'data' / 'evaluate' / 'report.html'}")
+    if engine == "remote":
+        print("Here are metrics, plots and what the runs log; `dvc pull` brings the rest.")
     print("MLflow and Prefect UIs:  make services  (or: ultraflux up)")
 
 

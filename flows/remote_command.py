@@ -13,7 +13,7 @@ from flows.command_line import fail, project_root
 
 EPILOG = (
     "Executors call this: [bold]ssh gpu1 'cd clone && ultraflux stage remote -' < request.json "
-    "> reply.json[/]. The request names commit, parameters and lock entries; see docs/remote.md."
+    "> reply.json[/]. The request names commit, parameters, lock entries: docs/two_machines.md."
 )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flows import data_remote
+
 META = (
     "{pool: cpu, gpus: 0, cpus: 1, mem_gb: 0.1, est_minutes: 0.1, retries: 1, timeout_min: 1.0, "
     "resumable: false, gate: false}"
@@ -59,3 +61,13 @@ def toy(tmp_path: Path) -> Path:
     ):
         subprocess.run(command, cwd=project, check=True)
     return project
+
+
+@pytest.fixture
+def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that every clone uses as its DVC remote."""
+    folder = tmp_path / "share"
+    folder.mkdir()
+    monkeypatch.setenv(data_remote.REMOTE, str(folder))
+    monkeypatch.setenv(data_remote.PATIENCE, "0")
+    return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -17,11 +16,14 @@ import pytest
 import yaml
 
 from flows import data_remote, lock_entries, versioning
+from flows.clone_lock import clone_lock
 from flows.records import RunDescription, open_record
 from flows.remote_runner import RemoteRunner, checked_workers, send_present_results
 from flows.remote_stage import (
     StageReply,
+    StageRequest,
     WorkerRefused,
+    as_json,
     code_commit,
     keep_files,
     read_request,
@@ -29,16 +31,6 @@ from flows.remote_stage import (
 )
 from flows.runner import StageOutcome
 from flows.scheduler import run_graph
-
-
-@pytest.fixture
-def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that every clone uses as its DVC remote."""
-    folder = tmp_path / "share"
-    folder.mkdir()
-    monkeypatch.setenv(data_remote.REMOTE, str(folder))
-    monkeypatch.setenv(data_remote.PATIENCE, "0")
-    return folder
 
 
 @pytest.fixture
@@ -125,43 +117,6 @@ def test_two_workers_make_the_bytes_and_the_lock_of_one_clone(
     subprocess.run(["dvc", "pull", "-q"], cwd=toy, check=True)
     assert (toy / "data" / "d").read_bytes() == (quiet / "data" / "d").read_bytes()
     assert versioning.stale_stages(toy, graph) == {}
-
-
-def test_what_is_stale_is_known_without_the_data(
-    toy: Path, another: Callable[[str], Path], share: Path
-) -> None:
-    repro(toy)
-    graph = versioning.stage_graph(toy)
-    shutil.rmtree(toy / "data")
-    (toy / "data").mkdir()
-    shutil.rmtree(toy / ".dvc" / "cache")
-    assert lock_entries.stale_without_data(toy, graph) == {}
-    (toy / "params.yaml").write_text("project: {name: toy}\nvalue: 2\n")
-    reasons = lock_entries.stale_without_data(toy, graph)
-    assert set(reasons) == {"a", "b", "c", "d"}
-    assert "params.yaml" in reasons["a"]
-    (toy / "params.yaml").write_text("project: {name: toy}\nvalue: 1\n")
-    (toy / "source").write_text("more\n")
-    reasons = lock_entries.stale_without_data(toy, graph)
-    assert reasons["a"] == reasons["c"] == "source (modified)"
-    assert reasons["b"] == "after a"
-    (toy / "source").write_text("photographs\n")
-    lock = versioning.read_lock(toy)
-    lock["a"]["outs"][0]["md5"] = "0" * 32
-    lock_entries.merge_entries(toy, {"a": lock["a"]})
-    reasons = lock_entries.stale_without_data(toy, graph)
-    assert reasons["b"] == reasons["c"] == "data/a (modified)"
-
-
-def test_an_entry_about_another_version_of_an_input_is_not_believed(
-    toy: Path, another: Callable[[str], Path], share: Path
-) -> None:
-    repro(toy)
-    lock = versioning.read_lock(toy)
-    assert lock_entries.foreign_inputs(lock["d"], lock) == []
-    changed = json.loads(json.dumps(lock))
-    changed["b"]["outs"][0]["md5"] = "0" * 32
-    assert lock_entries.foreign_inputs(lock["d"], changed) == ["data/b"]
 
 
 @pytest.mark.slow
@@ -398,48 +353,6 @@ def test_an_input_that_the_remote_lacks_is_named(
     assert "dvc push" in reply.message
 
 
-@pytest.mark.parametrize(
-    ("url", "says"),
-    [
-        ("s3://key:secret@bucket/path", "credentials"),
-        ("some/folder", "absolute"),
-        ("/no/such/share", "no folder here"),
-    ],
-)
-def test_a_remote_that_cannot_be_used_is_one_line_without_secrets(
-    toy: Path, monkeypatch: pytest.MonkeyPatch, url: str, says: str
-) -> None:
-    monkeypatch.setenv(data_remote.REMOTE, url)
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "remote"], cwd=toy, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert says in done.stderr
-    assert "secret" not in done.stderr
-
-
-def test_without_any_remote_the_line_says_how_to_name_one(
-    toy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(data_remote.REMOTE, raising=False)
-    with pytest.raises(data_remote.RemoteFailed, match="set ULTRAFLUX_DVC_REMOTE"):
-        data_remote.configure(toy)
-
-
-def test_the_remote_of_the_environment_serves_dvc_by_hand_and_stays_out_of_git(
-    toy: Path, share: Path
-) -> None:
-    assert data_remote.configure(toy) == str(share)
-    repro(toy)
-    subprocess.run(["dvc", "push", "-q"], cwd=toy, check=True)
-    assert [file for file in share.rglob("*") if file.is_file()]
-    changed = subprocess.run(
-        ["git", "status", "--porcelain"], cwd=toy, capture_output=True, text=True, check=True
-    )
-    assert changed.stdout == "?? dvc.lock\n"
-
-
 def test_a_reply_cannot_write_outside_the_records(tmp_path: Path) -> None:
     for name in ("../evil", "dvc.yaml", "runs/../evil", "/etc/evil"):
         with pytest.raises(ValueError, match="not below runs/"):
@@ -455,30 +368,98 @@ def test_a_request_of_another_protocol_is_refused() -> None:
         read_request({"protocol": 1, "shell": "rm"})
 
 
-def test_a_second_run_waits_for_the_first_and_says_so(toy: Path) -> None:
-    hold = (
-        "import sys, time; from pathlib import Path; from flows.clone_lock import clone_lock\n"
-        f"with clone_lock(Path({str(toy)!r}), lambda line: print(line, flush=True)):\n"
-        "    print('has it', flush=True); sys.stdin.read(1)"
+DRIVER = """
+import sys
+from pathlib import Path
+from flows import lock_entries, versioning
+from flows.clone_lock import clone_lock
+from flows.remote_runner import RemoteRunner
+from flows.scheduler import run_graph
+root, worker = Path(sys.argv[1]), Path(sys.argv[2])
+with clone_lock(root, print) as held:
+    graph = versioning.stage_graph(root)
+    runner = RemoteRunner(
+        root, graph, parent_record="x", stale=lock_entries.stale_without_data(root, graph),
+        workers=[worker], say=print, held=(held,),
     )
-    first, second = (
-        subprocess.Popen(
-            [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
+    run_graph(runner, print)
+"""
+
+
+@pytest.mark.slow
+def test_killing_the_pipeline_ends_its_stages_in_the_workers_before_anything_else_starts(
+    toy: Path, another: Callable[[str], Path], share: Path, root: Path
+) -> None:
+    worker = another("worker")
+    (worker / "b.hang").touch()
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(toy), str(worker)], cwd=root, stdout=subprocess.DEVNULL
     )
-    owner, waiting = (first, second) if first.stdout else (second, first)
-    assert owner.stdout is not None
-    assert waiting.stdout is not None
-    lines_said = {one: one.stdout.readline() for one in (owner, waiting) if one.stdout}
-    if lines_said[owner] != "has it\n":
-        owner, waiting = waiting, owner
-    assert lines_said[owner] == "has it\n"
-    assert f"(process {owner.pid}) works in {toy}" in lines_said[waiting] or (
-        "Another run works" in lines_said[waiting]
+    wait_for(lambda: sleepers(worker))
+    driver.kill()
+    driver.wait(60)
+    # The worker's clone is held until the last process of the stage is gone.
+    with clone_lock(worker, lambda line: None):
+        assert sleepers(worker) == []
+    with clone_lock(toy, lambda line: None):
+        assert request_processes(worker) == []
+    (worker / "b.hang").unlink()
+    assert all(outcome.ok for outcome in run_all(toy, [worker]).values())
+
+
+@pytest.mark.slow
+def test_an_s3_server_that_is_down_is_one_line_and_costs_no_result(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, another: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        (tmp_path / name).touch()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the discard port: closed
+    monkeypatch.setenv(data_remote.REMOTE, "s3://corpus/data")
+    monkeypatch.setenv(data_remote.PATIENCE, "0")
+    worker = another("worker")
+    reply = ask(worker, toy, "a")
+    assert reply.status == "unpushed"
+    assert "\n" not in reply.message
+    assert "s3://corpus/data" in reply.message
+    assert "127.0.0.1:9" in reply.message
+    assert (worker / "data" / "a").is_file()
+
+
+@pytest.mark.slow
+def test_requests_and_replies_are_json_over_standard_input_and_output(
+    toy: Path, another: Callable[[str], Path], share: Path
+) -> None:
+    repro(toy)
+    send_present_results(toy, {})
+    request = StageRequest(
+        "c",
+        code_commit(toy),
+        (toy / "params.yaml").read_text(),
+        lock_entries.needed_entries(versioning.stage_graph(toy), versioning.read_lock(toy), "c"),
     )
-    owner.kill()
-    assert waiting.stdout is not None
-    assert waiting.stdout.readline() == "has it\n"
-    waiting.communicate("x")
-    owner.communicate()
+    assert set(request.lock) == {"a", "c"}
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "stage", "remote", "-"],
+        cwd=another("worker"),
+        input=json.dumps(as_json(request)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["entry"] == versioning.read_lock(toy)["c"]
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "stage", "remote", "-"],
+        cwd=toy.parent / "worker",
+        input=json.dumps(as_json(request) | {"commit": "0" * 40}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: c: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert json.loads(done.stdout)["status"] == "refused"

@@ -167,3 +167,32 @@ def test_cpu_slots_never_hand_out_more_than_there_are() -> None:
         thread.join(10)
     assert held == 0
     assert most == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="a full disk is a small tmpfs, which needs root")
+def test_a_full_disk_under_the_dvc_cache_costs_no_result(toy: Path) -> None:
+    small = toy / ".dvc" / "cache"
+    small.mkdir(exist_ok=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        text = (toy / "dvc.yaml").read_text()
+        (toy / "dvc.yaml").write_text(
+            text.replace("cat data/a source > data/c", "yes | head -c 400000 > data/c")
+        )
+        outcomes = run_graph(runner_for(toy), lambda outcome: None)
+        assert outcomes["c"].status == "failed"
+        assert "No space left on device" in outcomes["c"].message
+        assert outcomes["d"].status == "blocked"
+        # Somebody makes room.
+        subprocess.run(["mount", "-o", "remount,size=16m", str(small)], check=True)
+        outcomes = run_graph(runner_for(toy), lambda outcome: None)
+        assert all(outcome.ok for outcome in outcomes.values()), outcomes
+        assert versioning.stale_stages(toy, versioning.stage_graph(toy)) == {}
+        assert (toy / "data" / "c").stat().st_size == 400_000
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)

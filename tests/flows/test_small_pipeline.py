@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ PHOTOS = [
     "ng-32703.jpg",
     "white-and-multicolored-portrait-3x4.jpg",
 ]
+CHANGED = "generate.num_inference_steps"
 SETTINGS = {
     "vae.steps": 4,
     "vae.eval_every": 2,
@@ -228,3 +230,89 @@ def test_a_changed_threshold_re_runs_selection_but_no_signal(project: Path) -> N
         assert not {"ingest", "signals", "quality", "people"} & set(stale)
     finally:
         path.write_text(before)
+
+
+def dvc(project: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["dvc", *arguments], cwd=project, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_dvc_metrics_name_every_stage_that_measures(project: Path) -> None:
+    shown = json.loads(dvc(project, "metrics", "show", "--json"))[""]["data"]
+    data = {path: entry["data"] for path, entry in shown.items()}
+    assert data["data/select/summary.json"]["candidates"] == len(PHOTOS)
+    assert data["data/vae/metrics.json"]["psnr_after_db"] > 0
+    for stage in ("dit_stage1", "dit_stage2"):
+        assert "validation_loss_drop" in data[f"data/{stage}/metrics.json"]
+    assert set(data) == {
+        path
+        for stage in yaml.safe_load((project / "dvc.yaml").read_text())["stages"].values()
+        for path in stage.get("metrics", [])
+    }
+
+
+def test_dvc_plots_show_curves_without_gaps_and_pictures(project: Path, tmp_path: Path) -> None:
+    shown = json.loads(dvc(project, "plots", "show", "--json", "-o", str(tmp_path)))
+    assert not shown.get("errors")
+    plots = shown["data"]
+    curve = plots["data/vae/history.csv"][0]
+    assert curve["type"] == "vega"
+    # Steps at which nothing was measured are left out, not drawn as zero.
+    assert '{"not": {"field": "psnr_db", "oneOf": ["", null]}}' in json.dumps(curve)
+    for stage in ("dit_stage1", "dit_stage2"):
+        assert plots[f"data/{stage}/history.csv"]
+        assert '"aggregate": "mean"' in json.dumps(plots[f"data/{stage}/validation.csv"])
+    assert {entry["type"] for entry in plots["data/generate/grid.png"]} == {"image"}
+
+
+@pytest.mark.slow
+def test_an_experiment_equals_a_normal_run_and_metrics_diff_shows_it(project: Path) -> None:
+    copies = {name: project.with_name(name) for name in ("experiment", "normal")}
+    for copy in copies.values():
+        shutil.copytree(project, copy, symlinks=True)
+    before = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    dvc(copies["experiment"], "exp", "run", "-n", "more-steps", "-S", f"{CHANGED}=3")
+    path = copies["normal"] / "params.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["generate"]["num_inference_steps"] = 3
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    done = ultraflux(copies["normal"], "run")
+    assert done.returncode == 0, done.stderr
+    locks = [yaml.safe_load((copy / "dvc.lock").read_text()) for copy in copies.values()]
+    assert locks[0] == locks[1]
+    changed = {name for name, entry in locks[0]["stages"].items() if entry != before[name]}
+    assert changed == {"generate", "evaluate", "promote"}
+    experiment = copies["experiment"]
+    table = json.loads(dvc(experiment, "exp", "show", "--json"))
+    assert "more-steps" in json.dumps(table)
+    compared = json.loads(dvc(experiment, "params", "diff", "--json"))
+    assert compared["params.yaml"][CHANGED] == {"old": 2, "new": 3, "diff": 1}
+
+
+@pytest.mark.slow
+def test_two_pipelines_at_once_take_turns(project: Path) -> None:
+    copy = project.with_name("turns")
+    shutil.copytree(project, copy, symlinks=True)
+    path = copy / "params.yaml"
+    path.write_text(path.read_text().replace("bootstrap_resamples: 100", "bootstrap_resamples: 99"))
+    runs = [
+        subprocess.Popen(
+            ["ultraflux", "run"],
+            cwd=copy,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [run.communicate(timeout=900)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    waited = [text for text in said if "Another run" in text]
+    (worked,) = [text for text in said if "Another run" not in text]
+    assert len(waited) == 1
+    assert "done  evaluate" in worked
+    assert "done  evaluate" not in waited[0]
+    assert versioning.stale_stages(copy, versioning.stage_graph(copy)) == {}
