@@ -28,6 +28,10 @@ POLL_S = 1.0
 SERVER_AWAY_S = 900.0
 """How long the Prefect server may be away before a stage counts as failed."""
 MANY_CORES = 10**6
+HEARTBEAT_LOST = "HeartbeatLost"
+"""State that conf/automations/heartbeat_lost.yaml sets; another file there schedules it again."""
+LOST_GRACE_S = 60.0
+"""How long a run in that state may take to be scheduled again before it counts as failed."""
 
 
 class PoolRunner(StageRunner):
@@ -100,12 +104,20 @@ class PoolRunner(StageRunner):
 
     def _await(self, name: str, flow_run: FlowRun, started: float) -> StageOutcome:
         away_since: float | None = None
+        lost_since: float | None = None
         while True:
             try:
                 with get_client(sync_client=True) as client:
                     flow_run = client.read_flow_run(flow_run.id)
                     state = flow_run.state
-                    if state is not None and state.is_final():
+                    if state is not None and state.name == HEARTBEAT_LOST:
+                        lost_since = lost_since or time.monotonic()
+                    else:
+                        lost_since = None
+                    coming_back = (
+                        lost_since is not None and time.monotonic() - lost_since < LOST_GRACE_S
+                    )
+                    if state is not None and state.is_final() and not coming_back:
                         said = read_outcome(client, flow_run.id)
                         seconds = time.monotonic() - started
                         completed = state.is_completed()
