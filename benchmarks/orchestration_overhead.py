@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -74,7 +75,15 @@ def measure(command: list[str], clone: Path, env: dict[str, str]) -> Cost:
         sys.exit(f"{' '.join(command)}: exit {code}\n{(clone / 'benchmark.log').read_text()}")
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user
-    return Cost(wall, cpu - before.children_system, peak)
+    cost = Cost(wall, cpu - before.children_system, peak)
+    said = " ".join(word for word in command[:6] if "\n" not in word)
+    print(
+        f"  {said}: {cost.wall_s:.2f} s wall, {cost.cpu_s:.2f} s CPU, {peak / 2**20:.0f} MiB, "
+        f"load {os.getloadavg()[0]:.1f}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return cost
 
 
 def main() -> None:
@@ -84,6 +93,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     options = parser.parse_args()
+    # As Ctrl-C: the servers are stopped on the way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     found: dict[str, list[Cost]] = {}
     with tempfile.TemporaryDirectory() as folder:
         clone = trivial_clone(Path(folder), options.stages)
