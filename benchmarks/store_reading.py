@@ -6,7 +6,7 @@ A store of random bfloat16 latents of 4096 x 4096 photographs (16 x 256 x 256: 2
 written to a temporary folder. Every round reads the same random batches by each way, the order of
 the ways turning from round to round: `preadv` in this process, one call per record, into a buffer
 that is used again; the store into such a buffer, with and without verification; and as training
-reads, a new float32 tensor per batch. `cold` drops the shards from the page cache before each
+reads, a new tensor per batch. `cold` drops the shards from the page cache before each
 (posix_fadvise DONTNEED; whatever the disk or a hypervisor keeps stays). A ratio is of two readings
 of one round; its median over the rounds is the result (goal: at least 0.8).
 """
@@ -91,12 +91,12 @@ def store_reading(
 
 
 def training_reading(folder: Path, batches: Sequence[Sequence[str]]) -> Callable[[], None]:
-    """A new float32 tensor per batch, verified: what the trainer asks for."""
+    """A new tensor in the stored precision per batch, verified: what the trainer asks for."""
     store = LatentStore(folder)
 
     def read() -> None:
         for batch in batches:
-            store.read_batch(batch)
+            store.read_stored(batch)
 
     return read
 
@@ -123,7 +123,7 @@ def main() -> None:
             BASELINE: raw_reading(LatentStore(folder), batches),
             "store, verified": store_reading(folder, batches, "always"),
             "store, unverified": store_reading(folder, batches, "never"),
-            "training (float32)": training_reading(folder, batches),
+            "training": training_reading(folder, batches),
         }
         print(
             f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; store "

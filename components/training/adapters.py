@@ -56,6 +56,21 @@ def add_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
         )
 
 
+def adapter_parameters(model: Any, settings: AdapterSettings) -> int:
+    """Number of trained values of an adapter.
+
+    Args:
+        model: a transformer on the meta device; changed by the call.
+        settings: of the adapter.
+
+    Raises:
+        ValueError: as `add_adapter`.
+    """
+    with torch.device("meta"):
+        add_adapter(model, settings, seed=0)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def save_adapted(
     base: Any,
     settings: AdapterSettings,

@@ -217,6 +217,18 @@ def product_bytes(call: Callable[[], Tensor]) -> int:
     return results.bytes
 
 
+def backbone_on_meta(
+    settings: TransformerSettings,
+    config: Mapping[str, Any] | None,
+    widths: tuple[int, int],
+    latent: tuple[int, int, int],
+) -> Any:
+    """The transformer of `backbone_counts`, whose arguments these are."""
+    if config is None:
+        return tiny_on_meta(settings, widths, latent[0])
+    return sd3_on_meta(config, latent[1:])
+
+
 def backbone_counts(
     settings: TransformerSettings,
     config: Mapping[str, Any] | None,
@@ -237,11 +249,7 @@ def backbone_counts(
         (parameters, operations of forward and backward, bytes saved for the backward pass,
         (bytes of all blocks' inputs, bytes of all products' results, number of blocks)).
     """
-    model = (
-        tiny_on_meta(settings, widths, latent[0])
-        if config is None
-        else sd3_on_meta(config, latent[1:])
-    )
+    model = backbone_on_meta(settings, config, widths, latent)
     call = sd3_call(model, latent[1:], text_tokens)
     blocks = len(model.transformer_blocks)
     tokens = latent[1] * latent[2] // int(model.config.patch_size) ** 2 + text_tokens

@@ -51,8 +51,26 @@ class TrainingMemory:
         return self.states + self.average + self.activations + self.buffers
 
 
+def moment_bytes(elements: int, *, eight_bits: bool) -> int:
+    """Adam's two moments of one tensor, float32 or as bitsandbytes keeps them in 8 bits.
+
+    In 8 bits: a byte per value, a float32 scale per block of 256, and two tables of 256 values;
+    tensors below 4096 values stay float32. ZeRO hands the optimizer one flat tensor per rank, so
+    this is exact there; without ZeRO a model's small tensors take a little more.
+    """
+    if not eight_bits or elements < 4096:
+        return 8 * elements
+    return 2 * (elements + 4 * -(-elements // 256) + 4 * 256)
+
+
 def state_bytes(
-    parameters: int, processes: int, zero_stage: int, precision: Precision
+    parameters: int,
+    processes: int,
+    zero_stage: int,
+    precision: Precision,
+    *,
+    trained: int | None = None,
+    eight_bits: bool = False,
 ) -> tuple[int, int, int]:
     """(weights, gradients, optimizer) bytes on each GPU under DeepSpeed ZeRO with AdamW.
 
@@ -64,21 +82,23 @@ def state_bytes(
         processes: ranks that share what is sharded.
         zero_stage: 0 shares nothing, 1 the optimizer, 2 gradients too, 3 weights too.
         precision: of weights.
+        trained: so many of the parameters have gradients and optimizer states; None: all.
+        eight_bits: whether the moments are kept in 8 bits.
     """
     low = precision == "bf16"
-    share = -(-parameters // processes)
+    trained = parameters if trained is None else trained
     sharded_from = {"optimizer": 1, "gradients": 2, "weights": 3}
 
-    def count(what: str) -> int:
-        return share if zero_stage >= sharded_from[what] else parameters
+    def count(what: str, whole: int) -> int:
+        return -(-whole // processes) if zero_stage >= sharded_from[what] else whole
 
-    weights = ITEM_BYTES[precision] * count("weights")
-    gradients = 4 * count("gradients")
+    weights = ITEM_BYTES[precision] * count("weights", parameters)
+    gradients = 4 * count("gradients", trained)
     if low and zero_stage < 2:
-        gradients += 2 * parameters
-    moments = 8 * count("optimizer")
+        gradients += 2 * trained
+    moments = moment_bytes(count("optimizer", trained), eight_bits=eight_bits)
     # In float32 the weights are their own masters, but ZeRO keeps a flat copy of its share.
-    masters = 4 * count("optimizer") if low or zero_stage else 0
+    masters = 4 * count("optimizer", trained) if low or zero_stage else 0
     return weights, gradients, moments + masters
 
 

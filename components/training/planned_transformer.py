@@ -16,7 +16,10 @@ from components.training.memory_plan import (
     state_bytes,
 )
 from components.training.model_shapes import CLIP_TOKENS, Networks
-from components.training.settings import Checkpointing, DitStageSettings
+from components.training.settings import AdapterSettings, Checkpointing, DitStageSettings
+
+# (height, width) in pixels for counts that do not depend on it.
+_ANY_SIZE = (512, 512)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Transformer:
         default_factory=dict, compare=False
     )
     """Counts on the meta device by latent area, on which alone they depend."""
+    _trained: dict[AdapterSettings, int] = field(default_factory=dict, compare=False)
 
     @property
     def gpus(self) -> int:
@@ -80,6 +84,32 @@ class Transformer:
         )
         return shape.parameters, flops, activations
 
+    def trained(self, stage: DitStageSettings) -> int:
+        """Parameters that `stage` trains: all, or those of its adapter.
+
+        Raises:
+            ValueError: the adapter names layers that there are not.
+        """
+        nets = self.networks
+        if stage.adapter is None:
+            return self.counts(_ANY_SIZE, None)[0]
+        from components.training.adapters import adapter_parameters
+        from components.training.counted_flops import backbone_on_meta, flux_on_meta
+
+        if stage.adapter not in self._trained:
+            model = (
+                backbone_on_meta(
+                    self.settings.models.transformer,
+                    nets.transformer_config,
+                    (nets.t5.d_model, self.pooled_width),
+                    (nets.autoencoder.latent_channels, *self.latent_hw(_ANY_SIZE)),
+                )
+                if nets.transformer is None
+                else flux_on_meta(nets.transformer)
+            )
+            self._trained[stage.adapter] = adapter_parameters(model, stage.adapter)
+        return self._trained[stage.adapter]
+
     def _counted(
         self, latent_hw: tuple[int, int], stage: DitStageSettings | None
     ) -> tuple[int, Flops, int]:
@@ -114,17 +144,27 @@ def dit_memory(
 ) -> TrainingMemory:
     """Memory of one GPU at the bucket with the most tokens.
 
-    An upper bound with `adapter` and `adamw_8bit`, whose savings are not counted.
+    Activations are an upper bound with `adapter`: frozen layers keep less.
     """
     largest = max(sizes, key=lambda size: size[0] * size[1])
     held, _, activations = transformer.counts(largest, stage)
-    weights, gradients, optimizer = state_bytes(held, gpus, stage.zero_stage, stage.precision)
+    trained = transformer.trained(stage)
+    if stage.adapter is not None:
+        held += trained
+    weights, gradients, optimizer = state_bytes(
+        held,
+        gpus,
+        stage.zero_stage,
+        stage.precision,
+        trained=trained,
+        eight_bits=stage.optimizer == "adamw_8bit",
+    )
     return TrainingMemory(
         weights=weights,
         gradients=gradients,
         optimizer=0 if stage.offload_optimizer == "cpu" else optimizer,
         # Each rank averages its share (components.training.ema); on "cpu" it is in host memory.
-        average=4 * -(-held // gpus) if stage.ema_device == "model" else 0,
+        average=4 * -(-trained // gpus) if stage.ema_device == "model" else 0,
         activations=activations,
         buffers=communication_bytes(held, gpus, stage.precision, stage.zero_stage),
     )

@@ -29,6 +29,7 @@ from components.training.memory_plan import (
     ITEM_BYTES,
     TrainingMemory,
     decoder_activation_bytes,
+    moment_bytes,
     state_bytes,
 )
 from components.training.model_shapes import FluxShape, networks
@@ -176,6 +177,8 @@ def plan(
                 transformer.gpus,
                 zero,
                 settings.dit_stage1.precision,
+                trained=stages[3].trained,
+                eight_bits=settings.dit_stage1.optimizer == "adamw_8bit",
             )
             for zero in range(4)
         },
@@ -314,15 +317,20 @@ def _dit(
     gpus = transformer.gpus
     degree = transformer.settings.runtime.context_parallel_degree
     flops = mean_flops(transformer.counts(size, stage)[1] for size in sizes)
-    held = transformer.counts(sizes[0], None)[0]
+    base = transformer.counts(sizes[0], None)[0]
+    trained = transformer.trained(stage)
+    held = base if stage.adapter is None else base + trained
     # At the start, every validate_every steps, at the end, and there once more for the average.
     validations = 2 + -(-stage.steps // stage.validate_every)
     samples = held_out(transformer.settings, images) * VALIDATION_LEVELS * stage.validation_repeats
     validation = validations * samples * flops.forward
     items = stage.steps * stage.global_batch_size
     whole = stage.precision == "fp32" and stage.zero_stage == 0
-    # The engine's weights (its masters where there is one copy), masters, moments; the average.
-    checkpoint = (12 if whole else 12 + ITEM_BYTES[stage.precision]) + 4
+    moments = moment_bytes(-(-trained // gpus), eight_bits=stage.optimizer == "adamw_8bit") * gpus
+    # The engine's weights, masters (where they are not the weights), moments, the average.
+    checkpoint = ITEM_BYTES[stage.precision] * held + moments + (4 if whole else 8) * trained
+    # The adapter alone lies beside the merged weights.
+    exported = 4 * base + (4 * trained if stage.adapter is not None else 0)
     hours, source = _hours(
         items * flops.model + validation, gpus, rate or _published_training(transformer)
     )
@@ -335,14 +343,12 @@ def _dit(
         validation=validation,
         gpus=gpus,
         parameters=held,
-        trained=held,
+        trained=trained,
         memory=dit_memory(stage, transformer, sizes, gpus),
         weights_bytes=ITEM_BYTES[stage.precision] * held,
         disk={
-            "checkpoints (one more while writing)": (stage.keep_checkpoints + 1)
-            * checkpoint
-            * held,
-            "export (raw and ema)": 8 * held,
+            "checkpoints (one more while writing)": (stage.keep_checkpoints + 1) * checkpoint,
+            "export (raw and ema)": 2 * exported,
         },
         hours=hours,
         rate=source,

@@ -2,7 +2,7 @@
 
 Reading is the kernel's one copy and nothing else: `preadv` scatters records that are neighbours on
 disk to their places in the batch, shards stay open, a few threads keep the disk's queue filled and
-hash each record while it is still in the processor's cache. No thread outlives its reader.
+hash each piece while it is still in the processor's cache. No thread outlives its reader.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,9 @@ _OPEN_SHARDS = 256
 """Descriptors kept; a corpus of a million has a thousand shards, the usual limit of a process."""
 _RUN_BYTES = 8 * 2**20
 """Longest single request, so that neighbours are still shared between the threads."""
+_PIECE_BYTES = 2**18
+"""Read and hashed at a time: what has just arrived is still in a core's own cache, and the disk
+reads ahead meanwhile."""
 _RUN_RECORDS = 512
 """Below the kernel's limit of 1,024 buffers per call."""
 
@@ -121,10 +124,10 @@ class RecordReader:
             while self._open:
                 os.close(self._open.popitem()[1])
 
-    def __del__(self) -> None:
-        """Descriptors do not outlive the reader."""
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        """Descriptors do not outlive the reader (at exit, modules may be gone before it)."""
         while getattr(self, "_open", None):
-            os.close(self._open.popitem()[1])
+            close(self._open.popitem()[1])
 
     def read_into(self, rows: Sequence[int], buffer: Bytes) -> None:
         """Fill `buffer[i]` with the record of index row `rows[i]`.
@@ -202,29 +205,52 @@ class RecordReader:
         parts = [memoryview(buffer[place]) for place in run.places]
         size = buffer.shape[1]
         done, total = 0, size * len(parts)
+        is_hashed = self._verify != "never"
+        piece = _PIECE_BYTES if is_hashed else total
+        digest = xxhash.xxh64()
         while done < total:
-            first, within = divmod(done, size)
             # A request may be answered in part: at a signal, or beyond 2 GiB.
-            wanted = [parts[first][within:], *parts[first + 1 :]]
-            got = os.preadv(run.fd, wanted, run.offset + done)
+            got = os.preadv(run.fd, _next_parts(parts, size, done, piece), run.offset + done)
             if got == 0:
                 raise RecordCorrupt(
                     run.rows[done // size],
                     run.shard,
                     f"it ends at byte {run.offset + done}, within the record",
                 )
-            done += got
-        if self._verify == "never":
+            arrived = _next_parts(parts, size, done, got) if is_hashed else ()
+            for view in arrived:
+                row = run.rows[done // size]
+                if self._verify == "always" or not self._checked[row]:
+                    digest.update(view)
+                done += len(view)
+                if done % size == 0:
+                    self._check(row, run.shard, digest)
+                    digest.reset()
+            if not is_hashed:
+                done += got
+
+    def _check(self, row: int, shard: str, digest: xxhash.xxh64) -> None:
+        """Compare the hash of a record that has arrived."""
+        if self._verify == "first" and self._checked[row]:
             return
-        for row, part in zip(run.rows, parts, strict=True):
-            if self._verify == "first" and self._checked[row]:
-                continue
-            expected = int(self._extents.digest[row])
-            if xxhash.xxh64_intdigest(part) != expected:
-                start = int(self._extents.offset[row])
-                raise RecordCorrupt(
-                    row,
-                    run.shard,
-                    f"bytes {start} to {start + size} do not have hash {expected:016x}",
-                )
-            self._checked[row] = True
+        expected = int(self._extents.digest[row])
+        if digest.intdigest() != expected:
+            start = int(self._extents.offset[row])
+            raise RecordCorrupt(
+                row,
+                shard,
+                f"bytes {start} to {start + int(self._extents.nbytes[row])} do not have hash "
+                f"{expected:016x}",
+            )
+        self._checked[row] = True
+
+
+def _next_parts(parts: Sequence[memoryview], size: int, start: int, count: int) -> list[memoryview]:
+    """Bytes `start` to `start + count` (or the end) of records of `size` bytes laid end to end."""
+    found = []
+    while count > 0 and start < size * len(parts):
+        number, within = divmod(start, size)
+        view = parts[number][within : within + count]
+        found.append(view)
+        start, count = start + len(view), count - len(view)
+    return found

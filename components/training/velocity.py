@@ -20,11 +20,15 @@ from components.training.backbones import backbone_of, check_even
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """Everything one forward pass needs, on the CPU."""
+    """Everything one forward pass needs.
+
+    As loaded it is on the CPU, latents and texts in the stored precision; `to` widens the latents,
+    and a forward pass takes the texts in its own precision.
+    """
 
     sample_ids: tuple[str, ...]
     latents: Tensor
-    """(B, C, h, w) float32, normalised."""
+    """(B, C, h, w) normalised; float32 for training."""
     noise: Tensor
     """(B, C, h, w) float32."""
     t: Tensor
@@ -35,9 +39,13 @@ class NoisedBatch:
     """(B, P) pooled text vectors."""
 
     def to(self, device: torch.device) -> NoisedBatch:
-        """The same batch on `device`."""
-        moved = (x.to(device) for x in (self.latents, self.noise, self.t, self.text, self.pooled))
-        return NoisedBatch(self.sample_ids, *moved)
+        """The same batch on `device`, latents float32 (exact from bfloat16).
+
+        Copies from page-locked memory do not wait.
+        """
+        parts = (self.latents, self.noise, self.t, self.text, self.pooled)
+        latents, *rest = (part.to(device, non_blocking=True) for part in parts)
+        return NoisedBatch(self.sample_ids, latents.float(), *rest)
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors by name, for saving."""

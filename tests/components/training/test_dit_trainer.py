@@ -111,14 +111,14 @@ def test_training_from_exported_weights_starts_at_their_loss(make_dit_job, tmp_p
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(
     make_dit_job, tmp_path, monkeypatch
 ):
-    original = LatentStore.read_batch
+    original = LatentStore.read_stored
 
-    def poisoned(self, image_ids):
-        latents = original(self, image_ids)
+    def poisoned(self, image_ids, **options):
+        latents = original(self, image_ids, **options)
         is_training = int(image_ids[0][-2:]) >= 2
         return latents * float("nan") if is_training else latents
 
-    monkeypatch.setattr(LatentStore, "read_batch", poisoned)
+    monkeypatch.setattr(LatentStore, "read_stored", poisoned)
     job = make_dit_job(tmp_path)
     with pytest.raises(TrainingDiverged, match="step 0"):
         run_job(job)

@@ -15,6 +15,7 @@ from components.training.memory_plan import (
     flux_activation_bytes,
     flux_block_bytes,
     flux_product_bytes,
+    moment_bytes,
     state_bytes,
 )
 from components.training.model_shapes import AutoencoderShape, FluxShape
@@ -124,9 +125,18 @@ def live_bytes() -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def tensor_bytes(state) -> int:
+    """Bytes of the tensors of optimizer states; one that occurs twice counts once."""
+    tensors = [x for values in state.values() for x in values.values() if torch.is_tensor(x)]
+    return sum({x.data_ptr(): x.nbytes for x in tensors if x.dim()}.values())
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("training_environment_restored")
-def test_the_engine_holds_the_planned_states(make_dit_job, tmp_path):
+@pytest.mark.parametrize(
+    ("optimizer", "frozen"), [("adamw", 0), ("adamw_8bit", 0), ("adamw", 6), ("adamw_8bit", 6)]
+)
+def test_the_engine_holds_the_planned_states(make_dit_job, tmp_path, optimizer, frozen):
     from components.training.distributed import initialize_engine, open_ranks
 
     stage = make_dit_job(tmp_path).settings.model_copy(
@@ -135,14 +145,18 @@ def test_the_engine_holds_the_planned_states(make_dit_job, tmp_path):
             "zero_stage": 2,
             "global_batch_size": 4,
             "micro_batch_size": 2,
+            "optimizer": optimizer,
         }
     )
+    eight_bits = optimizer == "adamw_8bit"
     with open_ranks("cpu") as ranks:
         before = live_bytes()
-        engine = initialize_engine(
-            nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))), stage, ranks
-        )
+        model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
+        model[:frozen].requires_grad_(False)
+        engine = initialize_engine(model, stage, ranks)
         held = sum(parameter.numel() for parameter in engine.module.parameters())
+        trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
+        assert trained == (8 - frozen) * held // 8
         for number in range(4):
             loss = engine(torch.randn(2, 512, dtype=torch.bfloat16)).float().square().mean()
             engine.backward(loss)
@@ -150,8 +164,17 @@ def test_the_engine_holds_the_planned_states(make_dit_job, tmp_path):
             peak = live_bytes() - before
             if number < 3:
                 engine.step()
-        planned = sum(state_bytes(held, 1, 2, "bf16"))
-        assert abs(peak / planned - 1) < 0.01
+        planned = state_bytes(held, 1, 2, "bf16", trained=trained, eight_bits=eight_bits)
+        assert abs(peak / sum(planned) - 1) < 0.01
+        states = tensor_bytes(engine.optimizer.optimizer.state)
+        assert states == moment_bytes(trained, eight_bits=eight_bits)
+        assert planned[2] == states + 4 * trained
         engine.save_checkpoint(str(tmp_path / "saved"), tag="engine", save_latest=False)
         stored = sum(f.stat().st_size for f in (tmp_path / "saved" / "engine").iterdir())
-        assert abs(stored / (14 * held) - 1) < 0.01
+        assert abs(stored / (2 * held + states + 4 * trained) - 1) < 0.01
+
+
+def test_small_moments_are_not_kept_in_8_bits():
+    assert moment_bytes(4095, eight_bits=True) == moment_bytes(4095, eight_bits=False)
+    # 2 bytes a value, 2 x 4 bytes per 256 of them, 2 tables of 1 KiB.
+    assert moment_bytes(2**20, eight_bits=True) == 2 * 2**20 + 2**15 + 2048

@@ -175,6 +175,41 @@ def test_divided_tokens_are_advised_where_more_gpus_do_not_help(profile, tmp_pat
     assert "runtime.context_parallel_degree: " in warning
 
 
+def test_an_adapter_is_planned_by_its_own_size(profile, tmp_path):
+    adapter = {"rank": 16, "alpha": 16, "target_modules": ["to_q", "to_k", "to_v"]}
+    whole = stage(plan(profile("paper"), tmp_path, 9), "dit_stage1")
+    chosen = profile("paper", dit_stage1__adapter=adapter)
+    first = stage(plan(chosen, tmp_path, 9), "dit_stage1")
+    # Factors of 16 x 3072 on both sides, in three projections of each of the 57 blocks.
+    assert first.trained == 2 * 16 * 3072 * 3 * (19 + 38)
+    assert first.parameters == whole.parameters + first.trained
+    assert first.memory.weights == 2 * first.parameters
+    assert first.memory.optimizer == 12 * first.trained // 8
+    assert first.memory.average in (0, 4 * first.trained // 8)
+    assert first.disk["export (raw and ema)"] == 8 * (whole.parameters + first.trained)
+    adapter["target_modules"] = ["no_such_layer"]
+    with pytest.raises(ValueError, match="no_such_layer"):
+        plan(profile("paper", dit_stage1__adapter=adapter), tmp_path, 9)
+
+
+def test_the_second_backbones_adapter_is_counted_too(profile, tmp_path):
+    adapter = {"rank": 2, "alpha": 2, "target_modules": ["to_q"]}
+    changes = {"models__transformer__backbone": "sd3", "dit_stage1__adapter": adapter}
+    first = stage(plan(profile("embedded", **changes), tmp_path, 21), "dit_stage1")
+    assert 0 < first.trained < first.parameters / 10
+
+
+def test_moments_in_8_bits_take_a_quarter(profile, tmp_path):
+    first, eight = (
+        stage(plan(profile("paper", dit_stage1__optimizer=kind), tmp_path, 9), "dit_stage1")
+        for kind in ("adamw", "adamw_8bit")
+    )
+    share = -(-first.trained // 8)
+    assert first.memory.optimizer == 12 * share
+    # Masters, two bytes of moments, two scales per block of 256.
+    assert eight.memory.optimizer == pytest.approx((4 + 2 + 8 / 256) * share, rel=1e-6)
+
+
 def test_too_few_images_are_refused(profile, tmp_path):
     with pytest.raises(ValueError, match="images 1"):
         plan(profile("paper"), tmp_path, 1)

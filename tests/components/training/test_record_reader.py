@@ -13,7 +13,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.training.record_reader import Extents, RecordCorrupt, RecordReader
+from components.training import record_reader
+from components.training.record_reader import Extents, RecordCorrupt, RecordReader, Verify
 
 SIZE, PER_SHARD, SHARDS = 40, 7, 4
 
@@ -55,6 +56,24 @@ def test_any_rows_in_any_order_with_repeats_are_those_written(
     reader.read_into(rows, buffer)
     reader.close()
     assert [bytes(row) for row in buffer] == [record(row) for row in rows]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, SIZE, 3 * SIZE + 5])
+@pytest.mark.parametrize("verify", ["always", "first"])
+def test_records_are_hashed_piece_by_piece(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int, verify: Verify
+) -> None:
+    monkeypatch.setattr(record_reader, "_PIECE_BYTES", piece_bytes)
+    rows = [1, 2, 3, 4, 5, 20, 21]
+    buffer = np.empty((len(rows), SIZE), dtype=np.uint8)
+    reader = RecordReader(folder, extents(), verify=verify)
+    for _ in range(2):
+        buffer[:] = 0
+        reader.read_into(rows, buffer)
+        assert [bytes(row) for row in buffer] == [record(row) for row in rows]
+    broken = RecordReader(spoiled(folder, tmp_path), extents(), verify=verify)
+    with pytest.raises(RecordCorrupt, match=r"s-1\.bin: bytes 80 to 120"):
+        broken.read_into([8, 9, 10], np.empty((3, SIZE), dtype=np.uint8))
 
 
 def test_neighbours_on_disk_are_one_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

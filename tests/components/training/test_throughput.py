@@ -7,6 +7,9 @@ import torch
 
 from components.models.tiny import build_tiny_transformer
 from components.objectives.flow_matching import flow_matching_loss
+from components.training.counted_flops import count, flux_call, flux_on_meta
+from components.training.flops import flux_flops
+from components.training.model_shapes import FluxShape
 from components.training.throughput import WAIT_WARNING, DataWait, Throughput, model_flops
 from components.training.velocity import NoisedBatch, band_errors
 
@@ -57,6 +60,22 @@ def test_model_flops_are_those_of_the_matrix_products(transformer) -> None:
     blocks = DOUBLE * double + SINGLE * single
     # Products with data need no gradient of their input: one product backward instead of two.
     assert model_flops(transformer, batch()) == 3 * (blocks + rest) + 2 * inputs
+
+
+def test_the_live_count_is_the_planners_closed_form_and_torchs_own_count(transformer) -> None:
+    shape = FluxShape(
+        num_layers=DOUBLE,
+        num_single_layers=SINGLE,
+        attention_head_dim=HEAD,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT,
+        pooled_projection_dim=POOLED,
+    )
+    for height, width in ((8, 12), (16, 6), (10, 10)):
+        grid = (height // 2, width // 2)
+        live = model_flops(transformer, batch(height, width))
+        assert live == flux_flops(shape, grid[0] * grid[1], 7).model
+        assert live == count(flux_call(flux_on_meta(shape), grid, 7)).model
 
 
 def test_the_mean_of_the_band_errors_is_the_flow_matching_loss() -> None:

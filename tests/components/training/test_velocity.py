@@ -108,3 +108,13 @@ def test_wavelet_objective_on_velocities_equals_flow_matching():
 def test_odd_latents_are_refused():
     with pytest.raises(ValueError, match="even"):
         predict_velocity(small_transformer(), make_batch(7, 8), 1.0, torch.float32)
+
+
+def test_a_batch_in_the_stored_precision_is_widened_exactly_on_its_way() -> None:
+    stored = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    text = torch.ones(2, 3, 5, dtype=torch.bfloat16)
+    loaded = NoisedBatch(("a", "b"), stored, stored.float(), torch.ones(2), text, text[:, 0])
+    moved = loaded.to(torch.device("cpu"))
+    assert moved.latents.dtype == torch.float32
+    assert torch.equal(moved.latents.bfloat16(), stored)
+    assert moved.text.dtype == torch.bfloat16
