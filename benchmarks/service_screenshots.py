@@ -70,12 +70,11 @@ async def picture(tab: Tab, address: str, text: str) -> Image.Image:
     """What a page looks like once it shows `text` and has settled."""
     await tab.call("Page.navigate", url=address)
     await tab.wait_for(f"document.body && document.body.innerText.includes({json.dumps(text)})")
-    # MLflow opens a chat panel over the page, and shows a pipeline run without its stages.
+    # MLflow opens a chat panel over the page, and shows pipeline runs without their stages; the
+    # last row is the first run.
     await tab.evaluate("document.querySelector('button[aria-label=Close]')?.click()")
-    await tab.evaluate(
-        "[...document.querySelectorAll('button')]"
-        ".find((button) => button.innerText.includes('Expand rows'))?.click()"
-    )
+    await asyncio.sleep(SETTLE_S)
+    await tab.evaluate("[...document.querySelectorAll('.ag-row button')].at(-1)?.click()")
     await asyncio.sleep(SETTLE_S)
     shot = await tab.call("Page.captureScreenshot", format="png")
     return Image.open(io.BytesIO(base64.b64decode(shot["data"])))

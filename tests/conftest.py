@@ -32,7 +32,13 @@ hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Whole pipelines: started first, so that no test worker ends with them alone.
-LONGEST = ("test_small_pipeline.py", "test_bad_input.py", "test_services.py", "test_pipeline.py")
+LONGEST = (
+    "test_served.py",
+    "test_small_pipeline.py",
+    "test_bad_input.py",
+    "test_services.py",
+    "test_pipeline.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
