@@ -27,6 +27,7 @@ from flows import (
     stage_plan_command,
     store_commands,
     submit_command,
+    sweep_command,
     weights_commands,
 )
 from flows.command_line import fail, project_root
@@ -85,6 +86,12 @@ def run(
         typer.Option(help="A clone at the same commit; give it once per worker."),
     ] = None,
     force: Annotated[bool, typer.Option(help="Run stages even when nothing changed.")] = False,
+    until: Annotated[
+        str | None, typer.Option(help="Last stage to run, with all that it needs (default: all).")
+    ] = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="Cores to hand out to stages (default: all).")
+    ] = None,
 ) -> None:
     """Bring the whole pipeline up to date; what has not changed is skipped."""
     if engine not in {"local", "prefect", "pools", "remote"}:
@@ -103,6 +110,8 @@ def run(
             engine=engine,  # type: ignore[arg-type]
             force=force,
             workers=worker or (),
+            until=until,
+            cpus=cpus,
         )
     except (SettingsError, PipelineRefused, ServiceError, GraphError) as problem:
         raise fail(str(problem)) from None
@@ -112,7 +121,8 @@ def run(
         failed = [o for o in summary.outcomes.values() if o.status in {"failed", "refused"}]
         raise fail("\n".join(outcome.message for outcome in failed), 1)
     print(f"\nPipeline up to date in {summary.seconds:.0f} s.")
-    print(f"Report:  {root / 'data' / 'evaluate' / 'report.html'}")
+    if until is None:
+        print(f"Report:  {root / 'data' / 'evaluate' / 'report.html'}")
     if engine == "remote":
         print("Here are metrics, plots and what the runs log; `dvc pull` brings the rest.")
     print("MLflow and Prefect UIs:  make services  (or: ultraflux up)")
@@ -267,6 +277,7 @@ app.command("generate", epilog=generate_command.EPILOG, rich_help_panel=IMAGES)(
     generate_command.generate
 )
 app.command("ablate", epilog=ablate_command.EPILOG, rich_help_panel=IMAGES)(ablate_command.ablate)
+app.command("sweep", epilog=sweep_command.EPILOG, rich_help_panel=PIPELINE)(sweep_command.sweep)
 app.command("judge", epilog=judge_command.EPILOG, rich_help_panel=IMAGES)(judge_command.judge)
 app.command("evaluate", epilog=evaluate_command.EPILOG, rich_help_panel=IMAGES)(
     evaluate_command.evaluate

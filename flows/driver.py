@@ -110,7 +110,13 @@ def preflight(root: Path) -> None:
 
 
 def run_pipeline(
-    root: Path, *, engine: Engine, force: bool = False, workers: Sequence[Path] = ()
+    root: Path,
+    *,
+    engine: Engine,
+    force: bool = False,
+    workers: Sequence[Path] = (),
+    until: str | None = None,
+    cpus: int | None = None,
 ) -> PipelineSummary:
     """Bring every stage up to date; one run at a time in a clone, a second waits for the first.
 
@@ -121,6 +127,8 @@ def run_pipeline(
             clones.
         force: run stages even when nothing changed.
         workers: those clones.
+        until: last stage: it and what it needs; None: all.
+        cpus: cores of this machine to hand out (engines local and prefect; None: all).
 
     Raises:
         PipelineRefused, SettingsError, ServiceError, versioning.GraphError: nothing was started.
@@ -133,17 +141,23 @@ def run_pipeline(
             held = stack.enter_context(clone_lock(root, print))
         except KeyboardInterrupt:
             return PipelineSummary({}, 0.0, interrupted=True)
-        return _run_pipeline(root, engine, force, workers, held)
+        return _run_pipeline(root, engine, force, workers, held, until, cpus)
 
 
 def _run_pipeline(
-    root: Path, engine: Engine, force: bool, workers: Sequence[Path], held: int
+    root: Path,
+    engine: Engine,
+    force: bool,
+    workers: Sequence[Path],
+    held: int,
+    until: str | None,
+    cpus: int | None,
 ) -> PipelineSummary:
     """`run_pipeline` in a clone that is held."""
     started = time.monotonic()
     settings = load_settings(root / "params.yaml")
     environment.prepare(offline=settings.runtime.offline)
-    graph = versioning.stage_graph(root)
+    graph = versioning.stages_until(root, until)
     if engine == "remote":
         workers, stale = _prepare_workers(root, graph, workers, force=force)
     else:
@@ -170,7 +184,13 @@ def _run_pipeline(
         )
     else:
         runner = StageRunner(
-            root, graph, parent_record=record.record_id, stale=stale, force=force, held=(held,)
+            root,
+            graph,
+            parent_record=record.record_id,
+            stale=stale,
+            cpus=cpus,
+            force=force,
+            held=(held,),
         )
     interrupted = False
     outcomes: dict[str, StageOutcome] = {}

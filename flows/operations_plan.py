@@ -20,8 +20,6 @@ from flows.run_evidence import StageRun, connect, finished_runs
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from components.settings import RuntimeSettings
-
 _NEWEST = 20
 """Runs that a median is taken of."""
 Action = Literal["run", "may run", "restore", "nothing"]
@@ -56,6 +54,8 @@ class OperationsPlan:
     stages: tuple[StageForecast, ...]
     elapsed_hours: float
     """Along the slowest path through the graph: with enough cores and GPUs for all its branches."""
+    gpu_hour_price: float | None = None
+    """Of the settings (`runtime.gpu_hour_price`)."""
 
     @property
     def hours(self) -> float:
@@ -101,7 +101,7 @@ def plan_operations(root: Path, *, mlflow: bool = True) -> OperationsPlan:
     Raises:
         versioning.GraphError, components.settings.SettingsError: see there.
     """
-    runtime = load_settings(root / "params.yaml").runtime
+    price = load_settings(root / "params.yaml").runtime.gpu_hour_price
     graph = versioning.stage_graph(root)
     stale = versioning.stale_stages(root, graph)
     client = connect(root)[0] if mlflow else None
@@ -114,9 +114,10 @@ def plan_operations(root: Path, *, mlflow: bool = True) -> OperationsPlan:
         if action in {"run", "may run"}:
             hours, basis = duration(node, runs, stage_parameters(root, name))
         stages.append(
-            StageForecast(name, action, stale.get(name, ""), hours, basis, _gpus(node, runtime))
+            StageForecast(name, action, stale.get(name, ""), hours, basis, node.meta.gpus)
         )
-    return OperationsPlan(tuple(stages), _longest(graph, {one.stage: one.hours for one in stages}))
+    elapsed = _longest(graph, {one.stage: one.hours for one in stages})
+    return OperationsPlan(tuple(stages), elapsed, price)
 
 
 def _action(root: Path, node: versioning.StageNode, stale: Mapping[str, str]) -> Action:
@@ -126,13 +127,6 @@ def _action(root: Path, node: versioning.StageNode, stale: Mapping[str, str]) ->
         # Its own reason, such as changed code, stands whatever comes from above.
         return "may run" if stale[node.name].startswith("after ") else "run"
     return "restore" if versioning.has_cached_result(root, node.name) else "run"
-
-
-def _gpus(node: versioning.StageNode, runtime: RuntimeSettings) -> int:
-    """As dvc.yaml says, or the ranks of the settings where it leaves that to the profile."""
-    if node.meta.gpus or node.meta.pool == "cpu" or runtime.device != "cuda":
-        return node.meta.gpus
-    return runtime.processes * runtime.nodes
 
 
 def duration(

@@ -46,7 +46,7 @@ def read_json(path: Path) -> Any:
 class RunDescription:
     """Content of run.json."""
 
-    kind: Literal["stage", "pipeline"]
+    kind: Literal["stage", "pipeline", "sweep"]
     name: str
     stage_key: str | None = None
     parent: str | None = None

@@ -27,6 +27,7 @@ from flows.execution import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
 from flows.gpu_lock import WAITING_VARIABLE
 from flows.launcher import GuardedProcess
 from flows.records import Record, read_json, records_dir
+from flows.shared_turns import shared_turn
 
 TIMEOUT_STEP_S = 5.0
 OutcomeStatus = Literal["ran", "skipped", "failed", "refused", "blocked"]
@@ -159,7 +160,10 @@ class StageRunner:
         node = self.graph[name]
         if name not in self.stale and not self.force:
             return StageOutcome(name, "skipped", message="unchanged")
-        with self._slots.take(node.meta.cpus):
+        with (
+            shared_turn(self.root, name, lambda: self._stopping),
+            self._slots.take(node.meta.cpus),
+        ):
             if self._stopping:
                 return StageOutcome(name, "failed", message=f"{name}: interrupted")
             started = time.monotonic()

@@ -6,6 +6,7 @@ deployment that takes it as a parameter shows the whole settings schema in the P
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from components.settings import Settings, SettingsError, parse_settings
+
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def overrides_model(model: type[BaseModel]) -> type[BaseModel]:
@@ -73,6 +76,15 @@ def _merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
     return result
 
 
+def parse_value(value: Any) -> Any:
+    """A YAML value in which 1e-4 is a number too (YAML 1.1 wants 1.0e-4), also inside lists."""
+    if isinstance(value, list):
+        return [parse_value(one) for one in value]
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value)
+    return value
+
+
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     """Nested values of `section.key=value` texts; values are YAML.
 
@@ -85,7 +97,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         if not equals or not name:
             raise SettingsError(f"-S {assignment}: expected section.key=value")
         try:
-            value: Any = yaml.safe_load(text)
+            value: Any = parse_value(yaml.safe_load(text))
         except yaml.YAMLError:
             raise SettingsError(f"-S {assignment}: the value is not YAML") from None
         for part in reversed(name.split(".")):

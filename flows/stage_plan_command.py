@@ -21,7 +21,8 @@ shows this first, then what the settings cost by FLOPs, memory and disk."""
 
 def stage_plan(
     price_per_gpu_hour: Annotated[
-        float | None, typer.Option(help="In any currency: adds the cost of each stage.")
+        float | None,
+        typer.Option(help="Adds the cost of each stage (default: runtime.gpu_hour_price)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     mlflow: Annotated[
@@ -39,11 +40,12 @@ def stage_plan(
         made = plan_operations(project_root(), mlflow=mlflow)
     except (SettingsError, GraphError) as problem:
         raise fail(str(problem)) from None
+    price = made.gpu_hour_price if price_per_gpu_hour is None else price_per_gpu_hour
     if as_json:
-        print(json.dumps(made.as_dict(price_per_gpu_hour), indent=2))
+        print(json.dumps(made.as_dict(price), indent=2))
         return
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(operations_table(made, price_per_gpu_hour))
-    console.print(operations_summary(made, price_per_gpu_hour), soft_wrap=True)
+    console.print(operations_table(made, price))
+    console.print(operations_summary(made, price), soft_wrap=True)

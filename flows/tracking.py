@@ -146,7 +146,7 @@ class Uploader:
         self.client.set_terminated(state["run_id"], result.status, end_time=result.ended_ms)
         state["ended_ms"] = result.ended_ms
         write_json(record.folder / "mlflow.json", state)
-        return result.status == "FINISHED" and record.run.kind == "pipeline"
+        return result.status == "FINISHED" and record.run.kind != "stage"
 
     def _state(self, record: Record, result: RunResult | None) -> dict[str, Any] | None:
         """How far the upload of a record is; None: another store has all of it.

@@ -168,6 +168,30 @@ def stage_node(root: Path, name: str) -> StageNode:
         )
 
 
+def read_stages(root: Path) -> dict[str, Any]:
+    """`stages` of dvc.yaml as they stand there."""
+    values: dict[str, Any] = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))
+    return dict(values["stages"])
+
+
+def stages_until(root: Path, name: str | None) -> dict[str, StageNode]:
+    """The graph up to one stage: it and everything that it needs; None: all.
+
+    Raises:
+        GraphError: no such stage.
+    """
+    graph = stage_graph(root)
+    if name is None:
+        return graph
+    if name not in graph:
+        raise GraphError(f"no stage '{name}' in dvc.yaml; stages: {', '.join(graph)}")
+    wanted = {name}
+    for stage in reversed(graph):
+        if stage in wanted:
+            wanted |= set(graph[stage].upstream)
+    return {stage: node for stage, node in graph.items() if stage in wanted}
+
+
 def is_frozen(root: Path, name: str) -> bool:
     """Whether `dvc freeze` has fixed a stage's outputs as they are."""
     stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]

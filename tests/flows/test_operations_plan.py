@@ -21,7 +21,6 @@ from flows.operations_plan import (
 from flows.records import RunDescription, RunResult, open_record
 from flows.run_evidence import finished_runs
 from flows.tracking import Uploader
-from flows.versioning import StageMeta, StageNode
 
 
 def repro(root: Path, *arguments: str) -> None:
@@ -125,20 +124,21 @@ def test_elapsed_time_follows_the_slowest_path(project: Path) -> None:
     assert (made.hours, made.elapsed_hours) == (5.0, 4.0)
 
 
-def test_the_ranks_of_the_settings_are_the_gpus_where_dvc_yaml_leaves_them_open(
-    project: Path,
+def test_the_price_is_that_of_the_settings_unless_another_is_named(
+    project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from components.settings import load_settings
-    from flows.operations_plan import _gpus
-
-    runtime = load_settings(project / "params.yaml").runtime
-    on_gpus = runtime.model_copy(update={"device": "cuda", "processes": 4, "nodes": 2})
-    meta = versioning.stage_graph(project)["a"].meta
-    gpu_meta: StageMeta = meta.model_copy(update={"pool": "gpu"})
-    node = StageNode("train", "", gpu_meta, (), ())
-    assert _gpus(node, on_gpus) == 8
-    assert _gpus(node, runtime) == 0
-    assert _gpus(StageNode("select", "", meta, (), ()), on_gpus) == 0
+    settings = (project / "params.yaml").read_text(encoding="utf-8")
+    priced = settings.replace("gpu_hour_price: null", "gpu_hour_price: 2.5")
+    (project / "params.yaml").write_text(priced, encoding="utf-8")
+    graph = (project / "dvc.yaml").read_text().replace("gpus: 0", "gpus: 2")
+    (project / "dvc.yaml").write_text(graph)
+    monkeypatch.chdir(project)
+    command = ["stage", "plan", "--no-mlflow", "--json"]
+    for more, price in (([], 2.5), (["--price-per-gpu-hour", "4"], 4.0)):
+        found = json.loads(CliRunner().invoke(app, [*command, *more]).stdout)
+        # est_minutes of every toy stage is 0.1.
+        assert found["gpu_hours"] == pytest.approx(4 * 2 * 0.1 / 60)
+        assert found["cost"] == pytest.approx(found["gpu_hours"] * price)
 
 
 def test_both_commands_show_it_and_refuse_bad_prices(
