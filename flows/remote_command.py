@@ -26,7 +26,13 @@ def stage_remote(
     """Run one stage in this clone for a pipeline elsewhere; JSON in, JSON out."""
     from components.settings import SettingsError
     from flows.records import write_json
-    from flows.remote_stage import WorkerRefused, as_json, read_request, run_remote_stage
+    from flows.remote_stage import (
+        StageReply,
+        WorkerRefused,
+        as_json,
+        read_request,
+        run_remote_stage,
+    )
     from flows.versioning import GraphError
 
     root = project_root()
@@ -46,7 +52,7 @@ def stage_remote(
     except KeyboardInterrupt:
         raise fail("interrupted; what the stage saved stays in this clone", 130) from None
     except (OSError, ValueError, WorkerRefused, SettingsError, GraphError) as problem:
-        raise fail(" ".join(str(problem).split())) from None
+        answer = StageReply("refused", " ".join(str(problem).split()))
     if reply is None:
         json.dump(as_json(answer), sys.stdout)
         print()

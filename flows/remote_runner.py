@@ -121,7 +121,8 @@ class RemoteRunner:
                 return StageOutcome(name, "failed", message=f"{name}: interrupted")
             if worker is None:
                 names = ", ".join(str(one) for one in lost)
-                return StageOutcome(name, "failed", message=f"{name}: lost with its worker {names}")
+                message = f"{name}: lost with its worker {names} (log: runs/logs/{name}.log)"
+                return StageOutcome(name, "failed", message=message)
             try:
                 reply = self._send(worker, name, prefect_run)
             finally:
@@ -196,7 +197,10 @@ class RemoteRunner:
                 with self._changed:
                     del self._running[name]
             values = read_json(answer)
-        return None if values is None else read_reply(values)
+        try:
+            return None if values is None else read_reply(values)
+        except WorkerRefused as problem:
+            return StageReply("refused", f"{name}: {problem}")
 
     def _parent_run(self) -> str | None:
         """The pipeline's run in MLflow, when workers can reach the same server."""

@@ -26,6 +26,7 @@ from flows.remote_stage import (
     as_json,
     code_commit,
     keep_files,
+    read_reply,
     read_request,
     run_remote_stage,
 )
@@ -282,7 +283,7 @@ def test_a_stage_that_every_worker_loses_fails_and_says_so(
             one.kill()
         wait_for(lambda process=process: not process.is_running())
     outcomes = run.end()
-    assert outcomes["b"].message == f"b: lost with its worker {worker}"
+    assert outcomes["b"].message == f"b: lost with its worker {worker} (log: runs/logs/b.log)"
     assert outcomes["c"].ok
 
 
@@ -351,6 +352,24 @@ def test_an_input_that_the_remote_lacks_is_named(
     assert reply.status == "failed"
     assert "lacks data/a" in reply.message
     assert "dvc push" in reply.message
+
+
+def test_a_request_that_cannot_be_read_is_a_refusal_not_a_silence(
+    toy: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "request.json").write_text('{"protocol": 0}')
+    arguments = ["stage", "remote", str(tmp_path / "request.json")]
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments, "--reply", str(tmp_path / "reply.json")],
+        cwd=toy,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    reply = read_reply(json.loads((tmp_path / "reply.json").read_text()))
+    assert reply.status == "refused"
+    assert "protocol 0" in reply.message
 
 
 def test_a_reply_cannot_write_outside_the_records(tmp_path: Path) -> None:
