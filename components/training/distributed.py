@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from components.settings import RuntimeSettings
 from components.training.optimizers import build_optimizer, offload_configuration
@@ -88,9 +88,22 @@ class Ranks:
         self.beat()
         return everyone
 
-    def gather_data(self, value: T) -> list[T]:
-        """As `gather`, with one value per share of the samples."""
-        return self.gather(value)[:: self.context_degree]
+    def gather_samples(self, values: Tensor) -> Tensor:
+        """Columns of all samples, (rows, all samples) on the CPU, in rank order, on every rank.
+
+        One collective on the device, without pickling: it runs at every step.
+
+        Args:
+            values: (rows, samples of this rank), of one shape on all ranks.
+        """
+        if self.world_size == 1:
+            return values.cpu()
+        everyone = values.new_empty(self.world_size * values.shape[0], values.shape[1])
+        dist.all_gather_into_tensor(everyone, values.contiguous())
+        self.beat()
+        # Ranks that share samples have the same values.
+        parts = everyone.unflatten(0, (self.world_size, -1))[:: self.context_degree]
+        return parts.transpose(0, 1).flatten(1).cpu()
 
 
 def collective_timeout(runtime: RuntimeSettings) -> timedelta:

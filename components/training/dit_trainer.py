@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ from components.training.activation_checkpointing import enable_activation_check
 from components.training.adapters import add_adapter, save_adapted
 from components.training.backbones import BACKBONES, check_stores
 from components.training.batch_plan import BatchPlan, GlobalBatch, PlanState
+from components.training.block_compilation import (
+    check_compilation,
+    compile_blocks,
+    compile_for_buckets,
+    uncompiled,
+)
 from components.training.checkpoint_writer import CheckpointWriter
 from components.training.checkpoints import CheckpointStore, write_atomically
 from components.training.context_parallel import check_context_parallel, enable_context_parallel
@@ -177,6 +184,7 @@ class DitTrainer:
     def __init__(self, job: DitJob, ranks: Ranks) -> None:
         """Open the stores, build model and engine, and load the newest checkpoint if any."""
         self.job, self.ranks, self.settings = job, ranks, job.settings
+        check_compilation(job.settings, job.runtime)
         verify = job.runtime.verify_reads
         self.latents = LatentStore(job.latents, verify=verify)
         self.texts = TextStore(job.texts, verify=verify)
@@ -202,8 +210,16 @@ class DitTrainer:
             add_adapter(model, self.settings.adapter, job.seed)
         enable_activation_checkpointing(model, self.settings.gradient_checkpointing)
         model.train()
+        is_compiled = job.runtime.compile == "blocks"
+        if is_compiled:
+            compile_blocks(model)
         self.engine = initialize_engine(model, self.settings, ranks)
         self.dtype = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
+        self.uncompiled = uncompiled if is_compiled else nullcontext
+        if is_compiled:
+            compile_for_buckets(
+                self.engine, self._empty_batches(), self.settings.guidance_scale, self.dtype
+            )
         self.average = WeightAverage(
             self._masters(),
             self.settings.ema_decay,
@@ -284,11 +300,24 @@ class DitTrainer:
                 if last:
                     self._validate("_ema")
                 if grids:
-                    grids.draw(self.engine.module, self.step)
+                    with self.uncompiled():
+                        grids.draw(self.engine.module, self.step)
         if last or self.step % self.settings.checkpoint_every == 0:
             self._write_checkpoint()
         if last:
             self.writer.wait()
+
+    def _empty_batches(self) -> Iterator[NoisedBatch]:
+        """A micro batch of zeros of every size in the store, on the device, in a fixed order."""
+        index, count = self.latents.index, self.settings.micro_batch_size
+        length, (width, pooled) = self.texts.tokens, self.texts.widths
+        columns = ["latent_channels", "latent_h", "latent_w"]
+        for shape in sorted(set(index[columns].itertuples(index=False, name=None))):
+            latents = torch.zeros(count, *map(int, shape))
+            texts = torch.zeros(count, length, width), torch.zeros(count, pooled)
+            t = torch.full((count,), 0.5)
+            ids = ("",) * count
+            yield NoisedBatch(ids, latents, latents, t, *texts).to(self.ranks.device)
 
     def _prefetch(self, loader: ThreadPoolExecutor) -> Iterator[list[NoisedBatch]]:
         """Micro batches of the coming steps, one step ahead of the optimizer."""
@@ -348,7 +377,7 @@ class DitTrainer:
             rows.append(torch.stack(columns))
             if number == len(batches) - 1:
                 # Checked before the update, so that the weights stay as they were.
-                gathered = torch.cat(self.ranks.gather_data(torch.cat(rows, 1).cpu()), 1)
+                gathered = self.ranks.gather_samples(torch.cat(rows, 1))
                 t, loss = gathered[:2]
                 if not bool(torch.isfinite(loss).all()):
                     self._diverged(step, batches, "loss")
@@ -387,9 +416,10 @@ class DitTrainer:
     def _validate(self, suffix: str) -> None:
         module = self.engine.module
         module.eval()
-        result = self.validation.evaluate(
-            module, self.job.objective, self.settings.guidance_scale, self.dtype, self.ranks
-        )
+        with self.uncompiled():
+            result = self.validation.evaluate(
+                module, self.job.objective, self.settings.guidance_scale, self.dtype, self.ranks
+            )
         module.train()
         self._log(result.metrics(suffix))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
+from components.training.block_compilation import compilation_problem
 from components.training.context_parallel import context_parallel_problem
 from components.training.memory_plan import GIB
 from components.training.planned_transformer import Transformer, dit_memory
@@ -37,6 +38,8 @@ def refusals(transformer: Transformer, sizes: Sequence[tuple[int, int]]) -> list
     for name in ("dit_stage1", "dit_stage2"):
         stage: DitStageSettings = getattr(settings, name)
         share = stage.micro_batch_size * groups
+        problem = compilation_problem(stage, settings.runtime)
+        found += [] if problem is None else [f"{name}: {problem}"]
         if stage.global_batch_size % share:
             found.append(
                 f"{name}: global_batch_size {stage.global_batch_size} is not a multiple of "

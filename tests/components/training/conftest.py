@@ -98,12 +98,17 @@ def make_dit_job(dit_corpus: Path) -> Callable[..., object]:
     }
 
     def make(
-        folder: Path, processes: int = 1, context_parallel_degree: int = 1, **changes: object
+        folder: Path,
+        processes: int = 1,
+        context_parallel_degree: int = 1,
+        compile: str = "none",
+        **changes: object,
     ) -> DitJob:
         values["dit_stage1"].update(small | changes)
         values["runtime"].update(
             processes=processes,
             context_parallel_degree=context_parallel_degree,
+            compile=compile,
             torch_threads=1,
             device="cpu",
         )
