@@ -50,6 +50,7 @@ def examine(root: Path) -> list[Finding]:
         _programs,
         _project,
         _engine,
+        _training,
         _photos,
         _weights,
         _services,
@@ -138,6 +139,22 @@ def _engine(root: Path) -> Iterator[Finding]:
         yield Finding("engine", "problem", "runtime.engine: ray", "pip install -e .[ray]")
     else:
         yield Finding("engine", "ok", f"corpus: Ray, {where} (not contacted)")
+
+
+def _training(root: Path) -> Iterator[Finding]:
+    from components.settings import load_settings
+
+    settings = load_settings(root / "params.yaml")
+    for name in ("dit_stage1", "dit_stage2"):
+        stage = getattr(settings, name)
+        needs = (
+            ("adapter", stage.adapter is not None, "peft", "lora"),
+            ("optimizer: adamw_8bit", stage.optimizer == "adamw_8bit", "bitsandbytes", "gpu"),
+        )
+        for setting, used, module, extra in needs:
+            if used and importlib.util.find_spec(module) is None:
+                text = f"{name}.{setting} needs {module}, which is not installed"
+                yield Finding("training", "problem", text, f"pip install -e .[{extra}]")
 
 
 def _programs(_root: Path) -> Iterator[Finding]:

@@ -456,7 +456,9 @@ class DitTrainer:
         step, folder = newest
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         self.plan.check(PlanState(**state["plan"]))
-        self.engine.load_checkpoint(str(folder), tag=ENGINE_FOLDER)
+        from components.training import engine_snapshot
+
+        engine_snapshot.load_engine(self.engine, folder, ENGINE_FOLDER)
         self.average.load(folder, state["ema_updates"])
         if self.metrics is not None:
             self.metrics.rewind(step)

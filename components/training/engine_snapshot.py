@@ -117,6 +117,9 @@ def install(engine: Any, ranks: Ranks, copies: HostCopies) -> None:
 def engine_writes(engine: Any, folder: Path, tag: str) -> list[Callable[[], None]]:
     """Copy the state of `engine`; collective.
 
+    Weights that are not trained (the base of an adapter) are those that the job starts from and
+    are left out, except by ZeRO-3.
+
     Args:
         engine: a `DeepSpeedEngine` after `install`.
         folder: the checkpoint; DeepSpeed's folders below it are made now.
@@ -125,6 +128,36 @@ def engine_writes(engine: Any, folder: Path, tag: str) -> list[Callable[[], None
     Returns:
         Functions that write this rank's files, in any thread; one after the other.
     """
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    # ZeRO-3 has no whole weights to leave out.
+    engine.save_checkpoint(
+        str(folder),
+        tag=tag,
+        save_latest=False,
+        exclude_frozen_parameters=not engine.zero_optimization_partition_weights(),
+    )
     writes: list[Callable[[], None]] = engine.checkpoint_engine.take_writes()
     return writes
+
+
+def load_engine(engine: Any, folder: Path, tag: str) -> None:
+    """Load what `engine_writes` wrote into an engine of the same job; collective.
+
+    Args:
+        engine: a `DeepSpeedEngine` after `install`, with the weights that the job starts from.
+        folder: the checkpoint.
+        tag: DeepSpeed's folder below `folder`.
+
+    Raises:
+        ValueError: the trained weights are not those of this network.
+    """
+    whole = engine.zero_optimization_partition_weights()
+    load = None if whole else _load_trained
+    engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=load)
+
+
+def _load_trained(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    found = dst.load_state_dict(src, strict=False)
+    frozen = {name for name, weights in dst.named_parameters() if not weights.requires_grad}
+    wrong = sorted(set(found.missing_keys) - frozen) + sorted(found.unexpected_keys)
+    if wrong:
+        raise ValueError(f"the checkpoint is of another network; they differ in {wrong[:3]}")

@@ -327,8 +327,10 @@ def _dit(
     items = stage.steps * stage.global_batch_size
     whole = stage.precision == "fp32" and stage.zero_stage == 0
     moments = moment_bytes(-(-trained // gpus), eight_bits=stage.optimizer == "adamw_8bit") * gpus
-    # The engine's weights, masters (where they are not the weights), moments, the average.
-    checkpoint = ITEM_BYTES[stage.precision] * held + moments + (4 if whole else 8) * trained
+    # The engine's weights (of an adapter alone, except with ZeRO-3), masters (where they are not
+    # the weights), moments, the average.
+    kept = held if stage.zero_stage == 3 else trained
+    checkpoint = ITEM_BYTES[stage.precision] * kept + moments + (4 if whole else 8) * trained
     # The adapter alone lies beside the merged weights.
     exported = 4 * base + (4 * trained if stage.adapter is not None else 0)
     hours, source = _hours(

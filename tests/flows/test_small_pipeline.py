@@ -297,7 +297,9 @@ def test_two_pipelines_at_once_take_turns(project: Path) -> None:
     copy = project.with_name("turns")
     shutil.copytree(project, copy, symlinks=True)
     path = copy / "params.yaml"
-    path.write_text(path.read_text().replace("bootstrap_resamples: 100", "bootstrap_resamples: 101"))
+    path.write_text(
+        path.read_text().replace("bootstrap_resamples: 100", "bootstrap_resamples: 101")
+    )
     runs = [
         subprocess.Popen(
             ["ultraflux", "run"],

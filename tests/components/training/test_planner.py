@@ -138,14 +138,23 @@ def test_a_small_gpu_is_warned_about_with_a_change_that_fits(profile, tmp_path):
 
 
 def test_more_gpus_are_advised_when_they_are_enough(profile, tmp_path):
-    made = plan(profile("single-gpu"), tmp_path, 1000, limit=141 * GIB)
+    full = {"dit_stage1__adapter": None, "dit_stage2__adapter": None}
+    made = plan(profile("single-gpu", **full), tmp_path, 1000, limit=141 * GIB)
     warning = next(text for text in made.warnings if text.startswith("dit_stage1"))
     # "...; set dit_stage1.ema_device: cpu, runtime.processes: 2"
     advised = dict(part.split(": ") for part in warning.rpartition("set ")[2].split(", "))
     assert int(advised["runtime.processes"]) > 1
     changes = {key.replace(".", "__"): yaml.safe_load(value) for key, value in advised.items()}
-    chosen = profile("single-gpu", **changes)
+    chosen = profile("single-gpu", **full, **changes)
     assert stage(plan(chosen, tmp_path, 1000), "dit_stage1").memory_bytes <= 141 * GIB
+
+
+def test_the_single_gpu_profile_fits_one_gpu_of_80_gib(profile, tmp_path):
+    made = plan(profile("single-gpu"), tmp_path, 1000, limit=80 * GIB)
+    assert made.warnings == ()
+    first = stage(made, "dit_stage1")
+    assert first.memory_bytes < 60 * GIB
+    assert first.disk["checkpoints (one more while writing)"] < 10 * GIB
 
 
 def test_settings_that_the_engine_refuses_are_named(profile, tmp_path):
