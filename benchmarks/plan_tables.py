@@ -1,6 +1,8 @@
 """The tables of docs/plan.md: planned cost of every profile, as Markdown.
 
     python benchmarks/plan_tables.py
+
+The page says what the figures mean.
 """
 
 from __future__ import annotations

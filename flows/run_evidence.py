@@ -147,7 +147,7 @@ def _tracked(client: MlflowClient | None) -> list[StageRun]:
 
 def connect(root: Path) -> tuple[MlflowClient | None, str]:
     """(client, "") of a tracking store that answers now, or (None, why not); creates nothing."""
-    from flows.tracking import tracking_uri
+    from flows.tracking import tracking_uri, use_store
 
     uri = tracking_uri(root)
     file = Path(uri.removeprefix("sqlite:///"))
@@ -156,12 +156,11 @@ def connect(root: Path) -> tuple[MlflowClient | None, str]:
     # A question, not a record: better no answer than minutes of retries.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    import mlflow
     from mlflow import MlflowClient
 
     try:
         # Registered models of a SQLite store are resolved through the global address.
-        mlflow.set_tracking_uri(uri)
+        use_store(uri)
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except Exception as problem:

@@ -64,6 +64,22 @@ def tracking_uri(root: Path) -> str:
     return served["MLFLOW_TRACKING_URI"]
 
 
+def use_store(uri: str) -> None:
+    """Make `uri` MLflow's global store in this process alone.
+
+    MLflow also writes it to the environment, where another project's connection in this process,
+    or a program started for another project, would take it for the user's choice.
+    """
+    import mlflow
+
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    if given is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    else:
+        os.environ["MLFLOW_TRACKING_URI"] = given
+
+
 @contextmanager
 def _uploader_lock(root: Path) -> Iterator[None]:
     path = root / "runs" / "records" / ".uploader.lock"
@@ -78,7 +94,6 @@ class Uploader:
 
     def __init__(self, root: Path) -> None:
         """Connect; the SQLite store is created where it does not exist."""
-        import mlflow
         from mlflow import MlflowClient
 
         self._root = root
@@ -88,7 +103,7 @@ class Uploader:
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         # The registry of the SQLite store resolves models through the global URI.
-        mlflow.set_tracking_uri(uri)
+        use_store(uri)
         self.client = MlflowClient(tracking_uri=uri)
         self._uri = uri
         self.experiment_id = self._experiment()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -274,3 +276,23 @@ def test_with_the_server_away_the_uploader_says_so_once_and_loses_nothing(
     run = uploader.client.get_run(str(record.mlflow_run_id))
     assert run.info.status == "FINISHED"
     assert len(uploader.client.get_metric_history(run.info.run_id, "loss")) == 1200
+
+
+def test_two_projects_in_one_process_keep_their_own_stores(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    other = tmp_path / "other"
+    (other / "mlflow").mkdir(parents=True)
+    for name in ("params.yaml", "mlflow/tracking.yaml"):
+        shutil.copy2(toy / name, other / name)
+    uris = []
+    for project in (toy, other):
+        record = stage_record(project, None) if project == toy else None
+        uploader = Uploader(project)
+        uploader.sync()
+        uris.append(uploader.client.tracking_uri)
+        runs = uploader.client.search_runs([uploader.experiment_id])
+        assert len(runs) == (1 if record else 0)
+    assert uris[0] != uris[1]
+    assert "MLFLOW_TRACKING_URI" not in os.environ
