@@ -85,6 +85,14 @@ def run(
         list[Path] | None,
         typer.Option(help="A clone at the same commit; give it once per worker."),
     ] = None,
+    remote_data: Annotated[
+        bool,
+        typer.Option(
+            "--remote-data",
+            help="With --engine pools: workers have clones of their own at the same commit; data "
+            "goes over the DVC remote, nothing else is shared.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option(help="Run stages even when nothing changed.")] = False,
     until: Annotated[
         str | None, typer.Option(help="Last stage to run, with all that it needs (default: all).")
@@ -98,6 +106,8 @@ def run(
         raise fail(f"--engine {engine}: choose local, prefect, pools or remote")
     if worker and engine != "remote":
         raise fail("--worker: give --engine remote with it")
+    if remote_data and engine != "pools":
+        raise fail("--remote-data: give --engine pools with it")
     from components.settings import SettingsError
     from flows.driver import PipelineRefused, run_pipeline
     from flows.services import ServiceError
@@ -112,6 +122,7 @@ def run(
             workers=worker or (),
             until=until,
             cpus=cpus,
+            remote_data=remote_data,
         )
     except (SettingsError, PipelineRefused, ServiceError, GraphError) as problem:
         raise fail(str(problem)) from None
@@ -123,7 +134,7 @@ def run(
     print(f"\nPipeline up to date in {summary.seconds:.0f} s.")
     if until is None:
         print(f"Report:  {root / 'data' / 'evaluate' / 'report.html'}")
-    if engine == "remote":
+    if engine == "remote" or remote_data:
         print("Here are metrics, plots and what the runs log; `dvc pull` brings the rest.")
     print("MLflow and Prefect UIs:  make services  (or: ultraflux up)")
 

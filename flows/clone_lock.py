@@ -9,23 +9,35 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 LOCK_FILE = "runs/clone.lock"
+POLL_S = 0.2
+
+
+class CloneBusy(RuntimeError):
+    """Another run had the clone for longer than this one may wait; one line."""
 
 
 @contextmanager
-def clone_lock(root: Path, say: Callable[[str], None]) -> Iterator[int]:
+def clone_lock(
+    root: Path, say: Callable[[str], None], *, patience_s: float | None = None
+) -> Iterator[int]:
     """Hold the clone at `root`; wait where another process has it.
 
     Args:
         root: repository root.
         say: told one line before a wait.
+        patience_s: how long to wait; None: until the other process ends.
 
     Yields:
         The file descriptor that is the lock, for processes that are to hold it too.
+
+    Raises:
+        CloneBusy: patience came to an end.
     """
     path = root / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,10 +48,27 @@ def clone_lock(root: Path, say: Callable[[str], None]) -> Iterator[int]:
         except BlockingIOError:
             holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
             named = f" (process {holder})" if holder else ""
-            say(f"Another run{named} works in {root}: waiting until it ends; Ctrl-C to leave")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            busy = f"Another run{named} works in {root}"
+            if patience_s is None:
+                say(f"{busy}: waiting until it ends; Ctrl-C to leave")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            else:
+                say(f"{busy}: waiting for {patience_s:.0f} s")
+                _take_within(descriptor, patience_s, busy)
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _take_within(descriptor: int, patience_s: float, busy: str) -> None:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise CloneBusy(busy) from None
+        time.sleep(POLL_S)

@@ -18,6 +18,12 @@ def deploy(
     workers: Annotated[
         bool, typer.Option("--workers", help="Start a worker per pool on this machine as well.")
     ] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Runs that each of these workers takes at once (default: no limit)."
+        ),
+    ] = None,
     pools: Annotated[
         str, typer.Option(help="process, docker or kubernetes (conf/work-pools/).")
     ] = "process",
@@ -40,11 +46,13 @@ def deploy(
     from flows.work_pools import PoolsInvalid
     from flows.workers import start_workers
 
+    if limit is not None and not workers:
+        raise fail("--limit is for --workers")
     if workers and pools != "process":
         raise fail(f"--workers starts processes: not with --pools {pools}")
     try:
         done = apply(root, pools)
-        started = start_workers(root) if workers else []
+        started = start_workers(root, limit=limit) if workers else []
     except (AutomationInvalid, PoolsInvalid) as problem:
         raise fail(str(problem)) from None
     except (DeployFailed, ServiceError) as problem:

@@ -37,9 +37,10 @@ from flows.records import (
     open_record,
 )
 from flows.remote_runner import RemoteRunner, checked_workers, send_present_results
-from flows.remote_stage import WorkerRefused
+from flows.remote_stage import code_commit
 from flows.runner import StageExecutor, StageOutcome, StageRunner, stopping_on_signals
 from flows.scheduler import Report, run_graph
+from flows.stage_messages import WorkerRefused
 from flows.tracking import UploaderProcess
 
 Engine = Literal["local", "prefect", "pools", "remote"]
@@ -117,6 +118,7 @@ def run_pipeline(
     workers: Sequence[Path] = (),
     until: str | None = None,
     cpus: int | None = None,
+    remote_data: bool = False,
 ) -> PipelineSummary:
     """Bring every stage up to date; one run at a time in a clone, a second waits for the first.
 
@@ -129,6 +131,7 @@ def run_pipeline(
         workers: those clones.
         until: last stage: it and what it needs; None: all.
         cpus: cores of this machine to hand out (engines local and prefect; None: all).
+        remote_data: engine pools: workers have clones of their own, data goes over the DVC remote.
 
     Raises:
         PipelineRefused, SettingsError, ServiceError, versioning.GraphError: nothing was started.
@@ -141,7 +144,7 @@ def run_pipeline(
             held = stack.enter_context(clone_lock(root, print))
         except KeyboardInterrupt:
             return PipelineSummary({}, 0.0, interrupted=True)
-        return _run_pipeline(root, engine, force, workers, held, until, cpus)
+        return _run_pipeline(root, engine, force, workers, held, until, cpus, remote_data)
 
 
 def _run_pipeline(
@@ -152,14 +155,17 @@ def _run_pipeline(
     held: int,
     until: str | None,
     cpus: int | None,
+    remote_data: bool,
 ) -> PipelineSummary:
     """`run_pipeline` in a clone that is held."""
     started = time.monotonic()
     settings = load_settings(root / "params.yaml")
     environment.prepare(offline=settings.runtime.offline)
     graph = versioning.stages_until(root, until)
-    if engine == "remote":
-        workers, stale = _prepare_workers(root, graph, workers, force=force)
+    if engine == "remote" or remote_data:
+        workers, stale = _prepare_workers(
+            root, graph, None if remote_data else workers, force=force
+        )
     else:
         stale = versioning.stale_stages(root, graph)
     record = open_record(root, _description(root, engine))
@@ -176,6 +182,11 @@ def _run_pipeline(
             say=print,
             force=force,
             held=(held,),
+        )
+    elif remote_data:
+        remote_pool_runner = importlib.import_module("flows.remote_pool_runner")
+        runner = remote_pool_runner.RemotePoolRunner(
+            root, graph, parent_record=record.record_id, stale=stale, say=print, force=force
         )
     elif engine == "pools":
         pool_runner = importlib.import_module("flows.pool_runner")
@@ -231,11 +242,20 @@ def _run_pipeline(
 
 
 def _prepare_workers(
-    root: Path, graph: dict[str, versioning.StageNode], folders: Sequence[Path], *, force: bool
+    root: Path,
+    graph: dict[str, versioning.StageNode],
+    folders: Sequence[Path] | None,
+    *,
+    force: bool,
 ) -> tuple[list[Path], dict[str, str]]:
-    """Checked worker clones, and what is stale on a clone that need not have the data."""
+    """Checked worker clones, and what is stale on a clone that need not have the data.
+
+    Folders are None where Prefect knows the workers: each of them checks its own clone.
+    """
     try:
-        workers = checked_workers(root, folders)
+        if folders is None:
+            code_commit(root)
+        workers = [] if folders is None else checked_workers(root, folders)
         configure(root)
         stale = stale_without_data(root, graph)
         if stale or force:

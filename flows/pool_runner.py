@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from uuid import UUID
 
 import httpx
 from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
@@ -21,13 +22,15 @@ from prefect.states import Cancelling
 
 from flows import versioning
 from flows.outcome_artifacts import read_outcome
-from flows.runner import StageOutcome, StageRunner
+from flows.runner import OutcomeStatus, StageOutcome, StageRunner
 
 STAGE_FLOW = "stage"
 POLL_S = 1.0
 SERVER_AWAY_S = 900.0
 """How long the Prefect server may be away before a stage counts as failed."""
 MANY_CORES = 10**6
+REFUSED_PARAMETERS = {409, 422}
+"""What the server answers to parameters that a deployment's schema does not have."""
 HEARTBEAT_LOST = "HeartbeatLost"
 """State that conf/automations/heartbeat_lost.yaml sets; another file there schedules it again."""
 LOST_GRACE_S = 60.0
@@ -38,7 +41,7 @@ class PoolRunner(StageRunner):
     """Runs stages of one pipeline run on work pools.
 
     The workers share the clone (same machine or a shared file system), so what a stage wrote is
-    there when its flow run ends.
+    there when its flow run ends. `flows.remote_pool_runner` is for workers that do not.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class PoolRunner(StageRunner):
             root, graph, parent_record=parent_record, stale=stale, cpus=MANY_CORES, force=force
         )
         self._flow_runs: dict[str, UUID] = {}
+        self._attempts: dict[str, int] = {}
 
     def _repro(
         self, node: versioning.StageNode, prefect_run: str | None, started: float
@@ -67,6 +71,14 @@ class PoolRunner(StageRunner):
                 "create it with `ultraflux deploy`"
             )
             return StageOutcome(node.name, "refused", time.monotonic() - started, message)
+        except PrefectHTTPStatusError as problem:
+            if problem.response.status_code not in REFUSED_PARAMETERS:
+                raise
+            message = (
+                f"{node.name}: the deployment {STAGE_FLOW}/{node.meta.pool} on the Prefect server "
+                "knows other parameters than this clone: `ultraflux deploy` here"
+            )
+            return StageOutcome(node.name, "refused", time.monotonic() - started, message)
         with self._lock:
             self._flow_runs[node.name] = flow_run.id
         try:
@@ -77,18 +89,13 @@ class PoolRunner(StageRunner):
 
     def _submit(self, node: versioning.StageNode, run: str) -> FlowRun:
         """The stage's flow run: the one that a former process of this pipeline started, or new."""
-        attempt = 1
         while True:
+            attempt = self._attempts.setdefault(node.name, 1)
             flow_run = cast(
                 FlowRun,
                 run_deployment(
                     f"{STAGE_FLOW}/{node.meta.pool}",
-                    parameters={
-                        "stage": node.name,
-                        "force": self.force,
-                        "clone": str(self.root),
-                        "parent_record": self.parent_record,
-                    },
+                    parameters=self._parameters(node.name),
                     flow_run_name=node.name,
                     timeout=0,
                     as_subflow=True,
@@ -100,7 +107,34 @@ class PoolRunner(StageRunner):
             # A finished run under this key was an earlier attempt of ours.
             if state is None or not state.is_final() or state.is_completed():
                 return flow_run
-            attempt += 1
+            self._attempts[node.name] += 1
+
+    def _parameters(self, name: str) -> dict[str, Any]:
+        """Parameters of the stage's flow run."""
+        return {
+            "stage": name,
+            "force": self.force,
+            "clone": str(self.root),
+            "parent_record": self.parent_record,
+        }
+
+    def _ended(
+        self, client: SyncPrefectClient, name: str, flow_run: FlowRun, seconds: float
+    ) -> StageOutcome:
+        """What came of a flow run in a final state."""
+        said = read_outcome(client, flow_run.id)
+        completed = flow_run.state is not None and flow_run.state.is_completed()
+        if said is not None and said.ok == completed:
+            return said
+        return self._unexplained(name, flow_run, seconds)
+
+    def _unexplained(self, name: str, flow_run: FlowRun, seconds: float) -> StageOutcome:
+        """The outcome of a flow run that ended without saying how."""
+        state = flow_run.state
+        assert state is not None
+        message = f"{name}: {state.message or state.name}"
+        status: OutcomeStatus = "ran" if state.is_completed() else "failed"
+        return StageOutcome(name, status, seconds, message)
 
     def _await(self, name: str, flow_run: FlowRun, started: float) -> StageOutcome:
         away_since: float | None = None
@@ -118,14 +152,7 @@ class PoolRunner(StageRunner):
                         lost_since is not None and time.monotonic() - lost_since < LOST_GRACE_S
                     )
                     if state is not None and state.is_final() and not coming_back:
-                        said = read_outcome(client, flow_run.id)
-                        seconds = time.monotonic() - started
-                        completed = state.is_completed()
-                        if said is not None and said.ok == completed:
-                            return said
-                        message = f"{name}: {state.message or state.name}"
-                        status = "ran" if completed else "failed"
-                        return StageOutcome(name, status, seconds, message)  # type: ignore[arg-type]
+                        return self._ended(client, name, flow_run, time.monotonic() - started)
                 away_since = None
             except (httpx.TransportError, PrefectHTTPStatusError) as problem:
                 away_since = away_since or time.monotonic()

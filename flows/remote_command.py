@@ -26,13 +26,8 @@ def stage_remote(
     """Run one stage in this clone for a pipeline elsewhere; JSON in, JSON out."""
     from components.settings import SettingsError
     from flows.records import write_json
-    from flows.remote_stage import (
-        StageReply,
-        WorkerRefused,
-        as_json,
-        read_request,
-        run_remote_stage,
-    )
+    from flows.remote_stage import run_remote_stage
+    from flows.stage_messages import StageReply, WorkerRefused, as_json, read_request
     from flows.versioning import GraphError
 
     root = project_root()
@@ -48,6 +43,7 @@ def stage_remote(
             parent=asked.parent,
             parent_run=asked.parent_run,
             force=asked.force,
+            patience_s=asked.patience_s,
         )
     except KeyboardInterrupt:
         raise fail("interrupted; what the stage saved stays in this clone", 130) from None

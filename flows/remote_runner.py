@@ -6,38 +6,25 @@ here, and the stage goes to another worker. The results are the same bytes, wher
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from flows import data_remote, versioning
 from flows.execution import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
 from flows.launcher import GuardedProcess
-from flows.lock_entries import foreign_inputs, merge_entries, needed_entries
-from flows.records import Record, read_json, records_dir, write_json
-from flows.remote_stage import (
-    TRACKING_URI,
-    StageReply,
-    StageRequest,
-    WorkerRefused,
-    as_json,
-    code_commit,
-    keep_files,
-    read_reply,
-)
-from flows.runner import OutcomeStatus, StageOutcome
+from flows.records import read_json, write_json
+from flows.remote_requests import PipelineClone
+from flows.remote_stage import code_commit
+from flows.runner import StageOutcome
+from flows.stage_messages import StageReply, WorkerRefused, as_json, read_reply
 
 HELD_FILE = "runs/remote/held.json"
 """Worker by stage: where finished results wait for the remote to come back."""
 LOSSES_UNTIL_LEFT_OUT = 2
-PARENT_RUN_WAIT_S = 30.0
 
 
 def checked_workers(root: Path, folders: Sequence[Path]) -> list[Path]:
@@ -98,8 +85,13 @@ class RemoteRunner:
         self.parent_record = parent_record
         self.stale = stale
         self.force = force
-        self._commit = code_commit(root)
-        self._params = (root / "params.yaml").read_text(encoding="utf-8")
+        self._clone = PipelineClone(
+            root,
+            graph,
+            parent_record=parent_record,
+            force=force,
+            stopping=lambda: self._stopping,
+        )
         self._workers = list(workers)
         self._say = say
         self._descriptors = tuple(held)
@@ -107,7 +99,7 @@ class RemoteRunner:
         self._losses = dict.fromkeys(workers, 0)
         self._changed = threading.Condition(threading.RLock())
         self._running: dict[str, tuple[Path, GuardedProcess]] = {}
-        self._merging = threading.Lock()
+        self._noting = threading.Lock()
         self._stopping = False
 
     def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
@@ -164,17 +156,8 @@ class RemoteRunner:
 
     def _send(self, worker: Path, name: str, prefect_run: str | None) -> StageReply | None:
         """Run one request in `worker`; None when it ended without a reply."""
-        lock = needed_entries(self.graph, versioning.read_lock(self.root), name)
-        request = StageRequest(
-            name,
-            self._commit,
-            self._params,
-            lock,
-            self.force,
-            self.parent_record,
-            self._parent_run(),
-        )
-        log = self.root / "runs" / "logs" / f"{name}.log"
+        request = self._clone.request(name)
+        log = self._clone.log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
         self.progress_file(name, worker).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
@@ -202,48 +185,11 @@ class RemoteRunner:
         except WorkerRefused as problem:
             return StageReply("refused", f"{name}: {problem}")
 
-    def _parent_run(self) -> str | None:
-        """The pipeline's run in MLflow, when workers can reach the same server."""
-        if TRACKING_URI not in os.environ:
-            return None
-        record = Record(records_dir(self.root) / self.parent_record)
-        deadline = time.monotonic() + PARENT_RUN_WAIT_S
-        while record.mlflow_run_id is None and time.monotonic() < deadline and not self._stopping:
-            time.sleep(0.2)
-        return record.mlflow_run_id
-
     def _accept(self, name: str, worker: Path, reply: StageReply) -> StageOutcome:
         """Merge a reply into this clone."""
-        log = self.root / "runs" / "logs" / f"{name}.log"
-        message = f"{reply.message} (in {worker})"
-        with self._merging:
+        with self._noting:
             self._note_held(name, worker if reply.status == "unpushed" else None)
-            if reply.entry is None:
-                keep_files(self.root, reply.files)
-                failure: OutcomeStatus = "refused" if reply.status == "refused" else "failed"
-                return StageOutcome(name, failure, reply.seconds, reply.message, log)
-            if foreign := foreign_inputs(reply.entry, versioning.read_lock(self.root)):
-                message = f"{name}: {worker} ran on another version of {', '.join(foreign)}"
-                return StageOutcome(name, "failed", reply.seconds, message, log)
-            merge_entries(self.root, {name: reply.entry})
-            try:
-                data_remote.pull(self.root, self._shown(name, reply))
-            except data_remote.RemoteFailed as problem:
-                message += f"; figures not here yet: {problem}"
-            keep_files(self.root, reply.files)
-        status: OutcomeStatus = "ran" if reply.status == "ran" else "skipped"
-        return StageOutcome(name, status, reply.seconds, message, log)
-
-    def _shown(self, name: str, reply: StageReply) -> list[str]:
-        """What this clone brings of a stage's outputs: metrics, plots and what its run logs."""
-        with versioning.open_repo(self.root) as repo:
-            stage = repo.stage.load_one(path=str(self.root / "dvc.yaml"), name=name)
-            shown = [str(out.def_path) for out in stage.outs if out.metric or out.plot]
-        for path, data in reply.files.items():
-            if path.endswith("/result.json"):
-                result: dict[str, Any] = json.loads(base64.b64decode(data))
-                shown += [*result["artifacts"], *result["datasets"].values()]
-        return data_remote.tracked(self.root, dict.fromkeys(shown))
+        return self._clone.accept(name, reply, str(worker))
 
     def _note_held(self, name: str, worker: Path | None) -> None:
         held = read_json(self.root / HELD_FILE) or {}

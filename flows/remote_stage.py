@@ -1,9 +1,10 @@
 """One stage in a clone on another machine: pull its inputs, run it, push its outputs.
 
 The answer is the stage's entry of dvc.lock with what its run recorded; the pipeline that asked
-merges both (`flows.remote_runner`). Requests and replies are JSON, so any executor can carry them:
-`ultraflux stage remote` here, a Prefect deployment, ssh. DVC alone would not do: `repro --pull` and
-`--allow-missing` on a machine without the dependencies silently keep old results.
+merges both (`flows.remote_requests`). Requests and replies are JSON, so any executor can carry
+them: `ultraflux stage remote`, the Prefect deployments (`flows.deployed`), ssh. DVC alone would
+not do: `repro --pull` and `--allow-missing` on a machine without the dependencies silently keep old
+results.
 """
 
 from __future__ import annotations
@@ -14,80 +15,36 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from flows import data_remote, versioning
-from flows.clone_lock import clone_lock
+from flows.clone_lock import CloneBusy, clone_lock
 from flows.lock_entries import foreign_inputs, merge_entries
 from flows.records import Record, read_json, records_dir, write_json
 from flows.runner import StageOutcome, StageRunner, stopping_on_signals
+from flows.stage_messages import ReplyStatus, StageReply, StageRequest, WorkerRefused
 from flows.tracking import UploaderProcess
 
-PROTOCOL = 1
 PARAMS_PLACED = "runs/remote/params.sha256"
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 IMAGE_STORE = "data/images"
 IMAGE_STORE_READER = "components/corpus/original_lookup.py"
 
-ReplyStatus = Literal["ran", "skipped", "failed", "refused", "unpushed"]
 
+def opened_here(root: Path, parent: str) -> bool:
+    """Whether the clone at `root` is the one whose pipeline has the record id `parent`.
 
-@dataclass(frozen=True)
-class StageRequest:
-    """What a worker is asked to do."""
-
-    name: str
-    commit: str
-    """Commit at which the worker's clone must be."""
-    params: str
-    """Text of params.yaml."""
-    lock: dict[str, Any] = field(default_factory=dict)
-    """Entries of dvc.lock by stage: all that the stage stands on, and its own last one."""
-    force: bool = False
-    parent: str = ""
-    """Record id of the pipeline run."""
-    parent_run: str | None = None
-    """Its run id in MLflow, where the worker can reach the same server."""
-    protocol: int = PROTOCOL
-
-
-@dataclass(frozen=True)
-class StageReply:
-    """How it went."""
-
-    status: ReplyStatus
-    """`unpushed`: it ran and its results are safe in this clone, but the remote is away."""
-    message: str = ""
-    seconds: float = 0.0
-    entry: dict[str, Any] | None = None
-    """The stage's entry of dvc.lock, once its outputs are in the remote."""
-    files: dict[str, str] = field(default_factory=dict)
-    """The run's record: base64 by path below the repository root."""
-    protocol: int = PROTOCOL
-
-
-class WorkerRefused(RuntimeError):
-    """This clone cannot answer the request; one line."""
-
-
-def read_request(values: Mapping[str, Any]) -> StageRequest:
-    """A request from its JSON.
-
-    Raises:
-        WorkerRefused: another protocol, or fields that this one does not have.
+    A pipeline describes itself in its own clone alone; a path would not tell two machines apart.
     """
-    if values.get("protocol") != PROTOCOL:
-        raise WorkerRefused(
-            f"the request speaks protocol {values.get('protocol')}, this clone {PROTOCOL}: bring "
-            "both to one commit"
-        )
-    try:
-        return StageRequest(**values)
-    except TypeError as problem:
-        raise WorkerRefused(f"not a stage request: {problem}") from None
+    return bool(parent) and (records_dir(root) / parent / "run.json").is_file()
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def run_remote_stage(
@@ -100,6 +57,9 @@ def run_remote_stage(
     parent: str = "",
     parent_run: str | None = None,
     force: bool = False,
+    patience_s: float | None = None,
+    say: Callable[[str], None] = _to_stderr,
+    own_signals: bool = True,
 ) -> StageReply:
     """Run stage `name` in the clone at `root` for a pipeline elsewhere.
 
@@ -108,24 +68,27 @@ def run_remote_stage(
         lock: entries of dvc.lock that it stands on (`flows.lock_entries.needed_entries`).
         params: text of params.yaml.
         commit: commit of the pipeline's clone.
-        root: the worker's clone; one stage at a time works in it, a second waits.
+        root: the worker's clone; one stage at a time works in it, a second waits. The pipeline's
+            own clone is held by the pipeline, so there stages run side by side as it sends them.
         parent: record id of the pipeline run.
         parent_run: the pipeline's run id in MLflow; with MLFLOW_TRACKING_URI set, the worker sends
             curves there while it runs.
         force: run even when nothing changed.
+        patience_s: how long to wait for the clone; None: until it is free.
+        say: told one line before such a wait.
+        own_signals: let Ctrl-C and SIGTERM stop the stage; not where a framework handles them.
 
     Returns:
         The reply; a stage that fails is a reply, not an exception.
     """
-    request = StageRequest(name, commit, params, lock, force, parent, parent_run)
+    request = StageRequest(name, commit, params, lock, force, parent, parent_run, patience_s)
     started = time.monotonic()
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
+    own = opened_here(root, parent)
     try:
-        with clone_lock(root, say) as held:
-            reply = _answer(root, request, held)
+        with nullcontext() if own else clone_lock(root, say, patience_s=patience_s) as held:
+            reply = _answer(root, request, held, own_signals)
+    except CloneBusy as problem:
+        reply = StageReply("busy", f"{name}: {problem}")
     except WorkerRefused as problem:
         reply = StageReply("refused", f"{name}: {problem}")
     except data_remote.RemoteFailed as problem:
@@ -133,35 +96,41 @@ def run_remote_stage(
     return replace(reply, seconds=time.monotonic() - started)
 
 
-def _answer(root: Path, request: StageRequest, held: int) -> StageReply:
+def _answer(root: Path, request: StageRequest, held: int | None, own_signals: bool) -> StageReply:
+    """Answer in a clone whose lock is `held`; None: in the pipeline's own."""
     name = request.name
     _refuse_other_code(root, request.commit)
-    _place(root, request)
+    if held is not None:
+        _place(root, request)
     graph = versioning.stage_graph(root)
     if name not in graph:
         raise WorkerRefused(f"no such stage in dvc.yaml; stages: {', '.join(graph)}")
     data_remote.pull(root, stage_inputs(root, name))
-    _adopt_parent(root, request)
+    if held is not None:
+        _adopt_parent(root, request)
     runner = StageRunner(
         root,
         graph,
         parent_record=request.parent,
         stale={name: "asked for"},
         force=request.force,
-        held=(held,),
+        held=() if held is None else (held,),
     )
-    with stopping_on_signals(runner):
-        outcome, uploader = _run(root, runner, request)
+    with stopping_on_signals(runner) if own_signals else nullcontext():
+        outcome, uploader = _run(root, runner, request, uploads=held is not None)
     reply = _push(root, request, outcome)
+    if held is None:
+        # Record and curves are where the pipeline's uploader looks for them.
+        return reply
     if uploader is not None:
         uploader.drain()
     return replace(reply, files=_recorded_files(root, request, with_curves=uploader is None))
 
 
 def _run(
-    root: Path, runner: StageRunner, request: StageRequest
+    root: Path, runner: StageRunner, request: StageRequest, *, uploads: bool
 ) -> tuple[StageOutcome, UploaderProcess | None]:
-    uploads = request.parent_run is not None and TRACKING_URI in os.environ
+    uploads = uploads and request.parent_run is not None and TRACKING_URI in os.environ
     uploader = UploaderProcess(root) if uploads else None
     return runner.run(request.name), uploader
 
@@ -295,39 +264,3 @@ def _recorded_files(root: Path, request: StageRequest, *, with_curves: bool) -> 
         str(path.relative_to(root)): base64.b64encode(path.read_bytes()).decode("ascii")
         for path in paths
     }
-
-
-def keep_files(root: Path, files: Mapping[str, str]) -> None:
-    """Write a reply's files into the pipeline's clone.
-
-    Raises:
-        ValueError: a path that leads out of `runs/`.
-    """
-    # The result last: the uploader takes a record with a result for complete.
-    for name in sorted(files, key=lambda name: name.endswith("/result.json")):
-        path = PurePosixPath(name)
-        if path.parts[0] != "runs" or ".." in path.parts or path.name.startswith("."):
-            raise ValueError(f"a worker's reply names {name}, which is not below runs/")
-        target = root / path
-        if path.name == "mlflow.json" and target.is_file():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_bytes(base64.b64decode(files[name]))
-        temporary.replace(target)
-
-
-def as_json(message: StageRequest | StageReply) -> dict[str, Any]:
-    """A request or reply as JSON values."""
-    return asdict(message)
-
-
-def read_reply(values: Mapping[str, Any]) -> StageReply:
-    """A reply from its JSON.
-
-    Raises:
-        WorkerRefused: another protocol.
-    """
-    if values.get("protocol") != PROTOCOL:
-        raise WorkerRefused(f"the worker answered in protocol {values.get('protocol')}")
-    return StageReply(**values)

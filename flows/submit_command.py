@@ -39,6 +39,10 @@ def submit(
         list[str] | None,
         typer.Option("--set", "-S", help="section.key=value in place of params.yaml's."),
     ] = None,
+    remote_data: Annotated[
+        bool,
+        typer.Option("--remote-data", help="The pipeline as [bold]ultraflux run --remote-data[/]."),
+    ] = False,
     force: Annotated[bool, typer.Option(help="Run stages even when nothing changed.")] = False,
     watch: Annotated[
         bool, typer.Option(help="Wait for the end; exit code 1 when it fails.")
@@ -74,9 +78,13 @@ def submit(
         deployment = "ultraflux-pipeline/pipeline"
         if profile is not None:
             parameters["profile"] = profile
+        if remote_data:
+            parameters["remote_data"] = True
     else:
         if profile is not None:
             raise fail("--profile is for the pipeline: a single stage takes -S section.key=value")
+        if remote_data:
+            raise fail("--remote-data is for the pipeline: a stage runs in its worker's clone")
         deployment = f"stage/{pool or _pool_of(stage)}"
         parameters["stage"] = stage
     from prefect import get_client

@@ -46,17 +46,31 @@ def worker_environment(root: Path) -> dict[str, str]:
     }
 
 
-def worker_command(pool: str, name: str) -> list[str]:
-    """Command line of a worker."""
+def worker_command(pool: str, name: str, limit: int | None = None) -> list[str]:
+    """Command line of a worker.
+
+    Args:
+        pool: its work pool.
+        name: its name on the server.
+        limit: flow runs that it takes at once; None: as many as the pool gives.
+    """
     return [
         *(sys.executable, "-m", "prefect", "--no-prompt", "worker", "start", "--pool", pool),
         *("--name", name, "--type", "process", "--install-policy", "never"),
         "--no-create-pool-if-not-found",
+        *([] if limit is None else ["--limit", str(limit)]),
     ]
 
 
-def start_workers(root: Path, pools: tuple[str, ...] = POOLS) -> list[Worker]:
+def start_workers(
+    root: Path, pools: tuple[str, ...] = POOLS, limit: int | None = None
+) -> list[Worker]:
     """Start a worker for each pool that has none from here, and wait until they are online.
+
+    Args:
+        root: the clone that their flows run in.
+        pools: work pools.
+        limit: flow runs that each takes at once; None: as many as its pool gives.
 
     Raises:
         ServiceError: a worker ends at once or does not come online; those started are stopped.
@@ -65,7 +79,7 @@ def start_workers(root: Path, pools: tuple[str, ...] = POOLS) -> list[Worker]:
     started: list[Worker] = []
     for pool in pools:
         if pool not in {worker.pool for worker in known}:
-            started.append(_start(root, pool))
+            started.append(_start(root, pool, limit))
     write_json(_state(root), [asdict(worker) for worker in [*known, *started]])
     try:
         _wait_until_online(started)
@@ -102,13 +116,13 @@ def _is_ours(worker: Worker) -> bool:
         return False
 
 
-def _start(root: Path, pool: str) -> Worker:
+def _start(root: Path, pool: str, limit: int | None) -> Worker:
     name = f"{socket.gethostname()}-{pool}-{os.getpid()}"
     log = root / "runs" / "logs" / f"worker-{pool}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(
-            worker_command(pool, name),
+            worker_command(pool, name, limit),
             cwd=root,
             env=os.environ | worker_environment(root),
             stdin=subprocess.DEVNULL,

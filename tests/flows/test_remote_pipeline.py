@@ -11,7 +11,8 @@ import pytest
 
 from flows import data_remote
 from flows.records import RunDescription, all_records, open_record
-from flows.remote_stage import code_commit, keep_files, run_remote_stage
+from flows.remote_stage import code_commit, run_remote_stage
+from flows.stage_messages import keep_files
 from flows.tracking import sync_once
 
 

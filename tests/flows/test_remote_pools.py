@@ -1,0 +1,211 @@
+"""Stages on work pools whose workers share nothing with the pipeline but a commit and a remote."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from flows import data_remote, services
+
+pytestmark = pytest.mark.slow
+TIMEOUT_S = 600
+HANG = "import os, time\n\n(lambda: time.sleep(600) if os.path.exists('runs/hang') else None)()\n"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A server, the pipeline's clone, two clones with workers, and one without any of it."""
+
+    pipeline: Path
+    workers: tuple[Path, Path]
+    single: Path
+    env: dict[str, str]
+
+    def attempt(self, root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A finished command in a clone."""
+        return subprocess.run(
+            ["ultraflux", *arguments],
+            cwd=root,
+            env=self.env | {"PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+
+    def ultraflux(self, root: Path, *arguments: str) -> str:
+        """Standard output of a command that must work."""
+        done = self.attempt(root, *arguments)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def start(self) -> subprocess.Popen[str]:
+        """The pipeline, running."""
+        return subprocess.Popen(
+            ["ultraflux", "run", "--engine", "pools", "--remote-data"],
+            cwd=self.pipeline,
+            env=self.env | {"PYTHONPATH": str(self.pipeline)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def flow_runs(self) -> list[dict[str, Any]]:
+        """All flow runs of stages."""
+        import httpx
+
+        answer = httpx.post(self.env["PREFECT_API_URL"] + "/flow_runs/filter", json={}, timeout=60)
+        return [run for run in answer.json() if "stage" in run["tags"]]
+
+
+@pytest.fixture(scope="module")
+def site(
+    trivial_clone: Callable[[Path, int], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    pipeline = trivial_clone(folder, 3)
+    stage = pipeline / "flows" / "stages" / "copy1.py"
+    stage.write_text(stage.read_text().replace("import shutil\n", f"import shutil\n{HANG}"))
+    who = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run(["git", *who, "commit", "-qam", "may hang"], cwd=pipeline, check=True)
+    first, second, single = (folder / name for name in ("first", "second", "single"))
+    for clone in (first, second, single):
+        subprocess.run(["git", "clone", "-q", str(pipeline), str(clone)], check=True)
+        (clone / "runs").mkdir(exist_ok=True)
+    share = folder / "share"
+    share.mkdir()
+    port = services.free_port()
+    env = os.environ | {data_remote.REMOTE: str(share)}
+    env["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    made = Site(pipeline, (first, second), single, env)
+    ports = ["--prefect-port", str(port), "--mlflow-port", str(services.free_port())]
+    try:
+        made.ultraflux(pipeline, "up", *ports)
+        for clone in made.workers:
+            made.ultraflux(clone, "deploy", "--workers", "--limit", "1")
+        yield made
+    finally:
+        for clone in made.workers:
+            for worker in (services.read_json(services.services_dir(clone) / "workers.json")) or []:
+                end_family(worker["pid"])
+        made.attempt(pipeline, "down")
+
+
+def end_family(pid: int) -> None:
+    try:
+        parent = psutil.Process(pid)
+        family = [*parent.children(recursive=True), parent]
+    except psutil.Error:
+        return
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, timeout=30)
+
+
+def stage_process(clones: tuple[Path, ...]) -> tuple[Path, psutil.Process] | None:
+    """The clone and the flow run's process in which copy1 hangs."""
+    for found in psutil.process_iter(["cmdline"]):
+        try:
+            command = found.info["cmdline"] or []
+            if command[-3:] != ["stage", "run", "copy1"] or Path(found.cwd()) not in clones:
+                continue
+            for parent in found.parents():
+                if "prefect.engine" in " ".join(parent.cmdline()):
+                    return Path(found.cwd()), parent
+        except psutil.Error:
+            continue
+    return None
+
+
+def wait_for(question: Callable[[], Any], pipeline: subprocess.Popen[str]) -> Any:
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        if answer := question():
+            return answer
+        assert pipeline.poll() is None, pipeline.communicate()[0]
+        time.sleep(0.3)
+    raise AssertionError(pipeline.communicate()[0])
+
+
+def test_a_machine_that_is_gone_with_its_stage_costs_no_result_and_no_byte(site: Site) -> None:
+    for clone in site.workers:
+        (clone / "runs" / "hang").touch()
+    pipeline = site.start()
+    victim, engine = wait_for(lambda: stage_process(site.workers), pipeline)
+    (other,) = [clone for clone in site.workers if clone != victim]
+    (other / "runs" / "hang").unlink()
+    children = engine.children(recursive=True)
+    for worker in services.read_json(services.services_dir(victim) / "workers.json"):
+        os.kill(worker["pid"], signal.SIGKILL)
+    engine.kill()
+    output, _ = pipeline.communicate(timeout=TIMEOUT_S)
+    assert pipeline.returncode == 0, output
+    # The launcher took the stage's processes with it.
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+    # The heartbeat's automation scheduled that very run again.
+    (run,) = [run for run in site.flow_runs() if run["name"] == "copy1"]
+    assert run["state"]["type"] == "COMPLETED"
+    assert run["run_count"] == 2
+
+    site.ultraflux(site.single, "run")
+    same_as_single(site)
+    # The clones of the workers were told nothing by way of the file system.
+    assert not (victim / "data" / "copy2").exists()
+    before = len(site.flow_runs())
+    site.ultraflux(site.pipeline, "run", "--engine", "pools", "--remote-data")
+    assert len(site.flow_runs()) == before
+    site.ultraflux(victim, "deploy", "--workers", "--limit", "1")
+    (victim / "runs" / "hang").unlink()
+
+
+def same_as_single(site: Site) -> None:
+    """The pipeline's clone, after `dvc pull`, has lock and bytes of the single clone."""
+    subprocess.run(["dvc", "pull", "-q"], cwd=site.pipeline, env=site.env, check=True)
+    locks = [yaml.safe_load((c / "dvc.lock").read_text()) for c in (site.pipeline, site.single)]
+    assert locks[0] == locks[1]
+    for stage in locks[0]["stages"]:
+        path = Path("data") / stage / "out"
+        assert (site.pipeline / path).read_bytes() == (site.single / path).read_bytes()
+
+
+def test_a_killed_flow_run_goes_to_the_pool_again_with_the_pipelines_settings(site: Site) -> None:
+    for clone in (site.pipeline, site.single):
+        values = yaml.safe_load((clone / "params.yaml").read_text())
+        values["project"]["seed"] = 77
+        (clone / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    for clone in site.workers:
+        (clone / "runs" / "hang").touch()
+    pipeline = site.start()
+    _, engine = wait_for(lambda: stage_process(site.workers), pipeline)
+    for clone in site.workers:
+        (clone / "runs" / "hang").unlink()
+    engine.kill()
+    output, _ = pipeline.communicate(timeout=TIMEOUT_S)
+    assert pipeline.returncode == 0, output
+    assert "copy1: lost with its worker" in output
+    assert "sent to the pool again" in output
+    assert output.count(" (in ") == 3
+    site.ultraflux(site.single, "run")
+    same_as_single(site)
+
+
+def test_a_worker_whose_clone_was_edited_refuses_with_one_line(site: Site) -> None:
+    values = yaml.safe_load((site.pipeline / "params.yaml").read_text())
+    values["project"]["seed"] = 78
+    (site.pipeline / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    for clone in site.workers:
+        (clone / "source-edited").touch()
+    done = site.attempt(site.pipeline, "run", "--engine", "pools", "--remote-data")
+    assert done.returncode == 1
+    assert "changes that no commit has" in done.stderr
+    for clone in site.workers:
+        (clone / "source-edited").unlink()
