@@ -33,6 +33,10 @@ def deploy(
     from flows.prefect_connection import connect_to_prefect
     from flows.services import ServiceError
 
+    if limit is not None and not workers:
+        raise fail("--limit is for --workers")
+    if workers and pools != "process":
+        raise fail(f"--workers starts processes: not with --pools {pools}")
     root = project_root()
     environment.prepare()
     try:
@@ -46,10 +50,6 @@ def deploy(
     from flows.work_pools import PoolsInvalid
     from flows.workers import start_workers
 
-    if limit is not None and not workers:
-        raise fail("--limit is for --workers")
-    if workers and pools != "process":
-        raise fail(f"--workers starts processes: not with --pools {pools}")
     try:
         done = apply(root, pools)
         started = start_workers(root, limit=limit) if workers else []

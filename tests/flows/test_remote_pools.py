@@ -193,7 +193,8 @@ def test_a_killed_flow_run_goes_to_the_pool_again_with_the_pipelines_settings(si
     assert pipeline.returncode == 0, output
     assert "copy1: lost with its worker" in output
     assert "sent to the pool again" in output
-    assert output.count(" (in ") == 3
+    done = [line for line in output.splitlines() if line.strip().startswith("done")]
+    assert len(done) == 3, output
     site.ultraflux(site.single, "run")
     same_as_single(site)
 
@@ -209,3 +210,26 @@ def test_a_worker_whose_clone_was_edited_refuses_with_one_line(site: Site) -> No
     assert "changes that no commit has" in done.stderr
     for clone in site.workers:
         (clone / "source-edited").unlink()
+
+
+def test_a_worker_that_does_not_see_the_pipelines_clone_names_the_option(tmp_path: Path) -> None:
+    from flows.deployed import worker_clone
+
+    with pytest.raises(FileNotFoundError, match="--remote-data") as caught:
+        worker_clone(str(tmp_path / "absent"), {})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--remote-data"], "--remote-data: give --engine pools with it"),
+        (["deploy", "--limit", "1"], "--limit is for --workers"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(arguments: list[str], said: str) -> None:
+    env = os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    done = subprocess.run(["ultraflux", *arguments], env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -18,7 +18,6 @@ import yaml
 from flows import data_remote, lock_entries, versioning
 from flows.clone_lock import CloneBusy, clone_lock
 from flows.records import RunDescription, open_record
-from flows.remote_requests import PipelineClone
 from flows.remote_runner import RemoteRunner, checked_workers, send_present_results
 from flows.remote_stage import code_commit, run_remote_stage
 from flows.runner import StageOutcome
@@ -28,10 +27,7 @@ from flows.stage_messages import (
     StageRequest,
     WorkerRefused,
     as_json,
-    keep_files,
     read_reply,
-    read_request,
-    without_bulk,
 )
 
 
@@ -373,80 +369,6 @@ def test_a_request_that_cannot_be_read_is_a_refusal_not_a_silence(
     assert "protocol 0" in reply.message
 
 
-def test_a_reply_cannot_write_outside_the_records(tmp_path: Path) -> None:
-    for name in ("../evil", "dvc.yaml", "runs/../evil", "/etc/evil", ""):
-        with pytest.raises(ValueError, match="not below runs/"):
-            keep_files(tmp_path, {"runs/good": "YQ==", name: "YQ=="})
-    assert list(tmp_path.iterdir()) == []
-    keep_files(tmp_path, {"runs/records/a-1/run.json": "e30="})
-    assert (tmp_path / "runs/records/a-1/run.json").read_text() == "{}"
-
-
-def test_a_request_of_another_protocol_is_refused() -> None:
-    with pytest.raises(WorkerRefused, match="protocol 2"):
-        read_request({"protocol": 2})
-    with pytest.raises(WorkerRefused, match="not a stage request"):
-        read_request({"protocol": 1, "shell": "rm"})
-
-
-REQUEST = {"name": "a", "commit": "c", "params": "value: 1", "protocol": 1}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"lock": "all"}, "lock: "),
-        ({"force": "yes"}, "force: "),
-        ({"patience_s": "long"}, "patience_s: "),
-        ({"shell": "rm"}, "shell: unexpected"),
-        ({"parent": "../../elsewhere"}, "no record id"),
-        ({"parent": ".."}, "no record id"),
-    ],
-)
-def test_a_request_with_a_wrong_field_is_one_line_that_names_it(
-    wrong: dict[str, Any], said: str
-) -> None:
-    assert read_request(REQUEST).lock == {}
-    with pytest.raises(WorkerRefused, match="not a stage request") as caught:
-        read_request(REQUEST | wrong)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"status": "fine"}, {"entry": [1]}, {"files": {"a": 1}}, {"seconds": "1"}, {"x": 1}]
-)
-def test_a_reply_with_a_wrong_field_is_one_line(wrong: dict[str, Any]) -> None:
-    values = as_json(StageReply("ran"))
-    assert read_reply(values) == StageReply("ran")
-    with pytest.raises(WorkerRefused, match="not a stage's reply: ") as caught:
-        read_reply(values | wrong)
-    assert "\n" not in str(caught.value)
-
-
-def test_messages_come_through_json_as_they_were() -> None:
-    request = StageRequest("a", "c", "p: 1", {"b": {"outs": []}}, True, "r-1", None, 2)
-    assert read_request(json.loads(json.dumps(as_json(request)))) == request
-    reply = StageReply("ran", "done", 3, {"outs": []}, {"runs/x": "YQ=="}, "host:/clone")
-    assert read_reply(json.loads(json.dumps(as_json(reply)))) == reply
-
-
-def test_a_reply_that_is_too_big_loses_its_biggest_pictures_and_says_so() -> None:
-    files = {
-        "runs/records/a-1/run.json": "x" * 50,
-        "runs/a/1/samples/step-1.png": "x" * 40,
-        "runs/a/1/samples/step-2.png": "x" * 60,
-        "runs/a/1/metrics.jsonl": "x" * 10,
-    }
-    reply = StageReply("ran", "done", files=files)
-    assert without_bulk(reply, 160) is reply
-    small = without_bulk(reply, 60)
-    assert set(small.files) == {"runs/records/a-1/run.json", "runs/a/1/metrics.jsonl"}
-    assert small.message == "done; 2 pictures or curves stay in the worker's clone"
-    # What a pipeline needs of the run is never left out.
-    assert set(without_bulk(reply, 0).files) == {"runs/records/a-1/run.json"}
-
-
 def test_a_clone_that_another_run_has_is_given_back_when_patience_ends(
     toy: Path, another: Callable[[str], Path], share: Path
 ) -> None:
@@ -462,41 +384,6 @@ def test_a_clone_that_another_run_has_is_given_back_when_patience_ends(
     assert "works in" in reply.message
     assert len(said) == 2
     assert not (worker / "data" / "a").exists()
-
-
-def test_the_pipelines_own_clone_answers_while_the_pipeline_holds_it(
-    toy: Path, share: Path
-) -> None:
-    record = open_record(toy, RunDescription(kind="pipeline", name="pipeline"))
-    with clone_lock(toy, print):
-        reply = run_remote_stage(
-            "a",
-            {},
-            (toy / "params.yaml").read_text(),
-            code_commit(toy),
-            root=toy,
-            parent=record.record_id,
-            patience_s=0,
-        )
-    assert reply.entry == versioning.read_lock(toy)["a"], reply.message
-    assert reply.files == {}
-    assert any(share.rglob("*"))
-
-
-def test_a_reply_that_cannot_be_believed_changes_nothing(toy: Path, share: Path) -> None:
-    clone = PipelineClone(
-        toy, versioning.stage_graph(toy), parent_record="x", force=False, stopping=lambda: False
-    )
-    evil = clone.accept("a", StageReply("failed", "x", files={"../evil": "YQ=="}), "worker")
-    assert evil.status == "failed"
-    assert "not below runs/" in evil.message
-    repro(toy)
-    before = (toy / "dvc.lock").read_bytes()
-    entry = json.loads(json.dumps(versioning.read_lock(toy)["c"]))
-    entry["deps"][0]["md5"] = "0" * 32
-    foreign = clone.accept("c", StageReply("ran", "done", entry=entry), "worker")
-    assert foreign.message == "c: worker ran on another version of data/a"
-    assert (toy / "dvc.lock").read_bytes() == before
 
 
 DRIVER = """
