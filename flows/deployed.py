@@ -105,7 +105,9 @@ def run_stage(
         lock = clone_lock(root, logger.info, patience_s=SUBMITTED_PATIENCE_S)
         with lock if alone else nullcontext() as held:
             outcome = _run_here(root, node, parent_record, force, held)
-    except (*REFUSALS, CloneBusy) as problem:
+    except CloneBusy as problem:
+        return Failed(name="Refused", message=f"{problem}: submit {stage} again later")
+    except REFUSALS as problem:
         return Failed(name="Refused", message=str(problem))
     logger.info("%s in %.1f s: %s", outcome.status, outcome.seconds, outcome.message)
     publish_outcome(outcome)
