@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from flows import (
+from flows import environment
+from flows.commands import (
     ablate_command,
     compare_command,
     corpus_commands,
     deploy_command,
     diagnose_commands,
-    environment,
     evaluate_command,
     generate_command,
     judge_command,
@@ -30,7 +30,7 @@ from flows import (
     sweep_command,
     weights_commands,
 )
-from flows.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root
 
 PIPELINE, CORPUS = "Pipeline", "Corpus"
 IMAGES, MODEL, SERVICES = "Images and evaluation", "Model", "Services"

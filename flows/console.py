@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from flows.records import read_json
+from flows.history.records import read_json
 from flows.runner import StageExecutor, StageOutcome
 
 REFRESH_S = 0.5

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from components.settings import RuntimeSettings
-from flows.records import RunResult
+from flows.history.records import RunResult
 
 GPU_HOURS, COST = "gpu_hours", "cost"
 

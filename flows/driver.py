@@ -17,15 +17,17 @@ import yaml
 from components.models.weights import file_digest
 from components.settings import load_settings
 from flows import environment, versioning
-from flows.clone_lock import clone_lock
+from flows.clones.clone_lock import clone_lock
+from flows.clones.data_remote import RemoteFailed, configure
+from flows.clones.lock_entries import stale_without_data
+from flows.clones.remote_runner import RemoteRunner, checked_workers, send_present_results
+from flows.clones.remote_stage import code_commit
+from flows.clones.stage_messages import WorkerRefused
 from flows.console import PipelineConsole
 from flows.costs import pipeline_cost
-from flows.data_remote import RemoteFailed, configure
 from flows.execution import flatten
-from flows.lock_entries import stale_without_data
-from flows.prefect_connection import connect_to_prefect
-from flows.provenance import changes_since_commit, provenance_tags
-from flows.records import (
+from flows.history.provenance import changes_since_commit, provenance_tags
+from flows.history.records import (
     RUN_TAGS,
     Record,
     RunDescription,
@@ -36,11 +38,9 @@ from flows.records import (
     latest_finished,
     open_record,
 )
-from flows.remote_runner import RemoteRunner, checked_workers, send_present_results
-from flows.remote_stage import code_commit
+from flows.pools.prefect_connection import connect_to_prefect
 from flows.runner import StageExecutor, StageOutcome, StageRunner, stopping_on_signals
 from flows.scheduler import Report, run_graph
-from flows.stage_messages import WorkerRefused
 from flows.tracking import UploaderProcess
 
 Engine = Literal["local", "prefect", "pools", "remote"]
@@ -184,12 +184,12 @@ def _run_pipeline(
             held=(held,),
         )
     elif remote_data:
-        remote_pool_runner = importlib.import_module("flows.remote_pool_runner")
+        remote_pool_runner = importlib.import_module("flows.pools.remote_pool_runner")
         runner = remote_pool_runner.RemotePoolRunner(
             root, graph, parent_record=record.record_id, stale=stale, say=print, force=force
         )
     elif engine == "pools":
-        pool_runner = importlib.import_module("flows.pool_runner")
+        pool_runner = importlib.import_module("flows.pools.pool_runner")
         runner = pool_runner.PoolRunner(
             root, graph, parent_record=record.record_id, stale=stale, force=force
         )

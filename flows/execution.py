@@ -24,9 +24,9 @@ from components.training.metric_log import MetricLog
 from flows import environment, versioning
 from flows.costs import with_cost
 from flows.gpu_lock import gpus_for
-from flows.records import Record, RunDescription, RunResult, open_record, write_json
+from flows.history.records import Record, RunDescription, RunResult, open_record, write_json
+from flows.history.system_metrics import watched
 from flows.stages.contract import StageContext, StageFailed, StageResult
-from flows.system_metrics import watched
 
 OUTCOME_FILE = "ULTRAFLUX_OUTCOME_FILE"
 """Names a file in which the scheduler wants to read how the stage ended."""
@@ -78,7 +78,7 @@ def _describe(
     inputs: dict[str, str],
     state_dir: Path,
 ) -> RunDescription:
-    from flows.provenance import provenance_tags
+    from flows.history.provenance import provenance_tags
 
     parent = os.environ.get(PARENT_RECORD)
     tags = provenance_tags(root) | {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from components.settings import load_settings
 from flows import versioning
 from flows.execution import stage_parameters
-from flows.run_evidence import StageRun, connect, finished_runs
+from flows.history.run_evidence import StageRun, connect, finished_runs
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,7 +16,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.pipeline_artifacts import PipelineArtifacts
+from flows.pools.pipeline_artifacts import PipelineArtifacts
 from flows.runner import StageError, StageExecutor, StageOutcome
 from flows.scheduler import Report, blocked
 

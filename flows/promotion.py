@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flows.registry import Promotion, register
+from flows.history.registry import Promotion, register
 from flows.tracking import Uploader, tracking_config
 
 DECISION = Path("data/promote/decision.json")

@@ -22,7 +22,7 @@ from components.evaluation.systems import (
 
 if TYPE_CHECKING:
     from components.settings import Settings
-    from flows.registry import RegisteredWeights
+    from flows.history.registry import RegisteredWeights
 
 _PREFIX = "registry:"
 _VERSION = re.compile(r"(?P<model>[\w.-]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))")
@@ -69,8 +69,8 @@ def find_system(text: str, root: Path, settings: Settings, sampling: Sampling) -
 
 
 def _known(text: str, root: Path) -> list[RegisteredWeights]:
-    from flows.registry import registered_weights
-    from flows.run_evidence import connect
+    from flows.history.registry import registered_weights
+    from flows.history.run_evidence import connect
 
     client, problem = connect(root)
     if client is None:

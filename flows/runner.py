@@ -23,11 +23,11 @@ from typing import Literal, Protocol
 
 from components.progress import PROGRESS_FILE
 from flows import versioning
+from flows.clones.shared_turns import shared_turn
 from flows.execution import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
 from flows.gpu_lock import WAITING_VARIABLE
+from flows.history.records import Record, read_json, records_dir
 from flows.launcher import GuardedProcess
-from flows.records import Record, read_json, records_dir
-from flows.shared_turns import shared_turn
 
 TIMEOUT_STEP_S = 5.0
 OutcomeStatus = Literal["ran", "skipped", "failed", "refused", "blocked"]

@@ -2,7 +2,8 @@
 
 Embedded use (`ultraflux run --engine prefect`, `make run`) starts a Prefect server that ends with
 the run. `ultraflux up` starts both as daemons and remembers them in `runs/services/services.json`,
-in the order of their start; `ultraflux up --served` puts PostgreSQL under them (`flows.served`).
+in the order of their start; `ultraflux up --served` puts PostgreSQL under them
+(`flows.serving.served`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from typing import Any
 
 import psutil
 
+from flows.history.records import read_json, write_json
 from flows.launcher import GuardedProcess
-from flows.records import read_json, write_json
-from flows.tier import LOOPBACK as HOST
-from flows.tier import served_clients, served_tier
-from flows.tier import services_dir as services_dir
+from flows.serving.tier import LOOPBACK as HOST
+from flows.serving.tier import served_clients, served_tier
+from flows.serving.tier import services_dir as services_dir
 from flows.tracking import tracking_config
 
 START_TIMEOUT_S = 90.0

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from flows.records import read_json
+from flows.history.records import read_json
 
 INTERVAL_S = 5.0
 

@@ -2,7 +2,7 @@
 
 `python -m flows.tracking ROOT` follows `runs/records/` until its standard input closes and
 everything finished is uploaded. One uploader works at a time (a file lock); a second waits. Killed
-or offline uploaders lose nothing and send nothing twice (see `flows.metric_feed`), and
+or offline uploaders lose nothing and send nothing twice (see `flows.history.metric_feed`), and
 `ultraflux sync` sends the rest later.
 """
 
@@ -22,12 +22,13 @@ from typing import Any
 
 import yaml
 
-from flows import environment, metric_feed
-from flows.records import Record, RunResult, all_records, read_json, write_json
-from flows.registry import Promotion, register
-from flows.run_pages import NOTE_TAG, pipeline_note, stage_note
-from flows.tier import served_clients
-from flows.tracked_datasets import dataset_inputs
+from flows import environment
+from flows.history import metric_feed
+from flows.history.records import Record, RunResult, all_records, read_json, write_json
+from flows.history.registry import Promotion, register
+from flows.history.run_pages import NOTE_TAG, pipeline_note, stage_note
+from flows.history.tracked_datasets import dataset_inputs
+from flows.serving.tier import served_clients
 
 POLL_S = 1.0
 RETRY_S = 5.0

@@ -65,7 +65,7 @@ class StageResult:
     tags: dict[str, str] = field(default_factory=dict)
     """Lineage: digests of weights and tables."""
     promotions: tuple[dict[str, Any], ...] = ()
-    """Fields of `flows.registry.Promotion`: models to register once the run is uploaded."""
+    """Fields of `flows.history.registry.Promotion`: models to register once the run is uploaded."""
     summary: str = ""
     """One line for the terminal, such as "22 candidates, 11 kept"."""
 

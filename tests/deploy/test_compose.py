@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import postgres, services, tier
+from flows import services
+from flows.serving import postgres, tier
 
 # Of the Compose Specification: what these services may use.
 SERVICE_KEYS = {

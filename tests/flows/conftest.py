@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import data_remote
+from flows.clones import data_remote
 
 META = (
     "{pool: cpu, gpus: 0, cpus: 1, mem_gb: 0.1, est_minutes: 0.1, retries: 1, timeout_min: 1.0, "

@@ -9,7 +9,7 @@ from pathlib import Path
 HOLD = """
 import sys
 from pathlib import Path
-from flows.clone_lock import clone_lock
+from flows.clones.clone_lock import clone_lock
 with clone_lock(Path(sys.argv[1]), lambda line: print(line, flush=True)):
     print("has it", flush=True)
     sys.stdin.read(1)

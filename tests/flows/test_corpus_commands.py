@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from components.corpus.manifest import SCHEMA, write_table
 from components.corpus.selection import select
 from components.settings import load_settings
-from flows import corpus_commands
 from flows.cli import app
+from flows.commands import corpus_commands
 
 ROOT = Path(__file__).parents[2]
 

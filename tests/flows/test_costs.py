@@ -9,8 +9,8 @@ import pytest
 
 from components.settings import load_settings
 from flows.costs import gpu_hours, pipeline_cost, with_cost
-from flows.pipeline_artifacts import mlflow_pages, stage_rows
-from flows.records import RunResult
+from flows.history.records import RunResult
+from flows.pools.pipeline_artifacts import mlflow_pages, stage_rows
 from flows.runner import StageOutcome, StageRunner
 from flows.versioning import stage_graph
 

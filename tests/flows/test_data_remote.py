@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import data_remote
+from flows.clones import data_remote
 
 
 def repro(root: Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from components.training.latent_store import LatentStoreWriter
-from flows import diagnose_commands
 from flows.cli import app
+from flows.commands import diagnose_commands
 
 ROOT = Path(__file__).parents[2]
 

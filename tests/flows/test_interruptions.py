@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from flows import versioning
-from flows.records import all_records
+from flows.history.records import all_records
 
 PHOTOS = [
     "blue-wallpaper-portrait-2x3.jpg",

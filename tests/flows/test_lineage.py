@@ -17,10 +17,10 @@ from components.corpus.manifest import write_table
 from components.evaluation.image_metadata import save_with_metadata
 from components.evaluation.sampling import Generation
 from components.models.weights import file_digest, folder_digest
-from flows.lineage import Lineage, Node
-from flows.lineage_targets import TargetUnknown, explain
-from flows.records import RunDescription, RunResult, open_record
-from flows.run_evidence import Evidence
+from flows.history.lineage import Lineage, Node
+from flows.history.lineage_targets import TargetUnknown, explain
+from flows.history.records import RunDescription, RunResult, open_record
+from flows.history.run_evidence import Evidence
 from flows.tracking import Uploader
 
 

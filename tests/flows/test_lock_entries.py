@@ -7,7 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from flows import lock_entries, versioning
+from flows import versioning
+from flows.clones import lock_entries
 
 
 def repro(root: Path) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.training.metric_log import MetricLog
-from flows import metric_feed
-from flows.metric_feed import Point, deliver
+from flows.history import metric_feed
+from flows.history.metric_feed import Point, deliver
 
 
 class Server:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows.model_signatures import signature_of, tensor_shapes
+from flows.history.model_signatures import signature_of, tensor_shapes
 
 FREE = {"hidden_states": 6, "encoder_hidden_states": 4, "img_ids": 6, "txt_ids": 4}
 

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from flows import versioning
 from flows.cli import app
+from flows.history.records import RunDescription, RunResult, open_record
+from flows.history.run_evidence import finished_runs
 from flows.operations_plan import (
     OperationsPlan,
     StageForecast,
@@ -18,8 +20,6 @@ from flows.operations_plan import (
     plan_operations,
     time_text,
 )
-from flows.records import RunDescription, RunResult, open_record
-from flows.run_evidence import finished_runs
 from flows.tracking import Uploader
 
 

@@ -11,7 +11,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from flows import environment, services, versioning
-from flows.records import RunDescription, open_record
+from flows.history.records import RunDescription, open_record
 from flows.runner import StageRunner
 environment.prepare(offline=True)
 root = Path(sys.argv[1])

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.plan_command import bytes_text, flops_text
+from flows.commands.plan_command import bytes_text, flops_text
 
 run = CliRunner().invoke
 

@@ -20,8 +20,8 @@ from components.models.text_encoders import build_tiny_text_encoders
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
 from components.models.weights import folder_digest
 from components.settings import Settings, load_settings
+from flows.history.registry import Promotion, register
 from flows.registered_system import find_system
-from flows.registry import Promotion, register
 from flows.tracking import Uploader
 
 SAMPLING = Sampling(num_inference_steps=2)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from flows import data_remote
-from flows.records import RunDescription, all_records, open_record
-from flows.remote_stage import code_commit, run_remote_stage
-from flows.stage_messages import keep_files
+from flows.clones import data_remote
+from flows.clones.remote_stage import code_commit, run_remote_stage
+from flows.clones.stage_messages import keep_files
+from flows.history.records import RunDescription, all_records, open_record
 from flows.tracking import sync_once
 
 

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import yaml
 
-from flows import data_remote, services
+from flows import services
+from flows.clones import data_remote
 
 pytestmark = pytest.mark.slow
 TIMEOUT_S = 600
@@ -213,7 +214,7 @@ def test_a_worker_whose_clone_was_edited_refuses_with_one_line(site: Site) -> No
 
 
 def test_a_worker_that_does_not_see_the_pipelines_clone_names_the_option(tmp_path: Path) -> None:
-    from flows.deployed import worker_clone
+    from flows.pools.deployed import worker_clone
 
     with pytest.raises(FileNotFoundError, match="--remote-data") as caught:
         worker_clone(str(tmp_path / "absent"), {})

@@ -7,11 +7,11 @@ import subprocess
 from pathlib import Path
 
 from flows import versioning
-from flows.clone_lock import clone_lock
-from flows.records import RunDescription, open_record
-from flows.remote_requests import PipelineClone
-from flows.remote_stage import code_commit, run_remote_stage
-from flows.stage_messages import StageReply
+from flows.clones.clone_lock import clone_lock
+from flows.clones.remote_requests import PipelineClone
+from flows.clones.remote_stage import code_commit, run_remote_stage
+from flows.clones.stage_messages import StageReply
+from flows.history.records import RunDescription, open_record
 
 
 def test_the_pipelines_own_clone_answers_while_the_pipeline_holds_it(

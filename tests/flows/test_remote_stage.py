@@ -15,20 +15,21 @@ import psutil
 import pytest
 import yaml
 
-from flows import data_remote, lock_entries, versioning
-from flows.clone_lock import CloneBusy, clone_lock
-from flows.records import RunDescription, open_record
-from flows.remote_runner import RemoteRunner, checked_workers, send_present_results
-from flows.remote_stage import code_commit, run_remote_stage
-from flows.runner import StageOutcome
-from flows.scheduler import run_graph
-from flows.stage_messages import (
+from flows import versioning
+from flows.clones import data_remote, lock_entries
+from flows.clones.clone_lock import CloneBusy, clone_lock
+from flows.clones.remote_runner import RemoteRunner, checked_workers, send_present_results
+from flows.clones.remote_stage import code_commit, run_remote_stage
+from flows.clones.stage_messages import (
     StageReply,
     StageRequest,
     WorkerRefused,
     as_json,
     read_reply,
 )
+from flows.history.records import RunDescription, open_record
+from flows.runner import StageOutcome
+from flows.scheduler import run_graph
 
 
 @pytest.fixture
@@ -389,10 +390,11 @@ def test_a_clone_that_another_run_has_is_given_back_when_patience_ends(
 DRIVER = """
 import sys
 from pathlib import Path
-from flows import lock_entries, versioning
-from flows.clone_lock import CloneBusy, clone_lock
-from flows.remote_requests import PipelineClone
-from flows.remote_runner import RemoteRunner
+from flows import versioning
+from flows.clones import lock_entries
+from flows.clones.clone_lock import CloneBusy, clone_lock
+from flows.clones.remote_requests import PipelineClone
+from flows.clones.remote_runner import RemoteRunner
 from flows.scheduler import run_graph
 root, worker = Path(sys.argv[1]), Path(sys.argv[2])
 with clone_lock(root, print) as held:

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from flows import versioning
-from flows.provenance import changes_digest, changes_since_commit, provenance_tags
-from flows.records import Record, RunDescription, RunResult, open_record
-from flows.reproduction import (
+from flows.clones.reproduction import (
     Recorded,
     ReproductionRefused,
     compare_locks,
     find_recorded,
     set_up,
 )
-from flows.run_evidence import Evidence
+from flows.history.provenance import changes_digest, changes_since_commit, provenance_tags
+from flows.history.records import Record, RunDescription, RunResult, open_record
+from flows.history.run_evidence import Evidence
 from flows.tracking import Uploader
 
 

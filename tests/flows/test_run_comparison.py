@@ -13,10 +13,10 @@ import yaml
 
 from components.corpus.manifest import write_table
 from flows import versioning
-from flows.provenance import provenance_tags
-from flows.records import RunDescription, RunResult, open_record
-from flows.run_comparison import MetricChange, SideUnknown, compare, direction, find_side
-from flows.run_evidence import Evidence
+from flows.history.provenance import provenance_tags
+from flows.history.records import RunDescription, RunResult, open_record
+from flows.history.run_comparison import MetricChange, SideUnknown, compare, direction, find_side
+from flows.history.run_evidence import Evidence
 
 MANIFEST = "data/select/manifest.parquet"
 

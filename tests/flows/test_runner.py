@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flows import versioning
-from flows.records import RunDescription, open_record
+from flows.history.records import RunDescription, open_record
 from flows.runner import CpuSlots, StageOutcome, StageRunner
 from flows.scheduler import run_graph
 

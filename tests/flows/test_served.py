@@ -17,8 +17,9 @@ import psutil
 import pytest
 import yaml
 
-from flows import postgres, served, services, tier, versioning
-from flows.records import all_records, read_json
+from flows import services, versioning
+from flows.history.records import all_records, read_json
+from flows.serving import postgres, served, tier
 
 pytestmark = pytest.mark.slow
 

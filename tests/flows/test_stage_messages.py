@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flows.stage_messages import (
+from flows.clones.stage_messages import (
     StageReply,
     StageRequest,
     WorkerRefused,

@@ -11,10 +11,7 @@ from pathlib import Path
 import pytest
 
 from flows import versioning
-from flows.records import RunDescription, RunResult, all_records, open_record
-from flows.run_evidence import finished_runs
-from flows.setting_overrides import parse_assignments, read_params
-from flows.sweep import (
+from flows.clones.sweep import (
     SetResult,
     SweepRefused,
     better,
@@ -24,6 +21,9 @@ from flows.sweep import (
     ranked,
     sweep_name,
 )
+from flows.history.records import RunDescription, RunResult, all_records, open_record
+from flows.history.run_evidence import finished_runs
+from flows.setting_overrides import parse_assignments, read_params
 
 PHOTOS = ["blue-wallpaper-portrait-2x3.jpg", "solus-tiles-dark.jpg"]
 

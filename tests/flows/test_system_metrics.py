@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from components.training.metric_log import MetricLog
-from flows.system_metrics import SystemSampler, gpu_metrics, watched
+from flows.history.system_metrics import SystemSampler, gpu_metrics, watched
 
 
 def test_a_short_stage_has_one_sample_and_a_second_start_counts_on(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import postgres, served, services, services_status, tier
-from flows.records import RunDescription, RunResult, open_record, write_json
+from flows import services
+from flows.history.records import RunDescription, RunResult, open_record, write_json
+from flows.serving import postgres, served, services_status, tier
 from flows.tracking import Uploader, tracking_uri
 
 

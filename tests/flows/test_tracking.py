@@ -14,7 +14,7 @@ import pandas
 import pytest
 from PIL import Image
 
-from flows.records import (
+from flows.history.records import (
     Record,
     RunDescription,
     RunResult,
@@ -22,7 +22,7 @@ from flows.records import (
     latest_finished,
     open_record,
 )
-from flows.registry import Promotion
+from flows.history.registry import Promotion
 from flows.tracking import Uploader
 
 
@@ -237,7 +237,7 @@ def test_promotion_sets_the_alias_once_and_is_idempotent(toy: Path, uploader: Up
     version = uploader.client.get_model_version_by_alias("toy-vae", "candidate")
     assert version.version == 1 or version.version == "1"
     assert version.tags["weights.sha256"] == "d" * 64
-    from flows.registry import register
+    from flows.history.registry import register
 
     again = register(
         uploader.client,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from components.training.metric_log import MetricLog
 from flows import services
-from flows.records import Record, RunDescription, RunResult, open_record
+from flows.history.records import Record, RunDescription, RunResult, open_record
 
 PATIENCE_S = 120.0
 
@@ -40,7 +40,7 @@ def kill_server(process: subprocess.Popen[bytes]) -> None:
 
 def wait_for(record: Record, what: str, size: int) -> None:
     """Until the uploader has noted `size` items."""
-    from flows.records import read_json
+    from flows.history.records import read_json
 
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:

@@ -16,9 +16,15 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.templating import apply_values
 from prefect.workers.process import ProcessJobConfiguration
 
-from flows.automations import AutomationInvalid, automations_dir, read_automation
+from flows.pools.automations import AutomationInvalid, automations_dir, read_automation
+from flows.pools.work_pools import (
+    PoolFile,
+    PoolsInvalid,
+    job_template,
+    prefect_template,
+    read_pools,
+)
 from flows.versioning import stage_graph
-from flows.work_pools import PoolFile, PoolsInvalid, job_template, prefect_template, read_pools
 
 
 def test_process_pools_exist_for_every_pool_that_stages_name(root: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.working_trees import TreeRefused, settings_tree
+from flows.clones.working_trees import TreeRefused, settings_tree
 
 
 def test_edited_settings_alone_are_no_reason_to_refuse(toy: Path) -> None:

@@ -23,8 +23,8 @@ from components.corpus.settings import EndpointSettings
 from components.evaluation.judge import JudgeStopped, Pair, judge_pairs, summarise
 from components.evaluation.judge_exhibits import detailed_places, exhibits
 from components.evaluation.judge_prompts import AnswerInvalid, judge_prompt, parse_verdict
-from flows import judge_command
 from flows.cli import app
+from flows.commands import judge_command
 
 Reply = tuple[int, dict[str, str], Any]
 

@@ -15,7 +15,7 @@ from components.evaluation.metric_weights import Weights
 from components.evaluation.metrics import has_scorer, open_metric
 from components.evaluation.weight_files import find, trusted_digest, trusted_files, verify
 from components.models.weights import WeightsMissing
-from flows.weights_commands import app
+from flows.commands.weights_commands import app
 
 DATA = b"weights"
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -115,7 +115,7 @@ def test_a_damaged_file_never_opens_as_a_metric(tmp_path: Path) -> None:
 
 
 def test_the_commands_list_and_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.weights_commands.project_root", lambda: tmp_path)
+    monkeypatch.setattr("flows.commands.weights_commands.project_root", lambda: tmp_path)
     runner = CliRunner()
     listed = runner.invoke(app, ["list", "fid", "clip_score"])
     assert listed.exit_code == 0

@@ -1,0 +1,1 @@
+"""Prefect deployments, work pools, workers, automations and artifacts."""

@@ -1,0 +1,83 @@
+"""Everything that a Prefect server is told from git: pools, deployments, automations.
+
+Applying again changes nothing, so `ultraflux deploy` can stand in a start script.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefect.client.schemas.objects import WorkPool
+
+from flows.pools.automations import Applied, apply_automations
+from flows.pools.work_pools import PoolFile, apply_pools, read_pools
+
+DEPLOY_TIMEOUT_S = 300.0
+
+
+class DeployFailed(RuntimeError):
+    """The server refused something; one line."""
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What stands on the server now."""
+
+    pools: list[str]
+    deployments: list[str]
+    automations: list[Applied]
+
+
+def deploy(root: Path, kind: str) -> Deployed:
+    """Apply conf/work-pools/, prefect.yaml and conf/automations/ to the connected server.
+
+    Args:
+        root: the clone.
+        kind: which file of conf/work-pools/ says what the pools are.
+
+    Raises:
+        DeployFailed, PoolsInvalid, AutomationInvalid: one line; what was applied before stays.
+    """
+    from prefect import get_client
+
+    pools: PoolFile = read_pools(root, kind)
+    with get_client(sync_client=True) as client:
+        for pool in pools.pools:
+            _refuse_other_type(client.read_work_pools(), pool.name, pools.type)
+        names = apply_pools(client, pools)
+        _apply_prefect_yaml(root)
+        deployments = sorted(
+            f"{client.read_flow(found.flow_id).name}/{found.name}"
+            for found in client.read_deployments()
+        )
+        automations = apply_automations(client, root)
+    return Deployed(names, deployments, automations)
+
+
+def _refuse_other_type(present: list[WorkPool], name: str, kind: str) -> None:
+    """Prefect would keep the old type without a word."""
+    for pool in present:
+        if pool.name == name and pool.type != kind:
+            raise DeployFailed(
+                f"work pool {name} is of type {pool.type} on the server: delete it there first "
+                f"(`prefect work-pool delete {name}`) to make it one of type {kind}"
+            )
+
+
+def _apply_prefect_yaml(root: Path) -> None:
+    """`prefect deploy --all`: Prefect's own reading of its own file."""
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "NO_COLOR": "1", "TERM": "dumb"},
+        capture_output=True,
+        text=True,
+        timeout=DEPLOY_TIMEOUT_S,
+    )
+    if done.returncode:
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip(" │╭╮╰╯─")]
+        raise DeployFailed(f"prefect.yaml: {(said or ['no message'])[-1].strip(' │')}")

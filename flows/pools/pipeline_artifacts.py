@@ -1,0 +1,131 @@
+"""What a pipeline run shows in the Prefect UI: progress, the table of its stages, its report."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from flows.costs import COST, GPU_HOURS, pipeline_cost
+from flows.history.records import all_records, latest_finished
+from flows.runner import StageExecutor, StageOutcome
+from flows.services import running_services
+from flows.setting_overrides import read_params
+
+REPORT = Path("data/evaluate/report.html")
+
+
+def mlflow_pages(root: Path) -> str | None:
+    """Address of the MLflow UI that shows this project's runs; None while no server runs."""
+    named = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if named.startswith(("http://", "https://")):
+        return named.rstrip("/")
+    urls = [service.url for service in running_services(root) if service.name == "mlflow"]
+    return urls[0] if urls else None
+
+
+def stage_rows(
+    runner: StageExecutor, outcomes: dict[str, StageOutcome], price: float | None
+) -> list[dict[str, Any]]:
+    """A row per stage that ended, in the order of the graph, and one for their sum.
+
+    Args:
+        runner: knows the graph.
+        outcomes: by stage.
+        price: of a GPU-hour, None where it is not set.
+    """
+    rows = []
+    for name in runner.graph:
+        if (outcome := outcomes.get(name)) is not None:
+            spent = _spent(runner, {name: outcome}, price)
+            rows.append(
+                {"stage": name, "status": outcome.status, "seconds": round(outcome.seconds, 1)}
+                | spent
+                | {"message": outcome.message}
+            )
+    seconds = round(sum(outcome.seconds for outcome in outcomes.values()), 1)
+    total: dict[str, Any] = {"stage": "total", "status": "", "seconds": seconds}
+    return [*rows, total | _spent(runner, outcomes, price) | {"message": ""}]
+
+
+def _spent(
+    runner: StageExecutor, outcomes: dict[str, StageOutcome], price: float | None
+) -> dict[str, float]:
+    gpus = {name: node.meta.gpus for name, node in runner.graph.items()}
+    found = pipeline_cost({name: o.seconds for name, o in outcomes.items()}, gpus, price)
+    return {GPU_HOURS: round(found[GPU_HOURS], 3)} | (
+        {COST: round(found[COST], 2)} if COST in found else {}
+    )
+
+
+class PipelineArtifacts:
+    """Artifacts of one pipeline run, kept up to date from the threads that run its stages."""
+
+    def __init__(self, root: Path, runner: StageExecutor) -> None:
+        """For the stages of `runner` in the clone at `root`."""
+        self._root = root
+        self._runner = runner
+        runtime = read_params(root).get("runtime", {})
+        self._price: float | None = runtime.get("gpu_hour_price")
+        self._outcomes: dict[str, StageOutcome] = {}
+        self._lock = threading.Lock()
+        self._progress: UUID | None = None
+
+    def __enter__(self) -> PipelineArtifacts:
+        """Show the empty bar."""
+        made = create_progress_artifact(0.0, description="Stages done, by their minutes")
+        self._progress = cast(UUID, made)
+        return self
+
+    def ended(self, outcome: StageOutcome) -> None:
+        """Move the bar: a stage weighs as many minutes as dvc.yaml expects of it."""
+        with self._lock:
+            self._outcomes[outcome.name] = outcome
+            total = sum(node.meta.est_minutes for node in self._runner.graph.values())
+            done = sum(
+                self._runner.graph[name].meta.est_minutes
+                for name, ended in self._outcomes.items()
+                if ended.ok
+            )
+            if self._progress is not None:
+                update_progress_artifact(self._progress, 100.0 * done / total)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Write the table of what ended, with links to MLflow, and where the report is."""
+        rows = stage_rows(self._runner, self._outcomes, self._price)
+        pages = mlflow_pages(self._root)
+        for row in rows:
+            record = latest_finished(self._root, row["stage"]) if pages else None
+            if record is not None and record.mlflow_run_id is not None:
+                row["mlflow"] = f"{pages}/#/runs/{record.mlflow_run_id}"
+        create_table_artifact(key="stages", table=rows, description="Stages of this pipeline run")
+        self._report(pages)
+
+    def _report(self, pages: str | None) -> None:
+        """The report's address: in MLflow where a server shows it, else the file."""
+        evaluated = self._outcomes.get("evaluate")
+        if evaluated is None or not evaluated.ok or not (self._root / REPORT).is_file():
+            return
+        pipelines = [r for r in all_records(self._root) if r.run.kind == "pipeline"]
+        run_id = pipelines[-1].mlflow_run_id if pipelines else None
+        if pages is not None and run_id is not None:
+            link = f"{pages}/#/runs/{run_id}"
+            create_link_artifact(link, link_text=f"{REPORT.name} in MLflow", key="report")
+        else:
+            create_markdown_artifact(f"`{self._root / REPORT}`", key="report", description="Report")

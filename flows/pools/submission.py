@@ -1,0 +1,38 @@
+"""Where a submitted run with settings of its own works: a tree under `runs/submitted/`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows.clones.working_trees import settings_tree
+from flows.profiles import compose
+from flows.setting_overrides import merged, read_params
+
+DIGITS = 12
+
+
+def submitted_tree(root: Path, overrides: Mapping[str, Any]) -> Path:
+    """The working tree for `overrides`; equal settings share one, so a second run goes on there.
+
+    Raises:
+        SettingsError: an unknown key or a value that does not fit.
+        TreeRefused: see `flows.clones.working_trees.settings_tree`.
+    """
+    values = merged(read_params(root), overrides)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:DIGITS]
+    return settings_tree(root, root / "runs" / "submitted" / digest, values)
+
+
+def profile_values(root: Path, profile: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """All values of a profile of the clone, with `overrides` in their place.
+
+    Raises:
+        SettingsError: no such profile, or the result is not valid.
+    """
+    return merged(yaml.safe_load(compose(root, profile)), overrides)
