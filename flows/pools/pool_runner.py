@@ -151,6 +151,11 @@ class PoolRunner(StageRunner):
                     coming_back = (
                         lost_since is not None and time.monotonic() - lost_since < LOST_GRACE_S
                     )
+                    if state is not None and state.is_cancelled() and not self._stopping:
+                        # Somebody's decision: not tried again.
+                        message = f"{name}: cancelled in Prefect; run again to go on"
+                        seconds = time.monotonic() - started
+                        return StageOutcome(name, "refused", seconds, message)
                     if state is not None and state.is_final() and not coming_back:
                         return self._ended(client, name, flow_run, time.monotonic() - started)
                 away_since = None

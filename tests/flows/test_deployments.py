@@ -112,6 +112,20 @@ def wait_for(question: Callable[[], Any], what: str) -> Any:
     raise AssertionError(f"no {what} within {TIMEOUT_S} s")
 
 
+HANGS = "import os, time\n(lambda: None if os.path.exists('go') else time.sleep(120))()\n"
+
+
+def stage_engine(site: Site, stage: str) -> psutil.Process | None:
+    """The flow run process above a stage that runs now."""
+    for found in psutil.process_iter(["cmdline"]):
+        command = found.info["cmdline"] or []
+        if command[-3:] == ["stage", "run", stage] and any("ultraflux" in c for c in command):
+            engine = [p for p in found.parents() if "prefect.engine" in " ".join(p.cmdline())]
+            if engine and found.cwd() == str(site.root):
+                return engine[0]
+    return None
+
+
 def test_deploying_again_changes_nothing(site: Site) -> None:
     first = {d["id"]: d["updated"] for d in site.api("/deployments/filter", {})}
     said = site.ultraflux("deploy", "--workers")
@@ -125,10 +139,9 @@ def test_deploying_again_changes_nothing(site: Site) -> None:
 
 
 def test_a_pipeline_runs_on_pools_survives_a_killed_stage_and_shows_its_parts(site: Site) -> None:
-    folder = site.root / "flows" / "stages"
-    kept = (folder / "copy1.py").read_text()
-    slow = "import os, time\n(lambda: None if os.path.exists('go') else time.sleep(60))()\n"
-    (folder / "copy1.py").write_text(kept.replace("import shutil\n", "import shutil\n" + slow))
+    code = site.root / "flows" / "stages" / "copy1.py"
+    kept = code.read_text()
+    code.write_text(kept.replace("import shutil\n", "import shutil\n" + HANGS))
     process = subprocess.Popen(
         ["ultraflux", "run", "--engine", "pools"],
         cwd=site.root,
@@ -138,21 +151,12 @@ def test_a_pipeline_runs_on_pools_survives_a_killed_stage_and_shows_its_parts(si
         text=True,
     )
 
-    def stage_process() -> psutil.Process | None:
-        for found in psutil.process_iter(["cmdline"]):
-            command = found.info["cmdline"] or []
-            if command[-3:] == ["stage", "run", "copy1"] and any("ultraflux" in c for c in command):
-                engine = [p for p in found.parents() if "prefect.engine" in " ".join(p.cmdline())]
-                if engine and found.cwd() == str(site.root):
-                    return engine[0]
-        return None
-
-    engine = wait_for(stage_process, "running stage")
+    engine = wait_for(lambda: stage_engine(site, "copy1"), "running stage")
     (site.root / "go").touch()
     children = engine.children(recursive=True)
     engine.kill()
     output, _ = process.communicate(timeout=TIMEOUT_S)
-    (folder / "copy1.py").write_text(kept)
+    code.write_text(kept)
     assert process.returncode == 0, output
     assert output.count("done") == 3
     # The launcher took the killed run's processes with it.
@@ -172,6 +176,40 @@ def test_a_pipeline_runs_on_pools_survives_a_killed_stage_and_shows_its_parts(si
     kinds = [(a["type"], a["key"]) for a in artifacts]
     assert ("table", "stages") in kinds
     assert [a["data"] for a in artifacts if a["type"] == "progress"] == [100.0]
+
+
+@pytest.mark.parametrize("cancelled", ["pipeline", "stage"])
+def test_a_run_cancelled_from_the_ui_leaves_no_process_and_the_next_one_finishes(
+    site: Site, cancelled: str
+) -> None:
+    (site.root / "go").unlink(missing_ok=True)
+    code = site.root / "flows" / "stages" / "copy1.py"
+    kept = code.read_text()
+    code.write_text(kept.replace("import shutil\n", f"import shutil\n# {cancelled}\n" + HANGS))
+    site.ultraflux("submit")
+    engine = wait_for(lambda: stage_engine(site, "copy1"), "running stage")
+    processes = [engine, *engine.children(recursive=True)]
+    going = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+    (pipeline,) = [r for r in site.api("/flow_runs/filter", going) if "stage" not in r["tags"]]
+    (stage,) = [r for r in site.api("/flow_runs/filter", going) if "stage" in r["tags"]]
+    chosen = pipeline if cancelled == "pipeline" else stage
+    # What the UI's "Cancel" sends.
+    site.api(f"/flow_runs/{chosen['id']}/set_state", {"state": {"type": "CANCELLING"}})
+
+    def state_of(run: dict[str, Any]) -> str:
+        return str(site.api(f"/flow_runs/{run['id']}")["state"]["type"])
+
+    final = {"CANCELLED", "FAILED", "CRASHED", "COMPLETED"}
+    wait_for(lambda: state_of(pipeline) in final, "end of the pipeline run")
+    wait_for(lambda: state_of(stage) in final, "end of the stage run")
+    assert state_of(chosen) == "CANCELLED"
+    assert state_of(pipeline) != "COMPLETED"
+    _, left = psutil.wait_procs(processes, timeout=60)
+    assert left == []
+    assert stage_engine(site, "copy1") is None
+    (site.root / "go").touch()
+    assert "Completed" in site.ultraflux("submit", "--watch")
+    code.write_text(kept)
 
 
 def test_settings_given_to_a_submitted_run_apply_in_a_tree_of_its_own(site: Site) -> None:
