@@ -110,9 +110,9 @@ def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(project: Path
     import mlflow.models
     from mlflow import MlflowClient
 
-    from flows.tracking import tracking_uri
+    from flows.tracking import tracking_uri, use_store
 
-    mlflow.set_tracking_uri(tracking_uri(project))
+    use_store(tracking_uri(project))
     client = MlflowClient(tracking_uri(project))
     experiment = client.get_experiment_by_name("ultraflux")
     assert experiment is not None
