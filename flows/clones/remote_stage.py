@@ -19,7 +19,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from flows import versioning
 from flows.clones import data_remote
@@ -49,44 +48,30 @@ def _to_stderr(line: str) -> None:
 
 
 def run_remote_stage(
-    name: str,
-    lock: dict[str, Any],
-    params: str,
-    commit: str,
+    request: StageRequest,
     *,
     root: Path,
-    parent: str = "",
-    parent_run: str | None = None,
-    force: bool = False,
-    patience_s: float | None = None,
     say: Callable[[str], None] = _to_stderr,
     own_signals: bool = True,
 ) -> StageReply:
-    """Run stage `name` in the clone at `root` for a pipeline elsewhere.
+    """Run a stage in the clone at `root` for a pipeline elsewhere.
 
     Args:
-        name: stage in dvc.yaml.
-        lock: entries of dvc.lock that it stands on (`flows.clones.lock_entries.needed_entries`).
-        params: text of params.yaml.
-        commit: commit of the pipeline's clone.
+        request: what is asked; its `lock` is from `flows.clones.lock_entries.needed_entries`.
         root: the worker's clone; one stage at a time works in it, a second waits. The pipeline's
             own clone is held by the pipeline, so there stages run side by side as it sends them.
-        parent: record id of the pipeline run.
-        parent_run: the pipeline's run id in MLflow; with MLFLOW_TRACKING_URI set, the worker sends
-            curves there while it runs.
-        force: run even when nothing changed.
-        patience_s: how long to wait for the clone; None: until it is free.
-        say: told one line before such a wait.
+        say: told one line before a wait for the clone.
         own_signals: let Ctrl-C and SIGTERM stop the stage; not where a framework handles them.
 
     Returns:
         The reply; a stage that fails is a reply, not an exception.
     """
-    request = StageRequest(name, commit, params, lock, force, parent, parent_run, patience_s)
+    name = request.name
     started = time.monotonic()
-    own = opened_here(root, parent)
+    own = opened_here(root, request.parent)
+    lock = nullcontext() if own else clone_lock(root, say, patience_s=request.patience_s)
     try:
-        with nullcontext() if own else clone_lock(root, say, patience_s=patience_s) as held:
+        with lock as held:
             reply = _answer(root, request, held, own_signals)
     except CloneBusy as problem:
         reply = StageReply("busy", f"{name}: {problem}")

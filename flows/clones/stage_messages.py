@@ -36,7 +36,8 @@ class StageRequest:
     parent: str = ""
     """Record id of the pipeline run."""
     parent_run: str | None = None
-    """Its run id in MLflow, where the worker can reach the same server."""
+    """Its run id in MLflow, where the worker can reach the same server: with MLFLOW_TRACKING_URI
+    set, the worker sends curves there while it runs."""
     patience_s: float | None = None
     """How long to wait for the worker's clone; None: until it is free."""
     protocol: int = PROTOCOL

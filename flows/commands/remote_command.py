@@ -34,17 +34,7 @@ def stage_remote(
     try:
         text = sys.stdin.read() if request == "-" else Path(request).read_text(encoding="utf-8")
         asked = read_request(json.loads(text))
-        answer = run_remote_stage(
-            asked.name,
-            asked.lock,
-            asked.params,
-            asked.commit,
-            root=root,
-            parent=asked.parent,
-            parent_run=asked.parent_run,
-            force=asked.force,
-            patience_s=asked.patience_s,
-        )
+        answer = run_remote_stage(asked, root=root)
     except KeyboardInterrupt:
         raise fail("interrupted; what the stage saved stays in this clone", 130) from None
     except (OSError, ValueError, WorkerRefused, SettingsError, GraphError) as problem:

@@ -148,15 +148,8 @@ def _answered(stage: str, values: Mapping[str, Any]) -> State:
         os.environ[PREFECT_RUN] = str(flow_run.id)
         with reported_progress(root / "runs" / "progress" / f"{stage}.json"):
             reply = run_remote_stage(
-                stage,
-                asked.lock,
-                asked.params,
-                asked.commit,
+                asked,
                 root=root,
-                parent=asked.parent,
-                parent_run=asked.parent_run,
-                force=asked.force,
-                patience_s=asked.patience_s,
                 say=logger.info,
                 # Prefect tells a cancelled run by its own handling of SIGTERM.
                 own_signals=False,

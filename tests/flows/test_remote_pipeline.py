@@ -11,7 +11,7 @@ import pytest
 
 from flows.clones import data_remote
 from flows.clones.remote_stage import code_commit, run_remote_stage
-from flows.clones.stage_messages import keep_files
+from flows.clones.stage_messages import StageRequest, keep_files
 from flows.history.records import RunDescription, all_records, open_record
 from flows.tracking import sync_once
 
@@ -54,15 +54,14 @@ def test_the_run_of_a_remote_stage_hangs_under_the_pipelines_run_once(
     if not server:
         # The worker cannot reach MLflow: what it recorded comes back with the reply.
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    reply = run_remote_stage(
+    request = StageRequest(
         "ingest",
-        {},
-        (pipeline / "params.yaml").read_text(),
         code_commit(pipeline),
-        root=worker,
+        (pipeline / "params.yaml").read_text(),
         parent=record.record_id,
         parent_run=record.mlflow_run_id,
     )
+    reply = run_remote_stage(request, root=worker)
     assert reply.status == "ran", reply.message
     assert reply.entry is not None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)

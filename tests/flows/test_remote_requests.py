@@ -10,7 +10,7 @@ from flows import versioning
 from flows.clones.clone_lock import clone_lock
 from flows.clones.remote_requests import PipelineClone
 from flows.clones.remote_stage import code_commit, run_remote_stage
-from flows.clones.stage_messages import StageReply
+from flows.clones.stage_messages import StageReply, StageRequest
 from flows.history.records import RunDescription, open_record
 
 
@@ -19,15 +19,11 @@ def test_the_pipelines_own_clone_answers_while_the_pipeline_holds_it(
 ) -> None:
     record = open_record(toy, RunDescription(kind="pipeline", name="pipeline"))
     with clone_lock(toy, print):
-        reply = run_remote_stage(
-            "a",
-            {},
-            (toy / "params.yaml").read_text(),
-            code_commit(toy),
-            root=toy,
-            parent=record.record_id,
-            patience_s=0,
+        params = (toy / "params.yaml").read_text()
+        request = StageRequest(
+            "a", code_commit(toy), params, parent=record.record_id, patience_s=0.0
         )
+        reply = run_remote_stage(request, root=toy)
     assert reply.entry == versioning.read_lock(toy)["a"], reply.message
     assert reply.files == {}
     assert any(share.rglob("*"))

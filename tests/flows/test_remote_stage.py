@@ -46,13 +46,9 @@ def another(toy: Path) -> Callable[[str], Path]:
 
 
 def ask(worker: Path, pipeline: Path, name: str) -> StageReply:
-    return run_remote_stage(
-        name,
-        versioning.read_lock(pipeline),
-        (pipeline / "params.yaml").read_text(),
-        code_commit(pipeline),
-        root=worker,
-    )
+    params = (pipeline / "params.yaml").read_text()
+    request = StageRequest(name, code_commit(pipeline), params, versioning.read_lock(pipeline))
+    return run_remote_stage(request, root=worker)
 
 
 def repro(root: Path) -> None:
@@ -376,9 +372,8 @@ def test_a_clone_that_another_run_has_is_given_back_when_patience_ends(
     worker = another("worker")
     said: list[str] = []
     with clone_lock(worker, print):
-        reply = run_remote_stage(
-            "a", {}, "", code_commit(toy), root=worker, patience_s=0, say=said.append
-        )
+        request = StageRequest("a", code_commit(toy), "", patience_s=0.0)
+        reply = run_remote_stage(request, root=worker, say=said.append)
         with pytest.raises(CloneBusy), clone_lock(worker, said.append, patience_s=0):
             pass
     assert reply.status == "busy"
