@@ -27,6 +27,7 @@ from PIL import Image
 from components.evaluation.suites import SuiteItem
 from components.evaluation.systems import System
 from components.models.weights import WeightsMissing
+from components.text_files import write_text
 
 _GIB = 2**30
 Paint = Callable[[SuiteItem], Image.Image]
@@ -283,6 +284,4 @@ def write_runtime(
         "metrics": runtime_metrics(timings),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(described, indent=2) + "\n")

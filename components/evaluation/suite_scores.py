@@ -34,6 +34,7 @@ from components.evaluation.statistics import bootstrap_mean
 from components.evaluation.suites import Suite, SuiteItem
 from components.evaluation.systems import System, SystemFailed
 from components.models.weights import WeightsMissing
+from components.text_files import write_text
 
 COLUMNS = (*scores.COLUMNS, "item", "stratum", "image_sha256", "error")
 
@@ -283,15 +284,9 @@ def write_result(result: SuiteResult, suite: Suite, out_dir: Path) -> None:
         "unavailable": dict(sorted(result.unavailable.items())),
         "failed_systems": dict(sorted(result.failed_systems.items())),
     }
-    _write(out_dir / "metrics.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
+    write_text(out_dir / "metrics.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
     lines = [json.dumps(picture, ensure_ascii=False) for picture in result.pictures]
-    _write(out_dir / "pictures.jsonl", "\n".join(lines) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(out_dir / "pictures.jsonl", "\n".join(lines) + "\n")
 
 
 def statistics_of(result: SuiteResult) -> dict[str, int]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from components.text_files import write_text
 from flows.commands.command_line import fail, project_root
 
 if TYPE_CHECKING:
@@ -83,9 +84,7 @@ def ablate(
     seed = int(read_params(root)["project"]["seed"])
     table = ablation_table(chosen_design, scores, resamples=2000, seed=seed)
     target = root / "runs" / "ablate" / design / "table.md"
-    temporary = target.with_name(f".{target.name}")
-    temporary.write_text(table, encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, table)
     print(table)
     print(f"Table: {target}")
     if failed := [one.arm.name for one in scores if one.problem]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from components.text_files import write_text
 from flows.commands.command_line import fail, project_root
 
 EPILOG = """Examples:
@@ -67,9 +68,7 @@ def report(
     except (SettingsError, ValueError) as problem:
         raise fail(str(problem)) from None
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}")
-    temporary.write_text(made.html, encoding="utf-8")
-    temporary.replace(target)
+    write_text(target, made.html)
     held = made.held
     print(
         f"{held.thumbnails} pictures, {held.crops} native crops, {held.whole} whole at native "

@@ -29,6 +29,7 @@ from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.base_autoencoder import autoencoder_digest, load_base_autoencoder
 from components.models.weights import file_digest
 from components.progress import track
+from components.text_files import write_text
 from components.training.aspect_buckets import Bucket, fit_to_bucket
 from flows.stages.baseline import baseline_scores
 from flows.stages.contract import StageContext, StageFailed, StageResult
@@ -68,8 +69,8 @@ def run(context: StageContext) -> StageResult:
     temporary = out / ".scores.parquet"
     table.to_parquet(temporary, index=False)
     temporary.replace(paths["scores.parquet"])
-    _write(paths["metrics.json"], json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-    _write(paths["report.html"], page)
+    write_text(paths["metrics.json"], json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+    write_text(paths["report.html"], page)
     verdict = "gate passed" if decision["promoted"] else "gate not passed"
     gain = metrics.get("vae_psnr_gain_db")
     return StageResult(
@@ -81,12 +82,6 @@ def run(context: StageContext) -> StageResult:
         + ("" if gain is None else f"autoencoder {gain:+.2f} dB, ")
         + verdict,
     )
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _fitted_digest(image_id: str, size: tuple[int, int]) -> str:
