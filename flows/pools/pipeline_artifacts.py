@@ -1,4 +1,4 @@
-"""What a pipeline run shows in the Prefect UI: progress, the table of its stages, its report."""
+"""What a pipeline run shows in Prefect's UI: progress, a table of stages, pictures, its report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from types import TracebackType
 from typing import Any, cast
 from uuid import UUID
 
+from PIL import Image
 from prefect.artifacts import (
+    create_image_artifact,
     create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
@@ -17,6 +19,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from components.evaluation.pictures import thumbnail_uri
 from flows.costs import COST, GPU_HOURS, pipeline_cost
 from flows.history.records import all_records, latest_finished
 from flows.runner import StageExecutor, StageOutcome
@@ -24,6 +27,9 @@ from flows.services import running_services
 from flows.setting_overrides import read_params
 
 REPORT = Path("data/evaluate/report.html")
+PICTURES = Path("data/generate/grid.png")
+PICTURES_PX = 1024
+"""Long edge of the copy inside the artifact: some 100 kB in the server's database."""
 
 
 def mlflow_pages(root: Path) -> str | None:
@@ -107,7 +113,7 @@ class PipelineArtifacts:
         problem: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write the table of what ended, with links to MLflow, and where the report is."""
+        """Write the table of what ended, with links to MLflow, the pictures and the report."""
         rows = stage_rows(self._runner, self._outcomes, self._price)
         pages = mlflow_pages(self._root)
         for row in rows:
@@ -115,13 +121,26 @@ class PipelineArtifacts:
             if record is not None and record.mlflow_run_id is not None:
                 row["mlflow"] = f"{pages}/#/runs/{record.mlflow_run_id}"
         create_table_artifact(key="stages", table=rows, description="Stages of this pipeline run")
-        self._report(pages)
+        if self._made("generate", PICTURES):
+            self._pictures()
+        if self._made("evaluate", REPORT):
+            self._report(pages)
+
+    def _made(self, stage: str, output: Path) -> bool:
+        outcome = self._outcomes.get(stage)
+        return outcome is not None and outcome.ok and (self._root / output).is_file()
+
+    def _pictures(self) -> None:
+        """The sheet of generated images, inside the artifact: the UI may be on another machine."""
+        with Image.open(self._root / PICTURES) as sheet:
+            create_image_artifact(
+                thumbnail_uri(sheet, PICTURES_PX),
+                key="pictures",
+                description="A row per prompt, a column per size",
+            )
 
     def _report(self, pages: str | None) -> None:
         """The report's address: in MLflow where a server shows it, else the file."""
-        evaluated = self._outcomes.get("evaluate")
-        if evaluated is None or not evaluated.ok or not (self._root / REPORT).is_file():
-            return
         pipelines = [r for r in all_records(self._root) if r.run.kind == "pipeline"]
         run_id = pipelines[-1].mlflow_run_id if pipelines else None
         if pages is not None and run_id is not None:

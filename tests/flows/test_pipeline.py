@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
 
 SCRIPT = """
 import json, sys
@@ -37,13 +43,40 @@ with services.embedded_prefect(root) as env:
         tasks = client.read_task_runs()
         result["states"] = sorted((t.name, t.state.name, t.run_count) for t in tasks)
         result["flows"] = [run.state.name for run in client.read_flow_runs()]
+        result["artifacts"] = [[a.key, a.type, a.data] for a in client.read_artifacts()]
 print(json.dumps(result))
 """
 
+SHOWN = """\
+  generate:
+    cmd: cp sheet.png data/generate/grid.png
+    deps: [sheet.png]
+    outs: [data/generate/grid.png]
+    meta: {meta}
+  evaluate:
+    cmd: cp source data/evaluate/report.html
+    deps: [source, data/generate/grid.png]
+    outs: [data/evaluate/report.html]
+    meta: {meta}
+"""
 
-def test_the_flow_runs_retries_blocks_and_skips_like_the_local_scheduler(
-    toy: Path, root: Path
+
+@pytest.fixture
+def with_pictures(toy: Path) -> Path:
+    """The project with a stage that makes a picture, and one that makes a report."""
+    graph = toy / "dvc.yaml"
+    meta = yaml.safe_load(graph.read_text())["stages"]["a"]["meta"]
+    graph.write_text(graph.read_text() + SHOWN.format(meta=json.dumps(meta)))
+    Image.new("RGB", (3000, 1500), (200, 30, 30)).save(toy / "sheet.png")
+    for stage in ("generate", "evaluate"):
+        (toy / "data" / stage).mkdir()
+    return toy
+
+
+def test_the_flow_runs_retries_blocks_skips_and_shows_what_it_made(
+    with_pictures: Path, root: Path
 ) -> None:
+    toy = with_pictures
     (toy / "b.fail").touch()
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(toy)],
@@ -58,7 +91,7 @@ def test_the_flow_runs_retries_blocks_and_skips_like_the_local_scheduler(
     assert failing["b"] == "failed"
     assert failing["c"] == "skipped"
     assert failing["d"] == "blocked"
-    assert result["failing"]["reported"] == ["a", "b", "c", "d"]
+    assert result["failing"]["reported"] == ["a", "b", "c", "d", "evaluate", "generate"]
     assert (toy / "b.runs").read_text().count("run") == 3
     assert set(result["mended"]["outcomes"].values()) == {"skipped"}
     assert set(result["again"]["outcomes"].values()) == {"skipped"}
@@ -66,3 +99,10 @@ def test_the_flow_runs_retries_blocks_and_skips_like_the_local_scheduler(
     assert ["b", "Failed", 2] in result["states"]
     assert len(result["flows"]) == 3
     assert (toy / "data" / "d").is_file()
+    kinds = sorted((key or "", kind) for key, kind, _ in result["artifacts"])
+    assert kinds == sorted(
+        [("", "progress"), ("pictures", "image"), ("report", "markdown"), ("stages", "table")] * 3
+    )
+    (uri,) = {data for key, _, data in result["artifacts"] if key == "pictures"}
+    with urllib.request.urlopen(uri) as answer, Image.open(io.BytesIO(answer.read())) as shown:
+        assert (shown.format, shown.size) == ("JPEG", (1024, 512))
