@@ -115,6 +115,12 @@ class Record:
         """Run id in MLflow once the uploader has created it."""
         return (read_json(self.folder / "mlflow.json") or {}).get("run_id")
 
+    @property
+    def experiment_id(self) -> str | None:
+        """Experiment of that run; None before it is uploaded."""
+        store = (read_json(self.folder / "mlflow.json") or {}).get("store", "")
+        return store.partition("@")[0] or None
+
     def finish(self, result: RunResult) -> None:
         """Write result.json."""
         write_json(self.folder / "result.json", asdict(result))
@@ -163,6 +169,18 @@ def latest_finished(root: Path, name: str) -> Record | None:
         if record.run.name == name and result is not None and result.status == "FINISHED":
             newest = record
     return newest
+
+
+def stage_record_of(root: Path, pipeline: str, name: str) -> Record | None:
+    """The record that a pipeline made of a stage, however it ended; None where it made none.
+
+    Args:
+        root: repository root.
+        pipeline: record id.
+        name: of the stage.
+    """
+    found = (r for r in all_records(root) if r.run.parent == pipeline and r.run.name == name)
+    return next(found, None)
 
 
 def close_interrupted(root: Path, parent: str) -> None:

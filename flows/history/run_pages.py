@@ -16,6 +16,19 @@ def run_url(experiment_id: str, run_id: str, artifact: str = "") -> str:
     return f"{path}/artifactPath/{artifact}" if artifact else path
 
 
+def record_url(record: Record, pages: str | None, artifact: str = "") -> str | None:
+    """Address of a record's run or of one of its artifacts; None where no server shows it.
+
+    Args:
+        record: of a stage or pipeline.
+        pages: address of the MLflow UI.
+        artifact: path below the run's artifacts.
+    """
+    if pages is None or record.experiment_id is None or record.mlflow_run_id is None:
+        return None
+    return f"{pages}/{run_url(record.experiment_id, record.mlflow_run_id, artifact)}"
+
+
 def stage_note(experiment_id: str, run_id: str, result: RunResult) -> str:
     """Summary of a stage, its pages and its Parquet tables of rows (such as rejected ones)."""
     links = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -21,7 +22,9 @@ from prefect.artifacts import (
 
 from components.evaluation.pictures import thumbnail_uri
 from flows.costs import COST, GPU_HOURS, pipeline_cost
-from flows.history.records import all_records, latest_finished
+from flows.history.records import Record, all_records, latest_finished, stage_record_of
+from flows.history.run_pages import record_url
+from flows.pools.contract_artifact import contracts_table
 from flows.runner import StageExecutor, StageOutcome
 from flows.services import running_services
 from flows.setting_overrides import read_params
@@ -75,6 +78,25 @@ def _spent(
     )
 
 
+def stage_records(
+    root: Path, pipeline: Record | None, outcomes: Mapping[str, StageOutcome]
+) -> dict[str, Record]:
+    """The record behind each outcome: who made the result of a stage, or how it failed here.
+
+    Args:
+        root: repository root.
+        pipeline: record of this run.
+        outcomes: by stage; those that came to no record are left out.
+    """
+    found = {}
+    for name, outcome in outcomes.items():
+        if outcome.ok:
+            found[name] = latest_finished(root, name)
+        elif pipeline is not None:
+            found[name] = stage_record_of(root, pipeline.record_id, name)
+    return {name: record for name, record in found.items() if record is not None}
+
+
 class PipelineArtifacts:
     """Artifacts of one pipeline run, kept up to date from the threads that run its stages."""
 
@@ -113,18 +135,24 @@ class PipelineArtifacts:
         problem: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write the table of what ended, with links to MLflow, the pictures and the report."""
+        """Write the table of what ended, with links to MLflow, contracts, pictures and report."""
         rows = stage_rows(self._runner, self._outcomes, self._price)
         pages = mlflow_pages(self._root)
+        pipelines = [r for r in all_records(self._root) if r.run.kind == "pipeline"]
+        pipeline = pipelines[-1] if pipelines else None
+        records = stage_records(self._root, pipeline, self._outcomes)
         for row in rows:
-            record = latest_finished(self._root, row["stage"]) if pages else None
-            if record is not None and record.mlflow_run_id is not None:
-                row["mlflow"] = f"{pages}/#/runs/{record.mlflow_run_id}"
+            record = records.get(row["stage"])
+            if record is not None and (address := record_url(record, pages)) is not None:
+                row["mlflow"] = address
         create_table_artifact(key="stages", table=rows, description="Stages of this pipeline run")
+        contracts = contracts_table(records, pages)
+        if contracts is not None:
+            create_markdown_artifact(contracts, key="data-contracts", description="Data contracts")
         if self._made("generate", PICTURES):
             self._pictures()
         if self._made("evaluate", REPORT):
-            self._report(pages)
+            self._report(None if pipeline is None else record_url(pipeline, pages, REPORT.name))
 
     def _made(self, stage: str, output: Path) -> bool:
         outcome = self._outcomes.get(stage)
@@ -139,12 +167,9 @@ class PipelineArtifacts:
                 description="A row per prompt, a column per size",
             )
 
-    def _report(self, pages: str | None) -> None:
+    def _report(self, link: str | None) -> None:
         """The report's address: in MLflow where a server shows it, else the file."""
-        pipelines = [r for r in all_records(self._root) if r.run.kind == "pipeline"]
-        run_id = pipelines[-1].mlflow_run_id if pipelines else None
-        if pages is not None and run_id is not None:
-            link = f"{pages}/#/runs/{run_id}"
+        if link is not None:
             create_link_artifact(link, link_text=f"{REPORT.name} in MLflow", key="report")
         else:
             create_markdown_artifact(f"`{self._root / REPORT}`", key="report", description="Report")
