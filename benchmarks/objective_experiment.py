@@ -40,12 +40,12 @@ from components.models.tiny import build_tiny_autoencoder, build_tiny_transforme
 from components.objectives.haar import haar
 from components.settings import ObjectiveSettings, SnrHuberSettings
 from components.training.aspect_buckets import Bucket, fit_to_bucket, nearest_bucket
-from components.training.checkpoints import write_atomically
 from components.training.curriculum import draw_noise, keyed_generator
 from components.training.dit_validation import NOISE_LEVELS
 from components.training.latent_encoding import encode
 from components.training.pixel_range import to_model
 from components.training.velocity import NoisedBatch, objective_loss, predict_velocity
+from components.whole_files import write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Whole scenes: no other photograph shows any of them.
@@ -125,7 +125,7 @@ def latent_maps(paths: Sequence[Path], cache: Path) -> LatentMaps:
                 bucket = nearest_bucket(image.height, image.width, shapes)
                 pixels = to_model([np.asarray(fit_to_bucket(image, bucket))])
                 found[f"{path.name}/{edge}"] = encode(autoencoder, pixels)[0].contiguous()
-        write_atomically(cache, save(found))
+        write_bytes(cache, save(found))
     return load(cache.read_bytes())
 
 
@@ -317,7 +317,7 @@ def run_cells(
         if not path.exists():
             print(f"training {name}, {variant}, seed {seed}", flush=True)
             cell = run_cell(plan, name, variant, seed, training, testing)
-            write_atomically(path, cell_bytes(cell))
+            write_bytes(path, cell_bytes(cell))
         results[name, variant, seed] = json.loads(path.read_text(encoding="utf-8"))
     return results
 

@@ -11,7 +11,6 @@ with an error where anything differs.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import socket
@@ -26,31 +25,9 @@ from typing import Any
 
 import psutil
 import yaml
+from small_project import LONG_ENOUGH_TO_KILL, PHOTOS, change_settings, keep_photos
 
 ROOT = Path(__file__).resolve().parents[1]
-PHOTOS = {
-    "blue-wallpaper-portrait-2x3.jpg",
-    "jad-limcaco-square.jpg",
-    "lower-antelope-canyon.jpg",
-    "mount-batok-java.jpg",
-    "sean-afnan-5x4.jpg",
-    "ng-32703.jpg",
-}
-SETTINGS = {
-    "vae": {
-        "steps": 12,
-        "eval_every": 4,
-        "checkpoint_every": 2,
-        "batch_size": 2,
-        "crop_px": 64,
-        "eval_crops": 2,
-    },
-    "slices": {"eval_min_images": 1, "min_images": 2},
-    "dit_stage1": {"steps": 12, "validate_every": 4, "checkpoint_every": 2},
-    "dit_stage2": {"steps": 6, "validate_every": 2, "checkpoint_every": 2},
-    "generate": {"sizes": [[128, 128], [96, 224]], "prompts": 1, "num_inference_steps": 4},
-    "evaluate": {"bootstrap_resamples": 100},
-}
 VICTIM_STAGE = "vae"
 AWS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -100,19 +77,8 @@ def make_origin(folder: Path) -> None:
     """A small version of the project that every clone comes from."""
     origin = folder / "origin"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(origin)], check=True)
-    sample = origin / "data" / "sample"
-    for photo in sample.glob("*.jpg"):
-        if photo.name not in PHOTOS:
-            photo.unlink()
-    captions = sample / "captions.jsonl"
-    kept = [
-        line for line in captions.read_text().splitlines() if json.loads(line)["file"] in PHOTOS
-    ]
-    captions.write_text("\n".join(kept) + "\n")
-    params = yaml.safe_load((origin / "params.yaml").read_text())
-    for section, values in SETTINGS.items():
-        params[section].update(values)
-    (origin / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    keep_photos(origin, PHOTOS)
+    change_settings(origin, LONG_ENOUGH_TO_KILL)
     who = ["-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost"]
     subprocess.run(["git", *who, "commit", "-qam", "Small settings"], cwd=origin, check=True)
 

@@ -17,6 +17,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from components.whole_files import write_text
+
 T = TypeVar("T")
 
 PROGRESS_FILE = "ULTRAFLUX_PROGRESS_FILE"
@@ -26,9 +28,7 @@ LINE_INTERVAL_S = 30.0
 
 
 def _write(path: Path, description: str, done: int, total: int | None) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"description": description, "done": done, "total": total}))
-    temporary.replace(path)
+    write_text(path, json.dumps({"description": description, "done": done, "total": total}))
 
 
 def track(

@@ -43,6 +43,7 @@ class GuardedProcess:
             output: where its standard output and error go (default: inherited).
             held: file descriptors (locks) that the launcher keeps open until the group is gone.
         """
+        self.cwd = cwd
         read_end, write_end = os.pipe()
         os.set_inheritable(read_end, True)
         launcher = Path(__file__).resolve()

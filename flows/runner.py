@@ -14,12 +14,13 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal, Protocol
+from typing import IO, Literal, Protocol
 
 from components.progress import PROGRESS_FILE
 from flows import versioning
@@ -47,6 +48,11 @@ class StageOutcome:
     def ok(self) -> bool:
         """Whether stages below may run."""
         return self.status in {"ran", "skipped"}
+
+
+def interrupted(name: str) -> StageOutcome:
+    """The outcome of a stage that `stop` kept from running."""
+    return StageOutcome(name, "failed", message=f"{name}: interrupted")
 
 
 class StageError(RuntimeError):
@@ -113,8 +119,103 @@ class CpuSlots:
                 self._changed.notify_all()
 
 
-class StageRunner:
-    """Runs stages of one pipeline run."""
+def progress_path(clone: Path, stage: str) -> Path:
+    """Where a stage that runs in `clone` writes its position."""
+    return clone / "runs" / "progress" / f"{stage}.json"
+
+
+class ProcessRunner(ABC):
+    """What runners have in common: they skip, know which processes run now, and stop them."""
+
+    def __init__(
+        self,
+        root: Path,
+        graph: dict[str, versioning.StageNode],
+        *,
+        stale: dict[str, str],
+        force: bool,
+        held: Sequence[int] = (),
+    ) -> None:
+        """Prepare for the stages of `graph`.
+
+        Args:
+            root: repository root.
+            graph: all stages.
+            stale: stages that need looking at, with reasons; others are skipped at once.
+            force: run stages even when nothing changed.
+            held: descriptor of the clone's lock, which the processes are to hold too.
+        """
+        self.root = root
+        self.graph = graph
+        self.stale = stale
+        self.force = force
+        self._held = tuple(held)
+        self._running: dict[str, GuardedProcess] = {}
+        # Reentrant: a signal handler calls `stop` in a thread that may hold it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._stopping = False
+
+    def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
+        """Run (or skip) one stage; never raises for a failing stage."""
+        if name not in self.stale and not self.force:
+            return StageOutcome(name, "skipped", message="unchanged")
+        return self._run(name, prefect_run)
+
+    @abstractmethod
+    def _run(self, name: str, prefect_run: str | None) -> StageOutcome:
+        """Run one stage that may have something to do."""
+
+    @contextmanager
+    def _process(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        output: IO[bytes],
+    ) -> Iterator[GuardedProcess | None]:
+        """A stage's process, which `stop` reaches while the block lasts; None after a `stop`."""
+        with self._lock:
+            process = None
+            if not self._stopping:
+                process = GuardedProcess(command, cwd=cwd, env=env, output=output, held=self._held)
+                self._running[name] = process
+        try:
+            yield process
+        finally:
+            with self._lock:
+                self._running.pop(name, None)
+
+    def progress_file(self, name: str) -> Path:
+        """Where the running stage writes its position."""
+        with self._lock:
+            process = self._running.get(name)
+        return progress_path(process.cwd if process else self.root, name)
+
+    def stop(self) -> None:
+        """Stop every running stage; what they saved stays for the next run."""
+        with self._lock:
+            self._stopping = True
+            running = list(self._running.values())
+            self._changed.notify_all()
+        for process in running:
+            process.stop()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping
+
+    def running(self) -> list[str]:
+        """Names of the stages that run now."""
+        with self._lock:
+            return sorted(self._running)
+
+
+class StageRunner(ProcessRunner):
+    """Runs stages of one pipeline run in this clone."""
 
     def __init__(
         self,
@@ -127,45 +228,30 @@ class StageRunner:
         force: bool = False,
         held: Sequence[int] = (),
     ) -> None:
-        """Prepare for the stages of `graph`.
+        """As the base.
 
         Args:
             root: repository root.
             graph: all stages.
             parent_record: record id of the pipeline run; None for a stage on its own, which then
                 uploads its record itself.
-            stale: stages that need looking at, with reasons; others are skipped at once.
+            stale: stages that need looking at, with reasons.
             cpus: cores to hand out (default: all of this machine).
             force: run stages even when nothing changed.
-            held: descriptor of the clone's lock, which stage processes are to hold too.
+            held: descriptor of the clone's lock.
         """
-        self.root = root
-        self.graph = graph
+        super().__init__(root, graph, stale=stale, force=force, held=held)
         self.parent_record = parent_record
-        self.stale = stale
-        self.force = force
-        self._held = tuple(held)
         self._slots = CpuSlots(cpus or os.cpu_count() or 1)
-        self._running: dict[str, GuardedProcess] = {}
-        # Reentrant: a signal handler calls `stop` in a thread that may hold it.
-        self._lock = threading.RLock()
-        self._stopping = False
 
-    def progress_file(self, name: str) -> Path:
-        """Where the running stage writes its position."""
-        return self.root / "runs" / "progress" / f"{name}.json"
-
-    def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
-        """Run (or skip) one stage; never raises for a failing stage."""
+    def _run(self, name: str, prefect_run: str | None) -> StageOutcome:
         node = self.graph[name]
-        if name not in self.stale and not self.force:
-            return StageOutcome(name, "skipped", message="unchanged")
         with (
             shared_turn(self.root, name, lambda: self._stopping),
             self._slots.take(node.meta.cpus),
         ):
             if self._stopping:
-                return StageOutcome(name, "failed", message=f"{name}: interrupted")
+                return interrupted(name)
             started = time.monotonic()
             outcome = self._repro(node, prefect_run, started)
         self._record_outputs(outcome)
@@ -191,15 +277,13 @@ class StageRunner:
                 env[PARENT_RECORD] = self.parent_record
             if prefect_run is not None:
                 env[PREFECT_RUN] = prefect_run
-            with log.open("wb") as output:
-                process = GuardedProcess(
-                    command, cwd=self.root, env=env, output=output, held=self._held
-                )
-                with self._lock:
-                    self._running[name] = process
+            with (
+                log.open("wb") as output,
+                self._process(name, command, cwd=self.root, env=env, output=output) as process,
+            ):
+                if process is None:
+                    return interrupted(name)
                 code = self._wait(process, node.meta.timeout_min, waiting)
-                with self._lock:
-                    del self._running[name]
             said = read_json(outcome_file)
         progress.unlink(missing_ok=True)
         seconds = time.monotonic() - started
@@ -237,24 +321,6 @@ class StageRunner:
             record = Record(folder)
             if record.run.parent == self.parent_record:
                 record.set_outputs(hashes)
-
-    def stop(self) -> None:
-        """Stop every running stage; what they saved stays for the next run."""
-        with self._lock:
-            self._stopping = True
-            running = list(self._running.values())
-        for process in running:
-            process.stop()
-
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called."""
-        return self._stopping
-
-    def running(self) -> list[str]:
-        """Names of the stages that run now."""
-        with self._lock:
-            return sorted(self._running)
 
 
 @contextmanager

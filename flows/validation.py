@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.corpus.parquet_files import write_parquet
 from components.settings import Settings
+from components.whole_files import write_text
 
 RESULTS_VERSION = 2
 _EXAMPLES = 10
@@ -404,8 +405,6 @@ def write_report(
         for name in ("results.json", "report.html", "failed_rows.parquet")
     )
     for path, text in ((results, to_json(report)), (page, to_html(report, rows.name))):
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, text)
     write_parquet(failed_rows(report), rows)
     return results, page, rows

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
-import json
 import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hypothesis
 import pytest
-import yaml
 
 from flows import environment
 
@@ -72,32 +71,58 @@ def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
-@pytest.fixture(scope="session")
-def trivial_clone() -> Callable[[Path, int], Path]:
-    """Makes projects whose stages copy one file: `benchmarks/trivial_clone.py`."""
-    path = ROOT / "benchmarks" / "trivial_clone.py"
-    spec = importlib.util.spec_from_file_location("trivial_clone", path)
+def _benchmark(name: str) -> ModuleType:
+    """A module of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    make: Callable[[Path, int], Path] = module.trivial_clone
+    return module
+
+
+@pytest.fixture(scope="session")
+def trivial_clone() -> Callable[[Path, int], Path]:
+    """Makes projects whose stages copy one file: `benchmarks/trivial_clone.py`."""
+    make: Callable[[Path, int], Path] = _benchmark("trivial_clone").trivial_clone
     return make
 
 
-def _set(values: dict[str, Any], path: str, value: Any) -> None:
-    *sections, key = path.split(".")
-    for section in sections:
-        values = values[section]
-    assert key in values, path
-    values[key] = value
+@pytest.fixture(scope="session")
+def small_project() -> ModuleType:
+    """PHOTOS and SETTINGS of the project made small: `benchmarks/small_project.py`."""
+    return _benchmark("small_project")
+
+
+@pytest.fixture(scope="session")
+def write_trained_weights() -> Callable[[Path, str], None]:
+    """Puts tiny weights where the pipeline leaves its own: `write(project, "ema")`."""
+
+    def write(project: Path, weights: str) -> None:
+        from components.models.text_encoders import build_tiny_text_encoders
+        from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
+
+        data = project / "data"
+        encoders = data / "text_embeddings" / "encoders"
+        texts = build_tiny_text_encoders(encoders, ["a lake", "a hill"])
+        build_tiny_transformer(
+            num_layers=1,
+            num_single_layers=1,
+            joint_attention_dim=texts.text_encoder_2.config.d_model,
+            pooled_projection_dim=texts.text_encoder.config.hidden_size,
+        ).save_pretrained(data / "dit_stage2" / weights)
+        build_tiny_autoencoder().save_pretrained(data / "vae" / "autoencoder")
+
+    return write
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def clone(
+    tmp_path_factory: pytest.TempPathFactory, small_project: ModuleType
+) -> Callable[..., Path]:
     """Makes clones of this project: `clone(name, {"vae.steps": 2}, photos=[...])`."""
 
-    def make(name: str, settings: dict[str, Any], photos: list[str] | None = None) -> Path:
+    def make(name: str, settings: dict[str, Any], photos: Sequence[str] | None = None) -> Path:
         target = tmp_path_factory.mktemp("clones") / name
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -107,26 +132,27 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         )
         for file in listed.stdout.decode().split("\0"):
             source = ROOT / file
-            is_photo = source.suffix == ".jpg" and source.parent.name == "sample"
             left_out = file.startswith("tests/") or file == "dvc.lock"
-            if photos is not None and is_photo and source.name not in photos:
-                left_out = True
             if not file or left_out or not source.is_file():
                 continue
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target / file)
-        values = yaml.safe_load((target / "params.yaml").read_text(encoding="utf-8"))
-        for path, value in settings.items():
-            _set(values, path, value)
-        (target / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        small_project.change_settings(target, settings)
         if photos is not None:
-            captions = target / "data" / "sample" / "captions.jsonl"
-            lines = captions.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["file"] in photos]
-            captions.write_text("\n".join(kept) + "\n", encoding="utf-8")
+            small_project.keep_photos(target, photos)
         who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "clone"]):
             subprocess.run(["git", *command], cwd=target, check=True)
         return target
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def small_clone(clone: Callable[..., Path], small_project: ModuleType) -> Callable[..., Path]:
+    """Makes clones with the small project's photographs and settings: `small_clone(name)`."""
+
+    def make(name: str, changes: Mapping[str, Any] | None = None) -> Path:
+        return clone(name, small_project.SETTINGS | (changes or {}), small_project.PHOTOS)
 
     return make

@@ -26,6 +26,7 @@ from components.corpus.shard_journal import ShardJournal
 from components.corpus.throughput import Throughput
 from components.corpus.worker_pool import WorkerPool
 from components.progress import track
+from components.whole_files import write_text
 
 __all__ = ["EngineLimits", "ItemsFailed", "code_digest", "join_shards", "map_items", "open_pool"]
 
@@ -83,9 +84,7 @@ def _is_outside(failure: Failure, reasons: Sequence[type[Exception]]) -> bool:
 
 def _raise_failed(failed: Mapping[str, str], state_dir: Path, kept: int, total: int) -> None:
     lines = [json.dumps({"image_id": name, "error": text}) for name, text in failed.items()]
-    temporary = state_dir / f".{FAILED_FILE}.partial"
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(state_dir / FAILED_FILE)
+    write_text(state_dir / FAILED_FILE, "\n".join(lines) + "\n")
     _, _, first = next(iter(failed.values())).partition(": ")
     raise ItemsFailed(
         f"{len(failed)} of {total} items failed ({first}); {kept} finished ones are kept, run the "

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from components.corpus.settings import SelectSettings
+from components.whole_files import whole_file
 
 _KEPT_COLOUR = "#1b7f5c"
 _REJECTED_COLOUR = "#b3423a"
@@ -60,6 +61,5 @@ def save_overview(table: pd.DataFrame, settings: SelectSettings, path: Path) -> 
     texture.set_xlabel("flat fraction")
     texture.set_ylabel("entropy (bits)")
 
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, format="png", metadata={"Software": None})
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -11,6 +11,8 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from components.whole_files import write_text
+
 COLOURS = ("#1b7f5c", "#b3423a", "#3f6fb5", "#9a6b00")
 _BINS = 40
 
@@ -98,6 +100,4 @@ def render(template: str, **values: Any) -> str:
 def write_page(text: str, path: Path) -> None:
     """Write a page whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)

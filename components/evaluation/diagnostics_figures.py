@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.training.checkpoints import write_atomically
+from components.whole_files import whole_file, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,9 +46,8 @@ def save_figure(figure: Figure, folder: Path, name: str) -> tuple[Path, Path]:
     # The salt names clip paths and markers; without one they are random.
     with mpl.rc_context({"svg.hashsalt": name, "font.size": 10}):
         for path, extra in zip(paths, metadata, strict=True):
-            content = io.BytesIO()
-            figure.savefig(content, format=path.suffix[1:], dpi=PNG_DPI, metadata=extra)
-            write_atomically(path, content.getvalue())
+            with whole_file(path) as temporary:
+                figure.savefig(temporary, format=path.suffix[1:], dpi=PNG_DPI, metadata=extra)
     return paths
 
 
@@ -58,5 +56,5 @@ def save_numbers(numbers: Mapping[str, Any], folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     text = json.dumps(numbers, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_atomically(path, text.encode())
+    write_text(path, text)
     return path

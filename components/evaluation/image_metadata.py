@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image, PngImagePlugin
+
+from components.whole_files import whole_file
 
 FileFormat = Literal["png", "jpg"]
 JPEG_QUALITY = 95
@@ -55,12 +56,12 @@ def save_with_metadata(
     Raises:
         ValueError: more text than a JPEG can hold.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    options: dict[str, Any]
     if file_format == "png":
         notes = PngImagePlugin.PngInfo()
         for name, text in fields.items():
             notes.add_itxt(name, text)
-        image.save(temporary, format="PNG", pnginfo=notes)
+        options = {"format": "PNG", "pnginfo": notes}
     else:
         # Base64: no character of a prompt can break the XML.
         data = base64.b64encode(json.dumps(dict(fields)).encode()).decode("ascii")
@@ -73,10 +74,11 @@ def save_with_metadata(
         exif = Image.Exif()
         exif[_IMAGE_DESCRIPTION] = fields.get("prompt", "")
         exif[_SOFTWARE] = fields.get("software", software_version())
-        image.convert("RGB").save(
-            temporary, format="JPEG", quality=JPEG_QUALITY, subsampling=0, exif=exif, xmp=packet
-        )
-    temporary.replace(path)
+        image = image.convert("RGB")
+        options = {"format": "JPEG", "quality": JPEG_QUALITY, "subsampling": 0}
+        options |= {"exif": exif, "xmp": packet}
+    with whole_file(path) as temporary:
+        image.save(temporary, **options)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

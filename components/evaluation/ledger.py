@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import math
-import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from components.whole_files import write_bytes
 
 Features = npt.NDArray[np.float32]
 
@@ -111,15 +112,10 @@ class _Parts:
         """One more part; the caller holds the lock."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression=_COMPRESSION)
-        data = sink.getvalue()
+        data = memoryview(sink.getvalue())
         name = f"part-{hashlib.sha256(data).hexdigest()[:32]}.parquet"
         target = self.folder / name
-        temporary = self.folder / f".{name}.{os.getpid()}"
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        write_bytes(target, data, durable=True)
         return target
 
     def read(self, path: Path, **options: Any) -> pa.Table:

@@ -27,7 +27,7 @@ from PIL import Image
 from components.evaluation.suites import SuiteItem
 from components.evaluation.systems import System
 from components.models.weights import WeightsMissing
-from components.text_files import write_text
+from components.whole_files import write_text
 
 _GIB = 2**30
 Paint = Callable[[SuiteItem], Image.Image]

@@ -24,6 +24,7 @@ from components.evaluation.viewer import (
     ViewedPicture,
     Viewer,
 )
+from components.whole_files import write_bytes
 
 WHOLE_LIMIT = 12
 """Worst cases whose whole native pixels are embedded, as far as the budget goes."""
@@ -83,9 +84,7 @@ def _whole_layers(
     layers = []
     for box, data in native_tiles(pixels):
         target = folder / f"{box[0]}_{box[1]}.jpg"
-        temporary = target.with_name(f".{target.name}")
-        temporary.write_bytes(data)
-        temporary.replace(target)
+        write_bytes(target, data)
         layers.append(Layer(*box, path=f"{options.tiles.name}/{folder.name}/{target.name}"))
     return layers
 

@@ -34,7 +34,7 @@ from components.evaluation.statistics import bootstrap_mean
 from components.evaluation.suites import Suite, SuiteItem
 from components.evaluation.systems import System, SystemFailed
 from components.models.weights import WeightsMissing
-from components.text_files import write_text
+from components.whole_files import write_text
 
 COLUMNS = (*scores.COLUMNS, "item", "stratum", "image_sha256", "error")
 

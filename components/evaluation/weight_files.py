@@ -10,7 +10,6 @@ and later ones compare with it.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, Literal
 from components.evaluation.cards import MetricCard
 from components.evaluation.metric_weights import Weights, place_of
 from components.models.weights import WeightsMissing, file_digest, folder_digest
+from components.whole_files import write_text
 
 RECORD = "digests.json"
 _NAMED_DIGEST = re.compile(r"-([0-9a-f]{8})\.(?:pth|pt|safetensors)$")
@@ -80,9 +80,7 @@ def _read_record(weights_dir: Path) -> dict[str, Any]:
 
 def _write_record(weights_dir: Path, values: Mapping[str, Any]) -> None:
     weights_dir.mkdir(parents=True, exist_ok=True)
-    temporary = weights_dir / f".{RECORD}.{os.getpid()}"
-    temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(weights_dir / RECORD)
+    write_text(weights_dir / RECORD, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _sha256(path: Path) -> str:

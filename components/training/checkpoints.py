@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from components.whole_files import flush, write_bytes, write_text
+
 CONTENTS_FILE = "contents.json"
 """Written last inside a checkpoint: format version, step, and the size of every file."""
 LATEST_FILE = "latest"
@@ -65,15 +67,6 @@ class OpenCheckpoint:
     """Its name once it is whole."""
 
 
-def _flush(path: Path) -> None:
-    """Flush one file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -85,20 +78,9 @@ def _flush_tree(folder: Path) -> None:
     """
     for path in _files(folder):
         if not path.name.lstrip(".").startswith((_DONE[1:], _FAILED[1:])):
-            _flush(path)
+            flush(path)
     for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
-        _flush(path)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: a reader (or a kill) never meets a half-written file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _flush(path.parent)
+        flush(path)
 
 
 class CheckpointStore:
@@ -189,7 +171,7 @@ class CheckpointStore:
         # A rank on another node can flush only what it wrote itself, so every rank flushes.
         _flush_tree(opened.aside)
         if self._world_size > 1:
-            write_atomically(opened.aside / f"{_DONE}{self._rank:05d}", b"")
+            write_bytes(opened.aside / f"{_DONE}{self._rank:05d}", b"", durable=True)
         if self._rank == 0:
             self._wait_for_marks(opened, is_abandoned)
             self._commit(opened.step, opened.aside, opened.final)
@@ -197,7 +179,7 @@ class CheckpointStore:
     def fail(self, opened: OpenCheckpoint, reason: str) -> None:
         """Tell rank 0 that this rank cannot write its part."""
         if self._world_size > 1:
-            write_atomically(opened.aside / f"{_FAILED}{self._rank:05d}", reason.encode())
+            write_text(opened.aside / f"{_FAILED}{self._rank:05d}", reason, durable=True)
 
     def _wait_for_marks(self, opened: OpenCheckpoint, is_abandoned: Callable[[], bool]) -> None:
         """Return when every rank is done, with the marks removed."""
@@ -252,11 +234,11 @@ class CheckpointStore:
         sizes = {path.relative_to(aside).as_posix(): path.stat().st_size for path in _files(aside)}
         contents = {"format": _FORMAT, "step": step, "files": sizes}
         (aside / CONTENTS_FILE).write_text(json.dumps(contents, indent=1), encoding="utf-8")
-        _flush(aside / CONTENTS_FILE)
-        _flush(aside)
+        flush(aside / CONTENTS_FILE)
+        flush(aside)
         os.rename(aside, final)
-        _flush(self.folder)
-        write_atomically(self.folder / LATEST_FILE, f"{final.name}\n".encode())
+        flush(self.folder)
+        write_text(self.folder / LATEST_FILE, f"{final.name}\n", durable=True)
         self._drop_old(step, final)
 
     def _drop_old(self, step: int, newest: Path) -> None:

@@ -6,14 +6,14 @@ inputs and settings only.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from components.training.dit_validation import LEVELS, NOISE_LEVELS, ValidationLoss
+from components.whole_files import whole_file
 
 HISTORY_COLUMNS = ("loss", "grad_norm", "lr", *(f"loss_band_{band}" for band in range(LEVELS)))
 Rows = Iterable[Mapping[str, float]]
@@ -111,16 +111,5 @@ def draw_curves(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> 
     levels.set(title="validation by noise level", xlabel="t (0 data, 1 noise)")
     levels.legend()
     figure.suptitle(title)
-    write_aside(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-
-
-def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV with shortest exact floats."""
-    write_aside(path, lambda temporary: table.to_csv(temporary, index=False, lineterminator="\n"))
-
-
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Write to a temporary name in the same folder, then rename."""
-    temporary = path.with_name(f".{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

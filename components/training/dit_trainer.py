@@ -42,7 +42,7 @@ from components.training.block_compilation import (
     uncompiled,
 )
 from components.training.checkpoint_writer import CheckpointWriter
-from components.training.checkpoints import CheckpointStore, write_atomically
+from components.training.checkpoints import CheckpointStore
 from components.training.context_parallel import check_context_parallel, enable_context_parallel
 from components.training.curriculum import draw_noise
 from components.training.distributed import Ranks, initialize_engine
@@ -64,6 +64,7 @@ from components.training.velocity import (
     predict_velocity,
 )
 from components.training.weight_shards import WeightShard, assemble, master_shards
+from components.whole_files import write_text
 
 STATE_FILE = "trainer.json"
 ENGINE_FOLDER = "engine"
@@ -443,7 +444,7 @@ class DitTrainer:
                 "processes": self.ranks.world_size,
             }
             text = json.dumps(state, indent=1)
-            writes.append(lambda: write_atomically(folder / STATE_FILE, text.encode()))
+            writes.append(lambda: write_text(folder / STATE_FILE, text, durable=True))
         self.writer.submit(opened, [self.copies.fence(), *writes])
 
     def _resume(self) -> int:

@@ -8,7 +8,6 @@ and both go through `train_here`.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from components.training.distributed import (
 )
 from components.training.dit_trainer import DitJob, TrainingDiverged, train
 from components.training.supervision import launch, reporting_failures
+from components.whole_files import write_text
 
 JOB_FILE = "job.json"
 WORKER = "components.training.dit_worker"
@@ -43,9 +43,7 @@ def run_job(job: DitJob) -> None:
         return
     job.state_dir.mkdir(parents=True, exist_ok=True)
     path = job.state_dir / JOB_FILE
-    temporary = path.with_name(f".{JOB_FILE}.{os.getpid()}")
-    temporary.write_text(job.model_dump_json(indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, job.model_dump_json(indent=1))
     launch(WORKER, [str(path.resolve())], job.runtime, job.state_dir)
 
 

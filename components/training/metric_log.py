@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from components.whole_files import write_text
+
 TIME_KEY = "time_ms"
 """Wall clock of a line in ms since 1970; part of the file, not of `rows`."""
 
@@ -50,9 +52,7 @@ class MetricLog:
     def rewind(self, step: int) -> None:
         """Forget everything logged at steps greater than `step` (resume from a checkpoint)."""
         kept = [row for row in self._lines() if row["step"] <= step]
-        temporary = self.path.with_suffix(".rewound")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """(steps, values) of one metric, finite values only."""

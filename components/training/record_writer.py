@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import xxhash
 
-from components.training.checkpoints import write_atomically
+from components.whole_files import whole_file, write_text
 
 INDEX_FILE = "index.parquet"
 STORE_FILE = "store.json"
@@ -115,10 +115,9 @@ class RecordWriter:
                 shutil.copyfile(self.folder / shard, temporary)
             os.replace(temporary, destination / shard)
         text = json.dumps(dict(about), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        write_atomically(destination / STORE_FILE, text.encode())
-        temporary = destination / f".{INDEX_FILE}"
-        index.to_parquet(temporary, index=False)
-        os.replace(temporary, destination / INDEX_FILE)
+        write_text(destination / STORE_FILE, text, durable=True)
+        with whole_file(destination / INDEX_FILE) as temporary:
+            index.to_parquet(temporary, index=False)
 
     def _place(self, series: str, nbytes: int) -> tuple[str, int]:
         """Reserve room: (shard, offset)."""
@@ -156,7 +155,7 @@ class RecordWriter:
                 shard.unlink()
             elif shard.stat().st_size > self._sizes[shard.name]:
                 os.truncate(shard, self._sizes[shard.name])
-        write_atomically(self._journal, "".join(f"{line}\n" for line in lines).encode())
+        write_text(self._journal, "".join(f"{line}\n" for line in lines), durable=True)
 
     def _take_over(self, batch: list[dict[str, Any]]) -> None:
         for row in batch:

@@ -8,7 +8,6 @@ from generators of their own, so training ends with the same bytes with and with
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from components.training.dit_validation import LEVELS
 from components.training.latent_store import LatentStore
 from components.training.settings import SampleSettings
 from components.training.text_store import EMPTY_PROMPT_ID, TextStore
+from components.whole_files import whole_file
 
 if TYPE_CHECKING:
     from components.training.dit_trainer import DitJob
@@ -164,9 +164,8 @@ class SampleGrids:
         self.folder.mkdir(parents=True, exist_ok=True)
         columns = math.ceil(math.sqrt(len(pictures)))
         sheet = contact_sheet(pictures, columns=columns, cell_px=_CELL_PX)
-        temporary = self.folder / f".step-{step:08d}.png"
-        sheet.save(temporary, format="PNG")
-        os.replace(temporary, self.folder / f"step-{step:08d}.png")
+        with whole_file(self.folder / f"step-{step:08d}.png") as temporary:
+            sheet.save(temporary, format="PNG")
 
 
 def grids_of_run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from components.models.weights import file_digest
+from components.whole_files import whole_folder
 
 # Text of a model card from the configuration and the weights' checksums.
 Card = Callable[[Mapping[str, Any], str], str]
@@ -60,14 +60,10 @@ def save_transformer(
         if name not in state:
             state[name] = tensor.detach().cpu()
     model.load_state_dict(state, assign=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, max_shard_size=int(max_shard_gb * _GB))
-    if beside is not None:
-        beside(aside)
-    checksums = weights_checksums(aside)
-    (aside / CHECKSUM_FILE).write_text(checksums, encoding="utf-8")
-    (aside / CARD_FILE).write_text(card(config, checksums), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with whole_folder(folder) as aside:
+        model.save_pretrained(aside, max_shard_size=int(max_shard_gb * _GB))
+        if beside is not None:
+            beside(aside)
+        checksums = weights_checksums(aside)
+        (aside / CHECKSUM_FILE).write_text(checksums, encoding="utf-8")
+        (aside / CARD_FILE).write_text(card(config, checksums), encoding="utf-8")

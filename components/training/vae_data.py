@@ -11,7 +11,6 @@ embedded profile they are reduced to 2048 px, so that a crop shows structure and
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from components.corpus.decoding import MAX_MEGAPIXELS, ImageUndecodable, read_rg
 from components.corpus.original_lookup import Original
 from components.progress import track
 from components.training.pixel_range import Pixels, to_model
+from components.whole_files import whole_file
 
 WORKING_EDGE_IN_CROPS = 16
 # First entry of the random key: training and held-out crops never share a stream.
@@ -142,10 +142,8 @@ def _working_copy(
         if (height, width) != pixels.shape[:2]:
             image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
             pixels = np.asarray(image)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
+        with whole_file(path) as temporary, temporary.open("wb") as file:
             np.save(file, pixels)
-        os.replace(temporary, path)
     array: Pixels = np.load(path, mmap_mode="r")
     if min(array.shape[:2]) < crop_px:
         raise PhotographTooSmall(

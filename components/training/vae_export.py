@@ -6,9 +6,7 @@ Everything depends on inputs and settings only; durations stay in the metric log
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,28 +17,12 @@ from components.evaluation.fidelity import ssim
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.training.pixel_range import Pixels
 from components.training.vae_trainer import VaeTraining, mean_psnr_db
+from components.whole_files import whole_file, whole_folder, write_text
 
 KINDS = ("original", "before", "after")
 GRID_CROPS = 12
 _GAP_PX = 4
 _WHITE = 255
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary name in the same folder, then rename."""
-    temporary = path.with_name(f".{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary folder, then put it where `path` is."""
-    temporary = path.with_name(f".{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(temporary, path)
 
 
 def history_table(history: Sequence[dict[str, float]]) -> pd.DataFrame:
@@ -109,8 +91,8 @@ def draw_curves(table: pd.DataFrame, path: Path) -> None:
     measured = table.dropna(subset=["psnr_db"])
     psnr.plot(measured["step"], measured["psnr_db"], marker="o")
     psnr.set(title="PSNR on held-out crops", xlabel="step", ylabel="dB")
-    metadata = {"Software": None}
-    replace_file(path, lambda to: figure.savefig(to, dpi=110, format="png", metadata=metadata))
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
 
 
 def export_training(
@@ -122,27 +104,19 @@ def export_training(
     `crops/NN_{original,before,after}.png`, `crops.png`, `curves.png`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    replace_folder(
-        folder / "autoencoder",
-        lambda to: autoencoder.save_pretrained(to, safe_serialization=True),
-    )
+    with whole_folder(folder / "autoencoder") as filled:
+        autoencoder.save_pretrained(filled, safe_serialization=True)
     table = history_table(training.history)
-    replace_file(
-        folder / "history.csv", lambda to: table.to_csv(to, index=False, lineterminator="\n")
-    )
+    write_text(folder / "history.csv", table.to_csv(index=False, lineterminator="\n"))
     draw_curves(table, folder / "curves.png")
-
-    def save_crops(to: Path) -> None:
-        for kind, images in zip(
-            KINDS, (training.held_out, training.before, training.after), strict=True
-        ):
+    crops = zip(KINDS, (training.held_out, training.before, training.after), strict=True)
+    with whole_folder(folder / "crops") as filled:
+        for kind, images in crops:
             for number, image in enumerate(images):
-                Image.fromarray(image).save(to / f"{number:02d}_{kind}.png")
-
-    replace_folder(folder / "crops", save_crops)
-    grid = Image.fromarray(crop_grid(training))
-    replace_file(folder / "crops.png", lambda to: grid.save(to, format="PNG"))
+                Image.fromarray(image).save(filled / f"{number:02d}_{kind}.png")
+    with whole_file(folder / "crops.png") as temporary:
+        Image.fromarray(crop_grid(training)).save(temporary, format="PNG")
     metrics = headline_metrics(training)
     text = json.dumps(metrics, indent=2, sort_keys=True) + "\n"
-    replace_file(folder / "metrics.json", lambda to: to.write_text(text, encoding="utf-8"))
+    write_text(folder / "metrics.json", text)
     return metrics

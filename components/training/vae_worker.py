@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from components.training.supervision import launch, reporting_failures
 from components.training.vae_data import Photograph, PhotographTooSmall, WorkingCopies
 from components.training.vae_export import export_training
 from components.training.vae_trainer import LossNotFinite, train_vae
+from components.whole_files import write_text
 
 JOB_FILE = "job.json"
 WORKER = "components.training.vae_worker"
@@ -73,9 +73,7 @@ def run_job(job: VaeJob) -> None:
         train_here(job)
         return
     path = job.state_dir / JOB_FILE
-    temporary = path.with_name(f".{JOB_FILE}.{os.getpid()}")
-    temporary.write_text(job.model_dump_json(indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, job.model_dump_json(indent=1))
     launch(WORKER, [str(path.resolve())], job.runtime, job.state_dir)
 
 

@@ -6,11 +6,11 @@ believed when every dependency that a stage makes has the hash which that stage'
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from components.whole_files import write_text
 from flows.versioning import StageNode, hashes, open_repo, read_lock
 
 LockEntry = Mapping[str, Any]
@@ -71,9 +71,7 @@ def merge_entries(root: Path, entries: Mapping[str, LockEntry]) -> None:
         if not changed:
             return
         stages.update(changed)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(dumps_yaml(document), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, dumps_yaml(document))
 
 
 def stale_without_data(root: Path, graph: Mapping[str, StageNode]) -> dict[str, str]:

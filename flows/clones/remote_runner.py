@@ -20,8 +20,7 @@ from flows.clones.remote_stage import code_commit
 from flows.clones.stage_messages import StageReply, WorkerRefused, as_json, read_reply
 from flows.execution import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
 from flows.history.records import read_json, write_json
-from flows.launcher import GuardedProcess
-from flows.runner import StageOutcome
+from flows.runner import ProcessRunner, StageOutcome, interrupted, progress_path
 
 HELD_FILE = "runs/remote/held.json"
 """Worker by stage: where finished results wait for the remote to come back."""
@@ -54,7 +53,7 @@ def checked_workers(root: Path, folders: Sequence[Path]) -> list[Path]:
     return workers
 
 
-class RemoteRunner:
+class RemoteRunner(ProcessRunner):
     """Runs stages of one pipeline run in other clones, one at a time in each."""
 
     def __init__(
@@ -69,23 +68,19 @@ class RemoteRunner:
         force: bool = False,
         held: Sequence[int] = (),
     ) -> None:
-        """Prepare for the stages of `graph`.
+        """As the base.
 
         Args:
             root: the pipeline's clone.
             graph: all stages.
             parent_record: record id of the pipeline run.
-            stale: stages that have to run, with reasons; others are skipped at once.
+            stale: stages that have to run, with reasons.
             workers: clones (`checked_workers`).
             say: told one line when a worker is lost.
             force: run stages even when nothing changed.
-            held: descriptor of the clone's lock, which worker processes are to hold too.
+            held: descriptor of the clone's lock.
         """
-        self.root = root
-        self.graph = graph
-        self.parent_record = parent_record
-        self.stale = stale
-        self.force = force
+        super().__init__(root, graph, stale=stale, force=force, held=held)
         self._clone = PipelineClone(
             root,
             graph,
@@ -95,23 +90,16 @@ class RemoteRunner:
         )
         self._workers = list(workers)
         self._say = say
-        self._descriptors = tuple(held)
         self._free = list(workers)
         self._losses = dict.fromkeys(workers, 0)
-        self._changed = threading.Condition(threading.RLock())
-        self._running: dict[str, tuple[Path, GuardedProcess]] = {}
         self._noting = threading.Lock()
-        self._stopping = False
 
-    def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
-        """Run (or skip) one stage; never raises for a failing stage."""
-        if name not in self.stale and not self.force:
-            return StageOutcome(name, "skipped", message="unchanged")
+    def _run(self, name: str, prefect_run: str | None) -> StageOutcome:
         lost: list[Path] = []
         while True:
             worker = self._take(name, lost)
             if self._stopping:
-                return StageOutcome(name, "failed", message=f"{name}: interrupted")
+                return interrupted(name)
             if worker is None:
                 names = ", ".join(str(one) for one in lost)
                 message = f"{name}: lost with its worker {names} (log: runs/logs/{name}.log)"
@@ -160,26 +148,16 @@ class RemoteRunner:
         request = self._clone.request(name)
         log = self._clone.log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.progress_file(name, worker).unlink(missing_ok=True)
+        progress_path(worker, name).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as folder, log.open("wb") as output:
             question, answer = Path(folder) / "request.json", Path(folder) / "reply.json"
             write_json(question, as_json(request))
-            with self._changed:
-                if self._stopping:
+            command = [*_program(worker), "stage", "remote", str(question), "--reply", str(answer)]
+            env = _environment(worker, prefect_run)
+            with self._process(name, command, cwd=worker, env=env, output=output) as process:
+                if process is None:
                     return None
-                process = GuardedProcess(
-                    [*_program(worker), "stage", "remote", str(question), "--reply", str(answer)],
-                    cwd=worker,
-                    env=_environment(worker, prefect_run),
-                    output=output,
-                    held=self._descriptors,
-                )
-                self._running[name] = worker, process
-            try:
                 process.wait()
-            finally:
-                with self._changed:
-                    del self._running[name]
             values = read_json(answer)
         try:
             return None if values is None else read_reply(values)
@@ -199,32 +177,6 @@ class RemoteRunner:
             now[name] = str(worker)
         if now != held:
             write_json(self.root / HELD_FILE, now)
-
-    def progress_file(self, name: str, worker: Path | None = None) -> Path:
-        """Where the running stage writes its position (in its worker's clone)."""
-        with self._changed:
-            found = self._running.get(name)
-        clone = worker or (found[0] if found else self.root)
-        return clone / "runs" / "progress" / f"{name}.json"
-
-    def stop(self) -> None:
-        """Stop every running stage; what they saved stays in the workers' clones."""
-        with self._changed:
-            self._stopping = True
-            running = [process for _, process in self._running.values()]
-            self._changed.notify_all()
-        for process in running:
-            process.stop()
-
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called."""
-        return self._stopping
-
-    def running(self) -> list[str]:
-        """Names of the stages that run now."""
-        with self._changed:
-            return sorted(self._running)
 
 
 def send_present_results(root: Path, stale: dict[str, str]) -> None:

@@ -20,6 +20,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from components.whole_files import write_bytes
 from flows import versioning
 from flows.clones import data_remote
 from flows.clones.clone_lock import CloneBusy, clone_lock
@@ -191,9 +192,7 @@ def _place(root: Path, request: StageRequest) -> None:
             )
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(hashlib.sha256(wanted).hexdigest())
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(wanted)
-        temporary.replace(path)
+        write_bytes(path, wanted)
     merge_entries(root, request.lock)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -12,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from components.whole_files import write_bytes
 
 PROTOCOL = 1
 ReplyStatus = Literal["ran", "skipped", "failed", "refused", "unpushed", "busy"]
@@ -119,9 +120,7 @@ def keep_files(root: Path, files: Mapping[str, str]) -> None:
         if path.name == "mlflow.json" and target.is_file():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_bytes(base64.b64decode(files[name]))
-        temporary.replace(target)
+        write_bytes(target, base64.b64decode(files[name]))
 
 
 def without_bulk(reply: StageReply, limit_bytes: int) -> StageReply:

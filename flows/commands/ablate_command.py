@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from components.text_files import write_text
+from components.whole_files import write_text
 from flows.commands.command_line import fail, project_root
 
 if TYPE_CHECKING:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from components.whole_files import write_text
 from flows.commands.command_line import fail, project_root
 
 if TYPE_CHECKING:
@@ -192,14 +192,8 @@ def judge(
         for one in judgements
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    _write(output / "judgements.jsonl", lines)
-    _write(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(output / "judgements.jsonl", lines)
+    write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
     if all(row["outcome"] == "unanswered" for row in rows):
         raise fail(f"no pair was answered: {rows[0]['problem']}", 1)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

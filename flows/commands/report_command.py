@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from components.text_files import write_text
+from components.whole_files import write_text
 from flows.commands.command_line import fail, project_root
 
 EPILOG = """Examples:

@@ -12,13 +12,14 @@ so a tracking server that is slow or down costs a training step nothing, and not
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from components.whole_files import write_text
 
 RECORD_VERSION = 1
 RUN_TAGS = "ULTRAFLUX_RUN_TAGS"
@@ -29,9 +30,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside `path` and rename, so that readers see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def read_json(path: Path) -> Any:

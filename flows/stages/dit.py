@@ -18,6 +18,7 @@ from components.training.dit_worker import run_job
 from components.training.settings import DitStageSettings
 from components.training.supervision import TrainingRefused, restarts
 from components.training.throughput import WAIT_WARNING
+from components.whole_files import write_text
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 TRANSFORMER_COMMANDS = {
@@ -129,11 +130,15 @@ def _describe(context: StageContext, job: DitJob) -> StageResult:
     rows = [row for row in context.metrics.rows() if row["step"] <= job.settings.steps]
     out = context.output_dir
     metrics = dit_curves.headline_metrics(rows, job.settings.sigma_range)
-    dit_curves.write_csv(dit_curves.history_table(rows), out / "history.csv")
-    dit_curves.write_csv(dit_curves.validation_table(rows), out / "validation.csv")
+    tables = {
+        "history.csv": dit_curves.history_table(rows),
+        "validation.csv": dit_curves.validation_table(rows),
+    }
+    for name, table in tables.items():
+        write_text(out / name, table.to_csv(index=False, lineterminator="\n"))
     dit_curves.draw_curves(rows, job.name, out / "curves.png")
     text = json.dumps(metrics, indent=2, sort_keys=True) + "\n"
-    dit_curves.write_aside(out / "metrics.json", lambda path: path.write_text(text))
+    write_text(out / "metrics.json", text)
     waits = sum(1 for row in rows if WAIT_WARNING in row)
     restarted = restarts(job.state_dir)
     first, last = metrics["validation_loss_first"], metrics["validation_loss_last"]

@@ -29,8 +29,8 @@ from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.base_autoencoder import autoencoder_digest, load_base_autoencoder
 from components.models.weights import file_digest
 from components.progress import track
-from components.text_files import write_text
 from components.training.aspect_buckets import Bucket, fit_to_bucket
+from components.whole_files import whole_file, write_text
 from flows.stages.baseline import baseline_scores
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
@@ -66,9 +66,8 @@ def run(context: StageContext) -> StageResult:
 
     out = context.output_dir
     paths = {name: out / name for name in ("scores.parquet", "metrics.json", "report.html")}
-    temporary = out / ".scores.parquet"
-    table.to_parquet(temporary, index=False)
-    temporary.replace(paths["scores.parquet"])
+    with whole_file(paths["scores.parquet"]) as temporary:
+        table.to_parquet(temporary, index=False)
     write_text(paths["metrics.json"], json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     write_text(paths["report.html"], page)
     verdict = "gate passed" if decision["promoted"] else "gate not passed"

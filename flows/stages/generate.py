@@ -14,6 +14,7 @@ from components.evaluation import sampling
 from components.evaluation.contact_sheet import contact_sheet
 from components.models.memory_modes import MemoryModes
 from components.models.released import source_digests
+from components.whole_files import write_text
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 _CELL_PX = 320
@@ -58,7 +59,7 @@ def run(context: StageContext) -> StageResult:
         shutil.copyfile(finished / generation.file, images_dir / generation.file)
     log = context.output_dir / "generations.jsonl"
     lines = (json.dumps(asdict(g), ensure_ascii=False, sort_keys=True) for g in generations)
-    log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(log, "".join(f"{line}\n" for line in lines))
     grid = context.output_dir / "grid.png"
     contact_sheet(
         [Image.open(images_dir / generation.file) for generation in generations],

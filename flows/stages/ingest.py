@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from components.corpus.download_journal import DownloadJournal
 from components.corpus.downloader import Downloader, DownloadProgress
@@ -28,6 +27,7 @@ from components.corpus.sources import scan_folder
 from components.corpus.url_lists import read_url_lists
 from components.corpus.webdataset_shards import read_webdataset
 from components.progress import track
+from components.whole_files import write_text
 from flows.stages.contract import StageContext, StageFailed, StageResult
 from flows.stages.gate import check_manifest, joined
 
@@ -152,10 +152,7 @@ def _fingerprint(settings: DownloadSettings) -> str:
 
 def _write_coverage(coverage: Coverage, folder: Path) -> Path:
     path = folder / "coverage.json"
-    temporary = path.with_name(".coverage.json.partial")
-    text: dict[str, Any] = coverage.report()
-    temporary.write_text(json.dumps(text, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(coverage.report(), indent=2, ensure_ascii=False) + "\n")
     return path
 
 

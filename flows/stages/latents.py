@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from components.corpus.ordered_pool import WorkersDoNotStart
 from components.models.base_autoencoder import encoder_digest, load_base_autoencoder
 from components.models.weights import WeightsMissing
 from components.objectives.haar import BAND_NAMES
-from components.training.checkpoints import write_atomically
 from components.training.distributed import deterministic_torch
 from components.training.encoder_workers import Placement, encoder_limits
 from components.training.latent_encoding import (
@@ -25,6 +23,7 @@ from components.training.latent_encoding import (
 )
 from components.training.latent_store import LatentStore
 from components.training.latent_workers import LatentJob, latent_workers
+from components.whole_files import whole_file, write_text
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 # Stage 2 is a part of stage 1.
@@ -90,8 +89,8 @@ def _workers(context: StageContext, digest: str) -> Workers | None:
 def _describe(folder: Path, store: LatentStore, bands: pd.DataFrame) -> StageResult:
     summary = _summary(store, bands)
     text = json.dumps(summary, indent=2, sort_keys=True) + "\n"
-    write_atomically(folder / "summary.json", text.encode())
-    write_atomically(folder / "bands.csv", bands.to_csv(index=False, lineterminator="\n").encode())
+    write_text(folder / "summary.json", text)
+    write_text(folder / "bands.csv", bands.to_csv(index=False, lineterminator="\n"))
     _draw_bands(bands, folder / "bands.png")
     return StageResult(
         metrics={name: float(v) for name, v in summary.items() if isinstance(v, (int, float))},
@@ -150,6 +149,5 @@ def _draw_bands(bands: pd.DataFrame, path: Path) -> None:
     axes.set_xticks(list(positions), [name.upper() for name in BAND_NAMES])
     axes.set(title="Haar band energy of the latents", ylabel="share of energy", ylim=(0, 1))
     axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, dpi=110, format="png", metadata={"Software": None})
-    write_atomically(path, content.getvalue())
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})

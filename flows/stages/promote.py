@@ -9,6 +9,7 @@ import pandas as pd
 
 from components.evaluation.gate import decide
 from components.models.weights import folder_digest
+from components.whole_files import write_text
 from flows.promotion import explain, promotions
 from flows.stages.baseline import baseline_scores
 from flows.stages.contract import StageContext, StageResult
@@ -32,14 +33,14 @@ def run(context: StageContext) -> StageResult:
         seed=context.settings.project.seed,
     ) | {"paths": relative}
     output = context.output_dir / "decision.json"
-    output.write_text(json.dumps(decision, indent=1) + "\n", encoding="utf-8")
+    write_text(output, json.dumps(decision, indent=1) + "\n")
     numbers = {"promoted": float(decision["promoted"])} | {
         f"margin.{rule['name']}": rule["margin"]
         for rule in decision["rules"]
         if rule["margin"] is not None
     }
     measured = context.output_dir / "metrics.json"
-    measured.write_text(json.dumps(numbers, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(measured, json.dumps(numbers, indent=1, sort_keys=True) + "\n")
     return StageResult(
         metrics=numbers,
         artifacts=(output,),

@@ -14,6 +14,7 @@ from components.corpus.quotas import QuotaInfeasible
 from components.corpus.selection import REASONS, SETTING_OF, count_by_reason, select
 from components.corpus.settings import SelectSettings
 from components.training.aspect_buckets import buckets
+from components.whole_files import write_text
 from flows.stages.contract import StageContext, StageFailed, StageResult
 from flows.stages.gate import check_manifest, joined
 
@@ -121,9 +122,7 @@ def run(context: StageContext) -> StageResult:
     write_table(manifest, path)
     counts = count_by_reason(manifest)
     summary_path = context.output_dir / "summary.json"
-    temporary = summary_path.with_name(".summary.json.partial")
-    temporary.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(summary_path)
+    write_text(summary_path, json.dumps(counts, indent=2) + "\n")
     if counts["kept"] == 0:
         raise StageFailed(_nothing_kept(counts))
     result = StageResult(

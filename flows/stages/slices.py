@@ -9,6 +9,7 @@ from components.corpus.manifest import read_table, write_table
 from components.corpus.overview_figure import save_overview
 from components.corpus.page_figures import write_page
 from components.corpus.slices import SLICES, slices, split
+from components.whole_files import write_text
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 
@@ -36,9 +37,7 @@ def run(context: StageContext) -> StageResult:
     counts = {name: len(tables[name]) for name in SLICES}
     counts["buckets"] = int(manifest.loc[manifest["kept"].eq(True), "bucket"].nunique())
     summary = folder / "summary.json"
-    temporary = summary.with_name(".summary.json.partial")
-    temporary.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(summary)
+    write_text(summary, json.dumps(counts, indent=2) + "\n")
     figure = folder / "overview.png"
     save_overview(manifest, context.settings.select, figure)
     datasheet = folder / "datasheet.html"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from components.models.weights import folder_digest
 from components.training.encoder_workers import Placement, encoder_limits
 from components.training.text_store import build_text_store
 from components.training.text_workers import EmbeddingFailed, TextJob, embed_batches
+from components.whole_files import whole_folder
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 
@@ -109,16 +108,13 @@ def _encoder_folder(context: StageContext, rows: pd.DataFrame, family: TextFamil
     if settings.pretrained is not None:
         return context.root / settings.pretrained
     folder = context.output_dir / "encoders"
-    aside = context.output_dir / ".encoders"
-    shutil.rmtree(aside, ignore_errors=True)
-    family.build_tiny(
-        aside,
-        rows.loc[rows["split"] == "train", "caption_en"].tolist(),
-        seed=context.settings.project.seed,
-        t5_dim=settings.tiny.t5_dim,
-        clip_dim=settings.tiny.clip_dim,
-        vocab_size=settings.tiny.vocab_size,
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+    with whole_folder(folder) as aside:
+        family.build_tiny(
+            aside,
+            rows.loc[rows["split"] == "train", "caption_en"].tolist(),
+            seed=context.settings.project.seed,
+            t5_dim=settings.tiny.t5_dim,
+            clip_dim=settings.tiny.clip_dim,
+            vocab_size=settings.tiny.vocab_size,
+        )
     return folder

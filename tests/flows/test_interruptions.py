@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -18,34 +19,13 @@ import yaml
 from flows import versioning
 from flows.history.records import all_records
 
-PHOTOS = [
-    "blue-wallpaper-portrait-2x3.jpg",
-    "jad-limcaco-square.jpg",
-    "lower-antelope-canyon.jpg",
-    "mount-batok-java.jpg",
-    "sean-afnan-5x4.jpg",
-    "ng-32703.jpg",
-]
-SETTINGS = {
-    "vae.steps": 12,
-    "vae.eval_every": 4,
-    "vae.checkpoint_every": 2,
-    "vae.batch_size": 2,
-    "vae.crop_px": 64,
-    "vae.eval_crops": 2,
-    "slices.eval_min_images": 1,
-    "slices.min_images": 2,
-    "dit_stage1.steps": 12,
-    "dit_stage1.validate_every": 4,
-    "dit_stage1.checkpoint_every": 2,
-    "dit_stage2.steps": 6,
-    "dit_stage2.validate_every": 2,
-    "dit_stage2.checkpoint_every": 2,
-    "generate.sizes": [[128, 128], [96, 224]],
-    "generate.prompts": 1,
-    "generate.num_inference_steps": 4,
-    "evaluate.bootstrap_resamples": 100,
-}
+
+@pytest.fixture
+def killable_clone(
+    small_clone: Callable[..., Path], small_project: ModuleType
+) -> Callable[[str], Path]:
+    """Makes small clones in which stages last some seconds."""
+    return lambda name: small_clone(name, small_project.LONG_ENOUGH_TO_KILL)
 
 
 def output_hashes(project: Path) -> dict[str, str]:
@@ -104,11 +84,11 @@ def start_and_kill(project: Path, stage: str, how: signal.Signals, delay_s: floa
 
 @pytest.mark.slow
 def test_kill_in_every_stage_then_run_again_gives_the_same_bytes(
-    clone: Callable[..., Path],
+    killable_clone: Callable[[str], Path],
 ) -> None:
-    quiet = clone("quiet", SETTINGS, PHOTOS)
+    quiet = killable_clone("quiet")
     finish(quiet)
-    killed = clone("killed", SETTINGS, PHOTOS)
+    killed = killable_clone("killed")
     rng = random.Random(7)
     kills = 0
     for index, stage in enumerate(versioning.stage_graph(killed)):
@@ -121,9 +101,9 @@ def test_kill_in_every_stage_then_run_again_gives_the_same_bytes(
 
 @pytest.mark.slow
 def test_dvc_repro_and_the_prefect_flow_give_the_same_bytes_as_the_local_scheduler(
-    clone: Callable[..., Path],
+    killable_clone: Callable[[str], Path],
 ) -> None:
-    projects = {name: clone(name, SETTINGS, PHOTOS) for name in ("local", "dvc", "prefect")}
+    projects = {name: killable_clone(name) for name in ("local", "dvc", "prefect")}
     finish(projects["local"])
     subprocess.run(["dvc", "repro", "-q"], cwd=projects["dvc"], check=True, timeout=900)
     subprocess.run(
@@ -139,8 +119,10 @@ def test_dvc_repro_and_the_prefect_flow_give_the_same_bytes_as_the_local_schedul
 
 
 @pytest.mark.slow
-def test_ctrl_c_under_prefect_stops_the_stage_at_once(clone: Callable[..., Path]) -> None:
-    project = clone("ctrl-c", SETTINGS, PHOTOS)
+def test_ctrl_c_under_prefect_stops_the_stage_at_once(
+    killable_clone: Callable[[str], Path],
+) -> None:
+    project = killable_clone("ctrl-c")
     driver = subprocess.Popen(
         ["ultraflux", "run", "--engine", "prefect"],
         cwd=project,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,6 @@ from components.evaluation.systems import (
     UltraFluxSystem,
     parse_system,
 )
-from components.models.text_encoders import build_tiny_text_encoders
-from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
 from components.models.weights import folder_digest
 from components.settings import Settings, load_settings
 from flows.history.registry import Promotion, register
@@ -33,29 +32,25 @@ def settings(root: Path) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def project(root: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(
+    root: Path,
+    settings: Settings,
+    write_trained_weights: Callable[[Path, str], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """Trained weights, as the pipeline leaves them, registered under the alias `candidate`."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy2(root / "params.yaml", folder / "params.yaml")
     shutil.copytree(root / "mlflow", folder / "mlflow")
-    data = folder / "data"
-    texts = build_tiny_text_encoders(data / "text_embeddings" / "encoders", ["a lake", "a hill"])
-    transformer = data / "dit_stage2" / settings.generate.weights
-    build_tiny_transformer(
-        num_layers=1,
-        num_single_layers=1,
-        joint_attention_dim=texts.text_encoder_2.config.d_model,
-        pooled_projection_dim=texts.text_encoder.config.hidden_size,
-    ).save_pretrained(transformer)
-    build_tiny_autoencoder().save_pretrained(data / "vae" / "autoencoder")
+    weights = settings.generate.weights
+    write_trained_weights(folder, weights)
     uploader = Uploader(folder)
-    for kind, path in (
-        ("transformer", transformer),
-        ("autoencoder-f16", data / "vae" / "autoencoder"),
+    for kind, place in (
+        ("transformer", f"data/dit_stage2/{weights}"),
+        ("autoencoder-f16", "data/vae/autoencoder"),
     ):
         model = f"{settings.project.name}-{kind}"
-        place = str(path.relative_to(folder))
-        promotion = Promotion(model, place, folder_digest(path), "candidate")
+        promotion = Promotion(model, place, folder_digest(folder / place), "candidate")
         register(uploader.client, uploader.experiment_id, None, promotion)
     return folder
 

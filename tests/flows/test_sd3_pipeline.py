@@ -15,38 +15,6 @@ from PIL import Image
 from components.settings import parse_settings
 from components.training.metric_log import MetricLog
 
-PHOTOS = [
-    "blue-wallpaper-portrait-2x3.jpg",
-    "jad-limcaco-square.jpg",
-    "lower-antelope-canyon.jpg",
-    "mount-batok-java.jpg",
-    "sean-afnan-5x4.jpg",
-    "solus-tiles-dark.jpg",
-]
-SETTINGS = {
-    "models.transformer.backbone": "sd3",
-    "models.transformer.sd3.tiny.num_layers": 1,
-    "vae.steps": 2,
-    "vae.eval_every": 2,
-    "vae.checkpoint_every": 2,
-    "vae.batch_size": 2,
-    "vae.crop_px": 64,
-    "vae.eval_crops": 2,
-    "slices.eval_min_images": 1,
-    "slices.min_images": 2,
-    "dit_stage1.steps": 4,
-    "dit_stage1.validate_every": 4,
-    "dit_stage1.validation_repeats": 1,
-    "dit_stage1.checkpoint_every": 2,
-    "dit_stage2.steps": 2,
-    "dit_stage2.validate_every": 2,
-    "dit_stage2.validation_repeats": 1,
-    "dit_stage2.checkpoint_every": 2,
-    "generate.sizes": [[128, 128], [96, 224]],
-    "generate.prompts": 1,
-    "generate.num_inference_steps": 2,
-}
-
 
 @pytest.mark.parametrize(
     ("backbone", "held"),
@@ -73,8 +41,12 @@ def test_weights_of_the_other_backbone_stop_the_stage_with_one_line(
 
 
 @pytest.mark.slow
-def test_sd3_trains_in_both_stages_and_paints(clone: Callable[..., Path]) -> None:
-    project = clone("sd3", SETTINGS, PHOTOS)
+def test_sd3_trains_in_both_stages_and_paints(small_clone: Callable[..., Path]) -> None:
+    backbone = {
+        "models.transformer.backbone": "sd3",
+        "models.transformer.sd3.tiny.num_layers": 1,
+    }
+    project = small_clone("sd3", backbone)
     done = subprocess.run(
         ["dvc", "repro", "generate"], cwd=project, capture_output=True, text=True, timeout=900
     )

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -24,39 +25,6 @@ from flows.serving import postgres, served, tier
 pytestmark = pytest.mark.slow
 
 PATIENCE_S = 1800.0
-PHOTOS = [
-    "blue-wallpaper-portrait-2x3.jpg",
-    "jad-limcaco-square.jpg",
-    "lower-antelope-canyon.jpg",
-    "mount-batok-java.jpg",
-    "sean-afnan-5x4.jpg",
-    "solus-tiles-dark.jpg",
-    "ng-32703.jpg",
-    "white-and-multicolored-portrait-3x4.jpg",
-]
-STEPS = 4
-SETTINGS = {
-    "vae.steps": STEPS,
-    "vae.eval_every": 2,
-    "vae.checkpoint_every": 2,
-    "vae.batch_size": 2,
-    "vae.crop_px": 64,
-    "vae.eval_crops": 2,
-    "slices.eval_min_images": 1,
-    "slices.min_images": 2,
-    "dit_stage1.steps": STEPS,
-    "dit_stage1.validate_every": 2,
-    "dit_stage1.validation_repeats": 1,
-    "dit_stage1.checkpoint_every": 2,
-    "dit_stage2.steps": 2,
-    "dit_stage2.validate_every": 2,
-    "dit_stage2.validation_repeats": 1,
-    "dit_stage2.checkpoint_every": 2,
-    "generate.sizes": [[128, 128]],
-    "generate.prompts": 1,
-    "generate.num_inference_steps": 2,
-    "evaluate.bootstrap_resamples": 100,
-}
 
 
 @dataclass(frozen=True)
@@ -153,14 +121,14 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def project(clone: Callable[..., Path]) -> Iterator[Project]:
+def project(small_clone: Callable[..., Path]) -> Iterator[Project]:
     try:
         postgres.find_programs()
     except services.ServiceError as problem:
         pytest.skip(str(problem))
     if missing := served.missing_packages():
         pytest.skip(f"not installed: {', '.join(missing)}")
-    made = Project(clone("served", SETTINGS, PHOTOS))
+    made = Project(small_clone("served"))
     ports = {"--prefect-port": services.free_port(), "--mlflow-port": services.free_port()}
     words = [str(word) for pair in ports.items() for word in pair]
     try:
@@ -240,7 +208,7 @@ def test_a_second_up_changes_nothing_and_other_options_are_refused(project: Proj
 
 
 def test_with_the_database_killed_and_started_again_a_run_ends_as_if_nothing_had_been(
-    project: Project,
+    project: Project, small_project: ModuleType
 ) -> None:
     def fault() -> None:
         project.kill("postgres")
@@ -260,7 +228,8 @@ def test_with_the_database_killed_and_started_again_a_run_ends_as_if_nothing_had
         "select m.step from metrics m join runs r using (run_uuid) "
         "where r.name = 'vae' and m.key = 'loss' order by m.step",
     )
-    assert [row[0] for row in points] == list(range(1, STEPS + 1))
+    steps = small_project.SETTINGS["vae.steps"]
+    assert [row[0] for row in points] == list(range(1, steps + 1))
 
 
 def test_with_mlflow_killed_a_run_goes_on_and_its_records_arrive_later(project: Project) -> None:

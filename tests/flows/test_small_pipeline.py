@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pandas
@@ -15,40 +16,7 @@ import yaml
 
 from flows import versioning
 
-# Eight that pass the paper's rules in four aspect ratios, two that do not.
-PHOTOS = [
-    "blue-wallpaper-portrait-2x3.jpg",
-    "jad-limcaco-square.jpg",
-    "lower-antelope-canyon.jpg",
-    "mount-batok-java.jpg",
-    "sean-afnan-5x4.jpg",
-    "solus-tiles-dark.jpg",
-    "ng-32703.jpg",
-    "white-and-multicolored-portrait-3x4.jpg",
-]
 CHANGED = "generate.num_inference_steps"
-SETTINGS = {
-    "vae.steps": 4,
-    "vae.eval_every": 2,
-    "vae.checkpoint_every": 2,
-    "vae.batch_size": 2,
-    "vae.crop_px": 64,
-    "vae.eval_crops": 2,
-    "slices.eval_min_images": 1,
-    "slices.min_images": 2,
-    "dit_stage1.steps": 4,
-    "dit_stage1.validate_every": 2,
-    "dit_stage1.validation_repeats": 1,
-    "dit_stage1.checkpoint_every": 2,
-    "dit_stage2.steps": 2,
-    "dit_stage2.validate_every": 2,
-    "dit_stage2.validation_repeats": 1,
-    "dit_stage2.checkpoint_every": 2,
-    "generate.sizes": [[128, 128], [96, 224]],
-    "generate.prompts": 1,
-    "generate.num_inference_steps": 2,
-    "evaluate.bootstrap_resamples": 100,
-}
 
 
 def ultraflux(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,9 +26,9 @@ def ultraflux(project: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.fixture(scope="module")
-def project(clone: Callable[..., Path]) -> Path:
+def project(small_clone: Callable[..., Path]) -> Path:
     """A clone in which the pipeline has run once."""
-    made = clone("small", SETTINGS, PHOTOS)
+    made = small_clone("small")
     done = ultraflux(made, "run")
     assert done.returncode == 0, done.stdout + done.stderr
     return made
@@ -79,10 +47,12 @@ def test_every_stage_ran_and_the_second_run_skips_them_all(project: Path) -> Non
     assert (project / "dvc.lock").read_bytes() == before
 
 
-def test_selection_follows_the_official_signals(project: Path, root: Path) -> None:
+def test_selection_follows_the_official_signals(
+    project: Path, small_project: ModuleType, root: Path
+) -> None:
     manifest = pandas.read_parquet(project / "data" / "caption" / "manifest.parquet")
     official = pandas.read_csv(root / "tests" / "reference" / "signals.csv").set_index("file")
-    assert len(manifest) == len(PHOTOS)
+    assert len(manifest) == len(small_project.PHOTOS)
     for row in manifest.to_dict("records"):
         values = official.loc[Path(row["uri"]).name]
         assert row["entropy_bits"] == values["shannon_entropy"]
@@ -106,7 +76,9 @@ def test_no_evaluation_image_is_trained_on(project: Path) -> None:
     assert slices["stage2"] <= slices["stage1"]
 
 
-def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(project: Path) -> None:
+def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(
+    project: Path, small_project: ModuleType
+) -> None:
     import mlflow.models
     from mlflow import MlflowClient
 
@@ -128,7 +100,8 @@ def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(project: Path
     assert set(children) == set(graph)
     assert all(run.info.status == "FINISHED" for run in [first, *children.values()])
     vae = children["vae"]
-    assert len(client.get_metric_history(vae.info.run_id, "loss")) == SETTINGS["vae.steps"]
+    losses = client.get_metric_history(vae.info.run_id, "loss")
+    assert len(losses) == small_project.SETTINGS["vae.steps"]
     assert any(item.path.endswith(".png") for item in client.list_artifacts(vae.info.run_id))
     written = {
         (item.dataset.name, item.dataset.digest)
@@ -163,7 +136,9 @@ def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(project: Path
         assert run.data.tags["stage.vae.run_id"] == vae.info.run_id
 
 
-def test_lineage_walks_from_a_generated_picture_to_photographs_and_back(project: Path) -> None:
+def test_lineage_walks_from_a_generated_picture_to_photographs_and_back(
+    project: Path, small_project: ModuleType
+) -> None:
     picture = sorted((project / "data/generate/images").glob("*.png"))[0]
     done = ultraflux(project, "lineage", str(picture), "--json")
     assert done.returncode == 0, done.stderr
@@ -175,7 +150,7 @@ def test_lineage_walks_from_a_generated_picture_to_photographs_and_back(project:
     assert [step["title"] for step in back if step["kind"] == "missing"] == []
     photos = {s["title"] for s in back if s["kind"] == "photograph"}
     assert photos
-    assert photos <= {f"data/sample/{name}" for name in PHOTOS}
+    assert photos <= {f"data/sample/{name}" for name in small_project.PHOTOS}
     runs = {step["title"].split()[0] for step in back if step["kind"] == "run"}
     assert {"ingest", "slices", "vae", "dit_stage1", "dit_stage2", "generate"} <= runs
     stage2 = pandas.read_parquet(project / "data/slices/stage2.parquet")["uri"].iloc[0]
@@ -197,12 +172,12 @@ def test_a_run_is_reproduced_with_equal_outputs_restored_and_computed_again(proj
         assert (Path(found["tree"]) / path.relative_to(project)).read_bytes() == data
 
 
-def test_the_report_and_the_images_are_there(project: Path) -> None:
+def test_the_report_and_the_images_are_there(project: Path, small_project: ModuleType) -> None:
     page = (project / "data" / "evaluate" / "report.html").read_text(encoding="utf-8")
-    for photo in PHOTOS:
+    for photo in small_project.PHOTOS:
         assert photo in page
     images = sorted(path.name for path in (project / "data/generate/images").glob("*.png"))
-    assert len(images) == len(SETTINGS["generate.sizes"])  # type: ignore[arg-type]
+    assert len(images) == len(small_project.SETTINGS["generate.sizes"])
     decision = json.loads((project / "data/promote/decision.json").read_text())
     assert decision["promoted"] is False  # four steps teach nothing: the gate must refuse
     refused = ultraflux(project, "promote")
@@ -240,10 +215,12 @@ def dvc(project: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_dvc_metrics_name_every_stage_that_measures(project: Path) -> None:
+def test_dvc_metrics_name_every_stage_that_measures(
+    project: Path, small_project: ModuleType
+) -> None:
     shown = json.loads(dvc(project, "metrics", "show", "--json"))[""]["data"]
     data = {path: entry["data"] for path, entry in shown.items()}
-    assert data["data/select/summary.json"]["candidates"] == len(PHOTOS)
+    assert data["data/select/summary.json"]["candidates"] == len(small_project.PHOTOS)
     assert data["data/vae/metrics.json"]["psnr_after_db"] > 0
     for stage in ("dit_stage1", "dit_stage2"):
         assert "validation_loss_drop" in data[f"data/{stage}/metrics.json"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,7 @@ from components.evaluation.systems import (
     UltraFluxSystem,
     parse_system,
 )
-from components.models.text_encoders import build_tiny_text_encoders
-from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
+from components.models.tiny import build_tiny_autoencoder
 from components.models.weights import WeightsMissing
 from components.settings import Settings, load_settings
 
@@ -32,18 +32,15 @@ def settings(root: Path) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def trained(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    settings: Settings,
+    write_trained_weights: Callable[[Path, str], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A project whose pipeline has run, as far as its weights show."""
-    data = tmp_path_factory.mktemp("project") / "data"
-    texts = build_tiny_text_encoders(data / "text_embeddings" / "encoders", ["a lake", "a hill"])
-    build_tiny_transformer(
-        num_layers=1,
-        num_single_layers=1,
-        joint_attention_dim=texts.text_encoder_2.config.d_model,
-        pooled_projection_dim=texts.text_encoder.config.hidden_size,
-    ).save_pretrained(data / "dit_stage2" / settings.generate.weights)
-    build_tiny_autoencoder().save_pretrained(data / "vae" / "autoencoder")
-    return data.parent
+    project = tmp_path_factory.mktemp("project")
+    write_trained_weights(project, settings.generate.weights)
+    return project
 
 
 def test_trained_weights_are_a_system_and_its_painter_makes_the_same_picture(

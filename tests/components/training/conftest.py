@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from components.models.tiny import build_tiny_sd3_transformer, build_tiny_transformer
 from components.settings import parse_settings
 from components.training.distributed import training_environment
 from components.training.latent_store import LatentStoreWriter
@@ -29,6 +30,37 @@ def embed(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         sequences.append(torch.randn(TEXT_TOKENS, TEXT_WIDTH, generator=generator))
         vectors.append(torch.randn(TEXT_WIDTH, generator=generator))
     return torch.stack(sequences), torch.stack(vectors)
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone() -> Callable[..., torch.nn.Module]:
+    """`tiny_backbone("flux", num_layers=1)`: a random transformer with texts 16 wide."""
+
+    def flux(num_layers: int = 2) -> torch.nn.Module:
+        return build_tiny_transformer(
+            num_layers=num_layers,
+            num_single_layers=num_layers,
+            num_attention_heads=2,
+            axes_dims_rope=(4, 6, 6),
+            joint_attention_dim=TEXT_WIDTH,
+            pooled_projection_dim=TEXT_WIDTH,
+            rope_window=4,
+        )
+
+    def sd3(num_layers: int = 2) -> torch.nn.Module:
+        return build_tiny_sd3_transformer(
+            num_layers=num_layers,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=TEXT_WIDTH,
+            pooled_projection_dim=TEXT_WIDTH,
+            latent_channels=16,
+            sample_size=16,
+            pos_embed_max_size=16,
+        )
+
+    builders = {"flux": flux, "sd3": sd3}
+    return lambda backbone, **sizes: builders[backbone](**sizes)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from components.models.tiny import build_tiny_sd3_transformer, build_tiny_transformer
 from components.training.activation_checkpointing import enable_activation_checkpointing
 
 
@@ -32,61 +31,23 @@ class LiveResults(TorchDispatchMode):
         return sum(size for ref, size in self.storages.values() if not ref.expired())
 
 
-def flux():
-    model = build_tiny_transformer(
-        num_layers=2,
-        num_single_layers=2,
-        num_attention_heads=2,
-        axes_dims_rope=(4, 6, 6),
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        in_channels=64,
-        guidance_embeds=True,
-        rope_variant="official",
-        rope_window=4,
-        seed=0,
-    )
+def inputs_of(backbone):
     generator = torch.Generator().manual_seed(1)
+    tokens = (1, 48, 64) if backbone == "flux" else (1, 16, 12, 16)
     inputs = {
-        "hidden_states": torch.randn(1, 48, 64, generator=generator),
+        "hidden_states": torch.randn(tokens, generator=generator),
         "encoder_hidden_states": torch.randn(1, 8, 16, generator=generator),
         "pooled_projections": torch.randn(1, 16, generator=generator),
-        "timestep": torch.tensor([0.3]),
-        "guidance": torch.tensor([4.0]),
-        "img_ids": None,
-        "txt_ids": None,
-        "grid_hw": (6, 8),
         "return_dict": False,
     }
-    return model, inputs
+    if backbone == "sd3":
+        return inputs | {"timestep": torch.tensor([300.0])}
+    times = {"timestep": torch.tensor([0.3]), "guidance": torch.tensor([4.0])}
+    return inputs | times | {"img_ids": None, "txt_ids": None, "grid_hw": (6, 8)}
 
 
-def sd3():
-    model = build_tiny_sd3_transformer(
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        latent_channels=16,
-        sample_size=16,
-        pos_embed_max_size=16,
-        seed=0,
-    )
-    generator = torch.Generator().manual_seed(1)
-    inputs = {
-        "hidden_states": torch.randn(1, 16, 12, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 8, 16, generator=generator),
-        "pooled_projections": torch.randn(1, 16, generator=generator),
-        "timestep": torch.tensor([300.0]),
-        "return_dict": False,
-    }
-    return model, inputs
-
-
-def measure(build, policy):
+def measure(model, inputs, policy):
     """(gradients, bytes held between forward and backward, FLOPs of both)."""
-    model, inputs = build()
     model.train()
     enable_activation_checkpointing(model, policy)
     live = LiveResults()
@@ -99,11 +60,13 @@ def measure(build, policy):
     return gradients, held, flops.get_total_flops()
 
 
-@pytest.mark.parametrize("build", [flux, sd3])
-def test_selective_lies_between_storing_all_and_blocks_alone(build):
+@pytest.mark.parametrize("backbone", ["flux", "sd3"])
+def test_selective_lies_between_storing_all_and_blocks_alone(tiny_backbone, backbone):
     gradients, held, flops = {}, {}, {}
     for policy in ("none", "blocks", "selective"):
-        gradients[policy], held[policy], flops[policy] = measure(build, policy)
+        gradients[policy], held[policy], flops[policy] = measure(
+            tiny_backbone(backbone), inputs_of(backbone), policy
+        )
     assert held["blocks"] < held["selective"] < held["none"]
     # No matrix product is done twice.
     assert flops["selective"] == flops["none"] < flops["blocks"]
@@ -113,9 +76,9 @@ def test_selective_lies_between_storing_all_and_blocks_alone(build):
             assert torch.equal(gradients[policy][name], gradient), (policy, name)
 
 
-def test_an_unwanted_policy_can_be_taken_back():
-    model, inputs = flux()
+def test_an_unwanted_policy_can_be_taken_back(tiny_backbone):
+    model = tiny_backbone("flux")
     enable_activation_checkpointing(model, "blocks")
     enable_activation_checkpointing(model, "none")
     assert not model.gradient_checkpointing
-    assert torch.isfinite(model.train()(**inputs)[0]).all()
+    assert torch.isfinite(model.train()(**inputs_of("flux"))[0]).all()

@@ -7,7 +7,6 @@ import torch
 from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from components.models.tiny import build_tiny_sd3_transformer, build_tiny_transformer
 from components.models.transformer import UltraFluxTransformer2DModel
 from components.training.adapters import ADAPTER_FILE, add_adapter, save_adapted
 from components.training.dit_trainer import WEIGHTS_NAMES, build_transformer
@@ -18,36 +17,6 @@ from components.training.transformer_export import CHECKSUM_FILE
 TEXT_WIDTH = 16
 SETTINGS = AdapterSettings(rank=3, alpha=6, target_modules=("to_q", "to_out.0", "proj_out"))
 EXPORT = {"max_shard_gb": 1.0, "card": lambda config, checksums: "card"}
-
-
-def flux():
-    return build_tiny_transformer(
-        num_layers=1,
-        num_single_layers=1,
-        num_attention_heads=2,
-        axes_dims_rope=(4, 6, 6),
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        in_channels=64,
-        guidance_embeds=True,
-        rope_variant="official",
-        rope_window=4,
-        seed=0,
-    )
-
-
-def sd3():
-    return build_tiny_sd3_transformer(
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        latent_channels=16,
-        sample_size=16,
-        pos_embed_max_size=16,
-        seed=0,
-    )
 
 
 @torch.no_grad()
@@ -67,16 +36,16 @@ def predict(model):
 
 
 @pytest.mark.parametrize(
-    ("build", "model_class", "pipeline"),
+    ("backbone", "model_class", "pipeline"),
     [
-        (flux, UltraFluxTransformer2DModel, FluxPipeline),
-        (sd3, SD3Transformer2DModel, StableDiffusion3Pipeline),
+        ("flux", UltraFluxTransformer2DModel, FluxPipeline),
+        ("sd3", SD3Transformer2DModel, StableDiffusion3Pipeline),
     ],
 )
 def test_merged_folder_and_stock_adapter_give_the_adapted_output(
-    tmp_path, build, model_class, pipeline
+    tiny_backbone, tmp_path, backbone, model_class, pipeline
 ):
-    adapted = build()
+    adapted = tiny_backbone(backbone)
     before = predict(adapted)
     add_adapter(adapted, SETTINGS, seed=5)
     torch.testing.assert_close(predict(adapted), before)
@@ -89,24 +58,24 @@ def test_merged_folder_and_stock_adapter_give_the_adapted_output(
     expected = predict(adapted)
     assert (expected - before).abs().max() > 1e-3
 
-    save_adapted(build(), SETTINGS, factors, tmp_path / "out", **EXPORT)
+    save_adapted(tiny_backbone(backbone), SETTINGS, factors, tmp_path / "out", **EXPORT)
     merged = model_class.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(predict(merged), expected, rtol=1e-4, atol=1e-5)
-    assert set(merged.state_dict()) == set(build().state_dict())
+    assert set(merged.state_dict()) == set(tiny_backbone(backbone).state_dict())
 
     # As `load_lora_weights` of a stock pipeline does it.
     state, *_, metadata = pipeline.lora_state_dict(
         str(tmp_path / "out"), weight_name=ADAPTER_FILE, return_lora_metadata=True
     )
-    stock = build()
+    stock = tiny_backbone(backbone)
     stock.load_lora_adapter(state, metadata=metadata)
     torch.testing.assert_close(predict(stock), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_equal_seeds_give_equal_factors_and_leave_the_global_generator_alone():
+def test_equal_seeds_give_equal_factors_and_leave_the_global_generator_alone(tiny_backbone):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    models = [flux(), flux()]
+    models = [tiny_backbone("flux", num_layers=1) for _ in range(2)]
     torch.set_rng_state(state)
     for model in models:
         add_adapter(model, SETTINGS, seed=5)
@@ -115,15 +84,16 @@ def test_equal_seeds_give_equal_factors_and_leave_the_global_generator_alone():
         assert torch.equal(one, two)
 
 
-def test_a_layer_that_does_not_exist_is_named():
+def test_a_layer_that_does_not_exist_is_named(tiny_backbone):
     settings = SETTINGS.model_copy(update={"target_modules": ("to_q", "to_w")})
     with pytest.raises(ValueError, match="has no layer 'to_w'"):
-        add_adapter(flux(), settings, seed=0)
+        add_adapter(tiny_backbone("flux"), settings, seed=0)
 
 
-def test_factors_of_another_adapter_are_refused(tmp_path):
+def test_factors_of_another_adapter_are_refused(tiny_backbone, tmp_path):
+    unknown = {"elsewhere": torch.zeros(1)}
     with pytest.raises(ValueError, match="do not fit the adapter"):
-        save_adapted(flux(), SETTINGS, {"elsewhere": torch.zeros(1)}, tmp_path / "out", **EXPORT)
+        save_adapted(tiny_backbone("flux"), SETTINGS, unknown, tmp_path / "out", **EXPORT)
 
 
 @pytest.mark.usefixtures("training_environment_restored")

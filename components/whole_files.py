@@ -1,0 +1,70 @@
+"""Files and folders that are there whole or not at all: written under another name and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A name beside `path` to write to; it becomes `path` when the block ends.
+
+    An error in the block leaves `path` as it was and nothing else behind. The name is this
+    process's own, so several processes may replace one file.
+
+    Args:
+        path: the file to make or to replace; its folder exists.
+        durable: bytes and name are on the disk at the end, also after a power cut.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        if durable:
+            flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        # What went wrong is the block's error, never that its remains could not be removed.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    if durable:
+        flush(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` to fill; it replaces `path` when the block ends.
+
+    For folders that one process writes. What an error or a kill leaves, the next call removes.
+    """
+    temporary = path.with_name(f".{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+
+
+def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = False) -> None:
+    """Make or replace `path`; a reader (or a kill) never meets a half-written file."""
+    with whole_file(path, durable=durable) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode(), durable=durable)
+
+
+def flush(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk before anything else happens."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
