@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -332,20 +332,35 @@ def start_daemon(
         options: further arguments of `subprocess.Popen`.
     """
     log = root / "runs" / "logs" / f"{name}-server.log"
+    pid = start_detached(command, log, os.environ | dict(extra), **({"cwd": root} | options))
+    return Service(name, url, pid, str(log))
+
+
+def start_detached(
+    command: Sequence[str], log: Path, env: Mapping[str, str], **options: Any
+) -> int:
+    """Start a program that outlives this one and return its process id.
+
+    Args:
+        command: program and arguments.
+        log: gets what it says, after what stands there.
+        env: its environment.
+        options: further arguments of `subprocess.Popen`.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
-            env=os.environ | dict(extra),
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
             # A scheduler that ignores SIGINT would hand that on.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-            **({"cwd": root} | options),
+            **options,
         )
-    return Service(name, url, process.pid, str(log))
+    return process.pid
 
 
 def stop_service(service: Service) -> None:

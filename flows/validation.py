@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -28,6 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.corpus.parquet_files import write_parquet
+from components.page_templates import page_templates
 from components.settings import Settings
 from components.whole_files import write_text
 
@@ -373,14 +373,10 @@ def to_html(report: ValidationReport, rows_file: str = "failed_rows.parquet") ->
         report: what was found.
         rows_file: name of the table beside the page that lists every violating row.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    template = page_templates(Path(__file__).parent / "templates").get_template(
+        "validation.html.j2"
     )
-    return environment.get_template("validation.html.j2").render(report=report, rows_file=rows_file)
+    return template.render(report=report, rows_file=rows_file)
 
 
 def failed_rows(report: ValidationReport) -> pa.Table:

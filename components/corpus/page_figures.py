@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from components.page_templates import page_templates
 from components.whole_files import write_text
 
 COLOURS = ("#1b7f5c", "#b3423a", "#3f6fb5", "#9a6b00")
@@ -87,14 +87,8 @@ def bars(counts: Sequence[tuple[str, float]], label: str) -> Markup:
 
 def render(template: str, **values: Any) -> str:
     """A self-contained page from a template beside this module; text is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(**values)
+    templates = page_templates(Path(__file__).parent / "templates")
+    return templates.get_template(template).render(**values)
 
 
 def write_page(text: str, path: Path) -> None:

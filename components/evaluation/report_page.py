@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
@@ -17,6 +18,7 @@ from markupsafe import Markup
 from components.evaluation import published
 from components.evaluation.cards import card
 from components.evaluation.report_sources import number
+from components.page_templates import page_templates
 
 RULE_NAMES = {
     "vae_psnr_gain_db": "Autoencoder PSNR gain on held-out images (dB)",
@@ -127,14 +129,8 @@ def published_rows(table: published.PublishedTable, extra_columns: int = 0) -> l
 
 
 def environment() -> jinja2.Environment:
-    """Templates of this package: everything variable is escaped, an unknown name is an error."""
-    found = jinja2.Environment(
-        loader=jinja2.PackageLoader("components.evaluation", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    """Templates of this package, and the filter `number`."""
+    found = page_templates(Path(__file__).parent / "templates")
     found.filters["number"] = number
     return found
 

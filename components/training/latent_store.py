@@ -12,7 +12,6 @@ publishes the store at the end: the same bytes however often it was interrupted.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from components.training.record_reader import Extents, RecordCorrupt, RecordReader, Verify
-from components.training.record_writer import INDEX_FILE, MIB, STORE_FILE, RecordWriter
+from components.training.record_reader import (
+    Extents,
+    RecordCorrupt,
+    RecordReader,
+    Verify,
+    read_store,
+)
+from components.training.record_writer import MIB, RecordWriter
 from components.training.sample_ids import IdTable
 from components.training.stored_tensors import StoreDtype, to_record
 from components.training.table_digest import table_digest
@@ -77,19 +82,14 @@ class LatentStore:
         Raises:
             LatentStoreIncomplete: no index (encoding has not finished), or another layout.
         """
-        path = folder / INDEX_FILE
-        if not path.exists():
-            raise LatentStoreIncomplete(f"{folder}: no {INDEX_FILE}; run the stage `latents` first")
+        index, about = read_store(
+            folder, INDEX_COLUMNS, stage="latents", incomplete=LatentStoreIncomplete
+        )
         self.folder = folder
-        self.index = pd.read_parquet(path)
+        self.index = index
         """One row per image, columns `INDEX_COLUMNS`; `bucket` is "<height>x<width>" in pixels."""
-        missing = [name for name in INDEX_COLUMNS if name not in self.index.columns]
-        if missing or not (folder / STORE_FILE).exists():
-            lacking = f"columns {missing} are missing" if missing else f"no {STORE_FILE}"
-            raise LatentStoreIncomplete(f"{path}: {lacking}; encode again")
-        self.about: Mapping[str, Any] = json.loads((folder / STORE_FILE).read_text("utf-8"))
+        self.about = about
         """`provenance` of the encoder and `rejected` photographs."""
-        index = self.index
         self._rows = IdTable(index["image_id"])
         self._shapes = index[["latent_channels", "latent_h", "latent_w"]].to_numpy(np.int64)
         extents = Extents.of(index)

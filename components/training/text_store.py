@@ -15,7 +15,6 @@ batch and ends with the same bytes.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,14 @@ import torch
 from torch import Tensor
 
 from components.progress import track
-from components.training.record_reader import Extents, RecordCorrupt, RecordReader, Verify
-from components.training.record_writer import INDEX_FILE, MIB, STORE_FILE, RecordWriter
+from components.training.record_reader import (
+    Extents,
+    RecordCorrupt,
+    RecordReader,
+    Verify,
+    read_store,
+)
+from components.training.record_writer import MIB, RecordWriter
 from components.training.sample_ids import IdTable
 from components.training.stored_tensors import StoreDtype, to_record
 from components.training.table_digest import table_digest
@@ -89,21 +94,14 @@ class TextStore:
         Raises:
             TextStoreIncomplete: no index (embedding has not finished), or another layout.
         """
-        path = folder / INDEX_FILE
-        if not path.exists():
-            raise TextStoreIncomplete(
-                f"{folder}: no {INDEX_FILE}; run the stage `text_embeddings` first"
-            )
+        index, about = read_store(
+            folder, INDEX_COLUMNS, stage="text_embeddings", incomplete=TextStoreIncomplete
+        )
         self.folder = folder
-        self.index = pd.read_parquet(path)
+        self.index = index
         """One row per image, columns `INDEX_COLUMNS`."""
-        missing = [name for name in INDEX_COLUMNS if name not in self.index.columns]
-        if missing or not (folder / STORE_FILE).exists():
-            lacking = f"columns {missing} are missing" if missing else f"no {STORE_FILE}"
-            raise TextStoreIncomplete(f"{path}: {lacking}; embed again")
-        self.about: Mapping[str, Any] = json.loads((folder / STORE_FILE).read_text("utf-8"))
+        self.about = about
         """`provenance` of the encoders."""
-        index = self.index
         self._rows = IdTable(index["image_id"])
         extents = Extents.of(index)
         self._reader = RecordReader(folder, extents, verify=verify)

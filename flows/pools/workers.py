@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -14,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from flows.history.records import read_json, write_json
-from flows.services import ServiceError, services_dir
+from flows.services import ServiceError, services_dir, start_detached
 
 POOLS = ("pipelines", "cpu", "gpu")
 START_TIMEOUT_S = 120.0
@@ -119,19 +117,8 @@ def _is_ours(worker: Worker) -> bool:
 def _start(root: Path, pool: str, limit: int | None) -> Worker:
     name = f"{socket.gethostname()}-{pool}-{os.getpid()}"
     log = root / "runs" / "logs" / f"worker-{pool}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            worker_command(pool, name, limit),
-            cwd=root,
-            env=os.environ | worker_environment(root),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-        )
-    return Worker(pool, name, process.pid, str(log))
+    command, env = worker_command(pool, name, limit), os.environ | worker_environment(root)
+    return Worker(pool, name, start_detached(command, log, env, cwd=root), str(log))
 
 
 def _wait_until_online(workers: list[Worker]) -> None:

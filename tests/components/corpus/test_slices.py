@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from components.corpus.bucket_columns import assign_buckets
 from components.corpus.overview_figure import save_overview
-from components.corpus.settings import HumanChannelSettings, SelectSettings, SlicesSettings
+from components.corpus.settings import SlicesSettings
 from components.corpus.slices import SLICES, slices, split
-from components.settings import BucketsSettings
+from components.settings import BucketsSettings, load_settings
 from components.training.aspect_buckets import buckets, nearest_bucket
 
 
@@ -141,26 +141,8 @@ def test_the_nearest_buckets_equal_those_found_one_by_one(sizes: list[tuple[int,
 
 
 @pytest.mark.parametrize("count", [0, 30])
-def test_the_figure_has_the_same_bytes_twice(tmp_path: Path, count: int) -> None:
-    rules = SelectSettings(
-        min_pixels=1,
-        max_nsfw=None,
-        max_flat_fraction=0.5,
-        min_entropy_bits=7.0,
-        min_quality=None,
-        near_duplicate_distance=None,
-        near_duplicate_min_quality=50,
-        aesthetic_top_fraction=1.0,
-        human=HumanChannelSettings(
-            max_flat_fraction=None,
-            min_entropy_bits=7.0,
-            min_quality=None,
-            aesthetic_top_fraction=None,
-        ),
-        aspect_quotas=(),
-        character_quota=None,
-        target_images=None,
-    )
+def test_the_figure_has_the_same_bytes_twice(root: Path, tmp_path: Path, count: int) -> None:
+    rules = load_settings(root / "params.yaml").select
     table = corpus(count).assign(aspect_ratio=1.5, entropy_bits=7.2)
     table["kept"] = [n % 3 > 0 for n in range(count)]
     for name in ("a.png", "b.png"):
