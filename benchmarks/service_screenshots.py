@@ -51,6 +51,9 @@ def pages(tier: ServedTier, known: Secrets) -> dict[str, tuple[str, str]]:
     flow = _post(
         f"{prefect}/api/flow_runs/filter", {"limit": 1, "sort": "EXPECTED_START_TIME_ASC"}, {}
     )
+    contracts = _post(
+        f"{prefect}/api/artifacts/filter", {"artifacts": {"key": {"any_": ["data-contracts"]}}}, {}
+    )
     runs = _post(
         f"{mlflow}/api/2.0/mlflow/runs/search",
         {"experiment_ids": ["1"], "filter": "attributes.run_name = 'vae'", "max_results": 1},
@@ -61,6 +64,7 @@ def pages(tier: ServedTier, known: Secrets) -> dict[str, tuple[str, str]]:
     kind = "workflowType=machine_learning"
     return {
         "prefect-run": (f"{prefect}/runs/flow-run/{flow[0]['id']}", "Task runs"),
+        "prefect-contracts": (f"{prefect}/artifacts/artifact/{contracts[0]['id']}", "verdict"),
         "mlflow-runs": (f"{experiment}?{kind}", "pipeline"),
         "mlflow-stage": (f"{experiment}/{run}/model-metrics?{kind}", "Model metrics"),
     }

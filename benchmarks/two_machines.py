@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -119,11 +120,19 @@ def s3_server(folder: Path, env: dict[str, str]) -> Iterator[str]:
         server.wait()
 
 
-def training_worker(folder: Path) -> psutil.Process | None:
-    """The worker process whose clone is some steps into the stage that is to be killed."""
-    for log in folder.glob(f"worker-*/runs/{VICTIM_STAGE}/*/metrics.jsonl"):
-        clone = log.parents[3]
-        if len(log.read_text().splitlines()) < 4:
+def training_worker(transcript: Transcript, folder: Path) -> psutil.Process | None:
+    """The worker process in the stage that is to be killed, once a checkpoint is on the remote."""
+    for pointer in folder.glob(f"worker-*/runs/{VICTIM_STAGE}/*/checkpoints/latest"):
+        clone = pointer.parents[4]
+        kept = subprocess.run(
+            ["ultraflux", "remote", "--state"],
+            cwd=folder / "pipeline",
+            env=transcript.environment("pipeline"),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        if not re.search(rf"^{VICTIM_STAGE}/.*step-", kept, re.MULTILINE):
             continue
         for process in psutil.process_iter(["cmdline"]):
             try:
@@ -158,7 +167,7 @@ def run_and_kill(transcript: Transcript, folder: Path) -> None:
             transcript.line(line.rstrip())
         if ended:
             break
-        if not killed and (victim := training_worker(folder)) is not None:
+        if not killed and (victim := training_worker(transcript, folder)) is not None:
             clone = Path(victim.cwd()).name
             transcript.typed(clone, "kill", "-9", f"{victim.pid}   # trains the autoencoder")
             victim.kill()

@@ -26,7 +26,7 @@ from flows.costs import with_cost
 from flows.gpu_lock import gpus_for
 from flows.history.records import Record, RunDescription, RunResult, open_record, write_json
 from flows.history.system_metrics import watched
-from flows.stages.contract import StageContext, StageFailed, StageResult
+from flows.stages.contract import StageContext, StageFailed, StageResult, state_folder
 
 OUTCOME_FILE = "ULTRAFLUX_OUTCOME_FILE"
 """Names a file in which the scheduler wants to read how the stage ended."""
@@ -155,7 +155,7 @@ def run_stage(name: str, root: Path) -> int:
         _prepare(settings)
         node = versioning.stage_node(root, name)
         key, inputs = versioning.stage_identity(root, name)
-        state_dir = root / "runs" / name / key[:16]
+        state_dir = state_folder(root, name, key)
         state_dir.mkdir(parents=True, exist_ok=True)
         record = open_record(root, _describe(root, node, key, inputs, state_dir))
         if PARENT_RECORD not in os.environ:

@@ -104,7 +104,7 @@ def pull(root: Path, paths: Iterable[str]) -> None:
     # Absolute: inside a process DVC takes targets relative to the current folder.
     targets = [str(root / path) for path in _absent(root, paths)]
     if targets:
-        _patiently(root, "pull", lambda repo: repo.pull(targets=targets, force=True))
+        patiently(root, "dvc pull", lambda repo: repo.pull(targets=targets, force=True))
 
 
 def push(root: Path, paths: Iterable[str]) -> None:
@@ -115,7 +115,7 @@ def push(root: Path, paths: Iterable[str]) -> None:
     """
     targets = [str(root / path) for path in paths]
     if targets:
-        _patiently(root, "push", lambda repo: repo.push(targets=targets))
+        patiently(root, "dvc push", lambda repo: repo.push(targets=targets))
 
 
 def tracked(root: Path, paths: Iterable[str]) -> list[str]:
@@ -146,8 +146,17 @@ def _absent(root: Path, paths: Iterable[str]) -> list[str]:
         ]
 
 
-def _patiently(root: Path, what: str, act: Callable[[Any], object]) -> None:
-    """Do `act`, again with growing pauses while the remote does not answer."""
+def patiently(root: Path, what: str, act: Callable[[Any], object]) -> None:
+    """Do `act` with the opened repository, again with growing pauses while the remote is away.
+
+    Args:
+        root: of the clone; its remote is made the default first.
+        what: first words of the line that says what went wrong.
+        act: talks to the remote.
+
+    Raises:
+        RemoteFailed: the remote is not set up, lacks something, or stays away.
+    """
     deadline = time.monotonic() + float(os.environ.get(PATIENCE, DEFAULT_PATIENCE_S))
     pause = FIRST_WAIT_S
     while True:
@@ -174,13 +183,13 @@ def _attempt(root: Path, what: str, act: Callable[[Any], object]) -> None:
                 os.path.relpath(target, root) for target in sorted(problem.target_infos)[:3]
             )
             raise RemoteFailed(
-                f"dvc {what}: {url} lacks {names}: `dvc push` where it was made"
+                f"{what}: {url} lacks {names}: `dvc push` where it was made"
             ) from problem
         except Exception as problem:
             # What DVC logged first says more than "3 files failed to upload".
             text = " ".join((errors[0] if errors else str(problem)).split())
             named = text or type(problem).__name__
-            raise RemoteFailed(f"dvc {what}: {url}: {named}", away=True) from problem
+            raise RemoteFailed(f"{what}: {url}: {named}", away=True) from problem
 
 
 class _Collector(logging.Handler):

@@ -26,6 +26,7 @@ from flows.clones import data_remote
 from flows.clones.clone_lock import CloneBusy, clone_lock
 from flows.clones.lock_entries import foreign_inputs, merge_entries
 from flows.clones.stage_messages import ReplyStatus, StageReply, StageRequest, WorkerRefused
+from flows.clones.state_copies import StateCopies, copies_wanted
 from flows.history.records import Record, read_json, records_dir, write_json
 from flows.runner import StageOutcome, StageRunner, stopping_on_signals
 from flows.tracking import UploaderProcess
@@ -61,7 +62,7 @@ def run_remote_stage(
         request: what is asked; its `lock` is from `flows.clones.lock_entries.needed_entries`.
         root: the worker's clone; one stage at a time works in it, a second waits. The pipeline's
             own clone is held by the pipeline, so there stages run side by side as it sends them.
-        say: told one line before a wait for the clone.
+        say: told in lines what it waits for, or where a lost clone's training goes on.
         own_signals: let Ctrl-C and SIGTERM stop the stage; not where a framework handles them.
 
     Returns:
@@ -73,7 +74,7 @@ def run_remote_stage(
     lock = nullcontext() if own else clone_lock(root, say, patience_s=request.patience_s)
     try:
         with lock as held:
-            reply = _answer(root, request, held, own_signals)
+            reply = _answer(root, request, held, say, own_signals)
     except CloneBusy as problem:
         reply = StageReply("busy", f"{name}: {problem}")
     except WorkerRefused as problem:
@@ -83,7 +84,13 @@ def run_remote_stage(
     return replace(reply, seconds=time.monotonic() - started)
 
 
-def _answer(root: Path, request: StageRequest, held: int | None, own_signals: bool) -> StageReply:
+def _answer(
+    root: Path,
+    request: StageRequest,
+    held: int | None,
+    say: Callable[[str], None],
+    own_signals: bool,
+) -> StageReply:
     """Answer in a clone whose lock is `held`; None: in the pipeline's own."""
     name = request.name
     _refuse_other_code(root, request.commit)
@@ -103,9 +110,18 @@ def _answer(root: Path, request: StageRequest, held: int | None, own_signals: bo
         force=request.force,
         held=() if held is None else (held,),
     )
+    copies = StateCopies(root, name) if graph[name].meta.resumable and copies_wanted() else None
     with stopping_on_signals(runner) if own_signals else nullcontext():
-        outcome, uploader = _run(root, runner, request, uploads=held is not None)
+        checkpoint = copies.restore() if copies is not None else None
+        if checkpoint is not None:
+            say(f"{name}: goes on from {checkpoint} of a clone that did not finish")
+        with nullcontext() if copies is None else copies.kept_up(say):
+            outcome, uploader = _run(root, runner, request, uploads=held is not None)
     reply = _push(root, request, outcome)
+    if checkpoint is not None:
+        reply = replace(reply, message=f"{reply.message} (from {checkpoint} of another clone)")
+    if copies is not None and reply.entry is not None:
+        copies.drop()
     if held is None:
         # Record and curves are where the pipeline's uploader looks for them.
         return reply

@@ -48,11 +48,31 @@ def stage_remote(
         raise fail(answer.message, 1)
 
 
-def remote() -> None:
-    """Set the DVC remote from ULTRAFLUX_DVC_REMOTE and say which one this clone uses."""
-    from flows.clones import data_remote
+def remote(
+    state: Annotated[
+        bool, typer.Option("--state", help="List what is kept of unfinished stages there.")
+    ] = False,
+    drop_state: Annotated[
+        bool,
+        typer.Option("--drop-state", help="Remove all of it; no stage may run elsewhere."),
+    ] = False,
+) -> None:
+    """Set the DVC remote from ULTRAFLUX_DVC_REMOTE and say which one this clone uses.
 
+    Checkpoints of stages that run in other clones are copied to it, so that a lost machine costs
+    the time since its last checkpoint; what such a stage kept goes when its outputs are pushed.
+    """
+    from flows.clones import data_remote
+    from flows.clones.state_copies import drop_all, kept_copies
+
+    root = project_root()
     try:
-        print(f"DVC remote: {data_remote.configure(project_root())}")
+        print(f"DVC remote: {data_remote.configure(root)}")
+        for kept in kept_copies(root) if state or drop_state else []:
+            name = f"{kept.stage}/{kept.stage_key}"
+            print(f"{name:40} {kept.checkpoint or '-':16} {kept.size_bytes / 1e6:.1f} MB")
+        if drop_state:
+            drop_all(root)
+            print("removed")
     except data_remote.RemoteFailed as problem:
         raise fail(str(problem)) from None

@@ -16,6 +16,11 @@ from components.settings import Settings
 from components.training.metric_log import MetricLog
 
 
+def state_folder(root: Path, stage: str, stage_key: str) -> Path:
+    """`runs/<stage>/<stage_key>/`, the key shortened: where resumable work keeps its state."""
+    return root / "runs" / stage / stage_key[:16]
+
+
 @dataclass(frozen=True)
 class StageContext:
     """Everything a stage may use."""
@@ -26,7 +31,7 @@ class StageContext:
     root: Path
     """Repository root; every relative path in settings and manifests starts here."""
     state_dir: Path
-    """`runs/<stage>/<stage_key>/`: survives kills, so resumable work keeps its state here."""
+    """See `state_folder`; survives kills."""
     metrics: MetricLog
     """Metrics over steps; uploaded to MLflow in the background."""
 

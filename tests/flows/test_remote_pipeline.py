@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +33,7 @@ def test_two_workers_of_which_one_is_killed_make_the_bytes_of_one_clone(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kill -9" in done.stdout
     assert "sent to another one" in done.stdout
+    assert re.search(r"done +vae .*from step-\d+ of another clone", done.stdout)
     assert "every file the same bytes" in done.stdout
 
 
