@@ -12,7 +12,6 @@ out (journals of downloads, encoded latents, the caches of services) is computed
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -32,10 +31,12 @@ SWITCH = "ULTRAFLUX_STATE_COPIES"
 """Environment variable; `off`: a stage of a lost clone begins again."""
 PERIOD_S = 5.0
 FOLDER = "state"
-CHECKPOINTS, LATEST, CONTENTS = "checkpoints", "latest", "contents.json"
+CHECKPOINTS, LATEST = "checkpoints", "latest"
 METRICS = "metrics.jsonl"
 # Written aside and renamed by their stages, so a file that is there is whole.
 WHOLE_FILES = (".parquet", ".png")
+# Links to the checkpoint in transfer: retention must not take it away.
+_COPYING = ".copying-"
 # As of `components.training.checkpoints`, which removes what a kill leaves of it.
 _WRITING = ".writing-"
 
@@ -49,6 +50,15 @@ def _order(checkpoint: str) -> tuple[int, int]:
     """Step of `step-00000040` and which save of that step; (-1, 0) for anything else."""
     found = re.fullmatch(r"step-(\d+)(?:\.(\d+))?", checkpoint)
     return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)  # a file system without hard links
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,8 @@ class StateCopies:
         """
         with versioning.open_repo(self._root) as repo:
             place = _place(repo, *self._parts, self._writer)
+        for left in self.folder.glob(f"{_COPYING}*"):  # of a clone that was killed
+            shutil.rmtree(left, ignore_errors=True)
         told = False
 
         def attempt() -> None:
@@ -216,24 +228,26 @@ class StateCopies:
             pass  # the stage has removed it since
 
     def _save_checkpoint(self, place: _Place, newest: str) -> None:
-        folder = self.folder / CHECKPOINTS / newest
+        aside = self.folder / f"{_COPYING}{self._writer}"
         try:
-            listed = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))["files"]
-            for name in (*listed, CONTENTS):
+            shutil.copytree(
+                self.folder / CHECKPOINTS / newest, aside, copy_function=_link, dirs_exist_ok=True
+            )
+            files = sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file())
+            for name in files:
                 if self._stopped.is_set():
                     return
-                place.put(folder / name, CHECKPOINTS, newest, *Path(name).parts)
-        except FileNotFoundError:
-            # Retention has dropped it meanwhile; the next one is there already.
-            place.remove(CHECKPOINTS, newest)
-            return
-        # After the checkpoint: it may know more steps than the checkpoint, never fewer.
-        if (metrics := self.folder / METRICS).is_file():
-            place.put(metrics, METRICS)
-        named = self.folder / f".copied-{self._writer}"
-        named.write_text(f"{newest}\n", encoding="utf-8")
-        place.put(named, CHECKPOINTS, LATEST)
-        named.unlink()
+                place.put(aside / name, CHECKPOINTS, newest, *name.parts)
+            # After the checkpoint: it may know more steps than the checkpoint, never fewer.
+            if (metrics := self.folder / METRICS).is_file():
+                place.put(metrics, METRICS)
+            pointer = aside / LATEST
+            pointer.write_text(f"{newest}\n", encoding="utf-8")
+            place.put(pointer, CHECKPOINTS, LATEST)
+        except (FileNotFoundError, shutil.Error):
+            return  # retention has dropped it before it was linked; the next one is there already
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
         before, self._newest = self._newest, newest
         if before:
             place.remove(CHECKPOINTS, before)

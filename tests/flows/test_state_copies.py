@@ -152,6 +152,26 @@ def test_copying_that_ends_after_any_file_leaves_a_whole_checkpoint(
     assert found == [40, 40, 40, 40, 40, 80]
 
 
+def test_a_checkpoint_that_retention_drops_while_it_is_copied_arrives_whole(
+    another: Callable[[str], Clone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = another("one"), another("two")
+    first.train_to(40)
+    put = state_copies._Place.put
+
+    def slow(self: Any, file: Path, *parts: str) -> None:
+        if first.step == 40:
+            first.train_to(80)
+        put(self, file, *parts)
+
+    monkeypatch.setattr(state_copies._Place, "put", slow)
+    first.copies.save()
+    assert first.checkpoints.steps() == [80]
+    assert second.copies.restore() == "step-00000040"
+    assert second.step == 40
+    assert [path.name for path in first.folder.iterdir() if path.name.startswith(".")] == []
+
+
 def test_a_restore_that_is_killed_is_done_again(
     another: Callable[[str], Clone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
