@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.whole_files import whole_file
 from flows import versioning
 from flows.clones import data_remote
 from flows.stages.contract import state_folder
@@ -85,11 +86,9 @@ class _Place:
         self.fs.put_file(str(file), target)
 
     def get(self, name: str, file: Path) -> None:
-        """Fetch beside `file`, then rename."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        self.fs.get_file(self.join(name), str(temporary))
-        temporary.replace(file)
+        with whole_file(file) as temporary:
+            self.fs.get_file(self.join(name), str(temporary))
 
     def remove(self, *parts: str) -> None:
         if self.fs.exists(target := self.join(*parts)):
