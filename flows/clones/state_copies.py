@@ -75,7 +75,9 @@ class _Place:
         if not self.fs.exists(self.path):
             return []
         start = self.path.rstrip("/") + "/"
-        return sorted(str(file).removeprefix(start) for file in self.fs.find(self.path))
+        names = (str(file).removeprefix(start) for file in self.fs.find(self.path))
+        # A key of an object store may be any text; none may lead out of the stage's folder.
+        return sorted(name for name in names if ".." not in name.split("/"))
 
     def join(self, *parts: str) -> str:
         return str(self.fs.join(self.path, *parts))
@@ -227,11 +229,16 @@ class StateCopies:
             pass  # the stage has removed it since
 
     def _save_checkpoint(self, place: _Place, newest: str) -> None:
-        aside = self.folder / f"{_COPYING}{self._writer}"
+        source, aside = (
+            self.folder / CHECKPOINTS / newest,
+            self.folder / f"{_COPYING}{self._writer}",
+        )
         try:
-            shutil.copytree(
-                self.folder / CHECKPOINTS / newest, aside, copy_function=_link, dirs_exist_ok=True
-            )
+            shutil.copytree(source, aside, copy_function=_link, dirs_exist_ok=True)
+        except (FileNotFoundError, shutil.Error):
+            shutil.rmtree(aside, ignore_errors=True)
+            return  # retention was faster; there is a newer one
+        try:
             files = sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file())
             for name in files:
                 if self._stopped.is_set():
@@ -243,8 +250,6 @@ class StateCopies:
             pointer = aside / LATEST
             pointer.write_text(f"{newest}\n", encoding="utf-8")
             place.put(pointer, CHECKPOINTS, LATEST)
-        except (FileNotFoundError, shutil.Error):
-            return  # retention has dropped it before it was linked; the next one is there already
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         before, self._newest = self._newest, newest
@@ -281,7 +286,9 @@ def kept_copies(root: Path) -> list[KeptCopies]:
         place = _place(repo)
         found.clear()
         for name in place.files():
-            stage, key, *inside = name.split("/")
+            stage, key, *inside = name.split("/") if name.count("/") > 1 else ("", "")
+            if not inside:
+                continue  # not ours
             known = found.get((stage, key), KeptCopies(stage, key, "", 0))
             pointer = _text(place, name) if inside[1:] == [CHECKPOINTS, LATEST] else ""
             found[stage, key] = KeptCopies(
