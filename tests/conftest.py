@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import ipaddress
 import os
 import shutil
@@ -10,11 +9,11 @@ import socket
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import hypothesis
 import pytest
+import small_project
 
 from flows import environment
 
@@ -71,27 +70,13 @@ def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
-def _benchmark(name: str) -> ModuleType:
-    """A module of benchmarks/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def trivial_clone() -> Callable[[Path, int], Path]:
     """Makes projects whose stages copy one file: `benchmarks/trivial_clone.py`."""
-    make: Callable[[Path, int], Path] = _benchmark("trivial_clone").trivial_clone
+    import trivial_clone
+
+    make: Callable[[Path, int], Path] = trivial_clone.trivial_clone
     return make
-
-
-@pytest.fixture(scope="session")
-def small_project() -> ModuleType:
-    """PHOTOS and SETTINGS of the project made small: `benchmarks/small_project.py`."""
-    return _benchmark("small_project")
 
 
 @pytest.fixture(scope="session")
@@ -117,9 +102,7 @@ def write_trained_weights() -> Callable[[Path, str], None]:
 
 
 @pytest.fixture(scope="module")
-def clone(
-    tmp_path_factory: pytest.TempPathFactory, small_project: ModuleType
-) -> Callable[..., Path]:
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes clones of this project: `clone(name, {"vae.steps": 2}, photos=[...])`."""
 
     def make(name: str, settings: dict[str, Any], photos: Sequence[str] | None = None) -> Path:
@@ -149,7 +132,7 @@ def clone(
 
 
 @pytest.fixture(scope="module")
-def small_clone(clone: Callable[..., Path], small_project: ModuleType) -> Callable[..., Path]:
+def small_clone(clone: Callable[..., Path]) -> Callable[..., Path]:
     """Makes clones with the small project's photographs and settings: `small_clone(name)`."""
 
     def make(name: str, changes: Mapping[str, Any] | None = None) -> Path:

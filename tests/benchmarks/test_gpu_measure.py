@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 
+import flux_blocks
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import (
@@ -16,16 +16,6 @@ from diffusers.models.transformers.transformer_flux import (
 from torch.nn.functional import scaled_dot_product_attention
 
 WIDTH, HEADS, TEXT, IMAGE = 32, 2, 3, 6
-
-
-@pytest.fixture
-def flux_blocks(root):
-    spec = importlib.util.spec_from_file_location(
-        "flux_blocks", root / "benchmarks" / "gpu" / "flux_blocks.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def copy(pairs):
@@ -42,7 +32,7 @@ def tokens():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_double_block_computes_what_diffusers_block_computes(flux_blocks, fused):
+def test_the_double_block_computes_what_diffusers_block_computes(fused):
     theirs = FluxTransformerBlock(WIDTH, HEADS, WIDTH // HEADS)
     ours = flux_blocks.DoubleBlock(WIDTH, HEADS, scaled_dot_product_attention, TEXT)
     a, (text, image) = theirs.attn, ours.qkv
@@ -76,7 +66,7 @@ def test_the_double_block_computes_what_diffusers_block_computes(flux_blocks, fu
     torch.testing.assert_close(ours(x, temb, rope), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_single_block_computes_what_diffusers_block_computes(flux_blocks):
+def test_the_single_block_computes_what_diffusers_block_computes():
     theirs = FluxSingleTransformerBlock(WIDTH, HEADS, WIDTH // HEADS)
     ours = flux_blocks.SingleBlock(WIDTH, HEADS, scaled_dot_product_attention)
     a = theirs.attn

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,16 +16,11 @@ PHOTOGRAPHS = ("held-out.jpg", "training.jpg")
 
 
 @pytest.fixture(scope="module")
-def experiment(root: Path) -> ModuleType:
+def experiment() -> ModuleType:
     """The script as a module."""
-    path = root / "benchmarks" / "objective_experiment.py"
-    spec = importlib.util.spec_from_file_location("objective_experiment", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    import objective_experiment
+
+    return objective_experiment
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
+import small_project
 import yaml
 
 from flows import versioning
@@ -21,9 +21,7 @@ from flows.history.records import all_records
 
 
 @pytest.fixture
-def killable_clone(
-    small_clone: Callable[..., Path], small_project: ModuleType
-) -> Callable[[str], Path]:
+def killable_clone(small_clone: Callable[..., Path]) -> Callable[[str], Path]:
     """Makes small clones in which stages last some seconds."""
     return lambda name: small_clone(name, small_project.LONG_ENOUGH_TO_KILL)
 

@@ -11,11 +11,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
+import small_project
 import yaml
 
 from flows import services, versioning
@@ -208,7 +208,7 @@ def test_a_second_up_changes_nothing_and_other_options_are_refused(project: Proj
 
 
 def test_with_the_database_killed_and_started_again_a_run_ends_as_if_nothing_had_been(
-    project: Project, small_project: ModuleType
+    project: Project,
 ) -> None:
     def fault() -> None:
         project.kill("postgres")

@@ -7,11 +7,11 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pandas
 import pytest
+import small_project
 import yaml
 
 from flows import versioning
@@ -47,9 +47,7 @@ def test_every_stage_ran_and_the_second_run_skips_them_all(project: Path) -> Non
     assert (project / "dvc.lock").read_bytes() == before
 
 
-def test_selection_follows_the_official_signals(
-    project: Path, small_project: ModuleType, root: Path
-) -> None:
+def test_selection_follows_the_official_signals(project: Path, root: Path) -> None:
     manifest = pandas.read_parquet(project / "data" / "caption" / "manifest.parquet")
     official = pandas.read_csv(root / "tests" / "reference" / "signals.csv").set_index("file")
     assert len(manifest) == len(small_project.PHOTOS)
@@ -76,9 +74,7 @@ def test_no_evaluation_image_is_trained_on(project: Path) -> None:
     assert slices["stage2"] <= slices["stage1"]
 
 
-def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(
-    project: Path, small_project: ModuleType
-) -> None:
+def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(project: Path) -> None:
     import mlflow.models
     from mlflow import MlflowClient
 
@@ -136,9 +132,7 @@ def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(
         assert run.data.tags["stage.vae.run_id"] == vae.info.run_id
 
 
-def test_lineage_walks_from_a_generated_picture_to_photographs_and_back(
-    project: Path, small_project: ModuleType
-) -> None:
+def test_lineage_walks_from_a_generated_picture_to_photographs_and_back(project: Path) -> None:
     picture = sorted((project / "data/generate/images").glob("*.png"))[0]
     done = ultraflux(project, "lineage", str(picture), "--json")
     assert done.returncode == 0, done.stderr
@@ -172,7 +166,7 @@ def test_a_run_is_reproduced_with_equal_outputs_restored_and_computed_again(proj
         assert (Path(found["tree"]) / path.relative_to(project)).read_bytes() == data
 
 
-def test_the_report_and_the_images_are_there(project: Path, small_project: ModuleType) -> None:
+def test_the_report_and_the_images_are_there(project: Path) -> None:
     page = (project / "data" / "evaluate" / "report.html").read_text(encoding="utf-8")
     for photo in small_project.PHOTOS:
         assert photo in page
@@ -215,9 +209,7 @@ def dvc(project: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_dvc_metrics_name_every_stage_that_measures(
-    project: Path, small_project: ModuleType
-) -> None:
+def test_dvc_metrics_name_every_stage_that_measures(project: Path) -> None:
     shown = json.loads(dvc(project, "metrics", "show", "--json"))[""]["data"]
     data = {path: entry["data"] for path, entry in shown.items()}
     assert data["data/select/summary.json"]["candidates"] == len(small_project.PHOTOS)

@@ -12,8 +12,8 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from types import ModuleType
 
+import bad_files
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -28,18 +28,6 @@ from flows.stages.contract import StageContext
 
 ROOT = Path(__file__).parents[3]
 
-
-def script(name: str) -> ModuleType:
-    """A benchmark as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bad_files = script("bad_files")
 
 ALWAYS_MEASURED = {
     *("jpeg trailing garbage", "wrong ending", "cmyk", "16 bit", "palette", "1 bit", "alpha"),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -76,15 +74,11 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def browser(root: Path) -> ModuleType:
+def browser() -> ModuleType:
     """The DevTools client of the benchmarks; `browser.open_browser()` needs Debian's chromium."""
-    spec = importlib.util.spec_from_file_location("browser", root / "benchmarks" / "browser.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["browser"] = module
-    spec.loader.exec_module(module)
-    return module
+    import browser
+
+    return browser
 
 
 @pytest.fixture(scope="session")
