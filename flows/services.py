@@ -29,13 +29,14 @@ import psutil
 from flows.history.records import read_json, write_json
 from flows.launcher import GuardedProcess
 from flows.serving.tier import LOOPBACK as HOST
-from flows.serving.tier import served_clients, served_tier
+from flows.serving.tier import served_clients, served_tier, use_embedded
 from flows.serving.tier import services_dir as services_dir
 from flows.tracking import tracking_config
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
 LOG_DRAIN_S = 10.0
+DEFAULT_PORTS = {"prefect": 4200, "mlflow": 5000}
 
 
 class ServiceError(RuntimeError):
@@ -235,17 +236,33 @@ def up_lock(root: Path) -> Iterator[None]:
         yield
 
 
-def up(root: Path, *, prefect_port: int, mlflow_port: int) -> list[Service]:
+def up(
+    root: Path, *, prefect_port: int | None = None, mlflow_port: int | None = None
+) -> list[Service]:
     """Start both embedded servers as daemons, or return those that run already.
 
+    Args:
+        root: repository root; it belongs to the embedded tier from now on.
+        prefect_port: None: the port it runs on, else 4200.
+        mlflow_port: None: the port it runs on, else 5000.
+
     Raises:
-        ServiceError: a port is taken, or a server does not come up (the other is stopped again).
+        ServiceError: a port is taken, a server runs on another one, or a server does not come up
+            (the other is stopped again).
     """
     with up_lock(root):
         running = {service.name: service for service in running_services(root)}
-        for name, port in {"prefect": prefect_port, "mlflow": mlflow_port}.items():
+        for name, wanted in {"prefect": prefect_port, "mlflow": mlflow_port}.items():
             if name not in running:
-                check_port(name, port)
+                check_port(name, wanted or DEFAULT_PORTS[name])
+            elif wanted is not None and not running[name].url.endswith(f":{wanted}"):
+                raise ServiceError(
+                    f"--{name}-port {wanted}: {name} runs at {running[name].url}; stop it first "
+                    "with `ultraflux down`"
+                )
+        use_embedded(root)
+        prefect_port = prefect_port or DEFAULT_PORTS["prefect"]
+        mlflow_port = mlflow_port or DEFAULT_PORTS["mlflow"]
         environment = prefect_environment(root, prefect_port)
         Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
         plans = {

@@ -142,7 +142,10 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
     Raises:
         ValueError: not a manifest, or of another schema version.
     """
-    version = (pq.read_schema(path).metadata or {}).get(_VERSION_KEY)
+    try:
+        version = (pq.read_schema(path).metadata or {}).get(_VERSION_KEY)
+    except pa.ArrowInvalid:
+        raise ValueError(f"{path}: not a Parquet file") from None
     if version is None:
         raise ValueError(f"{path}: not a manifest (no schema version in its metadata)")
     if int(version) != SCHEMA_VERSION:

@@ -86,7 +86,7 @@ def _csv_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parse(record: Mapping[str, Any], where: str) -> PromptLine:
     prompt, size, seed = (record.get(field) for field in _FIELDS)
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: no prompt")
+        raise ValueError(f"{where}: no prompt (a text under the key `prompt`)")
     if size is not None and not isinstance(size, str):
         raise ValueError(f"{where}: size must be WIDTHxHEIGHT, got {size!r}")
     if isinstance(seed, str):

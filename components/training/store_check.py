@@ -7,17 +7,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import xxhash
 
-from components.models.autoencoder_f16 import AutoencoderKLF16
-from components.training.latent_encoding import EncodingItem, batches, encode_batch
 from components.training.latent_store import LatentStore
 from components.training.record_reader import Extents, RecordCorrupt, RecordReader
 from components.training.record_writer import INDEX_FILE
 from components.training.settings import LatentsSettings
+
+if TYPE_CHECKING:
+    from components.models.autoencoder_f16 import AutoencoderKLF16
+    from components.training.latent_encoding import EncodingItem
 
 _BATCH_BYTES = 64 * 2**20
 
@@ -124,6 +127,8 @@ def rebuild_shard(
         ValueError: the store has no such shard.
         RebuildDiffers: a record came out differently: encoder, photographs or software changed.
     """
+    from components.training.latent_encoding import batches, encode_batch
+
     rows = store.index[store.index["shard"] == shard].sort_values("offset")
     if rows.empty:
         known = sorted(store.index["shard"].unique())

@@ -70,6 +70,8 @@ def ablate(
     if unknown := sorted(set(arm or ()) - set(known)):
         raise fail(f"--arm {unknown[0]}: {design} has {', '.join(known)}")
     arms = tuple(one for one in arms if not arm or one.name in arm)
+    if suite is not None:
+        _check_suite(root, suite, metrics)
     if dry_run:
         _show_plan(root, arms)
         return
@@ -93,6 +95,25 @@ def ablate(
             "command to go on",
             1,
         )
+
+
+def _check_suite(root: Path, suite: str, metrics: str | None) -> None:
+    """Refuse before any arm is trained what its measurement would refuse afterwards.
+
+    Raises:
+        typer.Exit: no such suite, no local copy, or an unknown metric.
+    """
+    from components.evaluation.suites import HELD_OUT, RUNTIME, load_suite
+    from flows.commands.evaluate_command import metric_ids
+
+    try:
+        if suite == RUNTIME:
+            raise ValueError(f"suite '{suite}': times systems, it scores no pictures")
+        # The arms' own runs make what is held out.
+        default = () if suite == HELD_OUT else load_suite(suite, root).metrics
+        metric_ids(metrics, default)
+    except ValueError as problem:
+        raise fail(str(problem)) from None
 
 
 def _show_plan(root: Path, arms: tuple[Arm, ...]) -> None:

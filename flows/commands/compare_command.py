@@ -19,8 +19,8 @@ EPILOG = """Examples:
 
   ultraflux compare HEAD~3 HEAD --json
 
-A run is an MLflow run id, a record id below runs/records, a stage name (its newest run), a git
-revision, or `workspace`. Exit code 1: something differs."""
+A run is an MLflow run id, a record id below runs/records, `pipeline` or a stage name (their
+newest run), a git revision, or `workspace`. Exit code 1: something differs."""
 
 
 def compare(
@@ -66,6 +66,11 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         console.print(f"  {escape(line)}", soft_wrap=True)
     for part in ("settings", "data", "environment", "packages"):
         rows = [(name, _short(a), _short(b)) for name, (a, b) in found[part].items()]
+        if part == "data" and found["without_data"]:
+            missing = " and ".join(found["without_data"])
+            console.print(f"[bold]data[/]: not known for {escape(missing)} (no dvc.lock there)")
+            if not rows or len(found["without_data"]) == 2:
+                continue
         _table(console, part, (part, first, second), rows)
     if found["corpus"]:
         _show_corpus(console, found["corpus"])

@@ -35,6 +35,8 @@ def read_version(root: Path, version: str, manifest: str) -> pd.DataFrame:
 
     if Path(version).is_file():
         return read_table(Path(version))
+    if Path(version).suffix == ".parquet":
+        raise ValueError(f"{version}: not found; make it with: ultraflux run")
     import dvc.api
     from dvc.exceptions import DvcException
     from dvc.scm import SCMError

@@ -100,7 +100,7 @@ def evaluate(
         settings = load_settings(root / "params.yaml")
         chosen = device or settings.runtime.device
         loaded = load_suite(suite, root, data=data, seed=seed).limited(limit)
-        ids = _metric_ids(metrics, loaded.metrics)
+        ids = metric_ids(metrics, loaded.metrics)
         sampling = Sampling(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
@@ -158,7 +158,12 @@ def evaluate(
         raise fail("\n".join(lines), 1)
 
 
-def _metric_ids(wanted: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+def metric_ids(wanted: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    """Metrics of `--metrics`.
+
+    Raises:
+        ValueError: an unknown one.
+    """
     from components.evaluation.cards import CARDS, card
     from components.evaluation.suites import WEIGHT_FREE_METRICS
 

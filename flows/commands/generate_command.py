@@ -94,6 +94,8 @@ def generate(
             fields = read_metadata(show_metadata)
         except ValueError as problem:
             raise fail(str(problem)) from None
+        if "ultraflux_key" not in fields:
+            raise fail(f"{show_metadata}: not made by this project, or its metadata was removed", 1)
         print(json.dumps(fields, ensure_ascii=False, indent=2))
         return
     from components.models.weights import WeightsMissing

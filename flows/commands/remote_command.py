@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,8 +32,7 @@ def stage_remote(
 
     root = project_root()
     try:
-        text = sys.stdin.read() if request == "-" else Path(request).read_text(encoding="utf-8")
-        asked = read_request(json.loads(text))
+        asked = read_request(_read_json(request))
         answer = run_remote_stage(asked, root=root)
     except KeyboardInterrupt:
         raise fail("interrupted; what the stage saved stays in this clone", 130) from None
@@ -46,6 +45,17 @@ def stage_remote(
         write_json(reply, as_json(answer))
     if answer.entry is None:
         raise fail(answer.message, 1)
+
+
+def _read_json(request: str) -> Any:
+    try:
+        text = sys.stdin.read() if request == "-" else Path(request).read_text(encoding="utf-8")
+    except OSError as problem:
+        raise ValueError(f"request {request}: cannot read it: {problem.strerror}") from None
+    try:
+        return json.loads(text)
+    except ValueError as problem:
+        raise ValueError(f"request {request}: not JSON ({problem})") from None
 
 
 def remote(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from flows.serving.tier import ServedTier
 
+_LAST_PORT = 65535
+
 
 def up(
     served: Annotated[
@@ -24,10 +26,15 @@ def up(
             help="On PostgreSQL with logins, or on SQLite (default: as before, at first embedded).",
         ),
     ] = None,
-    prefect_port: Annotated[int | None, typer.Option(help="Port of Prefect (4200).")] = None,
-    mlflow_port: Annotated[int | None, typer.Option(help="Port of MLflow (5000).")] = None,
+    prefect_port: Annotated[
+        int | None, typer.Option(min=1, max=_LAST_PORT, help="Port of Prefect (4200).")
+    ] = None,
+    mlflow_port: Annotated[
+        int | None, typer.Option(min=1, max=_LAST_PORT, help="Port of MLflow (5000).")
+    ] = None,
     postgres_port: Annotated[
-        int | None, typer.Option(help="Port of PostgreSQL (at first any that is free).")
+        int | None,
+        typer.Option(min=1, max=_LAST_PORT, help="Port of PostgreSQL (at first any that is free)."),
     ] = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on (127.0.0.1); needs --served.")
@@ -47,7 +54,7 @@ def up(
     """Start what does not run of the Prefect and MLflow servers; print their addresses."""
     from flows import services
     from flows.serving import served as served_servers
-    from flows.serving.tier import is_loopback, passfile, served_tier, services_dir, use_embedded
+    from flows.serving.tier import is_loopback, passfile, served_tier, services_dir
 
     root = project_root()
     before = served_tier(root)
@@ -65,10 +72,7 @@ def up(
                 raise fail(f"{given[0]} is an option of the served tier: add --served")
             if before is not None and services.running_services(root):
                 raise fail("the served tier is running: stop it first with `ultraflux down`", 1)
-            use_embedded(root)
-            started = services.up(
-                root, prefect_port=prefect_port or 4200, mlflow_port=mlflow_port or 5000
-            )
+            started = services.up(root, prefect_port=prefect_port, mlflow_port=mlflow_port)
         else:
             tier = _tier(
                 root,

@@ -77,6 +77,7 @@ def submit(
             raise fail("--pool is for --stage: the pipeline's stages run where dvc.yaml says")
         deployment = "ultraflux-pipeline/pipeline"
         if profile is not None:
+            _check_profile(root, profile)
             parameters["profile"] = profile
         if remote_data:
             parameters["remote_data"] = True
@@ -85,6 +86,8 @@ def submit(
             raise fail("--profile is for the pipeline: a single stage takes -S section.key=value")
         if remote_data:
             raise fail("--remote-data is for the pipeline: a stage runs in its worker's clone")
+        if pool not in {None, "cpu", "gpu"}:
+            raise fail(f"--pool {pool}: choose cpu or gpu")
         deployment = f"stage/{pool or _pool_of(stage)}"
         parameters["stage"] = stage
     from prefect import get_client
@@ -111,6 +114,23 @@ def _clone() -> Path | None:
         return project_root()
     except FileNotFoundError:
         return None
+
+
+def _check_profile(root: Path | None, profile: str) -> None:
+    """Refuse here what a worker could only refuse later; without a clone its word counts.
+
+    Raises:
+        typer.Exit: no such profile.
+    """
+    from components.settings import SettingsError
+    from flows.profiles import compose
+
+    if root is None:
+        return
+    try:
+        compose(root, profile)
+    except SettingsError as problem:
+        raise fail(str(problem)) from None
 
 
 def _pool_of(stage: str) -> str:

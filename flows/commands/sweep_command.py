@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -49,7 +50,7 @@ def sweep(
     """Run the pipeline over every combination of settings and rank them by a metric."""
     from flows.clones import sweep as sweeps
     from flows.setting_overrides import read_params
-    from flows.versioning import stage_graph
+    from flows.versioning import stage_graph, stages_until
 
     if order not in {None, "lowest", "highest"}:
         raise fail(f"--order {order}: choose lowest or highest")
@@ -57,6 +58,9 @@ def sweep(
     graph = stage_graph(root)
     if until is not None and until not in graph:
         raise fail(f"--until {until}: stages are {', '.join(graph)}")
+    ran = list(stages_until(root, until))
+    if metric is not None and (metric.partition(".")[0] not in ran or "." not in metric):
+        raise fail(f"--metric {metric}: expected stage.metric of {', '.join(ran)}")
     try:
         sets = sweeps.expand(assignments, read_params(root))
         if dry_run:
@@ -70,6 +74,9 @@ def sweep(
         raise fail("interrupted; nothing computed is lost, run it again to go on", 130) from None
     differing = sweeps.differing_metrics(results)
     chosen = metric or (differing[0] if differing else None)
+    if metric is not None and not any(metric in one.metrics for one in results):
+        known = sorted({name for one in results for name in one.metrics})
+        print(f"no set has the metric {metric}; there are {', '.join(known)}", file=sys.stderr)
     end: Order = sweeps.better(chosen or "") or "lowest"
     if order is not None:
         end = "highest" if order == "highest" else "lowest"

@@ -28,6 +28,10 @@ def explain(lineage: Lineage, target: str) -> Node:
     """
     path = Path(target)
     if path.is_dir():
+        if next(path.rglob("*.safetensors"), None) is None:
+            raise TargetUnknown(
+                f"{path}: a folder without weights (*.safetensors); name one picture or photograph"
+            )
         return lineage.weights(folder_digest(path))
     if path.is_file():
         return _file(lineage, path)

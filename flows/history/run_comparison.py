@@ -92,15 +92,18 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def find_side(evidence: Evidence, name: str) -> Side:
-    """A side by `workspace`, record id, MLflow run id, stage name or git revision.
+    """A side by `workspace`, record id, MLflow run id, `pipeline`, stage name or git revision.
+
+    `pipeline` and the name of a stage stand for the newest run.
 
     Raises:
         SideUnknown: see there.
     """
     if name == WORKSPACE:
         return _workspace(evidence)
-    for record in all_records(evidence.root):
-        if record.run.kind == "pipeline" and name in {record.record_id, record.mlflow_run_id}:
+    pipelines = [r for r in all_records(evidence.root) if r.run.kind == "pipeline"]
+    for record in reversed(pipelines):
+        if name in {"pipeline", record.record_id, record.mlflow_run_id}:
             return _pipeline(evidence, record)
     runs = [r for r in evidence.runs if name in {r.stage, r.record_id, r.run_id} - {""}]
     if runs:
@@ -213,7 +216,8 @@ def compare(evidence: Evidence, before: Side, after: Side) -> dict[str, Any]:
     """Everything that differs, as plain values: code, data, corpus, settings, metrics, environment.
 
     Settings and hashes that only one side has stand there with None on the other; of two runs of
-    one stage only what that stage declares is known.
+    one stage only what that stage declares is known. `without_data` names sides whose hashes are
+    not known, such as revisions without a dvc.lock: equal there means nothing.
     """
     names = list({**before.metrics, **after.metrics})
     changes = [
@@ -223,6 +227,7 @@ def compare(evidence: Evidence, before: Side, after: Side) -> dict[str, Any]:
         "runs": [before.title, after.title],
         "code": _code(evidence.root, before, after),
         "data": _changed(before.data, after.data),
+        "without_data": [side.title for side in (before, after) if not side.data],
         "corpus": _corpus(evidence, before, after),
         "settings": _changed(before.settings, after.settings),
         "metrics": {

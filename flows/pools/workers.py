@@ -98,8 +98,12 @@ def stop_workers(root: Path) -> list[Worker]:
 
 def running_workers(root: Path) -> list[Worker]:
     """Workers from `start_workers` whose process is still there."""
-    known = [Worker(**values) for values in read_json(_state(root)) or []]
-    return [worker for worker in known if _is_ours(worker)]
+    return [worker for worker in known_workers(root) if _is_ours(worker)]
+
+
+def known_workers(root: Path) -> list[Worker]:
+    """Workers that were started and not stopped, whether they still run or not."""
+    return [Worker(**values) for values in read_json(_state(root)) or []]
 
 
 def _state(root: Path) -> Path:

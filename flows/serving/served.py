@@ -56,7 +56,8 @@ def up(root: Path, tier: ServedTier) -> list[Service]:
     """
     if missing := missing_packages():
         raise ServiceError(
-            f"the served tier needs {', '.join(missing)}: pip install 'ultraflux-mlops[serve]'"
+            f"the served tier needs {', '.join(missing)}: make services SERVED=1 installs them "
+            "as locked, or pip install 'ultraflux-mlops[serve]'"
         )
     postgres.find_programs()
     with services.up_lock(root):

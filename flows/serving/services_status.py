@@ -15,6 +15,7 @@ import psutil
 
 from flows import services
 from flows.history.records import all_records, read_json
+from flows.pools.workers import known_workers, running_workers
 from flows.services import Service
 from flows.serving import postgres
 from flows.serving.tier import Secrets, served_tier, services_dir
@@ -39,18 +40,33 @@ class ServiceStatus:
 
 
 @dataclass(frozen=True)
+class WorkerStatus:
+    """One worker of this clone."""
+
+    pool: str
+    state: Literal["runs", "died"]
+    pid: int
+    log: str
+
+
+@dataclass(frozen=True)
 class Status:
-    """All servers that `ultraflux up` started."""
+    """All servers and workers that were started in this clone."""
 
     tier: Literal["embedded", "served"]
     servers: list[ServiceStatus]
+    workers: list[WorkerStatus]
     unsent: int
     """Ended runs that MLflow has not received completely."""
 
     @property
     def well(self) -> bool:
-        """Whether everything that was started answers."""
-        return all(server.state == "healthy" for server in self.servers)
+        """Whether every server that was started answers, and every worker runs."""
+        servers_well = all(server.state == "healthy" for server in self.servers)
+        return servers_well and not self._dead_workers()
+
+    def _dead_workers(self) -> list[WorkerStatus]:
+        return [worker for worker in self.workers if worker.state == "died"]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -74,20 +90,30 @@ class Status:
             console.print("\n".join(f"{one.name} log: {one.log}" for one in self.servers))
         else:
             console.print(f"No server was started (tier: {self.tier}; start: ultraflux up)")
+        for worker in self.workers:
+            console.print(
+                f"worker {worker.pool}: {worker.state} (pid {worker.pid}, log: {worker.log})"
+            )
         if not self.well:
-            console.print("Start what died with: ultraflux up")
+            again = "ultraflux up --workers" if self._dead_workers() else "ultraflux up"
+            console.print(f"Start what died with: {again}")
         if self.unsent:
             console.print(f"{self.unsent} ended runs wait for MLflow: ultraflux sync")
 
 
 def examine(root: Path) -> Status:
-    """Ask every server that was started whether it is well."""
+    """Ask every server that was started whether it is well, and look for the workers."""
     known = services.known_services(root)
     owned = set(services.running_services(root))
     with ThreadPoolExecutor() as pool:
         servers = list(pool.map(lambda one: _examine(root, one, one in owned), known))
     tier: Literal["embedded", "served"] = "embedded" if served_tier(root) is None else "served"
-    return Status(tier, servers, unsent_records(root))
+    running = set(running_workers(root))
+    workers = [
+        WorkerStatus(one.pool, "runs" if one in running else "died", one.pid, one.log)
+        for one in known_workers(root)
+    ]
+    return Status(tier, servers, workers, unsent_records(root))
 
 
 def unsent_records(root: Path) -> int:

@@ -186,3 +186,58 @@ def test_missing_weights_name_the_folder_and_the_command_that_gets_them(
     assert f"weights/FLUX.1-dev/{section}" in message
     assert "hf download black-forest-labs/FLUX.1-dev" in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("corpus", "datasheet", "data/slices/none.parquet"), "make it with: ultraflux run"),
+        (("corpus", "datasheet", "params.yaml"), "params.yaml: not a Parquet file"),
+        (("ablate", "ladder", "--dry-run", "--suite", "nothing"), "suite 'nothing'"),
+        (("ablate", "ladder", "--dry-run", "--suite", "runtime"), "it scores no pictures"),
+        (("ablate", "ladder", "--suite", "held-out", "--metrics", "nothing"), "nothing"),
+        (("generate", "--show-metadata", "PHOTO"), "not made by this project"),
+        (("stage", "remote", "params.yaml"), "request params.yaml: not JSON"),
+        (("stage", "remote", "nothing.json"), "request nothing.json: cannot read it"),
+    ],
+)
+def test_what_a_command_cannot_use_is_one_line_before_anything_is_computed(
+    root: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    photo = str(next((root / "data" / "sample").glob("*.jpg")))
+    done = ultraflux(*(photo if word == "PHOTO" else word for word in arguments), cwd=root)
+    assert done.returncode in {1, 2}
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--prefect-port=99999", "--mlflow-port=-4"])
+def test_a_port_that_cannot_be_is_refused_by_the_option(toy: Path, option: str) -> None:
+    done = ultraflux("up", option, cwd=toy)
+    assert done.returncode == 2
+    assert option.partition("=")[0] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["outputs/a.png", "judged/a.json", "dvc_plots/index.html", "drift.html", "drift.json"]
+)
+def test_what_commands_write_by_default_is_no_change_of_the_clone(root: Path, name: str) -> None:
+    """Workers refuse a clone with files that no commit has."""
+    done = subprocess.run(["git", "check-ignore", "-q", "--no-index", name], cwd=root)
+    assert done.returncode == 0
+
+
+def test_checking_a_store_imports_no_models(tmp_path: Path) -> None:
+    import sys
+
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from components.training.store_check import check_store\n"
+        f"try:\n    check_store(Path({str(tmp_path)!r}))\n"
+        "except ValueError as problem:\n    print(problem)\n"
+        "print('HEAVY', sorted({'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "not a finished store" in done.stdout
+    assert "HEAVY []" in done.stdout

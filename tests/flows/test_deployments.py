@@ -252,6 +252,8 @@ def test_a_failing_run_calls_the_web_hook_and_fails_the_command(site: Site, hook
         (["-S", "vae.stepz=3"], "vae.stepz: unknown setting"),
         (["-S", "vae.steps=many"], "vae.steps = 'many'"),
         (["--stage", "nothing"], "no stage 'nothing'"),
+        (["--profile", "nothing"], "profile 'nothing': not found"),
+        (["--stage", "ingest", "--pool", "nothing"], "--pool nothing: choose cpu or gpu"),
         (["--stage", "ingest", "--profile", "paper"], "--profile is for the pipeline"),
     ],
 )

@@ -203,6 +203,11 @@ def test_weights_are_found_by_folder_digest_and_model_name(trained: Path) -> Non
         assert any(title.startswith("dit_stage2") for title in titles(node, "run"))
 
 
+def test_a_folder_without_weights_is_no_target(trained: Path) -> None:
+    with pytest.raises(TargetUnknown, match="a folder without weights"):
+        walk(trained, trained / "photos")
+
+
 def test_rows_that_are_gone_are_named_with_what_brings_them(trained: Path) -> None:
     (trained / "data/slices/stage2.parquet").unlink()
     node = walk(trained, "dit_stage2")

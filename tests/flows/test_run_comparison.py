@@ -118,6 +118,19 @@ def test_a_revision_is_known_by_its_lock_and_its_settings(history: tuple[Path, s
     assert differences(root, first, "HEAD")["data"] == {}
 
 
+def test_pipeline_is_the_newest_run_of_all_stages(history: tuple[Path, str, str]) -> None:
+    root, _, second = history
+    assert differences(root, "pipeline", "workspace")["runs"][0] == second
+
+
+def test_hashes_that_nobody_wrote_down_are_unknown_and_not_equal(toy: Path) -> None:
+    assert differences(toy, "HEAD", "workspace")["without_data"] == ["HEAD", "workspace"]
+    command = ["ultraflux", "compare", "--no-mlflow", "HEAD", "workspace"]
+    shown = subprocess.run(command, cwd=toy, capture_output=True, text=True).stdout
+    assert "data: not known for HEAD and workspace" in shown
+    assert "data: equal" not in shown
+
+
 def test_an_unknown_name_is_one_line(toy: Path) -> None:
     with pytest.raises(SideUnknown, match="nor a git revision"):
         find_side(Evidence(toy, mlflow=False), "nothing")

@@ -19,7 +19,14 @@ def test_a_taken_port_is_one_clear_line_and_nothing_is_started(toy: Path) -> Non
         taken.listen()
         port = taken.getsockname()[1]
         done = subprocess.run(
-            ["ultraflux", "up", "--prefect-port", str(port), "--mlflow-port", "0"],
+            [
+                "ultraflux",
+                "up",
+                "--prefect-port",
+                str(port),
+                "--mlflow-port",
+                str(services.free_port()),
+            ],
             cwd=toy,
             capture_output=True,
             text=True,
@@ -46,6 +53,9 @@ def test_up_gives_two_healthy_servers_again_the_same_ones_and_down_stops_them(to
             listening = {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
             assert listening == {"127.0.0.1"}
         assert services.up(toy, **ports) == started
+        assert services.up(toy) == started
+        with pytest.raises(services.ServiceError, match=r"prefect runs at .*ultraflux down"):
+            services.up(toy, prefect_port=services.free_port())
     finally:
         stopped = services.down(toy)
     assert {service.name for service in stopped} == {"mlflow", "prefect"}

@@ -66,6 +66,18 @@ def test_a_sweep_that_cannot_be_run_is_refused_before_anything_runs(
         expand(texts, read_params(root))
 
 
+@pytest.mark.parametrize("metric", ["vae", "nothing.loss", "evaluate.psnr"])
+def test_a_metric_of_no_stage_that_runs_is_refused_before_anything_runs(
+    root: Path, metric: str
+) -> None:
+    command = ["ultraflux", "sweep", "-S", "vae.steps=1,2", "--until", "vae", "--dry-run"]
+    command += ["--metric", metric]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"--metric {metric}: expected stage.metric of ingest" in done.stderr
+
+
 def test_numbers_without_a_point_are_numbers() -> None:
     assert parse_assignments(["a.b=1e-4", "a.c=[2E3, x]"]) == {"a": {"b": 1e-4, "c": [2000.0, "x"]}}
     assert parse_assignments(["a.name=1e-4x"]) == {"a": {"name": "1e-4x"}}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from flows import services
 from flows.history.records import RunDescription, RunResult, open_record, write_json
+from flows.pools.workers import Worker
 from flows.serving import postgres, served, services_status, tier
 from flows.tracking import Uploader, tracking_uri
 
@@ -162,6 +165,19 @@ def test_status_names_a_server_that_died_and_counts_what_mlflow_misses(toy: Path
     assert done.returncode == 1
     assert "died" in done.stdout
     assert "ultraflux up" in done.stdout
+
+
+def test_status_names_workers_that_run_and_those_that_died(toy: Path) -> None:
+    name = "machine-gpu-1"
+    with subprocess.Popen([sys.executable, "-c", "input()", name], stdin=subprocess.PIPE) as alive:
+        known = [Worker("gpu", name, alive.pid, "log"), Worker("cpu", "other", alive.pid, "log")]
+        write_json(services.services_dir(toy) / "workers.json", [asdict(one) for one in known])
+        done = subprocess.run(["ultraflux", "status"], cwd=toy, capture_output=True, text=True)
+        alive.kill()
+    assert done.returncode == 1
+    assert f"worker gpu: runs (pid {alive.pid}" in done.stdout
+    assert "worker cpu: died" in done.stdout
+    assert "ultraflux up --workers" in done.stdout
 
 
 def test_a_server_that_was_started_again_keeps_its_place_in_the_order(toy: Path) -> None:
