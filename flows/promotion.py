@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from components.whole_files import write_bytes
 from flows.history.registry import Promotion, register
 from flows.tracking import Uploader, tracking_config
 
@@ -84,9 +85,7 @@ def keep_baseline(root: Path) -> str:
     digest = hashlib.sha256(data).hexdigest()
     kept = BASELINES / f"{digest[:16]}.parquet"
     (root / BASELINES).mkdir(exist_ok=True)
-    temporary = root / BASELINES / f".{kept.name}"
-    temporary.write_bytes(data)
-    temporary.replace(root / kept)
+    write_bytes(root / kept, data)
     return (
         f"{kept} written; commit it and set in the profile:\n"
         f"promote:\n  baseline:\n    scores: {kept}\n    sha256: {digest}"

@@ -34,7 +34,7 @@ from components.evaluation.statistics import bootstrap_mean
 from components.evaluation.suites import Suite, SuiteItem
 from components.evaluation.systems import System, SystemFailed
 from components.models.weights import WeightsMissing
-from components.whole_files import write_text
+from components.whole_files import whole_file, write_text
 
 COLUMNS = (*scores.COLUMNS, "item", "stratum", "image_sha256", "error")
 
@@ -273,9 +273,8 @@ def _summary(
 def write_result(result: SuiteResult, suite: Suite, out_dir: Path) -> None:
     """`scores.parquet`, `metrics.json`, and for reports on this machine `pictures.jsonl`."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    temporary = out_dir / ".scores.parquet"
-    result.table.to_parquet(temporary, index=False)
-    temporary.replace(out_dir / "scores.parquet")
+    with whole_file(out_dir / "scores.parquet") as temporary:
+        result.table.to_parquet(temporary, index=False)
     description: Mapping[str, Any] = {
         "suite": suite.name,
         "protocol": suite.protocol,
