@@ -20,6 +20,8 @@ QUIET = {
     "GX_ANALYTICS_ENABLED": "false",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    # A bar for each model that is loaded, in the middle of a pipeline's lines.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_MININTERVAL": "0.5",
     # The uploader tries again by itself; MLflow's own seven tries would hold up a run's end by

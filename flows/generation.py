@@ -101,6 +101,10 @@ def _check(options: GenerateOptions) -> None:
         raise GenerationRefused(f"--steps {options.steps}: at least 1")
     if options.seed < 0:
         raise GenerationRefused(f"--seed {options.seed}: at least 0")
+    if options.prompt_file is not None and not options.prompt_file.is_file():
+        raise GenerationRefused(f"--prompts {options.prompt_file}: no such file")
+    if options.image is not None:
+        _image_size(options.image)
 
 
 def _image_size(path: Path) -> str:
@@ -110,6 +114,8 @@ def _image_size(path: Path) -> str:
     try:
         with Image.open(path) as image:
             width, height = ImageOps.exif_transpose(image).size
+    except FileNotFoundError:
+        raise GenerationRefused(f"--image {path}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
         raise GenerationRefused(f"--image {path}: not a readable picture ({problem})") from None
     return f"{_rounded(width)}x{_rounded(height)}"

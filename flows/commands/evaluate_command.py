@@ -221,7 +221,8 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
     for prefix in prefixes:
         cells = [_number(result.metrics, f"{prefix}.{i}", card(i).decimals) for i in measured]
         table.add_row(prefix, *cells)
-    console.print(table)
+    if systems:
+        console.print(table)
     published = TABLES_OF_SUITE.get(suite.name)
     if published is not None:
         beside = Table(
