@@ -222,6 +222,8 @@ def _run_pipeline(
             stack.enter_context(console)
             stack.enter_context(stopping_on_signals(runner))
             outcomes.update(_run(engine, runner, report))
+            # Cancelled in the Prefect UI: no signal came.
+            interrupted = runner.stopping
     except KeyboardInterrupt:
         interrupted = True
         runner.stop()

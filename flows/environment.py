@@ -10,9 +10,12 @@ import os
 import sys
 from pathlib import Path
 
-QUIET = {
+SWITCHES = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_CLI_PROMPT": "false",
+    # Prefect's own 180 s would let conf/automations/heartbeat_lost.yaml call healthy runs lost:
+    # pipelines in a terminal, which no work pool gives an environment.
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -53,7 +56,7 @@ def prepare(*, offline: bool = False, torch_threads: int | None = None) -> None:
         offline: forbid the Hugging Face hub, so that a missing weight fails at once.
         torch_threads: intra-op threads for processes that start from here.
     """
-    for name, value in QUIET.items():
+    for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)
     if offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

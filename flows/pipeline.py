@@ -7,15 +7,17 @@ adds states, retries, logs and the UI. DVC is the cache, so tasks use `NO_CACHE`
 from __future__ import annotations
 
 from collections.abc import Callable
+from uuid import UUID
 
 from prefect import State, Task, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
-from prefect.states import Completed
+from prefect.states import Cancelled, Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.pools.cancellation import stopped_when_cancelled
 from flows.pools.pipeline_artifacts import PipelineArtifacts
 from flows.runner import StageError, StageExecutor, StageOutcome
 from flows.scheduler import Report, blocked
@@ -92,19 +94,31 @@ def build_flow(runner: StageExecutor, report: Report) -> Callable[[], dict[str, 
         report: called with each outcome as it comes.
 
     Returns:
-        A Prefect flow without parameters; calling it returns the outcome of every stage.
+        A function without parameters that runs it and returns the outcome of every stage. Where the
+        run was cancelled in Prefect, `runner` was stopped.
     """
     workers: ThreadPoolTaskRunner[StageOutcome] = ThreadPoolTaskRunner(len(runner.graph) or 1)
+    outcomes: dict[str, StageOutcome] = {}
 
     @flow(
         name="ultraflux-pipeline",
         task_runner=workers,  # type: ignore[arg-type]
         persist_result=False,
     )
-    def pipeline() -> dict[str, StageOutcome]:
-        return run_tasks(runner, report)
+    def pipeline() -> State | None:
+        with stopped_when_cancelled(UUID(str(flow_run.id)), runner.stop) as cancelled:
+            outcomes.update(run_tasks(runner, report))
+        if cancelled():
+            return Cancelled(message="Cancelled in Prefect; every stage was stopped.")
+        return None
 
-    return pipeline
+    def run() -> dict[str, StageOutcome]:
+        state = pipeline(return_state=True)
+        if not state.is_cancelled():
+            state.result()
+        return outcomes
+
+    return run
 
 
 def run_in_prefect(runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:

@@ -16,7 +16,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from typing import IO, Literal, Protocol
 
 from components.progress import PROGRESS_FILE
 from flows import versioning
+from flows.clones.clone_lock import stage_lock
 from flows.clones.shared_turns import shared_turn
 from flows.execution import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
 from flows.gpu_lock import WAITING_VARIABLE
@@ -175,12 +176,17 @@ class ProcessRunner(ABC):
         cwd: Path,
         env: Mapping[str, str],
         output: IO[bytes],
+        lock: int | None = None,
     ) -> Iterator[GuardedProcess | None]:
-        """A stage's process, which `stop` reaches while the block lasts; None after a `stop`."""
+        """A stage's process, which `stop` reaches while the block lasts; None after a `stop`.
+
+        It holds the descriptor `lock` beside those of the clone's.
+        """
+        held = self._held if lock is None else (*self._held, lock)
         with self._lock:
             process = None
             if not self._stopping:
-                process = GuardedProcess(command, cwd=cwd, env=env, output=output, held=self._held)
+                process = GuardedProcess(command, cwd=cwd, env=env, output=output, held=held)
                 self._running[name] = process
         try:
             yield process
@@ -265,8 +271,6 @@ class StageRunner(ProcessRunner):
         log.parent.mkdir(parents=True, exist_ok=True)
         progress = self.progress_file(name)
         progress.parent.mkdir(parents=True, exist_ok=True)
-        progress.unlink(missing_ok=True)
-        versioning.clear_torn_rwlock(self.root)
         command = ["dvc", "--wait-for-lock", "repro", "-s", name, *(["-f"] if self.force else [])]
         with tempfile.TemporaryDirectory() as folder:
             outcome_file = Path(folder) / "outcome.json"
@@ -277,13 +281,23 @@ class StageRunner(ProcessRunner):
                 env[PARENT_RECORD] = self.parent_record
             if prefect_run is not None:
                 env[PREFECT_RUN] = prefect_run
-            with (
-                log.open("wb") as output,
-                self._process(name, command, cwd=self.root, env=env, output=output) as process,
-            ):
-                if process is None:
-                    return interrupted(name)
-                code = self._wait(process, node.meta.timeout_min, waiting)
+            with ExitStack() as until_begun:
+                lock = until_begun.enter_context(
+                    stage_lock(self.root, name, lambda: self._stopping)
+                )
+                progress.unlink(missing_ok=True)
+                versioning.clear_torn_rwlock(self.root)
+                with (
+                    log.open("wb") as output,
+                    self._process(
+                        name, command, cwd=self.root, env=env, output=output, lock=lock
+                    ) as process,
+                ):
+                    if process is None:
+                        return interrupted(name)
+                    # The stage's processes hold the lock now; this one may be frozen or cut off.
+                    until_begun.close()
+                    code = self._wait(process, node.meta.timeout_min, waiting)
             said = read_json(outcome_file)
         progress.unlink(missing_ok=True)
         seconds = time.monotonic() - started

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOCK_FILE = "runs/clone.lock"
+STAGE_LOCKS = "runs/stage-locks"
 POLL_S = 0.2
 
 
@@ -57,6 +58,36 @@ def clone_lock(
                 _take_within(descriptor, patience_s, busy)
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def stage_lock(root: Path, stage: str, stopping: Callable[[], bool]) -> Iterator[int]:
+    """Hold one stage of the clone at `root`, to hand the lock on to the processes that run it.
+
+    A run that was given up while it worked on (its machine was out of the server's reach) goes on
+    to its end; the run that took its place waits here, and then finds the stage done.
+
+    Args:
+        root: repository root.
+        stage: name in dvc.yaml.
+        stopping: ends the wait.
+
+    Yields:
+        The file descriptor that is the lock.
+    """
+    path = root / STAGE_LOCKS / stage
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        while not stopping():
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(POLL_S)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -98,7 +98,8 @@ def apply_automation(client: SyncPrefectClient, path: Path) -> Applied:
         client.create_automation(wanted)
         return Applied(name, "created")
     present = AutomationCore.model_validate(known[0].model_dump(exclude={"id"}))
-    if present.model_dump(mode="json") == wanted.model_dump(mode="json"):
+    # Not as JSON: the sets of events have an order there.
+    if present.model_dump() == wanted.model_dump():
         return Applied(name, "unchanged")
     client.update_automation(known[0].id, wanted)
     return Applied(name, "updated")

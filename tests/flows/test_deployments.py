@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
-
-from flows import services
 
 pytestmark = pytest.mark.slow
 TIMEOUT_S = 300
@@ -50,95 +46,27 @@ def hook() -> Iterator[Hook]:
     server.shutdown()
 
 
-@dataclass(frozen=True)
-class Site:
-    """A project with servers and workers."""
-
-    root: Path
-    env: dict[str, str]
-
-    def ultraflux(self, *arguments: str, cwd: Path | None = None) -> str:
-        """Standard output of a command that must work."""
-        done = self.attempt(*arguments, cwd=cwd)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-        return done.stdout
-
-    def attempt(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        """A finished command."""
-        return subprocess.run(
-            ["ultraflux", *arguments],
-            cwd=cwd or self.root,
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
-
-    def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """A question to the Prefect API."""
-        import httpx
-
-        url = self.env["PREFECT_API_URL"] + path
-        answer = httpx.post(url, json=body, timeout=30) if body is not None else httpx.get(url)
-        answer.raise_for_status()
-        return answer.json()
-
-
 @pytest.fixture(scope="module")
-def site(
-    trivial_clone: Callable[[Path, int], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-    hook: Hook,
-) -> Iterator[Site]:
-    root = trivial_clone(tmp_path_factory.mktemp("site"), 3)
-    port = services.free_port()
-    env = os.environ | {"PYTHONPATH": str(root), "ULTRAFLUX_FAILURE_WEBHOOK": hook.url}
-    env["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    made = Site(root, env)
-    ports = ["--prefect-port", str(port), "--mlflow-port", str(services.free_port())]
-    try:
-        made.ultraflux("up", *ports, "--workers")
-        yield made
-    finally:
-        made.ultraflux("down")
-
-
-def wait_for(question: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        if answer := question():
-            return answer
-        time.sleep(0.3)
-    raise AssertionError(f"no {what} within {TIMEOUT_S} s")
+def site(pool_site: Callable[[dict[str, str]], Any], hook: Hook) -> Any:
+    return pool_site({"ULTRAFLUX_FAILURE_WEBHOOK": hook.url})
 
 
 HANGS = "import os, time\n(lambda: None if os.path.exists('go') else time.sleep(120))()\n"
 
 
-def stage_engine(site: Site, stage: str) -> psutil.Process | None:
-    """The flow run process above a stage that runs now."""
-    for found in psutil.process_iter(["cmdline"]):
-        command = found.info["cmdline"] or []
-        if command[-3:] == ["stage", "run", stage] and any("ultraflux" in c for c in command):
-            engine = [p for p in found.parents() if "prefect.engine" in " ".join(p.cmdline())]
-            if engine and found.cwd() == str(site.root):
-                return engine[0]
-    return None
-
-
-def test_deploying_again_changes_nothing(site: Site) -> None:
+def test_deploying_again_changes_nothing(site: Any) -> None:
     first = {d["id"]: d["updated"] for d in site.api("/deployments/filter", {})}
     said = site.ultraflux("deploy", "--workers")
-    assert said.count(": unchanged") == 3
+    assert said.count(": unchanged") == 5
     again = site.api("/deployments/filter", {})
     assert {d["id"] for d in again} == set(first)
     assert all(d["schedules"] == [] for d in again)
-    assert len(site.api("/automations/filter", {})) == 3
+    assert len(site.api("/automations/filter", {})) == 5
     assert len(site.api("/work_pools/filter", {})) == 3
     assert all(p["status"] == "READY" for p in site.api("/work_pools/filter", {}))
 
 
-def test_a_pipeline_runs_on_pools_survives_a_killed_stage_and_shows_its_parts(site: Site) -> None:
+def test_a_pipeline_runs_on_pools_survives_a_killed_stage_and_shows_its_parts(site: Any) -> None:
     code = site.root / "flows" / "stages" / "copy1.py"
     kept = code.read_text()
     code.write_text(kept.replace("import shutil\n", "import shutil\n" + HANGS))
@@ -151,7 +79,7 @@ def test_a_pipeline_runs_on_pools_survives_a_killed_stage_and_shows_its_parts(si
         text=True,
     )
 
-    engine = wait_for(lambda: stage_engine(site, "copy1"), "running stage")
+    engine = site.wait_for(lambda: site.stage_engine("copy1"), "running stage")
     (site.root / "go").touch()
     children = engine.children(recursive=True)
     engine.kill()
@@ -180,14 +108,14 @@ def test_a_pipeline_runs_on_pools_survives_a_killed_stage_and_shows_its_parts(si
 
 @pytest.mark.parametrize("cancelled", ["pipeline", "stage"])
 def test_a_run_cancelled_from_the_ui_leaves_no_process_and_the_next_one_finishes(
-    site: Site, cancelled: str
+    site: Any, cancelled: str
 ) -> None:
     (site.root / "go").unlink(missing_ok=True)
     code = site.root / "flows" / "stages" / "copy1.py"
     kept = code.read_text()
     code.write_text(kept.replace("import shutil\n", f"import shutil\n# {cancelled}\n" + HANGS))
     site.ultraflux("submit")
-    engine = wait_for(lambda: stage_engine(site, "copy1"), "running stage")
+    engine = site.wait_for(lambda: site.stage_engine("copy1"), "running stage")
     processes = [engine, *engine.children(recursive=True)]
     going = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
     (pipeline,) = [r for r in site.api("/flow_runs/filter", going) if "stage" not in r["tags"]]
@@ -200,19 +128,19 @@ def test_a_run_cancelled_from_the_ui_leaves_no_process_and_the_next_one_finishes
         return str(site.api(f"/flow_runs/{run['id']}")["state"]["type"])
 
     final = {"CANCELLED", "FAILED", "CRASHED", "COMPLETED"}
-    wait_for(lambda: state_of(pipeline) in final, "end of the pipeline run")
-    wait_for(lambda: state_of(stage) in final, "end of the stage run")
+    site.wait_for(lambda: state_of(pipeline) in final, "end of the pipeline run")
+    site.wait_for(lambda: state_of(stage) in final, "end of the stage run")
     assert state_of(chosen) == "CANCELLED"
     assert state_of(pipeline) != "COMPLETED"
     _, left = psutil.wait_procs(processes, timeout=60)
     assert left == []
-    assert stage_engine(site, "copy1") is None
+    assert site.stage_engine("copy1") is None
     (site.root / "go").touch()
     assert "Completed" in site.ultraflux("submit", "--watch")
     code.write_text(kept)
 
 
-def test_settings_given_to_a_submitted_run_apply_in_a_tree_of_its_own(site: Site) -> None:
+def test_settings_given_to_a_submitted_run_apply_in_a_tree_of_its_own(site: Any) -> None:
     before = (site.root / "params.yaml").read_text()
     elsewhere = site.root.parent
     said = site.ultraflux("submit", "--watch", "-S", "project.seed=77", cwd=elsewhere)
@@ -225,13 +153,13 @@ def test_settings_given_to_a_submitted_run_apply_in_a_tree_of_its_own(site: Site
     assert "Completed: 3 skipped" in again
 
 
-def test_one_stage_is_submitted_to_the_pool_of_dvc_yaml(site: Site) -> None:
+def test_one_stage_is_submitted_to_the_pool_of_dvc_yaml(site: Any) -> None:
     said = site.ultraflux("submit", "--stage", "copy2", "--watch")
     assert "to pool cpu" in said
     assert "Skipped" in said or "Completed" in said
 
 
-def test_a_failing_run_calls_the_web_hook_and_fails_the_command(site: Site, hook: Hook) -> None:
+def test_a_failing_run_calls_the_web_hook_and_fails_the_command(site: Any, hook: Hook) -> None:
     done = site.attempt("submit", "--stage", "absent", "--pool", "gpu", "--watch")
     assert done.returncode == 1
     assert "no stage 'absent'" in done.stdout
@@ -239,9 +167,11 @@ def test_a_failing_run_calls_the_web_hook_and_fails_the_command(site: Site, hook
     def told() -> list[dict[str, Any]]:
         return [post for post in hook.received if post["flow_run"] == "absent"]
 
-    wait_for(told, "web hook call")
+    site.wait_for(told, "web hook call")
     time.sleep(3)
-    (post,) = told()
+    # On SQLite Prefect may hand one event to an automation again (docs/clusters.md).
+    post, *again = told()
+    assert all(other == post for other in again)
     assert post["state"] == "Refused"
     assert "no stage 'absent'" in post["message"]
 
@@ -257,7 +187,7 @@ def test_a_failing_run_calls_the_web_hook_and_fails_the_command(site: Site, hook
         (["--stage", "ingest", "--profile", "paper"], "--profile is for the pipeline"),
     ],
 )
-def test_a_wrong_submission_is_one_line(site: Site, arguments: list[str], said: str) -> None:
+def test_a_wrong_submission_is_one_line(site: Any, arguments: list[str], said: str) -> None:
     done = site.attempt("submit", *arguments)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,14 +18,6 @@ from components.corpus.original_lookup import OriginalLookup
 
 DVC = [sys.executable, "-m", "dvc"]
 MANIFEST = "data/ingest/manifest.parquet"
-# Loopback only, whatever the machine is set up for.
-AWS = {
-    "AWS_ACCESS_KEY_ID": "test",
-    "AWS_SECRET_ACCESS_KEY": "test",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-    "NO_PROXY": "127.0.0.1",
-}
 
 
 def dvc(root: Path, *arguments: str) -> str:
@@ -126,37 +117,12 @@ def test_an_original_that_cannot_be_packed_is_one_error_line(clone: Callable[...
 
 
 @pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Address of an S3 server with a bucket `corpus`."""
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        (tmp_path / name).touch()
-        monkeypatch.setenv(name, str(tmp_path / name))
-    for name, value in AWS.items():
+def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The S3 server, with its credentials in this process's environment."""
+    for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with (tmp_path / "s3.log").open("wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, (tmp_path / "s3.log").read_text()
-            time.sleep(0.1)
-        import boto3
-
-        url = f"http://127.0.0.1:{port}"
-        boto3.client("s3", endpoint_url=url).create_bucket(Bucket="corpus")
-        yield url
-    finally:
-        server.terminate()
-        server.wait()
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    return s3_server
 
 
 def objects(url: str) -> dict[str, int]:
@@ -172,28 +138,24 @@ def objects(url: str) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_after_one_more_photograph_s3_receives_one_shard(
-    clone: Callable[..., Path], s3: str, tmp_path: Path
+    clone: Callable[..., Path], s3: Any
 ) -> None:
     root = clone("s3-remote", {}, [])
     photographs(root, range(40))
     assert pack(root).returncode == 0
     dvc(root, "remote", "add", "-d", "team", "s3://corpus/images")
-    dvc(root, "remote", "modify", "team", "endpointurl", s3)
+    dvc(root, "remote", "modify", "team", "endpointurl", s3.url)
     dvc(root, "push", "data/images")
-    before = objects(s3)
+    before = objects(s3.url)
     assert len(before) == len(contents(root)) + 1
 
     expected = photographs(root, range(41))
     assert pack(root).returncode == 0
     # What the server is asked to store, by its own log.
-    requests = len((tmp_path / "s3.log").read_text().splitlines())
+    requests = len(s3.log.read_text().splitlines())
     dvc(root, "push", "data/images")
-    sent = [
-        line
-        for line in (tmp_path / "s3.log").read_text().splitlines()[requests:]
-        if '"PUT ' in line
-    ]
-    added = objects(s3).keys() - before.keys()
+    sent = [line for line in s3.log.read_text().splitlines()[requests:] if '"PUT ' in line]
+    added = objects(s3.url).keys() - before.keys()
     assert len(added) == len(sent) == 3
     stored = contents(root)
     forget(root)

@@ -60,17 +60,45 @@ class Site:
             text=True,
         )
 
-    def flow_runs(self) -> list[dict[str, Any]]:
-        """All flow runs of stages."""
+    def api(self, path: str, body: dict[str, Any]) -> Any:
+        """A question to the Prefect API."""
         import httpx
 
-        answer = httpx.post(self.env["PREFECT_API_URL"] + "/flow_runs/filter", json={}, timeout=60)
-        return [run for run in answer.json() if "stage" in run["tags"]]
+        answer = httpx.post(self.env["PREFECT_API_URL"] + path, json=body, timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    def flow_runs(self, *, of_stages: bool = True) -> list[dict[str, Any]]:
+        """All flow runs of stages, or of pipelines."""
+        found = self.api("/flow_runs/filter", {})
+        return [run for run in found if ("stage" in run["tags"]) == of_stages]
+
+    def state(self, run: dict[str, Any]) -> str:
+        """Name of a flow run's present state."""
+        (found,) = self.api("/flow_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+        return str(found["state"]["name"])
+
+    def reseed(self, seed: int) -> None:
+        """Settings with which every stage has to run again."""
+        for clone in (self.pipeline, self.single):
+            values = yaml.safe_load((clone / "params.yaml").read_text())
+            values["project"]["seed"] = seed
+            (clone / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+    def hang(self, *, on: bool) -> None:
+        """Whether copy1 hangs on the workers from now on."""
+        for clone in self.workers:
+            if on:
+                (clone / "runs" / "hang").touch()
+            else:
+                (clone / "runs" / "hang").unlink()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["folder", "s3"])
 def site(
-    trivial_clone: Callable[[Path, int], Path], tmp_path_factory: pytest.TempPathFactory
+    trivial_clone: Callable[[Path, int], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
     pipeline = trivial_clone(folder, 3)
@@ -82,10 +110,14 @@ def site(
     for clone in (first, second, single):
         subprocess.run(["git", "clone", "-q", str(pipeline), str(clone)], check=True)
         (clone / "runs").mkdir(exist_ok=True)
-    share = folder / "share"
-    share.mkdir()
+    env = dict(os.environ)
+    if request.param == "s3":
+        env |= request.getfixturevalue("s3_server").env
+        env[data_remote.REMOTE] = "s3://corpus/data"
+    else:
+        (folder / "share").mkdir()
+        env[data_remote.REMOTE] = str(folder / "share")
     port = services.free_port()
-    env = os.environ | {data_remote.REMOTE: str(share)}
     env["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     made = Site(pipeline, (first, second), single, env)
     ports = ["--prefect-port", str(port), "--mlflow-port", str(services.free_port())]
@@ -138,8 +170,7 @@ def wait_for(question: Callable[[], Any], pipeline: subprocess.Popen[str]) -> An
 
 
 def test_a_machine_that_is_gone_with_its_stage_costs_no_result_and_no_byte(site: Site) -> None:
-    for clone in site.workers:
-        (clone / "runs" / "hang").touch()
+    site.hang(on=True)
     pipeline = site.start()
     victim, engine = wait_for(lambda: stage_process(site.workers), pipeline)
     (other,) = [clone for clone in site.workers if clone != victim]
@@ -179,16 +210,11 @@ def same_as_single(site: Site) -> None:
 
 
 def test_a_killed_flow_run_goes_to_the_pool_again_with_the_pipelines_settings(site: Site) -> None:
-    for clone in (site.pipeline, site.single):
-        values = yaml.safe_load((clone / "params.yaml").read_text())
-        values["project"]["seed"] = 77
-        (clone / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    for clone in site.workers:
-        (clone / "runs" / "hang").touch()
+    site.reseed(77)
+    site.hang(on=True)
     pipeline = site.start()
     _, engine = wait_for(lambda: stage_process(site.workers), pipeline)
-    for clone in site.workers:
-        (clone / "runs" / "hang").unlink()
+    site.hang(on=False)
     engine.kill()
     output, _ = pipeline.communicate(timeout=TIMEOUT_S)
     assert pipeline.returncode == 0, output
@@ -200,10 +226,90 @@ def test_a_killed_flow_run_goes_to_the_pool_again_with_the_pipelines_settings(si
     same_as_single(site)
 
 
+@pytest.mark.parametrize(("cancelled", "seed"), [("pipeline", 81), ("stage", 82)])
+def test_what_is_cancelled_in_the_ui_ends_on_the_other_machine_and_a_rerun_has_the_same_bytes(
+    site: Site, cancelled: str, seed: int
+) -> None:
+    site.reseed(seed)
+    site.hang(on=True)
+    known = {run["id"] for run in site.flow_runs()}
+    process = site.start()
+    _, engine = wait_for(lambda: stage_process(site.workers), process)
+    family = [engine, *engine.children(recursive=True)]
+    (pipeline,) = [r for r in site.flow_runs(of_stages=False) if r["state"]["type"] == "RUNNING"]
+    (stage,) = [r for r in site.flow_runs() if r["state"]["type"] == "RUNNING"]
+    assert stage["name"] == "copy1"
+    chosen = pipeline if cancelled == "pipeline" else stage
+    # What the UI's "Cancel" sends.
+    site.api(f"/flow_runs/{chosen['id']}/set_state", {"state": {"type": "CANCELLING"}})
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == (130 if cancelled == "pipeline" else 1), output
+    said = "interrupted" if cancelled == "pipeline" else "copy1: cancelled in Prefect"
+    assert said in output
+    assert psutil.wait_procs(family, timeout=60)[1] == []
+    assert stage_process(site.workers) is None
+    assert site.state(chosen) == "Cancelled"
+    deadline = time.monotonic() + 60
+    while site.state(stage) != "Cancelled" and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert site.state(stage) == "Cancelled"
+    # What had ended is in the lock, what was cancelled was not tried again.
+    new = sorted(run["name"] for run in site.flow_runs() if run["id"] not in known)
+    assert new == ["copy1", "ingest"]
+    lock = yaml.safe_load((site.pipeline / "dvc.lock").read_text())["stages"]
+    assert lock["ingest"]["params"]["params.yaml"]["project.seed"] == seed
+    assert lock["copy1"]["params"]["params.yaml"]["project.seed"] != seed
+
+    site.hang(on=False)
+    known = {run["id"] for run in site.flow_runs()}
+    site.ultraflux(site.pipeline, "run", "--engine", "pools", "--remote-data")
+    again = sorted(run["name"] for run in site.flow_runs() if run["id"] not in known)
+    assert again == ["copy1", "copy2"]
+    site.ultraflux(site.single, "run")
+    same_as_single(site)
+
+
+def test_a_submitted_pipeline_that_is_cancelled_leaves_no_process_on_any_machine(
+    site: Site,
+) -> None:
+    site.hang(on=True)
+    asked = ("submit", "--remote-data", "-S", "project.seed=90")
+    site.ultraflux(site.pipeline, *asked)
+
+    def found() -> tuple[Path, psutil.Process] | None:
+        return stage_process(site.workers)
+
+    deadline = time.monotonic() + TIMEOUT_S
+    while (running := found()) is None and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert running is not None, [run["state"] for run in site.flow_runs(of_stages=False)]
+    family = [running[1], *running[1].children(recursive=True)]
+    (pipeline,) = [r for r in site.flow_runs(of_stages=False) if r["state"]["type"] == "RUNNING"]
+    site.api(f"/flow_runs/{pipeline['id']}/set_state", {"state": {"type": "CANCELLING"}})
+    assert psutil.wait_procs(family, timeout=120)[1] == []
+    assert found() is None
+    deadline = time.monotonic() + 60
+    while site.state(pipeline) != "Cancelled" and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert site.state(pipeline) == "Cancelled"
+    site.hang(on=False)
+    assert "Completed" in site.ultraflux(site.pipeline, *asked, "--watch")
+
+
+def test_credentials_stay_in_the_environment(site: Site) -> None:
+    secret = site.env.get("AWS_SECRET_ACCESS_KEY")
+    if secret is None:
+        pytest.skip("a folder needs none")
+    clones = (site.pipeline, *site.workers, site.single)
+    # Settings, records, logs, and the databases of Prefect and MLflow.
+    files = [path for clone in clones for path in clone.rglob("*") if path.is_file()]
+    told = [str(path) for path in files if secret.encode() in path.read_bytes()]
+    assert told == []
+    assert any(path.name == "prefect.db" for path in files)
+
+
 def test_a_worker_whose_clone_was_edited_refuses_with_one_line(site: Site) -> None:
-    values = yaml.safe_load((site.pipeline / "params.yaml").read_text())
-    values["project"]["seed"] = 78
-    (site.pipeline / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    site.reseed(78)
     for clone in site.workers:
         (clone / "source-edited").touch()
     done = site.attempt(site.pipeline, "run", "--engine", "pools", "--remote-data")

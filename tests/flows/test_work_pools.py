@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import jsonschema
@@ -16,6 +18,8 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.templating import apply_values
 from prefect.workers.process import ProcessJobConfiguration
 
+from flows import environment
+from flows.pools import deployed
 from flows.pools.automations import AutomationInvalid, automations_dir, read_automation
 from flows.pools.work_pools import (
     PoolFile,
@@ -117,7 +121,32 @@ def test_every_automation_file_fits_prefects_schema(root: Path) -> None:
             for action in values["actions"]
         ]
         names.append(AutomationCore.model_validate({**values, "actions": actions}).name)
-    assert len(names) == len(set(names)) == 3
+    assert len(names) == len(set(names)) == 5
+
+
+def test_no_healthy_run_is_taken_for_lost(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", raising=False)
+    # Pipelines in a terminal have no work pool that sets it.
+    environment.prepare()
+    trigger = read_automation(automations_dir(root) / "heartbeat_lost.yaml")["trigger"]
+    pools = [read_pools(root, kind) for kind in ("process", "docker", "kubernetes")]
+    given = [os.environ, *(pool.defaults["env"] for pool in pools)]
+    assert {env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] for env in given} == {"30"}
+    assert trigger["within"] == 3 * 30
+    ends = {event.removeprefix("prefect.flow-run.") for event in trigger["expect"]}
+    own = re.findall(r'"(Skipped|Refused|CloneBusy|Failed)"', Path(deployed.__file__).read_text())
+    assert set(own) | {"heartbeat", "Completed", "Crashed", "Cancelled"} == ends
+
+
+def test_one_automation_alone_waits_for_a_lost_run(root: Path) -> None:
+    files = [read_automation(path) for path in automations_dir(root).glob("*.yaml")]
+    event = "prefect.flow-run.HeartbeatLost"
+    waiting = [
+        values["name"]
+        for values in files
+        if any(fnmatch(event, pattern) for pattern in values["trigger"]["expect"])
+    ]
+    assert waiting == ["ultraflux-heartbeat-retry"]
 
 
 def test_a_file_that_is_no_automation_is_one_line(tmp_path: Path) -> None:
