@@ -59,6 +59,8 @@ def pages(tier: ServedTier, known: Secrets) -> dict[str, tuple[str, str]]:
         {"experiment_ids": ["1"], "filter": "attributes.run_name = 'vae'", "max_results": 1},
         login,
     )
+    if not flow or not contracts or not runs.get("runs"):
+        raise SystemExit("error: no finished run on these servers: ultraflux run --engine prefect")
     run = runs["runs"][0]["info"]["run_id"]
     experiment = f"{mlflow}/#/experiments/1/runs"
     kind = "workflowType=machine_learning"

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from components.whole_files import write_text
 from flows import versioning
 from flows.history.records import RUN_TAGS
+from flows.profiles import settings_text
 from flows.tracking import tracking_uri
 
 _ORIGINALS = Path("data/ingest/originals")
@@ -126,8 +126,7 @@ def settings_tree(root: Path, tree: Path, values: Mapping[str, Any]) -> Path:
         git(tree, "checkout", "-q", "--detach", commit)
     else:
         add_tree(root, tree, commit)
-    text = yaml.safe_dump(dict(values), sort_keys=False)
-    (tree / "params.yaml").write_text(text, encoding="utf-8")
+    write_text(tree / "params.yaml", settings_text(values))
     share(root, tree, values.get("ingest", {}).get("source"))
     return tree
 

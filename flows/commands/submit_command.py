@@ -14,6 +14,7 @@ from flows.commands.command_line import fail
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import State, TaskRun
     from pydantic import ValidationError
 
 POLL_S = 2.0
@@ -160,15 +161,39 @@ def _first_error(problem: ValidationError) -> str:
 
 
 def _watch(client: SyncPrefectClient, run_id: UUID) -> bool:
-    """Print each new state until the last; whether the run completed."""
-    said = ""
+    """Print each new state of the run and of its stages until the last; whether it completed."""
+    said: dict[str, str] = {}
+
+    def tell(name: str, state: State | None, indent: str = "") -> None:
+        if state is None:
+            return
+        text = f"{state.name}: {state.message}" if state.message else str(state.name)
+        if said.get(name) != text:
+            print(f"{indent}{text}", flush=True)
+            said[name] = text
+
     while True:
         state = client.read_flow_run(run_id).state
-        if state is not None:
-            text = f"{state.name}: {state.message}" if state.message else str(state.name)
-            if text != said:
-                print(text, flush=True)
-                said = text
-            if state.is_final():
-                return state.is_completed()
+        for task in _stages_of(client, run_id):
+            if task.state is not None and not task.state.is_pending():
+                tell(task.name, task.state, f"  {task.name:16} ")
+        tell("", state)
+        if state is not None and state.is_final():
+            return state.is_completed()
         time.sleep(POLL_S)
+
+
+def _stages_of(client: SyncPrefectClient, run_id: UUID) -> list[TaskRun]:
+    """Task runs of a pipeline's stages, in the order of their start; none of a single stage."""
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterId,
+        TaskRunFilter,
+        TaskRunFilterTags,
+    )
+
+    found = client.read_task_runs(
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])),
+        task_run_filter=TaskRunFilter(tags=TaskRunFilterTags(all_=["stage"])),
+    )
+    return sorted(found, key=lambda task: str(task.start_time or task.created))

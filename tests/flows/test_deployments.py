@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import threading
 import time
@@ -136,7 +137,10 @@ def test_a_run_cancelled_from_the_ui_leaves_no_process_and_the_next_one_finishes
     assert left == []
     assert site.stage_engine("copy1") is None
     (site.root / "go").touch()
-    assert "Completed" in site.ultraflux("submit", "--watch")
+    watched = site.ultraflux("submit", "--watch")
+    assert watched.splitlines()[-1].startswith("Completed")
+    for stage in ("ingest", "copy1", "copy2"):
+        assert re.search(rf"^  {stage} +(Completed|Skipped): ", watched, re.MULTILINE), watched
     code.write_text(kept)
 
 

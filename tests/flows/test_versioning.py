@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows import versioning
+from flows.profiles import compose
 
 
 def repro(root: Path) -> None:
@@ -60,3 +61,18 @@ def test_the_lock_entry_has_output_hashes(toy: Path) -> None:
     entry = versioning.lock_entry(toy, "a")
     assert entry is not None
     assert len(entry["outs"][0]["md5"]) == 32
+
+
+def test_an_experiment_with_another_value_changes_one_line_of_the_committed_settings(
+    root: Path, tmp_path: Path
+) -> None:
+    from dvc.utils.serialize import modify_yaml
+
+    before = (root / "params.yaml").read_text()
+    assert before == compose(root, "embedded")
+    copied = tmp_path / "params.yaml"
+    copied.write_text(before)
+    with modify_yaml(str(copied)) as values:  # as `dvc exp run -S` does
+        values["dit_stage1"]["steps"] += 1
+    pairs = zip(before.splitlines(), copied.read_text().splitlines(), strict=True)
+    assert [line for line, other in pairs if line != other] == ["  steps: 160"]
