@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     folder = tmp_path_factory.mktemp("s3")
     env = {
         "AWS_ACCESS_KEY_ID": "loopback-user-3a91",
-        "AWS_SECRET_ACCESS_KEY": "loopback-secret-7c1f",
+        # Drawn, so that no copy of this file holds it.
+        "AWS_SECRET_ACCESS_KEY": uuid.uuid4().hex,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
         "NO_PROXY": "127.0.0.1",
