@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,16 @@ class Clone:
         return step
 
 
+def clone_of(toy: Path, name: str) -> Clone:
+    target = toy.parent / name
+    subprocess.run(["git", "clone", "-q", str(toy), str(target)], check=True)
+    (target / "data").mkdir()
+    return Clone(target)
+
+
 @pytest.fixture
 def another(toy: Path, share: Path) -> Callable[[str], Clone]:
-    def make(name: str) -> Clone:
-        target = toy.parent / name
-        subprocess.run(["git", "clone", "-q", str(toy), str(target)], check=True)
-        (target / "data").mkdir()
-        return Clone(target)
-
-    return make
+    return partial(clone_of, toy)
 
 
 def test_another_clone_goes_on_from_the_newest_checkpoint_and_nothing_stays_at_the_end(
@@ -241,3 +243,29 @@ def test_copies_of_stages_that_never_finished_are_listed_and_removed(
     assert listed[1].split()[:2] == [f"{STAGE}/{first.folder.name}", "step-00000040"]
     assert dropped[-1] == "removed"
     assert len(after) == 1
+
+
+@pytest.mark.slow
+def test_copies_in_an_object_store_come_back_and_no_key_leads_out_of_the_folder(
+    toy: Path, s3_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(data_remote.REMOTE, "s3://corpus/data")
+    client = boto3.client("s3", endpoint_url=s3_server.url)
+    first, second = clone_of(toy, "one"), clone_of(toy, "two")
+    for step in (40, 80):
+        first.train_to(step)
+        first.copies.save()
+    place = f"data/state/{STAGE}/{first.folder.name}"
+    for name in ("writer/../../../../evil.parquet", "writer/shards/good.parquet"):
+        client.put_object(Bucket="corpus", Key=f"{place}/{name}", Body=b"x")
+    assert second.copies.restore() == "step-00000080"
+    assert second.step == 80
+    brought = [path for path in toy.parent.rglob("*.parquet") if path.is_file()]
+    assert brought == [second.folder / "shards" / "good.parquet"]
+    second.copies.drop()
+    assert kept_copies(second.root) == []
+    assert "Contents" not in client.list_objects_v2(Bucket="corpus", Prefix=place)
