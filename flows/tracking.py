@@ -9,6 +9,7 @@ or offline uploaders lose nothing and send nothing twice (see `flows.history.met
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import select
 import subprocess
@@ -103,6 +104,8 @@ class Uploader:
         uri = tracking_uri(root)
         if uri.startswith("sqlite:///"):
             Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            # What MLflow says when it makes its tables is no news to who asked for an upload.
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         # The registry of the SQLite store resolves models through the global URI.
         use_store(uri)
         self.client = MlflowClient(tracking_uri=uri)

@@ -265,7 +265,13 @@ def stage_key(root: Path, name: str) -> str:
 
 
 def stage_identity(root: Path, name: str) -> tuple[str, dict[str, str]]:
-    """The stage's key and what it hashes of files: DVC hash by path of every dependency."""
+    """The stage's key and what it hashes of files: DVC hash by path of every dependency.
+
+    Raises:
+        GraphError: a dependency is not there.
+    """
+    from dvc.dependency.base import DependencyDoesNotExistError
+
     inputs: dict[str, str] = {}
     with open_repo(root) as repo:
         stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
@@ -275,7 +281,13 @@ def stage_identity(root: Path, name: str) -> tuple[str, dict[str, str]]:
             if params:
                 parts.append([dep.def_path, dep.read_params()])
             else:
-                dep.save()
+                try:
+                    dep.save()
+                except DependencyDoesNotExistError:
+                    raise GraphError(
+                        f"{name}: {dep.def_path} is missing; `ultraflux run --until {name}` makes "
+                        "what the stage stands on"
+                    ) from None
                 parts.append([dep.def_path, dep.hash_info.value])
                 inputs[str(dep.def_path)] = str(dep.hash_info.value)
     text = json.dumps(parts, sort_keys=True, default=str)

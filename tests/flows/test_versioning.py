@@ -76,3 +76,8 @@ def test_an_experiment_with_another_value_changes_one_line_of_the_committed_sett
         values["dit_stage1"]["steps"] += 1
     pairs = zip(before.splitlines(), copied.read_text().splitlines(), strict=True)
     assert [line for line, other in pairs if line != other] == ["  steps: 160"]
+
+
+def test_a_stage_without_its_input_says_which_and_how_to_make_it(toy: Path) -> None:
+    with pytest.raises(versioning.GraphError, match=r"^b: data/a is missing; `ultraflux run --un"):
+        versioning.stage_identity(toy, "b")
