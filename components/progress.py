@@ -28,7 +28,9 @@ LINE_INTERVAL_S = 30.0
 
 
 def _write(path: Path, description: str, done: int, total: int | None) -> None:
-    write_text(path, json.dumps({"description": description, "done": done, "total": total}))
+    write_text(
+        path, json.dumps({"description": description, "done": done, "total": total}), contended=True
+    )
 
 
 def track(

@@ -11,17 +11,20 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def whole_file(path: Path, *, durable: bool = False, contended: bool = False) -> Iterator[Path]:
     """A name beside `path` to write to; it becomes `path` when the block ends.
 
-    An error in the block leaves `path` as it was and nothing else behind. The name is this
-    process's own, so several processes may replace one file.
+    An error in the block leaves `path` as it was and nothing else behind. What a kill leaves has a
+    name that the next writer takes, so that no folder of results keeps it.
 
     Args:
         path: the file to make or to replace; its folder exists.
         durable: bytes and name are on the disk at the end, also after a power cut.
+        contended: several processes may replace the file at once: the name is this process's own,
+            and what a kill leaves stays.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    owner = os.getpid() if contended else "partial"
+    temporary = path.with_name(f".{path.name}.{owner}")
     try:
         yield temporary
         if durable:
@@ -50,15 +53,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.rename(path)
 
 
-def write_bytes(path: Path, content: bytes | memoryview, *, durable: bool = False) -> None:
+def write_bytes(
+    path: Path, content: bytes | memoryview, *, durable: bool = False, contended: bool = False
+) -> None:
     """Make or replace `path`; a reader (or a kill) never meets a half-written file."""
-    with whole_file(path, durable=durable) as temporary:
+    with whole_file(path, durable=durable, contended=contended) as temporary:
         temporary.write_bytes(content)
 
 
-def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+def write_text(path: Path, text: str, *, durable: bool = False, contended: bool = False) -> None:
     """As `write_bytes`, in UTF-8."""
-    write_bytes(path, text.encode(), durable=durable)
+    write_bytes(path, text.encode(), durable=durable, contended=contended)
 
 
 def flush(path: Path) -> None:

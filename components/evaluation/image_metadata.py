@@ -77,7 +77,7 @@ def save_with_metadata(
         image = image.convert("RGB")
         options = {"format": "JPEG", "quality": JPEG_QUALITY, "subsampling": 0}
         options |= {"exif": exif, "xmp": packet}
-    with whole_file(path) as temporary:
+    with whole_file(path, contended=True) as temporary:
         image.save(temporary, **options)
 
 

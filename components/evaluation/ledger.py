@@ -115,7 +115,7 @@ class _Parts:
         data = memoryview(sink.getvalue())
         name = f"part-{hashlib.sha256(data).hexdigest()[:32]}.parquet"
         target = self.folder / name
-        write_bytes(target, data, durable=True)
+        write_bytes(target, data, durable=True, contended=True)
         return target
 
     def read(self, path: Path, **options: Any) -> pa.Table:

@@ -80,7 +80,9 @@ def _read_record(weights_dir: Path) -> dict[str, Any]:
 
 def _write_record(weights_dir: Path, values: Mapping[str, Any]) -> None:
     weights_dir.mkdir(parents=True, exist_ok=True)
-    write_text(weights_dir / RECORD, json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_text(
+        weights_dir / RECORD, json.dumps(values, indent=2, sort_keys=True) + "\n", contended=True
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -171,7 +171,9 @@ class CheckpointStore:
         # A rank on another node can flush only what it wrote itself, so every rank flushes.
         _flush_tree(opened.aside)
         if self._world_size > 1:
-            write_bytes(opened.aside / f"{_DONE}{self._rank:05d}", b"", durable=True)
+            write_bytes(
+                opened.aside / f"{_DONE}{self._rank:05d}", b"", durable=True, contended=True
+            )
         if self._rank == 0:
             self._wait_for_marks(opened, is_abandoned)
             self._commit(opened.step, opened.aside, opened.final)
@@ -179,7 +181,9 @@ class CheckpointStore:
     def fail(self, opened: OpenCheckpoint, reason: str) -> None:
         """Tell rank 0 that this rank cannot write its part."""
         if self._world_size > 1:
-            write_text(opened.aside / f"{_FAILED}{self._rank:05d}", reason, durable=True)
+            write_text(
+                opened.aside / f"{_FAILED}{self._rank:05d}", reason, durable=True, contended=True
+            )
 
     def _wait_for_marks(self, opened: OpenCheckpoint, is_abandoned: Callable[[], bool]) -> None:
         """Return when every rank is done, with the marks removed."""
@@ -238,7 +242,7 @@ class CheckpointStore:
         flush(aside)
         os.rename(aside, final)
         flush(self.folder)
-        write_text(self.folder / LATEST_FILE, f"{final.name}\n", durable=True)
+        write_text(self.folder / LATEST_FILE, f"{final.name}\n", durable=True, contended=True)
         self._drop_old(step, final)
 
     def _drop_old(self, step: int, newest: Path) -> None:

@@ -142,7 +142,7 @@ def _working_copy(
         if (height, width) != pixels.shape[:2]:
             image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
             pixels = np.asarray(image)
-        with whole_file(path) as temporary, temporary.open("wb") as file:
+        with whole_file(path, contended=True) as temporary, temporary.open("wb") as file:
             np.save(file, pixels)
     array: Pixels = np.load(path, mmap_mode="r")
     if min(array.shape[:2]) < crop_px:

@@ -71,7 +71,7 @@ def merge_entries(root: Path, entries: Mapping[str, LockEntry]) -> None:
         if not changed:
             return
         stages.update(changed)
-        write_text(path, dumps_yaml(document))
+        write_text(path, dumps_yaml(document), contended=True)
 
 
 def stale_without_data(root: Path, graph: Mapping[str, StageNode]) -> dict[str, str]:

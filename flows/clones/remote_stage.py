@@ -211,7 +211,7 @@ def _place(root: Path, request: StageRequest) -> None:
             )
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(hashlib.sha256(wanted).hexdigest())
-        write_bytes(path, wanted)
+        write_bytes(path, wanted, contended=True)
     merge_entries(root, request.lock)
 
 

@@ -120,7 +120,7 @@ def keep_files(root: Path, files: Mapping[str, str]) -> None:
         if path.name == "mlflow.json" and target.is_file():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, base64.b64decode(files[name]))
+        write_bytes(target, base64.b64decode(files[name]), contended=True)
 
 
 def without_bulk(reply: StageReply, limit_bytes: int) -> StageReply:

@@ -89,7 +89,7 @@ class _Place:
 
     def get(self, name: str, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as temporary:
+        with whole_file(file, contended=True) as temporary:
             self.fs.get_file(self.join(name), str(temporary))
 
     def remove(self, *parts: str) -> None:

@@ -30,7 +30,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside `path` and rename, so that readers see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False), contended=True)
 
 
 def read_json(path: Path) -> Any:

@@ -58,10 +58,12 @@ def test_a_kill_in_the_middle_leaves_the_former_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
     assert done.returncode == -9
     assert path.read_text() == "step-1"
+    write_text(path, "step-2")
+    assert [file.name for file in tmp_path.iterdir()] == ["latest"]
 
 
 def test_processes_that_replace_one_file_use_names_of_their_own(tmp_path: Path) -> None:
-    with whole_file(tmp_path / "shared") as temporary:
+    with whole_file(tmp_path / "shared", contended=True) as temporary:
         assert temporary.parent == tmp_path
         assert str(os.getpid()) in temporary.name
         temporary.touch()

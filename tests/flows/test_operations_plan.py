@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from flows import versioning
@@ -127,9 +128,9 @@ def test_elapsed_time_follows_the_slowest_path(project: Path) -> None:
 def test_the_price_is_that_of_the_settings_unless_another_is_named(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = (project / "params.yaml").read_text(encoding="utf-8")
-    priced = settings.replace("gpu_hour_price: null", "gpu_hour_price: 2.5")
-    (project / "params.yaml").write_text(priced, encoding="utf-8")
+    settings = yaml.safe_load((project / "params.yaml").read_text(encoding="utf-8"))
+    settings["runtime"]["gpu_hour_price"] = 2.5
+    (project / "params.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     graph = (project / "dvc.yaml").read_text().replace("gpus: 0", "gpus: 2")
     (project / "dvc.yaml").write_text(graph)
     monkeypatch.chdir(project)

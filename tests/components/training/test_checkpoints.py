@@ -194,7 +194,7 @@ def test_ranks_write_into_one_checkpoint(tmp_path: Path) -> None:
     barrier = threading.Barrier(2, timeout=20)
 
     def save(rank: int) -> None:
-        store = CheckpointStore(tmp_path, keep=1, rank=rank, barrier=barrier.wait)
+        store = CheckpointStore(tmp_path, keep=1, rank=rank, world_size=2, barrier=barrier.wait)
         for step in (1, 2):
             store.save(step, lambda folder, s=step: (folder / f"rank{rank}").write_text(str(s)))
 
