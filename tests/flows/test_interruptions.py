@@ -55,8 +55,22 @@ def running_stage(project: Path, name: str) -> bool:
     return any(record.run.name == name and record.result is None for record in all_records(project))
 
 
+def seconds_of(project: Path) -> dict[str, float]:
+    """What each finished stage took."""
+    return {
+        record.run.name: (record.result.ended_ms - record.run.started_ms) / 1000
+        for record in all_records(project)
+        if record.result is not None and record.result.status == "FINISHED"
+    }
+
+
 def start_and_kill(project: Path, stage: str, how: signal.Signals, delay_s: float) -> bool:
-    """Start the pipeline, kill it `delay_s` into `stage`; False when it finished before."""
+    """Start the pipeline, kill it `delay_s` into `stage`, or as soon as that stage has ended.
+
+    False when an earlier round has finished the stage, beside the one it killed.
+    """
+    if stage in seconds_of(project):
+        return False
     driver = subprocess.Popen(
         ["ultraflux", "run"],
         cwd=project,
@@ -64,13 +78,14 @@ def start_and_kill(project: Path, stage: str, how: signal.Signals, delay_s: floa
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
-    while driver.poll() is None and not running_stage(project, stage):
-        time.sleep(0.05)
+    while not running_stage(project, stage) and stage not in seconds_of(project):
+        assert driver.poll() is None, f"the pipeline ended before {stage}"
+        time.sleep(0.02)
     deadline = time.monotonic() + delay_s
-    while driver.poll() is None and time.monotonic() < deadline:
+    while time.monotonic() < deadline and running_stage(project, stage):
         time.sleep(0.02)
     if driver.poll() is not None:
-        return False
+        return False  # the last stage was faster
     os.kill(driver.pid, how)
     driver.wait(120)
     waited = time.monotonic() + 30
@@ -88,10 +103,11 @@ def test_kill_in_every_stage_then_run_again_gives_the_same_bytes(
     finish(quiet)
     killed = killable_clone("killed")
     rng = random.Random(7)
+    seconds = seconds_of(quiet)
     kills = 0
     for index, stage in enumerate(versioning.stage_graph(killed)):
         how = signal.SIGINT if index % 4 == 3 else signal.SIGKILL
-        kills += start_and_kill(killed, stage, how, rng.uniform(0.0, 4.0))
+        kills += start_and_kill(killed, stage, how, rng.uniform(0.0, 0.8) * seconds[stage])
     assert kills >= 10
     finish(killed)
     assert output_hashes(killed) == output_hashes(quiet)
