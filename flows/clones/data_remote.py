@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from flows.versioning import open_repo
 
+T = TypeVar("T")
 REMOTE = "ULTRAFLUX_DVC_REMOTE"
 PATIENCE = "ULTRAFLUX_REMOTE_PATIENCE_S"
 """For how long an unreachable remote is asked again, in seconds."""
@@ -146,13 +147,16 @@ def _absent(root: Path, paths: Iterable[str]) -> list[str]:
         ]
 
 
-def patiently(root: Path, what: str, act: Callable[[Any], object]) -> None:
+def patiently(root: Path, what: str, act: Callable[[Any], T]) -> T:
     """Do `act` with the opened repository, again with growing pauses while the remote is away.
 
     Args:
         root: of the clone; its remote is made the default first.
         what: first words of the line that says what went wrong.
         act: talks to the remote.
+
+    Returns:
+        What `act` returns.
 
     Raises:
         RemoteFailed: the remote is not set up, lacks something, or stays away.
@@ -161,8 +165,7 @@ def patiently(root: Path, what: str, act: Callable[[Any], object]) -> None:
     pause = FIRST_WAIT_S
     while True:
         try:
-            _attempt(root, what, act)
-            return
+            return _attempt(root, what, act)
         except RemoteFailed as problem:
             if not problem.away or time.monotonic() + pause > deadline:
                 raise
@@ -170,14 +173,14 @@ def patiently(root: Path, what: str, act: Callable[[Any], object]) -> None:
         pause = min(2 * pause, LONGEST_WAIT_S)
 
 
-def _attempt(root: Path, what: str, act: Callable[[Any], object]) -> None:
+def _attempt(root: Path, what: str, act: Callable[[Any], T]) -> T:
     from dvc.exceptions import CheckoutError
 
     url = configure(root)
     with _errors() as errors:
         try:
             with open_repo(root) as repo:
-                act(repo)
+                return act(repo)
         except CheckoutError as problem:
             names = ", ".join(
                 os.path.relpath(target, root) for target in sorted(problem.target_infos)[:3]

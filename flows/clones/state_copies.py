@@ -126,13 +126,9 @@ class StateCopies:
         Raises:
             RemoteFailed: the remote is unreachable for as long as patience lasts.
         """
-        brought: list[str] = []
-        data_remote.patiently(
-            self._root, "copies of state", lambda repo: brought.extend(self._restore(repo))
-        )
-        return brought[-1] if brought else None
+        return data_remote.patiently(self._root, "copies of state", self._restore)
 
-    def _restore(self, repo: Any) -> list[str]:
+    def _restore(self, repo: Any) -> str | None:
         place = _place(repo, *self._parts)
         files = place.files()
         self._restore_whole_files(place, files)
@@ -142,7 +138,7 @@ class StateCopies:
         here = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
         writer = max(named, key=lambda one: _order(named[one]), default=None)
         if writer is None or _order(named[writer]) <= _order(here):
-            return []
+            return None
         checkpoint = named[writer]
         start = f"{writer}/{CHECKPOINTS}/{checkpoint}/"
         aside = self.folder / CHECKPOINTS / f"{_WRITING}{checkpoint}"
@@ -155,7 +151,7 @@ class StateCopies:
         if (metrics := f"{writer}/{METRICS}") in files:
             place.get(metrics, self.folder / METRICS)
         place.get(f"{writer}/{CHECKPOINTS}/{LATEST}", pointer)
-        return [checkpoint]
+        return checkpoint
 
     def _restore_whole_files(self, place: _Place, files: list[str]) -> None:
         for name in files:
@@ -280,11 +276,10 @@ def kept_copies(root: Path) -> list[KeptCopies]:
     Raises:
         RemoteFailed: the remote is unreachable for as long as patience lasts.
     """
-    found: dict[tuple[str, str], KeptCopies] = {}
 
-    def look(repo: Any) -> None:
+    def look(repo: Any) -> list[KeptCopies]:
         place = _place(repo)
-        found.clear()
+        found: dict[tuple[str, str], KeptCopies] = {}
         for name in place.files():
             stage, key, *inside = name.split("/") if name.count("/") > 1 else ("", "")
             if not inside:
@@ -298,8 +293,9 @@ def kept_copies(root: Path) -> list[KeptCopies]:
                 known.size_bytes + int(place.fs.size(place.join(name)) or 0),
             )
 
-    data_remote.patiently(root, "copies of state", look)
-    return sorted(found.values(), key=lambda one: (one.stage, one.stage_key))
+        return sorted(found.values(), key=lambda one: (one.stage, one.stage_key))
+
+    return data_remote.patiently(root, "copies of state", look)
 
 
 def drop_all(root: Path) -> None:

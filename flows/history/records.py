@@ -170,18 +170,6 @@ def latest_finished(root: Path, name: str) -> Record | None:
     return newest
 
 
-def stage_record_of(root: Path, pipeline: str, name: str) -> Record | None:
-    """The record that a pipeline made of a stage, however it ended; None where it made none.
-
-    Args:
-        root: repository root.
-        pipeline: record id.
-        name: of the stage.
-    """
-    found = (r for r in all_records(root) if r.run.parent == pipeline and r.run.name == name)
-    return next(found, None)
-
-
 def close_interrupted(root: Path, parent: str) -> None:
     """Mark records of a pipeline that never ended (their process is gone) as killed."""
     for record in all_records(root):

@@ -22,7 +22,7 @@ from prefect.artifacts import (
 
 from components.evaluation.pictures import thumbnail_uri
 from flows.costs import COST, GPU_HOURS, pipeline_cost
-from flows.history.records import Record, all_records, latest_finished, stage_record_of
+from flows.history.records import Record, all_records
 from flows.history.run_pages import record_url
 from flows.pools.contract_artifact import contracts_table
 from flows.runner import StageExecutor, StageOutcome
@@ -88,13 +88,18 @@ def stage_records(
         pipeline: record of this run.
         outcomes: by stage; those that came to no record are left out.
     """
-    found = {}
-    for name, outcome in outcomes.items():
-        if outcome.ok:
-            found[name] = latest_finished(root, name)
-        elif pipeline is not None:
-            found[name] = stage_record_of(root, pipeline.record_id, name)
-    return {name: record for name, record in found.items() if record is not None}
+    found: dict[str, Record] = {}
+    for record in all_records(root):
+        run, result = record.run, record.result
+        outcome = outcomes.get(run.name)
+        if outcome is None:
+            continue
+        if not outcome.ok:
+            if pipeline is not None and run.parent == pipeline.record_id:
+                found.setdefault(run.name, record)
+        elif result is not None and result.status == "FINISHED":
+            found[run.name] = record
+    return {name: found[name] for name in outcomes if name in found}
 
 
 class PipelineArtifacts:
