@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from components.training.batch_plan import BatchPlan
+from components.training.dit.batch_plan import BatchPlan
 
 
 def resident_mb() -> float:

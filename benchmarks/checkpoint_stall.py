@@ -18,9 +18,9 @@ from pathlib import Path
 
 from synthetic_job import make_job, write_stores
 
-from components.training.checkpoint_writer import CheckpointWriter
-from components.training.distributed import deterministic_torch, open_ranks
-from components.training.dit_trainer import DitTrainer
+from components.training.distributed.checkpoint_writer import CheckpointWriter
+from components.training.distributed.ranks import deterministic_torch, open_ranks
+from components.training.dit.trainer import DitTrainer
 
 STEPS_BETWEEN = 5
 

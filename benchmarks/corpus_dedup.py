@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pandas as pd
 
-from components.corpus.duplicates import mark_near_duplicates, near_duplicate_groups
+from components.corpus.selection.duplicates import mark_near_duplicates, near_duplicate_groups
 
 LIMIT_S = 300.0
 LIMIT_GIB = 4.0

@@ -31,9 +31,9 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
-from components.corpus.download_journal import DownloadJournal, Stored
-from components.corpus.downloader import Downloader
-from components.corpus.settings import DownloadSettings
+from components.corpus.sources.download_journal import DownloadJournal, Stored
+from components.corpus.sources.downloader import Downloader
+from components.settings.corpus import DownloadSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 CONNECTIONS = (1, 8, 32)

@@ -23,8 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from components.corpus.engine import EngineLimits, join_shards, map_items
-from components.corpus.signals import CANDIDATE_SCHEMA
+from components.engine.map_items import EngineLimits, join_shards, map_items
+from components.signals.candidate import CANDIDATE_SCHEMA
 
 ROW_JPEG_BYTES = 100_000
 """About a derivative of 1024 pixels."""

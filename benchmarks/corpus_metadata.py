@@ -24,10 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from components.corpus.download_journal import DownloadJournal, Loss, Outcome, Stored
-from components.corpus.ingest_tables import pending_keys, write_candidates, write_ingest_tables
-from components.corpus.multiaspect_metadata import read_metadata_shards
-from components.settings import load_settings
+from components.corpus.sources.download_journal import DownloadJournal, Loss, Outcome, Stored
+from components.corpus.sources.ingest_tables import (
+    pending_keys,
+    write_candidates,
+    write_ingest_tables,
+)
+from components.corpus.sources.multiaspect import read_metadata_shards
+from components.settings.schema import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARDS, RECORDS = 1008, 1_007_230

@@ -23,11 +23,11 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from components.corpus.bucket_columns import assign_buckets  # noqa: E402
 from components.corpus.manifest import read_table, write_table  # noqa: E402
-from components.corpus.settings import AspectQuotaSettings, ShareSettings  # noqa: E402
-from components.settings import Settings, parse_settings  # noqa: E402
-from components.training.aspect_buckets import buckets  # noqa: E402
+from components.corpus.selection.bucket_columns import assign_buckets  # noqa: E402
+from components.images.aspect_buckets import buckets  # noqa: E402
+from components.settings.corpus import AspectQuotaSettings, ShareSettings  # noqa: E402
+from components.settings.schema import Settings, parse_settings  # noqa: E402
 
 STEPS = (
     "select",
@@ -122,13 +122,13 @@ def paper_settings() -> Settings:
 
 
 def _select(table: pd.DataFrame, settings: Settings) -> Callable[[], object]:
-    from components.corpus.selection import select
+    from components.corpus.selection.rules import select
 
     return lambda: select(table, settings.select, 1)
 
 
 def _select_quotas(table: pd.DataFrame, settings: Settings) -> Callable[[], object]:
-    from components.corpus.selection import select
+    from components.corpus.selection.rules import select
 
     wide = AspectQuotaSettings(
         name="wide", min_ratio=1.8, max_ratio=99.0, min_share=0.0, max_share=0.3
@@ -142,7 +142,7 @@ def _select_quotas(table: pd.DataFrame, settings: Settings) -> Callable[[], obje
 
 
 def _what_if(table: pd.DataFrame, settings: Settings) -> Callable[[], object]:
-    from components.corpus.what_if import changed_settings, what_if
+    from components.corpus.selection.what_if import changed_settings, what_if
 
     changed = changed_settings(settings.select, ["entropy_bits=6.8"])
     return lambda: what_if(table, settings.select, changed, 1)
@@ -168,14 +168,14 @@ def _validate(table: pd.DataFrame, settings: Settings) -> Callable[[], object]:
 
 
 def _slices(table: pd.DataFrame, settings: Settings) -> Callable[[], object]:
-    from components.corpus.slices import slices, split
+    from components.corpus.selection.slices import slices, split
 
     return lambda: slices(table.assign(split=split(table, settings.slices, 1)), settings.slices, 1)
 
 
 def _datasheet(table: pd.DataFrame, settings: Settings) -> Callable[[], object]:
-    from components.corpus.datasheet import datasheet_page
-    from components.corpus.slices import slices, split
+    from components.corpus.pages.datasheet import datasheet_page
+    from components.corpus.selection.slices import slices, split
 
     table = table.assign(split=split(table, settings.slices, 1))
     tables = slices(table, settings.slices, 1)
@@ -183,9 +183,9 @@ def _datasheet(table: pd.DataFrame, settings: Settings) -> Callable[[], object]:
 
 
 def _diff(table: pd.DataFrame, settings: Settings) -> Callable[[], object]:
-    from components.corpus.corpus_diff import diff
-    from components.corpus.selection import as_candidates, select
-    from components.corpus.what_if import changed_settings
+    from components.corpus.pages.corpus_diff import diff
+    from components.corpus.selection.rules import as_candidates, select
+    from components.corpus.selection.what_if import changed_settings
 
     changed = changed_settings(settings.select, ["entropy_bits=6.8"])
     other = select(as_candidates(table), changed, 1)
@@ -193,7 +193,7 @@ def _diff(table: pd.DataFrame, settings: Settings) -> Callable[[], object]:
 
 
 def _drift(table: pd.DataFrame, settings: Settings) -> Callable[[], object]:
-    from components.corpus.drift import measure_drift
+    from components.corpus.pages.drift import measure_drift
 
     return lambda: measure_drift(table, table)
 
@@ -242,7 +242,7 @@ def main() -> None:
     if options.step:
         measure(options.step, options.table)
         return
-    from components.corpus.selection import select
+    from components.corpus.selection.rules import select
 
     settings = paper_settings()
     with tempfile.TemporaryDirectory() as folder:

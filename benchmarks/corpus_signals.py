@@ -36,18 +36,18 @@ from scipy.stats import entropy as scipy_entropy
 from skimage.feature import graycomatrix
 from skimage.measure import shannon_entropy
 
-from components.corpus.decoding import decode_rgb
-from components.corpus.flat_regions import grayscale, sobel_variance
-from components.corpus.fused_texture import fused_texture
-from components.corpus.glcm import glcm_measures
-from components.corpus.jpeg_quality import jpeg_quality
-from components.corpus.scratch import Scratch
-from components.corpus.signals import (
+from components.images.decoding import decode_rgb
+from components.images.scratch import Scratch
+from components.signals.candidate import (
     Candidate,
     derivative_factor,
     measure_candidate,
     prepare_worker,
 )
+from components.signals.flat_regions import grayscale, sobel_variance
+from components.signals.fused_texture import fused_texture
+from components.signals.glcm import glcm_measures
+from components.signals.jpeg_quality import jpeg_quality
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCH_PX = 240

@@ -20,18 +20,14 @@ from bad_files import EXTENSIONS, make_files
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from components.corpus.bucket_columns import assign_buckets  # noqa: E402
-from components.corpus.duplicates import mark_near_duplicates  # noqa: E402
 from components.corpus.manifest import read_table  # noqa: E402
-from components.corpus.selection import select  # noqa: E402
-from components.settings import (  # noqa: E402
-    BucketsSettings,
-    Settings,
-    load_settings,
-    parse_settings,
-)
-from components.training.aspect_buckets import buckets  # noqa: E402
-from components.training.metric_log import MetricLog  # noqa: E402
+from components.corpus.selection.bucket_columns import assign_buckets  # noqa: E402
+from components.corpus.selection.duplicates import mark_near_duplicates  # noqa: E402
+from components.corpus.selection.rules import select  # noqa: E402
+from components.images.aspect_buckets import buckets  # noqa: E402
+from components.settings.models import BucketsSettings  # noqa: E402
+from components.settings.schema import Settings, load_settings, parse_settings  # noqa: E402
+from components.telemetry.metric_log import MetricLog  # noqa: E402
 from flows.stages import ingest, signals  # noqa: E402
 from flows.stages.contract import StageContext  # noqa: E402
 

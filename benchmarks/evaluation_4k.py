@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageFilter
 
-from components.training.aspect_buckets import Bucket, fit_to_bucket
+from components.images.aspect_buckets import Bucket, fit_to_bucket
 
 SIZE_PX = 4096
 SAMPLE = Path(__file__).resolve().parents[1] / "data" / "sample"

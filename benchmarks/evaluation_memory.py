@@ -29,13 +29,13 @@ def measure(metric: str, edge: int) -> None:
     reference = generator.integers(0, 256, (edge, edge, 3), dtype=np.uint8)
     image = generator.integers(0, 256, (edge, edge, 3), dtype=np.uint8)
     if metric in {"ssim", "ms_ssim"}:
-        from components.evaluation import fidelity
+        from components.metrics.native import fidelity
 
         compute = getattr(fidelity, metric)
     else:
         import torch
 
-        from components.evaluation.perceptual_similarity import Lpips
+        from components.metrics.networks.lpips import Lpips
 
         torch.manual_seed(0)
         compute = Lpips("vgg" if metric == "lpips" else "alex")

@@ -29,15 +29,15 @@ from pathlib import Path
 import psutil
 from synthetic_job import make_job, write_stores
 
-from components.training.checkpoints import CheckpointStore
-from components.training.dit_trainer import DitJob
-from components.training.metric_log import MetricLog
-from components.training.throughput import MACHINE_METRICS
+from components.telemetry.metric_log import MetricLog
+from components.training.distributed.checkpoints import CheckpointStore
+from components.training.dit.job import DitJob
+from components.training.dit.throughput import MACHINE_METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 5
 PATIENCE_S = 300.0
-WORKER = "components.training.dit_worker"
+WORKER = "components.training.dit.worker"
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def digest(job: DitJob) -> str:
 
 LAUNCHER = """
 import pathlib, sys
-from components.training.dit_worker import run_job
-from components.training.dit_trainer import DitJob
+from components.training.dit.worker import run_job
+from components.training.dit.trainer import DitJob
 run_job(DitJob.model_validate_json(pathlib.Path(sys.argv[1]).read_text(), strict=False))
 """
 

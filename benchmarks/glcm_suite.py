@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from corpus_signals import cpu_seconds, glcm_reference
 
-from components.corpus.glcm import PATCH_PX, glcm_measures
+from components.signals.glcm import PATCH_PX, glcm_measures
 
 EDGE_PX = 4096
 

@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 from trainer_overhead import WARM_UP, make_job, write_stores
 
-from components.training.distributed import Ranks, deterministic_torch, open_ranks
-from components.training.dit_trainer import DitJob, DitTrainer
-from components.training.metric_log import MetricLog
+from components.telemetry.metric_log import MetricLog
+from components.training.distributed.ranks import Ranks, deterministic_torch, open_ranks
+from components.training.dit.job import DitJob
+from components.training.dit.trainer import DitTrainer
 
 
 class TimedLog(MetricLog):

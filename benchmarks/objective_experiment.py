@@ -34,18 +34,19 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from components.corpus.decoding import read_rgb
-from components.evaluation.diagnostics_figures import COLOURS, new_figure, save_figure
+from components.diagnostics.figures import COLOURS, new_figure, save_figure
+from components.files.whole_files import write_bytes
+from components.images.aspect_buckets import Bucket, fit_to_bucket, nearest_bucket
+from components.images.decoding import read_rgb
+from components.images.pixel_range import to_model
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
 from components.objectives.haar import haar
-from components.settings import ObjectiveSettings, SnrHuberSettings
-from components.training.aspect_buckets import Bucket, fit_to_bucket, nearest_bucket
-from components.training.curriculum import draw_noise, keyed_generator
-from components.training.dit_validation import NOISE_LEVELS
-from components.training.latent_encoding import encode
-from components.training.pixel_range import to_model
-from components.training.velocity import NoisedBatch, objective_loss, predict_velocity
-from components.whole_files import write_bytes
+from components.objectives.objective import objective_loss
+from components.settings.objective import ObjectiveSettings, SnrHuberSettings
+from components.training.dit.curriculum import draw_noise, keyed_generator
+from components.training.dit.validation import NOISE_LEVELS
+from components.training.dit.velocity import NoisedBatch, predict_velocity
+from components.training.encoding.latents import encode
 
 ROOT = Path(__file__).resolve().parents[1]
 # Whole scenes: no other photograph shows any of them.
@@ -199,7 +200,13 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, phase.steps, phase.peak)
         optimizer.zero_grad()
-        loss = objective_loss(settings, predict_velocity(model, part, 1.0, torch.float32), part)
+        loss = objective_loss(
+            settings,
+            predict_velocity(model, part, 1.0, torch.float32),
+            part.latents,
+            part.noise,
+            part.t,
+        )
         loss.mean().backward()
         optimizer.step()
     model.eval()

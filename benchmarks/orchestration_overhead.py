@@ -28,7 +28,7 @@ from pathlib import Path
 import psutil
 from trivial_clone import trivial_clone
 
-from flows.services import free_port
+from flows.services.servers import free_port
 
 SAMPLE_S = 0.2
 ENGINES = ("local", "prefect", "pools")
@@ -36,7 +36,7 @@ BARE = """
 import sys
 from pathlib import Path
 from importlib import import_module
-from components.settings import load_settings
+from components.settings.schema import load_settings
 from flows.stages.contract import StageContext
 root = Path.cwd()
 name = sys.argv[1]

@@ -19,7 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 import scipy.linalg
 
-from components.evaluation.frechet import (
+from components.metrics.networks.frechet import (
     frechet_distance,
     frechet_permutation_test,
     paired_frechet_test,

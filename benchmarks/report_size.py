@@ -26,9 +26,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from components.evaluation.cards import card
-from components.evaluation.suite_scores import headline
-from components.training.aspect_buckets import Bucket, fit_to_bucket
+from components.evaluation.suites.suite_scores import headline
+from components.images.aspect_buckets import Bucket, fit_to_bucket
+from components.metrics.cards import card
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "data" / "sample"

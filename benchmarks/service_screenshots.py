@@ -20,8 +20,8 @@ from typing import Any
 from browser import Tab, open_browser
 from PIL import Image
 
-from flows.history.records import read_json
-from flows.serving.tier import Secrets, ServedTier, served_tier, services_dir
+from flows.records.records import read_json
+from flows.tracking.tier import Secrets, ServedTier, served_tier, services_dir
 
 WIDTH, HEIGHT = 1360, 850
 SETTLE_S = 6.0

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from components.training.latent_store import LatentStore, LatentStoreWriter
+from components.training.stores.latent_store import LatentStore, LatentStoreWriter
 
 SHAPE = (16, 256, 256)
 RECORD_BYTES = 2 * 16 * 256 * 256

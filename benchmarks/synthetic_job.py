@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from components.settings import parse_settings
-from components.training.dit_trainer import DitJob
-from components.training.latent_store import LatentStoreWriter
-from components.training.text_store import build_text_store, embedded_prompts
+from components.settings.schema import parse_settings
+from components.training.dit.job import DitJob
+from components.training.stores.latent_store import LatentStoreWriter
+from components.training.stores.text_store import build_text_store, embedded_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 8

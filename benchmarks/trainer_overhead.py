@@ -29,17 +29,19 @@ from typing import Any
 import torch
 import yaml
 
-from components.settings import parse_settings
-from components.training.distributed import (
+from components.objectives.objective import objective_loss
+from components.settings.schema import parse_settings
+from components.training.distributed.ranks import (
     Ranks,
     deterministic_torch,
     initialize_engine,
     open_ranks,
 )
-from components.training.dit_trainer import DitJob, DitTrainer, build_transformer
-from components.training.latent_store import LatentStoreWriter
-from components.training.text_store import build_text_store, embedded_prompts
-from components.training.velocity import NoisedBatch, objective_loss, predict_velocity
+from components.training.dit.job import DitJob, build_transformer
+from components.training.dit.trainer import DitTrainer
+from components.training.dit.velocity import NoisedBatch, predict_velocity
+from components.training.stores.latent_store import LatentStoreWriter
+from components.training.stores.text_store import build_text_store, embedded_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 8
@@ -129,7 +131,10 @@ class BareTorch:
             velocity = predict_velocity(
                 self._model, batch, job.settings.guidance_scale, torch.float32
             )
-            (objective_loss(job.objective, velocity, batch).mean() / len(batches)).backward()
+            (
+                objective_loss(job.objective, velocity, batch.latents, batch.noise, batch.t).mean()
+                / len(batches)
+            ).backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), job.settings.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -149,7 +154,9 @@ class BareEngine:
             velocity = predict_velocity(
                 self._engine, batch, job.settings.guidance_scale, torch.float32
             )
-            self._engine.backward(objective_loss(job.objective, velocity, batch).mean())
+            self._engine.backward(
+                objective_loss(job.objective, velocity, batch.latents, batch.noise, batch.t).mean()
+            )
             self._engine.step()
 
 

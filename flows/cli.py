@@ -9,28 +9,26 @@ from typing import Annotated
 import typer
 
 from flows import environment
-from flows.commands import (
-    ablate_command,
-    compare_command,
-    corpus_commands,
-    deploy_command,
-    diagnose_commands,
-    evaluate_command,
-    generate_command,
-    judge_command,
-    lineage_command,
-    plan_command,
-    remote_command,
-    report_command,
-    reproduce_command,
-    services_command,
-    stage_plan_command,
-    store_commands,
-    submit_command,
-    sweep_command,
-    weights_commands,
-)
 from flows.commands.command_line import fail, project_root
+from flows.commands.corpus import corpus as corpus_commands
+from flows.commands.images import ablate as ablate_command
+from flows.commands.images import evaluate as evaluate_command
+from flows.commands.images import generate as generate_command
+from flows.commands.images import judge as judge_command
+from flows.commands.images import report as report_command
+from flows.commands.model import diagnose as diagnose_commands
+from flows.commands.model import weights as weights_commands
+from flows.commands.pipeline import compare as compare_command
+from flows.commands.pipeline import lineage as lineage_command
+from flows.commands.pipeline import plan as plan_command
+from flows.commands.pipeline import reproduce as reproduce_command
+from flows.commands.pipeline import stage_plan as stage_plan_command
+from flows.commands.pipeline import store as store_commands
+from flows.commands.pipeline import submit as submit_command
+from flows.commands.pipeline import sweep as sweep_command
+from flows.commands.services import deploy as deploy_command
+from flows.commands.services import remote as remote_command
+from flows.commands.services import services as services_command
 
 PIPELINE, CORPUS = "Pipeline", "Corpus"
 IMAGES, MODEL, SERVICES = "Images and evaluation", "Model", "Services"
@@ -108,10 +106,10 @@ def run(
         raise fail("--worker: give --engine remote with it")
     if remote_data and engine != "pools":
         raise fail("--remote-data: give --engine pools with it")
-    from components.settings import SettingsError
-    from flows.driver import PipelineRefused, run_pipeline
-    from flows.services import ServiceError
-    from flows.versioning import GraphError
+    from components.settings.schema import SettingsError
+    from flows.pipeline.driver import PipelineRefused, run_pipeline
+    from flows.services.servers import ServiceError
+    from flows.versioning.graph import GraphError
 
     root = project_root()
     try:
@@ -147,7 +145,7 @@ def run(
 )
 def stage_run(name: Annotated[str, typer.Argument(help="Stage in dvc.yaml.")]) -> None:
     """Run one stage in this process (what `dvc repro` calls)."""
-    from flows.execution import run_stage
+    from flows.running.execution import run_stage
 
     raise typer.Exit(run_stage(name, project_root()))
 
@@ -161,7 +159,7 @@ def stage_list() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from flows.versioning import GraphError, stage_graph, stale_stages
+    from flows.versioning.graph import GraphError, stage_graph, stale_stages
 
     root = project_root()
     try:
@@ -184,8 +182,8 @@ def config_compose(
     check: Annotated[bool, typer.Option(help="Only say whether params.yaml is in step.")] = False,
 ) -> None:
     """Write params.yaml from conf/base.yaml and a profile."""
-    from components.settings import SettingsError
-    from flows.profiles import compose
+    from components.settings.schema import SettingsError
+    from flows.versioning.profiles import compose
 
     root = project_root()
     try:
@@ -205,7 +203,7 @@ def config_compose(
 @config_app.command("check")
 def config_check() -> None:
     """Validate params.yaml."""
-    from components.settings import SettingsError, load_settings
+    from components.settings.schema import SettingsError, load_settings
 
     try:
         settings = load_settings(project_root() / "params.yaml")
@@ -220,7 +218,7 @@ def measure(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Measure entropy, flatness, GLCM and compression of images with the official semantics."""
-    from flows.measuring import measure_paths, measurement_table
+    from flows.commands.corpus.measure import measure_paths, measurement_table
 
     environment.prepare()
     failed = False
@@ -251,8 +249,8 @@ def promote(
     ] = None,
 ) -> None:
     """Apply the gate's decision to the MLflow registry (exit code 1: the gate refused)."""
-    from flows import promotion
-    from flows.promotion import PromotionRefused
+    from flows.tracking import promotion
+    from flows.tracking.promotion import PromotionRefused
 
     if alias not in {None, "candidate", "champion"}:
         raise fail(f"--alias {alias}: choose candidate or champion")
@@ -268,7 +266,7 @@ def promote(
 @app.command(rich_help_panel=SERVICES)
 def sync() -> None:
     """Upload run records that MLflow has not received yet."""
-    from flows.tracking import sync_once
+    from flows.tracking.uploader import sync_once
 
     open_records = sync_once(project_root())
     print("MLflow has everything" if not open_records else f"{open_records} runs still going on")
@@ -277,7 +275,7 @@ def sync() -> None:
 @app.command(rich_help_panel=SERVICES)
 def doctor() -> None:
     """Say what is missing or broken on this machine, and how to fix it."""
-    from flows.doctor import examine, print_findings
+    from flows.commands.services.doctor import examine, print_findings
 
     raise typer.Exit(print_findings(examine(project_root())))
 

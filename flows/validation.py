@@ -26,10 +26,10 @@ import pyarrow as pa
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from components.corpus.parquet_files import write_parquet
-from components.page_templates import page_templates
-from components.settings import Settings
-from components.whole_files import write_text
+from components.files.page_templates import page_templates
+from components.files.parquet_files import write_parquet
+from components.files.whole_files import write_text
+from components.settings.schema import Settings
 
 RESULTS_VERSION = 2
 _EXAMPLES = 10

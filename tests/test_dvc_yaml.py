@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.settings import load_settings
-from flows.versioning import stage_graph
+from components.settings.schema import load_settings
+from flows.versioning.graph import stage_graph
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -125,7 +125,7 @@ def test_training_stages_are_resumable_and_retried() -> None:
 
 @pytest.mark.parametrize("profile", ["embedded", "single-gpu", "paper"])
 def test_every_profile_composes_into_valid_settings(profile: str) -> None:
-    from flows.profiles import compose
+    from flows.versioning.profiles import compose
 
     text = compose(ROOT, profile)
     assert yaml.safe_load(text)["project"]["profile"] == profile

@@ -14,7 +14,7 @@ def test_the_embedded_profile_learns(clone: Callable[..., Path]) -> None:
     """VAE PSNR on held-out crops +3 dB; DiT validation loss (8 noise levels) -15%."""
     from mlflow import MlflowClient
 
-    from flows.tracking import tracking_uri
+    from flows.tracking.uploader import tracking_uri
 
     project = clone("learning", {})
     done = subprocess.run(["ultraflux", "run"], cwd=project, capture_output=True, text=True)

@@ -41,13 +41,13 @@ from block_variants import (  # noqa: E402
 )
 from flux_blocks import Attend, Blocks  # noqa: E402
 
-from components.training.flops import (  # noqa: E402
+from components.planning.flops import (  # noqa: E402
     decoder_products,
     encoder_products,
     flux_flops,
     total,
 )
-from components.training.model_shapes import AutoencoderShape, FluxShape  # noqa: E402
+from components.planning.model_shapes import AutoencoderShape, FluxShape  # noqa: E402
 
 GIB = 2**30
 GROUPS = ("blocks", "train", "sample", "vae")

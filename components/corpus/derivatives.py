@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.corpus import decoding, flat_regions
-from components.corpus.engine import EngineLimits, code_digest, join_shards, map_items
+from components.engine.map_items import EngineLimits, code_digest, join_shards, map_items
+from components.images import decoding
+from components.signals import flat_regions
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from components.corpus.image_probe import image_extension
-from components.corpus.image_store import INDEX_NAME, INDEX_SCHEMA, SHARD_NAME, read_index
-from components.corpus.original_lookup import Original
-from components.corpus.parquet_files import write_parquet
-from components.progress import track
+from components.corpus.sources.image_probe import image_extension
+from components.files.parquet_files import write_parquet
+from components.images.image_store import INDEX_NAME, INDEX_SCHEMA, SHARD_NAME, read_index
+from components.images.original_lookup import Original
+from components.telemetry.progress import track
 
 # Part of a shard's name: another layout of the same images is another file.
 _LAYOUT = b"ultraflux tar shard 1"

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.corpus.parquet_files import write_parquet
+from components.files.parquet_files import write_parquet
 
 SCHEMA_VERSION = 3
 _VERSION_KEY = b"ultraflux.manifest.schema_version"

@@ -11,7 +11,7 @@ import io
 import json
 from pathlib import Path
 
-from components.corpus.qalign import INPUT_PX, LEVELS, PROMPT, build_model, image_processor
+from components.corpus.quality.qalign import INPUT_PX, LEVELS, PROMPT, build_model, image_processor
 
 _VOCABULARY = 400
 _WIDTH = 32

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from components.models.weights import require_class
+from components.files.weight_folders import require_class
 
 # ModelMixin is here for diffusers: to load a component of a saved pipeline, it looks its base class
 # up by this name in the component's own module.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from components.models.weights import PICKLED_SUFFIXES, WeightsMissing
+from components.files.weight_folders import PICKLED_SUFFIXES, WeightsMissing
 
 Shapes = Mapping[str, tuple[int, ...]]
 _NAMED = 3

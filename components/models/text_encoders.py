@@ -27,8 +27,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from components.files.weight_folders import WeightsMissing, resolve_folder
 from components.models.checkpoint_files import WeightsBroken, folder_shapes
-from components.models.weights import WeightsMissing, resolve_folder
 
 CLIP_CONTEXT = 77
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"

@@ -18,8 +18,8 @@ from diffusers.hooks.context_parallel import EquipartitionSharder
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
+from components.files.weight_folders import require_class
 from components.models.resonance_rope import ResonanceRope2D, RopeVariant, grid_ids
-from components.models.weights import require_class
 
 # ModelMixin is here for diffusers: to load a component of a saved pipeline, it looks its base class
 # up by this name in the component's own module.

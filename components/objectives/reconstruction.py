@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.models.weights import WeightsMissing
+from components.files.weight_folders import WeightsMissing
 from components.objectives.haar import haar
-from components.training.settings import ReconstructionSettings
+from components.settings.training import ReconstructionSettings
 
 # Rec. 601 luma.
 LUMA = (0.299, 0.587, 0.114)

@@ -25,7 +25,7 @@ from components.objectives.flow_matching import (
     velocity_target,
 )
 from components.objectives.haar import haar
-from components.settings import SnrHuberSettings
+from components.settings.objective import SnrHuberSettings
 
 __all__ = [
     "SnrHuberSettings",

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.models.weights import file_digest
-from flows.history.records import Record, all_records, records_dir
-from flows.history.registry import RegisteredWeights, registered_weights
+from components.files.weight_folders import file_digest
 from flows.history.run_evidence import Evidence, StageRun
+from flows.records.records import Record, all_records, records_dir
+from flows.tracking.registry import RegisteredWeights, registered_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -328,7 +328,7 @@ class Lineage:
 
     def _photographs(self, rows: pd.DataFrame) -> list[Node]:
         """The originals of some rows, checked against their sha256."""
-        from components.corpus.original_lookup import OriginalLookup
+        from components.images.original_lookup import OriginalLookup
 
         shown = rows.head(self.limit)
         nodes = []

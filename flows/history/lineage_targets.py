@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from components.evaluation.image_metadata import read_metadata
-from components.models.weights import file_digest, folder_digest
+from components.files.weight_folders import file_digest, folder_digest
+from components.generation.image_metadata import read_metadata
 from flows.history.lineage import Lineage, Node
-from flows.history.records import all_records
-from flows.history.registry import RegisteredWeights
 from flows.history.run_evidence import StageRun
+from flows.records.records import all_records
+from flows.tracking.registry import RegisteredWeights
 
 _HEX = re.compile(r"[0-9a-f]{8,64}")
 _MODEL = re.compile(r"(?:models:/)?(?P<name>[\w.-]+)(?:/(?P<version>\d+)|@(?P<alias>[\w.-]+))?")

@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from components.evaluation.cards import CARDS
-from flows import versioning
-from flows.execution import flatten
-from flows.history.provenance import provenance_tags
-from flows.history.records import Record, all_records
+from components.metrics.cards import CARDS
 from flows.history.run_evidence import Evidence, StageRun
+from flows.records.provenance import provenance_tags
+from flows.records.records import Record, all_records
+from flows.versioning import graph as versioning
+from flows.versioning.parameters import flatten
 
 WORKSPACE = "workspace"
 _COMMIT, _DIRTY, _DIFF = "mlflow.source.git.commit", "git.dirty", "git.diff_sha256"
@@ -272,8 +272,8 @@ def _code(root: Path, before: Side, after: Side) -> dict[str, Any]:
 
 def _corpus(evidence: Evidence, before: Side, after: Side) -> dict[str, Any] | None:
     """Row by row, of the furthest manifest that both sides have; None where they are equal."""
-    from components.corpus.corpus_diff import diff
     from components.corpus.manifest import read_table
+    from components.corpus.pages.corpus_diff import diff
 
     for path in _MANIFESTS:
         hashes = before.data.get(path), after.data.get(path)

@@ -15,9 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import versioning
-from flows.execution import flatten
-from flows.history.records import Record, all_records
+from flows.records.records import Record, all_records
+from flows.versioning import graph as versioning
+from flows.versioning.parameters import flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -147,7 +147,7 @@ def _tracked(client: MlflowClient | None) -> list[StageRun]:
 
 def connect(root: Path) -> tuple[MlflowClient | None, str]:
     """(client, "") of a tracking store that answers now, or (None, why not); creates nothing."""
-    from flows.tracking import tracking_uri, use_store
+    from flows.tracking.uploader import tracking_uri, use_store
 
     uri = tracking_uri(root)
     file = Path(uri.removeprefix("sqlite:///"))
@@ -193,7 +193,7 @@ class Evidence:
 
     def _tags_of_files(self, run: StageRun) -> dict[str, str]:
         """Digests that a stage would have recorded, from its files in the clone."""
-        from components.models.weights import folder_digest
+        from components.files.weight_folders import folder_digest
 
         tags = {}
         names = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from flows.history.records import Record, RunResult
-from flows.history.run_pages import record_url
+from flows.records.records import Record, RunResult
+from flows.tracking.run_pages import record_url
 
 RESULTS, PAGE, ROWS = "results.json", "report.html", "failed_rows.parquet"
 _HEAD = """\

@@ -16,8 +16,8 @@ from prefect.artifacts import Artifact, create_table_artifact
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
-from flows.clones.stage_messages import StageReply, WorkerRefused, as_json, read_reply, without_bulk
-from flows.runner import StageOutcome
+from flows.remote.stage_messages import StageReply, WorkerRefused, as_json, read_reply, without_bulk
+from flows.running.runner import StageOutcome
 
 DESCRIPTION = "Outcome of the stage"
 REPLY_DESCRIPTION = "Reply of the stage's worker"

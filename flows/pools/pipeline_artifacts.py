@@ -20,14 +20,14 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from components.evaluation.pictures import thumbnail_uri
-from flows.costs import COST, GPU_HOURS, pipeline_cost
-from flows.history.records import Record, all_records
-from flows.history.run_pages import record_url
+from components.evaluation.pages.pictures import thumbnail_uri
 from flows.pools.contract_artifact import contracts_table
-from flows.runner import StageExecutor, StageOutcome
-from flows.services import running_services
-from flows.setting_overrides import read_params
+from flows.records.costs import COST, GPU_HOURS, pipeline_cost
+from flows.records.records import Record, all_records
+from flows.running.runner import StageExecutor, StageOutcome
+from flows.services.servers import running_services
+from flows.tracking.run_pages import record_url
+from flows.versioning.setting_overrides import read_params
 
 REPORT = Path("data/evaluate/report.html")
 PICTURES = Path("data/generate/grid.png")

@@ -20,9 +20,9 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelling
 
-from flows import versioning
 from flows.pools.outcome_artifacts import read_outcome
-from flows.runner import OutcomeStatus, StageOutcome, StageRunner
+from flows.running.runner import OutcomeStatus, StageOutcome, StageRunner
+from flows.versioning import graph as versioning
 
 STAGE_FLOW = "stage"
 POLL_S = 1.0

@@ -15,12 +15,12 @@ from typing import Any
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 
-from flows import versioning
-from flows.clones.remote_requests import PipelineClone
-from flows.clones.stage_messages import WorkerRefused, as_json
 from flows.pools.outcome_artifacts import read_published_reply
 from flows.pools.pool_runner import PoolRunner
-from flows.runner import StageOutcome
+from flows.remote.remote_requests import PipelineClone
+from flows.remote.stage_messages import WorkerRefused, as_json
+from flows.running.runner import StageOutcome
+from flows.versioning import graph as versioning
 
 MOST_LOSSES = 3
 """Workers that a stage may be lost with before it counts as failed; meta.retries come on top."""

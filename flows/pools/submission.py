@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from flows.clones.working_trees import settings_tree
-from flows.profiles import compose
-from flows.setting_overrides import merged, read_params
+from flows.running.working_trees import settings_tree
+from flows.versioning.profiles import compose
+from flows.versioning.setting_overrides import merged, read_params
 
 DIGITS = 12
 
@@ -22,7 +22,7 @@ def submitted_tree(root: Path, overrides: Mapping[str, Any]) -> Path:
 
     Raises:
         SettingsError: an unknown key or a value that does not fit.
-        TreeRefused: see `flows.clones.working_trees.settings_tree`.
+        TreeRefused: see `flows.running.working_trees.settings_tree`.
     """
     values = merged(read_params(root), overrides)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:DIGITS]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from components.evaluation.non_inferiority import read_baseline
+from components.evaluation.statistics.non_inferiority import read_baseline
 from flows.stages.contract import StageContext, StageFailed
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from components.corpus.captions import PROVIDED, STATUSES, Judged, join_captions
+from components.corpus.captions.checks import PROVIDED, STATUSES, Judged, join_captions
+from components.corpus.captions.provided import provided_captions
 from components.corpus.manifest import read_table, write_table
-from components.corpus.provided_captions import provided_captions
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 _NAMED_IN_MESSAGES = 3
@@ -19,9 +19,9 @@ def _write(
 ) -> tuple[list[Judged], float | None, list[str]]:
     """(every row's captions, models' ones included; USD spent; what failed)."""
     # The HTTP client is loaded only where there is an endpoint.
-    from components.corpus.caption_client import EndpointUnusable
-    from components.corpus.caption_models import write_captions
-    from components.corpus.captioning import CaptioningStopped
+    from components.chat.client import EndpointUnusable
+    from components.corpus.captions.models import write_captions
+    from components.corpus.captions.writing import CaptioningStopped
 
     try:
         captioned = write_captions(

@@ -2,7 +2,7 @@
 
 A stage module reads settings and the outputs of earlier stages, calls the library in `components`,
 writes its outputs under `data/<stage>/` and returns what is worth recording. It knows nothing of
-MLflow, DVC or Prefect: `flows.execution` wraps it. Output bytes depend on inputs and settings
+MLflow, DVC or Prefect: `running.execution` wraps it. Output bytes depend on inputs and settings
 only, so durations and dates never enter them.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.settings import Settings
-from components.training.metric_log import MetricLog
+from components.settings.schema import Settings
+from components.telemetry.metric_log import MetricLog
 
 
 def state_folder(root: Path, stage: str, stage_key: str) -> Path:
@@ -70,7 +70,7 @@ class StageResult:
     tags: dict[str, str] = field(default_factory=dict)
     """Lineage: digests of weights and tables."""
     promotions: tuple[dict[str, Any], ...] = ()
-    """Fields of `flows.history.registry.Promotion`: models to register once the run is uploaded."""
+    """Fields of `registry.Promotion`: models to register once the run is uploaded."""
     summary: str = ""
     """One line for the terminal, such as "22 candidates, 11 kept"."""
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from components.models.weights import require_class, resolve_folder
-from components.settings import AutoencoderSettings
-from components.training import dit_curves
-from components.training.backbones import BACKBONES
-from components.training.checkpoints import DiskFull
-from components.training.dit_trainer import DitJob, TrainingDiverged
-from components.training.dit_worker import run_job
-from components.training.settings import DitStageSettings
-from components.training.supervision import TrainingRefused, restarts
-from components.training.throughput import WAIT_WARNING
-from components.whole_files import write_text
+from components.files.weight_folders import require_class, resolve_folder
+from components.files.whole_files import write_text
+from components.models.backbones import BACKBONES
+from components.settings.models import AutoencoderSettings
+from components.settings.training import DitStageSettings
+from components.training.distributed.checkpoints import DiskFull
+from components.training.distributed.supervision import TrainingRefused, restarts
+from components.training.dit import curves as dit_curves
+from components.training.dit.job import DitJob, TrainingDiverged
+from components.training.dit.throughput import WAIT_WARNING
+from components.training.dit.worker import run_job
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 TRANSFORMER_COMMANDS = {
@@ -159,9 +159,9 @@ def _describe(context: StageContext, job: DitJob) -> StageResult:
 
 def _lineage(job: DitJob) -> dict[str, str]:
     """Digests of what the weights were trained on and of the weights themselves."""
-    from components.models.weights import folder_digest
-    from components.training.latent_store import LatentStore
-    from components.training.text_store import TextStore
+    from components.files.weight_folders import folder_digest
+    from components.training.stores.latent_store import LatentStore
+    from components.training.stores.text_store import TextStore
 
     tags = {
         "latents.digest": LatentStore(job.latents).digest,

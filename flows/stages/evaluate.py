@@ -17,20 +17,24 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from components.corpus.decoding import read_rgb
-from components.corpus.original_lookup import Original, OriginalLookup
-from components.evaluation import gate, scores
-from components.evaluation.ledger import Ledger
-from components.evaluation.measured_once import MeasuredOnce, Values, recipe_digest
-from components.evaluation.reconstruction import FIDELITY_IDS, fidelity_metrics, reconstruct
-from components.evaluation.report import build_report
-from components.evaluation.texture import TEXTURE_IDS, texture_metrics
+from components.evaluation.measuring.ledger import Ledger
+from components.evaluation.measuring.measured_once import MeasuredOnce, Values, recipe_digest
+from components.evaluation.measuring.reconstruction import (
+    FIDELITY_IDS,
+    fidelity_metrics,
+    reconstruct,
+)
+from components.evaluation.pages.report import build_report
+from components.evaluation.statistics import gate, scores
+from components.files.weight_folders import file_digest
+from components.files.whole_files import whole_file, write_text
+from components.images.aspect_buckets import Bucket, fit_to_bucket
+from components.images.decoding import read_rgb
+from components.images.original_lookup import Original, OriginalLookup
+from components.metrics.native.texture import TEXTURE_IDS, texture_metrics
 from components.models.autoencoder_f16 import AutoencoderKLF16
-from components.models.base_autoencoder import autoencoder_digest, load_base_autoencoder
-from components.models.weights import file_digest
-from components.progress import track
-from components.training.aspect_buckets import Bucket, fit_to_bucket
-from components.whole_files import whole_file, write_text
+from components.models.loading.base_autoencoder import autoencoder_digest, load_base_autoencoder
+from components.telemetry.progress import track
 from flows.stages.baseline import baseline_scores
 from flows.stages.contract import StageContext, StageFailed, StageResult
 

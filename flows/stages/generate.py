@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from components.evaluation import sampling
-from components.evaluation.contact_sheet import contact_sheet
-from components.models.memory_modes import MemoryModes
-from components.models.released import source_digests
-from components.whole_files import write_text
+from components.files.whole_files import write_text
+from components.generation import sampling
+from components.generation.contact_sheet import contact_sheet
+from components.models.loading.memory_modes import MemoryModes
+from components.models.loading.released import source_digests
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 _CELL_PX = 320

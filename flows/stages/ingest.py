@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from components.corpus.download_journal import DownloadJournal
-from components.corpus.downloader import Downloader, DownloadProgress
-from components.corpus.image_store import FOLDER, ImageStore
-from components.corpus.ingest_tables import (
+from components.corpus.manifest import write_table
+from components.corpus.sources.download_journal import DownloadJournal
+from components.corpus.sources.downloader import Downloader, DownloadProgress
+from components.corpus.sources.folder import scan_folder
+from components.corpus.sources.ingest_tables import (
     IngestCounts,
     pending_keys,
     table_coverage,
@@ -18,16 +19,15 @@ from components.corpus.ingest_tables import (
     write_empty_side_tables,
     write_ingest_tables,
 )
-from components.corpus.manifest import write_table
-from components.corpus.multiaspect_metadata import read_metadata_shards
-from components.corpus.originals import prune_originals
-from components.corpus.record_fields import Coverage
-from components.corpus.settings import DownloadSettings
-from components.corpus.sources import scan_folder
-from components.corpus.url_lists import read_url_lists
-from components.corpus.webdataset_shards import read_webdataset
-from components.progress import track
-from components.whole_files import write_text
+from components.corpus.sources.multiaspect import read_metadata_shards
+from components.corpus.sources.originals import prune_originals
+from components.corpus.sources.record_fields import Coverage
+from components.corpus.sources.url_lists import read_url_lists
+from components.corpus.sources.webdataset import read_webdataset
+from components.files.whole_files import write_text
+from components.images.image_store import FOLDER, ImageStore
+from components.settings.corpus import DownloadSettings
+from components.telemetry.progress import track
 from flows.stages.contract import StageContext, StageFailed, StageResult
 from flows.stages.gate import check_manifest, joined
 

@@ -9,21 +9,21 @@ from typing import Any
 import pandas as pd
 
 from components.corpus.manifest import read_table
-from components.corpus.ordered_pool import WorkersDoNotStart
-from components.models.base_autoencoder import encoder_digest, load_base_autoencoder
-from components.models.weights import WeightsMissing
+from components.engine.ordered_pool import WorkersDoNotStart
+from components.files.weight_folders import WeightsMissing
+from components.files.whole_files import whole_file, write_text
+from components.models.loading.base_autoencoder import encoder_digest, load_base_autoencoder
 from components.objectives.haar import BAND_NAMES
-from components.training.distributed import deterministic_torch
-from components.training.encoder_workers import Placement, encoder_limits
-from components.training.latent_encoding import (
+from components.training.distributed.ranks import deterministic_torch
+from components.training.encoding.encoder_workers import Placement, encoder_limits
+from components.training.encoding.latent_workers import LatentJob, latent_workers
+from components.training.encoding.latents import (
     Workers,
     band_energy_shares,
     encode_corpus,
     encoding_items,
 )
-from components.training.latent_store import LatentStore
-from components.training.latent_workers import LatentJob, latent_workers
-from components.whole_files import whole_file, write_text
+from components.training.stores.latent_store import LatentStore
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 # Stage 2 is a part of stage 1.

@@ -9,12 +9,13 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 
-from components.corpus import nsfw, people, person_detectors
 from components.corpus.derivatives import derivative_ids, score_derivatives
-from components.corpus.engine import EngineLimits, ItemsFailed
 from components.corpus.manifest import read_table, to_arrow
-from components.corpus.parquet_files import write_parquet
-from components.models.weights import WeightsMissing, folder_digest, resolve_folder
+from components.corpus.people import evidence as people
+from components.corpus.people import nsfw, person_detectors
+from components.engine.map_items import EngineLimits, ItemsFailed
+from components.files.parquet_files import write_parquet
+from components.files.weight_folders import WeightsMissing, folder_digest, resolve_folder
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 # Loading a network counts against the first item's time, and CUDA reserves address space freely.

@@ -7,12 +7,12 @@ from dataclasses import asdict
 
 import pandas as pd
 
-from components.evaluation.gate import decide
-from components.models.weights import folder_digest
-from components.whole_files import write_text
-from flows.promotion import explain, promotions
+from components.evaluation.statistics.gate import decide
+from components.files.weight_folders import folder_digest
+from components.files.whole_files import write_text
 from flows.stages.baseline import baseline_scores
 from flows.stages.contract import StageContext, StageResult
+from flows.tracking.promotion import explain, promotions
 
 
 def run(context: StageContext) -> StageResult:

@@ -13,13 +13,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.corpus import artimuse, qalign, quality, scorer_protocol
 from components.corpus.derivatives import Derivative, derivative_ids, score_derivatives
-from components.corpus.engine import EngineLimits, ItemsFailed
+from components.corpus.external_scores import read_external_scores
 from components.corpus.manifest import to_arrow
-from components.corpus.parquet_files import write_parquet
-from components.corpus.scores import read_external_scores
-from components.models.weights import WeightsMissing, folder_digest
+from components.corpus.quality import artimuse, qalign, scorer_protocol
+from components.corpus.quality import classical as quality
+from components.engine.map_items import EngineLimits, ItemsFailed
+from components.files.parquet_files import write_parquet
+from components.files.weight_folders import WeightsMissing, folder_digest
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 # Loading a large model counts against the first item's time, and CUDA reserves address space.

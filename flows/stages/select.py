@@ -4,80 +4,23 @@ from __future__ import annotations
 
 import json
 
-import pandas as pd
 import pyarrow.parquet as pq
 
-from components.corpus.bucket_columns import assign_buckets
-from components.corpus.duplicates import mark_near_duplicates
 from components.corpus.manifest import read_table, write_table
-from components.corpus.quotas import QuotaInfeasible
-from components.corpus.selection import REASONS, SETTING_OF, count_by_reason, select
-from components.corpus.settings import SelectSettings
-from components.training.aspect_buckets import buckets
-from components.whole_files import write_text
+from components.corpus.selection.bucket_columns import assign_buckets
+from components.corpus.selection.join_signals import (
+    _PEOPLE,
+    _QUALITY,
+    _join,
+    _near_duplicates,
+    _signals,
+)
+from components.corpus.selection.quotas import QuotaInfeasible
+from components.corpus.selection.rules import REASONS, SETTING_OF, count_by_reason, select
+from components.files.whole_files import write_text
+from components.images.aspect_buckets import buckets
 from flows.stages.contract import StageContext, StageFailed, StageResult
 from flows.stages.gate import check_manifest, joined
-
-# What each stage measures; a table made with a model or measurement switched off has fewer columns.
-_SIGNALS = [
-    "flat_fraction",
-    "entropy_bits",
-    "glcm_score",
-    "glcm_entropy_bits",
-    "jpeg_quality",
-    "pdq_hash",
-    "pdq_quality",
-]
-_QUALITY = [
-    "quality_score",
-    "quality_scorer",
-    "quality_weights",
-    "aesthetic",
-    "aesthetic_scorer",
-    "aesthetic_weights",
-]
-_PEOPLE = [
-    "person_count",
-    "person_boxes",
-    "person_scorer",
-    "person_weights",
-    "is_character",
-    "channel",
-    "nsfw_score",
-    "nsfw_scorer",
-    "nsfw_weights",
-]
-
-
-def _join(manifest: pd.DataFrame, other: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Replace `columns` by those of `other`; duplicates of one image share its values."""
-    columns = [column for column in columns if column in other]
-    return manifest.drop(columns=columns).merge(
-        other[["image_id", *columns]], on="image_id", how="left", validate="many_to_one"
-    )
-
-
-def _signals(manifest: pd.DataFrame, signals: pd.DataFrame) -> pd.DataFrame:
-    """Add signals; `integrity` becomes the first complaint of header, decoder or engine."""
-    found = signals.assign(decoded=signals["error"].fillna(signals["integrity"]))
-    joined = _join(manifest.assign(decoded=None), found, [*_SIGNALS, "decoded"])
-    header_is_fine = joined["integrity"] == "ok"
-    joined["integrity"] = joined["integrity"].where(~header_is_fine, joined["decoded"])
-    return joined.drop(columns="decoded")
-
-
-def _near_duplicates(manifest: pd.DataFrame, settings: SelectSettings) -> pd.DataFrame:
-    """Add near_duplicate_of where hashes were computed and the rule is on."""
-    distance = settings.near_duplicate_distance
-    if distance is None or manifest["pdq_hash"].isna().all():
-        return manifest
-    # Rows that share their bytes share an image_id; the exact-duplicate rule has them already.
-    distinct = manifest.drop_duplicates("image_id")
-    marked = mark_near_duplicates(
-        distinct, max_distance=distance, min_quality=settings.near_duplicate_min_quality
-    )
-    keeper = marked.set_index("image_id")["duplicate_of"]
-    return manifest.assign(near_duplicate_of=manifest["image_id"].map(keeper))
 
 
 def _nothing_kept(counts: dict[str, int]) -> str:

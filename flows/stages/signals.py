@@ -7,21 +7,20 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from components.corpus import (
-    decoding,
+from components.corpus.manifest import read_table
+from components.engine.map_items import EngineLimits, code_digest, join_shards, map_items
+from components.images import decoding, image_containers
+from components.images.original_lookup import OriginalLookup
+from components.signals import candidate as signals
+from components.signals import (
     entropy,
     flat_regions,
     fused_texture,
     glcm,
-    image_containers,
     jpeg_quality,
     pdq,
     shrinking,
-    signals,
 )
-from components.corpus.engine import EngineLimits, code_digest, join_shards, map_items
-from components.corpus.manifest import read_table
-from components.corpus.original_lookup import OriginalLookup
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from components.corpus.datasheet import datasheet_page
 from components.corpus.manifest import read_table, write_table
-from components.corpus.overview_figure import save_overview
-from components.corpus.page_figures import write_page
-from components.corpus.slices import SLICES, slices, split
-from components.whole_files import write_text
+from components.corpus.pages.datasheet import datasheet_page
+from components.corpus.pages.overview_figure import save_overview
+from components.corpus.pages.page_figures import write_page
+from components.corpus.selection.slices import SLICES, slices, split
+from components.files.whole_files import write_text
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from components.corpus.ordered_pool import WorkersDoNotStart
-from components.models.text_families import TEXT_FAMILIES, TextFamily
-from components.models.weights import folder_digest
-from components.training.encoder_workers import Placement, encoder_limits
-from components.training.text_store import build_text_store
-from components.training.text_workers import EmbeddingFailed, TextJob, embed_batches
-from components.whole_files import whole_folder
+from components.engine.ordered_pool import WorkersDoNotStart
+from components.files.weight_folders import folder_digest
+from components.files.whole_files import whole_folder
+from components.models.loading.text_families import TEXT_FAMILIES, TextFamily
+from components.training.encoding.encoder_workers import Placement, encoder_limits
+from components.training.encoding.text_workers import EmbeddingFailed, TextJob, embed_batches
+from components.training.stores.text_store import build_text_store
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from components.corpus.decoding import ImageUndecodable
 from components.corpus.manifest import read_table
-from components.corpus.original_lookup import Original, OriginalLookup
-from components.models.weights import WeightsMissing, folder_digest
-from components.training.supervision import TrainingRefused
-from components.training.vae_data import PhotographTooSmall
-from components.training.vae_trainer import LossNotFinite
-from components.training.vae_worker import VaeJob, run_job
+from components.files.weight_folders import WeightsMissing, folder_digest
+from components.images.decoding import ImageUndecodable
+from components.images.original_lookup import Original, OriginalLookup
+from components.training.distributed.supervision import TrainingRefused
+from components.training.vae.crops import PhotographTooSmall
+from components.training.vae.trainer import LossNotFinite
+from components.training.vae.worker import VaeJob, run_job
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 

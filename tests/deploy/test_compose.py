@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import services
-from flows.serving import postgres, tier
+from flows.services import postgres
+from flows.services import servers as services
+from flows.tracking import tier
 
 # Of the Compose Specification: what these services may use.
 SERVICE_KEYS = {

@@ -18,8 +18,8 @@ import dvc  # noqa: F401
 import psutil
 import pytest
 
-from flows import services
-from flows.clones import data_remote
+from flows.remote import data_remote
+from flows.services import servers as services
 
 TIMEOUT_S = 300
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.doctor import examine
-from flows.generation import GenerationRefused, parse_size
+from flows.commands.images.generation import GenerationRefused, parse_size
+from flows.commands.services.doctor import examine
 
 
 def ultraflux(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -165,10 +165,10 @@ def test_missing_weights_name_the_folder_and_the_command_that_gets_them(
 ) -> None:
     import yaml
 
-    from components.models.base_autoencoder import load_base_autoencoder
-    from components.models.weights import WeightsMissing
-    from components.settings import parse_settings
-    from components.training.metric_log import MetricLog
+    from components.files.weight_folders import WeightsMissing
+    from components.models.loading.base_autoencoder import load_base_autoencoder
+    from components.settings.schema import parse_settings
+    from components.telemetry.metric_log import MetricLog
     from flows.stages.contract import StageContext
     from flows.stages.dit import initial_weights
 
@@ -236,7 +236,7 @@ def test_checking_a_store_imports_no_models(tmp_path: Path) -> None:
 
     code = (
         "import sys; from pathlib import Path\n"
-        "from components.training.store_check import check_store\n"
+        "from components.training.encoding.store_check import check_store\n"
         f"try:\n    check_store(Path({str(tmp_path)!r}))\n"
         "except ValueError as problem:\n    print(problem)\n"
         "print('HEAVY', sorted({'diffusers', 'transformers'} & set(sys.modules)))"

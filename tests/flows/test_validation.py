@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from components.corpus.manifest import SCHEMA, write_table
-from components.settings import Settings, load_settings
-from components.training.metric_log import MetricLog
+from components.settings.schema import Settings, load_settings
+from components.telemetry.metric_log import MetricLog
 from flows.stages import validate as validate_stage
 from flows.stages.contract import StageContext, StageFailed
 from flows.stages.gate import check_manifest

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from components.evaluation.cards import card
-from components.evaluation.suite_scores import headline
+from components.evaluation.suites.suite_scores import headline
+from components.metrics.cards import card
 
 HEIGHT, WIDTH, ITEMS = 540, 700, 8
 # Item 3 is where "mine" loses most PSNR (9 dB), item 5 where it loses most SSIM.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
-from components.models.memory_modes import parse_memory, place_pipeline
+from components.models.loading.memory_modes import parse_memory, place_pipeline
 from components.models.pipeline import UltraFluxPipeline, build_scheduler, remaining_steps
 from components.models.text_encoders import build_tiny_text_encoders, encode_prompts
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer

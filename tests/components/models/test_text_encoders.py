@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from components.files.weight_folders import WeightsMissing, folder_digest
 from components.models.pipeline import UltraFluxPipeline
 from components.models.text_encoders import (
     TextEncoders,
@@ -19,7 +20,6 @@ from components.models.text_encoders import (
     load_text_encoders,
 )
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
-from components.models.weights import WeightsMissing, folder_digest
 
 CAPTIONS = [
     "A frozen lake under pale morning light, with snow-covered mountains in the distance.",

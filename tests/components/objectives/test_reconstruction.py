@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from components.models.weights import WeightsMissing
+from components.files.weight_folders import WeightsMissing
 from components.objectives.reconstruction import (
     RandomVggDistance,
     ReconstructionLoss,
@@ -18,7 +18,7 @@ from components.objectives.reconstruction import (
     ms_ssim,
     wavelet_l1,
 )
-from components.training.settings import ReconstructionSettings
+from components.settings.training import ReconstructionSettings
 
 
 def _settings(kind: str, **kwargs: Any) -> ReconstructionSettings:

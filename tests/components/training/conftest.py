@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from components.models.tiny import build_tiny_sd3_transformer, build_tiny_transformer
-from components.settings import parse_settings
-from components.training.distributed import training_environment
-from components.training.latent_store import LatentStoreWriter
-from components.training.text_store import build_text_store, embedded_prompts
+from components.settings.schema import parse_settings
+from components.training.stores.latent_store import LatentStoreWriter
+from components.training.stores.text_store import build_text_store, embedded_prompts
 
 ROOT = Path(__file__).resolve().parents[3]
 BUCKETS = ((128, 128), (96, 192), (192, 96))
@@ -30,47 +27,6 @@ def embed(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         sequences.append(torch.randn(TEXT_TOKENS, TEXT_WIDTH, generator=generator))
         vectors.append(torch.randn(TEXT_WIDTH, generator=generator))
     return torch.stack(sequences), torch.stack(vectors)
-
-
-@pytest.fixture(scope="session")
-def tiny_backbone() -> Callable[..., torch.nn.Module]:
-    """`tiny_backbone("flux", num_layers=1)`: a random transformer with texts 16 wide."""
-
-    def flux(num_layers: int = 2) -> torch.nn.Module:
-        return build_tiny_transformer(
-            num_layers=num_layers,
-            num_single_layers=num_layers,
-            num_attention_heads=2,
-            axes_dims_rope=(4, 6, 6),
-            joint_attention_dim=TEXT_WIDTH,
-            pooled_projection_dim=TEXT_WIDTH,
-            rope_window=4,
-        )
-
-    def sd3(num_layers: int = 2) -> torch.nn.Module:
-        return build_tiny_sd3_transformer(
-            num_layers=num_layers,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            joint_attention_dim=TEXT_WIDTH,
-            pooled_projection_dim=TEXT_WIDTH,
-            latent_channels=16,
-            sample_size=16,
-            pos_embed_max_size=16,
-        )
-
-    builders = {"flux": flux, "sd3": sd3}
-    return lambda backbone, **sizes: builders[backbone](**sizes)
-
-
-@pytest.fixture
-def training_environment_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training in this process sets variables for DeepSpeed; take them back afterwards."""
-    for name in (*training_environment("cpu"), "LOCAL_RANK"):
-        if name not in os.environ:
-            # Registers the name for removal, whatever the test sets it to.
-            monkeypatch.setenv(name, "")
-            monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +63,7 @@ def make_dit_job(dit_corpus: Path) -> Callable[..., object]:
     """Make a small job; keyword arguments replace stage settings."""
     import yaml
 
-    from components.training.dit_trainer import DitJob
+    from components.training.dit.job import DitJob
 
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     small = {

@@ -1,0 +1,170 @@
+"""The captioning and the translating model over a manifest: one cache, one budget, one entry a row.
+
+What came with an image stays (`CaptionSettings.provided`), models write the rest: English from the
+picture, Chinese from a usable English caption that has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from components.chat.client import ChatClient, job_of
+from components.chat.prompts import Prompt, load_prompt
+from components.chat.request_cache import RequestCache
+from components.chat.spending import Budget
+from components.corpus.captions.checks import Judged
+from components.corpus.captions.prompts import CAPTION_PROMPTS, TRANSLATION_PROMPTS
+from components.corpus.captions.writing import Written, caption_images, translate_captions
+from components.corpus.derivatives import read_derivatives
+from components.settings.captions import CaptionSettings, EndpointSettings, TranslateSettings
+
+_UNASKED = Judged(None, None, None, None, None)
+_WITHOUT_PICTURE = Written(None, "missing")
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """What the models wrote."""
+
+    rows: list[Judged]
+    """One per manifest row, in order."""
+    spent_usd: float | None
+    """By these settings, over all runs; None where a price is not known."""
+    problems: list[str]
+    """Why single requests failed, in the order of the rows."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    """An endpoint, what it is asked and how the manifest names it."""
+
+    endpoint: EndpointSettings
+    prompt: Prompt
+
+    @property
+    def name(self) -> str:
+        return f"{self.endpoint.model}, prompt {self.prompt.version}"
+
+
+def _model(
+    part: CaptionSettings | TranslateSettings, built_in: Mapping[str, str], root: Path
+) -> _Model | None:
+    """None where the provider is not an endpoint."""
+    if part.provider != "endpoint" or part.endpoint is None:
+        return None
+    file = root / part.prompt_file if part.prompt_file else None
+    return _Model(part.endpoint, load_prompt(part.prompt_version, file, built_in))
+
+
+def _needs_english(row: Judged, settings: CaptionSettings) -> bool:
+    """Whether nothing usable came with the image, as far as `provided` lets a model replace it."""
+    if row.english is None:
+        return True
+    return settings.provided == "replace_failed" and row.status != "ok" and row.failed_english
+
+
+def _needs_chinese(row: Judged, settings: CaptionSettings) -> bool:
+    """Whether there is a usable English caption and no translation of it that stays."""
+    if row.status == "ok":
+        return row.chinese is None
+    return settings.provided == "replace_failed" and not row.failed_english
+
+
+def _captioned(written: Written, model: _Model) -> Judged:
+    words = len(written.text.split()) if written.text else 0
+    author = model.name if written.text else None
+    return Judged(written.text, None, written.status, author, None, words)
+
+
+def _translated(row: Judged, written: Written, model: _Model) -> Judged:
+    """A translation that failed takes its status to the row."""
+    return replace(
+        row,
+        chinese=written.text,
+        status=written.status,
+        translation_model=model.name if written.text else None,
+        failed_english=False,
+    )
+
+
+def write_captions(
+    manifest: pd.DataFrame,
+    provided: Sequence[Judged],
+    derivatives: Path,
+    settings: CaptionSettings,
+    *,
+    derivative_px: int,
+    cache: Path,
+    root: Path,
+) -> Captioned:
+    """Captions of the kept rows by the models that `settings` names.
+
+    Args:
+        manifest: image_id and kept; the image_id of kept rows are distinct.
+        provided: what came with each image, checked; "missing" where nothing did.
+        derivatives: pictures for the captioning model, from the signals stage.
+        settings: at least one provider is an endpoint.
+        derivative_px: long edge of the derivatives.
+        cache: file of the request cache; made when missing.
+        root: where prompt files are found.
+
+    Raises:
+        ValueError: bad prompt or cache file; or a cost cap without prices.
+        EndpointUnusable: an API key is missing.
+        CaptioningStopped: cost cap reached or endpoint of no use; run again to go on.
+    """
+    if (missing := settings.missing_prices()) is not None:
+        raise ValueError(missing)
+    captioner = _model(settings, CAPTION_PROMPTS, root)
+    translator = _model(settings.translate, TRANSLATION_PROMPTS, root)
+    models = [model for model in (captioner, translator) if model is not None]
+    kept = manifest["kept"].eq(True)
+    ids = manifest["image_id"].tolist()
+    places = kept.to_numpy().nonzero()[0].tolist()
+    problems: list[str] = []
+    with ExitStack() as stack:
+        store = stack.enter_context(RequestCache(cache))
+        jobs = [job_of(model.endpoint, model.prompt) for model in models]
+        budget = Budget(store, jobs, settings.max_cost_usd)
+        clients = {}
+        # All clients first: a missing key of the translator is found before anything is paid.
+        for model in models:
+            clients[model] = ChatClient(model.endpoint, model.prompt, store, budget)
+            stack.callback(clients[model].close)
+        rows = list(provided)
+        if captioner is not None:
+            asked = [index for index in places if _needs_english(rows[index], settings)]
+            wanted = {ids[index] for index in asked}
+            rows = [
+                _UNASKED if row.status == "missing" and not is_kept else row
+                for row, is_kept in zip(rows, kept, strict=True)
+            ]
+            written = caption_images(
+                (item for item in read_derivatives(derivatives) if item.image_id in wanted),
+                len(wanted),
+                clients[captioner],
+                captioner.prompt,
+                settings,
+                derivative_px=derivative_px,
+            )
+            for index in asked:
+                rows[index] = _captioned(written.get(ids[index], _WITHOUT_PICTURE), captioner)
+            problems += [item.detail for item in written.values() if item.detail]
+        if translator is not None:
+            usable = [index for index in places if _needs_chinese(rows[index], settings)]
+            written = translate_captions(
+                {ids[index]: rows[index].english or "" for index in usable},
+                clients[translator],
+                translator.prompt,
+                translator.endpoint.concurrency,
+            )
+            for index in usable:
+                rows[index] = _translated(rows[index], written[ids[index]], translator)
+            problems += [item.detail for item in written.values() if item.detail]
+        is_priced = all(model.endpoint.has_prices for model in models)
+        return Captioned(rows, budget.spent_usd if is_priced else None, problems)

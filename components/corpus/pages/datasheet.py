@@ -1,0 +1,88 @@
+"""The datasheet of a corpus: what is in it, what was left out and why, whose pictures they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from components.corpus.pages.page_figures import bars, histogram, render
+from components.corpus.selection.slices import DESCRIPTIONS
+
+_SCORES = (
+    ("entropy_bits", "entropy (bits)", None),
+    ("flat_fraction", "flat fraction", None),
+    ("glcm_score", "GLCM score", None),
+    ("quality_score", "quality", "quality_scorer"),
+    ("aesthetic", "aesthetic score", "aesthetic_scorer"),
+    ("nsfw_score", "NSFW score", "nsfw_scorer"),
+)
+_ATTRIBUTION = ("license", "photographer", "photographer_url", "image_url", "work_url", "source")
+_LICENCES = 20
+
+
+def _numbers(table: pd.DataFrame, column: str) -> np.ndarray:
+    if column not in table:
+        return np.array([])
+    return table[column].to_numpy(dtype=float, na_value=np.nan)
+
+
+def _counted(values: pd.Series, missing: str) -> list[tuple[str, int]]:
+    """Values by falling count, then by name."""
+    counts = values.astype(object).where(values.notna(), missing).astype(str).value_counts()
+    return sorted(
+        ((str(k), int(v)) for k, v in counts.items()), key=lambda item: (-item[1], item[0])
+    )
+
+
+def _scorers(table: pd.DataFrame, column: str | None) -> str:
+    if column is None or column not in table:
+        return ""
+    return ", ".join(sorted(str(name) for name in table[column].dropna().unique()))
+
+
+def datasheet_page(table: pd.DataFrame, slices: Mapping[str, pd.DataFrame]) -> str:
+    """A self-contained HTML page; equal tables give equal bytes.
+
+    Args:
+        table: manifest after slicing.
+        slices: tables by name.
+    """
+    kept = table[table["kept"].eq(True)]
+    scores = [
+        (title, _scorers(kept, scorer), values, histogram([("kept", values)], title))
+        for column, title, scorer in _SCORES
+        if np.isfinite(values := _numbers(kept, column)).any()
+    ]
+    words = kept["caption_en"].astype("string").str.count(r"\S+")
+    rejected = table.loc[~table["kept"].eq(True), "reject_reason"]
+    licences = _counted(kept["license"], "unknown")
+    return render(
+        "datasheet.html.j2",
+        candidates=len(table),
+        kept=len(kept),
+        people=int(kept["is_character"].eq(True).sum()),
+        channels=_counted(kept["channel"], "unknown"),
+        gigapixels=float(np.nansum(_numbers(kept, "megapixels"))) / 1000,
+        losses=_counted(rejected, "unknown"),
+        losses_figure=bars(_counted(rejected, "unknown"), "rejected images"),
+        shapes=histogram(
+            [("kept", _numbers(kept, "aspect_ratio"))], "width : height", logarithmic=True
+        ),
+        buckets=_counted(kept["bucket"], "none"),
+        scores=[
+            (title, scorer, np.nanquantile(values, [0.05, 0.5, 0.95]).tolist(), figure)
+            for title, scorer, values, figure in scores
+        ],
+        captions=histogram(
+            [("kept", words.to_numpy(dtype=float, na_value=np.nan))], "words of the English caption"
+        ),
+        statuses=_counted(kept["caption_status"], "none"),
+        licences=licences[:_LICENCES],
+        more_licences=max(0, len(licences) - _LICENCES),
+        attribution=[
+            (name, int(kept[name].notna().sum())) for name in _ATTRIBUTION if name in kept
+        ],
+        slices=[(name, DESCRIPTIONS[name], len(rows)) for name, rows in slices.items()],
+    )

@@ -1,0 +1,97 @@
+"""Figures and pages of corpus reports: inline SVG with equal bytes for equal data."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from components.files.page_templates import page_templates
+from components.files.whole_files import write_text
+
+COLOURS = ("#1b7f5c", "#b3423a", "#3f6fb5", "#9a6b00")
+_BINS = 40
+
+
+def _svg(figure: Any, salt: str) -> Markup:
+    """The figure without date, version or random ids, so that it can stand inside a page."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return Markup(text[text.index("<svg") :])
+
+
+def _axes() -> tuple[Any, Any]:
+    # The object interface draws without a display and without pyplot's global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def histogram(
+    groups: Sequence[tuple[str, np.ndarray]], label: str, *, logarithmic: bool = False
+) -> Markup:
+    """Shares of values per group as outlines over common bins; empty without finite values.
+
+    Args:
+        groups: name and (N,) float values, not finite ones left out.
+        label: name and unit of the axis.
+        logarithmic: bins on log2, ticks in plain numbers.
+    """
+    found = []
+    for name, values in groups:
+        values = values[np.isfinite(values) & ((values > 0) | (not logarithmic))]
+        if len(values):
+            found.append((name, np.log2(values) if logarithmic else values))
+    if not found:
+        return Markup("")
+    low = min(float(values.min()) for _, values in found)
+    high = max(float(values.max()) for _, values in found)
+    edges = np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
+    figure, axes = _axes()
+    for (name, values), colour in zip(found, COLOURS, strict=False):
+        shares = np.histogram(values, edges)[0] / len(values)
+        axes.stairs(shares, edges, label=name, color=colour, fill=len(found) == 1)
+    if logarithmic:
+        axes.xaxis.set_major_formatter(lambda x, _: f"{2.0**x:.2g}")
+    axes.set_xlabel(label)
+    axes.set_ylabel("share of images")
+    if len(found) > 1:
+        axes.legend(frameon=False)
+    return _svg(figure, label)
+
+
+def bars(counts: Sequence[tuple[str, float]], label: str) -> Markup:
+    """Horizontal bars, the first on top; empty without any."""
+    if not counts:
+        return Markup("")
+    figure, axes = _axes()
+    figure.set_size_inches(5.2, 0.9 + 0.27 * len(counts))
+    names = [name.replace("$", r"\$") for name, _ in counts]
+    axes.barh(range(len(counts)), [value for _, value in counts], color=COLOURS[0])
+    axes.set_yticks(range(len(counts)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    return _svg(figure, label)
+
+
+def render(template: str, **values: Any) -> str:
+    """A self-contained page from a template beside this module; text is escaped."""
+    templates = page_templates(Path(__file__).parent / "templates")
+    return templates.get_template(template).render(**values)
+
+
+def write_page(text: str, path: Path) -> None:
+    """Write a page whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)

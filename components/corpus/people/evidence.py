@@ -1,0 +1,272 @@
+"""Evidence of people, NSFW scores, the `character` tag and the human channel.
+
+Every derivative is decoded once for both. Detectors: the classical one is scikit-image's cascade of
+local binary patterns for frontal faces, which ships with that library; it finds upright faces that
+look at the camera and nothing else, and gives no confidence, so `people.min_score` does not apply
+to it. nudenet finds faces on its way to an NSFW score; OWLv2, RT-DETR and YOLOE find whole people
+(components/corpus/people/person_detectors.py).
+
+Where no NSFW scorer is chosen `nsfw_score` stays null: no score is better than a pretended one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from components.corpus.derivatives import Derivative
+from components.corpus.people import nsfw, person_detectors
+from components.images.decoding import decode_rgb
+from components.signals.flat_regions import grayscale
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FACE_SCORER = "skimage-lbp-frontal-face-v1"
+
+PEOPLE_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        ("person_count", pa.int32()),
+        ("person_boxes", pa.string()),
+        ("person_scorer", pa.string()),
+        ("person_weights", pa.string()),
+        ("is_character", pa.bool_()),
+        ("channel", pa.string()),
+        ("nsfw_score", pa.float64()),
+        ("nsfw_scorer", pa.string()),
+        ("nsfw_weights", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+# Scan of the derivative: faces of 40 px and more, 20% steps in scale, every position (coarser steps
+# miss plain portraits).
+_MIN_FACE_PX = 40
+_SCALE_FACTOR = 1.2
+_STEP_RATIO = 1.0
+# Windows that must agree on a face; the library's 4 finds faces in leaves and tiles.
+_MIN_NEIGHBOURS = 8
+
+
+@cache
+def _cascade() -> Any:
+    """The cascade, loaded once per process."""
+    from skimage.data import lbp_frontal_face_cascade_filename
+    from skimage.feature import Cascade
+
+    return Cascade(lbp_frontal_face_cascade_filename())
+
+
+def find_faces(pixels: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """Frontal faces as (top, left, bottom, right) in pixels, from top to bottom.
+
+    Args:
+        pixels: (H, W, 3) uint8, RGB.
+    """
+    gray = grayscale(pixels)
+    edge = min(gray.shape)
+    if edge < _MIN_FACE_PX:
+        return []
+    found = _cascade().detect_multi_scale(
+        img=gray,
+        scale_factor=_SCALE_FACTOR,
+        step_ratio=_STEP_RATIO,
+        min_size=(_MIN_FACE_PX, _MIN_FACE_PX),
+        max_size=(edge, edge),
+        min_neighbor_number=_MIN_NEIGHBOURS,
+    )
+    return sorted(
+        (box["r"], box["c"], box["r"] + box["height"], box["c"] + box["width"]) for box in found
+    )
+
+
+@dataclass(frozen=True)
+class LookPlan:
+    """What is looked for, with what; everything that a row depends on beside the picture."""
+
+    detector: Literal["none", "classical", "nudenet", "owlv2", "rtdetr", "yoloe"]
+    nsfw: Literal["none", "nudenet", "classifier"]
+    min_score: float = 0.5
+    device: str = "cpu"
+    weights: Path | None = None
+    weights_digest: str | None = None
+    nsfw_weights: Path | None = None
+    nsfw_digest: str | None = None
+
+    @property
+    def runs_networks(self) -> bool:
+        """Whether models of torch are loaded, which need more time and memory."""
+        return self.detector in ("owlv2", "rtdetr", "yoloe") or self.nsfw == "classifier"
+
+    def key(self) -> dict[str, Any]:
+        """What shards are named after: no paths, since the digests say what lay there."""
+        return {
+            "detector": self.detector,
+            "nsfw": self.nsfw,
+            "min_score": self.min_score,
+            "weights": self.weights_digest,
+            "nsfw_weights": self.nsfw_digest,
+        }
+
+
+# Loaded once per worker.
+_load_detector = cache(person_detectors.load_detector)
+_load_classifier = cache(nsfw.load_classifier)
+
+
+def _entry(box: tuple[int, int, int, int], scale: tuple[float, float]) -> list[int]:
+    """A box of the derivative in pixels of the original."""
+    vertical, horizontal = scale
+    top, left, bottom, right = box
+    return [
+        round(top * vertical),
+        round(left * horizontal),
+        round(bottom * vertical),
+        round(right * horizontal),
+    ]
+
+
+def look_at(derivative: Derivative, plan: LookPlan) -> dict[str, Any]:
+    """A row of `PEOPLE_SCHEMA` without channel; boxes are in pixels of the original.
+
+    Raises:
+        WeightsMissing: weights or a library that the plan names are not there.
+    """
+    pixels = decode_rgb(derivative.jpeg).pixels
+    scale = (derivative.height / pixels.shape[0], derivative.width / pixels.shape[1])
+    row: dict[str, Any] = {}
+    boxes: list[dict[str, Any]] = []
+    seen = nsfw.nudenet_detections(pixels) if "nudenet" in (plan.detector, plan.nsfw) else []
+    if plan.detector == "classical":
+        boxes = [{"label": "face", "box": _entry(box, scale)} for box in find_faces(pixels)]
+        row |= {"person_scorer": FACE_SCORER}
+    elif plan.detector == "nudenet":
+        people = [face for face in nsfw.faces(seen) if face.score >= plan.min_score]
+        boxes = [
+            {"label": "face", "score": face.score, "box": _entry(face.box, scale)}
+            for face in people
+        ]
+        row |= {"person_scorer": nsfw.NUDENET_SCORER, "person_weights": plan.weights_digest}
+    elif plan.detector != "none":
+        assert plan.weights is not None
+        find = _load_detector(plan.detector, plan.weights, plan.device, plan.min_score)
+        boxes = [
+            {"label": one.label, "score": one.score, "box": _entry(one.box, scale)}
+            for one in find(pixels)
+        ]
+        row |= {"person_scorer": plan.detector, "person_weights": plan.weights_digest}
+    if plan.detector != "none":
+        row |= {
+            "person_count": len(boxes),
+            "person_boxes": json.dumps(boxes),
+            "is_character": len(boxes) > 0,
+        }
+    if plan.nsfw == "nudenet":
+        row |= {"nsfw_score": nsfw.explicit_score(seen), "nsfw_scorer": nsfw.NUDENET_SCORER}
+    elif plan.nsfw == "classifier":
+        assert plan.nsfw_weights is not None
+        classifier = _load_classifier(plan.nsfw_weights, plan.device)
+        row |= {
+            "nsfw_score": classifier.score(pixels),
+            "nsfw_scorer": f"classifier-{plan.nsfw_weights.name}",
+        }
+    if plan.nsfw != "none":
+        row |= {"nsfw_weights": plan.nsfw_digest}
+    return row
+
+
+def with_channel(
+    people: pd.DataFrame,
+    manifest: pd.DataFrame,
+    *,
+    queries: Collection[str],
+    sources: Collection[str],
+) -> pd.DataFrame:
+    """Fill `channel` from provenance: "human" for what human-related retrieval found.
+
+    A channel says where an image comes from; what is seen in it is `is_character`, which needs a
+    detection. An image that several rows of the manifest share is human when one of them is.
+
+    Args:
+        people: has image_id; unchanged.
+        manifest: image_id, query and source.
+        queries: `people.human_queries`, compared without case and surrounding space.
+        sources: `people.human_sources`, compared exactly.
+    """
+    wanted = {query.strip().casefold() for query in queries}
+    found_by = manifest["query"].map(lambda text: str(text).strip().casefold(), na_action="ignore")
+    is_human = found_by.isin(wanted) | manifest["source"].isin(list(sources))
+    human = people["image_id"].isin(manifest.loc[is_human, "image_id"])
+    return people.assign(channel=np.where(human, "human", "general"))
+
+
+def _confident_boxes(text: Any, min_score: float, where: str) -> list[dict[str, Any]]:
+    try:
+        boxes = json.loads(text)
+        return [box for box in boxes if float(box.get("score", 1.0)) >= min_score]
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(
+            f"{where}: person_boxes must be a JSON list of objects with a number 'score', "
+            f"got {str(text)[:60]!r}"
+        ) from None
+
+
+def people_from_table(path: Path, image_ids: list[str], min_score: float) -> pd.DataFrame:
+    """Boxes made elsewhere, those below `min_score` left out.
+
+    A row's `person_boxes` is a JSON list of {"label", "box": [top, left, bottom, right], "score"};
+    without boxes its `person_count` stands as it is.
+
+    Returns:
+        columns of `PEOPLE_SCHEMA` in the order of `image_ids`, without channel and NSFW score.
+
+    Raises:
+        ValueError: see `read_external_scores`, or boxes that are no such JSON.
+    """
+    # Here, not above: workers import this module and have no use for pandas.
+    import pandas as pd
+
+    from components.corpus.external_scores import read_external_scores
+
+    table = read_external_scores(
+        path,
+        image_ids,
+        ["person_count", "person_boxes", "person_scorer"],
+        setting="people.boxes",
+        numeric=["person_count"],
+        optional=["person_weights"],
+    )
+    rows = []
+    for row in table.to_dict("records"):
+        count, text = int(row["person_count"]), None
+        if isinstance(row["person_boxes"], str):
+            where = f"people.boxes: {path.name}: {row['image_id']}"
+            boxes = _confident_boxes(row["person_boxes"], min_score, where)
+            count, text = len(boxes), json.dumps(boxes)
+        rows.append(
+            {
+                "image_id": row["image_id"],
+                "person_count": count,
+                "person_boxes": text,
+                "person_scorer": row["person_scorer"],
+                "person_weights": row["person_weights"],
+                "is_character": count > 0,
+            }
+        )
+    columns = [
+        "image_id",
+        "person_count",
+        "person_boxes",
+        "person_scorer",
+        "person_weights",
+        "is_character",
+    ]
+    return pd.DataFrame(rows, columns=columns)

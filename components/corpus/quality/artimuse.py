@@ -1,0 +1,132 @@
+"""ArtiMuse: aesthetics from 0 to 100, read off the logits of 101 score tokens.
+
+ArtiMuse (a vision-language model on InternVL) answers with one of 101 two-letter tokens that
+stand for 0 to 100; its score is their expectation. It pins an old transformers, so it runs in an
+environment of its own behind `scorer_protocol`; `quality.artimuse_server` is the server.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from string import ascii_lowercase
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from components.corpus.derivatives import Derivative
+from components.corpus.quality.scorer_protocol import ItemRejected, ScorerClient, ScorerIdentity
+
+SCORE_TOKENS = tuple(
+    first + ascii_lowercase[offset]
+    for first, count in (("a", 26), ("c", 25), ("d", 25), ("e", 25))
+    for offset in range(count)
+)
+"""Two-letter tokens of the scores 0 to 100: aa to az, ca to cy, da to dy, ea to ey (released code;
+the letter b is skipped)."""
+
+ARTIMUSE_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        ("aesthetic", pa.float64()),
+        ("aesthetic_scorer", pa.string()),
+        ("aesthetic_weights", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+INPUT_PX = 448
+# ImageNet statistics, as in InternVL.
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def preprocess(pixels: np.ndarray) -> np.ndarray:
+    """Squash to 448x448 whatever the aspect ratio (bicubic), then normalise.
+
+    Args:
+        pixels: (H, W, 3) uint8, RGB.
+
+    Returns:
+        (1, 3, 448, 448) float32.
+    """
+    from PIL import Image
+
+    small = Image.fromarray(pixels).resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC)
+    values = (np.asarray(small, np.float32) / 255 - _MEAN) / _STD
+    return np.ascontiguousarray(values.transpose(2, 0, 1)[None])
+
+
+def score_from_logits(logits: np.ndarray) -> float:
+    """Expectation of 0 to 100 under the softmax of the score tokens' logits, in float64.
+
+    Args:
+        logits: (101,), in the order of `SCORE_TOKENS`.
+
+    Raises:
+        ValueError: another shape, or logits that are not finite.
+    """
+    values = np.asarray(logits, np.float64)
+    if values.shape != (len(SCORE_TOKENS),) or not np.isfinite(values).all():
+        raise ValueError(f"logits: expected {len(SCORE_TOKENS)} finite numbers, got {values.shape}")
+    weights = np.exp(values - values.max())
+    return float(weights @ np.arange(len(SCORE_TOKENS)) / weights.sum())
+
+
+class LinearTestScorer:
+    """The scoring arithmetic over a seeded linear map of an 8x8 thumbnail: for tests of the way.
+
+    Its name says so; it knows nothing of aesthetics.
+    """
+
+    name = "test-linear"
+
+    def __init__(self, seed: int) -> None:
+        """Draw the map."""
+        rng = np.random.default_rng(seed)
+        self._weights = rng.standard_normal((len(SCORE_TOKENS), 8 * 8 * 3)) / 8
+
+    @property
+    def weights_bytes(self) -> bytes:
+        """What the digest of its weights is taken of."""
+        return self._weights.tobytes()
+
+    def __call__(self, pixels: np.ndarray) -> float:
+        """Score of (H, W, 3) uint8 RGB."""
+        values = preprocess(pixels)[0].transpose(1, 2, 0)
+        small = cv2.resize(values, (8, 8), interpolation=cv2.INTER_AREA)
+        return score_from_logits(self._weights @ small.ravel().astype(np.float64))
+
+
+@cache
+def _client(url: str, timeout_s: float, retries: int) -> ScorerClient:
+    """One connection per worker process."""
+    return ScorerClient(url, timeout_s=timeout_s, retries=retries)
+
+
+def score_remotely(
+    derivative: Derivative,
+    *,
+    url: str,
+    expected: ScorerIdentity,
+    timeout_s: float = 120.0,
+    retries: int = 5,
+) -> dict[str, Any]:
+    """Columns aesthetic, aesthetic_scorer and aesthetic_weights of one derivative.
+
+    A picture that the scorer refuses has an error and no score.
+
+    Raises:
+        ScorerUnavailable: the server cannot be reached.
+        ScorerChanged: it is another one than at the start of the run.
+    """
+    try:
+        score = _client(url, timeout_s, retries).score(derivative.jpeg, expected)
+    except ItemRejected as problem:
+        return {"error": f"{expected.scorer}: {problem}"}
+    return {
+        "aesthetic": score,
+        "aesthetic_scorer": expected.scorer,
+        "aesthetic_weights": expected.weights,
+    }

@@ -1,0 +1,352 @@
+"""Selection: a pure function from the table of signals to kept and rejected rows.
+
+Signals are measured once; thresholds can change and the table is judged again in seconds. A
+rejected row names the first rule that it fails, its value and the threshold.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from components.corpus.selection.draws import uniform_draws
+from components.corpus.selection.quotas import (
+    QuotaInfeasible,
+    Share,
+    quota_sizes,
+    smallest_draws,
+    stratified_sizes,
+)
+from components.settings.corpus import SelectSettings
+
+REASONS = (
+    "integrity",
+    "duplicate",
+    "resolution",
+    "nsfw",
+    "flat_fraction",
+    "entropy",
+    "quality",
+    "near_duplicate",
+    "aesthetic",
+    "aspect_quota",
+    "character_quota",
+    "sample",
+)
+"""Rules in the order in which they are tried; the first that fails is the reason.
+
+Free checks come before measured ones and those before model scores. Rules that compare images with
+each other come last, among the images that pass everything before: one of a cluster of near
+duplicates, the aesthetic percentile, quotas, and the sample of the wanted size.
+"""
+
+SETTING_OF = {
+    "integrity": "ingest.source",
+    "duplicate": "ingest.source",
+    "resolution": "select.min_pixels",
+    "nsfw": "select.max_nsfw",
+    "flat_fraction": "select.max_flat_fraction",
+    "entropy": "select.min_entropy_bits",
+    "quality": "select.min_quality",
+    "near_duplicate": "select.near_duplicate_distance",
+    "aesthetic": "select.aesthetic_top_fraction",
+    "aspect_quota": "select.aspect_quotas",
+    "character_quota": "select.character_quota",
+    "sample": "select.target_images",
+}
+"""The setting to look at when a rule rejects too much."""
+
+# Columns that the rules read; the others pass through.
+COLUMNS = (
+    "image_id",
+    "integrity",
+    "duplicate_of",
+    "width",
+    "height",
+    "nsfw_score",
+    "flat_fraction",
+    "entropy_bits",
+    "quality_score",
+    "aesthetic",
+    "channel",
+    "is_character",
+    "bucket",
+)
+
+_QUOTA_ROUNDS = 100
+
+
+class _Verdicts:
+    """First failed rule, value and threshold of every row, as arrays."""
+
+    def __init__(self, count: int) -> None:
+        self.codes = np.full(count, -1, dtype=np.int8)
+        self.value = np.full(count, math.nan)
+        self.threshold = np.full(count, math.nan)
+
+    @property
+    def passing(self) -> np.ndarray:
+        return self.codes < 0
+
+    def reject(
+        self,
+        fails: np.ndarray,
+        reason: str,
+        values: np.ndarray | None = None,
+        threshold: np.ndarray | float = math.nan,
+    ) -> None:
+        """Reject the rows where `fails`, unless an earlier rule did."""
+        rows = fails & self.passing
+        self.codes[rows] = REASONS.index(reason)
+        if values is not None:
+            self.value[rows] = values[rows]
+        self.threshold[rows] = np.broadcast_to(threshold, rows.shape)[rows]
+
+    def reasons(self) -> np.ndarray:
+        return np.array([*REASONS, None], dtype=object)[self.codes]
+
+
+def _numbers(table: pd.DataFrame, column: str) -> np.ndarray:
+    """A column as float64, NaN where missing or where the table has no such column."""
+    if column not in table:
+        return np.full(len(table), math.nan)
+    return table[column].to_numpy(dtype=float, na_value=math.nan)
+
+
+def _flags(table: pd.DataFrame, column: str, value: str | bool) -> np.ndarray:
+    """Where a column equals `value`; nowhere if the table has no such column."""
+    if column not in table:
+        return np.zeros(len(table), dtype=bool)
+    return table[column].eq(value).fillna(False).to_numpy(dtype=bool)
+
+
+def _top_threshold(scores: np.ndarray, top_fraction: float) -> float:
+    """The score of the last image inside the top fraction; at least one image is inside."""
+    known = scores[~np.isnan(scores)]
+    if not len(known):
+        return math.nan
+    inside = min(len(known), max(1, math.ceil(top_fraction * len(scores))))
+    return float(np.partition(known, len(known) - inside)[len(known) - inside])
+
+
+def _reject_images(
+    table: pd.DataFrame, settings: SelectSettings, verdicts: _Verdicts, human: np.ndarray
+) -> None:
+    """The rules that look at one image alone."""
+
+    def per_channel(general: float | None, own: float | None) -> np.ndarray:
+        """Threshold of every row; NaN where the rule is off."""
+        return np.where(
+            human, math.nan if own is None else own, math.nan if general is None else general
+        )
+
+    own = settings.human
+    verdicts.reject(~_flags(table, "integrity", "ok"), "integrity")
+    verdicts.reject(table["duplicate_of"].notna().to_numpy(), "duplicate")
+    pixels = _numbers(table, "width") * _numbers(table, "height")
+    # Negated comparisons, so that a missing signal (NaN) fails.
+    verdicts.reject(~(pixels >= settings.min_pixels), "resolution", pixels, settings.min_pixels)
+    if settings.max_nsfw is not None:
+        nsfw = _numbers(table, "nsfw_score")
+        verdicts.reject(~(nsfw <= settings.max_nsfw), "nsfw", nsfw, settings.max_nsfw)
+    flat = _numbers(table, "flat_fraction")
+    limit = per_channel(settings.max_flat_fraction, own.max_flat_fraction)
+    verdicts.reject(~(flat <= limit) & ~np.isnan(limit), "flat_fraction", flat, limit)
+    entropy = _numbers(table, "entropy_bits")
+    limit = per_channel(settings.min_entropy_bits, own.min_entropy_bits)
+    verdicts.reject(~(entropy >= limit) & ~np.isnan(limit), "entropy", entropy, limit)
+    quality = _numbers(table, "quality_score")
+    limit = per_channel(settings.min_quality, own.min_quality)
+    verdicts.reject(~(quality > limit) & ~np.isnan(limit), "quality", quality, limit)
+
+
+def _reject_near_duplicates(table: pd.DataFrame, verdicts: _Verdicts) -> None:
+    """Keep one passing image per cluster: its keeper, else the one with most pixels, then by id."""
+    if "near_duplicate_of" not in table or not table["near_duplicate_of"].notna().any():
+        return
+    keeper = table["near_duplicate_of"].fillna(table["image_id"])
+    involved = keeper.isin(table["near_duplicate_of"].dropna().unique())
+    rows = np.flatnonzero(involved.to_numpy() & verdicts.passing)
+    members = pd.DataFrame(
+        {
+            "cluster": keeper.iloc[rows].to_numpy(),
+            "other": table["near_duplicate_of"].iloc[rows].notna().to_numpy(),
+            "pixels": -_numbers(table, "width")[rows] * _numbers(table, "height")[rows],
+            "image_id": table["image_id"].iloc[rows].to_numpy(),
+        },
+        index=rows,
+    ).sort_values(["cluster", "other", "pixels", "image_id"])
+    lost = np.zeros(len(table), dtype=bool)
+    lost[members.index[members.duplicated("cluster")]] = True
+    verdicts.reject(lost, "near_duplicate")
+
+
+def _reject_by_aesthetic(
+    table: pd.DataFrame, settings: SelectSettings, verdicts: _Verdicts, human: np.ndarray
+) -> None:
+    """Keep the top share, of the whole or of each channel."""
+    own = settings.human.aesthetic_top_fraction
+    channels = [(np.ones(len(table), dtype=bool), settings.aesthetic_top_fraction)]
+    if own is not None:
+        channels = [(~human, settings.aesthetic_top_fraction), (human, own)]
+    scores = _numbers(table, "aesthetic")
+    before = verdicts.passing
+    for rows, fraction in channels:
+        if fraction < 1.0:
+            threshold = _top_threshold(scores[before & rows], fraction)
+            verdicts.reject(rows & ~(scores >= threshold), "aesthetic", scores, threshold)
+
+
+def _cut_to_shares(
+    groups: np.ndarray, shares: list[Share], draws: np.ndarray, verdicts: _Verdicts, reason: str
+) -> bool:
+    """Apply one quota to the passing rows; whether any was rejected."""
+    rows = np.flatnonzero(verdicts.passing)
+    counts = np.bincount(groups[rows], minlength=len(shares))
+    try:
+        sizes = quota_sizes(counts.tolist(), shares)
+    except QuotaInfeasible as problem:
+        raise QuotaInfeasible(f"{SETTING_OF[reason]}: {problem}") from None
+    if (sizes == counts).all():
+        return False
+    taken, borders = smallest_draws(groups[rows], draws[rows], sizes)
+    lost = np.zeros(len(groups), dtype=bool)
+    lost[rows[~taken]] = True
+    verdicts.reject(lost, reason, draws, borders[groups])
+    return True
+
+
+def _reject_by_quota(
+    table: pd.DataFrame, settings: SelectSettings, verdicts: _Verdicts, draws: np.ndarray
+) -> None:
+    """Aspect quotas, then the character quota, again until both hold.
+
+    Each only removes rows, so this ends; thresholds are the largest draw that stayed in the group.
+    """
+    ratios = _numbers(table, "width") / _numbers(table, "height")
+    shape = np.full(len(table), len(settings.aspect_quotas))
+    for position, quota in reversed(list(enumerate(settings.aspect_quotas))):
+        shape[(ratios >= quota.min_ratio) & (ratios < quota.max_ratio)] = position
+    shapes = [Share(q.name, q.min_share, q.max_share) for q in settings.aspect_quotas]
+    shapes.append(Share("other"))
+    person = _flags(table, "is_character", True).astype(np.int64)
+    characters = settings.character_quota
+    people = (
+        [Share("others"), Share("character", characters.min_share, characters.max_share)]
+        if characters
+        else []
+    )
+    for _ in range(_QUOTA_ROUNDS):
+        changed = bool(settings.aspect_quotas) and _cut_to_shares(
+            shape, shapes, draws, verdicts, "aspect_quota"
+        )
+        if people:
+            changed |= _cut_to_shares(person, people, draws, verdicts, "character_quota")
+        if not changed:
+            return
+    raise QuotaInfeasible("select: aspect_quotas and character_quota contradict each other")
+
+
+def _reject_by_sample(
+    table: pd.DataFrame, target: int, verdicts: _Verdicts, draws: np.ndarray
+) -> None:
+    """Keep a stratified sample of `target` rows."""
+    rows = np.flatnonzero(verdicts.passing)
+    groups = strata(table.iloc[rows])
+    sizes = stratified_sizes(np.bincount(groups).tolist(), target)
+    taken, borders = smallest_draws(groups, draws[rows], sizes)
+    lost = np.zeros(len(table), dtype=bool)
+    lost[rows[~taken]] = True
+    threshold = np.full(len(table), math.nan)
+    threshold[rows] = borders[groups]
+    verdicts.reject(lost, "sample", draws, threshold)
+
+
+def strata(table: pd.DataFrame) -> np.ndarray:
+    """Stratum of each row by bucket, channel and character, numbered in the order of their names.
+
+    Args:
+        table: may lack any of bucket, channel, is_character.
+    """
+    codes = np.zeros(len(table), dtype=np.int64)
+    for column in ("bucket", "channel", "is_character"):
+        if column in table:
+            values = table[column].astype(object).where(table[column].notna(), "").astype(str)
+            found, names = pd.factorize(values.to_numpy(dtype=object), sort=True)
+            codes = codes * max(1, len(names)) + found
+    return np.unique(codes, return_inverse=True)[1] if len(codes) else codes
+
+
+def select(table: pd.DataFrame, settings: SelectSettings, seed: int = 0) -> pd.DataFrame:
+    """Apply the paper's rules (UltraFlux supplement 2.1), then quotas and the sample size.
+
+    Kept: width * height >= min_pixels, nsfw_score <= max_nsfw, flat_fraction <= max_flat_fraction,
+    entropy_bits >= min_entropy_bits, quality_score > min_quality, one image of each cluster of near
+    duplicates, and aesthetic among the top fraction of what is left (ties at the border are kept;
+    1.0 switches the rule off). Images of the human channel have thresholds of their own. A signal
+    that is missing fails its rule, with a null value. Then quotas (`quotas.quota_sizes`) and the
+    stratified sample take the rows with the smallest draws of (seed, image_id); their reject_value
+    is the row's draw and reject_threshold the largest draw that stayed in its group.
+
+    Args:
+        table: manifest columns `COLUMNS` (nsfw_score, channel, is_character and bucket may be
+            absent), perhaps near_duplicate_of: the image_id of the cluster's keeper, null for the
+            keeper itself; unchanged.
+        settings: thresholds.
+        seed: project seed.
+
+    Returns:
+        a copy with kept, reject_reason, reject_value and reject_threshold; near_duplicate_of is
+        gone and its values stand in duplicate_of where that was empty.
+
+    Raises:
+        QuotaInfeasible: no image would be left by the quotas.
+    """
+    verdicts = _Verdicts(len(table))
+    human = _flags(table, "channel", "human")
+    _reject_images(table, settings, verdicts, human)
+    _reject_near_duplicates(table, verdicts)
+    _reject_by_aesthetic(table, settings, verdicts, human)
+    target = settings.target_images
+    if settings.aspect_quotas or settings.character_quota or target is not None:
+        draws = np.full(len(table), math.nan)
+        rows = np.flatnonzero(verdicts.passing)
+        draws[rows] = uniform_draws(seed, table["image_id"].iloc[rows].tolist(), "select")
+        _reject_by_quota(table, settings, verdicts, draws)
+        if target is not None:
+            _reject_by_sample(table, target, verdicts, draws)
+    result = table.assign(
+        kept=verdicts.passing,
+        reject_reason=pd.Series(verdicts.reasons(), table.index, dtype=object),
+        reject_value=verdicts.value,
+        reject_threshold=verdicts.threshold,
+    )
+    if "near_duplicate_of" in result:
+        both = result["duplicate_of"].fillna(result["near_duplicate_of"])
+        result = result.drop(columns="near_duplicate_of").assign(duplicate_of=both)
+    return result
+
+
+def as_candidates(selected: pd.DataFrame) -> pd.DataFrame:
+    """Undo what `select` did to duplicate_of, so that a selected manifest can be judged again.
+
+    An exact duplicate is rejected as such before all else, so any other row with duplicate_of is a
+    near duplicate.
+    """
+    exact = selected["reject_reason"].isin(["integrity", "duplicate"])
+    near = selected["duplicate_of"].astype(object)
+    return selected.assign(
+        duplicate_of=near.where(exact, None), near_duplicate_of=near.where(~exact, None)
+    )
+
+
+def count_by_reason(table: pd.DataFrame) -> dict[str, int]:
+    """Numbers of candidates, kept and rejected rows, each reason named even when it is zero."""
+    counts = table["reject_reason"].value_counts()
+    return {
+        "candidates": len(table),
+        "kept": int(table["kept"].sum()),
+        **{f"rejected_{reason}": int(counts.get(reason, 0)) for reason in REASONS},
+    }

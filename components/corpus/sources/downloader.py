@@ -1,0 +1,425 @@
+"""Fetching original bytes from the open web: polite, bounded, resumable, and never trusting.
+
+Redirects are followed by hand, every connection ends at a checked address, the kind of file is read
+from its bytes, and the size in pixels from its first 64 KiB before the rest is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from urllib.parse import urljoin
+
+import httpcore
+import httpx
+
+from components.corpus.sources.download_journal import DownloadJournal, Loss, Outcome, Stored
+from components.corpus.sources.host_limits import HostQueue, TokenBuckets
+from components.corpus.sources.image_probe import PROBE_BYTES, image_extension, image_size
+from components.corpus.sources.originals import OriginalWriter
+from components.corpus.sources.public_addresses import (
+    CheckedBackend,
+    CheckedTransport,
+    RefusedAddress,
+    UnknownHost,
+)
+from components.corpus.sources.url_identity import host_of, normalise_url
+from components.images.decoding import ImageUndecodable, read_header
+from components.settings.corpus import DownloadSettings
+
+MAX_REDIRECTS = 8
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_REFUSING = frozenset({401, 402, 403, 407, 451})
+_GONE = frozenset({404, 410})
+_RANGE_IGNORED_OR_EMPTY = 416
+_MIB = 2**20
+# X-Robots-Tag directives that forbid what a training corpus does with an image.
+_FORBIDDING = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
+# Directives that have a colon themselves; elsewhere a colon ends the name of a robot.
+_WITH_VALUE = frozenset(
+    {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
+)
+
+
+class FetchFailed(Exception):
+    """One attempt failed; `retry` says whether another can help."""
+
+    def __init__(
+        self, cause: str, detail: str, *, retry: bool = False, wait_s: float | None = None
+    ) -> None:
+        super().__init__(f"{cause}: {detail}")
+        self.loss = Loss(cause, detail)
+        self.retry = retry
+        self.wait_s = wait_s
+
+
+@dataclass(frozen=True)
+class DownloadProgress:
+    """Where a download stands."""
+
+    done: int
+    total: int
+    kept: int
+    received_bytes: int
+    elapsed_s: float
+
+    @property
+    def images_per_s(self) -> float:
+        """Finished addresses per second, losses included."""
+        return self.done / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    @property
+    def mb_per_s(self) -> float:
+        """Received megabytes (10^6 bytes) per second, discarded ones included."""
+        return self.received_bytes / 1e6 / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to go at this rate; None before the first outcome."""
+        return (self.total - self.done) / self.images_per_s if self.done else None
+
+
+def forbidden_by_robots(values: Sequence[str], user_agent: str) -> str | None:
+    """The first X-Robots-Tag directive that keeps the image out of a corpus, or None.
+
+    Args:
+        values: one string per header line, "directive, ..." or "robot: directive, ...".
+        user_agent: lines for other robots do not concern us.
+    """
+    for value in values:
+        name, colon, rest = value.lower().partition(":")
+        directives = value.lower()
+        if colon and "," not in name and name.strip() not in _WITH_VALUE:
+            if name.strip() not in ("*", user_agent.lower().partition("/")[0]):
+                continue
+            directives = rest
+        for directive in directives.split(","):
+            if directive.strip() in _FORBIDDING:
+                return directive.strip()
+    return None
+
+
+def retry_after_s(value: str | None, now: datetime) -> float | None:
+    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3); None when it says nothing."""
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value.strip()[:9])
+    try:
+        when = parsedate_to_datetime(value)
+    except (TypeError, ValueError):
+        return None
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
+    return max(0.0, (when - now).total_seconds())
+
+
+def _failed_exchange(problem: Exception) -> FetchFailed:
+    """The class of a transport problem; details never hold ports or times of this run."""
+    if isinstance(problem, RefusedAddress):
+        return FetchFailed("refused_address", str(problem))
+    if isinstance(problem, UnknownHost):
+        return FetchFailed("unknown_host", str(problem))
+    if isinstance(problem, httpx.TimeoutException | httpcore.TimeoutException | TimeoutError):
+        return FetchFailed("timeout", "no complete answer in time", retry=True)
+    if isinstance(problem, httpx.ConnectError | httpcore.ConnectError):
+        cause: BaseException | None = problem
+        while cause is not None:
+            if isinstance(cause, ssl.SSLError):
+                return FetchFailed("tls", cause.reason or "TLS error")
+            cause = cause.__cause__ or cause.__context__
+        return FetchFailed("refused_connection", "nothing listens there")
+    if isinstance(problem, httpx.UnsupportedProtocol | httpx.InvalidURL | httpx.DecodingError):
+        return FetchFailed("wrong_content", type(problem).__name__)
+    return FetchFailed("truncated", "connection ended before the answer did", retry=True)
+
+
+class Downloader:
+    """Fetches images into a store of originals.
+
+    Args:
+        settings: limits.
+        folder: the store (see `originals`).
+        backend: what opens connections; the default refuses all but public addresses and
+            `settings.private_hosts`.
+    """
+
+    def __init__(
+        self, settings: DownloadSettings, folder: Path, backend: CheckedBackend | None = None
+    ) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._backend = backend or CheckedBackend(settings.private_hosts)
+        self._buckets = TokenBuckets(settings.requests_per_second)
+        self._max_bytes = int(settings.max_mb * _MIB)
+        self.received_bytes = 0
+
+    def run(
+        self,
+        urls: Sequence[str],
+        journal: DownloadJournal,
+        report: Callable[[DownloadProgress], None] | None = None,
+    ) -> None:
+        """Give every URL an outcome in the journal.
+
+        Args:
+            urls: normalised, distinct, without an outcome so far.
+            journal: receives each outcome as soon as it is known.
+            report: called after every outcome.
+
+        Raises:
+            OSError: the store cannot be written; what has an outcome keeps it.
+        """
+        try:
+            asyncio.run(self._run(urls, journal, report))
+        except BaseExceptionGroup as group:
+            # One worker's failure ends the others; that one is what the caller needs to see.
+            raise group.exceptions[0] from None
+
+    async def _run(
+        self,
+        urls: Sequence[str],
+        journal: DownloadJournal,
+        report: Callable[[DownloadProgress], None] | None,
+    ) -> None:
+        queue = HostQueue(
+            ((host_of(url), (url, 1)) for url in urls),
+            self._settings.host_connections,
+            self._buckets,
+        )
+        started = time.monotonic()
+        done = kept = 0
+
+        async def work(client: httpx.AsyncClient) -> None:
+            nonlocal done, kept
+            while (taken := await queue.take()) is not None:
+                host, (url, attempt) = taken
+                result: Stored | Loss
+                try:
+                    result = await self._fetch(client, url)
+                except FetchFailed as failure:
+                    if failure.retry and attempt <= self._settings.retries:
+                        queue.postpone(host, (url, attempt + 1), self._wait(failure, attempt))
+                        continue
+                    result = failure.loss
+                except (OSError, MemoryError):
+                    # The machine's trouble (a full disk), not this address's.
+                    raise
+                except Exception as problem:
+                    # Untrusted input found a hole in a library: it costs this address alone.
+                    result = Loss("unexpected", f"{type(problem).__name__}: {problem}")
+                journal.put(url, Outcome(attempt, result))
+                queue.done(host)
+                done += 1
+                kept += isinstance(result, Stored)
+                if report is not None:
+                    elapsed = time.monotonic() - started
+                    report(DownloadProgress(done, len(urls), kept, self.received_bytes, elapsed))
+
+        async with self._client() as client, asyncio.TaskGroup() as workers:
+            for _ in range(min(self._settings.concurrency, max(len(urls), 1))):
+                workers.create_task(work(client))
+
+    def _client(self) -> httpx.AsyncClient:
+        settings = self._settings
+        return httpx.AsyncClient(
+            transport=CheckedTransport(settings.concurrency, self._backend),
+            timeout=httpx.Timeout(
+                settings.read_timeout_s, connect=settings.connect_timeout_s, pool=None
+            ),
+            # No compression: what arrives are the original bytes.
+            headers={"User-Agent": settings.user_agent, "Accept-Encoding": "identity"},
+            follow_redirects=False,
+            trust_env=False,
+        )
+
+    def _wait(self, failure: FetchFailed, attempt: int) -> float:
+        """Seconds before the next attempt: what the host asks for, else doubling."""
+        backoff = self._settings.backoff_s * 2 ** (attempt - 1)
+        wait = backoff if failure.wait_s is None else failure.wait_s
+        return min(wait, self._settings.max_wait_s)
+
+    @contextlib.asynccontextmanager
+    async def _answer(
+        self, client: httpx.AsyncClient, url: str, headers: dict[str, str]
+    ) -> AsyncIterator[httpx.Response]:
+        """The answer at the end of the redirects, its body not yet read.
+
+        Raises:
+            FetchFailed: no usable answer.
+        """
+        seen = {url}
+        while True:
+            await asyncio.sleep(self._buckets.reserve(host_of(url), time.monotonic()))
+            try:
+                async with asyncio.timeout(self._settings.total_timeout_s):
+                    request = client.build_request("GET", url, headers=headers)
+                    response = await client.send(request, stream=True)
+            except (httpx.HTTPError, httpx.InvalidURL, httpcore.TimeoutException) as problem:
+                raise _failed_exchange(problem) from None
+            except (httpcore.ConnectError, RefusedAddress, UnknownHost, TimeoutError) as problem:
+                raise _failed_exchange(problem) from None
+            try:
+                if response.status_code not in _REDIRECTS:
+                    self._check_status(response, url)
+                    yield response
+                    return
+                url = self._next_hop(response, url, seen)
+            finally:
+                await response.aclose()
+
+    def _next_hop(self, response: httpx.Response, url: str, seen: set[str]) -> str:
+        target = response.headers.get("Location", "")
+        try:
+            following = normalise_url(urljoin(url, target))
+        except ValueError as problem:
+            raise FetchFailed("bad_redirect", str(problem)) from None
+        if following in seen:
+            raise FetchFailed("redirect_loop", f"back to {following}")
+        if len(seen) > MAX_REDIRECTS:
+            raise FetchFailed("redirect_loop", f"more than {MAX_REDIRECTS} redirects")
+        seen.add(following)
+        return following
+
+    def _check_status(self, response: httpx.Response, url: str) -> None:
+        """Raise for anything but a body; a host that asks for a pause gets it."""
+        status = response.status_code
+        if status in (200, 206, _RANGE_IGNORED_OR_EMPTY):
+            if self._settings.respect_robots_tag:
+                directive = forbidden_by_robots(
+                    response.headers.get_list("X-Robots-Tag"), self._settings.user_agent
+                )
+                if directive is not None:
+                    raise FetchFailed("robots", f"X-Robots-Tag: {directive}")
+            return
+        wait = retry_after_s(response.headers.get("Retry-After"), datetime.now(UTC))
+        if wait is not None and status in (429, 503):
+            pause = min(wait, self._settings.max_wait_s)
+            self._buckets.pause(host_of(url), time.monotonic() + pause)
+        if status == 429:
+            raise FetchFailed("rate_limited", "HTTP 429", retry=True, wait_s=wait)
+        if status >= 500:
+            raise FetchFailed("server_error", f"HTTP {status}", retry=True, wait_s=wait)
+        if status == 408:
+            raise FetchFailed("timeout", "HTTP 408", retry=True)
+        cause = "not_found" if status in _GONE else "http_error"
+        raise FetchFailed("forbidden" if status in _REFUSING else cause, f"HTTP {status}")
+
+    async def _fetch(self, client: httpx.AsyncClient, url: str) -> Stored:
+        """Probe, then fetch.
+
+        Raises:
+            FetchFailed: this attempt gave no image.
+        """
+        if self._settings.min_pixels > 1:
+            ranged = {"Range": f"bytes=0-{PROBE_BYTES - 1}"}
+            async with self._answer(client, url, ranged) as response:
+                if response.status_code == 200:
+                    # The server ignores ranges: this is the whole body already.
+                    return await self._receive(response)
+                if response.status_code == 206:
+                    prefix = await self._prefix(response)
+                    self._inspect(prefix)
+        async with self._answer(client, url, {}) as response:
+            if response.status_code != 200:
+                raise FetchFailed("http_error", f"HTTP {response.status_code}")
+            return await self._receive(response)
+
+    async def _chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        """The body within time, transport problems as `FetchFailed`."""
+        body = response.aiter_bytes(PROBE_BYTES)
+        deadline = time.monotonic() + self._settings.total_timeout_s
+        while True:
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    chunk = await anext(body, None)
+            except (httpx.HTTPError, httpx.StreamError, TimeoutError) as problem:
+                raise _failed_exchange(problem) from None
+            if chunk is None:
+                return
+            self.received_bytes += len(chunk)
+            yield chunk
+
+    async def _prefix(self, response: httpx.Response) -> bytes:
+        """At most `PROBE_BYTES` of a partial answer; its total size is checked."""
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        if total.isdigit():
+            self._check_size(int(total))
+        prefix = b""
+        async for chunk in self._chunks(response):
+            prefix += chunk
+            if len(prefix) >= PROBE_BYTES:
+                break
+        return prefix[:PROBE_BYTES]
+
+    def _check_size(self, size_bytes: int) -> None:
+        if size_bytes > self._max_bytes:
+            raise FetchFailed("too_large", f"more than {self._settings.max_mb:g} MiB")
+
+    def _inspect(self, prefix: bytes) -> str:
+        """File ending of the image that starts like this; refuses others and small ones."""
+        extension = image_extension(prefix)
+        if extension is None:
+            raise FetchFailed("wrong_content", _described(prefix))
+        size = image_size(prefix)
+        if size is not None and size[0] * size[1] < self._settings.min_pixels:
+            raise FetchFailed("too_small", f"{size[0]}x{size[1]}")
+        return extension
+
+    async def _receive(self, response: httpx.Response) -> Stored:
+        """Write the body to the store; judged after 64 KiB, measured while it arrives."""
+        length = response.headers.get("Content-Length", "")
+        if length.isdigit():
+            self._check_size(int(length))
+        extension: str | None = None
+        prefix = b""
+        with OriginalWriter(self._folder) as writer:
+            async for chunk in self._chunks(response):
+                self._check_size(writer.size_bytes + len(chunk))
+                writer.write(chunk)
+                if extension is None:
+                    prefix += chunk
+                    if len(prefix) >= PROBE_BYTES:
+                        extension = self._inspect(prefix)
+            if extension is None:
+                extension = self._inspect(prefix)
+            return await asyncio.to_thread(self._settle, writer, extension)
+
+    def _settle(self, writer: OriginalWriter, extension: str) -> Stored:
+        return settle(writer, extension, self._settings.min_pixels)
+
+
+def settle(writer: OriginalWriter, extension: str, min_pixels: int) -> Stored:
+    """Read the header of a complete file and keep it.
+
+    Raises:
+        FetchFailed: fewer than `min_pixels`.
+    """
+    writer.flush()
+    try:
+        header = read_header(writer.path.read_bytes(), max_megapixels=float("inf"))
+    except ImageUndecodable as problem:
+        integrity, height, width, kind = str(problem), None, None, None
+    else:
+        integrity, height, width, kind = "ok", header.height, header.width, header.format
+        if header.height * header.width < min_pixels:
+            raise FetchFailed("too_small", f"{header.height}x{header.width}")
+    size_bytes = writer.size_bytes
+    return Stored(writer.keep(extension), extension, size_bytes, width, height, kind, integrity)
+
+
+def _described(prefix: bytes) -> str:
+    """What a body is that is no image of a known format."""
+    if not prefix:
+        return "empty body"
+    start = prefix.lstrip()[:64].lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    return f"starts with {prefix[:8].hex()}"

@@ -1,0 +1,233 @@
+"""Pairwise preference by a vision-language model: both orders, and what they add up to.
+
+Every pair is shown twice, with the systems' places exchanged. Only a preference that survives the
+exchange is a win; disagreement is a tie. Answers are validated against a schema, asked again where
+they do not fit, cached, and paid for under a cap, by the client that also writes captions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from components.chat.client import (
+    ChatClient,
+    EndpointUnusable,
+    Question,
+    RequestFailed,
+    job_of,
+)
+from components.chat.prompts import Prompt
+from components.chat.request_cache import RequestCache
+from components.chat.spending import Budget, CostCapReached
+from components.evaluation.judge.exhibits import EXHIBITS_VERSION, ImageArray, exhibits
+from components.evaluation.judge.prompts import AnswerInvalid, Verdict, judge_prompt, parse_verdict
+from components.evaluation.statistics.bootstrap import FEWEST_STUDENTISED_CLUSTERS, mean_interval
+from components.evaluation.statistics.bradley_terry import Judged, fit_bradley_terry
+from components.images.decoding import ImageUndecodable, read_rgb
+from components.settings.captions import EndpointSettings
+from components.telemetry.progress import track
+
+_ATTEMPTS = 3
+"""Answers that do not fit the schema are asked again with another seed."""
+_SCORES = {"A": 1.0, "tie": 0.5, "B": 0.0}
+_MAX_MEGAPIXELS = 400.0
+
+
+class JudgeStopped(RuntimeError):
+    """Nothing more can be asked; one line. Answers so far are in the cache."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two systems' pictures of one prompt."""
+
+    name: str
+    """Unique, such as the file's name."""
+    prompt: str
+    a: Path
+    b: Path
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One question about one pair, asked in both orders."""
+
+    question: str
+    pair: Pair
+    a_first: Verdict | None
+    """None: no valid answer."""
+    b_first: Verdict | None
+    problem: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """One of "a", "b", "tie" (also where the orders disagree) and "unanswered"."""
+        if self.a_first is None or self.b_first is None:
+            return "unanswered"
+        there, back = _SCORES[self.a_first.preferred], 1.0 - _SCORES[self.b_first.preferred]
+        if there == back and there != 0.5:
+            return "a" if there == 1.0 else "b"
+        return "tie"
+
+
+def _ask(client: ChatClient, question: Question) -> Verdict:
+    """A valid verdict.
+
+    Raises:
+        RequestFailed: no answer, or none that fits the schema.
+    """
+    failure = ""
+    for attempt in range(_ATTEMPTS):
+        answer = client.ask(
+            Question(
+                question.image_id,
+                question.prompt,
+                text=question.text,
+                picture=question.picture,
+                exhibits=question.exhibits,
+                attempt=attempt,
+            )
+        )
+        if answer.finish_reason in {"refusal", "length"}:
+            failure = f"answer ended with {answer.finish_reason}"
+            continue
+        try:
+            return parse_verdict(answer.text)
+        except AnswerInvalid as problem:
+            failure = str(problem)
+    raise RequestFailed(f"no valid answer in {_ATTEMPTS}: {failure}")
+
+
+def _pixels(path: Path) -> ImageArray:
+    try:
+        return read_rgb(path, max_megapixels=_MAX_MEGAPIXELS).pixels
+    except ImageUndecodable as problem:
+        raise ValueError(f"{path}: {problem}") from None
+
+
+def _judge(client: ChatClient, prompt: Prompt, name: str, pair: Pair) -> Judgement:
+    pixels = [_pixels(pair.a), _pixels(pair.b)]
+    if pixels[0].shape != pixels[1].shape:
+        raise ValueError(f"{pair.name}: the pictures differ in size; judge pictures of one size")
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (pair.a, pair.b)]
+    verdicts: list[Verdict | None] = []
+    problems: list[str] = []
+    for first, second in ((0, 1), (1, 0)):
+        question = Question(
+            f"{digests[first]}:{digests[second]}",
+            prompt,
+            text=f"The text: {pair.prompt}",
+            picture=EXHIBITS_VERSION,
+            exhibits=exhibits(pixels[first], pixels[second]),
+        )
+        try:
+            verdicts.append(_ask(client, question))
+        except RequestFailed as problem:
+            verdicts.append(None)
+            problems.append(str(problem))
+    return Judgement(name, pair, verdicts[0], verdicts[1], "; ".join(problems))
+
+
+def judge_pairs(
+    pairs: Sequence[Pair],
+    questions: Iterable[str],
+    endpoint: EndpointSettings,
+    *,
+    cache: Path,
+    max_cost_usd: float | None,
+    prompt_file: Path | None = None,
+) -> Iterator[Judgement]:
+    """Judge every pair by every question, in order.
+
+    Args:
+        pairs: pictures of one size each.
+        questions: of `components.evaluation.judge.prompts.QUESTIONS`.
+        endpoint: model, limits and prices.
+        cache: file of the request cache; made when missing.
+        max_cost_usd: over all runs of the same questions; None: no cap.
+        prompt_file: exact text to send in place of the built-in question.
+
+    Raises:
+        JudgeStopped: the endpoint refuses everything, or the cost cap is reached.
+        ValueError: an unknown question, sizes that differ, an unreadable picture.
+    """
+    prompts = {name: judge_prompt(name, prompt_file) for name in questions}
+    with RequestCache(cache) as store:
+        jobs = [job_of(endpoint, prompt) for prompt in prompts.values()]
+        budget = Budget(store, jobs, max_cost_usd)
+        for name, prompt in prompts.items():
+            client = ChatClient(endpoint, prompt, store, budget)
+            pool = ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="judge")
+            try:
+                waiting = [pool.submit(_judge, client, prompt, name, pair) for pair in pairs]
+                for future in track(waiting, f"judge {name}", total=len(waiting)):
+                    yield future.result()
+            except EndpointUnusable as problem:
+                raise JudgeStopped(f"{problem}; run it again to go on") from None
+            except CostCapReached:
+                raise JudgeStopped(
+                    f"spent ${budget.spent_usd:.4f}, and another request might pass the cap of "
+                    f"${budget.cap_usd:g}; raise it to go on"
+                ) from None
+            finally:
+                client.stop.set()
+                pool.shutdown(cancel_futures=True)
+                client.close()
+
+
+def summarise(judgements: Sequence[Judgement], *, resamples: int, seed: int) -> dict[str, Any]:
+    """Counts, win rate and Bradley-Terry strengths of each question, JSON-ready.
+
+    The win rate counts a tie as half; it and all intervals take prompts as units. With fewer
+    than 6 answered prompts there is no interval, and fewer than 2 give no strengths.
+    """
+    summary: dict[str, Any] = {}
+    for name in dict.fromkeys(one.question for one in judgements):
+        asked = [one for one in judgements if one.question == name]
+        answered = [one for one in asked if one.outcome != "unanswered"]
+        outcomes = [one.outcome for one in asked]
+        part: dict[str, Any] = {key: outcomes.count(key) for key in ("a", "b", "tie", "unanswered")}
+        part["orders_disagree"] = sum(
+            one.outcome == "tie" and not _both_tie(one) for one in answered
+        )
+        part["problems"] = sorted({one.problem for one in asked if one.problem})
+        points = [{"a": 1.0, "b": 0.0, "tie": 0.5}[one.outcome] for one in answered]
+        prompts = [one.pair.prompt for one in answered]
+        part["win_rate_a"] = float(np.mean(points)) if points else None
+        if len(set(prompts)) >= FEWEST_STUDENTISED_CLUSTERS:
+            # Percentile: a rate's interval must stay within [0, 1].
+            estimate = mean_interval(
+                points, clusters=prompts, resamples=resamples, seed=seed, method="percentile"
+            )
+            part["win_rate_interval"] = [estimate.low, estimate.high]
+        if len(set(prompts)) >= 2:
+            fitted = fit_bradley_terry([row for one in answered for row in _rows(one)])
+            # The parametrisation puts a at 0: what is reported is a's lead over b.
+            lead = fitted.strengths["b"]
+            part["strength_a_minus_b"] = [-lead.value, -lead.high, -lead.low]
+            part["order_effect"] = [fitted.order.value, fitted.order.low, fitted.order.high]
+        summary[name] = part
+    return summary
+
+
+def _both_tie(one: Judgement) -> bool:
+    return all(
+        verdict is not None and verdict.preferred == "tie" for verdict in (one.a_first, one.b_first)
+    )
+
+
+def _rows(one: Judgement) -> list[Judged]:
+    """Both orders of an answered judgement."""
+    assert one.a_first is not None
+    assert one.b_first is not None
+    return [
+        Judged("a", "b", _SCORES[one.a_first.preferred], one.pair.prompt),
+        Judged("b", "a", _SCORES[one.b_first.preferred], one.pair.prompt),
+    ]

@@ -1,0 +1,469 @@
+"""The page about an evaluation: systems on a suite, as `ultraflux evaluate` left them.
+
+Reads `metrics.json`, `scores.parquet` and `pictures.jsonl` of an evaluation. The page names no
+machine paths and no dates: the same evaluation and options give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from components.evaluation.pages.charts import Series, line_chart
+from components.evaluation.pages.report_page import (
+    RULE_NAMES,
+    SCRIPTS,
+    STYLES,
+    Cell,
+    ImageRow,
+    ImageTable,
+    Row,
+    Table,
+    Tile,
+    assets,
+    column_name,
+    environment,
+    fixed,
+    published_rows,
+)
+from components.evaluation.pages.report_pictures import Source
+from components.evaluation.pages.suite_pictures import (
+    Held,
+    ItemSources,
+    PictureOptions,
+    build_viewer,
+)
+from components.evaluation.statistics.comparison import Comparison, Refusal, compare_systems
+from components.evaluation.statistics.worst_cases import WorstCase, by_rank, worst_cases
+from components.evaluation.viewer import Viewer
+from components.metrics.cards import CARDS, MetricCard, card, status
+from components.metrics.published import TABLES_OF_SUITE
+
+REFERENCE = "reference"
+"""What the viewer calls the pictures that pair metrics compare with."""
+WORST_PER_METRIC = 3
+_ROW_LIMIT = 2000
+_MOST_BINS = 24
+_PAGE_RESERVE_BYTES = 3_000_000
+"""Of the budget, for everything that is not a picture."""
+
+
+class EvaluationIncomplete(ValueError):
+    """A folder without what `ultraflux evaluate` writes; one line with the fix."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `ultraflux evaluate` wrote."""
+
+    suite: str
+    protocol: str
+    items: int
+    metrics: dict[str, float]
+    unavailable: dict[str, str]
+    failed_systems: dict[str, str]
+    table: pd.DataFrame
+    scores_sha256: str
+    pictures: list[dict[str, str]]
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """Names in the order in which they were evaluated."""
+        return tuple(dict.fromkeys(picture["system"] for picture in self.pictures))
+
+    @property
+    def image_metrics(self) -> list[MetricCard]:
+        """Cards of metrics with a finite value of some picture, in the order of the cards."""
+        finite = self.table.loc[np.isfinite(self.table["value"]), "metric"]
+        return [c for c in CARDS if c.id in set(finite)]
+
+    @property
+    def measured(self) -> list[str]:
+        """Ids with a number for some system, in the order of the cards."""
+        names = {name.rsplit(".", 1)[-1] for name in self.metrics}
+        return [c.id for c in CARDS if c.id in names]
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What the page compares and how large it may be."""
+
+    baseline: str | None = None
+    """System that the others are compared with; None: the first one."""
+    budget_bytes: int = 60_000_000
+    """Of the whole page."""
+    tiles: Path | None = None
+    workers: int = 1
+    resamples: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SuiteReport:
+    """A finished page."""
+
+    html: str
+    held: Held
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """What `ultraflux evaluate` left in `folder`.
+
+    Raises:
+        EvaluationIncomplete: a file is missing or not readable.
+    """
+    try:
+        description = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        scores = (folder / "scores.parquet").read_bytes()
+        # Only "\n" ends a line: splitlines() would also split at separators inside a prompt.
+        lines = (folder / "pictures.jsonl").read_text(encoding="utf-8").split("\n")
+        table = pd.read_parquet(folder / "scores.parquet")
+        return Evaluation(
+            suite=description["suite"],
+            protocol=description["protocol"],
+            items=int(description["items"]),
+            metrics=description["metrics"],
+            unavailable=description["unavailable"],
+            failed_systems=description["failed_systems"],
+            table=table,
+            scores_sha256=hashlib.sha256(scores).hexdigest(),
+            pictures=[json.loads(line) for line in lines if line.strip()],
+        )
+    except (OSError, KeyError, TypeError, ValueError) as problem:
+        detail = f"{problem.strerror}" if isinstance(problem, OSError) else f"{problem}"
+        name = Path(str(getattr(problem, "filename", "") or "")).name
+        raise EvaluationIncomplete(
+            f"{folder}: not an evaluation ({name + ': ' if name else ''}{detail}); make one with "
+            "ultraflux evaluate SUITE --system NAME=SPEC --out FOLDER"
+        ) from None
+
+
+def _item_sources(evaluation: Evaluation, root: Path) -> list[ItemSources]:
+    """Files by item, references first where pair metrics were measured."""
+    with_reference = any(c.needs == "pair" for c in evaluation.image_metrics)
+    items: dict[str, ItemSources] = {}
+    for picture in evaluation.pictures:
+        entry = items.setdefault(
+            picture["item"], ItemSources(picture["item"], picture["prompt"], {})
+        )
+        entry.sources[picture["system"]] = Source(root / picture["path"], picture["sha256"])
+        reference = picture["reference"]
+        is_known = any(source.path == root / reference for source in entry.sources.values())
+        if with_reference and reference and not is_known and (root / reference).is_file():
+            digest = hashlib.sha256((root / reference).read_bytes()).hexdigest()
+            entry.sources[REFERENCE] = Source(root / reference, digest)
+    return list(items.values())
+
+
+def _cell(evaluation: Evaluation, prefix: str, metric: str) -> Cell:
+    name = f"{prefix}.{metric}"
+    values = evaluation.metrics
+    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+    interval = (
+        "" if low is None or high is None else f"{fixed(low, metric)} to {fixed(high, metric)}"
+    )
+    return Cell(fixed(values.get(name), metric), interval)
+
+
+def _strata(evaluation: Evaluation) -> list[str]:
+    """Strata of the suite, if several."""
+    strata = sorted(set(evaluation.table["stratum"]))
+    return strata if len(strata) > 1 else []
+
+
+def _ours(evaluation: Evaluation, metrics: Sequence[str], stratum: str = "") -> list[Row]:
+    """A row per system, over all of its pictures or those of one stratum."""
+    rows = []
+    for index, system in enumerate(evaluation.systems):
+        scores = evaluation.table[evaluation.table["system"] == system]
+        prefix, name = system, system
+        if stratum:
+            scores = scores[scores["stratum"] == stratum]
+            prefix, name = f"{system}.{stratum}", f"{stratum}, {system}"
+        cells = tuple(_cell(evaluation, prefix, metric) for metric in metrics)
+        label = f"{name} (n = {scores['item'].nunique()})"
+        rows.append(Row(label, cells, first_ours=index == 0))
+    return rows
+
+
+def _table(
+    evaluation: Evaluation,
+    caption: str,
+    columns: tuple[str, ...],
+    metrics: Sequence[str],
+    *,
+    source: str = "",
+    published: Sequence[Row] = (),
+) -> Table:
+    strata = _strata(evaluation)
+    return Table(
+        caption,
+        source,
+        "System",
+        columns,
+        (*published, *_ours(evaluation, metrics)),
+        tuple(row for stratum in strata for row in _ours(evaluation, metrics, stratum)),
+        len(strata),
+    )
+
+
+def _tables(evaluation: Evaluation) -> list[Table]:
+    """The paper's layout where the suite has one, and a table of all other metrics."""
+    tables = []
+    rest = evaluation.measured
+    paper = TABLES_OF_SUITE.get(evaluation.suite)
+    if paper is not None:
+        tables.append(
+            _table(
+                evaluation,
+                paper.caption,
+                paper.columns,
+                paper.metrics,
+                source=paper.source,
+                published=published_rows(paper),
+            )
+        )
+        rest = [metric for metric in rest if metric not in paper.metrics]
+    if rest:
+        columns = tuple(column_name(metric) for metric in rest)
+        caption = "Means over pictures, 95% intervals below; the compression ratio is of the set"
+        tables.append(_table(evaluation, caption, columns, rest))
+    return tables
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Statistics of one system against the baseline."""
+
+    system: str
+    rows: tuple[tuple[Comparison, str], ...]
+    """With "better", "worse" or an empty text."""
+    refusals: tuple[Refusal, ...]
+
+
+def _verdict(comparison: Comparison) -> str:
+    direction = card(comparison.metric).direction
+    if comparison.adjusted_p >= 0.05 or direction == "neither":
+        return ""
+    return "better" if (comparison.difference.mean > 0) == (direction == "higher") else "worse"
+
+
+def _paired(evaluation: Evaluation, baseline: str, options: ReportOptions) -> list[Paired]:
+    prompts = {picture["item"]: picture["prompt"] for picture in evaluation.pictures}
+    # File names may differ between systems; the item is what pairs two pictures.
+    table = evaluation.table.assign(
+        image=evaluation.table["item"], prompt=evaluation.table["item"].map(prompts)
+    )
+    by_system = {name: table[table["system"] == name] for name in evaluation.systems}
+    metrics = [c.id for c in evaluation.image_metrics]
+    found = []
+    for system in evaluation.systems:
+        if system == baseline:
+            continue
+        results = compare_systems(
+            by_system[baseline],
+            by_system[system],
+            metrics,
+            resamples=options.resamples,
+            seed=options.seed,
+        )
+        comparisons = tuple((c, _verdict(c)) for c in results if isinstance(c, Comparison))
+        refusals = tuple(r for r in results if isinstance(r, Refusal))
+        found.append(Paired(system, comparisons, refusals))
+    return found
+
+
+def histograms(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """One chart per metric: pictures by value, an outline per system."""
+    figures = []
+    for metric in evaluation.image_metrics:
+        rows = evaluation.table[evaluation.table["metric"] == metric.id]
+        values = rows["value"].to_numpy(dtype=np.float64)
+        finite = values[np.isfinite(values)]
+        if finite.size < 2 or finite.min() == finite.max():
+            continue
+        # Rice's rule for the pictures of one system.
+        bins = math.ceil(2 * (finite.size / len(evaluation.systems)) ** (1 / 3))
+        edges = np.histogram_bin_edges(finite, bins=min(bins, _MOST_BINS))
+        outlines = []
+        for system in evaluation.systems:
+            ours = values[(rows["system"] == system).to_numpy() & np.isfinite(values)]
+            counts, _ = np.histogram(ours, bins=edges)
+            x = np.repeat(edges, 2).tolist()
+            y = [0.0, *np.repeat(counts, 2).astype(float).tolist(), 0.0]
+            outlines.append(Series(system, x, y))
+        unit = "" if metric.unit == "1" else f" ({metric.unit})"
+        svg = line_chart(outlines, x_label=f"{metric.name}{unit}", y_label="pictures")
+        figures.append({"title": f"{metric.name} {metric.arrow}".strip(), "svg": Markup(svg)})
+    return figures
+
+
+def _image_table(evaluation: Evaluation, viewer: Viewer) -> ImageTable:
+    metrics = [c.id for c in evaluation.image_metrics]
+    viewed = {item.id: item for item in viewer.items}
+    prompts = {picture["item"]: picture["prompt"] for picture in evaluation.pictures}
+    rows = []
+    for _, group in evaluation.table.groupby(["system", "item"], sort=False):
+        system, item = str(group["system"].iloc[0]), str(group["item"].iloc[0])
+        values = dict(zip(group["metric"], group["value"], strict=True))
+        cells = []
+        for metric in metrics:
+            value = float(values.get(metric, math.nan))
+            missing = math.isnan(value)
+            cells.append((None if missing else value, "–" if missing else fixed(value, metric)))
+        picture = viewed[item].pictures.get(system) if item in viewed else None
+        height, width = (int(group[name].iloc[0]) for name in ("height", "width"))
+        rows.append(
+            ImageRow(
+                item,
+                system,
+                height,
+                width,
+                tuple(cells),
+                thumbnail=picture.thumbnail if picture else "",
+                item=item if picture else "",
+                detail=prompts.get(item, ""),
+            )
+        )
+    order = {name: index for index, name in enumerate(evaluation.systems)}
+    rows.sort(key=lambda row: (row.image, order[row.system]))
+    columns = tuple(column_name(metric) for metric in metrics)
+    return ImageTable("All pictures", columns, tuple(rows[:_ROW_LIMIT]), len(rows))
+
+
+def _worst_groups(cases: Sequence[WorstCase]) -> list[dict[str, Any]]:
+    """Cases by metric and system, with texts for the page."""
+    groups: dict[tuple[str, str], list[WorstCase]] = {}
+    for case in cases:
+        groups.setdefault((case.metric, case.system), []).append(case)
+    return [
+        {
+            "title": f"{column_name(metric)}: {system} against {found[0].baseline}",
+            "cases": [
+                {
+                    "case": case,
+                    "loss": fixed(case.loss, metric),
+                    "value": fixed(case.value, metric),
+                    "baseline_value": fixed(case.baseline_value, metric),
+                }
+                for case in found
+            ],
+        }
+        for (metric, system), found in groups.items()
+    ]
+
+
+def _tiles(evaluation: Evaluation, baseline: str, held: Held) -> list[Tile]:
+    systems = len(evaluation.systems)
+    return [
+        Tile("Items of the suite", str(evaluation.items), evaluation.protocol),
+        Tile("Systems", str(systems), f"compared with {baseline}" if systems > 1 else ""),
+        Tile(
+            "Metrics", str(len(evaluation.measured)), f"{len(evaluation.unavailable)} unavailable"
+        ),
+        Tile(
+            "Pictures in this page",
+            str(held.thumbnails),
+            f"{held.crops} native crops, {held.whole} whole at native pixels",
+        ),
+    ]
+
+
+def build_suite_report(
+    folder: Path,
+    root: Path,
+    options: ReportOptions,
+    decision: Mapping[str, Any] | None = None,
+) -> SuiteReport:
+    """The whole page.
+
+    Args:
+        folder: of an evaluation.
+        root: what relative paths of its pictures start from; weights are looked for below it.
+        options: baseline, size, resampling.
+        decision: what `gate.decide` returned; None leaves the gate out.
+
+    Raises:
+        EvaluationIncomplete: see `read_evaluation`.
+        PictureChanged: a picture is gone or is not the one that was measured.
+        PicturesDoNotFit: the budget is too small for thumbnails.
+        ValueError: an unknown baseline.
+    """
+    evaluation = read_evaluation(folder)
+    systems = evaluation.systems
+    if not systems:
+        raise EvaluationIncomplete(f"{folder}: no system has pictures; see its metrics.json")
+    baseline = options.baseline or systems[0]
+    if baseline not in systems:
+        raise ValueError(f"--baseline {baseline}: the evaluation has {', '.join(systems)}")
+    metrics = [c.id for c in evaluation.image_metrics]
+    cases = [
+        case
+        for system in systems
+        if system != baseline
+        for case in worst_cases(evaluation.table, baseline, system, metrics, WORST_PER_METRIC)
+    ]
+    sources = _item_sources(evaluation, root)
+    has_reference = any(REFERENCE in item.sources for item in sources)
+    viewer, embedded, held = build_viewer(
+        sources,
+        (*systems, REFERENCE) if has_reference and REFERENCE not in systems else systems,
+        [(case.item, (case.baseline, case.system)) for case in by_rank(cases)],
+        PictureOptions(options.budget_bytes - _PAGE_RESERVE_BYTES, options.tiles, options.workers),
+    )
+    thumbnails = {
+        (item.id, system): picture.thumbnail
+        for item in viewer.items
+        for system, picture in item.pictures.items()
+    }
+    measured = set(evaluation.measured)
+    paired = _paired(evaluation, baseline, options)
+    figures = histograms(evaluation)
+    sections = [
+        ("summary", "Summary", True),
+        ("metrics", "Metrics", True),
+        ("statistics", "Statistics", bool(paired)),
+        ("gate", "Gate", decision is not None),
+        ("worst", "Worst cases", bool(cases)),
+        ("images", "Pictures", True),
+        ("histograms", "Histograms", bool(figures)),
+        ("cards", "Metric cards", True),
+        ("lineage", "Lineage", True),
+    ]
+    html = (
+        environment()
+        .get_template("evaluation.html.j2")
+        .render(
+            title=f"{evaluation.suite}: {', '.join(systems)}",
+            evaluation=evaluation,
+            baseline=baseline,
+            css=assets(STYLES),
+            js=assets(SCRIPTS),
+            sections=[(key, name) for key, name, shown in sections if shown],
+            tiles=_tiles(evaluation, baseline, held),
+            tables=_tables(evaluation),
+            paired=paired,
+            fixed=fixed,
+            column_name=column_name,
+            resamples=options.resamples,
+            decision=decision,
+            rule_names=RULE_NAMES,
+            worst=_worst_groups(cases),
+            thumbnails=thumbnails,
+            image_table=_image_table(evaluation, viewer),
+            figures=figures,
+            cards=[(c, status(c, measured, root / "weights")) for c in CARDS],
+            viewer=viewer.as_json(),
+            blocks=embedded.blocks,
+        )
+    )
+    return SuiteReport(html, held)

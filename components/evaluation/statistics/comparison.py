@@ -1,0 +1,254 @@
+"""Two systems on the same pictures: paired differences, corrected p-values, or a stated refusal.
+
+What cannot be compared is refused with the reason, never approximated: other protocols, pictures
+that only one system has, values that are not finite, too few prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from components.evaluation.statistics.bootstrap import (
+    FEWEST_STUDENTISED_CLUSTERS,
+    Estimate,
+    mean_interval,
+)
+from components.evaluation.statistics.permutation import holm, paired_permutation
+from components.evaluation.statistics.power import minimum_detectable_effect
+from components.metrics.cards import card
+
+KEY = ["image", "height", "width"]
+"""What a picture of one system must share with its partner."""
+CLUSTER_COLUMN = "prompt"
+"""Where a row has one, pictures of a prompt form a cluster; else those of an image name."""
+_FEATURES_PER_PICTURE = 5
+
+
+class ComparisonInvalid(ValueError):
+    """The numbers at hand do not allow this comparison; one line saying why."""
+
+
+@dataclass(frozen=True)
+class PairedScores:
+    """One metric of two systems, picture by picture."""
+
+    metric: str
+    protocol: str
+    before: npt.NDArray[np.float64]
+    """(n,) of the first system."""
+    after: npt.NDArray[np.float64]
+    """(n,) of the second one."""
+    clusters: tuple[str, ...]
+    """(n,) prompt, or image name, of each pair."""
+    unmeasurable: int
+    """Pairs left out because the metric is undefined for both pictures."""
+
+    @property
+    def differences(self) -> npt.NDArray[np.float64]:
+        """(n,) after - before."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of two systems."""
+
+    metric: str
+    protocol: str
+    before: float
+    """Mean of the first system."""
+    after: float
+    difference: Estimate
+    """Mean of after - before with its interval."""
+    p_value: float
+    """Two-sided sign-flip permutation test, prompts as units."""
+    adjusted_p: float
+    """After Holm over the metrics compared together."""
+    detectable: float
+    """Smallest true difference that would be found with power 0.8 at level 0.05."""
+    unmeasurable: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A metric that could not be compared."""
+
+    metric: str
+    reason: str
+
+
+def _one_system(table: pd.DataFrame, metric: str, name: str) -> pd.DataFrame:
+    rows = table[table["metric"] == metric]
+    if rows.empty:
+        raise ComparisonInvalid(f"{metric}: {name} has no rows; measure it there first")
+    twice = rows[rows.duplicated(KEY)]
+    if not twice.empty:
+        raise ComparisonInvalid(
+            f"{metric}: {name} has two rows of {twice.iloc[0]['image']} at the same size; keep one "
+            "(several systems in one table? select one first)"
+        )
+    return rows.set_index(KEY).sort_index()
+
+
+def _clusters(metric: str, first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
+    """Prompt of each pair, from whichever table knows it; else the image name."""
+    images = first.index.get_level_values(0)
+    known: list[list[str | None]] = [
+        [text if isinstance(text, str) else None for text in table[CLUSTER_COLUMN]]
+        if CLUSTER_COLUMN in table
+        else [None] * len(images)
+        for table in (first, second)
+    ]
+    labels = []
+    for image, ours, theirs in zip(images, *known, strict=True):
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ComparisonInvalid(
+                f"{metric}: {image} was made from another prompt in one system; compare the same "
+                "prompts, seeds and sizes"
+            )
+        # Marked, so that a prompt that reads like an image's name is no cluster with it.
+        prompt = ours if ours is not None else theirs
+        labels.append(f"image {image}" if prompt is None else f"prompt {prompt}")
+    return labels
+
+
+def paired_scores(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> PairedScores:
+    """Pair two systems' rows of one metric.
+
+    Args:
+        before: scores of the first system, with the columns of `statistics.scores` and
+            optionally `prompt`.
+        after: scores of the second one.
+        metric: id of a card.
+
+    Raises:
+        ComparisonInvalid: missing or duplicate rows, a picture that only one system has, more than
+            one protocol, one picture of two prompts, or a value that is not finite in one system
+            only.
+    """
+    first = _one_system(before, metric, "the first system")
+    second = _one_system(after, metric, "the second system")
+    protocols = sorted({*first["protocol"], *second["protocol"]})
+    if len(protocols) > 1:
+        raise ComparisonInvalid(
+            f"{metric}: protocols {' and '.join(protocols)} do not compare; measure both anew"
+        )
+    alone = sorted(set(first.index) ^ set(second.index))
+    if alone:
+        image, height, width = alone[0]
+        raise ComparisonInvalid(
+            f"{metric}: {len(alone)} pictures have no partner, such as {image} at "
+            f"{height}x{width}; compare the same prompts, seeds and sizes"
+        )
+    values = np.stack([first["value"].to_numpy(float), second["value"].to_numpy(float)])
+    finite = np.isfinite(values)
+    if np.isinf(values).any() or (finite[0] != finite[1]).any():
+        at = int(np.flatnonzero(np.isinf(values).any(axis=0) | (finite[0] != finite[1]))[0])
+        raise ComparisonInvalid(
+            f"{metric}: {first.index[at][0]} is {values[0, at]:.6g} and {values[1, at]:.6g}; a "
+            "value that is not finite in one system cannot be averaged away"
+        )
+    both = finite[0]
+    labels = _clusters(metric, first, second)
+    clusters = tuple(label for label, kept in zip(labels, both, strict=True) if kept)
+    return PairedScores(
+        metric, protocols[0], values[0, both], values[1, both], clusters, int((~both).sum())
+    )
+
+
+def difference_estimate(
+    pairs: PairedScores, *, resamples: int, seed: int, confidence: float = 0.95
+) -> Estimate:
+    """Mean of after - before, prompts resampled, studentised.
+
+    Raises:
+        ComparisonInvalid: fewer independent prompts than such an interval needs.
+    """
+    independent = len(set(pairs.clusters))
+    if independent < FEWEST_STUDENTISED_CLUSTERS:
+        raise ComparisonInvalid(
+            f"{pairs.metric}: {independent} independent prompts or images; an interval needs at "
+            f"least {FEWEST_STUDENTISED_CLUSTERS}"
+        )
+    return mean_interval(
+        pairs.differences,
+        clusters=pairs.clusters,
+        resamples=resamples,
+        seed=seed,
+        confidence=confidence,
+    )
+
+
+def compare_systems(
+    before: pd.DataFrame,
+    after: pd.DataFrame,
+    metrics: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+    confidence: float = 0.95,
+) -> list[Comparison | Refusal]:
+    """Compare two systems metric by metric, in the order given.
+
+    Args:
+        before: as in `paired_scores`.
+        after: as in `paired_scores`.
+        metrics: ids; Holm's correction runs over those that could be compared.
+        resamples: of the bootstrap, and permutations of the test.
+        seed: of both.
+        confidence: of the intervals.
+    """
+    found: list[Comparison | Refusal] = []
+    for metric in metrics:
+        card(metric)
+        try:
+            pairs = paired_scores(before, after, metric)
+            difference = difference_estimate(
+                pairs, resamples=resamples, seed=seed, confidence=confidence
+            )
+        except ComparisonInvalid as problem:
+            found.append(Refusal(metric, str(problem)))
+            continue
+        test = paired_permutation(
+            pairs.before, pairs.after, permutations=resamples, seed=seed, clusters=pairs.clusters
+        )
+        found.append(
+            Comparison(
+                metric,
+                pairs.protocol,
+                float(pairs.before.mean()),
+                float(pairs.after.mean()),
+                difference,
+                test.p_value,
+                test.p_value,
+                minimum_detectable_effect(pairs.differences, clusters=pairs.clusters),
+                pairs.unmeasurable,
+            )
+        )
+    adjusted = holm({c.metric: c.p_value for c in found if isinstance(c, Comparison)})
+    return [
+        replace(c, adjusted_p=adjusted[c.metric]) if isinstance(c, Comparison) else c for c in found
+    ]
+
+
+def refuse_frechet_interval(metric: str, n: int, dimension: int) -> None:
+    """Refuse a bootstrap interval for a Fréchet distance of a small set.
+
+    At n = 195 and 2,048 features the distance is nearly all bias, and resampling adds more of it:
+    the interval does not even hold the point. With n of several times the features the bias is
+    small beside the spread (Heusel et al. 2017 ask for at least 10,000 pictures).
+
+    Raises:
+        ComparisonInvalid: n < 5 * dimension.
+    """
+    if n < _FEATURES_PER_PICTURE * dimension:
+        raise ComparisonInvalid(
+            f"{metric}: {n} pictures for {dimension} features; an interval of a Fréchet distance "
+            f"needs at least {_FEATURES_PER_PICTURE * dimension}; use KID for levels and "
+            "set_distance_permutation to compare two systems"
+        )

@@ -1,0 +1,84 @@
+"""The promotion gate: a pure function from measured numbers to a decision.
+
+No dates and no run names enter the decision, so the same numbers and settings give the same
+bytes. A missing or non-finite number fails its rule: absence of evidence never promotes. Rules are
+absolute bounds, and non-inferiority to a baseline once there is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from components.evaluation.statistics.non_inferiority import judge_non_inferiority, rule_name
+from components.settings.evaluation import PromoteSettings
+
+RULES: tuple[tuple[str, str], ...] = (
+    ("vae_psnr_gain_db", "min_vae_psnr_gain_db"),
+    ("validation_loss_drop", "min_validation_loss_drop"),
+)
+"""(metric, settings field holding its lower bound)."""
+
+
+def _judge(metric: str, value: float | None, threshold: float) -> dict[str, Any]:
+    measured = value is not None and math.isfinite(value)
+    margin = float(value) - threshold if measured and value is not None else None
+    return {
+        "name": metric,
+        "kind": "bound",
+        "value": float(value) if measured and value is not None else None,
+        "threshold": threshold,
+        "passed": margin is not None and margin >= 0.0,
+        "margin": margin,
+    }
+
+
+def decide(
+    metrics: Mapping[str, float | None],
+    settings: PromoteSettings,
+    digests: Mapping[str, str] | None = None,
+    *,
+    candidate: pd.DataFrame | None = None,
+    baseline: pd.DataFrame | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Decide whether the models behind `metrics` may take the alias `settings.alias`.
+
+    Args:
+        metrics: flat numbers of `data/evaluate/metrics.json`; `vae_psnr_gain_db` in dB and
+            `validation_loss_drop` as a fraction are read.
+        settings: lower bounds, and rules of non-inferiority.
+        digests: model name to content digest, copied into the decision.
+        candidate: scores table behind `metrics`; needed with a baseline.
+        baseline: scores table of the baseline; None: there is none yet.
+        seed: of the bootstrap.
+
+    Returns:
+        JSON-ready `{promoted, alias, rules: [{name, kind, value, threshold, passed, margin, ...}],
+        baseline, not_compared, digests}`; every rule is evaluated, `promoted` is their conjunction.
+        `baseline` is the digest of its file or None, `not_compared` names the rules that wait for
+        a baseline.
+    """
+    rules = [
+        _judge(metric, metrics.get(metric), float(getattr(settings, bound)))
+        for metric, bound in RULES
+    ]
+    if baseline is not None:
+        if candidate is None:
+            raise ValueError("a baseline needs the candidate's scores table beside it")
+        rules += judge_non_inferiority(baseline, candidate, settings, seed)
+    return {
+        "promoted": all(rule["passed"] for rule in rules),
+        "alias": settings.alias,
+        "rules": rules,
+        "baseline": None
+        if baseline is None or settings.baseline is None
+        else settings.baseline.sha256,
+        "not_compared": []
+        if baseline is not None
+        else [rule_name(rule) for rule in settings.non_inferiority],
+        "digests": dict(sorted((digests or {}).items())),
+    }

@@ -1,0 +1,200 @@
+"""Non-inferiority to a baseline: the paired lower bound of each metric against its margin.
+
+A rule holds when the candidate may, with the stated confidence, be worse than the baseline by less
+than the margin. Bound and p-value come from the same studentised bootstrap over prompts, so they
+never disagree, and Holm's steps run over the rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from components.evaluation.statistics.bootstrap import ClusterSums, cluster_sums, studentised_draws
+from components.evaluation.statistics.comparison import ComparisonInvalid, paired_scores
+from components.evaluation.statistics.power import minimum_detectable_effect
+from components.metrics.cards import card
+from components.settings.evaluation import BaselineSettings, NonInferioritySettings, PromoteSettings
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """Paired improvements of one rule, and their bootstrap."""
+
+    rule: NonInferioritySettings
+    grouped: ClusterSums
+    draws: npt.NDArray[np.float64]
+    detectable: float
+
+    @property
+    def p_value(self) -> float:
+        """One-sided, of the hypothesis that the candidate is worse by the margin or more."""
+        error = self.grouped.standard_error
+        room = self.grouped.centre + self.rule.margin
+        if error == 0.0:
+            return 1.0 / (self.draws.size + 1) if room >= 0.0 else 1.0
+        above = self.draws.size - int(np.searchsorted(self.draws, room / error, side="left"))
+        return (above + 1) / (self.draws.size + 1)
+
+    def lower_bound(self, level: float) -> float:
+        """Of the mean improvement; below -margin exactly where `p_value` is above `level`."""
+        error = self.grouped.standard_error
+        if error == 0.0:
+            return self.grouped.centre
+        may_exceed = math.floor(level * (self.draws.size + 1) * (1.0 + 1e-12)) - 1
+        if may_exceed < 0:
+            return -math.inf
+        return self.grouped.centre - float(self.draws[self.draws.size - may_exceed - 1]) * error
+
+
+def read_baseline(root: Path, settings: BaselineSettings) -> pd.DataFrame:
+    """Scores of the baseline.
+
+    Raises:
+        ValueError: the file is missing, or is not the one whose digest the settings hold.
+    """
+    path = root / settings.scores
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(
+            f"promote.baseline.scores = {settings.scores}: no such file; fetch it (git, dvc pull), "
+            "or set promote.baseline to null"
+        ) from None
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != settings.sha256:
+        raise ValueError(
+            f"{settings.scores} has sha256 {digest}, promote.baseline.sha256 says "
+            f"{settings.sha256}; restore the file, or set the new digest on purpose"
+        )
+    return pd.read_parquet(path)
+
+
+def rule_name(rule: NonInferioritySettings) -> str:
+    """How a decision calls a rule."""
+    return f"{rule.system}.{rule.metric}"
+
+
+def _gather(
+    rule: NonInferioritySettings,
+    baseline: pd.DataFrame,
+    candidate: pd.DataFrame,
+    settings: PromoteSettings,
+    seed: int,
+) -> _Evidence:
+    direction = card(rule.metric).direction
+    if direction == "neither":
+        raise ComparisonInvalid(f"{rule.metric}: neither direction is better, so none is worse")
+    pairs = paired_scores(
+        baseline[baseline["system"] == rule.system],
+        candidate[candidate["system"] == rule.system],
+        rule.metric,
+    )
+    improvement = pairs.differences if direction == "higher" else -pairs.differences
+    try:
+        grouped = cluster_sums(improvement, pairs.clusters)
+        draws = studentised_draws(grouped, resamples=settings.resamples, seed=seed)
+    except ValueError as problem:
+        raise ComparisonInvalid(f"{rule.metric}: {problem}") from None
+    return _Evidence(
+        rule,
+        grouped,
+        draws,
+        minimum_detectable_effect(improvement, clusters=pairs.clusters),
+    )
+
+
+def _refused(rule: NonInferioritySettings, reason: str) -> dict[str, Any]:
+    return {
+        "name": rule_name(rule),
+        "kind": "non_inferiority",
+        "value": None,
+        "threshold": -rule.margin,
+        "passed": False,
+        "margin": None,
+        "reason": reason,
+    }
+
+
+def _judged(evidence: _Evidence, level: float) -> dict[str, Any]:
+    bound = evidence.lower_bound(level)
+    finite = math.isfinite(bound)
+    passed = finite and bound >= -evidence.rule.margin
+    n = int(evidence.grouped.sizes.sum())
+    if not finite:
+        reason = f"{evidence.draws.size} resamples are too few for level {level:.3g}"
+    elif passed:
+        reason = ""
+    else:
+        reason = (
+            f"improvement {evidence.grouped.centre:.4g} over the baseline with lower bound "
+            f"{bound:.4g} at level {level:.3g} (n = {n} of {evidence.grouped.clusters} prompts); "
+            f"at most {evidence.rule.margin:.4g} may be lost"
+        )
+    return {
+        "name": rule_name(evidence.rule),
+        "kind": "non_inferiority",
+        "value": bound if finite else None,
+        "threshold": -evidence.rule.margin,
+        "passed": passed,
+        "margin": bound + evidence.rule.margin if finite else None,
+        "improvement": evidence.grouped.centre,
+        "p_value": evidence.p_value,
+        "level": level,
+        "n": n,
+        "prompts": evidence.grouped.clusters,
+        "detectable": evidence.detectable,
+        "reason": reason,
+    }
+
+
+def judge_non_inferiority(
+    baseline: pd.DataFrame, candidate: pd.DataFrame, settings: PromoteSettings, seed: int
+) -> list[dict[str, Any]]:
+    """Judge every rule of `settings.non_inferiority`.
+
+    Args:
+        baseline: scores with the columns of `components.evaluation.statistics.scores`.
+        candidate: the same of the models that ask for promotion.
+        settings: rules, significance, resamples and correction.
+        seed: of the bootstrap.
+
+    Returns:
+        JSON-ready rules in the order of the settings. `value` is the lower bound of the mean
+        improvement (candidate - baseline, sign turned where lower is better) in the metric's unit,
+        `threshold` the negative margin. What cannot be compared fails, with the reason.
+    """
+    judged: dict[int, dict[str, Any]] = {}
+    gathered: dict[int, _Evidence] = {}
+    for index, rule in enumerate(settings.non_inferiority):
+        try:
+            gathered[index] = _gather(rule, baseline, candidate, settings, seed)
+        except ComparisonInvalid as problem:
+            judged[index] = _refused(rule, str(problem))
+    for index, level in _levels(gathered, settings):
+        judged[index] = _judged(gathered[index], level)
+    return [judged[index] for index in sorted(judged)]
+
+
+def _levels(
+    gathered: dict[int, _Evidence], settings: PromoteSettings
+) -> Sequence[tuple[int, float]]:
+    """Rules with the level at which each is tested: Holm's steps stop at the first failure."""
+    if settings.correction == "none":
+        return [(index, settings.significance) for index in gathered]
+    levels: list[tuple[int, float]] = []
+    remaining = len(gathered)
+    for index in sorted(gathered, key=lambda index: (gathered[index].p_value, index)):
+        level = settings.significance / remaining
+        levels.append((index, level))
+        if gathered[index].p_value <= level:
+            remaining -= 1
+    return levels

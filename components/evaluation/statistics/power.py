@@ -1,0 +1,62 @@
+"""What a paired comparison can see: the minimum detectable effect, and the number of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy.typing as npt
+
+from components.evaluation.statistics.bootstrap import cluster_sums
+
+
+def paired_power(effect: float, standard_error: float, df: int, alpha: float) -> float:
+    """Power of the two-sided paired t-test (Cohen 1988, noncentral t).
+
+    Args:
+        effect: true mean difference.
+        standard_error: of the mean difference, > 0.
+        df: independent pairs minus 1, >= 1.
+        alpha: significance level in (0, 1).
+    """
+    from scipy.stats import nct, t
+
+    critical = t.ppf(1.0 - alpha / 2.0, df)
+    shift = abs(effect) / standard_error
+    return float(nct.sf(critical, df, shift) + nct.cdf(-critical, df, shift))
+
+
+def minimum_detectable_effect(
+    differences: Sequence[float] | npt.ArrayLike,
+    *,
+    clusters: Sequence[object] | None = None,
+    power: float = 0.8,
+    alpha: float = 0.05,
+) -> float:
+    """Smallest true mean difference that a comparison of this size and spread finds.
+
+    Args:
+        differences: (n,) paired differences; their spread is used, never their mean.
+        clusters: (n,) labels as in `components.evaluation.statistics.bootstrap.cluster_sums`.
+        power: chance of finding it, in (alpha, 1).
+        alpha: two-sided significance level, in (0, 1).
+
+    Returns:
+        In the unit of the metric; 0.0 where the differences do not vary.
+
+    Raises:
+        ValueError: as `cluster_sums`, or a bad level.
+    """
+    from scipy.optimize import brentq
+
+    if not 0.0 < alpha < power < 1.0:
+        raise ValueError(f"alpha {alpha} and power {power} must fulfil 0 < alpha < power < 1")
+    grouped = cluster_sums(differences, clusters)
+    error = grouped.standard_error
+    if error == 0.0:
+        return 0.0
+    df = grouped.clusters - 1
+    high = 1.0
+    while paired_power(high, 1.0, df, alpha) < power:
+        high *= 2.0
+    root = brentq(lambda effect: paired_power(effect, 1.0, df, alpha) - power, 0.0, high)
+    return float(root) * error

@@ -1,0 +1,76 @@
+"""Where a system loses most against another one, picture by picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from components.metrics.cards import card
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """One picture on which `system` is worse than `baseline`."""
+
+    metric: str
+    baseline: str
+    system: str
+    item: str
+    baseline_value: float
+    value: float
+    loss: float
+    """In the unit of the metric, positive."""
+
+
+def worst_cases(
+    table: pd.DataFrame, baseline: str, system: str, metrics: Sequence[str], count: int
+) -> list[WorstCase]:
+    """The `count` largest paired losses of each metric, largest first; ties in order of item.
+
+    Args:
+        table: scores with the columns system, item, metric and value.
+        baseline: name of a system.
+        system: name of the one that is looked at.
+        metrics: ids; those without a better direction are left out.
+        count: pictures per metric.
+
+    Returns:
+        Pictures that both systems have, with finite values, on which `system` is worse.
+    """
+    cases: list[WorstCase] = []
+    for metric in metrics:
+        direction = card(metric).direction
+        if direction == "neither":
+            continue
+        rows = table[table["metric"] == metric]
+        ours, theirs = (
+            rows[rows["system"] == name].set_index("item")["value"] for name in (system, baseline)
+        )
+        shared = sorted(set(ours.index) & set(theirs.index))
+        found = []
+        for item in shared:
+            value, reference = float(ours.loc[item]), float(theirs.loc[item])
+            loss = reference - value if direction == "higher" else value - reference
+            # An infinite PSNR (equal pictures) has no finite loss to rank.
+            if 0.0 < loss < float("inf"):
+                found.append(WorstCase(metric, baseline, system, item, reference, value, loss))
+        found.sort(key=lambda case: -case.loss)
+        cases += found[:count]
+    return cases
+
+
+def by_rank(cases: Sequence[WorstCase]) -> list[WorstCase]:
+    """The worst case of every metric, then the second ones, and so on; each item once."""
+    seen: dict[str, int] = {}
+    ranked = []
+    for order, case in enumerate(cases):
+        group = f"{case.system}/{case.metric}"
+        rank = seen.get(group, 0)
+        seen[group] = rank + 1
+        ranked.append((rank, order, case))
+    once: dict[tuple[str, str], WorstCase] = {}
+    for _, _, case in sorted(ranked, key=lambda entry: entry[:2]):
+        once.setdefault((case.system, case.item), case)
+    return list(once.values())

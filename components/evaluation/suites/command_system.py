@@ -1,0 +1,163 @@
+"""Any program as a system under test: prompts in a file, pictures in a folder.
+
+The template is split like a shell command but run without a shell. Its placeholders:
+
+    {prompts}          JSONL file, an object a line: id, prompt, seed, width, height, file
+    {out}              folder; each picture is written there as its `file`
+    {width} {height}   of every picture in this call: one call per size
+
+Finished pictures are moved away one by one and named by what made them, so that a program that is
+killed, or exits early, is asked for the rest only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from PIL import Image
+
+from components.evaluation.suites.suites import SuiteItem
+
+_TAIL_CHARACTERS = 400
+_NAMED_IN_MESSAGES = 3
+
+
+def _system_failed(message: str) -> Exception:
+    from components.evaluation.suites.system import SystemFailed
+
+    return SystemFailed(message)
+
+
+def _problem(path: Path, item: SuiteItem) -> str | None:
+    """Why a file is not the picture that was asked for; None: it is."""
+    if not path.is_file():
+        return f"{path.name} was not written"
+    try:
+        with Image.open(path) as image:
+            image.load()
+            size = image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        return f"{path.name} is not a readable picture ({problem})"
+    if size != (item.width, item.height):
+        return (
+            f"{path.name} is {size[0]}x{size[1]}, asked for {item.width}x{item.height} "
+            "(width x height)"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class CommandSystem:
+    """Runs a command for the pictures that are missing."""
+
+    name: str
+    template: str
+
+    def __post_init__(self) -> None:
+        for placeholder in ("{prompts}", "{out}"):
+            if placeholder not in self.template:
+                raise ValueError(
+                    f"{self.name}: the command lacks {placeholder}; example: "
+                    "python my.py --prompts {prompts} --out {out} --size {width}x{height}"
+                )
+
+    def pictures(self, items: Sequence[SuiteItem], out_dir: Path) -> list[Path]:
+        """A finished file per item; the command runs once per size that is not complete.
+
+        Raises:
+            SystemFailed: the command does not start or exits with an error, or pictures are
+                missing, unreadable or of another size.
+        """
+        out_dir.mkdir(parents=True, exist_ok=True)
+        paths = [out_dir / f"{item.id}_{self._key(item)[:16]}.png" for item in items]
+        pending = [pair for pair in zip(items, paths, strict=True) if not pair[1].exists()]
+        pending.sort(key=lambda pair: (pair[0].height, pair[0].width))
+        for (height, width), group in groupby(pending, lambda p: (p[0].height, p[0].width)):
+            self._run(list(group), height, width, out_dir / f".incoming_{width}x{height}")
+        return paths
+
+    def _key(self, item: SuiteItem) -> str:
+        values = [self.template, item.prompt, item.seed, item.height, item.width]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+    def _run(
+        self, pending: list[tuple[SuiteItem, Path]], height: int, width: int, incoming: Path
+    ) -> None:
+        pictures = incoming / "pictures"
+        # Both were killed: what the command had finished is kept. The names say what it was for.
+        self._collect(pending, pictures)
+        pending = [pair for pair in pending if not pair[1].exists()]
+        shutil.rmtree(incoming, ignore_errors=True)
+        if not pending:
+            return
+        pictures.mkdir(parents=True)
+        lines = [
+            {
+                "id": item.id,
+                "prompt": item.prompt,
+                "seed": item.seed,
+                "width": item.width,
+                "height": item.height,
+                "file": path.name,
+            }
+            for item, path in pending
+        ]
+        prompts = incoming / "prompts.jsonl"
+        text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        prompts.write_text(text + "\n", encoding="utf-8")
+        values = {
+            "{prompts}": str(prompts.absolute()),
+            "{out}": str(pictures.absolute()),
+            "{width}": str(width),
+            "{height}": str(height),
+        }
+        try:
+            said = self._call(values)
+        finally:
+            # Also after an error or Ctrl-C.
+            problems = self._collect(pending, pictures)
+        if said is None and not problems:
+            shutil.rmtree(incoming)
+            return
+        shown = "; ".join(problems[:_NAMED_IN_MESSAGES])
+        more = f" and {len(problems) - _NAMED_IN_MESSAGES} more" if len(problems) > 3 else ""
+        counts = f"{len(pending) - len(problems)} of {len(pending)} pictures are kept"
+        raise _system_failed(
+            f"{self.name}: {said or 'the command ended well, but'} {shown}{more}; {counts}, run "
+            "again for the rest"
+        )
+
+    def _collect(self, pending: Sequence[tuple[SuiteItem, Path]], pictures: Path) -> list[str]:
+        """Move whole pictures of the right size to their places; what is wrong with the others."""
+        problems = []
+        for item, path in pending:
+            problem = _problem(pictures / path.name, item)
+            if problem is None:
+                (pictures / path.name).replace(path)
+            else:
+                problems.append(problem)
+        return problems
+
+    def _call(self, values: dict[str, str]) -> str | None:
+        """Run the command; what went wrong, or None."""
+        words = []
+        for word in shlex.split(self.template):
+            for placeholder, value in values.items():
+                word = word.replace(placeholder, value)
+            words.append(word)
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+        except OSError as problem:
+            return f"the command does not start: {words[0]}: {problem.strerror};"
+        if done.returncode == 0:
+            return None
+        tail = " ".join((done.stderr.strip() or done.stdout.strip()).split())[-_TAIL_CHARACTERS:]
+        return f"the command ended with code {done.returncode} ({tail or 'it said nothing'});"

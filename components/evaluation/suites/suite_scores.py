@@ -1,0 +1,293 @@
+"""A suite's results: pictures of every system measured, a row per number, and headline metrics.
+
+`scores.parquet` continues the pipeline's table of scores (see `scores.COLUMNS`) with what
+statistics and reports need: the item (pictures of one item are paired), the stratum, the digest of
+the picture, and why there is no number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from components.evaluation.measuring.evaluation_run import (
+    EvaluationRun,
+    Found,
+    Measured,
+    OpenedMetrics,
+    RunOptions,
+    RunStatistics,
+    find_picture,
+)
+from components.evaluation.measuring.ledger import Ledger
+from components.evaluation.statistics import scores
+from components.evaluation.statistics.bootstrap import bootstrap_mean
+from components.evaluation.suites.suites import Suite, SuiteItem
+from components.evaluation.suites.system import System, SystemFailed
+from components.files.weight_folders import WeightsMissing
+from components.files.whole_files import whole_file, write_text
+from components.metrics.cards import card
+from components.metrics.metric import Picture, SetMetric
+
+COLUMNS = (*scores.COLUMNS, "item", "stratum", "image_sha256", "error")
+
+
+@dataclass
+class SuiteResult:
+    """What `evaluate_suite` found."""
+
+    table: pd.DataFrame
+    """Columns `COLUMNS`; a row per system, item and metric of one picture."""
+    metrics: dict[str, float]
+    """`<system>.<metric>`, with `_low`, `_high` and `_n`, and the same per stratum."""
+    unavailable: dict[str, str]
+    """Metrics that could not be measured, and why."""
+    failed_systems: dict[str, str]
+    statistics: RunStatistics
+    pictures: list[dict[str, str]] = field(default_factory=list)
+    """For reports on this machine: system, item, path, sha256, prompt, reference."""
+
+
+def fitted_references(items: Sequence[SuiteItem], folder: Path) -> list[SuiteItem]:
+    """Items whose references have the items' sizes: resized to cover, centre kept, as PNG.
+
+    A reference that has the size already is used as it is.
+    """
+    from dataclasses import replace
+
+    from PIL import Image
+
+    from components.evaluation.suites.system import is_finished
+    from components.generation.image_metadata import save_with_metadata
+    from components.images.aspect_buckets import Bucket, fit_to_bucket
+    from components.images.decoding import read_rgb
+
+    fitted = []
+    for item in items:
+        assert item.reference is not None
+        found = find_picture(item.reference)
+        if (found.height, found.width) != (item.height, item.width) and found.error is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{item.id}.png"
+            key = f"{found.sha256}/{item.height}x{item.width}"
+            if not is_finished(path, key):
+                image = Image.fromarray(read_rgb(item.reference).pixels)
+                fitted_image = fit_to_bucket(image, Bucket(item.height, item.width))
+                save_with_metadata(fitted_image, path, {"ultraflux_key": key})
+            item = replace(item, reference=path)
+        fitted.append(item)
+    return fitted
+
+
+def evaluate_suite(
+    suite: Suite,
+    systems: Sequence[System],
+    opened: OpenedMetrics,
+    metric_ids: Sequence[str],
+    *,
+    ledger: Ledger,
+    options: RunOptions,
+    out_dir: Path,
+    resamples: int = 1000,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> SuiteResult:
+    """Make or find the pictures of every system and measure them.
+
+    Args:
+        suite: what is asked for.
+        systems: with distinct names.
+        opened: from `open_metrics`.
+        metric_ids: what is reported; an opened metric may yield more.
+        ledger: of measurements; compacted at the end.
+        options: of the measuring.
+        out_dir: pictures that systems make go below it.
+        resamples: of the bootstrap intervals.
+        seed: of the bootstrap.
+        say: gets a line for a person now and then.
+
+    Raises:
+        ValueError: two systems with one name.
+        LedgerConflict: see `Ledger`.
+    """
+    if len({system.name for system in systems}) != len(systems):
+        raise ValueError("--system: every system needs a name of its own")
+    run = EvaluationRun(opened, ledger, options)
+    items: Sequence[SuiteItem] = suite.items
+    if suite.is_reconstruction:
+        items = fitted_references(items, out_dir / "references")
+    references = _References(items)
+    reported = [metric_id for metric_id in metric_ids if metric_id in opened.ids]
+    unavailable = dict(opened.unavailable)
+    rows: list[dict[str, Any]] = []
+    metrics: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    listed: list[dict[str, str]] = []
+    for system in systems:
+        try:
+            paths = system.pictures(items, out_dir / "images" / system.name)
+        except (SystemFailed, WeightsMissing, ValueError) as problem:
+            failed[system.name] = str(problem)
+            say(f"{system.name}: {problem}")
+            continue
+        found = [find_picture(path, options.max_megapixels) for path in paths]
+        good = [place for place, file in enumerate(found) if file.error is None]
+        pictures = [references.picture(items[place], found[place]) for place in good]
+        theirs = references.all_pictures() if _has_sets(opened) else []
+        measured = run.measure(pictures, sets_only=theirs, name=f"measure {system.name}")
+        by_place = dict(zip(good, measured, strict=True))
+        for place, item in enumerate(items):
+            rows += _rows(system.name, item, found[place], by_place.get(place), reported)
+            listed.append(
+                {
+                    "system": system.name,
+                    "item": item.id,
+                    "path": str(paths[place]),
+                    "sha256": found[place].sha256,
+                    "prompt": item.prompt,
+                    "reference": str(item.reference or ""),
+                }
+            )
+        if _has_sets(opened):
+            values, reasons = run.combine(pictures, theirs)
+            metrics |= {f"{system.name}.{name}": value for name, value in values.items()}
+            unavailable |= {name: reason for name, reason in reasons.items() if name in reported}
+    ledger.compact()
+    table = _table(rows)
+    metrics |= headline(table, resamples=resamples, seed=seed)
+    return SuiteResult(
+        table, dict(sorted(metrics.items())), unavailable, failed, run.statistics, listed
+    )
+
+
+def _has_sets(opened: OpenedMetrics) -> bool:
+    return any(isinstance(metric, SetMetric) for metric in opened.metrics)
+
+
+class _References:
+    """Digests of reference files, each read once."""
+
+    def __init__(self, items: Sequence[SuiteItem]) -> None:
+        self._paths = list(dict.fromkeys(i.reference for i in items if i.reference is not None))
+        self._found: dict[Path, Found] = {}
+
+    def _find(self, path: Path) -> Found:
+        if path not in self._found:
+            self._found[path] = find_picture(path)
+        return self._found[path]
+
+    def picture(self, item: SuiteItem, found: Found) -> Picture:
+        reference = None if item.reference is None else self._find(item.reference)
+        return Picture(
+            path=found.path,
+            sha256=found.sha256,
+            prompt=item.prompt,
+            reference=item.reference,
+            reference_sha256=reference.sha256 if reference is not None else None,
+        )
+
+    def all_pictures(self) -> list[Picture]:
+        files = [self._find(path) for path in self._paths]
+        return [Picture(file.path, file.sha256) for file in files if file.error is None]
+
+
+def _rows(
+    system: str,
+    item: SuiteItem,
+    found: Found,
+    measured: Measured | None,
+    reported: Iterable[str],
+) -> list[dict[str, Any]]:
+    rows = []
+    for metric_id in reported:
+        if card(metric_id).needs == "set pair":
+            continue
+        value, error = None, found.error
+        if measured is not None:
+            value = measured.values.get(metric_id)
+            error = measured.errors.get(metric_id)
+        rows.append(
+            {
+                "image": found.path.name,
+                "system": system,
+                "height": found.height,
+                "width": found.width,
+                "metric": metric_id,
+                "protocol": card(metric_id).protocol,
+                "value": value,
+                "prompt": item.prompt,
+                "item": item.id,
+                "stratum": item.stratum,
+                "image_sha256": found.sha256,
+                "error": error,
+            }
+        )
+    return rows
+
+
+def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table["value"] = table["value"].astype("float64")
+    for name in ("prompt", "error"):
+        table[name] = scores.text_column(table[name])
+    return table.sort_values(["system", "item", "metric"], kind="stable", ignore_index=True)
+
+
+def headline(table: pd.DataFrame, *, resamples: int, seed: int) -> dict[str, float]:
+    """Means with 95% intervals (from two pictures on) by system, and by stratum if several."""
+    out: dict[str, float] = {}
+    strata = sorted(set(table["stratum"]))
+    for system in sorted(set(table["system"])):
+        ours = table[table["system"] == system]
+        groups = {system: ours}
+        if len(strata) > 1:
+            groups |= {f"{system}.{s}": ours[ours["stratum"] == s] for s in strata}
+        for prefix, rows in groups.items():
+            for metric in sorted(set(rows["metric"])):
+                out |= _summary(f"{prefix}.{metric}", rows, metric, resamples, seed)
+    return out
+
+
+def _summary(
+    name: str, rows: pd.DataFrame, metric: str, resamples: int, seed: int
+) -> dict[str, float]:
+    measured = rows[(rows["metric"] == metric) & np.isfinite(rows["value"])]
+    value = scores.set_value(measured, metric)
+    if value is None or not math.isfinite(value):
+        return {f"{name}_n": 0.0}
+    out = {name: value, f"{name}_n": float(len(measured))}
+    # The set's compression ratio is a ratio of sums: no mean whose interval this would be.
+    if len(measured) >= 2 and metric != "compression_ratio":
+        estimate = bootstrap_mean(measured["value"].to_list(), resamples=resamples, seed=seed)
+        out |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    return out
+
+
+def write_result(result: SuiteResult, suite: Suite, out_dir: Path) -> None:
+    """`scores.parquet`, `metrics.json`, and for reports on this machine `pictures.jsonl`."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with whole_file(out_dir / "scores.parquet") as temporary:
+        result.table.to_parquet(temporary, index=False)
+    description: Mapping[str, Any] = {
+        "suite": suite.name,
+        "protocol": suite.protocol,
+        "items": len(suite.items),
+        "metrics": result.metrics,
+        "unavailable": dict(sorted(result.unavailable.items())),
+        "failed_systems": dict(sorted(result.failed_systems.items())),
+    }
+    write_text(out_dir / "metrics.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
+    lines = [json.dumps(picture, ensure_ascii=False) for picture in result.pictures]
+    write_text(out_dir / "pictures.jsonl", "\n".join(lines) + "\n")
+
+
+def statistics_of(result: SuiteResult) -> dict[str, int]:
+    """What the run did, for people and tests."""
+    return asdict(result.statistics)

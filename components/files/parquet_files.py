@@ -1,0 +1,80 @@
+"""Writing Parquet: whole or not at all, and the same bytes for the same rows.
+
+Worker processes import this module, so it needs pyarrow alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_COMPRESSION = "zstd"
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write a table beside `path` and rename it into place."""
+    write_row_groups([table], table.schema, path)
+
+
+class RowStream:
+    """A Parquet file that grows row by row; in place when the block ends without an error.
+
+    Args:
+        path: where it will be.
+        schema: of the rows.
+        group_rows: rows that are held in memory and written together.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, group_rows: int = 8192) -> None:
+        self._path = path
+        self._schema = schema
+        self._group_rows = group_rows
+        self._rows: list[dict[str, Any]] = []
+        self._temporary = path.with_name(f".{path.name}.partial")
+
+    def __enter__(self) -> RowStream:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = pq.ParquetWriter(self._temporary, self._schema, compression=_COMPRESSION)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None and self._rows:
+            self._flush()
+        self._writer.close()
+        if kind is None:
+            self._temporary.replace(self._path)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row; absent columns are null."""
+        self._rows.append(row)
+        if len(self._rows) == self._group_rows:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows.clear()
+
+
+def write_row_groups(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:
+    """Write tables of one `schema` as row groups of one file; one table is in memory at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    with pq.ParquetWriter(temporary, schema, compression=_COMPRESSION) as writer:
+        for table in tables:
+            writer.write_table(table)
+    temporary.replace(path)
+
+
+def storable(text: str) -> str:
+    """Text without lone surrogates, which no UTF-8 file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,172 @@
+"""The two shapes of a metric, of an image and of a set, and the picture that it is given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+ImageArray = npt.NDArray[np.uint8]
+
+
+Features = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a metric may know of a picture beside its pixels."""
+
+    path: Path
+    sha256: str
+    """Of the file."""
+    prompt: str | None = None
+    reference: Path | None = None
+    """The picture that a pair metric compares with."""
+    reference_sha256: str | None = None
+
+
+@runtime_checkable
+class ImageMetric(Protocol):
+    """Numbers of one picture, or of one pair."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Card ids that `measure` yields."""
+        ...
+
+    @property
+    def weights_digest(self) -> str | None:
+        """sha256 of the weights; None for a metric without any."""
+        ...
+
+    def measure(self, rgb: ImageArray, picture: Picture) -> dict[str, float | None]:
+        """One number per id; None where the picture is too small.
+
+        Args:
+            rgb: uint8 (H, W, 3), native pixels of `picture`.
+            picture: file, prompt and reference.
+
+        Raises:
+            ValueError: the picture lacks its prompt or reference, or does not fit to it.
+        """
+        ...
+
+
+@runtime_checkable
+class SetMetric(Protocol):
+    """Numbers of two sets, from features of each picture."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Card ids that `combine` yields."""
+        ...
+
+    @property
+    def feature_id(self) -> str:
+        """Names network and preprocessing; equal names and weights share stored features."""
+        ...
+
+    @property
+    def weights_digest(self) -> str | None:
+        """sha256 of the weights."""
+        ...
+
+    def features(self, rgb: ImageArray, picture: Picture) -> Features:
+        """Features of one picture.
+
+        Args:
+            rgb: uint8 (H, W, 3), native pixels.
+            picture: file, prompt and reference.
+
+        Returns:
+            float32 (k, d): one row, or one per patch.
+        """
+        ...
+
+    def combine(self, ours: Features, theirs: Features) -> dict[str, float]:
+        """Numbers of two sets.
+
+        Args:
+            ours: (n, d), rows of all pictures of the system.
+            theirs: (m, d), rows of all reference pictures.
+
+        Raises:
+            ValueError: too few rows.
+        """
+        ...
+
+
+Metric = ImageMetric | SetMetric
+
+
+@functools.lru_cache(maxsize=1)
+def _decoded(path: Path, _sha256: str | None) -> ImageArray:
+    """The last reference only: pair metrics of one picture come one after another."""
+    from components.images.decoding import read_rgb
+
+    return read_rgb(path).pixels
+
+
+def reference_rgb(picture: Picture) -> ImageArray:
+    """Pixels of the reference, uint8 (H, W, 3).
+
+    Raises:
+        ValueError: the picture has no reference.
+        ImageUndecodable: the reference cannot be read.
+    """
+    if picture.reference is None:
+        raise ValueError(f"{picture.path}: this metric compares with a reference, which is not set")
+    return _decoded(picture.reference, picture.reference_sha256)
+
+
+def prompt_of(picture: Picture) -> str:
+    """The prompt.
+
+    Raises:
+        ValueError: the picture has none.
+    """
+    if not picture.prompt:
+        raise ValueError(f"{picture.path}: this metric needs the prompt, which is not set")
+    return picture.prompt
+
+
+@dataclass(frozen=True)
+class FunctionMetric:
+    """A metric without weights: a function of pixels, or of reference and pixels."""
+
+    ids: tuple[str, ...]
+    of_picture: Callable[[ImageArray], dict[str, float | None]] | None = None
+    of_pair: Callable[[ImageArray, ImageArray], dict[str, float | None]] | None = None
+    weights_digest: str | None = None
+
+    def measure(self, rgb: ImageArray, picture: Picture) -> dict[str, float | None]:
+        """See `ImageMetric.measure`."""
+        if self.of_pair is not None:
+            return self.of_pair(reference_rgb(picture), rgb)
+        assert self.of_picture is not None
+        return self.of_picture(rgb)
+
+
+@dataclass(frozen=True)
+class DeferredMetric:
+    """A metric whose network is too large to be held by a process that measures nothing.
+
+    Weights that do not fit are then the error of a picture, not of the start.
+    """
+
+    ids: tuple[str, ...]
+    weights_digest: str | None
+    load: Callable[[], ImageMetric]
+
+    @functools.cached_property
+    def _loaded(self) -> ImageMetric:
+        return self.load()
+
+    def measure(self, rgb: ImageArray, picture: Picture) -> dict[str, float | None]:
+        """See `ImageMetric.measure`; the first call loads the network."""
+        return self._loaded.measure(rgb, picture)

@@ -1,0 +1,172 @@
+"""Where the weights of learned metrics come from and where they are: file, size, licence, command.
+
+They are looked for below `weights/`, then in the caches that other programs fill.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from components.files.weight_folders import PICKLED_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a learned metric's weights come from; sizes are approximate downloads."""
+
+    path: str
+    """File or folder below the repository's `weights/`."""
+    size: str
+    license: str
+    command: str
+    """What fetches them into `path` on a machine with network access."""
+    repository: str | None = None
+    """Hub repository; its snapshot in the hub's cache serves as well."""
+    files: tuple[str, ...] = ()
+    """Files that the folder must hold beside its weights."""
+    also: tuple[Weights, ...] = ()
+    """Further weights that the metric needs."""
+    holds_network: bool = True
+    """Whether a folder must hold a weights file; False for a tokenizer alone."""
+
+
+def _hub_cache() -> Path:
+    """Hugging Face's cache folder, by its own environment variables."""
+    if cache := os.environ.get("HF_HUB_CACHE"):
+        return Path(cache)
+    home = os.environ.get("HF_HOME") or str(
+        Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    )
+    return Path(home).expanduser() / "hub"
+
+
+def _torch_cache() -> Path:
+    home = os.environ.get("TORCH_HOME") or str(
+        Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
+    )
+    return Path(home).expanduser() / "hub"
+
+
+def _snapshot(repository: str) -> Path | None:
+    """The cached snapshot that the main branch last named."""
+    folder = _hub_cache() / f"models--{repository.replace('/', '--')}"
+    reference = folder / "refs" / "main"
+    if not reference.is_file():
+        return None
+    snapshot = folder / "snapshots" / reference.read_text(encoding="utf-8").strip()
+    return snapshot if snapshot.is_dir() else None
+
+
+def _places(weights: Weights, weights_dir: Path) -> Iterable[Path]:
+    yield weights_dir / weights.path
+    if weights.repository is not None:
+        if (snapshot := _snapshot(weights.repository)) is not None:
+            yield snapshot
+    elif Path(weights.path).suffix:
+        name = Path(weights.path).name
+        yield from (_torch_cache() / "checkpoints" / name, _torch_cache() / "pyiqa" / name)
+
+
+def _is_complete(place: Path, weights: Weights) -> bool:
+    if weights.repository is None:
+        return place.is_file() if Path(weights.path).suffix else place.is_dir()
+    if not place.is_dir() or not all((place / name).is_file() for name in weights.files):
+        return False
+    if not weights.holds_network:
+        return True
+    suffixes = {".safetensors", *PICKLED_SUFFIXES}
+    return any(file.suffix in suffixes for file in place.iterdir())
+
+
+def place_of(weights: Weights, weights_dir: Path) -> Path | None:
+    """The file or folder, complete by its names; None where there is none. Reads no weights.
+
+    Args:
+        weights: what is looked for, without its `also`.
+        weights_dir: the repository's `weights/`.
+    """
+    places = _places(weights, weights_dir)
+    return next((place for place in places if _is_complete(place, weights)), None)
+
+
+def hub(
+    folder: str,
+    repository: str,
+    size: str,
+    license_name: str,
+    *files: str,
+    needs: tuple[str, ...] = ("config.json",),
+    also: tuple[Weights, ...] = (),
+) -> Weights:
+    """Weights in a hub repository, fetched with the hub's own client."""
+    wanted = "".join(f" {file}" for file in files)
+    command = f"hf download {repository}{wanted} --local-dir weights/{folder}"
+    return Weights(folder, size, license_name, command, repository, needs, also)
+
+
+def lpips_heads(backbone: str) -> Weights:
+    """The linear heads, which the lpips package carries."""
+    return Weights(
+        f"lpips/heads-{backbone}.pth",
+        "6 to 7 KB",
+        "BSD-2-Clause",
+        f"copy weights/v0.1/{backbone}.pth of the lpips package to "
+        f"weights/lpips/heads-{backbone}.pth",
+    )
+
+
+CLIP_L14 = hub(
+    "clip-vit-large-patch14",
+    "openai/clip-vit-large-patch14",
+    "1.7 GB",
+    "MIT",
+    "model.safetensors",
+    "config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    needs=("model.safetensors", "config.json", "tokenizer.json"),
+)
+CLIP_H14_TOKENIZER = replace(
+    hub(
+        "clip-vit-h-14-tokenizer",
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "4 MB",
+        "MIT",
+        "tokenizer.json",
+        needs=("tokenizer.json",),
+    ),
+    holds_network=False,
+)
+QWEN2_VL_TEXTS = replace(
+    hub(
+        "qwen2-vl-7b-texts",
+        "Qwen/Qwen2-VL-7B-Instruct",
+        "7 MB",
+        "Apache-2.0",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        needs=("config.json", "tokenizer.json"),
+    ),
+    holds_network=False,
+)
+"""Configuration and tokenizer alone."""
+HPSV3 = hub(
+    "hpsv3",
+    "MizzenAI/HPSv3",
+    "about 17 GB",
+    "code MIT; weights: see their model card",
+    "HPSv3.safetensors",
+    needs=("HPSv3.safetensors",),
+    also=(QWEN2_VL_TEXTS,),
+)
+INCEPTION = Weights(
+    path="inception/pt_inception-2015-12-05-6726825d.pth",
+    size="91 MiB",
+    license="Apache-2.0",
+    command="copy pt_inception-2015-12-05-6726825d.pth (release fid_weights of the pytorch-fid "
+    "project) to weights/inception/",
+)

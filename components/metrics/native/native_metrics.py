@@ -1,0 +1,88 @@
+"""Weight-free metrics of one image in groups that share a pass over its pixels.
+
+The same numbers as `texture.texture_metrics`, split so that a caller computes what it lacks only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from components.metrics.native.fidelity import (
+    MS_SSIM_MIN_PX,
+    SSIM_WINDOW_PX,
+    ms_ssim,
+    nmse,
+    psnr_db,
+    ssim,
+)
+from components.metrics.native.texture import FLAT_PATCH_PX, colourfulness, laplacian_variance
+from components.signals.flat_regions import grayscale
+from components.signals.fused_texture import fused_texture
+from components.signals.glcm import glcm_measures
+
+ImageArray = npt.NDArray[np.uint8]
+
+
+def _check(rgb: ImageArray) -> None:
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+        raise ValueError(f"rgb must be uint8 (H, W, 3), got {rgb.dtype} {rgb.shape}")
+
+
+def fused_metrics(rgb: ImageArray) -> dict[str, float | None]:
+    """Entropy and flat fraction in one pass over the pixels (the corpus's kernel, same bits).
+
+    Args:
+        rgb: uint8 (H, W, 3).
+    """
+    _check(rgb)
+    measured = fused_texture(rgb, patch_px=FLAT_PATCH_PX)
+    has_patch = min(rgb.shape[:2]) >= FLAT_PATCH_PX
+    return {
+        "entropy_bits": measured.entropy_bits,
+        "flat_fraction": measured.flat_fraction if has_patch else None,
+    }
+
+
+def glcm_metrics(rgb: ImageArray) -> dict[str, float | None]:
+    """Diffusion-4K's GLCM score and the textbook entropy; None without a full 64 px patch.
+
+    Args:
+        rgb: uint8 (H, W, 3).
+    """
+    _check(rgb)
+    measured = glcm_measures(grayscale(rgb))
+    score, bits = (None, None) if measured is None else measured
+    return {"glcm_score": score, "glcm_entropy_bits": bits}
+
+
+def appearance_metrics(rgb: ImageArray) -> dict[str, float | None]:
+    """Sharpness and colourfulness.
+
+    Args:
+        rgb: uint8 (H, W, 3), both edges at least 3 px.
+    """
+    _check(rgb)
+    return {
+        "laplacian_variance": laplacian_variance(grayscale(rgb)),
+        "colourfulness": colourfulness(rgb),
+    }
+
+
+def pair_metrics(reference: ImageArray, image: ImageArray) -> dict[str, float | None]:
+    """PSNR, SSIM, NMSE and MS-SSIM; None where the windows do not fit.
+
+    Args:
+        reference: uint8 (H, W, 3).
+        image: uint8 (H, W, 3).
+
+    Raises:
+        ValueError: different shapes.
+    """
+    edge = min(reference.shape[:2])
+    return {
+        "psnr_db": psnr_db(reference, image),
+        "nmse": nmse(reference, image),
+        "ssim": ssim(reference, image) if edge >= SSIM_WINDOW_PX else None,
+        "ms_ssim": ms_ssim(reference, image) if edge >= MS_SSIM_MIN_PX else None,
+    }

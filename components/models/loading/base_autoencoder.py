@@ -1,0 +1,91 @@
+"""The base autoencoder of a run: what post-training starts from and what encodes the corpus.
+
+Both stages must hold the same weights: post-training changes the decoder only, so latents made
+with the base encoder stay valid for the trained decoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from components.files.weight_folders import resolve_folder
+from components.models.autoencoder_f16 import AutoencoderKLF16
+from components.models.tiny import build_tiny_autoencoder
+from components.settings.models import AutoencoderSettings
+
+_GET_FLUX_VAE = (
+    "hf download black-forest-labs/FLUX.1-dev --include 'vae/*' --local-dir weights/FLUX.1-dev"
+)
+
+
+def load_base_autoencoder(
+    settings: AutoencoderSettings, seed: int, root: Path = Path()
+) -> AutoencoderKLF16:
+    """Load the pretrained folder, or build the tiny autoencoder, in float32 evaluation mode.
+
+    Args:
+        settings: `models.autoencoder`.
+        seed: of the tiny autoencoder; without effect on a pretrained folder.
+        root: repository root, where a relative `pretrained` starts.
+
+    Returns:
+        On the CPU, all parameters without gradient.
+
+    Raises:
+        WeightsMissing: the pretrained folder is not there or holds no safetensors.
+        ValueError: the folder holds another class of model.
+    """
+    if settings.pretrained is None:
+        autoencoder = build_tiny_autoencoder(
+            block_out_channels=settings.tiny.block_out_channels,
+            layers_per_block=settings.tiny.layers_per_block,
+            norm_num_groups=settings.tiny.norm_num_groups,
+            stride=settings.stride,
+            decode_mode=settings.decode_mode,
+            seed=seed,
+        )
+    else:
+        folder = resolve_folder(root / settings.pretrained, "autoencoder", _GET_FLUX_VAE)
+        autoencoder = AutoencoderKLF16.from_pretrained(
+            folder,
+            stride=settings.stride,
+            decode_mode=settings.decode_mode,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+        )
+        # diffusers records the folder; a saved copy must not depend on where it was loaded.
+        autoencoder.register_to_config(_name_or_path="")
+    autoencoder.requires_grad_(False)
+    return autoencoder.eval()
+
+
+def encoder_digest(autoencoder: AutoencoderKLF16) -> str:
+    """Sha256 of everything that determines normalised latents.
+
+    Encoder weights by name, shape and bytes, and the configuration values stride, shift_factor and
+    scaling_factor. Decoder post-training leaves it unchanged.
+    """
+    config = autoencoder.config
+    described = f"{config.stride} {config.shift_factor} {config.scaling_factor}"
+    return _digest(autoencoder, described, ("encoder.", "quant_conv."))
+
+
+def autoencoder_digest(autoencoder: AutoencoderKLF16) -> str:
+    """Sha256 of everything that determines a reconstruction: all weights and the configuration."""
+    config = {k: v for k, v in autoencoder.config.items() if not k.startswith("_")}
+    return _digest(autoencoder, json.dumps(config, sort_keys=True, default=str), ("",))
+
+
+def _digest(autoencoder: AutoencoderKLF16, described: str, prefixes: tuple[str, ...]) -> str:
+    digest = hashlib.sha256(described.encode())
+    state = autoencoder.state_dict()
+    for name in sorted(state):
+        if name.startswith(prefixes):
+            tensor = state[name].detach().cpu().contiguous()
+            digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

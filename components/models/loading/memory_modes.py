@@ -1,0 +1,68 @@
+"""Ways to sample with less memory; which of them change the picture is said at each.
+
+- `text-first`: text encoders are loaded, used and dropped before anything else is loaded (Flux'
+  T5 is 9.5 GB in bfloat16). Same picture.
+- `model-offload`: one model at a time on the GPU. Same picture.
+- `vae-slicing`: a batch is decoded image by image. Same picture.
+- `vae-tiling`: overlapping tiles are decoded and blended; an image larger than a tile is close to
+  the whole decode, not equal: group norms and attention see a tile each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from components.models.loading.released import AnyPipeline
+
+MEMORY_MODES = ("text-first", "model-offload", "vae-slicing", "vae-tiling")
+
+
+@dataclass(frozen=True)
+class MemoryModes:
+    """What is switched on."""
+
+    text_first: bool = False
+    offload: Literal["none", "model"] = "none"
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+
+
+def parse_memory(text: str) -> MemoryModes:
+    """Modes from a list such as "text-first,vae-tiling"; "none" or "" is none of them.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    names = {name.strip() for name in text.split(",")} - {"", "none"}
+    unknown = sorted(names - set(MEMORY_MODES))
+    if unknown:
+        raise ValueError(
+            f"memory: unknown mode {', '.join(unknown)}; choose from none, "
+            f"{', '.join(MEMORY_MODES)} (several: separated by commas)"
+        )
+    return MemoryModes(
+        text_first="text-first" in names,
+        offload="model" if "model-offload" in names else "none",
+        vae_slicing="vae-slicing" in names,
+        vae_tiling="vae-tiling" in names,
+    )
+
+
+def place_pipeline(pipeline: AnyPipeline, modes: MemoryModes, device: str) -> None:
+    """Put a pipeline on a device the way the modes ask for.
+
+    Args:
+        pipeline: loaded on the CPU.
+        modes: `text_first` is the business of whoever loads the pipeline.
+        device: such as "cuda" or "cpu".
+    """
+    if modes.vae_slicing:
+        pipeline.vae.enable_slicing()
+    if modes.vae_tiling:
+        pipeline.vae.enable_tiling()
+    if modes.offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)

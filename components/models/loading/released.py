@@ -1,0 +1,290 @@
+"""Load a pipeline from the layouts in which weights are published, or say exactly what is missing.
+
+A model may be
+- a repository folder with `transformer/` and `vae/` (UltraFlux-v1), or with everything
+  (FLUX.1-dev, a saved `UltraFluxPipeline`);
+- a transformer's own folder (UltraFlux-v1-1-Transformer);
+- one `.safetensors` file with a Flux transformer.
+
+What it lacks comes from a base folder, usually FLUX.1-dev. Nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from components.files.weight_folders import (
+    PICKLED_SUFFIXES,
+    ComponentsMissing,
+    WeightsMissing,
+    file_digest,
+    folder_digest,
+    require_class,
+)
+from components.models.autoencoder_f16 import AutoencoderKLF16, DecodeMode
+from components.models.checkpoint_files import WeightsBroken, check_folder
+from components.models.loading.single_file import load_single_file
+from components.models.loading.text_families import family_in
+from components.models.pipeline import SHIFT, Schedule, UltraFluxPipeline, build_scheduler
+from components.models.resonance_rope import RopeVariant
+from components.models.sd3.pipeline import StableDiffusion3F16Pipeline
+from components.models.sd3.text_encoders import Sd3TextEncoders
+from components.models.sd3.transformer import SD3_CLASS, load_sd3_transformer
+from components.models.text_encoders import FOLDERS, TextEncoders
+from components.models.transformer import UltraFluxTransformer2DModel
+
+ULTRAFLUX, ULTRAFLUX_V11 = "Owen777/UltraFlux-v1", "Owen777/UltraFlux-v1-1-Transformer"
+FLUX = "black-forest-labs/FLUX.1-dev"
+TRANSFORMER_CLASSES = ("UltraFluxTransformer2DModel", "FluxTransformer2DModel")
+VAE_CLASSES = ("AutoencoderKLF16", "AutoencoderKL")
+AnyPipeline: TypeAlias = UltraFluxPipeline | StableDiffusion3F16Pipeline
+VAE_STRIDES: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True)
+class ModelSources:
+    """Where each part of a pipeline is."""
+
+    transformer: Path
+    """Folder, or .safetensors file."""
+    autoencoder: Path
+    text_encoders: Path
+    """Parent of the four folders of `text_encoders.FOLDERS`."""
+    scheduler: Path | None = None
+    """Folder with scheduler_config.json; None: Flux' values."""
+
+
+def download_command(repository: str, folder: str | None, into: Path | str) -> str:
+    """The shell command that gets one folder of a repository (all of it for None)."""
+    part = f" --include '{folder}/*'" if folder else ""
+    return f"hf download {repository}{part} --local-dir {into}"
+
+
+def _holds(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", "tokenizer_config.json"))
+
+
+def _class_name(folder: Path) -> str | None:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def find_sources(
+    model: Path,
+    *,
+    base: Path | None = None,
+    transformer: Path | None = None,
+    autoencoder: Path | None = None,
+) -> ModelSources:
+    """Find every part of a pipeline.
+
+    Args:
+        model: see the module docstring.
+        base: folder for what the model lacks; None: there is none.
+        transformer: folder or file that replaces the model's transformer.
+        autoencoder: folder that replaces the model's autoencoder.
+
+    Raises:
+        ComponentsMissing: parts are not there; a line for each with its path and the command that
+            gets it.
+        WeightsBroken: `model` is a file of pickled weights.
+    """
+    repository = model
+    if model.suffix in (".safetensors", *PICKLED_SUFFIXES) or _class_name(model) in (
+        TRANSFORMER_CLASSES
+    ):
+        transformer = transformer or model
+        repository = base or Path("weights/FLUX.1-dev")
+    fallback = base or repository
+    missing: list[WeightsMissing] = []
+    chosen_transformer = transformer or repository / "transformer"
+    if not (chosen_transformer.is_file() or _holds(chosen_transformer)):
+        missing.append(_missing_transformer(chosen_transformer, repository, transformer))
+    elif chosen_transformer.suffix in PICKLED_SUFFIXES:
+        raise WeightsBroken(
+            f"{chosen_transformer}: pickled weights can run code and are not loaded; get the "
+            ".safetensors file"
+        )
+    candidates = [repository / "vae", fallback / "vae"]
+    chosen_vae = autoencoder or next(filter(_holds, candidates), candidates[0])
+    if not _holds(chosen_vae):
+        command = download_command(_repository_of(chosen_vae.parent), "vae", chosen_vae.parent)
+        missing.append(WeightsMissing("autoencoder (vae)", chosen_vae, command))
+    # Encoders and tokenizers belong together: they come from one folder.
+    whole = [root for root in (repository, fallback) if all(_holds(root / n) for n in FOLDERS)]
+    encoders = whole[0] if whole else fallback
+    for name in FOLDERS:
+        if not _holds(encoders / name):
+            command = download_command(FLUX, name, base or "weights/FLUX.1-dev")
+            missing.append(WeightsMissing(name, encoders / name, command))
+    if missing:
+        raise ComponentsMissing(missing)
+    schedules = (root / "scheduler" for root in (repository, fallback))
+    scheduler = next((s for s in schedules if (s / "scheduler_config.json").is_file()), None)
+    return ModelSources(chosen_transformer, chosen_vae, encoders, scheduler)
+
+
+def _repository_of(folder: Path) -> str:
+    return FLUX if "flux.1" in folder.name.lower() else ULTRAFLUX
+
+
+def _missing_transformer(path: Path, repository: Path, replacement: Path | None) -> WeightsMissing:
+    if replacement is None:
+        command = download_command(_repository_of(repository), "transformer", repository)
+        return WeightsMissing("transformer", path, command)
+    if path.suffix == ".safetensors":
+        command = f"hf download {FLUX} {path.name} --local-dir {path.parent}"
+    else:
+        command = download_command(ULTRAFLUX_V11, None, path)
+    return WeightsMissing("transformer", path, command)
+
+
+def source_digests(sources: ModelSources) -> dict[str, str]:
+    """Content digest of each part; of a text encoder folder only its parts count."""
+    file = sources.transformer
+    # A FLUX.1-dev folder also holds what is not read here.
+    family = family_in(sources.text_encoders)
+    parts = [f"{name}={folder_digest(sources.text_encoders / name)}" for name in family.folders]
+    return {
+        "autoencoder": folder_digest(sources.autoencoder),
+        "transformer": file_digest(file) if file.is_file() else folder_digest(file),
+        "text_encoders": hashlib.sha256("\n".join(parts).encode()).hexdigest(),
+    }
+
+
+def load_transformer(
+    path: Path, *, dtype: torch.dtype, rope_variant: RopeVariant | None = None
+) -> UltraFluxTransformer2DModel:
+    """A transformer from a folder (ours or stock Flux, sharded or not) or a single file.
+
+    Args:
+        path: folder or `.safetensors` file.
+        dtype: of the weights.
+        rope_variant: None: what our configuration says, `official` for stock configurations.
+
+    Raises:
+        WeightsMissing: a file is not there.
+        WeightsBroken: unreadable files, or tensors missing, unknown or misshapen; names them.
+        ValueError: the folder holds another class.
+    """
+    if path.is_file():
+        return load_single_file(path, dtype=dtype, rope_variant=rope_variant or "official")
+    require_class(path, None, TRANSFORMER_CLASSES)
+    changes = {"rope_variant": rope_variant} if rope_variant is not None else {}
+    check_folder(path, UltraFluxTransformer2DModel, "transformer")
+    return UltraFluxTransformer2DModel.from_pretrained(
+        path, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **changes
+    ).eval()
+
+
+def load_autoencoder(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    stride: Literal[1, 2] = 2,
+    decode_mode: DecodeMode = "official_partitioned",
+) -> AutoencoderKLF16:
+    """An autoencoder from a folder: ours as it was saved, a stock one with the given stride.
+
+    Args:
+        path: folder.
+        dtype: of the weights.
+        stride: of a stock (F8) folder; 2 is UltraFlux' F16, 1 plain Flux.
+        decode_mode: of a stock folder; the default is the released decoder's.
+
+    Raises:
+        WeightsMissing: a file is not there.
+        WeightsBroken: unreadable files, or tensors missing, unknown or misshapen; names them.
+        ValueError: the folder holds another class.
+    """
+    require_class(path, None, VAE_CLASSES)
+    stock = _class_name(path) == "AutoencoderKL"
+    changes: dict[str, Any] = {"stride": stride, "decode_mode": decode_mode} if stock else {}
+    check_folder(path, AutoencoderKLF16, "autoencoder", **changes)
+    return AutoencoderKLF16.from_pretrained(
+        path, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **changes
+    ).eval()
+
+
+def load_scheduler(
+    sources: ModelSources, *, schedule: Schedule, shift: float
+) -> FlowMatchEulerDiscreteScheduler:
+    """The sampling schedule; a folder's own values serve `dynamic`, as in stock Flux."""
+    if schedule == "dynamic" and sources.scheduler is not None:
+        loaded: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+            sources.scheduler, local_files_only=True, use_dynamic_shifting=True
+        )
+        return loaded
+    return build_scheduler(shift, schedule)
+
+
+def load_pipeline(
+    sources: ModelSources,
+    *,
+    dtype: torch.dtype,
+    encoders: TextEncoders | Sd3TextEncoders | None = None,
+    with_encoders: bool = True,
+    rope_variant: RopeVariant | None = None,
+    stride: Literal[1, 2] = 2,
+    decode_mode: DecodeMode = "official_partitioned",
+    schedule: Schedule = "static",
+    shift: float = SHIFT,
+) -> AnyPipeline:
+    """All parts as one pipeline on the CPU: SD3's for an SD3 transformer, else Flux'.
+
+    Args:
+        sources: from `find_sources`.
+        dtype: of all weights.
+        encoders: text encoders that are loaded already.
+        with_encoders: False leaves them out: the caller passes embeddings.
+        rope_variant: see `load_transformer`.
+        stride: see `load_autoencoder`.
+        decode_mode: see `load_autoencoder`.
+        schedule: static (the released script) or dynamic (stock Flux).
+        shift: of the static schedule.
+
+    Raises:
+        WeightsMissing: a file is not there.
+        WeightsBroken: files that are not these weights.
+        ValueError: parts that do not fit together.
+    """
+    if encoders is None and with_encoders:
+        encoders = family_in(sources.text_encoders).load(sources.text_encoders, dtype=dtype)
+    vae = load_autoencoder(sources.autoencoder, dtype=dtype, stride=stride, decode_mode=decode_mode)
+    scheduler = load_scheduler(sources, schedule=schedule, shift=shift)
+    is_sd3 = _class_name(sources.transformer) == SD3_CLASS
+    pipeline: AnyPipeline
+    if is_sd3 and (encoders is None or isinstance(encoders, Sd3TextEncoders)):
+        if rope_variant is not None:
+            raise ValueError(f"rope_variant: {rope_variant}: SD3 has no rotary positions")
+        pipeline = StableDiffusion3F16Pipeline.from_components(
+            vae,
+            load_sd3_transformer(sources.transformer, dtype=dtype),
+            encoders,
+            scheduler=scheduler,
+        )
+    elif not is_sd3 and (encoders is None or isinstance(encoders, TextEncoders)):
+        pipeline = UltraFluxPipeline.from_components(
+            vae,
+            load_transformer(sources.transformer, dtype=dtype, rope_variant=rope_variant),
+            encoders,
+            scheduler=scheduler,
+        )
+    else:
+        raise ValueError(
+            f"{sources.text_encoders}: does not hold the text encoders of {sources.transformer}, "
+            f"an {'SD3' if is_sd3 else 'Flux'} transformer"
+        )
+    # None: no bar of its own where stderr is not a terminal.
+    pipeline.set_progress_bar_config(disable=None, leave=False)
+    return pipeline

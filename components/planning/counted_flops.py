@@ -1,0 +1,262 @@
+"""Operations and saved tensors of real networks, counted on the meta device.
+
+Nothing is computed and no memory is taken: tensors have shapes only, so the 12B network at 4096 px
+is counted on a laptop in seconds. This is the reference of the closed forms in `flops` and
+`memory_plan`, and the only route for backbones that have none (SD3).
+
+On the meta device `scaled_dot_product_attention` falls apart into two batched products, which are
+counted. Saved tensors are counted with the fused kernel in its place, because the products would
+keep the whole (T, T) attention matrix, which no GPU run does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from components.models.backbones import BACKBONES
+from components.planning.flops import Flops
+from components.planning.model_shapes import FluxShape
+from components.settings.models import TransformerSettings
+from components.training.sharded.activation_checkpointing import STORED_OPERATORS
+
+
+def flux_on_meta(shape: FluxShape, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The real transformer class without storage, in training mode."""
+    from components.models.transformer import UltraFluxTransformer2DModel
+
+    head = shape.attention_head_dim
+    # Rotary channels do not change any count; each axis needs an even share.
+    share = head // 8 * 2
+    with torch.device("meta"):
+        model = UltraFluxTransformer2DModel(
+            **vars(shape), axes_dims_rope=(head - 2 * share, share, share)
+        )
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model.train()
+
+
+def sd3_on_meta(config: Mapping[str, Any], latent_hw: tuple[int, int]) -> Any:
+    """Diffusers' SD3 transformer without storage, its position table large enough."""
+    from diffusers import SD3Transformer2DModel
+
+    known = {key: value for key, value in config.items() if not key.startswith("_")}
+    patches = max(latent_hw) // int(known["patch_size"])
+    # The table is cut to the image, so its size changes no operation.
+    known["pos_embed_max_size"] = max(int(known["pos_embed_max_size"]), patches)
+    with torch.device("meta"):
+        model = SD3Transformer2DModel.from_config(known)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model.train()
+
+
+def tiny_on_meta(
+    settings: TransformerSettings, widths: tuple[int, int], latent_channels: int
+) -> Any:
+    """The backbone's tiny transformer without storage.
+
+    Raises:
+        ValueError: the backbone is not known to the trainer.
+    """
+    if settings.backbone not in BACKBONES:
+        raise ValueError(
+            f"models.transformer.backbone {settings.backbone}: the trainer has "
+            f"{', '.join(BACKBONES)}"
+        )
+    with torch.device("meta"):
+        model = BACKBONES[settings.backbone].build_tiny(settings, widths, latent_channels, 0)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model.train()
+
+
+def flux_call(
+    model: Any, grid_hw: tuple[int, int], text_tokens: int, batch: int = 1
+) -> Callable[[], Tensor]:
+    """A forward pass of a Flux transformer on the meta device."""
+    config = model.config
+    dtype = next(model.parameters()).dtype
+    tokens = grid_hw[0] * grid_hw[1]
+
+    def call() -> Tensor:
+        with torch.device("meta"):
+            image = torch.empty(batch, tokens, config.in_channels, dtype=dtype)
+            text = torch.empty(batch, text_tokens, config.joint_attention_dim, dtype=dtype)
+            pooled = torch.empty(batch, config.pooled_projection_dim, dtype=dtype)
+            t = torch.empty(batch)
+        output: Tensor = model(
+            hidden_states=image,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=t,
+            guidance=t if config.guidance_embeds else None,
+            grid_hw=grid_hw,
+            return_dict=False,
+        )[0]
+        return output
+
+    return call
+
+
+def sd3_call(
+    model: Any, latent_hw: tuple[int, int], text_tokens: int, batch: int = 1
+) -> Callable[[], Tensor]:
+    """A forward pass of an SD3 transformer on the meta device."""
+    config = model.config
+    dtype = next(model.parameters()).dtype
+
+    def call() -> Tensor:
+        with torch.device("meta"):
+            latents = torch.empty(batch, config.in_channels, *latent_hw, dtype=dtype)
+            text = torch.empty(batch, text_tokens, config.joint_attention_dim, dtype=dtype)
+            pooled = torch.empty(batch, config.pooled_projection_dim, dtype=dtype)
+            t = torch.empty(batch)
+        output: Tensor = model(
+            hidden_states=latents,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=t,
+            return_dict=False,
+        )[0]
+        return output
+
+    return call
+
+
+def count(call: Callable[[], Tensor], *, backward: bool = True) -> Flops:
+    """`FlopCounterMode`'s operations of a call and of its backward pass.
+
+    With activation checkpointing switched on in the model, `backward` includes what is repeated.
+    """
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        output = call()
+        forward = counter.get_total_flops()
+        if backward:
+            output.sum().backward()
+    return Flops(forward, counter.get_total_flops() - forward)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention without mask through the fused kernel's operator, whatever the device."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        named = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **named)
+        tensors = dict(zip(("query", "key", "value"), args, strict=False)) | named
+        q, k, v = tensors["query"], tensors["key"], tensors["value"]
+        fused = torch.ops.aten._scaled_dot_product_flash_attention
+        return fused(q, k, v, 0.0, False, False)[0]
+
+
+def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps between forward and backward, parameters aside.
+
+    Storages are counted once, however many views of them are kept.
+    """
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            # Holding the tensor keeps its storage's address from being given to another one.
+            kept[storage._cdata] = tensor
+        return tensor
+
+    with (
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        _FusedAttention(),
+    ):
+        call()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+class _ProductResults(TorchDispatchMode):
+    """Bytes that matrix products and attention give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in STORED_OPERATORS:
+            leaves = tree_leaves(result)
+            self.bytes += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        return result
+
+
+def product_bytes(call: Callable[[], Tensor]) -> int:
+    """Bytes of what selective activation checkpointing keeps, were all of `call` checkpointed."""
+    with torch.no_grad(), _ProductResults() as results, _FusedAttention():
+        call()
+    return results.bytes
+
+
+def backbone_on_meta(
+    settings: TransformerSettings,
+    config: Mapping[str, Any] | None,
+    widths: tuple[int, int],
+    latent: tuple[int, int, int],
+) -> Any:
+    """The transformer of `backbone_counts`, whose arguments these are."""
+    if config is None:
+        return tiny_on_meta(settings, widths, latent[0])
+    return sd3_on_meta(config, latent[1:])
+
+
+def backbone_counts(
+    settings: TransformerSettings,
+    config: Mapping[str, Any] | None,
+    widths: tuple[int, int],
+    latent: tuple[int, int, int],
+    text_tokens: int,
+) -> tuple[int, Flops, int, tuple[int, int, int]]:
+    """Counts of a backbone that has no closed form (SD3), for one sample in bf16.
+
+    Args:
+        settings: names backbone and tiny shape.
+        config: diffusers configuration; None: the tiny transformer.
+        widths: (D, P) of text states and pooled vectors.
+        latent: (C, h, w) in latent pixels.
+        text_tokens: text tokens.
+
+    Returns:
+        (parameters, operations of forward and backward, bytes saved for the backward pass,
+        (bytes of all blocks' inputs, bytes of all products' results, number of blocks)).
+    """
+    model = backbone_on_meta(settings, config, widths, latent)
+    call = sd3_call(model, latent[1:], text_tokens)
+    blocks = len(model.transformer_blocks)
+    tokens = latent[1] * latent[2] // int(model.config.patch_size) ** 2 + text_tokens
+    inputs = 2 * blocks * tokens * int(model.inner_dim)
+    return (
+        sum(parameter.numel() for parameter in model.parameters()),
+        count(call),
+        saved_bytes(model, call),
+        (inputs, product_bytes(call), blocks),
+    )

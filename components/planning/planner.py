@@ -1,0 +1,419 @@
+"""What a settings file costs: operations, memory, disk and hours of every stage that uses a GPU.
+
+Operations, parameters, states and store sizes are exact for the stated number of images, with
+every aspect bucket equally frequent. Hours follow from a rate that the caller states; nothing
+here has been timed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.images.aspect_buckets import Bucket, buckets
+from components.planning.advice import refusals, too_large
+from components.planning.flops import (
+    Flops,
+    clip_flops,
+    decoder_products,
+    encoder_products,
+    flux_flops,
+    mean_flops,
+    parameters,
+    t5_flops,
+    total,
+)
+from components.planning.memory import (
+    ITEM_BYTES,
+    TrainingMemory,
+    decoder_activation_bytes,
+    moment_bytes,
+    state_bytes,
+)
+from components.planning.model_shapes import FluxShape, networks
+from components.planning.transformer import Transformer, dit_memory
+from components.settings.schema import Settings
+from components.settings.training import DitStageSettings
+
+# Noise levels of a validation (components.training.dit.validation.LEVELS, which imports torch).
+VALIDATION_LEVELS = 8
+# UltraFlux's training and sampling times imply these for the 12B transformer at 4096 x 4096.
+PUBLISHED_TRAINING_IMAGES_PER_S, PUBLISHED_SECONDS_PER_IMAGE, PUBLISHED_STEPS = 0.247, 49.5, 50
+PUBLISHED_TOKENS = (16384, 512)
+VAE_CHECKPOINTS = 2
+_STORE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast a GPU works through model FLOPs."""
+
+    flops_per_s: float
+    source: str
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """One aspect bucket."""
+
+    name: str
+    image_tokens: int
+    forward: int
+    """Operations of one image through the transformer."""
+    training: int
+    """Forward + backward."""
+    recompute: int
+    """What activation checkpointing repeats (0 where it is off in stage 1)."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage."""
+
+    stage: str
+    work: str
+    """What is counted, in words."""
+    items: int
+    flops_per_item: Flops
+    """Mean over the buckets or sizes."""
+    validation: int
+    """Forward operations of validation or evaluation within the stage."""
+    gpus: int
+    parameters: int
+    """Of all networks in GPU memory."""
+    trained: int
+    memory: TrainingMemory | None
+    """None: weights only (`weights_bytes`)."""
+    weights_bytes: int
+    disk: dict[str, int]
+    """What to bytes."""
+    hours: float | None
+    rate: str | None
+    """Where the rate behind the hours comes from."""
+
+    @property
+    def model_flops(self) -> int:
+        """All operations that MFU counts."""
+        return self.items * self.flops_per_item.model + self.validation
+
+    @property
+    def hardware_flops(self) -> int:
+        """With recomputation."""
+        return self.items * self.flops_per_item.total + self.validation
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Hours times GPUs."""
+        return None if self.hours is None else self.hours * self.gpus
+
+    @property
+    def memory_bytes(self) -> int:
+        """On one GPU, as far as it is known."""
+        return self.weights_bytes if self.memory is None else self.memory.total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages of a settings file."""
+
+    profile: str
+    images: int
+    origin: dict[str, str]
+    buckets: tuple[BucketPlan, ...]
+    stages: tuple[StagePlan, ...]
+    states_by_zero: dict[int, tuple[int, int, int]]
+    """(weights, gradients, optimizer) bytes on a GPU in stage 1 under each ZeRO stage, also those
+    that the settings do not offer."""
+    warnings: tuple[str, ...]
+
+
+def plan(
+    settings: Settings,
+    root: Path,
+    images: int,
+    rate: Rate | None = None,
+    *,
+    limit: int | None = None,
+) -> Plan:
+    """Plan every GPU stage.
+
+    Args:
+        settings: any valid settings.
+        root: repository root, where relative weight folders start.
+        images: images that the corpus stages keep.
+        rate: how fast a GPU works; None: hours only where the paper implies a rate.
+        limit: memory of one GPU in bytes; stages that need more are warned about.
+
+    Raises:
+        ValueError: too few images, or a config.json that cannot be used.
+    """
+    if images < 2:
+        raise ValueError(f"images {images}: at least one to train on and one held out")
+    transformer = Transformer(networks(settings, root), settings)
+    sizes = tuple((bucket.height, bucket.width) for bucket in buckets(settings.buckets))
+    stages = (
+        _latents(transformer, sizes, images, rate),
+        _text(transformer, images, rate),
+        _vae(transformer, rate),
+        _dit("dit_stage1", settings.dit_stage1, transformer, sizes, images, rate),
+        _dit("dit_stage2", settings.dit_stage2, transformer, sizes, images, rate),
+        _generate(transformer, rate),
+    )
+    warnings = refusals(transformer, sizes)
+    if limit is not None:
+        for stage in stages:
+            warnings += too_large(stage.stage, stage.memory_bytes, transformer, sizes, limit)
+    return Plan(
+        profile=settings.project.profile,
+        images=images,
+        origin=dict(transformer.networks.origin),
+        buckets=tuple(_bucket(transformer, Bucket(*size)) for size in sizes),
+        stages=stages,
+        states_by_zero={
+            zero: state_bytes(
+                stages[3].parameters,
+                transformer.gpus,
+                zero,
+                settings.dit_stage1.precision,
+                trained=stages[3].trained,
+                eight_bits=settings.dit_stage1.optimizer == "adamw_8bit",
+            )
+            for zero in range(4)
+        },
+        warnings=tuple(warnings),
+    )
+
+
+def held_out(settings: Settings, images: int) -> int:
+    """Images held out by `slices`."""
+    slices = settings.slices
+    return min(images - 1, max(round(slices.eval_fraction * images), slices.eval_min_images))
+
+
+def _bucket(transformer: Transformer, bucket: Bucket) -> BucketPlan:
+    size = (bucket.height, bucket.width)
+    h, w = transformer.latent_hw(size)
+    _, flops, _ = transformer.counts(size, transformer.settings.dit_stage1)
+    return BucketPlan(bucket.name, (h // 2) * (w // 2), flops.forward, flops.model, flops.recompute)
+
+
+def _hours(flops: int, gpus: int, rate: Rate | None) -> tuple[float | None, str | None]:
+    if rate is None:
+        return None, None
+    return flops / (rate.flops_per_s * gpus) / 3600, rate.source
+
+
+def _latents(
+    transformer: Transformer, sizes: Sequence[tuple[int, int]], images: int, rate: Rate | None
+) -> StagePlan:
+    vae, dtype = transformer.networks.autoencoder, transformer.settings.latents.dtype
+    flops = mean_flops(total(encoder_products(vae, *size)).inference for size in sizes)
+    areas = [math.prod(transformer.latent_hw(size)) for size in sizes]
+    record = vae.latent_channels * sum(areas) / len(areas) * _STORE_BYTES[dtype]
+    held = parameters(encoder_products(vae, *sizes[0]) + decoder_products(vae, *sizes[0]))
+    hours, source = _hours(images * flops.model, 1, rate)
+    return StagePlan(
+        stage="latents",
+        work="images encoded",
+        items=images,
+        flops_per_item=flops,
+        validation=0,
+        gpus=1,
+        parameters=held,
+        trained=0,
+        memory=None,
+        weights_bytes=4 * held,
+        disk={"latent store": round(record * images)},
+        hours=hours,
+        rate=source,
+    )
+
+
+def _text(transformer: Transformer, images: int, rate: Rate | None) -> StagePlan:
+    nets = transformer.networks
+    flops = _encoding_flops(transformer)
+    dtype = transformer.settings.latents.dtype
+    record = transformer.text_tokens * nets.t5.d_model + transformer.pooled_width
+    held = nets.t5.parameters + sum(clip.parameters for clip in nets.clips)
+    # The empty prompt is embedded too.
+    hours, source = _hours((images + 1) * flops.model, 1, rate)
+    return StagePlan(
+        stage="text_embeddings",
+        work="captions embedded (one per image, all different)",
+        items=images + 1,
+        flops_per_item=flops,
+        validation=0,
+        gpus=1,
+        parameters=held,
+        trained=0,
+        memory=None,
+        weights_bytes=4 * held,
+        disk={"text store": (images + 1) * record * _STORE_BYTES[dtype]},
+        hours=hours,
+        rate=source,
+    )
+
+
+def _encoding_flops(transformer: Transformer) -> Flops:
+    """One prompt through all text encoders."""
+    nets = transformer.networks
+    length = transformer.settings.models.text_encoders.max_sequence_length
+    return sum((clip_flops(clip) for clip in nets.clips), start=t5_flops(nets.t5, length))
+
+
+def _vae(transformer: Transformer, rate: Rate | None) -> StagePlan:
+    settings, vae = transformer.settings.vae, transformer.networks.autoencoder
+    gpus, crop = transformer.gpus, (settings.crop_px, settings.crop_px)
+    encoder, decoder = encoder_products(vae, *crop), decoder_products(vae, *crop)
+    checkpointing = settings.gradient_checkpointing
+    flops = total(encoder).inference + total(decoder, checkpointing=checkpointing)
+    once = total(encoder).forward + total(decoder).forward
+    # Before, after, and at every evaluation; each rank measures all crops.
+    measured = 2 + -(-settings.steps // settings.eval_every)
+    validation = measured * settings.eval_crops * once * gpus
+    items = settings.steps * settings.batch_size
+    trained, held = parameters(decoder), parameters(decoder) + parameters(encoder)
+    micro = min(settings.micro_batch_size, max(1, settings.batch_size // gpus))
+    memory = TrainingMemory(
+        weights=4 * held,
+        gradients=4 * trained,
+        optimizer=8 * trained,
+        average=0,
+        activations=decoder_activation_bytes(vae, *crop, micro, checkpointing=checkpointing),
+        # DistributedDataParallel copies gradients into buckets of the same size.
+        buffers=4 * trained,
+    )
+    hours, source = _hours(items * flops.model + validation, gpus, rate)
+    return StagePlan(
+        stage="vae",
+        work=f"crops of {settings.crop_px} px (perceptual network not counted)",
+        items=items,
+        flops_per_item=flops,
+        validation=validation,
+        gpus=gpus,
+        parameters=held,
+        trained=trained,
+        memory=memory,
+        weights_bytes=4 * held,
+        disk={
+            "checkpoints (one more while writing)": (VAE_CHECKPOINTS + 1) * 12 * trained,
+            "export": 4 * held,
+        },
+        hours=hours,
+        rate=source,
+    )
+
+
+def _dit(
+    name: str,
+    stage: DitStageSettings,
+    transformer: Transformer,
+    sizes: Sequence[tuple[int, int]],
+    images: int,
+    rate: Rate | None,
+) -> StagePlan:
+    gpus = transformer.gpus
+    degree = transformer.settings.runtime.context_parallel_degree
+    flops = mean_flops(transformer.counts(size, stage)[1] for size in sizes)
+    base = transformer.counts(sizes[0], None)[0]
+    trained = transformer.trained(stage)
+    held = base if stage.adapter is None else base + trained
+    # At the start, every validate_every steps, at the end, and there once more for the average.
+    validations = 2 + -(-stage.steps // stage.validate_every)
+    samples = held_out(transformer.settings, images) * VALIDATION_LEVELS * stage.validation_repeats
+    validation = validations * samples * flops.forward
+    items = stage.steps * stage.global_batch_size
+    whole = stage.precision == "fp32" and stage.zero_stage == 0
+    moments = moment_bytes(-(-trained // gpus), eight_bits=stage.optimizer == "adamw_8bit") * gpus
+    # The engine's weights (of an adapter alone, except with ZeRO-3), masters (where they are not
+    # the weights), moments, the average.
+    kept = held if stage.zero_stage == 3 else trained
+    checkpoint = ITEM_BYTES[stage.precision] * kept + moments + (4 if whole else 8) * trained
+    # The adapter alone lies beside the merged weights.
+    exported = 4 * base + (4 * trained if stage.adapter is not None else 0)
+    hours, source = _hours(
+        items * flops.model + validation, gpus, rate or _published_training(transformer)
+    )
+    return StagePlan(
+        stage=name,
+        work=f"{stage.steps} steps of {stage.global_batch_size}"
+        + (f", {degree} GPUs a sample" if degree > 1 else ""),
+        items=items,
+        flops_per_item=flops,
+        validation=validation,
+        gpus=gpus,
+        parameters=held,
+        trained=trained,
+        memory=dit_memory(stage, transformer, sizes, gpus),
+        weights_bytes=ITEM_BYTES[stage.precision] * held,
+        disk={
+            "checkpoints (one more while writing)": (stage.keep_checkpoints + 1) * checkpoint,
+            "export (raw and ema)": 2 * exported,
+        },
+        hours=hours,
+        rate=source,
+    )
+
+
+def _generate(transformer: Transformer, rate: Rate | None) -> StagePlan:
+    settings, nets = transformer.settings.generate, transformer.networks
+    # Without a guidance input, classifier-free guidance takes a second pass.
+    passes = settings.num_inference_steps
+    if nets.transformer is None and settings.guidance_scale > 1:
+        passes *= 2
+    vae = nets.autoencoder
+    each = [
+        transformer.counts(size, None)[1] * passes
+        + total(decoder_products(vae, *size)).inference
+        + _encoding_flops(transformer)
+        for size in settings.sizes
+    ]
+    items = settings.prompts * len(settings.sizes)
+    flops = mean_flops(each)
+    held = transformer.counts(settings.sizes[0], None)[0]
+    held += nets.t5.parameters + sum(clip.parameters for clip in nets.clips)
+    held += parameters(decoder_products(vae, 64, 64) + encoder_products(vae, 64, 64))
+    hours, source = _hours(items * flops.model, 1, rate or _published_sampling(transformer))
+    raw = sum(3 * height * width for height, width in settings.sizes) * settings.prompts
+    return StagePlan(
+        stage="generate",
+        work=f"images of {settings.num_inference_steps} steps",
+        items=items,
+        flops_per_item=flops,
+        validation=0,
+        gpus=1,
+        parameters=held,
+        trained=0,
+        memory=None,
+        # As `evaluation.sampling` loads them.
+        weights_bytes=(2 if transformer.settings.runtime.device == "cuda" else 4) * held,
+        disk={"images (uncompressed size; PNG is smaller)": raw},
+        hours=hours,
+        rate=source,
+    )
+
+
+def _published_training(transformer: Transformer) -> Rate | None:
+    """The rate of the paper's training, for its own transformer only."""
+    if transformer.networks.transformer != FluxShape():
+        return None
+    flops = PUBLISHED_TRAINING_IMAGES_PER_S * flux_flops(FluxShape(), *PUBLISHED_TOKENS).model
+    return Rate(
+        flops,
+        f"paper: its training time implies {PUBLISHED_TRAINING_IMAGES_PER_S} images/s per GPU at "
+        f"4096x4096 ({flops / 1e12:.0f} TFLOP/s); not measured here",
+    )
+
+
+def _published_sampling(transformer: Transformer) -> Rate | None:
+    if transformer.networks.transformer != FluxShape():
+        return None
+    steps = PUBLISHED_STEPS * flux_flops(FluxShape(), *PUBLISHED_TOKENS).forward
+    flops = steps / PUBLISHED_SECONDS_PER_IMAGE
+    return Rate(
+        flops,
+        f"paper: {PUBLISHED_SECONDS_PER_IMAGE} s per 4096x4096 image of {PUBLISHED_STEPS} steps "
+        f"({flops / 1e12:.0f} TFLOP/s); not measured here",
+    )

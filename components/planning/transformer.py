@@ -1,0 +1,170 @@
+"""What the planner asks of a transformer, whatever its backbone: counts and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from components.planning.flops import Flops, flux_flops
+from components.planning.memory import (
+    ITEM_BYTES,
+    TrainingMemory,
+    communication_bytes,
+    flux_activation_bytes,
+    state_bytes,
+)
+from components.planning.model_shapes import CLIP_TOKENS, Networks
+from components.settings.schema import Settings
+from components.settings.training import AdapterSettings, Checkpointing, DitStageSettings
+
+# (height, width) in pixels for counts that do not depend on it.
+_ANY_SIZE = (512, 512)
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Shapes and settings of one plan."""
+
+    networks: Networks
+    settings: Settings
+    _counts: dict[int, tuple[int, Flops, int, tuple[int, int, int]]] = field(
+        default_factory=dict, compare=False
+    )
+    """Counts on the meta device by latent area, on which alone they depend."""
+    _trained: dict[AdapterSettings, int] = field(default_factory=dict, compare=False)
+
+    @property
+    def gpus(self) -> int:
+        """Training processes on all nodes."""
+        return self.settings.runtime.processes * self.settings.runtime.nodes
+
+    @property
+    def text_tokens(self) -> int:
+        """L; SD3 puts the CLIP tokens before T5's."""
+        length = self.settings.models.text_encoders.max_sequence_length
+        return length if self.networks.transformer else length + CLIP_TOKENS
+
+    @property
+    def pooled_width(self) -> int:
+        """P; SD3 joins the pooled vectors of its CLIPs."""
+        return sum(clip.projection_dim or clip.hidden_size for clip in self.networks.clips)
+
+    def latent_hw(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Latent pixels of an image (height, width)."""
+        compression = self.networks.autoencoder.compression
+        return size[0] // compression, size[1] // compression
+
+    def counts(
+        self, size: tuple[int, int], stage: DitStageSettings | None
+    ) -> tuple[int, Flops, int]:
+        """(parameters, operations of one sample, activation bytes of a micro batch).
+
+        Args:
+            size: (height, width) in pixels.
+            stage: precision, micro batch and checkpointing; None: forward only.
+        """
+        h, w = self.latent_hw(size)
+        policy: Checkpointing = "none" if stage is None else stage.gradient_checkpointing
+        shape = self.networks.transformer
+        if shape is None:
+            return self._counted((h, w), stage)
+        tokens = (h // 2) * (w // 2)
+        flops = flux_flops(shape, tokens, self.text_tokens, checkpointing=policy == "blocks")
+        if stage is None:
+            return shape.parameters, flops.inference, 0
+        degree = self.settings.runtime.context_parallel_degree
+        activations = flux_activation_bytes(
+            shape,
+            # With context parallelism an estimate: attention keeps other tensors, of like size.
+            -(-(tokens + self.text_tokens) // degree),
+            stage.micro_batch_size,
+            stage.precision,
+            checkpointing=policy,
+        )
+        return shape.parameters, flops, activations
+
+    def trained(self, stage: DitStageSettings) -> int:
+        """Parameters that `stage` trains: all, or those of its adapter.
+
+        Raises:
+            ValueError: the adapter names layers that there are not.
+        """
+        nets = self.networks
+        if stage.adapter is None:
+            return self.counts(_ANY_SIZE, None)[0]
+        from components.planning.counted_flops import backbone_on_meta, flux_on_meta
+        from components.training.dit.adapters import adapter_parameters
+
+        if stage.adapter not in self._trained:
+            model = (
+                backbone_on_meta(
+                    self.settings.models.transformer,
+                    nets.transformer_config,
+                    (nets.t5.d_model, self.pooled_width),
+                    (nets.autoencoder.latent_channels, *self.latent_hw(_ANY_SIZE)),
+                )
+                if nets.transformer is None
+                else flux_on_meta(nets.transformer)
+            )
+            self._trained[stage.adapter] = adapter_parameters(model, stage.adapter)
+        return self._trained[stage.adapter]
+
+    def _counted(
+        self, latent_hw: tuple[int, int], stage: DitStageSettings | None
+    ) -> tuple[int, Flops, int]:
+        """A backbone without a closed form, counted on the meta device (imports torch)."""
+        from components.planning.counted_flops import backbone_counts
+
+        nets = self.networks
+        area = math.prod(latent_hw)
+        if area not in self._counts:
+            self._counts[area] = backbone_counts(
+                self.settings.models.transformer,
+                nets.transformer_config,
+                (nets.t5.d_model, self.pooled_width),
+                (nets.autoencoder.latent_channels, *latent_hw),
+                self.text_tokens,
+            )
+        held, flops, saved, (inputs, products, blocks) = self._counts[area]
+        if stage is None:
+            return held, flops.inference, 0
+        scale = stage.micro_batch_size * ITEM_BYTES[stage.precision] // ITEM_BYTES["bf16"]
+        # Blocks are alike: one block's share is repeated at a time, its inputs are kept.
+        if stage.gradient_checkpointing == "blocks":
+            repeated = Flops(flops.forward, flops.backward, flops.forward)
+            return held, repeated, scale * (inputs + saved // blocks)
+        if stage.gradient_checkpointing == "selective":
+            return held, flops, scale * (inputs + products + saved // blocks)
+        return held, flops, scale * saved
+
+
+def dit_memory(
+    stage: DitStageSettings, transformer: Transformer, sizes: Sequence[tuple[int, int]], gpus: int
+) -> TrainingMemory:
+    """Memory of one GPU at the bucket with the most tokens.
+
+    Activations are an upper bound with `adapter`: frozen layers keep less.
+    """
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    held, _, activations = transformer.counts(largest, stage)
+    trained = transformer.trained(stage)
+    if stage.adapter is not None:
+        held += trained
+    weights, gradients, optimizer = state_bytes(
+        held,
+        gpus,
+        stage.zero_stage,
+        stage.precision,
+        trained=trained,
+        eight_bits=stage.optimizer == "adamw_8bit",
+    )
+    return TrainingMemory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=0 if stage.offload_optimizer == "cpu" else optimizer,
+        # Each rank averages its share (sharded.ema); on "cpu" it is in host memory.
+        average=4 * -(-trained // gpus) if stage.ema_device == "model" else 0,
+        activations=activations,
+        buffers=communication_bytes(held, gpus, stage.precision, stage.zero_stage),
+    )

@@ -1,0 +1,125 @@
+"""Settings of the networks (autoencoder, transformer, text encoders) and the buckets."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict
+
+from components.settings.section import (
+    Count,
+    Ints,
+    Section,
+)
+
+
+class BucketsSettings(Section):
+    """Aspect-ratio buckets."""
+
+    published: Literal["table", "text"]
+    """Which published set: the supplement's table 3 or the sizes in its text."""
+    target_pixels: Annotated[int, Field(ge=32 * 32)] | None
+    """Keep the aspect ratios but scale to this area (embedded profile); None: published sizes."""
+
+
+class TinyAutoencoder(Section):
+    """Shape of the random autoencoder that stands in where no weights folder is named."""
+
+    block_out_channels: Ints
+    layers_per_block: Count
+    norm_num_groups: Count
+
+
+class AutoencoderSettings(Section):
+    """The F16 autoencoder."""
+
+    pretrained: str | None
+    """Folder with a Flux VAE (F8, or F16 with stride 2); None: `tiny`."""
+    stride: Literal[1, 2]
+    decode_mode: Literal["aligned", "official_partitioned"]
+    tiny: TinyAutoencoder
+
+
+class TinyTransformer(Section):
+    """Shape of the random Flux transformer."""
+
+    num_layers: Count
+    num_single_layers: Count
+    num_attention_heads: Count
+    axes_dims_rope: Annotated[tuple[Count, Count, Count], Strict(False)]
+
+
+class TinySd3Transformer(Section):
+    """Shape of the random SD3 transformer."""
+
+    num_layers: Count
+    num_attention_heads: Count
+    attention_head_dim: Count
+    sample_size: Annotated[int, Field(ge=2, multiple_of=2)]
+    """Latent pixels over which the positions 0 to sample_size/2 are spread; SD3: 128."""
+    pos_embed_max_size: Count
+    """Side of the table of positions in 2x2 patches; SD3-2B: 192."""
+
+
+class Sd3Settings(Section):
+    """What the SD3 backbone has of its own."""
+
+    pos_embed_max_size: Count | None
+    """Continue the position table of `pretrained` to this many patches an edge (a patch is 32 px
+    with F16), for images beyond it; null: its own, and larger images are an error."""
+    tiny: TinySd3Transformer
+
+
+class ModelCardSettings(Section):
+    """What only the owner of the weights can say in a model card."""
+
+    license: Annotated[str, Field(pattern=r"^[a-z0-9.-]+$")]
+    """Identifier of the model hub's list, such as apache-2.0, other or unknown. Weights trained
+    from others inherit their terms."""
+    license_name: str | None
+    """Name of the licence where `license` is other."""
+    base_model: str | None
+    """Hub repository of the weights that training began with."""
+
+
+class TransformerSettings(Section):
+    """The DiT."""
+
+    backbone: Literal["flux", "sd3"]
+    """Architecture: Flux (UltraFlux), or SD3, Diffusion-4K's second one. The text encoders follow:
+    T5 and CLIP for Flux, T5 and two CLIPs for SD3."""
+    pretrained: str | None
+    """Folder of a transformer of that architecture; None: a random tiny one."""
+    rope_variant: Literal["official", "official_prefix", "paper", "flux"]
+    rope_window: Count
+    """Training window in tokens per axis; paper: 64."""
+    card: ModelCardSettings
+    tiny: TinyTransformer
+    sd3: Sd3Settings
+
+
+class TinyTextEncoders(Section):
+    """Shapes of the random T5 and CLIP encoders."""
+
+    t5_dim: Count
+    clip_dim: Count
+    """Width of the pooled vector; SD3's two CLIPs have half of it each (even, at most t5_dim)."""
+    vocab_size: Annotated[int, Field(ge=300)]
+
+
+class TextEncodersSettings(Section):
+    """T5 and CLIP."""
+
+    pretrained: str | None
+    """FLUX.1-dev folder (tokenizer, tokenizer_2, text_encoder, text_encoder_2), or for the backbone
+    sd3 its folder (the same and tokenizer_3, text_encoder_3); None: `tiny`."""
+    max_sequence_length: Annotated[int, Field(ge=8, le=512)]
+    tiny: TinyTextEncoders
+
+
+class ModelsSettings(Section):
+    """The three networks."""
+
+    autoencoder: AutoencoderSettings
+    transformer: TransformerSettings
+    text_encoders: TextEncodersSettings

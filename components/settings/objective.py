@@ -1,0 +1,42 @@
+"""Settings of the training objective."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict, model_validator
+
+from components.settings.section import (
+    NonNegative,
+    Section,
+)
+
+
+class SnrHuberSettings(Section):
+    """SNR-aware Huber wavelet objective; alpha, beta, gamma are not published: ours."""
+
+    c_min: Annotated[float, Field(gt=0)] = 0.2
+    c_max: Annotated[float, Field(gt=0)] = 1.0
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    beta: NonNegative = 1.0
+    gamma: Annotated[float, Field(gt=0)] = 5.0
+    time_weight: Literal["paper", "fm_exact"] = "paper"
+    band_weights: Annotated[
+        tuple[NonNegative, NonNegative, NonNegative, NonNegative], Strict(False)
+    ] = (1.0, 1.0, 1.0, 1.0)
+    """Weights of (LL, LH, HL, HH)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SnrHuberSettings:
+        if self.c_max < self.c_min:
+            raise ValueError(f"c_max {self.c_max} must be at least c_min {self.c_min}")
+        return self
+
+
+class ObjectiveSettings(Section):
+    """Training objective of the DiT."""
+
+    kind: Literal["snr_huber", "flow_matching", "wavelet"]
+    wavelet_space: Literal["x0", "v"]
+    """Only for kind `wavelet` (Diffusion-4K's WLF)."""
+    snr_huber: SnrHuberSettings

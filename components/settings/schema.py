@@ -1,0 +1,141 @@
+"""The one settings schema: every value of `params.yaml`, typed, bounded and documented.
+
+Values live in `conf/` (profiles) and in the composed `params.yaml`; this module holds no defaults
+except where a settings object is part of a public function signature (`SnrHuberSettings`).
+Unknown or out-of-range keys raise `SettingsError`, one line per problem.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from components.settings.captions import CaptionSettings
+from components.settings.corpus import (
+    ImagesSettings,
+    IngestSettings,
+    PeopleSettings,
+    QualitySettings,
+    SelectSettings,
+    SignalsSettings,
+    SlicesSettings,
+    ValidateSettings,
+)
+from components.settings.evaluation import (
+    EvaluateSettings,
+    GenerateSettings,
+    PromoteSettings,
+    RefinerSettings,
+)
+from components.settings.models import BucketsSettings, ModelsSettings
+from components.settings.objective import ObjectiveSettings
+from components.settings.runtime import ProjectSettings, RuntimeSettings
+from components.settings.section import (
+    Section,
+)
+from components.settings.training import DitStageSettings, LatentsSettings, VaeSettings
+
+
+class SettingsError(ValueError):
+    """Bad settings; the message names file, field, value and allowed range, one problem a line."""
+
+
+class Settings(Section):
+    """All of `params.yaml`."""
+
+    project: ProjectSettings
+    runtime: RuntimeSettings
+    ingest: IngestSettings
+    signals: SignalsSettings
+    quality: QualitySettings
+    people: PeopleSettings
+    select: SelectSettings
+    caption: CaptionSettings
+    validation: ValidateSettings
+    slices: SlicesSettings
+    images: ImagesSettings
+    buckets: BucketsSettings
+    models: ModelsSettings
+    vae: VaeSettings
+    latents: LatentsSettings
+    objective: ObjectiveSettings
+    dit_stage1: DitStageSettings
+    dit_stage2: DitStageSettings
+    generate: GenerateSettings
+    refiner: RefinerSettings
+    evaluate: EvaluateSettings
+    promote: PromoteSettings
+
+
+def _nearest_key(location: tuple[str | int, ...]) -> str | None:
+    """The known key closest to the last part of an unknown `location`."""
+    model: type[BaseModel] = Settings
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
+            return None
+        model = field.annotation
+    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1, cutoff=0.4)
+    return close[0] if close else None
+
+
+# A key pasted where its variable's name belongs, or a password in an address, is not repeated.
+_MAY_HOLD_A_SECRET = ("api_key_env", "base_url")
+
+
+def _describe(error: Any, where: str) -> str:
+    """One line for one pydantic error."""
+    location = error["loc"]
+    name = ".".join(str(part) for part in location) or "settings"
+    if error["type"] == "extra_forbidden":
+        nearest = _nearest_key(location)
+        hint = f"; did you mean '{nearest}'?" if nearest else ""
+        return f"{where}: unknown key '{name}'{hint}"
+    if error["type"] == "missing":
+        return f"{where}: missing key '{name}'"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if location and location[-1] in _MAY_HOLD_A_SECRET:
+        return f"{where}: {name} (value not shown): {message[0].lower()}{message[1:]}"
+    return f"{where}: {name} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def parse_settings(values: Any, *, where: str = "params.yaml") -> Settings:
+    """Validate a nested mapping.
+
+    Args:
+        values: what YAML gave, sections by name.
+        where: file name for messages.
+
+    Raises:
+        SettingsError: every problem on a line of its own: field, value, allowed range.
+    """
+    if not isinstance(values, dict):
+        raise SettingsError(f"{where}: expected a mapping of sections, got {type(values).__name__}")
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as problem:
+        lines = [_describe(error, where) for error in problem.errors()]
+        raise SettingsError("\n".join(lines)) from None
+
+
+def load_settings(path: Path) -> Settings:
+    """Read and validate a `params.yaml`.
+
+    Raises:
+        SettingsError: file missing, not YAML, or not valid settings.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(
+            f"{path}: not found; run `ultraflux config compose --profile embedded`"
+        ) from None
+    except yaml.YAMLError as problem:
+        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(problem).split())}") from None
+    return parse_settings(values, where=path.name)

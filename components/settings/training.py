@@ -1,0 +1,162 @@
+"""Settings of what trains: the decoder, the latent store and the stages of the DiT."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict, model_validator
+
+from components.settings.section import Count, Fraction, NonNegative, Section
+
+Checkpointing = Literal["none", "blocks", "selective"]
+
+
+class ReconstructionSettings(Section):
+    """VAE post-training loss (UltraFlux table 3: 0.2 wavelet, 0.1 perceptual, 1.0 L2)."""
+
+    wavelet: NonNegative
+    perceptual: NonNegative
+    l2: NonNegative
+    perceptual_kind: Literal["lpips", "random_vgg", "ms_ssim", "gmsd", "none"]
+    lpips_backbone: str | None
+    """Local backbone file for `lpips`."""
+    lpips_sha256: str | None
+
+
+class VaeSettings(Section):
+    """Decoder-only post-training."""
+
+    crop_px: Annotated[int, Field(ge=64, multiple_of=16)]
+    """Square training crops; paper: 512."""
+    batch_size: Count
+    """Global batch; paper: 384."""
+    micro_batch_size: Count
+    """Crops that a process decodes at once; gradient accumulation makes up the difference."""
+    precision: Literal["bf16", "fp32"]
+    """Of the networks (autocast); weights, loss and optimizer stay float32."""
+    gradient_checkpointing: bool
+    """Recompute the decoder's blocks in the backward pass: less memory, about a third more time."""
+    steps: Count
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: NonNegative
+    loss: ReconstructionSettings
+    eval_crops: Count
+    """Held-out crops on which PSNR is measured."""
+    eval_every: Count
+    checkpoint_every: Count
+
+
+class LatentsSettings(Section):
+    """The latent store."""
+
+    batch_size: Count
+    dtype: Literal["float32", "bfloat16"]
+    shard_mb: Count
+    """A shard is closed when it reaches this size in MiB."""
+    max_rejected_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the photographs that may turn out undecodable (or kill their worker) before the
+    stage fails; those within it are listed in `store.json` and left out of training."""
+
+
+class SampleSettings(Section):
+    """Pictures from the averaged weights while training goes on."""
+
+    every: Annotated[int, Field(ge=0)] | None
+    """Steps between grids; one more at the end. 0: only at the end; None: no grid."""
+    prompts: Count
+    """Captions of the first held-out images, each at its image's size."""
+    num_inference_steps: Count
+    guidance_scale: NonNegative
+
+
+class AdapterSettings(Section):
+    """Low-rank adapter (LoRA) that is trained instead of the weights."""
+
+    rank: Count
+    alpha: Count
+    """The adapter's output is scaled by alpha / rank."""
+    target_modules: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
+    """Names, or last parts of names, of the layers that get factors, such as to_q."""
+
+
+class DitStageSettings(Section):
+    """One stage of SACL training."""
+
+    steps: Count
+    global_batch_size: Count
+    """Paper: 64."""
+    micro_batch_size: Count
+    """Per process; gradient accumulation makes up the difference."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Paper: 1e-6."""
+    schedule: Literal["constant", "cosine"]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    weight_decay: NonNegative
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    ema_device: Literal["model", "cpu"]
+    """Where each rank keeps its share of the average: beside the weights, or in host memory (4
+    bytes times parameters over ranks less on the GPU, copied across once a step)."""
+    precision: Literal["bf16", "fp32"]
+    zero_stage: Literal[0, 1, 2, 3]
+    """What DeepSpeed ZeRO divides over the ranks: 1 optimizer states, 2 also gradients, 3 also the
+    weights. 0 divides nothing and keeps no float32 masters, so it needs precision fp32."""
+    gradient_checkpointing: Checkpointing
+    """Activations kept for the backward pass: all; only what enters a block (its forward runs
+    twice); also what matrix products and attention give (no such product runs twice)."""
+    optimizer: Literal["adamw", "adamw_8bit"]
+    """`adamw_8bit` (extra `gpu`) keeps AdamW's moments in 8 bits."""
+    offload_optimizer: Literal["none", "cpu"]
+    """Where DeepSpeed keeps optimizer states and float32 masters; `cpu`: in host memory."""
+    adapter: AdapterSettings | None
+    """None: all weights are trained."""
+    sigma_range: Annotated[tuple[Fraction, Fraction], Strict(False)]
+    """Noise levels trained on, 0 data to 1 noise; SACL stage 2: [0.541, 1]."""
+    timestep_density: Literal["uniform", "logit_normal", "shifted"]
+    initial_weights: Literal["pretrained", "stage1_ema", "stage1_raw"]
+    guidance_scale: NonNegative
+    """Value fed to the guidance embedding during training."""
+    validate_every: Count
+    validation_repeats: Count
+    """Fixed noise draws per held-out image and noise level."""
+    watch_every: Count
+    """Steps between readings of the error by wavelet band and of memory; the other metrics are
+    logged at every step."""
+    checkpoint_every: Count
+    keep_checkpoints: Count
+    async_checkpoints: bool
+    """Write checkpoints in a thread while training goes on: same files, a copy of the state in
+    host memory (pinned on CUDA)."""
+    samples: SampleSettings
+    max_shard_gb: Annotated[float, Field(gt=0)]
+    """Exported weights above this size (GB) are divided over several files."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DitStageSettings:
+        if self.sigma_range[0] >= self.sigma_range[1]:
+            raise ValueError(f"sigma_range {list(self.sigma_range)} must be increasing")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} must be a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_choices(self) -> DitStageSettings:
+        """Refuse what DeepSpeed and the optimizer cannot do together."""
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "zero_stage 0 keeps no float32 masters of bf16 weights: use zero_stage 1, 2 or 3, "
+                "or precision fp32"
+            )
+        if self.offload_optimizer == "cpu" and self.zero_stage < 2:
+            raise ValueError(
+                f"offload_optimizer 'cpu' needs zero_stage 2 or 3, not {self.zero_stage}"
+            )
+        if self.offload_optimizer == "cpu" and self.optimizer == "adamw_8bit":
+            raise ValueError(
+                "optimizer 'adamw_8bit' updates on the GPU: use 'adamw' with offload_optimizer "
+                "'cpu', or offload_optimizer 'none'"
+            )
+        return self

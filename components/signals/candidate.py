@@ -1,0 +1,211 @@
+"""Classical signals of a photograph: integrity, entropy, flatness, texture, hash, compression.
+
+`measure_image` is the stable interface behind `ultraflux measure`; `measure_candidate` is what the
+signals stage runs for every candidate, together with a small derivative for later stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from components.images.decoding import MAX_MEGAPIXELS, ImageUndecodable, decode_rgb, read_rgb
+from components.images.original_lookup import Original
+from components.images.scratch import Scratch
+from components.signals.compression import jpeg95_ratio
+from components.signals.fused_texture import FusedTexture, fused_texture
+from components.signals.glcm import glcm_measures
+from components.signals.jpeg_quality import jpeg_quality
+from components.signals.pdq import pdq
+from components.signals.shrinking import box_reduced
+
+_DERIVATIVE_QUALITY = 90
+
+SIGNALS_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("bytes_per_pixel", pa.float64()),
+        ("integrity", pa.string()),
+        ("flat_fraction", pa.float64()),
+        ("entropy_bits", pa.float64()),
+        ("glcm_score", pa.float64()),
+        ("glcm_entropy_bits", pa.float64()),
+        ("jpeg_quality", pa.int32()),
+        ("pdq_hash", pa.string()),
+        ("pdq_quality", pa.int32()),
+        ("decode_note", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+DERIVATIVES_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        # Of the original, so that boxes found on the derivative can be scaled back.
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("jpeg", pa.binary()),
+    ]
+)
+CANDIDATE_SCHEMA = pa.schema([*SIGNALS_SCHEMA, DERIVATIVES_SCHEMA.field("jpeg")])
+"""What one worker returns: both tables in one row."""
+
+UNREAD = "cannot read"
+"""What `integrity` starts with when not even the bytes could be had."""
+
+_MEASURES = ("entropy_bits", "flat_fraction", "glcm_score", "glcm_entropy_bits", "jpeg95_ratio")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One file to measure, with the settings that matter (picklable)."""
+
+    path: Path | Original
+    patch_px: int
+    flat_variance: float
+    derivative_px: int
+    max_megapixels: float
+    glcm: bool = True
+    """The co-occurrence measures take longer than everything else together."""
+
+
+_per_thread = threading.local()
+
+
+def _scratch() -> Scratch:
+    """This thread's decode and gray buffers; nothing that a function here returns is a view."""
+    if not hasattr(_per_thread, "scratch"):
+        _per_thread.scratch = Scratch()
+    scratch: Scratch = _per_thread.scratch
+    return scratch
+
+
+def derivative_factor(height: int, width: int, long_edge_px: int) -> int:
+    """Smallest whole number that brings an image to a long edge of at most `long_edge_px`."""
+    return max(1, -(-max(height, width) // long_edge_px))
+
+
+def _encoded(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_DERIVATIVE_QUALITY)
+    return buffer.getvalue()
+
+
+def derivative_jpeg(pixels: np.ndarray, long_edge_px: int) -> bytes:
+    """A small JPEG (quality 90) for model scorers and reports; never enlarged.
+
+    Means of whole blocks, so a 4K image ends between 4/5 of the edge and the edge: every picture
+    keeps its aspect ratio, and nothing is resampled twice before a scorer's own resize.
+
+    Args:
+        pixels: (H, W, 3) uint8, RGB.
+        long_edge_px: at most this in the result.
+    """
+    height, width = pixels.shape[:2]
+    return _encoded(box_reduced(pixels, derivative_factor(height, width, long_edge_px)))
+
+
+def _texture(pixels: np.ndarray, candidate: Candidate) -> FusedTexture:
+    height, width = pixels.shape[:2]
+    return fused_texture(
+        pixels,
+        patch_px=candidate.patch_px,
+        flat_variance=candidate.flat_variance,
+        reduced_by=derivative_factor(height, width, candidate.derivative_px),
+        scratch=_scratch(),
+    )
+
+
+def measure_candidate(candidate: Candidate) -> dict[str, Any]:
+    """Signals and derivative of one file from one decode; what is broken is said in `integrity`.
+
+    Returns:
+        a row of `CANDIDATE_SCHEMA` without image_id.
+    """
+    try:
+        data = candidate.path.read_bytes()
+        decoded = decode_rgb(data, max_megapixels=candidate.max_megapixels, scratch=_scratch())
+    except OSError as problem:
+        return {"integrity": f"{UNREAD}: {problem.strerror}"}
+    except ImageUndecodable as problem:
+        return {"integrity": str(problem)}
+    texture = _texture(decoded.pixels, candidate)
+    glcm = glcm_measures(texture.gray) if candidate.glcm else None
+    score, entropy = glcm or (None, None)
+    hash_hex, hash_quality = pdq(texture.gray) or (None, None)
+    height, width = texture.gray.shape
+    return {
+        "width": width,
+        "height": height,
+        "bytes_per_pixel": len(data) / (height * width),
+        "integrity": decoded.integrity,
+        "flat_fraction": texture.flat_fraction,
+        "entropy_bits": texture.entropy_bits,
+        "glcm_score": score,
+        "glcm_entropy_bits": entropy,
+        "jpeg_quality": jpeg_quality(decoded.quantization) if decoded.quantization else None,
+        "pdq_hash": hash_hex,
+        "pdq_quality": hash_quality,
+        "decode_note": decoded.note,
+        "jpeg": _encoded(texture.reduced),
+    }
+
+
+def kernels_digest() -> str:
+    """Hash of the compiled loops' source, without the second that importing them takes."""
+    digest = hashlib.sha256()
+    for name in ("count_kernels.py", "cooccurrence_kernels.py", "texture_kernels.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()
+
+
+def prepare_worker() -> None:
+    """Load or compile every kernel, so that no item waits for a compiler or its memory."""
+    noise = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
+    gray = fused_texture(noise, patch_px=8, reduced_by=3).gray
+    glcm_measures(gray)
+    pdq(np.tile(gray, (8, 8)))
+    _encoded(noise)
+
+
+# The pool calls this in every worker before it says that it is ready.
+measure_candidate.prepare_worker = prepare_worker  # type: ignore[attr-defined]
+
+
+def measure_image(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> dict[str, Any]:
+    """All weight-free measures of one file, with the paper's thresholds for flatness.
+
+    Returns:
+        path, width, height (pixels, no EXIF rotation), entropy_bits (0 to 8), flat_fraction
+        (0 to 1), glcm_score, glcm_entropy_bits (0 to 12), jpeg95_ratio (above 1 for nearly every
+        picture). Not measurable: null, and the key `error` says why.
+    """
+    row: dict[str, Any] = {"path": str(path), "width": None, "height": None}
+    row |= dict.fromkeys(_MEASURES)
+    try:
+        decoded = read_rgb(path, max_megapixels=max_megapixels)
+    except ImageUndecodable as problem:
+        return row | {"error": str(problem)}
+    texture = fused_texture(decoded.pixels)
+    row |= {"width": decoded.header.width, "height": decoded.header.height}
+    row |= {"entropy_bits": texture.entropy_bits, "flat_fraction": texture.flat_fraction}
+    errors = [] if decoded.integrity == "ok" else [f"damaged: {decoded.integrity}"]
+    glcm = glcm_measures(texture.gray)
+    if glcm is None:
+        errors.append("GLCM: no 64x64 patch fits")
+    else:
+        row["glcm_score"], row["glcm_entropy_bits"] = glcm
+    try:
+        row["jpeg95_ratio"] = jpeg95_ratio([decoded.pixels])
+    except ValueError as problem:
+        errors.append(str(problem))
+    return row | {"error": "; ".join(errors)} if errors else row

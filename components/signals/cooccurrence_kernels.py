@@ -1,0 +1,164 @@
+"""Compiled loops of the co-occurrence measures; what they compute is said in `glcm`.
+
+Both entropies of a patch follow from one thing per offset: how many of the 4096 level pairs occur
+how often. So pairs are counted, the counts are counted, and the logarithms are taken of those few.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from components.signals.count_kernels import count_in_four
+from components.signals.kernel_cache import cached
+
+PATCH_PX = 64
+PAIRS = 4096
+"""64 levels times 64 levels."""
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _join(high: np.ndarray, low: np.ndarray, codes: np.ndarray) -> None:
+    """One code per pair; also of pairs that wrap around an edge, which the caller overwrites."""
+    for index in range(codes.size):
+        codes[index] = np.uint16(high[index] + low[index])
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _merge(tables: np.ndarray, merged: np.ndarray) -> None:
+    """Sum of the four tables, which are zero again afterwards."""
+    first, second = tables[0, : merged.size], tables[1, : merged.size]
+    third, fourth = tables[2, : merged.size], tables[3, : merged.size]
+    for pair in range(merged.size):
+        merged[pair] = np.uint32(first[pair] + second[pair] + third[pair] + fourth[pair])
+        first[pair] = 0
+        second[pair] = 0
+        third[pair] = 0
+        fourth[pair] = 0
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _occurrences(merged: np.ndarray, often: np.ndarray, seen: np.ndarray) -> int:
+    """How often each count above 0 occurs (`often`); the distinct counts are listed in `seen`.
+
+    Most pairs never occur, so two are skipped at a time; the size of `merged` is even.
+    """
+    distinct = 0
+    words = merged.view(np.uint64)
+    for word in range(words.size):
+        if words[word] != 0:
+            for pair in range(2 * word, 2 * word + 2):
+                count = merged[pair]
+                if count != 0:
+                    if often[count] == 0:
+                        seen[distinct] = count
+                        distinct += 1
+                    often[count] += 1
+    return distinct
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _entropy_of_frequencies(frequencies: np.ndarray, seen: np.ndarray, distinct: int) -> float:
+    """Entropy in bits of listed frequencies that add up to 2^16; clears them."""
+    total = 0.0
+    for index in range(distinct):
+        frequency = float(frequencies[seen[index]])
+        frequencies[seen[index]] = 0
+        total += frequency * np.log2(frequency)
+    return 16.0 - total / 65536.0
+
+
+@cached
+@numba.njit(nogil=True, error_model="numpy")
+def patch_entropies(
+    gray: np.ndarray,
+    offsets: np.ndarray,
+    value_ids: np.ndarray,
+    count_log_count: np.ndarray,
+    values: int,
+) -> tuple[float, float, int]:
+    """Sums over patches of the two entropies, and the number of patches.
+
+    Args:
+        gray: (H, W) uint8.
+        offsets: (n, 4) int64: row, column, how many of the 16 (distance, angle) matrices it stands
+            for, and its row in `value_ids`.
+        value_ids: (classes, 4097) int32: one number per distinct value count / pairs.
+        count_log_count: (4097,) float64, c log2 c, and 0 for 0.
+        values: how many distinct values there are.
+    """
+    edge = min(gray.shape[0], gray.shape[1])
+    # Flat and with room for the longest offset: a slice per offset instead of one per row, whose
+    # reference counting would take longer than its pixels.
+    high = np.empty(PATCH_PX * PATCH_PX, np.uint16)
+    low = np.zeros(PATCH_PX * PATCH_PX + PATCH_PX, np.uint16)
+    codes = np.empty(PATCH_PX * PATCH_PX, np.uint16)
+    tables = np.zeros((4, PAIRS + 1), np.uint32)
+    merged = np.empty(PAIRS, np.uint32)
+    often = np.zeros(PAIRS + 1, np.int64)
+    seen_counts = np.empty(PAIRS + 1, np.int64)
+    frequencies = np.zeros(values, np.int64)
+    seen_values = np.empty(values, np.int64)
+    score = 0.0
+    haralick = 0.0
+    patches = 0
+    for top in range(0, edge - PATCH_PX + 1, PATCH_PX):
+        for left in range(0, edge - PATCH_PX + 1, PATCH_PX):
+            lowest = np.uint8(255)
+            highest = np.uint8(0)
+            for y in range(PATCH_PX):
+                row = gray[top + y, left : left + PATCH_PX]
+                for x in range(PATCH_PX):
+                    lowest = min(lowest, row[x])
+                    highest = max(highest, row[x])
+            # Only levels between the extremes take part: small tables for smooth patches.
+            first = np.uint16(lowest >> 2)
+            levels = np.uint16((highest >> 2) - first + 1)
+            for y in range(PATCH_PX):
+                row = gray[top + y, left : left + PATCH_PX]
+                for x in range(PATCH_PX):
+                    level = np.uint16((row[x] >> 2) - first)
+                    low[PATCH_PX * y + x] = level
+                    high[PATCH_PX * y + x] = np.uint16(level * levels)
+            # Even, for `_occurrences`; the pair beyond the last never occurs.
+            size = (int(levels) * int(levels) + 1) // 2 * 2
+            distinct_values = 0
+            for index in range(offsets.shape[0]):
+                down, across, weight, values_row = offsets[index]
+                width = PATCH_PX - abs(across)
+                joined = codes[: PATCH_PX * (PATCH_PX - down)]
+                shift = PATCH_PX * down + across
+                _join(high[: joined.size], low[shift : shift + joined.size], joined)
+                # Pairs that wrap around an edge are counted in a cell beyond the last pair.
+                wrapped = width if across > 0 else 0
+                for y in range(PATCH_PX - down):
+                    for x in range(wrapped, wrapped + abs(across)):
+                        joined[PATCH_PX * y + x] = np.uint16(size)
+                count_in_four(joined, tables)
+                tables[:, size] = 0
+                _merge(tables, merged[:size])
+                distinct = _occurrences(merged[:size], often, seen_counts)
+                pairs = width * (PATCH_PX - down)
+                occurring = 0
+                sum_of_logs = 0.0
+                for position in range(distinct):
+                    count = seen_counts[position]
+                    cells = often[count]
+                    often[count] = 0
+                    occurring += cells
+                    sum_of_logs += cells * count_log_count[count]
+                    value = value_ids[values_row, count]
+                    if frequencies[value] == 0:
+                        seen_values[distinct_values] = value
+                        distinct_values += 1
+                    frequencies[value] += weight * cells
+                zero = value_ids[values_row, 0]
+                if occurring < PAIRS:
+                    if frequencies[zero] == 0:
+                        seen_values[distinct_values] = zero
+                        distinct_values += 1
+                    frequencies[zero] += weight * (PAIRS - occurring)
+                haralick += weight * (np.log2(float(pairs)) - sum_of_logs / pairs) / 16.0
+            score += _entropy_of_frequencies(frequencies, seen_values, distinct_values)
+            patches += 1
+    return score, haralick, patches

@@ -1,0 +1,118 @@
+"""Gray, entropy, flat fraction and a small copy of an image in one pass over its pixels.
+
+Bit-identical with `flat_regions` and the released tool (tested on every reference photograph): the
+histogram and the sums of squared gradients are exact integers; only the sum of float32 roots is
+not, its error is bounded, and a patch whose variance is not certain to lie on one side of the
+threshold is decided by the slow exact formula.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from components.images.scratch import Scratch
+from components.signals.entropy import entropy_of_histogram
+from components.signals.flat_regions import sobel_variance
+from components.signals.shrinking import MAX_FACTOR_16_BITS, box_reduced
+
+MAX_PATCH_PX = 1024
+"""Squared gradients (up to 2 * 1020^2) of one patch row add up in 31 bits."""
+
+_MIN_PATCH_PX = 3
+_HALF_ULP = 2.0**-24
+
+
+@dataclass(frozen=True)
+class FusedTexture:
+    """What one pass over the pixels gives."""
+
+    gray: np.ndarray
+    """(H, W) uint8; scratch memory, valid until the next pass with the same scratch."""
+    entropy_bits: float
+    flat_fraction: float
+    uncertain_patches: int
+    """How many patches the exact formula decided."""
+    reduced: np.ndarray
+    """(ceil(H / f), ceil(W / f), 3) uint8: `shrinking.box_reduced` of the pixels."""
+
+
+def certain_distance(mean_magnitude: np.ndarray, patch_px: int) -> np.ndarray:
+    """How far from the threshold a variance E[m^2] - E[m]^2 must lie to be decided by.
+
+    A row of n float32 roots is summed with n roundings of at most half an ulp, in whatever order,
+    and each root has one more. So the mean magnitude m is off by a factor of at most 1 + e with
+    e = (n + 1) 2^-24, and m^2 by m^2 (2 e + e^2). The last term covers the float64 arithmetic here
+    and in the exact formula.
+
+    Args:
+        mean_magnitude: any shape, at least 0.
+        patch_px: n.
+    """
+    relative = (patch_px + 1) * _HALF_ULP
+    return mean_magnitude**2 * (2 * relative + relative**2) * 1.01 + 1e-6
+
+
+def fused_texture(
+    pixels: np.ndarray,
+    *,
+    patch_px: int = 240,
+    flat_variance: float = 800.0,
+    reduced_by: int = 1,
+    scratch: Scratch | None = None,
+) -> FusedTexture:
+    """Measure an image; semantics of `entropy.entropy_bits` and `flat_regions.flat_fraction`.
+
+    Args:
+        pixels: (H, W, 3) uint8, RGB.
+        patch_px: patch edge, 3 to 1024; paper: 240.
+        flat_variance: strict upper bound of a flat patch's variance; paper: 800.
+        reduced_by: block edge f of the small copy; 1: `pixels` themselves.
+        scratch: memory for the gray image (None: allocated).
+
+    Raises:
+        ValueError: no pixels, or a patch edge out of range.
+    """
+    if not _MIN_PATCH_PX <= patch_px <= MAX_PATCH_PX:
+        raise ValueError(f"patch_px is {patch_px}: {_MIN_PATCH_PX} to {MAX_PATCH_PX} are possible")
+    height, width, _ = pixels.shape
+    # numba: a second that only processes pay which measure.
+    from components.signals.texture_kernels import gray_histogram_sobel
+
+    gray = (scratch or Scratch()).take("gray", (height, width))
+    tables = np.zeros((4, 256), np.uint32)
+    squares = np.zeros((height // patch_px, width // patch_px), np.int64)
+    roots = np.zeros(squares.shape)
+    is_reduced_here = 1 < reduced_by <= MAX_FACTOR_16_BITS
+    size = (-(-height // reduced_by), -(-width // reduced_by)) if is_reduced_here else (0, 0)
+    means = np.empty((size[0], 3 * size[1]), np.uint8)
+    gray_histogram_sobel(
+        np.ascontiguousarray(pixels).reshape(height, 3 * width),
+        gray,
+        patch_px,
+        tables,
+        squares,
+        roots,
+        np.empty((2, width), np.float32),
+        reduced_by if is_reduced_here else 0,
+        np.zeros(3 * width if is_reduced_here else 0, np.uint16),
+        means,
+    )
+    mean = roots / patch_px**2
+    variances = squares / patch_px**2 - mean**2
+    uncertain = np.argwhere(
+        np.abs(variances - flat_variance) <= certain_distance(mean, patch_px)
+    ).tolist()
+    for row, column in uncertain:
+        top, left = row * patch_px, column * patch_px
+        patch = gray[top : top + patch_px, left : left + patch_px]
+        variances[row, column] = sobel_variance(patch)
+    flat = int((variances < flat_variance).sum())
+    return FusedTexture(
+        gray=gray,
+        entropy_bits=entropy_of_histogram(tables.sum(axis=0, dtype=np.int64)),
+        flat_fraction=flat / variances.size if variances.size else 0.0,
+        uncertain_patches=len(uncertain),
+        reduced=means.reshape(*size, 3) if is_reduced_here else box_reduced(pixels, reduced_by),
+    )

@@ -1,0 +1,113 @@
+"""Writes checkpoints beside training: one thread, at most one checkpoint in flight."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+from components.training.distributed.checkpoints import (
+    CheckpointFailed,
+    CheckpointStore,
+    DiskFull,
+    OpenCheckpoint,
+    no_room,
+)
+
+
+class CheckpointWriter:
+    """Fills and commits opened checkpoints of one `CheckpointStore`.
+
+    Nothing here is collective: ranks meet in the store's `begin` only, and rank 0 commits when it
+    sees the files of all ranks. An error of the thread is raised by the next `check`, `submit` or
+    `wait` of the rank that had it.
+    """
+
+    def __init__(self, store: CheckpointStore, *, in_background: bool) -> None:
+        """Write in a thread, or (`in_background` False) right in `submit`."""
+        self._store = store
+        self._in_background = in_background
+        self._thread: threading.Thread | None = None
+        self._problem: CheckpointFailed | None = None
+        self._abandoned = threading.Event()
+
+    def submit(self, opened: OpenCheckpoint, writes: Iterable[Callable[[], object]]) -> None:
+        """Start to write; the one before must be through (`wait`).
+
+        Args:
+            opened: what `CheckpointStore.begin` returned.
+            writes: fill the folder, called one after the other. They must not read anything that
+                training changes.
+
+        Raises:
+            CheckpointFailed: only where writing is not in the background.
+        """
+        self.wait()
+        todo = list(writes)
+        if not self._in_background:
+            self._write(opened, todo)
+            self.check()
+            return
+        self._thread = threading.Thread(
+            target=self._write, args=(opened, todo), daemon=True, name="checkpoint-writer"
+        )
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong since the last call, without waiting.
+
+        Raises:
+            CheckpointFailed: a checkpoint could not be written; says why.
+        """
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+
+    def wait(self) -> None:
+        """Return when nothing is in flight.
+
+        Raises:
+            CheckpointFailed: as `check`.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def close(self) -> None:
+        """End the thread; a checkpoint whose other ranks are gone is given up."""
+        self._abandoned.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, opened: OpenCheckpoint, writes: list[Callable[[], object]]) -> None:
+        try:
+            for write in writes:
+                write()
+            self._store.finish(opened, self._abandoned.is_set)
+        except Exception as problem:
+            reason = _reason(problem)
+            try:
+                self._store.fail(opened, reason)
+            except OSError as second:
+                # On a full disk the mark cannot be written either; this rank's exit says it.
+                reason = f"{reason}; {_reason(second)}"
+            newest = self._store.latest()
+            kept = f"the checkpoint of step {newest[0]} is whole" if newest else "there is none yet"
+            what_to_do = "make room and run again" if no_room(reason) else "run again to go on"
+            kind = DiskFull if no_room(reason) else CheckpointFailed
+            self._problem = kind(
+                f"{self._store.folder}: the checkpoint of step {opened.step} could not be written "
+                f"({reason}); {kept}, {what_to_do}"
+            )
+            self._problem.__cause__ = problem
+
+
+def _reason(problem: BaseException) -> str:
+    """The system's own words where a library wrapped them into something vaguer."""
+    current: BaseException | None = problem
+    while current is not None:
+        if isinstance(current, OSError) and current.strerror:
+            return current.strerror
+        current = current.__cause__ or current.__context__
+    return str(problem) or type(problem).__name__

@@ -1,0 +1,341 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is a folder `step-00000040/` filled by the caller. It is written aside, flushed to
+disk, renamed, and only then does the small file `latest` point at it. Because a rename is atomic,
+a reader sees either a whole checkpoint or none; what a kill leaves behind is ignored on reading
+and removed by the next `save`. One training run writes to a folder at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from components.files.whole_files import flush, write_bytes, write_text
+
+CONTENTS_FILE = "contents.json"
+"""Written last inside a checkpoint: format version, step, and the size of every file."""
+LATEST_FILE = "latest"
+_FORMAT = 1
+_WRITING = ".writing-"
+_DROPPED = ".dropped-"
+# One empty file per rank whose part is on disk; a text where the rank failed. Not in the contents.
+_DONE = ".done-"
+_FAILED = ".failed-"
+_POLL_S = 0.01
+
+
+class CheckpointUnreadable(RuntimeError):
+    """A checkpoint that is complete by its contents list, but does not hold what is expected."""
+
+
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written; the ones before it are untouched."""
+
+
+class DiskFull(CheckpointFailed):
+    """No room for a checkpoint (disk, quota or file size limit); a retry would end alike."""
+
+
+_NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+def no_room(reason: str) -> bool:
+    """Whether the system's words, on this rank or passed on by another, say that a disk is full."""
+    return any(words in reason for words in _NO_ROOM)
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint that is being written."""
+
+    step: int
+    aside: Path
+    """The folder to fill."""
+    final: Path
+    """Its name once it is whole."""
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _flush_tree(folder: Path) -> None:
+    """Flush every file and every folder below and including `folder`.
+
+    The marks of other ranks are left out: they may be renamed meanwhile.
+    """
+    for path in _files(folder):
+        if not path.name.lstrip(".").startswith((_DONE[1:], _FAILED[1:])):
+            flush(path)
+    for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
+        flush(path)
+
+
+class CheckpointStore:
+    """Checkpoints of one run, in one folder.
+
+    With several ranks every rank makes the same calls and passes the same `barrier`; each writes
+    its own files into the shared folder (as DeepSpeed's `save_checkpoint` does) and rank 0 commits
+    once it sees the mark of every rank. Only `begin` and `save` are collective, so `finish` may
+    run in a thread beside training.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Use `folder` (created when missing).
+
+        Args:
+            folder: where the checkpoints live.
+            keep: how many of the newest complete checkpoints stay, at least 1.
+            rank: this process; only rank 0 renames and deletes.
+            world_size: number of ranks.
+            barrier: returns when every rank has called it, such as `torch.distributed.barrier`.
+
+        Raises:
+            ValueError: `keep` is below 1.
+        """
+        if keep < 1:
+            raise ValueError(f"keep = {keep}: at least one checkpoint must stay")
+        self.folder = folder
+        self.keep = keep
+        self._rank = rank
+        self._world_size = world_size
+        self._barrier = barrier
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, step: int, write: Callable[[Path], object]) -> Path:
+        """Store a checkpoint; afterwards (and not before) `latest` returns it.
+
+        Args:
+            step: optimizer steps done, at least 0. Saving a step again replaces it.
+            write: fills the empty folder that it is given; sub-folders are fine.
+
+        Returns:
+            The folder of the checkpoint.
+        """
+        opened = self.begin(step)
+        write(opened.aside)
+        self.finish(opened)
+        self._barrier()
+        return opened.final
+
+    def begin(self, step: int) -> OpenCheckpoint:
+        """Open an empty folder for a checkpoint; the one before it must be finished.
+
+        Args:
+            step: optimizer steps done, at least 0.
+        """
+        if step < 0:
+            raise ValueError(f"step = {step}: must be at least 0")
+        aside = self.folder / f"{_WRITING}{step:08d}"
+        if self._rank == 0:
+            self._remove_leftovers()
+            aside.mkdir()
+        self._barrier()
+        final = self._unused_name(step)
+        # Nobody may rename before everybody has computed the name.
+        self._barrier()
+        return OpenCheckpoint(step, aside, final)
+
+    def finish(
+        self, opened: OpenCheckpoint, is_abandoned: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Flush what this rank has written; rank 0 waits for all ranks and commits.
+
+        Args:
+            opened: a checkpoint into which this rank has written all of its files.
+            is_abandoned: asked while rank 0 waits; True makes it give up.
+
+        Raises:
+            CheckpointFailed: another rank failed, or the wait was abandoned.
+        """
+        # A rank on another node can flush only what it wrote itself, so every rank flushes.
+        _flush_tree(opened.aside)
+        if self._world_size > 1:
+            write_bytes(
+                opened.aside / f"{_DONE}{self._rank:05d}", b"", durable=True, contended=True
+            )
+        if self._rank == 0:
+            self._wait_for_marks(opened, is_abandoned)
+            self._commit(opened.step, opened.aside, opened.final)
+
+    def fail(self, opened: OpenCheckpoint, reason: str) -> None:
+        """Tell rank 0 that this rank cannot write its part."""
+        if self._world_size > 1:
+            write_text(
+                opened.aside / f"{_FAILED}{self._rank:05d}", reason, durable=True, contended=True
+            )
+
+    def _wait_for_marks(self, opened: OpenCheckpoint, is_abandoned: Callable[[], bool]) -> None:
+        """Return when every rank is done, with the marks removed."""
+        if self._world_size == 1:
+            return
+        marks = [opened.aside / f"{_DONE}{rank:05d}" for rank in range(self._world_size)]
+        while not all(mark.exists() for mark in marks):
+            for failed in sorted(opened.aside.glob(f"{_FAILED}*")):
+                rank, reason = int(failed.name.removeprefix(_FAILED)), failed.read_text()
+                raise CheckpointFailed(f"rank {rank}: {reason}")
+            if is_abandoned():
+                missing = [rank for rank, mark in enumerate(marks) if not mark.exists()]
+                raise CheckpointFailed(f"training ended before ranks {missing} had written")
+            time.sleep(_POLL_S)
+        for mark in marks:
+            mark.unlink()
+
+    def latest(self) -> tuple[int, Path] | None:
+        """(step, folder) of the newest whole checkpoint, None when there is none.
+
+        The file `latest` decides; where it is missing or points at something incomplete, the
+        whole checkpoint with the highest step is taken.
+        """
+        pointer = self.folder / LATEST_FILE
+        if pointer.exists():
+            named = self.folder / pointer.read_text(encoding="utf-8").strip()
+            step = _complete_step(named)
+            if step is not None:
+                return step, named
+        whole = list(self._complete())
+        return max(whole, key=lambda item: (item[0], item[1].name)) if whole else None
+
+    def steps(self) -> list[int]:
+        """Steps of all whole checkpoints, ascending."""
+        return sorted({step for step, _ in self._complete()})
+
+    def _complete(self) -> Iterator[tuple[int, Path]]:
+        for path in self.folder.glob("step-*"):
+            step = _complete_step(path)
+            if step is not None:
+                yield step, path
+
+    def _unused_name(self, step: int) -> Path:
+        """`step-00000040`, or with a repeat number where that step was saved before."""
+        name = f"step-{step:08d}"
+        repeat = 0
+        while (candidate := self.folder / (f"{name}.{repeat}" if repeat else name)).exists():
+            repeat += 1
+        return candidate
+
+    def _commit(self, step: int, aside: Path, final: Path) -> None:
+        sizes = {path.relative_to(aside).as_posix(): path.stat().st_size for path in _files(aside)}
+        contents = {"format": _FORMAT, "step": step, "files": sizes}
+        (aside / CONTENTS_FILE).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+        flush(aside / CONTENTS_FILE)
+        flush(aside)
+        os.rename(aside, final)
+        flush(self.folder)
+        write_text(self.folder / LATEST_FILE, f"{final.name}\n", durable=True, contended=True)
+        self._drop_old(step, final)
+
+    def _drop_old(self, step: int, newest: Path) -> None:
+        """Retention: the newest `keep`; steps beyond `step` belong to an abandoned continuation."""
+        others = [item for item in self._complete() if item[1] != newest]
+        older = sorted(
+            (item for item in others if item[0] < step), key=lambda item: (item[0], item[1].name)
+        )
+        kept = {path for _, path in older[len(older) - self.keep + 1 :]} if self.keep > 1 else set()
+        for _, path in others:
+            if path not in kept:
+                # Renamed first: a half-deleted folder must never look like a checkpoint.
+                dropped = self.folder / f"{_DROPPED}{path.name}"
+                os.rename(path, dropped)
+                shutil.rmtree(dropped)
+
+    def _remove_leftovers(self) -> None:
+        """What killed runs left: half-written and half-deleted folders, temporary files."""
+        for path in self.folder.iterdir():
+            if path.name.startswith((_WRITING, _DROPPED)):
+                shutil.rmtree(path)
+            elif path.name.startswith(f".{LATEST_FILE}."):
+                path.unlink()
+
+
+def _complete_step(folder: Path) -> int | None:
+    """Step of a checkpoint whose files all have their recorded sizes, else None."""
+    try:
+        contents = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
+        if contents["format"] != _FORMAT:
+            return None
+        for name, size in contents["files"].items():
+            if (folder / name).stat().st_size != size:
+                return None
+        return int(contents["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors, numbers, strings and containers of them; `load_state` reads it back."""
+    torch.save(state, path)
+
+
+def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save_state` wrote, without running any code from the file.
+
+    Raises:
+        CheckpointUnreadable: not such a file (or it holds more than tensors and plain values).
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as problem:
+        raise CheckpointUnreadable(
+            f"{path}: not a readable training state ({type(problem).__name__}); delete the "
+            "folder that holds it to continue from an earlier checkpoint"
+        ) from problem
+    if not isinstance(state, dict):
+        raise CheckpointUnreadable(f"{path}: expected a mapping, found {type(state).__name__}")
+    return state
+
+
+def capture_rng() -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's global generators, as tensors and plain values."""
+    version, internal, gauss = random.getstate()
+    # The legacy global generator, because libraries still draw from it.
+    numpy_state: tuple[Any, ...] = tuple(np.random.get_state(legacy=True))  # noqa: NPY002
+    _, keys, position, has_gauss, cached = numpy_state
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Put the global generators back to what `capture_rng` saw.
+
+    Raises:
+        ValueError: the state was taken with another number of CUDA devices.
+    """
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(  # noqa: NPY002
+        ("MT19937", keys.numpy().astype(np.uint32), int(position), int(has_gauss), float(cached))
+    )
+    torch.set_rng_state(state["torch"].cpu())
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if len(state["cuda"]) != devices:
+        raise ValueError(
+            f"cuda random states: saved on {len(state['cuda'])} devices, here are {devices}"
+        )
+    if devices:
+        torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])

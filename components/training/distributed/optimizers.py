@@ -1,0 +1,50 @@
+"""The optimizer of a stage, and where its state lives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from components.settings.training import DitStageSettings
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], settings: DitStageSettings
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters.
+
+    Args:
+        parameters: of the model; frozen ones are left out.
+        settings: kind, learning rate and weight decay. `adamw_8bit` keeps both moments in 8 bits
+            per value with a scale per block of 256 (Dettmers et al., 2110.02861).
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if settings.optimizer == "adamw_8bit":
+        try:
+            from bitsandbytes.optim.adamw import AdamW8bit
+        except ImportError:
+            raise ValueError(
+                "optimizer 'adamw_8bit' needs bitsandbytes: pip install 'ultraflux-mlops[gpu]'"
+            ) from None
+        optimizer: torch.optim.Optimizer = AdamW8bit(
+            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        return optimizer
+    return torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def offload_configuration(settings: DitStageSettings) -> dict[str, Any]:
+    """Entries of DeepSpeed's `zero_optimization` that keep optimizer states in host memory.
+
+    The update then runs on the host with torch's AdamW; DeepSpeed's own CPU kernel would need a
+    compiler on the training machine.
+    """
+    if settings.offload_optimizer == "none":
+        return {}
+    return {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}

@@ -1,0 +1,119 @@
+"""Transformer blocks compiled one kind at a time, so that compiled training resumes exactly.
+
+A model's blocks are few kinds repeated, so compiling a block (and not the model) takes seconds.
+All sizes are symbols: one graph of a kind serves every aspect-ratio bucket.
+
+Exactness needs that the code does not depend on where a run was interrupted. What a compiler
+chooses can depend on the sizes that it sees first, so `compile_for_buckets` shows it all buckets in
+a fixed order before the first step of every process; and nothing is chosen by timing
+(`inductor.deterministic`). Equal sizes are not taken for one symbol, which would give a second
+graph, and among fitting graphs torch picks the one used last. Validation and sample grids run
+without compilation (`uncompiled`): their batches have other sizes, and would add graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from components.training.dit.velocity import NoisedBatch, predict_velocity
+
+if TYPE_CHECKING:
+    from components.settings.runtime import RuntimeSettings
+    from components.settings.training import DitStageSettings
+
+_SETTING = "runtime.compile 'blocks'"
+
+
+def compilation_problem(stage: DitStageSettings, runtime: RuntimeSettings) -> str | None:
+    """Why `stage` cannot be compiled, in one line; None: it can, or is not to be."""
+    if runtime.compile == "none":
+        return None
+    if stage.zero_stage == 3:
+        return f"{_SETTING}: weights divided by zero_stage 3 cannot be compiled; use zero_stage 2"
+    if stage.gradient_checkpointing == "selective":
+        return (
+            f"{_SETTING}: gradient_checkpointing 'selective' cannot see into compiled blocks; use "
+            "'blocks' or 'none'"
+        )
+    if runtime.context_parallel_degree > 1:
+        return f"{_SETTING}: use it with runtime.context_parallel_degree 1"
+    return None
+
+
+def check_compilation(stage: DitStageSettings, runtime: RuntimeSettings) -> None:
+    """Refuse what cannot be compiled.
+
+    Raises:
+        ValueError: settings that compilation cannot be combined with, or no C++ compiler for the
+            CPU's kernels.
+    """
+    problem = compilation_problem(stage, runtime)
+    if problem is not None:
+        raise ValueError(problem)
+    if runtime.compile == "blocks" and runtime.device == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise ValueError(
+                f"{_SETTING}: device cpu needs a C++ compiler (g++, or the one in CXX), and there "
+                "is none"
+            ) from None
+
+
+def compile_blocks(model: Any) -> None:
+    """Compile every block of a diffusers transformer when it is first called.
+
+    The names of its weights stay as they are.
+
+    Args:
+        model: bare model; its blocks are in `transformer_blocks` and `single_transformer_blocks`.
+    """
+    for name in ("transformer_blocks", "single_transformer_blocks"):
+        for block in getattr(model, name, ()):
+            block.compile(dynamic=True)
+
+
+def compile_for_buckets(
+    engine: Any, batches: Iterable[NoisedBatch], guidance_scale: float, dtype: torch.dtype
+) -> None:
+    """Compile forward and backward passes now; weights, gradients and random state stay.
+
+    Args:
+        engine: DeepSpeed engine around a model on which `compile_blocks` was called.
+        batches: a micro batch of each bucket, always in the same order.
+        guidance_scale: as in training.
+        dtype: as in training.
+    """
+    model = engine.module
+    # One gradient is enough: its path leads back through every block, and a block's compiled
+    # backward pass computes all of its gradients. `torch.autograd.grad` calls none of the hooks by
+    # which DeepSpeed collects gradients.
+    first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    with _one_graph_of_a_kind():
+        for batch in batches:
+            velocity = predict_velocity(model, batch, guidance_scale, dtype)
+            torch.autograd.grad(velocity.sum(), first)
+
+
+@contextmanager
+def _one_graph_of_a_kind() -> Iterator[None]:
+    from torch._inductor import config as inductor
+    from torch.fx.experimental import _config as shapes
+
+    patch: Any = shapes.patch  # type: ignore[attr-defined]
+    with patch(use_duck_shape=False), inductor.patch(deterministic=True):
+        yield
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled blocks as plain Python inside."""
+    with torch.compiler.set_stance("force_eager"):
+        yield

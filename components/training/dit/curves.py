@@ -1,0 +1,115 @@
+"""What a DiT training run leaves to look at: tables, headline numbers and a figure.
+
+Everything is derived from the metric log; durations in it are left out, so the files depend on
+inputs and settings only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from components.files.whole_files import whole_file
+from components.training.dit.validation import LEVELS, NOISE_LEVELS, ValidationLoss
+
+HISTORY_COLUMNS = ("loss", "grad_norm", "lr", *(f"loss_band_{band}" for band in range(LEVELS)))
+Rows = Iterable[Mapping[str, float]]
+
+
+def history_table(rows: Rows) -> pd.DataFrame:
+    """One row per optimizer step: step and `HISTORY_COLUMNS` (NaN: no sample in that band)."""
+    steps = [row for row in rows if "loss" in row]
+    table = pd.DataFrame(steps, columns=["step", *HISTORY_COLUMNS])
+    return table.astype({"step": "int64"})
+
+
+def validations(rows: Rows) -> list[tuple[int, str, ValidationLoss]]:
+    """(step, "raw" or "ema", losses) in the order measured."""
+    found = []
+    for row in rows:
+        for weights, suffix in (("raw", ""), ("ema", "_ema")):
+            if f"validation_loss{suffix}" in row:
+                losses = ValidationLoss.from_metrics(row, suffix)
+                found.append((int(row["step"]), weights, losses))
+    return found
+
+
+def validation_table(rows: Rows) -> pd.DataFrame:
+    """Columns step, weights, level (noise level t), loss (velocity error), objective."""
+    return pd.DataFrame(
+        [
+            (step, weights, level, velocity, objective)
+            for step, weights, losses in validations(rows)
+            for level, velocity, objective in zip(
+                NOISE_LEVELS, losses.velocity, losses.objective, strict=True
+            )
+        ],
+        columns=["step", "weights", "level", "loss", "objective"],
+    )
+
+
+def headline_metrics(
+    rows: Sequence[Mapping[str, float]], sigma_range: tuple[float, float]
+) -> dict[str, float]:
+    """First and last validation losses; "last" is the averaged weights, which are sampled from.
+
+    Args:
+        rows: of the metric log.
+        sigma_range: noise levels that were trained on.
+
+    Returns:
+        `validation_loss_first`, `_last`, `_last_raw`, `_drop` (relative, 1 - last / first), the
+        same restricted to `sigma_range` (`validation_loss_in_range_*`), the objective's own
+        values, and `train_loss_first` / `_last` (means over a tenth of the steps).
+    """
+    measured = validations(rows)
+    first = measured[0][2]
+    raw = [losses for _, weights, losses in measured if weights == "raw"][-1]
+    last = [losses for _, weights, losses in measured if weights == "ema"][-1]
+    losses = history_table(rows)["loss"].to_numpy()
+    tenth = max(1, len(losses) // 10)
+    return {
+        "validation_loss_first": first.mean,
+        "validation_loss_last": last.mean,
+        "validation_loss_last_raw": raw.mean,
+        "validation_loss_drop": 1.0 - last.mean / first.mean,
+        "validation_loss_in_range_first": first.mean_within(sigma_range),
+        "validation_loss_in_range_last": last.mean_within(sigma_range),
+        "validation_objective_first": float(np.mean(first.objective)),
+        "validation_objective_last": float(np.mean(last.objective)),
+        "train_loss_first": float(np.mean(losses[:tenth])),
+        "train_loss_last": float(np.mean(losses[-tenth:])),
+    }
+
+
+def draw_curves(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
+    """Training loss, validation loss, and first and last validation loss by noise level (PNG)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    history, measured = history_table(rows), validations(rows)
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    # The canvas of the figure itself: pyplot would pick a backend for the whole process.
+    FigureCanvasAgg(figure)
+    training, validation, levels = figure.subplots(1, 3)
+    training.plot(history["step"], history["loss"], linewidth=0.6, alpha=0.5, label="step")
+    smooth = history["loss"].rolling(max(1, len(history) // 20), min_periods=1).mean()
+    training.plot(history["step"], smooth, label="rolling mean")
+    training.set(title="training objective", xlabel="step", yscale="log")
+    training.legend()
+    raw = [(step, losses.mean) for step, weights, losses in measured if weights == "raw"]
+    ema = [(step, losses.mean) for step, weights, losses in measured if weights == "ema"]
+    validation.plot(*zip(*raw, strict=True), marker="o", label="raw weights")
+    validation.plot(*zip(*ema, strict=True), marker="*", markersize=12, linestyle="", label="EMA")
+    validation.set(title="validation: velocity error, 8 noise levels", xlabel="step")
+    validation.legend()
+    for label, losses in (("first", measured[0][2]), ("last (EMA)", measured[-1][2])):
+        levels.plot(NOISE_LEVELS, losses.velocity, marker="o", label=label)
+    levels.set(title="validation by noise level", xlabel="t (0 data, 1 noise)")
+    levels.legend()
+    figure.suptitle(title)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

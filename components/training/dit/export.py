@@ -1,0 +1,69 @@
+"""Diffusers folders of trained transformers: weights in shards, their checksums, a model card."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from components.files.weight_folders import file_digest
+from components.files.whole_files import whole_folder
+
+# Text of a model card from the configuration and the weights' checksums.
+Card = Callable[[Mapping[str, Any], str], str]
+CARD_FILE = "README.md"
+CHECKSUM_FILE = "weights.sha256"
+_GB = 10**9
+
+
+def weights_checksums(folder: Path) -> str:
+    """A line `sha256  name` for each safetensors file, sorted by name, as sha256sum reads them."""
+    files = sorted(folder.glob("*.safetensors"))
+    return "".join(f"{file_digest(file)}  {file.name}\n" for file in files)
+
+
+def weights_identity(checksums: str) -> str:
+    """Sha256 of `weights_checksums`: one number for all weight files."""
+    return hashlib.sha256(checksums.encode()).hexdigest()
+
+
+def save_transformer(
+    module: Any,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    max_shard_gb: float,
+    card: Card,
+    beside: Callable[[Path], object] | None = None,
+) -> None:
+    """Write a diffusers folder with `weights` in place of the module's own; aside, then renamed.
+
+    Args:
+        module: the transformer whose class, configuration and buffers are used. Its parameters are
+            not read, so they may be divided over the ranks.
+        weights: float32 parameters by name, all of them.
+        folder: replaced if it exists.
+        max_shard_gb: weights above this size (GB) are divided over several files with an index.
+        card: gives the model card from the configuration and the weights' checksums.
+        beside: writes further weights into the folder that it is given, before the rename.
+    """
+    # `_name_or_path` would carry the path that the weights were loaded from.
+    config = {key: value for key, value in module.config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        model = type(module).from_config(config)
+    state = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    for name, tensor in module.state_dict().items():
+        if name not in state:
+            state[name] = tensor.detach().cpu()
+    model.load_state_dict(state, assign=True)
+    with whole_folder(folder) as aside:
+        model.save_pretrained(aside, max_shard_size=int(max_shard_gb * _GB))
+        if beside is not None:
+            beside(aside)
+        checksums = weights_checksums(aside)
+        (aside / CHECKSUM_FILE).write_text(checksums, encoding="utf-8")
+        (aside / CARD_FILE).write_text(card(config, checksums), encoding="utf-8")

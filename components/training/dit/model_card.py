@@ -1,0 +1,213 @@
+"""Model card of exported weights: a README.md whose YAML front matter a model hub understands.
+
+The card says what the weights are, from what and how they were trained, and how well they predict
+held-out images. It holds no date, path, host or commit: equal weights have equal cards, so a new
+commit does not make every later stage run again (the commit stands in the tracked run).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from components.training.dit.batch_plan import BatchPlan
+from components.training.dit.export import weights_checksums, weights_identity
+from components.training.dit.validation import NOISE_LEVELS, ValidationLoss
+from components.training.stores.latent_store import LatentStore
+from components.training.stores.text_store import TextStore
+
+if TYPE_CHECKING:
+    from components.training.dit.job import DitJob
+
+_TITLES = {"raw": "trained weights", "ema": "exponential moving average of the weights"}
+_ROPE_NOTE = (
+    "Stock diffusers computes plain rotary positions: it gives other images beyond the window of "
+    "{window} tokens per axis."
+)
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What the trainer knows about a finished run."""
+
+    images: int
+    """Training images."""
+    plan_digest: str
+    """Of the images trained on, their buckets and the batch size."""
+    latents_digest: str
+    texts_digest: str
+    autoencoder_digest: str
+    """Of the encoder that made the latents."""
+    text_encoder_digest: str
+    started_from: str
+    """Identity of the initial weights; empty for random ones."""
+    validation: Mapping[str, ValidationLoss]
+    """Last losses on held-out images by weights, and those before training as "start"."""
+
+
+def facts_of_run(
+    job: DitJob,
+    plan: BatchPlan,
+    latents: LatentStore,
+    texts: TextStore,
+    rows: Iterable[Mapping[str, float]],
+) -> TrainingFacts:
+    """Facts of a run whose metric log has `rows`."""
+    return TrainingFacts(
+        images=len(plan),
+        plan_digest=plan.index_digest,
+        latents_digest=latents.digest,
+        texts_digest=texts.digest,
+        autoencoder_digest=str(latents.index["encoder_digest"].iloc[0]),
+        text_encoder_digest=str(texts.index["encoder_digest"].iloc[0]),
+        started_from=initial_identity(job.initial_weights),
+        validation=last_validation(rows),
+    )
+
+
+def initial_identity(folder: Path | None) -> str:
+    """Identity of the weights that training starts from; empty for random ones."""
+    return "" if folder is None else weights_identity(weights_checksums(folder))
+
+
+def last_validation(rows: Iterable[Mapping[str, float]]) -> dict[str, ValidationLoss]:
+    """Last validation losses of "raw" and "ema", and the first as "start", from a metric log."""
+    found: dict[str, ValidationLoss] = {}
+    for row in rows:
+        if "validation_loss" in row:
+            losses = ValidationLoss.from_metrics(row)
+            found.setdefault("start", losses)
+            found["raw"] = losses
+        if "validation_loss_ema" in row:
+            found["ema"] = ValidationLoss.from_metrics(row, "_ema")
+    return found
+
+
+def settings_digest(job: DitJob) -> str:
+    """Sha256 of the settings that decide the weights (folders and progress pictures do not)."""
+    values = {
+        "objective": job.objective.model_dump(mode="json"),
+        "seed": job.seed,
+        "stage": job.settings.model_dump(mode="json", exclude={"samples"}),
+        "transformer": job.transformer.model_dump(mode="json", exclude={"pretrained", "card"}),
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def model_card(
+    job: DitJob, facts: TrainingFacts, weights: str, config: Mapping[str, Any], checksums: str
+) -> str:
+    """Markdown with front matter.
+
+    Args:
+        job: settings of the run.
+        facts: what it found.
+        weights: "raw" or "ema".
+        config: of the transformer.
+        checksums: of the weight files (`weights_checksums`).
+    """
+    front = yaml.safe_dump(
+        _front_matter(job, facts, weights, config, checksums), sort_keys=False, width=100
+    )
+    sections = [
+        f"---\n{front}---\n",
+        f"# UltraFlux: {job.name}, {_TITLES[weights]}\n",
+        _summary(job, facts, config),
+        "## Validation\n",
+        _validation_table(facts.validation, weights),
+        "## Use\n",
+        _use(config),
+        "## Files\n",
+        "`sha256sum -c weights.sha256` checks the weights.\n",
+    ]
+    return "\n".join(sections)
+
+
+def _front_matter(
+    job: DitJob, facts: TrainingFacts, weights: str, config: Mapping[str, Any], checksums: str
+) -> dict[str, Any]:
+    card, settings = job.transformer.card, job.settings
+    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    front["license"] = card.license
+    if card.license_name is not None:
+        front["license_name"] = card.license_name
+    if card.base_model is not None:
+        front["base_model"] = card.base_model
+    front["tags"] = ["ultraflux", job.transformer.backbone]
+    front["ultraflux"] = {
+        "stage": job.name,
+        "weights": weights,
+        "steps": settings.steps,
+        "global_batch_size": settings.global_batch_size,
+        "images": facts.images,
+        "seed": job.seed,
+        "objective": job.objective.kind,
+        "sigma_range": list(settings.sigma_range),
+        **{key: config[key] for key in ("rope_variant", "rope_window") if key in config},
+        "validation_loss": _rounded(facts.validation[weights].mean),
+        "digests": {
+            "weights": weights_identity(checksums),
+            "initial_weights": facts.started_from or None,
+            "settings": settings_digest(job),
+            "training_images": facts.plan_digest,
+            "latents": facts.latents_digest,
+            "text_embeddings": facts.texts_digest,
+            "autoencoder_encoder": facts.autoencoder_digest,
+            "text_encoders": facts.text_encoder_digest,
+        },
+    }
+    return front
+
+
+def _summary(job: DitJob, facts: TrainingFacts, config: Mapping[str, Any]) -> str:
+    settings = job.settings
+    low, high = settings.sigma_range
+    start = "given weights" if facts.started_from else "random weights"
+    rope = f", RoPE `{config['rope_variant']}`" if "rope_variant" in config else ""
+    return (
+        f"A {job.transformer.backbone} transformer{rope}, trained from {start} for "
+        f"{settings.steps} steps of {settings.global_batch_size} images ({facts.images} different "
+        f"ones) with the objective `{job.objective.kind}` at noise levels {low:g} to {high:g} "
+        f"({settings.timestep_density}). AdamW, learning rate {settings.learning_rate:g} "
+        f"({settings.schedule}), {settings.precision} with float32 masters, average with decay "
+        f"{settings.ema_decay:g}. The digests above name data, settings and weights.\n"
+    )
+
+
+def _validation_table(validation: Mapping[str, ValidationLoss], weights: str) -> str:
+    start, last = validation["start"], validation[weights]
+    lines = [
+        "Velocity error ||v - (eps - z)||^2 / N on held-out images with fixed noise.\n",
+        "| noise level t | before training | these weights |",
+        "|---:|---:|---:|",
+        *(
+            f"| {level:g} | {a:.4f} | {b:.4f} |"
+            for level, a, b in zip(NOISE_LEVELS, start.velocity, last.velocity, strict=True)
+        ),
+        f"| mean | {start.mean:.4f} | {last.mean:.4f} |\n",
+    ]
+    return "\n".join(lines)
+
+
+def _use(config: Mapping[str, Any]) -> str:
+    if "rope_variant" not in config:
+        return "`diffusers.SD3Transformer2DModel.from_pretrained` loads this folder.\n"
+    stock = (
+        "`diffusers.FluxTransformer2DModel.from_pretrained` gives equal outputs."
+        if config["rope_variant"] == "flux"
+        else _ROPE_NOTE.format(window=config["rope_window"])
+    )
+    return (
+        "`UltraFluxTransformer2DModel.from_pretrained` of `components.models.transformer` loads "
+        "this folder; `ultraflux generate --transformer FOLDER` samples from it. " + stock + "\n"
+    )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,192 @@
+"""Pictures at fixed prompts and seeds while training goes on, from the averaged weights.
+
+The prompts are the captions of the first held-out images, at those images' sizes; their embeddings
+are in the text store. Sampling is that of `ultraflux generate` (the same pipelines). All draws come
+from generators of their own, so training ends with the same bytes with and without pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from components.files.whole_files import whole_file
+from components.generation.contact_sheet import contact_sheet
+from components.models.autoencoder_f16 import AutoencoderKLF16
+from components.models.backbone import unpack_latents
+from components.models.backbones import backbone_of
+from components.models.loading.base_autoencoder import load_base_autoencoder
+from components.models.pipeline import UltraFluxPipeline
+from components.models.sd3.pipeline import StableDiffusion3F16Pipeline
+from components.settings.training import SampleSettings
+from components.training.distributed.ranks import Ranks
+from components.training.dit.curriculum import keyed_generator
+from components.training.dit.validation import LEVELS
+from components.training.stores.latent_store import LatentStore
+from components.training.stores.text_store import EMPTY_PROMPT_ID, TextStore
+
+if TYPE_CHECKING:
+    from components.training.dit.job import DitJob
+
+# Training draws at steps from 0 on, validation at -1 - level.
+_STREAM = -1 - LEVELS
+_CELL_PX = 512
+_CLEAN_EDGE_PX = 1024
+
+
+class SampleGrids:
+    """The pictures of one run."""
+
+    def __init__(
+        self,
+        settings: SampleSettings,
+        autoencoder: AutoencoderKLF16,
+        latents: LatentStore,
+        texts: TextStore,
+        image_ids: Sequence[str],
+        folder: Path,
+        *,
+        last_step: int,
+        seed: int,
+        ranks: Ranks,
+    ) -> None:
+        """Choose the prompts.
+
+        Args:
+            settings: how many and how often.
+            autoencoder: decodes; on the CPU between grids.
+            latents: gives the sizes.
+            texts: embeddings of the prompts.
+            image_ids: held-out images; the first in order of their ids are used.
+            folder: for `step-<number>.png`.
+            last_step: of the run; a grid is always drawn there.
+            seed: of the noise.
+            ranks: this process.
+        """
+        self._settings, self._autoencoder, self._texts = settings, autoencoder, texts
+        chosen = sorted(image_ids)[: settings.prompts]
+        rows = latents.index.set_index("image_id").loc[chosen, ["latent_h", "latent_w"]]
+        factor = int(autoencoder.spatial_compression)
+        sizes = rows.to_numpy() * factor
+        self._prompts = [
+            (name, int(height), int(width))
+            for name, (height, width) in zip(chosen, sizes, strict=True)
+        ]
+        self.folder = folder
+        self._last_step, self._seed, self._ranks = last_step, seed, ranks
+
+    def is_due(self, step: int) -> bool:
+        """Whether a grid belongs after `step` steps."""
+        every = self._settings.every
+        if every is None:
+            return False
+        return step == self._last_step or (every > 0 and step % every == 0)
+
+    @torch.no_grad()
+    def draw(self, transformer: Any, step: int) -> None:
+        """Write `step-<number>.png`; collective.
+
+        Prompts are divided over the ranks. Every rank makes the same number of forward passes
+        (some for nothing), which weights divided by ZeRO 3 need.
+
+        Args:
+            transformer: bare model with the weights to show; left in training mode.
+            step: number of steps done.
+        """
+        transformer.eval()
+        count, ranks = len(self._prompts), self._ranks
+        self._autoencoder.to(ranks.device)
+        pipeline = self._pipeline(transformer)
+        mine = {}
+        for turn in range(math.ceil(count / ranks.data_world_size)):
+            number = (turn * ranks.data_world_size + ranks.data_rank) % count
+            mine[number] = self._sample(pipeline, *self._prompts[number]).cpu()
+        everyone = {number: z for part in ranks.gather(mine) for number, z in part.items()}
+        if ranks.is_first:
+            pictures = [self._decode(pipeline, everyone[number]) for number in range(count)]
+            self._write(pictures, step)
+        self._autoencoder.to("cpu")
+        transformer.train()
+
+    def _pipeline(self, transformer: Any) -> Any:
+        kinds = {"flux": UltraFluxPipeline, "sd3": StableDiffusion3F16Pipeline}
+        kind: Any = kinds[backbone_of(transformer).name]
+        pipeline = kind.from_components(self._autoencoder, transformer)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _sample(self, pipeline: Any, name: str, height: int, width: int) -> Tensor:
+        """Normalised latents (1, C, h, w) of one prompt, in the transformer's dtype."""
+        device, dtype = self._ranks.device, pipeline.transformer.dtype
+
+        def embedding(image_id: str) -> list[Tensor]:
+            return [x[None].to(device, dtype) for x in self._texts.read(image_id)]
+
+        text, pooled = embedding(name)
+        contrast = {}
+        if isinstance(pipeline, StableDiffusion3F16Pipeline):
+            names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+            contrast = dict(zip(names, embedding(EMPTY_PROMPT_ID), strict=True))
+        latents: Tensor = pipeline(
+            prompt_embeds=text,
+            pooled_prompt_embeds=pooled,
+            height=height,
+            width=width,
+            num_inference_steps=self._settings.num_inference_steps,
+            guidance_scale=self._settings.guidance_scale,
+            generator=keyed_generator(self._seed, _STREAM, name),
+            output_type="latent",
+            **contrast,
+        ).images
+        if latents.ndim == 3:
+            multiple = pipeline.size_multiple
+            latents = unpack_latents(latents, height // multiple, width // multiple)
+        return latents
+
+    def _decode(self, pipeline: Any, latents: Tensor) -> Image.Image:
+        """Picture of normalised latents (1, C, h, w); large ones in tiles, beside the trainer."""
+        autoencoder = self._autoencoder
+        edge = max(latents.shape[-2:]) * autoencoder.spatial_compression
+        autoencoder.use_tiling = edge > _CLEAN_EDGE_PX
+        config = autoencoder.config
+        raw = latents.to(self._ranks.device, torch.float32)
+        raw = raw / config.scaling_factor + config.shift_factor
+        decoded = autoencoder.decode(raw.to(autoencoder.dtype), return_dict=False)[0]
+        picture: Image.Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
+        return picture
+
+    def _write(self, pictures: Sequence[Image.Image], step: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        columns = math.ceil(math.sqrt(len(pictures)))
+        sheet = contact_sheet(pictures, columns=columns, cell_px=_CELL_PX)
+        with whole_file(self.folder / f"step-{step:08d}.png") as temporary:
+            sheet.save(temporary, format="PNG")
+
+
+def grids_of_run(
+    job: DitJob, latents: LatentStore, texts: TextStore, image_ids: Sequence[str], ranks: Ranks
+) -> SampleGrids | None:
+    """The pictures of a training run; None where its settings want none.
+
+    Raises:
+        WeightsMissing: the autoencoder's folder is not there.
+    """
+    if job.autoencoder is None or job.settings.samples.every is None:
+        return None
+    return SampleGrids(
+        job.settings.samples,
+        load_base_autoencoder(job.autoencoder, job.seed),
+        latents,
+        texts,
+        image_ids,
+        job.state_dir / "samples",
+        last_step=job.settings.steps,
+        seed=job.seed,
+        ranks=ranks,
+    )

@@ -1,0 +1,99 @@
+"""Where the workers that encode photographs and captions run, and which GPU each one takes.
+
+The parent appends results in the order of its plan, so a store has the same bytes however many
+workers there are. Networks are loaded by the first batch of a worker and kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from components.engine.ordered_pool import EngineLimits
+from components.settings.schema import Settings
+
+_TIMEOUT_S = 1800.0
+"""Per batch, loading the network included; the largest VAE needs minutes on a slow disk."""
+_MEMORY_MB = 2**24
+"""CUDA reserves address space freely."""
+
+
+def encoder_limits(settings: Settings, pretrained: str | None) -> EngineLimits | None:
+    """Where encoders run; None: in the process of the stage.
+
+    On a CPU one worker process, or several with a tiny network, would only add the seconds that
+    each takes to import torch.
+
+    Args:
+        settings: their `runtime` decides.
+        pretrained: folder of the encoders; None: the tiny random ones.
+    """
+    runtime = settings.runtime
+    is_small = runtime.workers == 1 or pretrained is None
+    if runtime.engine == "local" and runtime.device == "cpu" and is_small:
+        return None
+    limits = EngineLimits.for_networks(settings, timeout_s=_TIMEOUT_S, memory_mb=_MEMORY_MB)
+    if runtime.engine == "local" and runtime.device == "cuda":
+        return replace(limits, workers=max(1, torch.cuda.device_count()) * runtime.encoders_per_gpu)
+    return limits
+
+
+def claim_slot(folder: Path, slots: int) -> int:
+    """A number below `slots` that no living process holds under `folder`, kept until this one ends.
+
+    The lock belongs to the process, so a worker that is killed gives its slot back at once.
+
+    Raises:
+        RuntimeError: every slot is taken.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for slot in range(slots):
+        file = (folder / f"slot-{slot}").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            continue
+        _CLAIMED.append(file)
+        return slot
+    raise RuntimeError(f"all {slots} encoder slots in {folder} are taken by living processes")
+
+
+_CLAIMED: list[Any] = []
+"""Open files keep their locks."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the workers of one stage compute."""
+
+    device: Literal["cpu", "cuda"]
+    threads: int
+    """Intra-op threads; sums depend on it bit for bit."""
+    slots: str | None
+    """Folder of `claim_slot`, for several workers that share this machine's GPUs; None: the first
+    visible device (Ray shows every actor its own)."""
+
+    @classmethod
+    def of(cls, settings: Settings, work_dir: Path) -> Placement:
+        """As the settings say; `work_dir` is private to the stage."""
+        runtime = settings.runtime
+        shares = runtime.engine == "local" and runtime.device == "cuda"
+        return cls(
+            runtime.device, runtime.torch_threads, str(work_dir / "slots") if shares else None
+        )
+
+
+@cache
+def own_device(placement: Placement) -> torch.device:
+    """Device of this worker: neighbouring workers get different GPUs."""
+    if placement.device == "cpu" or placement.slots is None:
+        return torch.device(placement.device)
+    gpus = torch.cuda.device_count()
+    # Room for a worker that is being replaced while its predecessor still ends.
+    return torch.device("cuda", claim_slot(Path(placement.slots), 64 * gpus) % gpus)

@@ -1,0 +1,288 @@
+"""Encode a corpus with the base autoencoder into a latent store.
+
+The plan (which images share a batch) is a pure function of the rows, so a run that was killed
+continues with the same batches and ends with the same bytes. Who encodes is left open: this
+process, or workers (`components.training.encoding.encoder_workers`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+from components.engine.ordered_pool import Failure
+from components.images.aspect_buckets import Bucket, fit_to_bucket
+from components.images.decoding import MAX_MEGAPIXELS, ImageUndecodable, read_rgb
+from components.images.original_lookup import Original, OriginalLookup
+from components.images.pixel_range import to_model
+from components.models.autoencoder_f16 import AutoencoderKLF16
+from components.models.loading.base_autoencoder import encoder_digest
+from components.objectives.haar import BAND_NAMES, haar
+from components.settings.training import LatentsSettings
+from components.telemetry.progress import track
+from components.training.stores.latent_store import LatentStore, LatentStoreWriter
+from components.training.stores.stored_tensors import StoreDtype, to_record
+
+
+@dataclass(frozen=True)
+class EncodingItem:
+    """One image to encode."""
+
+    image_id: str
+    split: str
+    path: Path | Original
+    bucket: Bucket
+
+
+def encoding_items(rows: pd.DataFrame, root: Path) -> list[EncodingItem]:
+    """Rows of the manifest as items, each image once, ordered by bucket and image id.
+
+    Args:
+        rows: columns image_id, split, uri, bucket_height, bucket_width.
+        root: repository; see `OriginalLookup`.
+
+    Raises:
+        ValueError: an image appears with two splits, or an original is missing.
+    """
+    unique = rows.drop_duplicates(["image_id", "split"])
+    repeated = unique.loc[unique["image_id"].duplicated(), "image_id"]
+    if len(repeated):
+        raise ValueError(
+            f"image {repeated.iloc[0]} is in more than one split; make the slices again"
+        )
+    originals = OriginalLookup(root).find_all(unique)
+    items = [
+        EncodingItem(
+            row["image_id"],
+            row["split"],
+            original,
+            Bucket(int(row["bucket_height"]), int(row["bucket_width"])),
+        )
+        for row, original in zip(unique.to_dict("records"), originals, strict=True)
+    ]
+    return sorted(items, key=lambda item: (item.bucket, item.image_id))
+
+
+def batches(items: Iterable[EncodingItem], batch_size: int) -> list[list[EncodingItem]]:
+    """Consecutive batches that never mix buckets."""
+    plan = []
+    for _, group in groupby(items, key=lambda item: item.bucket):
+        members = list(group)
+        plan += [members[at : at + batch_size] for at in range(0, len(members), batch_size)]
+    return plan
+
+
+def plan_digest(plan: Sequence[Sequence[EncodingItem]]) -> str:
+    """Sha256 of which images are encoded, at which size, in which batches."""
+    content = [[(item.image_id, item.split, item.bucket.name) for item in part] for part in plan]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@torch.no_grad()
+def encode(autoencoder: AutoencoderKLF16, images_BCHW: Tensor) -> Tensor:
+    """Normalised latents (z - shift_factor) * scaling_factor of the posterior mode.
+
+    Args:
+        autoencoder: base autoencoder.
+        images_BCHW: (B, 3, H, W) in [-1, 1], edges multiples of the spatial compression.
+
+    Returns:
+        (B, C, H/16, W/16) for F16, in the autoencoder's dtype.
+    """
+    mode: Tensor = autoencoder.encode(images_BCHW).latent_dist.mode()
+    return (mode - (autoencoder.config.shift_factor or 0.0)) * autoencoder.config.scaling_factor
+
+
+def load_image(item: EncodingItem, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
+    """The photograph resized to cover its bucket and cropped to it, (3, H, W) in [-1, 1]."""
+    try:
+        image = Image.fromarray(read_rgb(item.path, max_megapixels=max_megapixels).pixels)
+    except ImageUndecodable as problem:
+        raise ImageUndecodable(f"{item.path.name}: {problem}") from problem
+    return to_model([np.asarray(fit_to_bucket(image, item.bucket))])[0]
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What the store keeps of a batch; travels between processes."""
+
+    records: dict[str, bytes]
+    """By image id, in batch order."""
+    shape: tuple[int, ...]
+    """(C, h, w) of every record."""
+    rejected: dict[str, str]
+    """Reason by image id, for photographs that cannot be encoded."""
+
+
+Workers = Callable[[Iterable[list[EncodingItem]]], Iterator[EncodedBatch | Failure]]
+
+
+class TooManyRejected(ValueError):
+    """More photographs than the settings allow could not be encoded; one line."""
+
+
+def encode_batch(
+    items: Sequence[EncodingItem],
+    autoencoder: AutoencoderKLF16,
+    dtype: StoreDtype,
+    max_megapixels: float = MAX_MEGAPIXELS,
+) -> EncodedBatch:
+    """Latents of photographs of one bucket; one that cannot be encoded costs only itself.
+
+    Args:
+        items: of one bucket.
+        autoencoder: on the device that encodes.
+        dtype: of the records.
+        max_megapixels: bound on decoded photographs.
+    """
+    images: dict[str, Tensor] = {}
+    rejected: dict[str, str] = {}
+    for item in items:
+        try:
+            images[item.image_id] = load_image(item, max_megapixels)
+        except ImageUndecodable as problem:
+            rejected[item.image_id] = str(problem)
+    if not images:
+        return EncodedBatch({}, (0, 0, 0), rejected)
+    device = next(autoencoder.parameters()).device
+    latents = encode(autoencoder, torch.stack(list(images.values())).to(device))
+    records: dict[str, bytes] = {}
+    for image_id, latent in zip(images, latents.cpu(), strict=True):
+        if bool(torch.isfinite(latent).all()):
+            records[image_id] = to_record(latent, dtype)
+        else:
+            rejected[image_id] = "its latent is not finite"
+    return EncodedBatch(records, tuple(latents.shape[1:]), rejected)
+
+
+def encode_corpus(
+    items: Sequence[EncodingItem],
+    autoencoder: AutoencoderKLF16,
+    settings: LatentsSettings,
+    *,
+    work_dir: Path,
+    destination: Path,
+    device: str = "cpu",
+    max_megapixels: float = MAX_MEGAPIXELS,
+    workers: Workers | None = None,
+) -> LatentStore:
+    """Encode all items and publish the store; continues where a killed run stopped.
+
+    Batches are appended in the order of the plan whoever encodes them, so the bytes do not depend
+    on workers or kills. A batch that takes its worker down with it is tried again at the end, one
+    photograph at a time, so that only the culprit is left out.
+
+    Args:
+        items: from `encoding_items`.
+        autoencoder: base autoencoder, evaluation mode.
+        settings: batch size, stored dtype, shard size, and how many photographs may fail.
+        work_dir: state of unfinished work, private to this corpus and these settings.
+        destination: folder of the finished store.
+        device: where the encoder runs.
+        max_megapixels: bound on decoded photographs.
+        workers: encode batches elsewhere, results in order; None: in this process.
+
+    Raises:
+        TooManyRejected: more photographs fail than `settings.max_rejected_fraction`.
+    """
+
+    def here(plan: Iterable[list[EncodingItem]]) -> Iterator[EncodedBatch | Failure]:
+        model = autoencoder.to(device)
+        for batch in plan:
+            yield encode_batch(batch, model, settings.dtype, max_megapixels)
+
+    plan = batches(items, settings.batch_size)
+    digest = encoder_digest(autoencoder)
+    writer = LatentStoreWriter(
+        work_dir / plan_digest(plan)[:16],
+        dtype=settings.dtype,
+        shard_mb=settings.shard_mb,
+        encoder_digest=digest,
+    )
+    rejected: dict[str, str] = {}
+    allowed = int(settings.max_rejected_fraction * len(items))
+
+    def reject(reasons: Mapping[str, str]) -> None:
+        rejected.update(reasons)
+        if len(rejected) > allowed:
+            first, reason = next(iter(rejected.items()))
+            raise TooManyRejected(
+                f"{len(rejected)} of {len(items)} photographs cannot be encoded, {allowed} may "
+                f"(latents.max_rejected_fraction); first {first}: {reason}"
+            )
+
+    def take(todo: Sequence[list[EncodingItem]], done: int) -> list[EncodingItem]:
+        """Append what can be encoded; images of batches that were lost as a whole come back."""
+        lost: list[EncodingItem] = []
+        results = (workers or here)(todo)
+        shown = track(results, "latents", total=len(plan), initial=done)
+        with closing(results):  # type: ignore[type-var]
+            for batch, result in zip(todo, shown, strict=True):
+                if isinstance(result, Failure):
+                    if len(batch) > 1:
+                        lost += batch
+                    else:
+                        reject({batch[0].image_id: result.message})
+                    continue
+                bucket = batch[0].bucket
+                kept = [(i.image_id, i.split) for i in batch if i.image_id in result.records]
+                records = list(result.records.values())
+                if kept:
+                    hw = (bucket.height, bucket.width)
+                    writer.append_records(hw, kept, result.shape, records)
+                reject(result.rejected)
+        return lost
+
+    stored = writer.stored()
+    left = [[item for item in batch if item.image_id not in stored] for batch in plan]
+    pending = [batch for batch in left if batch]
+    lost = take(pending, len(plan) - len(pending)) if pending else []
+    if lost:
+        take([[item] for item in lost], len(plan) - len(lost))
+    return writer.publish(destination, provenance(autoencoder, digest, device), rejected)
+
+
+def provenance(autoencoder: AutoencoderKLF16, digest: str, device: str) -> dict[str, Any]:
+    """What the latents came from: weights, normalisation, arithmetic, software."""
+    config = autoencoder.config
+    packages = ("torch", "diffusers", "numpy", "pillow", "simplejpeg")
+    return {
+        "encoder": type(autoencoder).__name__,
+        "encoder_digest": digest,
+        "encoder_dtype": str(next(autoencoder.parameters()).dtype).removeprefix("torch."),
+        "stride": config.stride,
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+        "posterior": "mode",
+        "fit": "Lanczos until the bucket is covered, centre kept",
+        "device": device,
+        "software": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def band_energy_shares(store: LatentStore) -> pd.DataFrame:
+    """Share of each Haar band in the energy of every latent.
+
+    Returns:
+        Columns image_id, split, bucket, ll, lh, hl, hh; shares in [0, 1] that sum to 1 a row.
+    """
+    rows = []
+    for row in store.index.itertuples(index=False):
+        energies = [float(b.double().square().sum()) for b in haar(store.read(str(row.image_id)))]
+        total = sum(energies) or 1.0
+        shares = {name: e / total for name, e in zip(BAND_NAMES, energies, strict=True)}
+        rows.append({"image_id": row.image_id, "split": row.split, "bucket": row.bucket, **shares})
+    return pd.DataFrame(rows, columns=["image_id", "split", "bucket", *BAND_NAMES])

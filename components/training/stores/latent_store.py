@@ -1,0 +1,269 @@
+"""Latents of a corpus in fixed-record shards, one series of shards per aspect-ratio bucket.
+
+Layout of a store folder: `index.parquet`, `store.json` (provenance of the encoder, photographs that
+could not be encoded) and shards `<height>x<width>-<number>.bin`, raw little-endian records without
+any framing. All records of a bucket have one size, so a shard is read by position. Latents are
+stored normalised, (z - shift_factor) * scaling_factor: what the transformer sees. Captions and
+their hashes stand in the text store, so that a new caption never encodes a photograph again.
+
+Written by `LatentStoreWriter`, which appends to a work folder, survives a kill after any batch and
+publishes the store at the end: the same bytes however often it was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from components.training.stores.record_reader import (
+    Extents,
+    RecordCorrupt,
+    RecordReader,
+    Verify,
+    read_store,
+)
+from components.training.stores.record_writer import MIB, RecordWriter
+from components.training.stores.sample_ids import IdTable
+from components.training.stores.stored_tensors import StoreDtype, to_record
+from components.training.stores.table_digest import table_digest
+
+STORE_VERSION = 2
+INDEX_COLUMNS = (
+    "image_id",
+    "split",
+    "bucket",
+    "height_px",
+    "width_px",
+    "latent_channels",
+    "latent_h",
+    "latent_w",
+    "dtype",
+    "shard",
+    "offset",
+    "nbytes",
+    "xxh64",
+    "encoder_digest",
+)
+_ROW_COLUMNS = [name for name in INDEX_COLUMNS if name not in ("dtype", "encoder_digest")]
+
+
+class LatentStoreIncomplete(RuntimeError):
+    """The folder holds no finished store."""
+
+
+class LatentCorrupt(RuntimeError):
+    """A record whose bytes are not the ones that were written; names shard and image."""
+
+
+def index_digest(index: pd.DataFrame) -> str:
+    """Sha256 over the rows of an index, independent of Parquet versions and of row order.
+
+    The record hashes are among the columns, so it identifies every byte of the store.
+    """
+    return table_digest(index, INDEX_COLUMNS, key="image_id", version=STORE_VERSION)
+
+
+class LatentStore:
+    """Read access by image id; every read is verified unless told otherwise."""
+
+    def __init__(self, folder: Path, *, verify: Verify = "always") -> None:
+        """Open a finished store.
+
+        Args:
+            folder: of the store.
+            verify: compare record hashes on every read, on a record's first, or never.
+
+        Raises:
+            LatentStoreIncomplete: no index (encoding has not finished), or another layout.
+        """
+        index, about = read_store(
+            folder, INDEX_COLUMNS, stage="latents", incomplete=LatentStoreIncomplete
+        )
+        self.folder = folder
+        self.index = index
+        """One row per image, columns `INDEX_COLUMNS`; `bucket` is "<height>x<width>" in pixels."""
+        self.about = about
+        """`provenance` of the encoder and `rejected` photographs."""
+        self._rows = IdTable(index["image_id"])
+        self._shapes = index[["latent_channels", "latent_h", "latent_w"]].to_numpy(np.int64)
+        extents = Extents.of(index)
+        self._reader = RecordReader(folder, extents, verify=verify)
+        self.digest = index_digest(index)
+        """Sha256 of the index content."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.index)
+
+    def __contains__(self, image_id: object) -> bool:
+        """Whether the image has a latent."""
+        return self._rows.row(image_id) is not None
+
+    @property
+    def rejected(self) -> frozenset[str]:
+        """Images that could not be encoded (within the limit of the settings)."""
+        return frozenset(one["image_id"] for one in self.about["rejected"])
+
+    def read(self, image_id: str) -> Tensor:
+        """The normalised latent of one image.
+
+        Returns:
+            (C, h, w) float32 (stored bfloat16 is widened exactly).
+
+        Raises:
+            KeyError: the store has no such image.
+            LatentCorrupt: the record is cut off or its hash differs.
+        """
+        return self.read_batch([image_id])[0]
+
+    def read_batch(self, image_ids: Sequence[str]) -> Tensor:
+        """Latents of images of one bucket, (B, C, h, w) float32, in the order asked for.
+
+        Raises:
+            KeyError: the store has no such image.
+            LatentCorrupt: a record is cut off or its hash differs.
+            ValueError: the images are of more than one shape.
+        """
+        return self.read_stored(image_ids).float()
+
+    def read_stored(
+        self, image_ids: Sequence[str], out: Tensor | None = None, *, pin_memory: bool = False
+    ) -> Tensor:
+        """`read_batch` in the stored precision, straight from the disk into one tensor.
+
+        Args:
+            image_ids: B images of one shape.
+            out: contiguous (B, C, h, w) of the stored precision to fill; None: a new one.
+            pin_memory: page-lock the new tensor, so that its copy to a GPU does not block.
+
+        Returns:
+            (B, C, h, w); `out` where given.
+        """
+        try:
+            rows = self._rows.rows(image_ids)
+        except KeyError as unknown:
+            raise KeyError(f"image {unknown.args[0]} has no latent in {self.folder}") from None
+        shapes = np.unique(self._shapes[rows], axis=0)
+        if len(shapes) != 1:
+            raise ValueError(f"a batch of latents of {len(shapes)} shapes; one bucket at a time")
+        if out is None:
+            shape = (len(rows), *(int(edge) for edge in shapes[0]))
+            dtype = getattr(torch, str(self.index["dtype"].iloc[int(rows[0])]))
+            out = torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
+        try:
+            self._reader.read_into(rows.tolist(), out.view(torch.uint8).flatten(1).numpy())
+        except RecordCorrupt as problem:
+            image_id = self.index["image_id"].iloc[problem.row]
+            raise LatentCorrupt(
+                f"shard {problem.shard}, image {image_id}: {problem.problem}; "
+                f"`ultraflux stores verify {self.folder}` lists all such records, `ultraflux "
+                f"stores rebuild {problem.shard}` encodes them again"
+            ) from None
+        return out
+
+
+class LatentStoreWriter:
+    """Appends batches to shards in a work folder; `publish` turns them into a store."""
+
+    def __init__(
+        self, folder: Path, *, dtype: StoreDtype, shard_mb: float, encoder_digest: str
+    ) -> None:
+        """Open or continue the work folder.
+
+        Args:
+            folder: private to this writer (created when missing).
+            dtype: of the stored latents.
+            shard_mb: a shard takes no further record beyond this size in MiB (at least one record).
+            encoder_digest: digest of the encoder weights; work of another encoder is discarded.
+        """
+        self.dtype: StoreDtype = dtype
+        self._common = {"dtype": dtype, "encoder_digest": encoder_digest}
+        self._records = RecordWriter(
+            folder,
+            key="image_id",
+            header={"version": STORE_VERSION, **self._common},
+            shard_bytes=int(shard_mb * MIB),
+        )
+
+    def stored(self) -> frozenset[str]:
+        """Ids of the images that are safely stored."""
+        return self._records.stored()
+
+    def append(
+        self, bucket_hw: tuple[int, int], images: Sequence[tuple[str, str]], latents: Tensor
+    ) -> None:
+        """Store one batch; when this returns a kill cannot lose it.
+
+        Args:
+            bucket_hw: (height, width) in pixels.
+            images: (image_id, split) in batch order.
+            latents: (B, C, h, w), normalised, any floating dtype.
+
+        Raises:
+            ValueError: lengths differ, a latent is not finite, or an image was stored before.
+        """
+        if len(images) != len(latents):
+            raise ValueError(f"{len(images)} images, but {len(latents)} latents")
+        for (image_id, _), latent in zip(images, latents, strict=True):
+            if not bool(torch.isfinite(latent).all()):
+                raise ValueError(f"image {image_id}: its latent is not finite; check the encoder")
+        self.append_records(
+            bucket_hw,
+            images,
+            tuple(latents.shape[1:]),
+            [to_record(latent, self.dtype) for latent in latents],
+        )
+
+    def append_records(
+        self,
+        bucket_hw: tuple[int, int],
+        images: Sequence[tuple[str, str]],
+        shape: tuple[int, ...],
+        records: Sequence[bytes],
+    ) -> None:
+        """`append` for latents that are records already, all of `shape` (C, h, w)."""
+        bucket = f"{bucket_hw[0]}x{bucket_hw[1]}"
+        rows = [
+            {
+                "image_id": image_id,
+                "split": split,
+                "bucket": bucket,
+                "height_px": bucket_hw[0],
+                "width_px": bucket_hw[1],
+                "latent_channels": shape[0],
+                "latent_h": shape[1],
+                "latent_w": shape[2],
+            }
+            for image_id, split in images
+        ]
+        self._records.append(bucket, rows, records)
+
+    def publish(
+        self,
+        destination: Path,
+        provenance: Mapping[str, Any] | None = None,
+        rejected: Mapping[str, str] | None = None,
+    ) -> LatentStore:
+        """Make the store in `destination`; see `RecordWriter.publish`.
+
+        Args:
+            destination: folder of the store.
+            provenance: how the latents were made, JSON-able.
+            rejected: reason by image id of what could not be encoded.
+        """
+        index = pd.DataFrame(self._records.rows, columns=_ROW_COLUMNS).assign(**self._common)
+        reasons = sorted((rejected or {}).items())
+        about = {
+            "kind": "latents",
+            "version": STORE_VERSION,
+            "provenance": dict(provenance or {}),
+            "rejected": [{"image_id": name, "error": reason} for name, reason in reasons],
+        }
+        self._records.publish(destination, index.loc[:, list(INDEX_COLUMNS)], about)
+        return LatentStore(destination)

@@ -1,0 +1,287 @@
+"""Fixed-size records of many shards straight into one buffer, verified.
+
+Reading is the kernel's one copy and nothing else: `preadv` scatters records that are neighbours on
+disk to their places in the batch, shards stay open, a few threads keep the disk's queue filled and
+hash each piece while it is still in the processor's cache. No thread outlives its reader.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import xxhash
+
+from components.training.stores.record_writer import INDEX_FILE, STORE_FILE
+
+Verify = Literal["always", "first", "never"]
+Bytes = npt.NDArray[np.uint8]
+
+_THREADS = 4
+"""Requests in flight; one per core leaves the queue of a solid-state disk half empty."""
+_OPEN_SHARDS = 256
+"""Descriptors kept; a corpus of a million has a thousand shards, the usual limit of a process."""
+_RUN_BYTES = 8 * 2**20
+"""Longest single request, so that neighbours are still shared between the threads."""
+_PIECE_BYTES = 2**18
+"""Read and hashed at a time: what has just arrived is still in a core's own cache, and the disk
+reads ahead meanwhile."""
+_RUN_RECORDS = 512
+"""Below the kernel's limit of 1,024 buffers per call."""
+
+
+class RecordCorrupt(RuntimeError):
+    """A record whose bytes are not the ones that were written."""
+
+    def __init__(self, row: int, shard: str, problem: str) -> None:
+        """Of index row `row`; `problem` completes the sentence "shard ... ".
+
+        Args:
+            row: in the index.
+            shard: file name.
+            problem: what is wrong with it.
+        """
+        super().__init__(f"shard {shard}: {problem}")
+        self.row, self.shard, self.problem = row, shard, problem
+
+
+def read_store(
+    folder: Path, columns: Sequence[str], *, stage: str, incomplete: type[RuntimeError]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """What stands beside the shards of a finished store.
+
+    Args:
+        folder: of the store.
+        columns: that the index must have.
+        stage: makes the store; for the message.
+        incomplete: raised where there is none.
+
+    Returns:
+        (index, one row per image; what `store.json` says).
+
+    Raises:
+        RuntimeError: `incomplete`: no index (the stage has not finished), or another layout.
+    """
+    path = folder / INDEX_FILE
+    if not path.exists():
+        raise incomplete(f"{folder}: no {INDEX_FILE}; run the stage `{stage}` first")
+    index = pd.read_parquet(path)
+    missing = [name for name in columns if name not in index.columns]
+    if missing or not (folder / STORE_FILE).exists():
+        lacking = f"columns {missing} are missing" if missing else f"no {STORE_FILE}"
+        raise incomplete(f"{path}: {lacking}; run the stage `{stage}` again")
+    return index, json.loads((folder / STORE_FILE).read_text("utf-8"))
+
+
+@dataclass(frozen=True)
+class Extents:
+    """Where records lie; arrays of one length, one entry per index row."""
+
+    shards: tuple[str, ...]
+    """File names."""
+    shard: npt.NDArray[np.int64]
+    """Number in `shards`."""
+    offset: npt.NDArray[np.int64]
+    """Of the first byte."""
+    nbytes: npt.NDArray[np.int64]
+    digest: npt.NDArray[np.uint64]
+    """xxh64 of the record."""
+
+    @classmethod
+    def of(cls, index: pd.DataFrame) -> Extents:
+        """From columns shard, offset, nbytes and xxh64 (hexadecimal) of an index."""
+        names, numbers = np.unique(index["shard"].to_numpy(dtype=np.str_), return_inverse=True)
+        return cls(
+            tuple(str(name) for name in names),
+            numbers.astype(np.int64),
+            index["offset"].to_numpy(dtype=np.int64),
+            index["nbytes"].to_numpy(dtype=np.int64),
+            np.array([int(text, 16) for text in index["xxh64"]], dtype=np.uint64),
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Records that are neighbours on disk, in the order of their offsets."""
+
+    fd: int
+    shard: str
+    offset: int
+    rows: list[int]
+    places: list[int]
+
+
+class RecordReader:
+    """Random access to the records of one store folder; safe to share between threads."""
+
+    def __init__(
+        self,
+        folder: Path,
+        extents: Extents,
+        *,
+        verify: Verify = "always",
+        threads: int = _THREADS,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            folder: holds the shards.
+            extents: of all records.
+            verify: compare hashes on every read, on the first read of a record, or never.
+            threads: requests in flight; 1 reads in the calling thread.
+        """
+        self._folder, self._extents, self._verify = folder, extents, verify
+        self._checked = np.zeros(len(extents.offset), dtype=np.bool_)
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads, "records") if threads > 1 else None
+
+    def close(self) -> None:
+        """Give back descriptors and threads; reading opens them again, but single-threaded."""
+        with self._lock:
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        """Descriptors do not outlive the reader (at exit, modules may be gone before it)."""
+        while getattr(self, "_open", None):
+            close(self._open.popitem()[1])
+
+    def read_into(self, rows: Sequence[int], buffer: Bytes) -> None:
+        """Fill `buffer[i]` with the record of index row `rows[i]`.
+
+        Args:
+            rows: B index rows; repeats are read again.
+            buffer: (B, bytes of a record), C-contiguous.
+
+        Raises:
+            RecordCorrupt: a record is cut off, its shard is missing, or its hash differs.
+            ValueError: the buffer does not fit the records.
+        """
+        sizes = self._extents.nbytes[list(rows)]
+        if buffer.shape != (len(rows), int(sizes[0]) if len(rows) else buffer.shape[-1]) or (
+            len(rows) and bool((sizes != sizes[0]).any())
+        ):
+            raise ValueError(
+                f"a buffer of shape {buffer.shape} does not take {len(rows)} records of "
+                f"{sorted(set(sizes.tolist()))} bytes"
+            )
+        # Held while reading: an open shard must not be closed under another thread's request.
+        with self._lock:
+            runs = self._runs(rows)
+            if self._pool is None or len(runs) < 2:
+                for run in runs:
+                    self._read_run(run, buffer)
+            else:
+                requests = [self._pool.submit(self._read_run, run, buffer) for run in runs]
+                # All of them, also after an error: none may write once this has returned.
+                wait(requests)
+                for request in requests:
+                    request.result()
+
+    def _runs(self, rows: Sequence[int]) -> list[_Run]:
+        """Requests that cover the rows, in disk order."""
+        extents = self._extents
+        chosen = np.asarray(rows, dtype=np.int64)
+        order = np.lexsort((extents.offset[chosen], extents.shard[chosen])).tolist()
+        needed = {int(number): rows[i] for i, number in enumerate(extents.shard[chosen].tolist())}
+        descriptors = {number: self._descriptor(number, row) for number, row in needed.items()}
+        while len(self._open) > max(_OPEN_SHARDS, len(needed)):
+            os.close(self._open.popitem(last=False)[1])
+        runs: list[_Run] = []
+        end = (-1, -1)
+        for place in order:
+            row = int(chosen[place])
+            number, offset = int(extents.shard[row]), int(extents.offset[row])
+            size = int(extents.nbytes[row])
+            last = runs[-1] if runs else None
+            if (
+                last is not None
+                and end == (number, offset)
+                and len(last.rows) < _RUN_RECORDS
+                and (len(last.rows) + 1) * size <= _RUN_BYTES
+            ):
+                last.rows.append(row)
+                last.places.append(place)
+            else:
+                shard = extents.shards[number]
+                runs.append(_Run(descriptors[number], shard, offset, [row], [place]))
+            end = (number, offset + size)
+        return runs
+
+    def _descriptor(self, number: int, row: int) -> int:
+        if number not in self._open:
+            name = self._extents.shards[number]
+            try:
+                self._open[number] = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise RecordCorrupt(row, name, "it is missing") from None
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _read_run(self, run: _Run, buffer: Bytes) -> None:
+        parts = [memoryview(buffer[place]) for place in run.places]
+        size = buffer.shape[1]
+        done, total = 0, size * len(parts)
+        is_hashed = self._verify != "never"
+        piece = _PIECE_BYTES if is_hashed else total
+        digest = xxhash.xxh64()
+        while done < total:
+            # A request may be answered in part: at a signal, or beyond 2 GiB.
+            got = os.preadv(run.fd, _next_parts(parts, size, done, piece), run.offset + done)
+            if got == 0:
+                raise RecordCorrupt(
+                    run.rows[done // size],
+                    run.shard,
+                    f"it ends at byte {run.offset + done}, within the record",
+                )
+            arrived = _next_parts(parts, size, done, got) if is_hashed else ()
+            for view in arrived:
+                row = run.rows[done // size]
+                if self._verify == "always" or not self._checked[row]:
+                    digest.update(view)
+                done += len(view)
+                if done % size == 0:
+                    self._check(row, run.shard, digest)
+                    digest.reset()
+            if not is_hashed:
+                done += got
+
+    def _check(self, row: int, shard: str, digest: xxhash.xxh64) -> None:
+        """Compare the hash of a record that has arrived."""
+        if self._verify == "first" and self._checked[row]:
+            return
+        expected = int(self._extents.digest[row])
+        if digest.intdigest() != expected:
+            start = int(self._extents.offset[row])
+            raise RecordCorrupt(
+                row,
+                shard,
+                f"bytes {start} to {start + int(self._extents.nbytes[row])} do not have hash "
+                f"{expected:016x}",
+            )
+        self._checked[row] = True
+
+
+def _next_parts(parts: Sequence[memoryview], size: int, start: int, count: int) -> list[memoryview]:
+    """Bytes `start` to `start + count` (or the end) of records of `size` bytes laid end to end."""
+    found = []
+    while count > 0 and start < size * len(parts):
+        number, within = divmod(start, size)
+        view = parts[number][within : within + count]
+        found.append(view)
+        start, count = start + len(view), count - len(view)
+    return found

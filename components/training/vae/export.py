@@ -1,0 +1,122 @@
+"""What a VAE training run leaves behind: the autoencoder, tables, crops and a figure.
+
+Everything depends on inputs and settings only; durations stay in the metric log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from components.files.whole_files import whole_file, whole_folder, write_text
+from components.images.pixel_range import Pixels
+from components.metrics.native.fidelity import ssim
+from components.models.autoencoder_f16 import AutoencoderKLF16
+from components.training.vae.trainer import VaeTraining, mean_psnr_db
+
+KINDS = ("original", "before", "after")
+GRID_CROPS = 12
+_GAP_PX = 4
+_WHITE = 255
+
+
+def history_table(history: Sequence[dict[str, float]]) -> pd.DataFrame:
+    """Columns step, loss, loss_<term>..., grad_norm, psnr_db; NaN where not measured."""
+    table = pd.DataFrame(history)
+    terms = sorted(name for name in table.columns if name.startswith("loss_"))
+    columns = ["step", "loss", *terms, "grad_norm", "psnr_db"]
+    return table.reindex(columns=columns).astype({"step": "int64"})
+
+
+def headline_metrics(training: VaeTraining) -> dict[str, float]:
+    """PSNR and SSIM on the held-out crops before and after, and the first and last loss.
+
+    PSNR in dB and SSIM are means over crops; losses are means over a tenth of the steps.
+    """
+    crops, before, after = training.held_out, training.before, training.after
+
+    def mean_ssim(images: Sequence[Pixels]) -> float:
+        return float(np.mean([ssim(x, y) for x, y in zip(crops, images, strict=True)]))
+
+    psnr_before, psnr_after = mean_psnr_db(crops, before), mean_psnr_db(crops, after)
+    losses = [row["loss"] for row in training.history if "loss" in row]
+    tenth = max(1, len(losses) // 10)
+    return {
+        "psnr_before_db": psnr_before,
+        "psnr_after_db": psnr_after,
+        "psnr_gain_db": psnr_after - psnr_before,
+        "ssim_before": mean_ssim(before),
+        "ssim_after": mean_ssim(after),
+        "loss_first": float(np.mean(losses[:tenth])),
+        "loss_last": float(np.mean(losses[-tenth:])),
+    }
+
+
+def crop_grid(training: VaeTraining) -> Pixels:
+    """Original, before and after of the first crops, two crops to a row, uint8 (H, W, 3)."""
+    kinds = (training.held_out, training.before, training.after)
+    triples = [
+        np.concatenate([_framed(image) for image in images], axis=1)
+        for images in list(zip(*kinds, strict=True))[:GRID_CROPS]
+    ]
+    if len(triples) % 2:
+        triples.append(np.full_like(triples[0], _WHITE))
+    rows = [np.concatenate(pair, axis=1) for pair in zip(triples[0::2], triples[1::2], strict=True)]
+    return np.concatenate(rows, axis=0)
+
+
+def _framed(image: Pixels) -> Pixels:
+    return np.pad(image, ((0, _GAP_PX), (0, _GAP_PX), (0, 0)), constant_values=_WHITE)
+
+
+def draw_curves(table: pd.DataFrame, path: Path) -> None:
+    """Training loss (each step and rolling mean) and held-out PSNR, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    # The canvas of the figure itself: pyplot would pick a backend for the whole process.
+    FigureCanvasAgg(figure)
+    loss, psnr = figure.subplots(1, 2)
+    loss.plot(table["step"], table["loss"], linewidth=0.6, alpha=0.5, label="step")
+    smooth = table["loss"].rolling(max(1, len(table) // 20), min_periods=1).mean()
+    loss.plot(table["step"], smooth, label="rolling mean")
+    loss.set(title="training loss", xlabel="step", yscale="log")
+    loss.legend()
+    measured = table.dropna(subset=["psnr_db"])
+    psnr.plot(measured["step"], measured["psnr_db"], marker="o")
+    psnr.set(title="PSNR on held-out crops", xlabel="step", ylabel="dB")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
+
+
+def export_training(
+    autoencoder: AutoencoderKLF16, training: VaeTraining, folder: Path
+) -> dict[str, float]:
+    """Write everything into `folder`; returns the headline metrics.
+
+    Files: `autoencoder/` (diffusers folder, safetensors), `history.csv`, `metrics.json`,
+    `crops/NN_{original,before,after}.png`, `crops.png`, `curves.png`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_folder(folder / "autoencoder") as filled:
+        autoencoder.save_pretrained(filled, safe_serialization=True)
+    table = history_table(training.history)
+    write_text(folder / "history.csv", table.to_csv(index=False, lineterminator="\n"))
+    draw_curves(table, folder / "curves.png")
+    crops = zip(KINDS, (training.held_out, training.before, training.after), strict=True)
+    with whole_folder(folder / "crops") as filled:
+        for kind, images in crops:
+            for number, image in enumerate(images):
+                Image.fromarray(image).save(filled / f"{number:02d}_{kind}.png")
+    with whole_file(folder / "crops.png") as temporary:
+        Image.fromarray(crop_grid(training)).save(temporary, format="PNG")
+    metrics = headline_metrics(training)
+    text = json.dumps(metrics, indent=2, sort_keys=True) + "\n"
+    write_text(folder / "metrics.json", text)
+    return metrics

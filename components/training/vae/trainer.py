@@ -1,0 +1,296 @@
+"""Decoder-only post-training of the autoencoder (UltraFlux, supplement: F16 VAE).
+
+The encoder stays as it is, so latents made before training remain valid. The decoder runs inside
+DistributedDataParallel, which averages gradients over processes. (The released Diffusion-4K
+trainer calls the wrapped module directly and so trains every process alone.)
+
+Data are a pure function of the step and nothing else is random, so weights, optimizer and step are
+the whole state: a resumed run ends with the same bytes as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from components.images.pixel_range import Pixels, to_model, to_pixels
+from components.metrics.native.fidelity import psnr_db
+from components.models.autoencoder_f16 import AutoencoderKLF16
+from components.objectives.reconstruction import ReconstructionLoss
+from components.settings.training import VaeSettings
+from components.telemetry.metric_log import MetricLog
+from components.telemetry.progress import track
+from components.training.distributed.checkpoints import CheckpointStore, load_state, save_state
+from components.training.distributed.ranks import Ranks
+from components.training.vae.crops import Crop, WorkingCopies
+
+MAX_GRAD_NORM = 1.0
+"""Gradient clipping of the training engine; from random weights single batches spike without it."""
+KEEP_CHECKPOINTS = 2
+_STATE_FILE = "state.pt"
+# Held-out crops that are decoded together; bounds memory, without effect on the result.
+_EVAL_BATCH = 4
+
+
+class LossNotFinite(RuntimeError):
+    """The loss or the gradient became NaN or infinite; the message names the saved batch."""
+
+
+class TrainableDecoder(nn.Module):
+    """Latent to image: the part that post-training changes."""
+
+    def __init__(self, autoencoder: AutoencoderKLF16) -> None:
+        """Share the parameters of `autoencoder`."""
+        super().__init__()
+        self.post_quant_conv = autoencoder.post_quant_conv
+        self.decoder = autoencoder.decoder
+
+    def forward(self, latents_BCHW: Tensor) -> Tensor:
+        """(B, C, h, w) raw (not normalised) latents to (B, 3, H, W) about [-1, 1]."""
+        if self.post_quant_conv is not None:
+            latents_BCHW = self.post_quant_conv(latents_BCHW)
+        image: Tensor = self.decoder(latents_BCHW)
+        return image
+
+
+@dataclass(frozen=True)
+class VaeTraining:
+    """What a finished run hands over."""
+
+    history: list[dict[str, float]]
+    """A row per step from 0: step, loss, its terms, grad_norm, psnr_db (NaN where not measured)."""
+    held_out: list[Pixels]
+    """Held-out crops, (crop_px, crop_px, 3) uint8."""
+    before: list[Pixels]
+    """Their reconstructions by the base autoencoder."""
+    after: list[Pixels]
+    """Their reconstructions by the trained one."""
+
+
+def freeze_encoder(autoencoder: AutoencoderKLF16) -> None:
+    """Only decoder parameters take gradients from here on."""
+    autoencoder.requires_grad_(False)
+    autoencoder.decoder.requires_grad_(True)
+    if autoencoder.post_quant_conv is not None:
+        autoencoder.post_quant_conv.requires_grad_(True)
+
+
+@torch.no_grad()
+def reconstruct(autoencoder: AutoencoderKLF16, images: Sequence[Pixels]) -> list[Pixels]:
+    """Encode (posterior mode) and decode uint8 images of one size."""
+    device = next(autoencoder.parameters()).device
+    pixels: list[Pixels] = []
+    for start in range(0, len(images), _EVAL_BATCH):
+        batch = to_model(images[start : start + _EVAL_BATCH]).to(device)
+        latents = autoencoder.encode(batch).latent_dist.mode()
+        pixels += to_pixels(autoencoder.decode(latents).sample)
+    return pixels
+
+
+def mean_psnr_db(references: Sequence[Pixels], images: Sequence[Pixels]) -> float:
+    """Mean over images of the PSNR in dB of their 8-bit pixels."""
+    return float(np.mean([psnr_db(x, y) for x, y in zip(references, images, strict=True)]))
+
+
+class _Run:
+    """Mutable state of one training run in one rank."""
+
+    def __init__(
+        self, autoencoder: AutoencoderKLF16, settings: VaeSettings, ranks: Ranks, state_dir: Path
+    ) -> None:
+        self.autoencoder = autoencoder
+        self.settings = settings
+        self.ranks = ranks
+        self.state_dir = state_dir
+        self.store = CheckpointStore(
+            state_dir / "checkpoints",
+            KEEP_CHECKPOINTS,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            barrier=ranks.barrier,
+        )
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        if settings.gradient_checkpointing:
+            autoencoder.enable_gradient_checkpointing()
+        self.decoder = TrainableDecoder(autoencoder)
+        self.wrapped = DistributedDataParallel(
+            self.decoder, device_ids=[ranks.device] if ranks.device.type == "cuda" else None
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.decoder.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+        )
+        self.loss = ReconstructionLoss(settings.loss).to(ranks.device)
+
+    def save(self) -> None:
+        state = {
+            "step": self.step,
+            "decoder": self.decoder.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+        }
+
+        def write(folder: Path) -> None:
+            # The replicas are equal, so one copy is enough.
+            if self.ranks.is_first:
+                save_state(folder / _STATE_FILE, state)
+
+        self.store.save(self.step, write)
+
+    def resume(self) -> bool:
+        found = self.store.latest()
+        if found is None:
+            return False
+        state = load_state(found[1] / _STATE_FILE)
+        self.decoder.load_state_dict(state["decoder"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = state["history"]
+        self.step = state["step"]
+        return True
+
+    def train_step(self, images: Tensor) -> dict[str, float]:
+        """One optimizer step on this rank's crops; loss terms averaged over ranks."""
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = images.split(self.settings.micro_batch_size)
+        terms: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            # Gradients travel once a step, with the last part.
+            alone = number < len(parts) - 1
+            with self.wrapped.no_sync() if alone else nullcontext():
+                for name, term in self._backward(part, len(part) / len(images)).items():
+                    terms[name] = terms[name] + term if name in terms else term
+        norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), MAX_GRAD_NORM)
+        names = ["loss" if name == "total" else f"loss_{name}" for name in terms]
+        values = torch.stack(list(terms.values()))
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        self.ranks.beat()
+        values /= self.ranks.world_size
+        measured = dict(zip(names, values.tolist(), strict=True)) | {"grad_norm": float(norm)}
+        # Every rank sees the same averages, so all of them stop, before the weights are spoilt.
+        if _finite(measured):
+            self.optimizer.step()
+            self.step += 1
+        return measured
+
+    def _backward(self, images: Tensor, weight: float) -> dict[str, Tensor]:
+        """Add the gradient of `weight` times the mean loss; the weighted terms, detached."""
+        with self._autocast():
+            with torch.no_grad():
+                latents = self.autoencoder.encode(images).latent_dist.mode()
+            decoded = self.wrapped(latents)
+        terms = self.loss(decoded.float(), images)
+        (terms["total"] * weight).backward()
+        return {name: term.detach() * weight for name, term in terms.items()}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.ranks.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"
+        )
+
+    def failure(
+        self, images: Tensor, crops: Sequence[Crop], measured: dict[str, float]
+    ) -> LossNotFinite:
+        """Save what is needed to repeat the failed step, and say where."""
+        number = self.step + 1
+        path = self.state_dir / f"not-finite-step{number:08d}-rank{self.ranks.rank}.pt"
+        state: dict[str, Any] = {
+            "step": number,
+            "images": images,
+            "crops": [[crop.photograph, crop.top, crop.left, crop.flip] for crop in crops],
+            "measured": measured,
+            "decoder": self.decoder.state_dict(),
+        }
+        save_state(path, state)
+        bad = ", ".join(f"{k} = {v}" for k, v in measured.items() if not math.isfinite(v))
+        return LossNotFinite(
+            f"vae step {number}: {bad}; the batch and the weights before it are in {path}; lower "
+            f"vae.learning_rate (now {self.settings.learning_rate:g}) or look at the batch"
+        )
+
+
+def train_vae(
+    autoencoder: AutoencoderKLF16,
+    photographs: WorkingCopies,
+    held_out_photographs: WorkingCopies,
+    settings: VaeSettings,
+    ranks: Ranks,
+    *,
+    seed: int,
+    state_dir: Path,
+    metrics: MetricLog,
+) -> VaeTraining:
+    """Train the decoder of `autoencoder` in place; continues from the newest checkpoint.
+
+    Call in every rank, inside `open_ranks` and `deterministic_torch`.
+
+    Args:
+        autoencoder: base autoencoder; its encoder does not change by a bit.
+        photographs: training photographs.
+        held_out_photographs: other photographs, on which PSNR is measured.
+        settings: steps, batch, learning rate, loss, intervals.
+        ranks: this process among all.
+        seed: of crops.
+        state_dir: checkpoints, and the batch of a failed step.
+        metrics: loss terms, grad_norm and images_per_s every step, psnr_db when measured.
+
+    Raises:
+        LossNotFinite: NaN or infinity; weights are those before the offending step.
+        ValueError: the global batch does not divide by the number of processes.
+    """
+    if settings.batch_size % ranks.world_size:
+        raise ValueError(
+            f"vae.batch_size = {settings.batch_size} must be a multiple of the "
+            f"{ranks.world_size} training processes"
+        )
+    autoencoder.to(ranks.device).eval()
+    freeze_encoder(autoencoder)
+    held_out = held_out_photographs.held_out(seed, settings.eval_crops)
+    before = reconstruct(autoencoder, held_out)
+    run = _Run(autoencoder, settings, ranks, state_dir)
+    if not run.resume():
+        run.history.append({"step": 0, "psnr_db": mean_psnr_db(held_out, before)})
+    if ranks.is_first:
+        # Steps after the checkpoint happen again; without one, so does step 0.
+        metrics.rewind(run.step or -1)
+        if run.step == 0:
+            metrics.log({"psnr_db": run.history[0]["psnr_db"]}, 0)
+    share = settings.batch_size // ranks.world_size
+    mine = range(ranks.rank * share, (ranks.rank + 1) * share)
+    todo = range(run.step, settings.steps)
+    for step in track(todo, "vae", total=settings.steps, initial=run.step):
+        started = time.perf_counter()
+        images = photographs.batch(seed, step, mine)
+        measured = run.train_step(images.to(ranks.device))
+        if not _finite(measured):
+            crops = [photographs.crop_at(seed, step, index) for index in mine]
+            raise run.failure(images, crops, measured)
+        images_per_s = settings.batch_size / (time.perf_counter() - started)
+        last = run.step == settings.steps
+        if last or run.step % settings.eval_every == 0:
+            measured["psnr_db"] = mean_psnr_db(held_out, reconstruct(autoencoder, held_out))
+        run.history.append({"step": run.step, **measured})
+        if ranks.is_first:
+            # Throughput depends on the machine, so it is not part of the history.
+            metrics.log({**measured, "images_per_s": images_per_s}, run.step)
+        if last or run.step % settings.checkpoint_every == 0:
+            run.save()
+    after = reconstruct(autoencoder, held_out)
+    autoencoder.requires_grad_(False)
+    return VaeTraining(run.history, held_out, before, after)
+
+
+def _finite(measured: dict[str, float]) -> bool:
+    return all(math.isfinite(value) for value in measured.values())

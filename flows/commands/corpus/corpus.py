@@ -1,0 +1,285 @@
+"""`ultraflux corpus ...` and `ultraflux select`: questions about a corpus and its versions."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.commands.command_line import fail, project_root
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+app = typer.Typer(no_args_is_help=True, help="Compare and describe versions of the corpus.")
+
+_SELECTED = "data/select/manifest.parquet"
+_CAPTIONED = "data/caption/manifest.parquet"
+
+
+def read_version(root: Path, version: str, manifest: str) -> pd.DataFrame:
+    """A manifest by path, or by git revision from the DVC cache.
+
+    Args:
+        root: repository.
+        version: a Parquet file, or a revision such as HEAD~1, a tag or a branch.
+        manifest: the output that a revision stands for.
+
+    Raises:
+        ValueError: neither, or the version's manifest is not in the cache; one line.
+    """
+    from components.corpus.manifest import read_table
+
+    if Path(version).is_file():
+        return read_table(Path(version))
+    if Path(version).suffix == ".parquet":
+        raise ValueError(f"{version}: not found; make it with: ultraflux run")
+    import dvc.api
+    from dvc.exceptions import DvcException
+    from dvc.scm import SCMError
+
+    try:
+        with dvc.api.open(manifest, repo=str(root), rev=version, mode="rb") as file:
+            data = file.read()
+    except (DvcException, SCMError, OSError) as problem:
+        detail = " ".join(str(problem).split())
+        raise ValueError(
+            f"{version}: neither a file nor a revision whose {manifest} is in the DVC cache "
+            f"({detail}); try `dvc fetch`"
+        ) from None
+    return read_table(io.BytesIO(data))  # type: ignore[arg-type]
+
+
+def _versions(before: str, after: str, manifest: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    root = project_root()
+    try:
+        return read_version(root, before, manifest), read_version(root, after, manifest)
+    except ValueError as problem:
+        raise fail(str(problem)) from None
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+@app.command(
+    "diff",
+    epilog="Example: after a change of thresholds, [bold]ultraflux corpus diff HEAD~1 "
+    "data/select/manifest.parquet --output changed.parquet[/]",
+)
+def corpus_diff(
+    before: Annotated[str, typer.Argument(help="Parquet file or git revision.")],
+    after: Annotated[str, typer.Argument(help="Parquet file or git revision.")],
+    manifest: Annotated[
+        str, typer.Option(help="What a revision stands for; see also data/caption.")
+    ] = _SELECTED,
+    output: Annotated[Path | None, typer.Option(help="Every differing row, as Parquet.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+) -> None:
+    """What changed between two versions, row by row (exit code 1: something did)."""
+    import pyarrow as pa
+    from rich.console import Console
+    from rich.table import Table
+
+    from components.corpus.pages.corpus_diff import DIFF_SCHEMA, diff
+    from components.files.parquet_files import write_parquet
+
+    found = diff(*_versions(before, after, manifest))
+    if output is not None:
+        table = pa.Table.from_pandas(found.rows, schema=DIFF_SCHEMA, preserve_index=False)
+        write_parquet(table.replace_schema_metadata(), output)
+    if as_json:
+        _print_json(found.to_json())
+        raise typer.Exit(1 if len(found.rows) else 0)
+    console = Console()
+    console.print(
+        f"rows {found.rows_before} -> {found.rows_after}, "
+        f"kept {found.kept_before} -> {found.kept_after}"
+    )
+    counts = Table("change", "rows")
+    for change, number in found.counts().items():
+        counts.add_row(change, str(number))
+    console.print(counts)
+    rules = Table("change", "rule", "rows")
+    for change, reasons in found.by_rule().items():
+        for reason, number in reasons.items():
+            rules.add_row(change, reason, str(number))
+    console.print(rules)
+    columns = Table("column", "rows that differ")
+    for column, number in found.by_column().items():
+        columns.add_row(column, str(number))
+    console.print(columns)
+    raise typer.Exit(1 if len(found.rows) else 0)
+
+
+@app.command(
+    epilog="Example: [bold]ultraflux corpus drift v1 HEAD --output drift.html[/] compares the "
+    "captioned corpus of tag v1 with that of the last commit.",
+)
+def drift(
+    before: Annotated[str, typer.Argument(help="Parquet file or git revision.")],
+    after: Annotated[str, typer.Argument(help="Parquet file or git revision.")],
+    manifest: Annotated[str, typer.Option(help="What a revision stands for.")] = _CAPTIONED,
+    output: Annotated[Path, typer.Option(help="HTML page; JSON beside it.")] = Path("drift.html"),
+) -> None:
+    """Compare distributions of two versions (exit code 1: something drifted)."""
+    from components.corpus.pages.drift import drift_page, measure_drift
+    from components.corpus.pages.page_figures import write_page
+
+    old, new = _versions(before, after, manifest)
+    report = measure_drift(old, new)
+    write_page(drift_page(report, old, new), output)
+    document = json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n"
+    write_page(document, output.with_suffix(".json"))
+    for feature in report.features:
+        if feature.status != "stable":
+            print(f"{feature.status:<8} {feature.name}  {feature.note}")
+    print(f"{report.status}: {output}")
+    raise typer.Exit(1 if report.status == "drifted" else 0)
+
+
+@app.command(
+    epilog="Example: [bold]ultraflux corpus datasheet HEAD --output datasheet.html[/]; without "
+    "arguments it describes what the stage slices has just written.",
+)
+def datasheet(
+    version: Annotated[str, typer.Argument(help="Parquet file or git revision.")] = (
+        "data/slices/manifest.parquet"
+    ),
+    output: Annotated[Path, typer.Option(help="HTML page.")] = Path("datasheet.html"),
+) -> None:
+    """Describe a sliced corpus: counts, shapes, scores, licences, attribution, losses."""
+    from components.corpus.pages.datasheet import datasheet_page
+    from components.corpus.pages.page_figures import write_page
+    from components.corpus.selection.slices import slices
+    from components.settings.schema import SettingsError, load_settings
+
+    root = project_root()
+    try:
+        settings = load_settings(root / "params.yaml")
+        table = read_version(root, version, "data/slices/manifest.parquet")
+    except (SettingsError, ValueError) as problem:
+        raise fail(str(problem)) from None
+    tables = slices(table, settings.slices, settings.project.seed)
+    write_page(datasheet_page(table, tables), output)
+    print(output)
+
+
+@app.command()
+def pack(
+    manifest: Annotated[
+        Path | None, typer.Option(help="Other rows than `images.rows` says: a manifest.")
+    ] = None,
+    track: Annotated[bool, typer.Option(help="Also `dvc add` the store.")] = True,
+) -> None:
+    """Pack original photographs by content address into data/images, for DVC's remotes."""
+    from components.corpus.image_packing import pack_images
+    from components.images.image_store import FOLDER
+    from components.images.original_lookup import OriginalLookup
+    from components.settings.schema import SettingsError, load_settings
+    from flows.versioning import graph as versioning
+
+    root = project_root()
+    try:
+        settings = load_settings(root / "params.yaml").images
+        rows = _rows_to_pack(root, settings.rows, manifest)
+        report = pack_images(
+            OriginalLookup(root).find_each(rows),
+            root / FOLDER,
+            shard_digits=settings.shard_digits,
+        )
+    except (SettingsError, ValueError) as problem:
+        raise fail(str(problem)) from None
+    print(
+        f"{report.images} originals ({report.total_bytes / 1e6:.1f} MB) in {report.shards} shards, "
+        f"{report.written} of them new"
+    )
+    if track:
+        try:
+            versioning.add(root, FOLDER)
+        except ValueError as problem:
+            raise fail(str(problem)) from None
+        print(f"git add {FOLDER}.dvc, then `dvc push {FOLDER}`")
+    if report.unreadable:
+        name, reason = next(iter(report.unreadable.items()))
+        raise fail(
+            f"{len(report.unreadable)} originals could not be packed, the first is {name}: "
+            f"{reason}; bring them back and pack again",
+            code=1,
+        )
+
+
+def _rows_to_pack(root: Path, which: str, manifest: Path | None) -> pd.DataFrame:
+    """image_id and uri of the originals that the store shall hold.
+
+    Raises:
+        ValueError: no such manifest, or no row is left.
+    """
+    from components.corpus.manifest import read_table
+
+    path = manifest or Path("data", "slices" if which == "kept" else "ingest", "manifest.parquet")
+    if not (root / path).is_file():
+        raise ValueError(f"{path}: not found; run the pipeline first: ultraflux run")
+    table = read_table(root / path)
+    wanted = (table["integrity"] == "ok") & table["duplicate_of"].isna()
+    # Null before the select stage: nothing is decided yet.
+    if table["kept"].notna().any():
+        wanted = table["kept"].eq(True)
+    if not wanted.any():
+        raise ValueError(f"{path}: no row to pack")
+    return table.loc[wanted, ["image_id", "uri"]]
+
+
+def select(
+    what_if: Annotated[
+        list[str],
+        typer.Option(metavar="KEY=VALUE", help="Another value of a selection setting; repeatable."),
+    ],
+    manifest: Annotated[Path, typer.Option(help="A selected manifest.")] = Path(_SELECTED),
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+) -> None:
+    """What other thresholds would keep, from the measured signals alone."""
+    import pyarrow.parquet as pq
+    from rich.console import Console
+    from rich.table import Table
+
+    from components.corpus.selection import what_if as question
+    from components.corpus.selection.quotas import QuotaInfeasible
+    from components.corpus.selection.rules import COLUMNS
+    from components.settings.schema import SettingsError, load_settings
+
+    root = project_root()
+    path = manifest if manifest.is_absolute() else root / manifest
+    if not path.is_file():
+        raise fail(f"{manifest}: not found; run the pipeline first: ultraflux run")
+    try:
+        settings = load_settings(root / "params.yaml")
+        changed = question.changed_settings(settings.select, what_if)
+        names = dict.fromkeys([*COLUMNS, "uri", "reject_reason"])
+        table = pq.read_table(path, columns=list(names)).to_pandas()
+        found = question.what_if(table, settings.select, changed, settings.project.seed)
+    except (SettingsError, question.WhatIfError, QuotaInfeasible) as problem:
+        raise fail(str(problem)) from None
+    document = question.to_json(found, what_if)
+    if as_json:
+        _print_json(document)
+        return
+    counts = Table("", "now", "then", "change")
+    for name, number in found.now.items():
+        then = found.then[name]
+        counts.add_row(
+            name, str(number), str(then), f"{then - number:+d}" if then != number else ""
+        )
+    console = Console()
+    console.print(counts)
+    for kind, word in (("gained", "newly kept"), ("lost", "newly rejected")):
+        console.print(f"{document[kind]} {word}")
+        for row in document[f"{kind}_examples"]:
+            console.print(
+                f"  {row['uri']}: {row['reject_reason']} {row['reject_value']} "
+                f"against {row['reject_threshold']}",
+                markup=False,
+            )

@@ -1,0 +1,269 @@
+"""`ultraflux evaluate`: systems against a benchmark suite."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.commands.command_line import fail, project_root
+
+if TYPE_CHECKING:
+    from components.evaluation.suites.suite_scores import SuiteResult
+    from components.evaluation.suites.suites import Suite
+
+EPILOG = """Suites: aesthetic-eval-4096, aesthetic-eval-2048, aspect-ratio, reconstruction, detail,
+held-out, runtime, or a folder with metadata.jsonl (an object a line: file_name, text).
+
+Systems: NAME=SPEC, where SPEC is a folder of pictures; references; trained; ultraflux-v1,
+ultraflux-v1.1, flux, sd3, sana, pixart-sigma (folders below weights/); ultraflux:FOLDER;
+diffusers:FOLDER; vae:FOLDER; registry:MODEL@ALIAS or registry:MODEL/VERSION; or
+command:TEMPLATE.
+
+Examples:
+
+  ultraflux evaluate data/benchmarks/mine --system photos=references --system mine=outputs/mine
+
+  ultraflux evaluate aesthetic-eval-4096 --system ours=trained --system sana=sana --limit 8
+
+  ultraflux evaluate held-out --system champion=registry:ultraflux-transformer@champion
+
+  ultraflux evaluate aspect-ratio --system "mine=command:python my.py --prompts {prompts}
+  --out {out} --size {width}x{height}"
+
+  ultraflux evaluate reconstruction --system flux=vae:weights/FLUX.1-dev/vae
+
+  ultraflux evaluate runtime --system ours=trained --system sana=sana --size 4096x4096"""
+
+
+def evaluate(
+    suite: Annotated[str, typer.Argument(help="Name of a suite, or a folder; see below.")],
+    system: Annotated[
+        list[str] | None, typer.Option(help="NAME=SPEC; repeat for several. See below.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Ids and `weight-free` with commas, or `all`; default: the suite's."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Local copy of the suite's benchmark, if elsewhere.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first items of each stratum.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: runs/evaluations/SUITE.")] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="Measurements so far; default: runs/ledger.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that measure, on CPUs.")] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, or cuda:0,cuda:1 (a process each); default: settings."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Root of the pictures' seeds.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; default: the system's own.")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the system's own.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="WIDTHxHEIGHT, repeatable; for the runtime suite.")
+    ] = None,
+    warm_up: Annotated[
+        int, typer.Option(min=0, help="Pictures before the clock starts; for the runtime suite.")
+    ] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed pictures; for the runtime suite.")] = 3,
+    log: Annotated[bool, typer.Option("--log", help="Also as a run in MLflow.")] = False,
+) -> None:
+    """Measure systems on a suite; what has been measured before is not measured again.
+
+    Writes scores.parquet (a row per picture and metric), metrics.json (means with 95% intervals)
+    and pictures.jsonl. Metrics whose weights are missing are listed once, with the command that
+    gets them, and the others are measured. Ended at any time, the same command goes on.
+
+    The runtime suite writes runtime.json instead: seconds, pictures per second and peak memory.
+    """
+    from components.engine.ordered_pool import WorkersDoNotStart
+    from components.evaluation.measuring.evaluation_run import RunOptions, open_metrics
+    from components.evaluation.measuring.ledger import Ledger
+    from components.evaluation.suites.suite_scores import (
+        evaluate_suite,
+        statistics_of,
+        write_result,
+    )
+    from components.evaluation.suites.suites import load_suite, runtime_items
+    from components.evaluation.suites.system import Sampling
+    from components.settings.schema import SettingsError, load_settings
+    from flows.commands.images.runtime import parse_sizes, time_and_show
+    from flows.history.registered_system import find_system
+
+    root = project_root()
+    started = time.monotonic()
+    try:
+        settings = load_settings(root / "params.yaml")
+        chosen = device or settings.runtime.device
+        loaded = load_suite(suite, root, data=data, seed=seed).limited(limit)
+        ids = metric_ids(metrics, loaded.metrics)
+        sampling = Sampling(
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            dtype="float32" if chosen == "cpu" else "bfloat16",
+            device=chosen.split(",")[0],
+        )
+        if not system:
+            raise ValueError("--system: name at least one, such as --system mine=pictures/")
+        systems = [find_system(text, root, settings, sampling) for text in system]
+        folder = out or root / "runs" / "evaluations" / loaded.name
+        if loaded.protocol.startswith("runtime/"):
+            items = runtime_items(parse_sizes(size))
+            timed, failed = time_and_show(
+                systems, items, sampling, folder, warm_up=warm_up, repeats=repeats
+            )
+            if log:
+                _log(root, loaded, timed, [folder / "runtime.json"], is_complete=not failed)
+            if failed:
+                raise fail("\n".join(failed), 1)
+            return
+        options = RunOptions(
+            weights_dir=root / "weights",
+            workers=workers,
+            devices=_devices(chosen),
+            max_megapixels=settings.ingest.max_megapixels,
+        )
+        opened = open_metrics(ids, root / "weights", chosen.split(",")[0])
+        result = evaluate_suite(
+            loaded,
+            systems,
+            opened,
+            ids,
+            ledger=Ledger(ledger or root / "runs" / "ledger"),
+            options=options,
+            out_dir=folder,
+            resamples=settings.evaluate.bootstrap_resamples,
+            seed=settings.project.seed,
+        )
+        write_result(result, loaded, folder)
+    except (SettingsError, ValueError, WorkersDoNotStart) as problem:
+        raise fail(str(problem)) from None
+    _show(loaded, result, ids)
+    did = statistics_of(result)
+    seconds = time.monotonic() - started
+    print(
+        f"{did['pictures']} pictures, {did['decoded']} decoded, {did['computed']} values computed, "
+        f"{did['reused']} found in the ledger; {seconds:.1f} s"
+    )
+    print(f"Scores: {folder / 'scores.parquet'}")
+    if log:
+        files = [folder / "metrics.json", folder / "scores.parquet"]
+        _log(root, loaded, result.metrics, files, is_complete=not result.failed_systems)
+    if result.failed_systems:
+        lines = [f"{name}: {text}" for name, text in result.failed_systems.items()]
+        raise fail("\n".join(lines), 1)
+
+
+def metric_ids(wanted: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    """Metrics of `--metrics`.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    from components.evaluation.suites.suites import WEIGHT_FREE_METRICS
+    from components.metrics.cards import CARDS, card
+
+    if wanted is None:
+        return default
+    if wanted == "all":
+        return tuple(c.id for c in CARDS)
+    ids: list[str] = []
+    for name in filter(None, (part.strip() for part in wanted.split(","))):
+        ids += WEIGHT_FREE_METRICS if name == "weight-free" else (card(name).id,)
+    return tuple(dict.fromkeys(ids))
+
+
+def _devices(chosen: str) -> tuple[str, ...]:
+    if chosen != "cuda":
+        return tuple(chosen.split(","))
+    import torch
+
+    return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("cuda",)
+
+
+def _number(metrics: dict[str, float], name: str, decimals: int) -> str:
+    value = metrics.get(name)
+    if value is None:
+        return "-"
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    text = f"{value:.{decimals}f}"
+    if low is None or high is None:
+        return text
+    return f"{text} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
+    """Our numbers, published ones beside them, and what is missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from components.metrics.cards import card
+    from components.metrics.published import TABLES_OF_SUITE
+
+    console = Console()
+    systems = sorted(set(result.table["system"]))
+    strata = sorted(set(result.table["stratum"]))
+    table = Table(title=f"{suite.title} ({len(suite.items)} items)", title_justify="left")
+    # Names of systems and strata stay whole; numbers wrap.
+    table.add_column("system", no_wrap=True)
+    measured = [i for i in ids if any(key.endswith(f".{i}") for key in result.metrics)]
+    for metric_id in measured:
+        table.add_column(f"{card(metric_id).name} {card(metric_id).arrow}", justify="right")
+    prefixes = [
+        prefix
+        for name in systems
+        for prefix in (name, *(f"{name}.{s}" for s in strata if len(strata) > 1))
+    ]
+    for prefix in prefixes:
+        cells = [_number(result.metrics, f"{prefix}.{i}", card(i).decimals) for i in measured]
+        table.add_row(prefix, *cells)
+    if systems:
+        console.print(table)
+    published = TABLES_OF_SUITE.get(suite.name)
+    if published is not None:
+        beside = Table(
+            title=f"Published, other pictures and weights: {published.caption} "
+            f"({published.source})",
+            title_justify="left",
+        )
+        beside.add_column("system")
+        for column in published.columns:
+            beside.add_column(column, justify="right")
+        for model, values in published.rows:
+            beside.add_row(model, *values)
+        console.print(beside)
+    for metric_id, reason in result.unavailable.items():
+        console.print(f"not measured: {metric_id}: {reason}", markup=False, soft_wrap=True)
+    errors = result.table[result.table["error"].notna()]
+    for (name, error), rows in errors.groupby(["system", "error"]):
+        console.print(f"no value: {name}: {len(rows)} ({error})", markup=False, soft_wrap=True)
+
+
+def _log(
+    root: Path, suite: Suite, metrics: dict[str, float], files: list[Path], *, is_complete: bool
+) -> None:
+    """A run record; the uploader brings it to MLflow, now or when the server is back."""
+    from flows.records.records import RunDescription, RunResult, open_record
+    from flows.tracking.uploader import sync_once
+
+    params = {"suite": suite.name, "protocol": suite.protocol, "items": len(suite.items)}
+    record = open_record(
+        root, RunDescription(kind="stage", name=f"evaluate-{suite.name}", params=params)
+    )
+    record.finish(
+        RunResult(
+            status="FINISHED" if is_complete else "FAILED",
+            metrics={name.replace("/", "_"): value for name, value in metrics.items()},
+            artifacts=[str(file) for file in files],
+            summary=f"{len(metrics)} numbers",
+        )
+    )
+    sync_once(root)

@@ -1,0 +1,134 @@
+"""The command `ultraflux generate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.command_line import fail, project_root
+
+EPILOG = """Examples:
+
+  ultraflux generate --prompt "a frozen lake at dawn" --size 5120x2880 --num-images 4
+
+  ultraflux generate --prompts prompts.jsonl --size 4096x4096 --output pictures
+
+  ultraflux generate --model weights/UltraFlux-v1 --base weights/FLUX.1-dev --prompt "..." --size
+  4096x4096 --dtype bfloat16 --memory text-first,vae-tiling
+
+  ultraflux generate --image photo.jpg --strength 0.6 --prompt "the same place in winter"
+
+  ultraflux generate --show-metadata outputs/picture.png"""
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="What to paint.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File of prompts (.txt, .jsonl, .csv); finished ones are skipped."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 32.")
+    ] = None,
+    round_size: Annotated[
+        bool, typer.Option("--round-size", help="Round edges to the nearest multiple of 32.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Same seed, same picture.")] = 0,
+    num_images: Annotated[int, typer.Option(help="Per prompt; seeds count up.")] = 1,
+    steps: Annotated[int, typer.Option(help="Denoising steps (0: the settings' value).")] = 0,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Input of the guidance embedding.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="static (released script) or dynamic (stock Flux).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="none, or of text-first, model-offload, vae-slicing, "
+            "vae-tiling; several with commas."
+        ),
+    ] = "none",
+    batch_size: Annotated[int, typer.Option(help="Images made together; 1 is exact.")] = 1,
+    image: Annotated[Path | None, typer.Option(help="Starting picture (image-to-image).")] = None,
+    strength: Annotated[float, typer.Option(help="0: keep --image, 1: forget it.")] = 0.6,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="UltraFlux-v1 or FLUX.1-dev folder, a transformer's folder, or a .safetensors "
+            "file; default: the weights that the pipeline trained."
+        ),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder for what --model lacks (default: weights/FLUX.1-dev)."),
+    ] = None,
+    transformer: Annotated[
+        Path | None, typer.Option(help="Replaces the model's transformer (v1.1).")
+    ] = None,
+    rope: Annotated[
+        str | None, typer.Option(help="official, official_prefix, paper or flux.")
+    ] = None,
+    vae_stride: Annotated[int, typer.Option(help="Of a stock VAE: 2 is F16, 1 is F8.")] = 2,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Enrich prompts first (settings: refiner).")
+    ] = False,
+    file_format: Annotated[str, typer.Option("--format", help="png or jpg.")] = "png",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace other files under the same name.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
+    show_metadata: Annotated[
+        Path | None, typer.Option(help="Print what made a picture, as JSON, and stop.")
+    ] = None,
+) -> None:
+    """Paint pictures from text, or from a picture and text, and print their paths."""
+    if show_metadata is not None:
+        from components.generation.image_metadata import read_metadata
+
+        try:
+            fields = read_metadata(show_metadata)
+        except ValueError as problem:
+            raise fail(str(problem)) from None
+        if "ultraflux_key" not in fields:
+            raise fail(f"{show_metadata}: not made by this project, or its metadata was removed", 1)
+        print(json.dumps(fields, ensure_ascii=False, indent=2))
+        return
+    from components.files.weight_folders import WeightsMissing
+    from flows.commands.images.generation import GenerateOptions
+    from flows.commands.images.generation import generate as make
+
+    options = GenerateOptions(
+        prompts=() if prompt is None else (prompt,),
+        prompt_file=prompts,
+        size=size,
+        round_size=round_size,
+        seed=seed,
+        num_images=num_images,
+        steps=steps or None,
+        guidance_scale=guidance_scale,
+        schedule=schedule,
+        dtype=dtype,
+        memory=memory,
+        batch_size=batch_size,
+        image=image,
+        strength=strength,
+        model=model,
+        base=base,
+        transformer=transformer,
+        rope=rope,
+        vae_stride=vae_stride,
+        refine=refine,
+        file_format=file_format,
+        overwrite=overwrite,
+        output=output,
+    )
+    try:
+        for path in make(project_root(), options):
+            print(path)
+    except (WeightsMissing, ValueError) as problem:
+        raise fail(str(problem)) from None

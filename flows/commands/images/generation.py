@@ -1,0 +1,260 @@
+"""`ultraflux generate`: images from the trained weights or from published ones."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from components.generation.sampling import GenerationRequest
+    from components.settings.schema import Settings
+
+_MULTIPLE_PX = 32
+
+
+class GenerationRefused(ValueError):
+    """The request cannot be met; one line."""
+
+
+def parse_size(size: str, *, round_size: bool = False) -> tuple[int, int]:
+    """(height, width) of "WIDTHxHEIGHT".
+
+    Args:
+        size: as typed.
+        round_size: take the nearest multiples of 32 instead of refusing other edges.
+
+    Raises:
+        GenerationRefused: not of that form, or an edge is not a positive multiple of 32.
+    """
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX]\s*(\d{1,6})\s*", size)
+    if match is None:
+        raise GenerationRefused(f"--size {size}: expected WIDTHxHEIGHT, such as 5120x2880")
+    width, height = int(match[1]), int(match[2])
+    if round_size:
+        return _rounded(height), _rounded(width)
+    for edge in (width, height):
+        if edge == 0 or edge % _MULTIPLE_PX:
+            raise GenerationRefused(
+                f"--size {size}: {edge} is not a multiple of 32; the nearest is {_rounded(edge)} "
+                "(or add --round-size)"
+            )
+    return height, width
+
+
+def _rounded(edge: int) -> int:
+    return max(_MULTIPLE_PX, round(edge / _MULTIPLE_PX) * _MULTIPLE_PX)
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What the command line says; None: the settings' value."""
+
+    prompts: tuple[str, ...] = ()
+    prompt_file: Path | None = None
+    size: str | None = None
+    round_size: bool = False
+    seed: int = 0
+    num_images: int = 1
+    steps: int | None = None
+    guidance_scale: float | None = None
+    schedule: str | None = None
+    dtype: str | None = None
+    memory: str = "none"
+    batch_size: int = 1
+    image: Path | None = None
+    strength: float = 0.6
+    model: Path | None = None
+    base: Path | None = None
+    transformer: Path | None = None
+    rope: str | None = None
+    vae_stride: int = 2
+    refine: bool = False
+    file_format: str = "png"
+    overwrite: bool = False
+    output: Path = Path("outputs")
+
+
+def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise GenerationRefused(f"--{name} {value}: choose {', '.join(allowed)}")
+
+
+def _check(options: GenerateOptions) -> None:
+    """Everything that can be refused before anything is read."""
+    _choose("format", options.file_format, ("png", "jpg"))
+    _choose("schedule", options.schedule or "static", ("static", "dynamic"))
+    _choose("dtype", options.dtype or "float32", ("float32", "bfloat16", "float16"))
+    _choose("rope", options.rope or "official", ("official", "official_prefix", "paper", "flux"))
+    _choose("vae-stride", str(options.vae_stride), ("1", "2"))
+    if bool(options.prompts) == (options.prompt_file is not None):
+        raise GenerationRefused("give --prompt or --prompts FILE (one of them)")
+    if any(not prompt.strip() for prompt in options.prompts):
+        raise GenerationRefused("--prompt: empty; say what to paint")
+    if not 0.0 <= options.strength <= 1.0:
+        raise GenerationRefused(f"--strength {options.strength}: from 0 to 1")
+    if options.num_images < 1 or options.batch_size < 1:
+        raise GenerationRefused("--num-images and --batch-size start at 1")
+    if options.steps is not None and options.steps < 1:
+        raise GenerationRefused(f"--steps {options.steps}: at least 1")
+    if options.seed < 0:
+        raise GenerationRefused(f"--seed {options.seed}: at least 0")
+    if options.prompt_file is not None and not options.prompt_file.is_file():
+        raise GenerationRefused(f"--prompts {options.prompt_file}: no such file")
+    if options.image is not None:
+        _image_size(options.image)
+
+
+def _image_size(path: Path) -> str:
+    """WIDTHxHEIGHT of an upright picture at the nearest multiples of 32."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            width, height = ImageOps.exif_transpose(image).size
+    except FileNotFoundError:
+        raise GenerationRefused(f"--image {path}: no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        raise GenerationRefused(f"--image {path}: not a readable picture ({problem})") from None
+    return f"{_rounded(width)}x{_rounded(height)}"
+
+
+def _requests(root: Path, options: GenerateOptions, settings: Settings) -> list[GenerationRequest]:
+    """One per prompt and image; seeds count up from the first."""
+    from components.generation.prompt_files import PromptLine, read_prompts
+    from components.generation.sampling import GenerationRequest
+
+    lines = [PromptLine(prompt) for prompt in options.prompts]
+    if options.prompt_file is not None:
+        lines = read_prompts(options.prompt_file)
+    size = options.size
+    if size is None and options.image is not None:
+        size = _image_size(options.image)
+    sizes = []
+    for line in lines:
+        wanted = line.size or size
+        if wanted is None:
+            raise GenerationRefused("--size: missing; such as 5120x2880 (WIDTHxHEIGHT)")
+        sizes.append(parse_size(wanted, round_size=options.round_size))
+    texts = [(line.prompt, "") for line in lines]
+    if options.refine:
+        texts = _refined(root, [line.prompt for line in lines], settings)
+    refiner = settings.refiner.endpoint.model if options.refine else ""
+    return [
+        GenerationRequest(
+            prompt=prompt,
+            seed=(options.seed if line.seed is None else line.seed) + number,
+            height=height,
+            width=width,
+            name="",
+            image=options.image,
+            strength=options.strength if options.image is not None else 1.0,
+            original_prompt=original,
+            refiner=refiner if original else "",
+        )
+        for line, (prompt, original), (height, width) in zip(lines, texts, sizes, strict=True)
+        for number in range(options.num_images)
+    ]
+
+
+def _refined(root: Path, prompts: list[str], settings: Settings) -> list[tuple[str, str]]:
+    """(prompt, original or "" where it was kept); says on stderr what was kept and why."""
+    from components.chat.client import EndpointUnusable
+    from components.chat.spending import CostCapReached
+    from components.generation.refiner import refine_prompts
+
+    cache = root / "runs" / "refiner" / "requests.sqlite"
+    try:
+        results = refine_prompts(prompts, settings.refiner, cache=cache, root=root)
+    except (EndpointUnusable, CostCapReached) as problem:
+        raise GenerationRefused(f"--refine: {problem}") from None
+    for result in results:
+        if result.reason:
+            print(f"not refined ({result.reason}): {result.original}", file=sys.stderr)
+    return [(r.prompt, "" if r.reason else r.original) for r in results]
+
+
+def generate(root: Path, options: GenerateOptions) -> list[Path]:
+    """Make the images that are not there yet and return the path of each.
+
+    Args:
+        root: repository root.
+        options: see the command's help.
+
+    Raises:
+        GenerationRefused: a bad option; one line.
+        ValueError: unreadable files, or a file in the way.
+        components.files.weight_folders.WeightsMissing: a line for each part that is not there.
+    """
+    _check(options)
+    if options.size is not None:
+        parse_size(options.size, round_size=options.round_size)
+    from components.generation import sampling
+    from components.models.loading.memory_modes import parse_memory
+    from components.settings.schema import load_settings
+    from flows import environment
+
+    memory = parse_memory(options.memory)
+    settings = load_settings(root / "params.yaml")
+    environment.prepare(offline=settings.runtime.offline)
+    if options.model is None:
+        sources = sampling.model_sources(root, settings)
+    else:
+        from components.models.loading.released import find_sources
+
+        base = options.base or root / "weights" / "FLUX.1-dev"
+        sources = find_sources(options.model, base=base, transformer=options.transformer)
+    chosen: dict[str, Any] = {
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "schedule": options.schedule,
+        "dtype": options.dtype,
+    }
+    sampler = replace(
+        sampling.sampler_settings(settings),
+        vae_tiling=memory.vae_tiling,
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    requests = _requests(root, options, settings)
+    from components.models.loading.released import source_digests
+    from components.models.loading.text_families import family_in
+
+    digests = source_digests(sources)
+    # The key in the name: other settings or weights are another file, nothing is overwritten.
+    requests = [
+        replace(
+            request,
+            name=f"{request.width}x{request.height}_seed{request.seed}_"
+            f"{sampling.request_key(request, sampler, digests)[:10]}",
+        )
+        for request in requests
+    ]
+    requests = list({request.name: request for request in requests}.values())
+
+    def load_encoders() -> Any:
+        import torch
+
+        family = family_in(sources.text_encoders)
+        return family.load(sources.text_encoders, dtype=getattr(torch, sampler.dtype))
+
+    made = sampling.generate_images(
+        lambda: sampling.load_model(
+            sources,
+            sampler,
+            device=settings.runtime.device,
+            memory=memory,
+            rope_variant=options.rope,
+            stride=options.vae_stride,
+        ),
+        requests,
+        options.output,
+        sampler=sampler,
+        digests=digests,
+        load_encoders=load_encoders if memory.text_first else None,
+        batch_size=options.batch_size,
+        file_format="jpg" if options.file_format == "jpg" else "png",
+        replace=options.overwrite,
+    )
+    return [options.output / record.file for record in made]

@@ -1,0 +1,199 @@
+"""The command `ultraflux judge`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from components.files.whole_files import write_text
+from flows.commands.command_line import fail, project_root
+
+if TYPE_CHECKING:
+    from components.evaluation.judge.judge import Pair
+
+EPILOG = """Examples:
+
+  ultraflux judge --a pictures/ours --b pictures/flux --prompts metadata.jsonl --endpoint
+  http://127.0.0.1:8000/v1 --model some/vlm
+
+  ultraflux judge --a ours --b theirs --prompts prompts.txt --endpoint https://... --model ...
+  --api-key-env JUDGE_API_KEY --max-cost-usd 5 --input-usd 0.3 --output-usd 2.5 --question detail"""
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"}
+
+
+def _pictures(folder: Path, flag: str) -> dict[str, Path]:
+    """Pictures of a folder by name without suffix.
+
+    Raises:
+        ValueError: no folder, no pictures, or one name twice.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {folder}: no such folder")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+    found = {path.stem: path for path in files}
+    if not files:
+        raise ValueError(f"{flag} {folder}: holds no pictures ({', '.join(sorted(_SUFFIXES))})")
+    if len(found) != len(files):
+        raise ValueError(f"{flag} {folder}: two pictures differ in their suffix alone")
+    return found
+
+
+def _named_prompts(path: Path) -> dict[str, str] | None:
+    """Prompts by picture of a `metadata.jsonl` (file_name, text); None for other files."""
+    if path.suffix.lower() != ".jsonl":
+        return None
+    named: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"{path.name} line {number}: not JSON: {problem.msg}") from None
+        if not isinstance(record, dict) or "file_name" not in record:
+            return None
+        text = record.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{path.name} line {number}: no text")
+        named[Path(str(record["file_name"])).stem] = text
+    return named
+
+
+def read_pairs(a: Path, b: Path, prompts: Path) -> list[Pair]:
+    """Pictures of the same name in both folders, each with its prompt.
+
+    Args:
+        a: folder of the first system.
+        b: folder of the second one.
+        prompts: `metadata.jsonl` with file_name and text; or a file of prompts, of which the i-th
+            belongs to the i-th picture by name.
+
+    Raises:
+        ValueError: a picture without partner or prompt, or an unreadable file.
+    """
+    from components.evaluation.judge.judge import Pair
+    from components.generation.prompt_files import read_prompts
+
+    first, second = _pictures(a, "--a"), _pictures(b, "--b")
+    if alone := sorted(set(first) ^ set(second)):
+        raise ValueError(
+            f"{len(alone)} pictures have no partner of the same name, such as {alone[0]}"
+        )
+    if not prompts.is_file():
+        raise ValueError(f"--prompts {prompts}: no such file")
+    texts = _named_prompts(prompts)
+    names = sorted(first)
+    if texts is None:
+        lines = [line.prompt for line in read_prompts(prompts)]
+        if len(lines) != len(names):
+            raise ValueError(
+                f"{prompts.name} holds {len(lines)} prompts for {len(names)} pictures; give a "
+                "metadata.jsonl with file_name and text"
+            )
+        texts = dict(zip(names, lines, strict=True))
+    if without := [name for name in names if name not in texts]:
+        raise ValueError(
+            f"{prompts.name}: {len(without)} pictures have no prompt, such as {without[0]}"
+        )
+    return [Pair(name, texts[name], first[name], second[name]) for name in names]
+
+
+def judge(
+    a: Annotated[Path, typer.Option("--a", help="Folder of pictures of system A.")],
+    b: Annotated[Path, typer.Option("--b", help="The same prompts by system B, same names.")],
+    prompts: Annotated[Path, typer.Option(help="metadata.jsonl, or prompts in order of names.")],
+    endpoint: Annotated[str, typer.Option(help="OpenAI-compatible base URL, ends in /v1.")],
+    model: Annotated[str, typer.Option(help="Model that sees pictures.")],
+    question: Annotated[
+        list[str] | None, typer.Option(help="aesthetics, alignment, detail (default: all).")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Exact text to ask, in place of one built-in question.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the API key.")
+    ] = None,
+    max_cost_usd: Annotated[float | None, typer.Option(help="Cap over all runs.")] = None,
+    input_usd: Annotated[float | None, typer.Option(help="USD per million tokens sent.")] = None,
+    output_usd: Annotated[float | None, typer.Option(help="USD per million written.")] = None,
+    requests_per_minute: Annotated[float, typer.Option(help="Rate limit.")] = 60.0,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 4,
+    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 120.0,
+    retries: Annotated[int, typer.Option(help="After 429, 5xx or a lost connection.")] = 4,
+    max_tokens: Annotated[int, typer.Option(help="Of one answer.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of sampling and of the intervals.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for results and cache.")] = Path("judged"),
+) -> None:
+    """Compare two folders of pictures by a vision-language model, in both orders."""
+    from pydantic import ValidationError
+
+    from components.chat.client import EndpointUnusable
+    from components.evaluation.judge.judge import JudgeStopped, judge_pairs, summarise
+    from components.evaluation.judge.prompts import QUESTIONS
+    from components.settings.captions import EndpointSettings
+
+    project_root()
+    questions = list(dict.fromkeys(question or QUESTIONS))
+    try:
+        if max_cost_usd is not None and None in (input_usd, output_usd):
+            raise ValueError("--max-cost-usd needs --input-usd and --output-usd (0 for your own)")
+        if prompt_file is not None and len(questions) != 1:
+            raise ValueError("--prompt-file needs exactly one --question, whose name it takes")
+        pairs = read_pairs(a, b, prompts)
+        settings = EndpointSettings(
+            base_url=endpoint,
+            model=model,
+            api_key_env=api_key_env,
+            temperature=0.0,
+            max_tokens=max_tokens,
+            seed=seed,
+            reasoning_effort=None,
+            requests_per_minute=requests_per_minute,
+            concurrency=concurrency,
+            timeout_s=timeout,
+            retries=retries,
+            input_usd_per_million=input_usd,
+            output_usd_per_million=output_usd,
+        )
+        judgements = list(
+            judge_pairs(
+                pairs,
+                questions,
+                settings,
+                cache=output / "answers.sqlite",
+                max_cost_usd=max_cost_usd,
+                prompt_file=prompt_file,
+            )
+        )
+    except ValidationError as problem:
+        error = problem.errors()[0]
+        # The value is not repeated: an address may hold a password.
+        raise fail(f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from None
+    except (ValueError, EndpointUnusable) as problem:
+        raise fail(str(problem)) from None
+    except JudgeStopped as problem:
+        raise fail(str(problem), 1) from None
+    summary = {"model": model, "pairs": len(pairs)} | {
+        "questions": summarise(judgements, resamples=2000, seed=seed)
+    }
+    rows = [
+        {
+            "question": one.question,
+            "picture": one.pair.name,
+            "prompt": one.pair.prompt,
+            "outcome": one.outcome,
+            "a_first": one.a_first and one.a_first.model_dump(),
+            "b_first": one.b_first and one.b_first.model_dump(),
+            "problem": one.problem,
+        }
+        for one in judgements
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(output / "judgements.jsonl", lines)
+    write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    print(json.dumps(summary, indent=1))
+    if all(row["outcome"] == "unanswered" for row in rows):
+        raise fail(f"no pair was answered: {rows[0]['problem']}", 1)

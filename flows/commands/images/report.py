@@ -1,0 +1,88 @@
+"""`ultraflux report`: the page about an evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from components.files.whole_files import write_text
+from flows.commands.command_line import fail, project_root
+
+EPILOG = """Examples:
+
+  ultraflux report runs/evaluations/aesthetic-eval-4096
+
+  ultraflux report runs/evaluations/detail --baseline flux --decision data/promote/decision.json
+
+  ultraflux report runs/evaluations/aspect-ratio --tiles --out /tmp/aspect.html"""
+
+
+def report(
+    evaluation: Annotated[Path, typer.Argument(help="Folder that `ultraflux evaluate` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in that folder.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="System that others are compared with; default: the first.")
+    ] = None,
+    decision: Annotated[
+        Path | None, typer.Option(help="A gate's decision.json, shown in the page.")
+    ] = None,
+    budget_mb: Annotated[
+        float, typer.Option(min=5, help="Largest page in MB; worst cases fill what is left.")
+    ] = 60,
+    tiles: Annotated[
+        bool,
+        typer.Option("--tiles", help="Native pixels of all pictures, in a folder beside the page."),
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read pictures.")] = 2,
+) -> None:
+    """Write one HTML file: tables, statistics, worst cases, and a native-pixel viewer.
+
+    No network is needed to look at it. Thumbnails of all pictures and a crop of native pixels each
+    are inside, and the whole native pixels of the worst cases as far as the budget goes.
+    """
+    from components.evaluation.pages.suite_report import ReportOptions, build_suite_report
+    from components.settings.schema import SettingsError, load_settings
+
+    root = project_root()
+    target = out or evaluation / "report.html"
+    try:
+        settings = load_settings(root / "params.yaml")
+        if target.is_dir():
+            raise ValueError(f"--out {target}: a folder; name the page, such as report.html")
+        made = build_suite_report(
+            evaluation,
+            root,
+            ReportOptions(
+                baseline=baseline,
+                budget_bytes=int(budget_mb * 1e6),
+                tiles=target.with_name(f"{target.stem}-tiles") if tiles else None,
+                workers=workers,
+                resamples=settings.evaluate.bootstrap_resamples,
+                seed=settings.project.seed,
+            ),
+            None if decision is None else _decision(decision),
+        )
+    except (SettingsError, ValueError) as problem:
+        raise fail(str(problem)) from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, made.html)
+    held = made.held
+    print(
+        f"{held.thumbnails} pictures, {held.crops} native crops, {held.whole} whole at native "
+        f"pixels; {target.stat().st_size / 1e6:.1f} MB"
+    )
+    print(f"Report: {target}")
+
+
+def _decision(path: Path) -> dict[str, Any]:
+    needed = {"promoted", "alias", "rules", "not_compared", "digests"}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"--decision {path}: not readable ({problem})") from None
+    if not isinstance(found, dict) or not needed <= found.keys():
+        raise ValueError(f"--decision {path}: not a gate's decision; see data/promote/")
+    return found

@@ -1,0 +1,375 @@
+"""The command `ultraflux plan`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.commands.command_line import fail, project_root
+
+if TYPE_CHECKING:
+    from components.planning.planner import Plan, Rate, StagePlan
+    from components.settings.schema import Settings
+    from flows.history.operations_plan import OperationsPlan
+
+EPILOG = """Examples:
+
+  ultraflux plan
+
+  ultraflux plan --profile paper --images 1007230 --tflops-per-gpu 989 --mfu 0.35
+
+  ultraflux plan --profile single-gpu --gpu-memory-gib 80
+
+  ultraflux plan --profile paper --stage dit_stage1 --gpu-memory-gib 80 --price-per-gpu-hour 3
+
+  ultraflux plan --settings experiments/large.yaml --json
+
+FLOPs, parameters, optimizer states and store sizes are exact (equal to torch's own counts);
+activations and buffers are estimates, so a verdict within a few GiB of the limit is open. Hours
+are FLOPs / (--tflops-per-gpu x --mfu x GPUs), cost is GPU-hours x price; nothing is measured.
+
+Of params.yaml as it stands, the stages that the next run would compute come first, with times of
+past runs (`ultraflux stage plan` shows these alone)."""
+
+# Images in the released MultiAspect-4K-1M metadata.
+PUBLISHED_IMAGES = 1_007_230
+_GIB = 2**30
+
+
+def plan(
+    profile: Annotated[
+        str | None, typer.Option(help="embedded, single-gpu or paper, as in conf/profiles.")
+    ] = None,
+    params: Annotated[
+        Path | None,
+        typer.Option("--settings", "--params", help="A settings file (default: params.yaml)."),
+    ] = None,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option("--stage", help="Show this stage only; may be given several times."),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            help="Images that the corpus stages keep (default: those in ingest.source, or the "
+            "1,007,230 of MultiAspect-4K-1M where that folder is not here)."
+        ),
+    ] = None,
+    tflops_per_gpu: Annotated[
+        float | None, typer.Option(help="Peak of one GPU in TFLOP/s, from its data sheet.")
+    ] = None,
+    mfu: Annotated[
+        float | None,
+        typer.Option(help="Share of that peak that model FLOPs reach, 0 to 1; measure it."),
+    ] = None,
+    gpu_memory_gib: Annotated[
+        float | None,
+        typer.Option(
+            help="Say for every stage whether a GPU of this size is enough, and if not "
+            "which setting to change."
+        ),
+    ] = None,
+    price_per_gpu_hour: Annotated[
+        float | None, typer.Option(help="In any currency; needs hours (see --mfu).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what would run and what it costs before it does: stages, FLOPs, GPU memory, disk."""
+    from components.planning.planner import plan as make
+    from components.settings.schema import SettingsError
+
+    if gpu_memory_gib is not None and gpu_memory_gib <= 0:
+        raise fail(f"--gpu-memory-gib {gpu_memory_gib}: must be above 0")
+    if price_per_gpu_hour is not None and price_per_gpu_hour < 0:
+        raise fail(f"--price-per-gpu-hour {price_per_gpu_hour}: must not be negative")
+    root = project_root()
+    rate = _rate(tflops_per_gpu, mfu)
+    try:
+        settings = _settings(root, profile, params)
+        count, counted = (images, "--images") if images is not None else _images(root, settings)
+        limit = None if gpu_memory_gib is None else int(gpu_memory_gib * _GIB)
+        made = make(settings, root, count, rate, limit=limit)
+    except (SettingsError, ValueError) as problem:
+        raise fail(str(problem)) from None
+    made = _only(made, stages or [])
+    next_run = _next_run(root) if profile is None and params is None else None
+    if as_json:
+        values = as_dict(made, counted, limit, price_per_gpu_hour)
+        if next_run is not None:
+            values["next_run"] = next_run.as_dict(price_per_gpu_hour)
+        print(json.dumps(values, indent=2))
+        return
+    if next_run is not None:
+        _show_next_run(next_run, price_per_gpu_hour, stages or [])
+    show(made, counted, limit, price_per_gpu_hour)
+
+
+def _next_run(root: Path) -> OperationsPlan:
+    """What the clone has to do; of another profile or settings file DVC knows nothing."""
+    from flows.history.operations_plan import plan_operations
+    from flows.versioning.graph import GraphError
+
+    try:
+        return plan_operations(root)
+    except GraphError as problem:
+        raise fail(str(problem)) from None
+
+
+def _show_next_run(next_run: OperationsPlan, price: float | None, stages: list[str]) -> None:
+    from rich.console import Console
+
+    from flows.history.operations_plan import operations_summary, operations_table
+
+    console = Console(highlight=False)
+    console.print(operations_table(next_run, price, stages))
+    console.print(operations_summary(next_run, price) + "\n", soft_wrap=True)
+
+
+def _only(made: Plan, wanted: list[str]) -> Plan:
+    """The plan with some of its stages and the warnings about them; all where none is named."""
+    known = [stage.stage for stage in made.stages]
+    for name in wanted:
+        if name not in known:
+            raise fail(
+                f"--stage {name}: not a stage that uses a GPU; choose from {', '.join(known)}"
+            )
+    if not wanted:
+        return made
+    return replace(
+        made,
+        stages=tuple(stage for stage in made.stages if stage.stage in wanted),
+        warnings=tuple(text for text in made.warnings if text.partition(":")[0] in wanted),
+    )
+
+
+def _rate(tflops_per_gpu: float | None, mfu: float | None) -> Rate | None:
+    """The stated rate; both numbers or none."""
+    from components.planning.planner import Rate
+
+    if tflops_per_gpu is None and mfu is None:
+        return None
+    if tflops_per_gpu is None or mfu is None:
+        raise fail("--tflops-per-gpu and --mfu: give both, or neither")
+    if tflops_per_gpu <= 0 or not 0 < mfu <= 1:
+        raise fail(f"--tflops-per-gpu {tflops_per_gpu} --mfu {mfu}: above 0, mfu at most 1")
+    return Rate(tflops_per_gpu * 1e12 * mfu, f"{tflops_per_gpu:g} TFLOP/s x MFU {mfu:g} (stated)")
+
+
+def _settings(root: Path, profile: str | None, params: Path | None) -> Settings:
+    from components.settings.schema import load_settings, parse_settings
+    from flows.versioning.profiles import compose
+
+    if profile is not None and params is not None:
+        raise fail("--profile and --params: give one of them")
+    if profile is None:
+        return load_settings(params or root / "params.yaml")
+    import yaml
+
+    return parse_settings(yaml.safe_load(compose(root, profile)), where=f"profile {profile}")
+
+
+def _images(root: Path, settings: Settings) -> tuple[int, str]:
+    """(images, where the number comes from)."""
+    folder = root / settings.ingest.source
+    if settings.ingest.kind == "folder" and folder.is_dir():
+        wanted = {extension.lower() for extension in settings.ingest.extensions}
+        files = folder.rglob("*") if settings.ingest.recursive else folder.glob("*")
+        found = sum(path.suffix.lower() in wanted for path in files)
+        if found:
+            return found, f"files in {settings.ingest.source}, before any is rejected"
+    return PUBLISHED_IMAGES, "MultiAspect-4K-1M as published; set --images"
+
+
+def as_dict(
+    made: Plan, counted: str, limit: int | None = None, price: float | None = None
+) -> dict[str, Any]:
+    """The plan as plain values, with the sums that its properties make.
+
+    Args:
+        made: the plan.
+        counted: where the number of images comes from.
+        limit: memory of one GPU in bytes; adds `fits` to each stage.
+        price: of a GPU-hour; adds `cost` to each stage.
+    """
+    values = asdict(made)
+    values["images_from"] = counted
+    for row, stage in zip(values["stages"], made.stages, strict=True):
+        row["model_flops"], row["hardware_flops"] = stage.model_flops, stage.hardware_flops
+        row["gpu_hours"], row["memory_bytes"] = stage.gpu_hours, stage.memory_bytes
+        if limit is not None:
+            row["fits"] = stage.memory_bytes <= limit
+        if price is not None:
+            row["cost"] = None if stage.gpu_hours is None else stage.gpu_hours * price
+        if stage.memory is not None:
+            row["memory"]["states"] = stage.memory.states
+            row["memory"]["total"] = stage.memory.total
+    return values
+
+
+def show(made: Plan, counted: str, limit: int | None = None, price: float | None = None) -> None:
+    """Print the tables; arguments as `as_dict`."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(f"Profile {made.profile}, {made.images:,} images ({counted})")
+    for network, origin in made.origin.items():
+        console.print(f"  {network}: {origin}")
+    for table in (
+        _bucket_table(made),
+        _work_table(made, price),
+        _memory_table(made),
+        _zero_table(made),
+        _disk_table(made),
+    ):
+        console.print(table)
+    for source in sorted({stage.rate for stage in made.stages if stage.rate}):
+        console.print(f"Hours at: {source}")
+    if any(stage.hours is None for stage in made.stages):
+        console.print("Hours left out: give --tflops-per-gpu and --mfu.")
+    if limit is not None:
+        for stage in made.stages:
+            console.print(_verdict(stage, limit))
+    for warning in made.warnings:
+        console.print(f"[yellow]warning:[/] {warning}")
+
+
+def flops_text(flops: float) -> str:
+    """Operations with a unit, three digits: "418 TFLOP"."""
+    for unit, size in (("ZFLOP", 1e21), ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if flops >= 0.9995 * size:
+            return f"{flops / size:.3g} {unit}"
+    return f"{flops / 1e9:.3g} GFLOP"
+
+
+def bytes_text(count: float) -> str:
+    """Bytes with a decimal unit, as disks and data sheets state them."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def _table(title: str, *columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def _bucket_table(made: Plan) -> Any:
+    """Buckets with equal numbers of tokens share a row."""
+    table = _table(
+        "Transformer, one image per bucket (exact)",
+        "buckets (height x width)",
+        "image tokens",
+        "forward",
+        "forward + backward",
+        "recomputed",
+    )
+    rows: dict[int, list[str]] = {}
+    by_tokens = {bucket.image_tokens: bucket for bucket in made.buckets}
+    for bucket in made.buckets:
+        rows.setdefault(bucket.image_tokens, []).append(bucket.name)
+    for tokens in sorted(rows):
+        bucket = by_tokens[tokens]
+        flops = (bucket.forward, bucket.training, bucket.recompute)
+        table.add_row(", ".join(rows[tokens]), f"{tokens:,}", *map(flops_text, flops))
+    return table
+
+
+def _work_table(made: Plan, price: float | None) -> Any:
+    table = _table(
+        "Work (buckets equally frequent; model FLOPs, without recomputation)",
+        "stage",
+        "items",
+        "per item",
+        "validation",
+        "total",
+        "with recomputation",
+        "GPUs",
+        "hours",
+        "GPU-hours",
+        *([] if price is None else ["cost"]),
+    )
+    for stage in made.stages:
+        table.add_row(
+            stage.stage,
+            f"{stage.items:,} {stage.work}",
+            flops_text(stage.flops_per_item.model),
+            flops_text(stage.validation) if stage.validation else "-",
+            flops_text(stage.model_flops),
+            flops_text(stage.hardware_flops),
+            str(stage.gpus),
+            _duration(stage.hours),
+            _duration(stage.gpu_hours),
+            *([] if price is None else [_cost(stage, price)]),
+        )
+    return table
+
+
+def _cost(stage: StagePlan, price: float) -> str:
+    return "-" if stage.gpu_hours is None else f"{stage.gpu_hours * price:,.2f}"
+
+
+def _verdict(stage: StagePlan, limit: int) -> str:
+    """Whether one GPU is enough, as far as the plan knows."""
+    share = f"{stage.memory_bytes / _GIB:.1f} of {limit / _GIB:.1f} GiB"
+    fits = "fits" if stage.memory_bytes <= limit else "[red]does not fit[/]"
+    return f"{stage.stage}: {fits} ({share}{'' if stage.memory else ', weights alone'})"
+
+
+def _duration(hours: float | None) -> str:
+    return "-" if hours is None else f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"
+
+
+def _memory_table(made: Plan) -> Any:
+    table = _table(
+        "Memory of one GPU (activations and buffers estimated; CUDA context not included)",
+        "stage",
+        "parameters",
+        "weights",
+        "gradients",
+        "optimizer",
+        "EMA",
+        "activations",
+        "buffers",
+        "total",
+    )
+    for stage in made.stages:
+        table.add_row(stage.stage, f"{stage.parameters:,}", *_memory_cells(stage))
+    return table
+
+
+def _memory_cells(stage: StagePlan) -> list[str]:
+    memory = stage.memory
+    if memory is None:
+        unknown = ["-"] * 5
+        return [bytes_text(stage.weights_bytes), *unknown, f"> {bytes_text(stage.weights_bytes)}"]
+    parts = [memory.weights, memory.gradients, memory.optimizer, memory.average]
+    parts += [memory.activations, memory.buffers, memory.total]
+    return [bytes_text(part) if part else "-" for part in parts]
+
+
+def _zero_table(made: Plan) -> Any:
+    from components.planning.advice import offered_zero_stages
+
+    title = "States of the transformer on one GPU, by dit_stage1.zero_stage (exact)"
+    table = _table(title, "ZeRO", "weights", "gradients", "optimizer", "sum")
+    for zero, states in made.states_by_zero.items():
+        name = str(zero) if zero in offered_zero_stages() else f"{zero} (not offered)"
+        table.add_row(name, *map(bytes_text, states), bytes_text(sum(states)))
+    return table
+
+
+def _disk_table(made: Plan) -> Any:
+    table = _table("Disk", "stage", "what", "size")
+    for stage in made.stages:
+        for what, size in stage.disk.items():
+            table.add_row(stage.stage, what, bytes_text(size))
+    return table

@@ -1,0 +1,119 @@
+"""The command `ultraflux reproduce`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.commands.command_line import fail, project_root
+
+if TYPE_CHECKING:
+    from flows.experiments.reproduction import StageComparison
+
+EPILOG = """Examples:
+
+  ultraflux reproduce pipeline-a32bbb371b71
+
+  ultraflux reproduce pipeline --recompute --stage select --stage slices
+
+  ultraflux reproduce HEAD~2 --recompute --into ../again
+
+A run is a pipeline's record id, an MLflow run id, a stage's run (its pipeline is taken), `pipeline`
+(the newest), or a Git revision with a dvc.lock. Results in the DVC cache are restored unless
+--recompute. Exit code 0: every output is equal; 1: something differs or failed."""
+
+
+def reproduce(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="See below.")],
+    into: Annotated[
+        Path | None,
+        typer.Option(help="New folder for the working tree (default: runs/reproduce/RUN)."),
+    ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute anew what the DVC cache already has.")
+    ] = False,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="With --recompute: only this stage; may be given several times."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    mlflow: Annotated[
+        bool, typer.Option("--mlflow/--no-mlflow", help="Look for the run there too.")
+    ] = True,
+) -> None:
+    """Run a past run again at its commit, settings and lock, and compare what comes out."""
+    from flows.experiments import reproduction
+    from flows.history.run_evidence import Evidence
+    from flows.versioning.graph import locked_stages
+
+    if stage and not recompute:
+        raise fail("--stage needs --recompute: without it everything in the cache is restored")
+    root = project_root()
+    try:
+        recorded = reproduction.find_recorded(Evidence(root, mlflow=mlflow), run)
+        known = locked_stages(recorded.lock.decode())
+        if unknown := sorted(set(stage or ()) - set(known)):
+            raise fail(f"--stage {unknown[0]}: the run has {', '.join(known)}")
+        tree = (into or root / "runs" / "reproduce" / recorded.name.replace("/", "-")).resolve()
+        warnings = reproduction.set_up(root, recorded, tree)
+    except reproduction.ReproductionRefused as problem:
+        raise fail(str(problem)) from None
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    ended_well = reproduction.run_again(
+        root, recorded, tree, recompute=recompute, stages=stage or ()
+    )
+    compared = reproduction.compare_locks(recorded, tree)
+    equal = all(one.verdict == "equal" for one in compared)
+    if as_json:
+        print(json.dumps(_as_dict(recorded.name, tree, warnings, compared), indent=2))
+    else:
+        _show(compared)
+        print(f"Tree: {tree}  (remove it: git worktree remove --force {tree})")
+    if not ended_well:
+        print("error: not every stage ended; see above", file=sys.stderr)
+    raise typer.Exit(0 if equal and ended_well else 1)
+
+
+def _as_dict(
+    name: str, tree: Path, warnings: list[str], compared: list[StageComparison]
+) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return {
+        "run": name,
+        "tree": str(tree),
+        "equal": all(one.verdict == "equal" for one in compared),
+        "warnings": warnings,
+        "stages": [asdict(one) for one in compared],
+    }
+
+
+def _show(compared: list[StageComparison]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table("stage", "outputs", "how", "what differs")
+    for one in compared:
+        paths = [
+            f"{path}: {a[:8] or '-'} -> {b[:8] or '-'}" for path, (a, b) in one.outputs.items()
+        ]
+        if one.outputs:
+            inputs = ", ".join(one.inputs) or "none: the stage itself gave other bytes"
+            paths.append(f"inputs that differ: {inputs}")
+        table.add_row(one.stage, one.verdict, one.how, "\n".join(paths))
+    console.print(table)
+    counts = {
+        how: sum(one.how == how for one in compared if one.verdict == "equal")
+        for how in ("computed", "restored")
+    }
+    differing = sum(one.verdict != "equal" for one in compared)
+    console.print(
+        f"{counts['computed']} stages computed again with equal outputs, "
+        f"{counts['restored']} restored from the cache, {differing} differ or are missing"
+    )

@@ -1,0 +1,101 @@
+"""`ultraflux stores ...`: check latents and text embeddings, and repair a damaged shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.command_line import fail, project_root
+
+app = typer.Typer(no_args_is_help=True, help="Check and repair stores of latents and embeddings.")
+
+_STORES = ("data/latents", "data/text_embeddings")
+_SHOWN = 20
+
+
+@app.command(epilog="Example: [bold]ultraflux stores verify data/latents[/]")
+def verify(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Store folders; default: those of the last run.")
+    ] = None,
+) -> None:
+    """Read every record and compare its hash (exit code 1: a record is damaged)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from components.training.encoding.store_check import check_store
+
+    root = project_root() if not paths else Path()
+    table = Table("store", "shards", "records", "GB", "MB/s", "bad")
+    bad = []
+    for path in paths or [root / name for name in _STORES]:
+        try:
+            found = check_store(path)
+        except ValueError as problem:
+            raise fail(str(problem)) from None
+        table.add_row(
+            path.name,
+            str(found.shards),
+            str(found.records),
+            f"{found.nbytes / 1e9:.3f}",
+            f"{found.nbytes / 1e6 / max(found.seconds, 1e-9):.0f}",
+            str(len(found.bad)),
+        )
+        bad += [(path.name, one) for one in found.bad]
+    console = Console()
+    console.print(table)
+    for name, one in bad[:_SHOWN]:
+        image = one.image_id or "(empty prompt)"
+        console.print(f"{name}: shard {one.shard}, image {image}: {one.problem}", soft_wrap=True)
+    if bad:
+        more = f" ({_SHOWN} shown)" if len(bad) > _SHOWN else ""
+        raise fail(
+            f"{len(bad)} damaged records{more}; `ultraflux stores rebuild SHARD` encodes a shard "
+            "of latents again, `ultraflux stage run text_embeddings` the captions",
+            1,
+        )
+
+
+@app.command(epilog="Example: [bold]ultraflux stores rebuild 512x1024-00000.bin[/]")
+def rebuild(
+    shard: Annotated[str, typer.Argument(help="File name, as `stores verify` prints it.")],
+    store: Annotated[
+        Path | None, typer.Option(help="Latent store; default: data/latents of the last run.")
+    ] = None,
+) -> None:
+    """Encode one shard of latents again; it is replaced only if every hash is the index's."""
+    import pandas as pd
+
+    from components.corpus.manifest import read_table
+    from components.files.weight_folders import WeightsMissing
+    from components.models.loading.base_autoencoder import load_base_autoencoder
+    from components.settings.schema import SettingsError, load_settings
+    from components.training.distributed.ranks import deterministic_torch
+    from components.training.encoding.latents import encoding_items
+    from components.training.encoding.store_check import rebuild_shard
+    from components.training.stores.latent_store import LatentStore, LatentStoreIncomplete
+    from flows.stages.latents import TABLES
+
+    root = project_root()
+    try:
+        settings = load_settings(root / "params.yaml")
+        opened = LatentStore(store or root / "data" / "latents")
+        tables = [read_table(root / "data" / "slices" / f"{name}.parquet") for name in TABLES]
+        items = encoding_items(pd.concat(tables), root)
+        autoencoder = load_base_autoencoder(
+            settings.models.autoencoder, settings.project.seed, root
+        ).to(settings.runtime.device)
+        with deterministic_torch(settings.runtime.torch_threads):
+            records = rebuild_shard(
+                opened,
+                shard,
+                items,
+                autoencoder,
+                settings.latents,
+                max_megapixels=settings.ingest.max_megapixels,
+            )
+    except (ValueError, OSError, SettingsError, WeightsMissing, LatentStoreIncomplete) as problem:
+        raise fail(str(problem)) from None
+    print(f"{shard}: {records} records encoded again, every hash as in the index")

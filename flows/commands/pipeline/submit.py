@@ -1,0 +1,199 @@
+"""`ultraflux submit`: a run of the pipeline or of one stage on a Prefect server's workers."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
+
+import typer
+
+from flows.commands.command_line import fail
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import State, TaskRun
+    from pydantic import ValidationError
+
+POLL_S = 2.0
+EPILOG = (
+    "Examples: [bold]ultraflux submit --watch[/]; "
+    "[bold]ultraflux submit --profile single-gpu -S dit_stage1.steps=2000[/]; "
+    "[bold]ultraflux submit --stage evaluate[/]. From another machine, set PREFECT_API_URL; a "
+    "clone is not needed there."
+)
+
+
+def submit(
+    stage: Annotated[
+        str | None, typer.Option(help="One stage of dvc.yaml instead of the pipeline.")
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="Pool for --stage: cpu or gpu (default: as in dvc.yaml).")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="embedded, single-gpu or paper, instead of params.yaml.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-S", help="section.key=value in place of params.yaml's."),
+    ] = None,
+    remote_data: Annotated[
+        bool,
+        typer.Option("--remote-data", help="The pipeline as [bold]ultraflux run --remote-data[/]."),
+    ] = False,
+    force: Annotated[bool, typer.Option(help="Run stages even when nothing changed.")] = False,
+    watch: Annotated[
+        bool, typer.Option(help="Wait for the end; exit code 1 when it fails.")
+    ] = False,
+) -> None:
+    """Submit a run to the workers of a Prefect server and print where to watch it."""
+    from pydantic import ValidationError
+
+    from components.settings.schema import SettingsError
+    from flows import environment
+    from flows.services.prefect_connection import connect_to_prefect
+    from flows.services.servers import ServiceError
+    from flows.versioning.setting_overrides import SettingsOverrides, chosen, parse_assignments
+
+    environment.prepare()
+    root = _clone()
+    try:
+        url = connect_to_prefect(root)
+        overrides = parse_assignments(settings or [])
+        chosen(SettingsOverrides.model_validate(overrides))
+    except SettingsError as problem:
+        raise fail(str(problem)) from None
+    except ServiceError as problem:
+        raise fail(str(problem), 1) from None
+    except ValidationError as problem:
+        raise fail(_first_error(problem)) from None
+    parameters: dict[str, Any] = {"force": force}
+    if overrides:
+        parameters["settings"] = overrides
+    if stage is None:
+        if pool is not None:
+            raise fail("--pool is for --stage: the pipeline's stages run where dvc.yaml says")
+        deployment = "ultraflux-pipeline/pipeline"
+        if profile is not None:
+            _check_profile(root, profile)
+            parameters["profile"] = profile
+        if remote_data:
+            parameters["remote_data"] = True
+    else:
+        if profile is not None:
+            raise fail("--profile is for the pipeline: a single stage takes -S section.key=value")
+        if remote_data:
+            raise fail("--remote-data is for the pipeline: a stage runs in its worker's clone")
+        if pool not in {None, "cpu", "gpu"}:
+            raise fail(f"--pool {pool}: choose cpu or gpu")
+        deployment = f"stage/{pool or _pool_of(stage)}"
+        parameters["stage"] = stage
+    from prefect import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_deployment_by_name(deployment)
+        except ObjectNotFound:
+            raise fail(
+                f"{url} has no deployment {deployment}: run `ultraflux deploy` there", 1
+            ) from None
+        run = client.create_flow_run_from_deployment(found.id, parameters=parameters, name=stage)
+        print(f"submitted {run.name} to pool {found.work_pool_name}")
+        print(f"watch it  {url.removesuffix('/api')}/runs/flow-run/{run.id}")
+        if watch and not _watch(client, run.id):
+            raise typer.Exit(1)
+
+
+def _clone() -> Path | None:
+    from flows.environment import project_root
+
+    try:
+        return project_root()
+    except FileNotFoundError:
+        return None
+
+
+def _check_profile(root: Path | None, profile: str) -> None:
+    """Refuse here what a worker could only refuse later; without a clone its word counts.
+
+    Raises:
+        typer.Exit: no such profile.
+    """
+    from components.settings.schema import SettingsError
+    from flows.versioning.profiles import compose
+
+    if root is None:
+        return
+    try:
+        compose(root, profile)
+    except SettingsError as problem:
+        raise fail(str(problem)) from None
+
+
+def _pool_of(stage: str) -> str:
+    """The stage's pool in the dvc.yaml of this clone.
+
+    Raises:
+        typer.Exit: no clone here, or no such stage.
+    """
+    from flows.commands.command_line import project_root
+    from flows.versioning.graph import GraphError, stage_node
+
+    if _clone() is None and "PREFECT_API_URL" in os.environ:
+        raise fail("there is no clone here to look the stage's pool up: give --pool cpu or gpu")
+    try:
+        return stage_node(project_root(), stage).meta.pool
+    except GraphError as problem:
+        raise fail(str(problem)) from None
+
+
+def _first_error(problem: ValidationError) -> str:
+    """One line of a pydantic error."""
+    errors = problem.errors()
+    place = ".".join(str(part) for part in errors[0]["loc"])
+    if errors[0]["type"] == "extra_forbidden":
+        return f"-S {place}: unknown setting"
+    return f"-S {place} = {errors[0]['input']!r}: {errors[0]['msg'].lower()}"
+
+
+def _watch(client: SyncPrefectClient, run_id: UUID) -> bool:
+    """Print each new state of the run and of its stages until the last; whether it completed."""
+    said: dict[str, str] = {}
+
+    def tell(name: str, state: State | None, indent: str = "") -> None:
+        if state is None:
+            return
+        text = f"{state.name}: {state.message}" if state.message else str(state.name)
+        if said.get(name) != text:
+            print(f"{indent}{text}", flush=True)
+            said[name] = text
+
+    while True:
+        state = client.read_flow_run(run_id).state
+        for task in _stages_of(client, run_id):
+            if task.state is not None and not task.state.is_pending():
+                tell(task.name, task.state, f"  {task.name:16} ")
+        tell("", state)
+        if state is not None and state.is_final():
+            return state.is_completed()
+        time.sleep(POLL_S)
+
+
+def _stages_of(client: SyncPrefectClient, run_id: UUID) -> list[TaskRun]:
+    """Task runs of a pipeline's stages, in the order of their start; none of a single stage."""
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterId,
+        TaskRunFilter,
+        TaskRunFilterTags,
+    )
+
+    found = client.read_task_runs(
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])),
+        task_run_filter=TaskRunFilter(tags=TaskRunFilterTags(all_=["stage"])),
+    )
+    return sorted(found, key=lambda task: str(task.start_time or task.created))

@@ -1,0 +1,153 @@
+"""`ultraflux up | down | status`: the servers of this project."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.commands.command_line import fail, project_root
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from flows.tracking.tier import ServedTier
+
+_LAST_PORT = 65535
+
+
+def up(
+    served: Annotated[
+        bool | None,
+        typer.Option(
+            "--served/--embedded",
+            help="On PostgreSQL with logins, or on SQLite (default: as before, at first embedded).",
+        ),
+    ] = None,
+    prefect_port: Annotated[
+        int | None, typer.Option(min=1, max=_LAST_PORT, help="Port of Prefect (4200).")
+    ] = None,
+    mlflow_port: Annotated[
+        int | None, typer.Option(min=1, max=_LAST_PORT, help="Port of MLflow (5000).")
+    ] = None,
+    postgres_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=_LAST_PORT, help="Port of PostgreSQL (at first any that is free)."),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on (127.0.0.1); needs --served.")
+    ] = None,
+    artifacts: Annotated[
+        str | None,
+        typer.Option(help="MLflow's artifacts: a folder, or s3://bucket/prefix; needs --served."),
+    ] = None,
+    prefect_login: Annotated[
+        bool | None,
+        typer.Option(help="Prefect asks for a password too (always where others can reach it)."),
+    ] = None,
+    workers: Annotated[
+        bool, typer.Option("--workers", help="Then deploy, and start a worker per pool.")
+    ] = False,
+) -> None:
+    """Start what does not run of the Prefect and MLflow servers; print their addresses."""
+    from flows.services import served as served_servers
+    from flows.services import servers as services
+    from flows.tracking.tier import is_loopback, passfile, served_tier, services_dir
+
+    root = project_root()
+    before = served_tier(root)
+    wanted = before is not None if served is None else served
+    only_served = {
+        "--postgres-port": postgres_port,
+        "--host": host,
+        "--artifacts": artifacts,
+        "--prefect-login": prefect_login,
+    }
+    given = [name for name, value in only_served.items() if value is not None]
+    try:
+        if not wanted:
+            if given:
+                raise fail(f"{given[0]} is an option of the served tier: add --served")
+            if before is not None and services.running_services(root):
+                raise fail("the served tier is running: stop it first with `ultraflux down`", 1)
+            started = services.up(root, prefect_port=prefect_port, mlflow_port=mlflow_port)
+        else:
+            tier = _tier(
+                root,
+                before,
+                {
+                    "prefect_port": prefect_port,
+                    "mlflow_port": mlflow_port,
+                    "postgres_port": postgres_port,
+                    "host": host,
+                    "artifacts": artifacts,
+                    "prefect_login": prefect_login,
+                },
+            )
+            started = served_servers.up(root, tier)
+    except services.ServiceError as problem:
+        raise fail(str(problem), 1) from None
+    for service in started:
+        print(f"{service.name:<8} {service.url}   (log: {service.log})")
+    if wanted:
+        folder = services_dir(root)
+        print(f"Logins and addresses for clients: {folder / 'clients.env'}")
+        print(
+            f"Databases: PGPASSFILE={passfile(root)} psql -h 127.0.0.1 "
+            f"-p {tier.postgres_port} -U mlflow mlflow"
+        )
+        if not is_loopback(tier.host):
+            print(
+                f"warning: {tier.host} can be reached from other machines, without encryption: "
+                "put a TLS proxy in front of it",
+                file=sys.stderr,
+            )
+    if workers:
+        from flows.commands.services.deploy import deploy
+
+        deploy(workers=True, pools="process")
+    print("Stop them with: ultraflux down")
+
+
+def _tier(root: Path, before: ServedTier | None, given: dict[str, object]) -> ServedTier:
+    """What the served tier is to look like: as before but for what was given."""
+    from dataclasses import replace
+
+    from flows.services.servers import free_port
+    from flows.tracking.tier import ServedTier, is_loopback, services_dir
+
+    tier = before or ServedTier(postgres_port=free_port())
+    tier = replace(tier, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+    artifacts = tier.artifacts or str(services_dir(root) / "artifacts-served")
+    if "://" not in artifacts:
+        artifacts = str((root / artifacts).resolve())
+    return replace(
+        tier, artifacts=artifacts, prefect_login=tier.prefect_login or not is_loopback(tier.host)
+    )
+
+
+def down() -> None:
+    """Stop the servers that `ultraflux up` started, their workers first."""
+    from flows.services.servers import down as stop
+    from flows.services.workers import stop_workers
+
+    for worker in stop_workers(project_root()):
+        print(f"stopped worker {worker.pool}")
+    stopped = stop(project_root())
+    print("\n".join(f"stopped {s.name} ({s.url})" for s in stopped) or "nothing was running")
+
+
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say which servers run and answer, and what still waits for MLflow (exit code 1: trouble)."""
+    from flows.services.status import examine
+
+    found = examine(project_root())
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        found.print()
+    raise typer.Exit(0 if found.well else 1)

@@ -1,0 +1,337 @@
+"""One pipeline run from start to end: preflight, record, engine, summary."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from components.files.weight_folders import file_digest
+from components.settings.schema import load_settings
+from flows import environment
+from flows.records.costs import pipeline_cost
+from flows.records.provenance import changes_since_commit, provenance_tags
+from flows.records.records import (
+    RUN_TAGS,
+    Record,
+    RunDescription,
+    RunResult,
+    Status,
+    all_records,
+    close_interrupted,
+    latest_finished,
+    open_record,
+)
+from flows.remote.data_remote import RemoteFailed, configure
+from flows.remote.lock_entries import stale_without_data
+from flows.remote.remote_runner import RemoteRunner, checked_workers, send_present_results
+from flows.remote.remote_stage import code_commit
+from flows.remote.stage_messages import WorkerRefused
+from flows.running.clone_lock import clone_lock
+from flows.running.console import PipelineConsole
+from flows.running.runner import StageExecutor, StageOutcome, StageRunner, stopping_on_signals
+from flows.running.scheduler import Report, run_graph
+from flows.services.prefect_connection import connect_to_prefect
+from flows.tracking.uploader import UploaderProcess
+from flows.versioning import graph as versioning
+from flows.versioning.parameters import flatten
+
+Engine = Literal["local", "prefect", "pools", "remote"]
+CHANGES_FILE = "changes.diff"
+"""In a pipeline's record: tracked changes beyond its commit."""
+
+PHOTO_SOURCES = {
+    "folder": "photographs",
+    "urls": "CSV, JSONL or Parquet lists",
+    "webdataset": "tar archives",
+    "multiaspect": "JSON shards",
+}
+"""What `ingest.source` names, by `ingest.kind`."""
+
+
+class PipelineRefused(RuntimeError):
+    """The pipeline cannot start here; one line."""
+
+
+@dataclass(frozen=True)
+class PipelineSummary:
+    """How a pipeline run ended."""
+
+    outcomes: Mapping[str, StageOutcome]
+    seconds: float
+    interrupted: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether every stage ran or was up to date."""
+        return not self.interrupted and all(outcome.ok for outcome in self.outcomes.values())
+
+
+def preflight(root: Path) -> None:
+    """Check what would otherwise fail late.
+
+    Raises:
+        PipelineRefused: the photographs are missing, a folder that must be written cannot be, or a
+            cost cap has no prices.
+        SettingsError: params.yaml is not valid.
+    """
+    settings = load_settings(root / "params.yaml")
+    ingest = settings.ingest
+    if (missing := settings.caption.missing_prices()) is not None:
+        raise PipelineRefused(missing)
+    source = root / ingest.source
+    # `dvc freeze ingest`: the photographs may be gone, the image store holds them.
+    if not versioning.is_frozen(root, "ingest") and not (
+        source.is_dir() if ingest.kind == "folder" else source.exists()
+    ):
+        wanted = "folder" if ingest.kind == "folder" else "file or folder"
+        raise PipelineRefused(
+            f"ingest.source = {ingest.source}: no such {wanted} below {root}; set it in "
+            f"params.yaml to a {wanted} of {PHOTO_SOURCES[ingest.kind]}"
+        )
+    for name in ("data", "runs", ".dvc/tmp", ".dvc/cache"):
+        folder = root / name
+        probe = folder / f".writable-{os.getpid()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as problem:
+            raise PipelineRefused(
+                f"{folder} cannot be written ({problem.strerror}): the pipeline keeps its results "
+                "there; fix the permissions, or clone to a folder of your own"
+            ) from None
+
+
+def run_pipeline(
+    root: Path,
+    *,
+    engine: Engine,
+    force: bool = False,
+    workers: Sequence[Path] = (),
+    until: str | None = None,
+    cpus: int | None = None,
+    remote_data: bool = False,
+) -> PipelineSummary:
+    """Bring every stage up to date; one run at a time in a clone, a second waits for the first.
+
+    Args:
+        root: repository root.
+        engine: "local" needs no server; "prefect" runs the same graph as a Prefect flow; "pools"
+            sends each stage to the work pool that dvc.yaml names; "remote" sends stages to other
+            clones.
+        force: run stages even when nothing changed.
+        workers: those clones.
+        until: last stage: it and what it needs; None: all.
+        cpus: cores of this machine to hand out (engines local and prefect; None: all).
+        remote_data: engine pools: workers have clones of their own, data goes over the DVC remote.
+
+    Raises:
+        PipelineRefused, SettingsError, ServiceError, versioning.GraphError: nothing was started.
+    """
+    preflight(root)
+    if engine == "pools":
+        connect_to_prefect(root)
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(clone_lock(root, print))
+        except KeyboardInterrupt:
+            return PipelineSummary({}, 0.0, interrupted=True)
+        return _run_pipeline(root, engine, force, workers, held, until, cpus, remote_data)
+
+
+def _run_pipeline(
+    root: Path,
+    engine: Engine,
+    force: bool,
+    workers: Sequence[Path],
+    held: int,
+    until: str | None,
+    cpus: int | None,
+    remote_data: bool,
+) -> PipelineSummary:
+    """`run_pipeline` in a clone that is held."""
+    started = time.monotonic()
+    settings = load_settings(root / "params.yaml")
+    environment.prepare(offline=settings.runtime.offline)
+    graph = versioning.stages_until(root, until)
+    if engine == "remote" or remote_data:
+        workers, stale = _prepare_workers(
+            root, graph, None if remote_data else workers, force=force
+        )
+    else:
+        stale = versioning.stale_stages(root, graph)
+    record = open_record(root, _description(root, engine))
+    kept = _keep_sources(root, record)
+    uploader = UploaderProcess(root)
+    runner: StageExecutor
+    if engine == "remote":
+        runner = RemoteRunner(
+            root,
+            graph,
+            parent_record=record.record_id,
+            stale=stale,
+            workers=workers,
+            say=print,
+            force=force,
+            held=(held,),
+        )
+    elif remote_data:
+        remote_pool_runner = importlib.import_module("flows.pools.remote_pool_runner")
+        runner = remote_pool_runner.RemotePoolRunner(
+            root, graph, parent_record=record.record_id, stale=stale, say=print, force=force
+        )
+    elif engine == "pools":
+        pool_runner = importlib.import_module("flows.pools.pool_runner")
+        runner = pool_runner.PoolRunner(
+            root, graph, parent_record=record.record_id, stale=stale, force=force
+        )
+    else:
+        runner = StageRunner(
+            root,
+            graph,
+            parent_record=record.record_id,
+            stale=stale,
+            cpus=cpus,
+            force=force,
+            held=(held,),
+        )
+    interrupted = False
+    outcomes: dict[str, StageOutcome] = {}
+
+    console = PipelineConsole(runner)
+
+    def report(outcome: StageOutcome) -> None:
+        outcomes[outcome.name] = outcome
+        console.report(outcome)
+
+    try:
+        with ExitStack() as stack:
+            if engine == "prefect":
+                from flows.services.servers import embedded_prefect
+
+                console.console.print("Starting the Prefect server")
+                stack.enter_context(embedded_prefect(root))
+            stack.enter_context(console)
+            stack.enter_context(stopping_on_signals(runner))
+            outcomes.update(_run(engine, runner, report))
+            # Cancelled in the Prefect UI: no signal came.
+            interrupted = runner.stopping
+    except KeyboardInterrupt:
+        interrupted = True
+        runner.stop()
+    console.summarise(outcomes.values())
+    summary = PipelineSummary(outcomes, time.monotonic() - started, interrupted)
+    close_interrupted(root, record.record_id)
+    result = _result(root, summary, [*kept, *_keep(root, record, "dvc.lock")])
+    spent = pipeline_cost(
+        {o.name: o.seconds for o in outcomes.values()},
+        {name: node.meta.gpus for name, node in graph.items()},
+        settings.runtime.gpu_hour_price,
+    )
+    record.finish(replace(result, metrics=result.metrics | spent))
+    console.console.print("Sending the rest to MLflow")
+    if not uploader.drain():
+        console.console.print("MLflow does not answer: send it later with `ultraflux sync`")
+    return summary
+
+
+def _prepare_workers(
+    root: Path,
+    graph: dict[str, versioning.StageNode],
+    folders: Sequence[Path] | None,
+    *,
+    force: bool,
+) -> tuple[list[Path], dict[str, str]]:
+    """Checked worker clones, and what is stale on a clone that need not have the data.
+
+    Folders are None where Prefect knows the workers: each of them checks its own clone.
+    """
+    try:
+        if folders is None:
+            code_commit(root)
+        workers = [] if folders is None else checked_workers(root, folders)
+        configure(root)
+        stale = stale_without_data(root, graph)
+        if stale or force:
+            send_present_results(root, stale)
+    except (WorkerRefused, RemoteFailed) as problem:
+        raise PipelineRefused(str(problem)) from None
+    return workers, stale
+
+
+def _run(engine: Engine, runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:
+    if engine not in {"prefect", "pools"}:
+        return run_graph(runner, report)
+    # Imported by name: Prefect costs seconds and reads its environment at import.
+    pipeline = importlib.import_module("flows.pipeline.prefect_flow")
+    return dict(pipeline.run_in_prefect(runner, report))
+
+
+def _description(root: Path, engine: Engine) -> RunDescription:
+    values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+    return RunDescription(
+        kind="pipeline",
+        name="pipeline",
+        params=dict(flatten(values)),
+        tags=provenance_tags(root)
+        | {"ultraflux.engine": engine}
+        | json.loads(os.environ.get(RUN_TAGS, "{}")),
+    )
+
+
+def _maker(root: Path, name: str) -> Record | None:
+    """The run that made a stage's present outputs: DVC may have restored those of an older one."""
+    entry = versioning.lock_entry(root, name) or {}
+    outputs = versioning.hashes(entry.get("outs", []))
+    made = [r for r in all_records(root) if outputs and r.outputs == outputs]
+    return made[-1] if made else latest_finished(root, name)
+
+
+def _keep(root: Path, record: Record, name: str, data: bytes | None = None) -> list[str]:
+    """Copy a file of the clone (or `data`) into the record; its path, where there is anything."""
+    if data is None:
+        source = root / name
+        data = source.read_bytes() if source.is_file() else b""
+    if not data:
+        return []
+    kept = record.folder / name
+    kept.write_bytes(data)
+    return [str(kept.relative_to(root))]
+
+
+def _keep_sources(root: Path, record: Record) -> list[str]:
+    """The settings as they are now, and what the code differs in from its commit."""
+    diff = _keep(root, record, CHANGES_FILE, changes_since_commit(root))
+    return [*_keep(root, record, "params.yaml"), *diff]
+
+
+def _result(root: Path, summary: PipelineSummary, kept: list[str]) -> RunResult:
+    """The pipeline's record: which run made each stage's present result, and the report."""
+    tags: dict[str, str] = {}
+    metrics: dict[str, float] = {"pipeline_seconds": summary.seconds}
+    for name, outcome in summary.outcomes.items():
+        tags[f"stage.{name}"] = outcome.status
+        made_by: Record | None = _maker(root, name)
+        if made_by is not None and outcome.ok:
+            tags[f"stage.{name}.run_id"] = made_by.mlflow_run_id or made_by.record_id
+            result = made_by.result
+            if outcome.status == "skipped" and result is not None:
+                metrics |= {f"{name}.{key}": value for key, value in result.metrics.items()}
+    if (root / "dvc.lock").is_file():
+        tags["dvc.lock.sha256"] = file_digest(root / "dvc.lock")
+    status: Status = "FINISHED" if summary.ok else "KILLED" if summary.interrupted else "FAILED"
+    counts = [o.status for o in summary.outcomes.values()]
+    text = ", ".join(f"{counts.count(kind)} {kind}" for kind in sorted(set(counts)))
+    report = root / "data" / "evaluate" / "report.html"
+    artifacts = [str(report.relative_to(root))] if report.is_file() and summary.ok else []
+    artifacts += kept
+    return RunResult(status=status, metrics=metrics, tags=tags, artifacts=artifacts, summary=text)

@@ -1,0 +1,178 @@
+"""Run records: what a stage or pipeline says of itself, on disk, before any server hears of it.
+
+A record is a folder under `runs/records/`. Stages write it, `tracking.uploader` uploads it to
+MLflow: so a tracking server that is slow or down costs a training step nothing, and nothing is
+lost.
+
+    run.json      who, with which key, parameters and tags (written at the start)
+    result.json   how it ended, headline metrics, files to log (written at the end)
+    outputs.json  DVC hashes of the outputs (written by the scheduler after `dvc repro`)
+    mlflow.json   how far the upload is (written by the uploader alone)
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from components.files.whole_files import write_text
+
+RECORD_VERSION = 1
+RUN_TAGS = "ULTRAFLUX_RUN_TAGS"
+"""Environment variable: tags (JSON) that a pipeline run gets besides its own."""
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside `path` and rename, so that readers see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False), contended=True)
+
+
+def read_json(path: Path) -> Any:
+    """The value in `path`, None when there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """Content of run.json."""
+
+    kind: Literal["stage", "pipeline", "sweep"]
+    name: str
+    stage_key: str | None = None
+    parent: str | None = None
+    """Record id of the pipeline."""
+    metrics_file: str | None = None
+    """JSONL of metrics over steps, relative to the repository root."""
+    system_file: str | None = None
+    """JSONL of the machine's load, relative to the repository root."""
+    images_dir: str | None = None
+    """Folder of `step-<number>.png` pictures, relative to the repository root."""
+    params: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    """DVC hash by path of what a stage reads, code included."""
+    started_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+    attempts: int = 1
+    """Starts under the same key: a run that was interrupted and gone on with has more."""
+    version: int = RECORD_VERSION
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Content of result.json."""
+
+    status: Status
+    metrics: dict[str, float] = field(default_factory=dict)
+    artifacts: list[str] = field(default_factory=list)
+    datasets: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    promotions: list[dict[str, Any]] = field(default_factory=list)
+    """Fields of `flows.tracking.registry.Promotion`."""
+    summary: str = ""
+    error: str = ""
+    ended_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record folder."""
+
+    folder: Path
+
+    @property
+    def record_id(self) -> str:
+        """Folder name."""
+        return self.folder.name
+
+    @property
+    def run(self) -> RunDescription:
+        """run.json."""
+        return RunDescription(**read_json(self.folder / "run.json"))
+
+    @property
+    def result(self) -> RunResult | None:
+        """result.json, None while the run goes on (or was killed)."""
+        values = read_json(self.folder / "result.json")
+        return RunResult(**values) if values else None
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """DVC hash by output path."""
+        return read_json(self.folder / "outputs.json") or {}
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """Run id in MLflow once the uploader has created it."""
+        return (read_json(self.folder / "mlflow.json") or {}).get("run_id")
+
+    @property
+    def experiment_id(self) -> str | None:
+        """Experiment of that run; None before it is uploaded."""
+        store = (read_json(self.folder / "mlflow.json") or {}).get("store", "")
+        return store.partition("@")[0] or None
+
+    def finish(self, result: RunResult) -> None:
+        """Write result.json."""
+        write_json(self.folder / "result.json", asdict(result))
+
+    def set_outputs(self, hashes: Mapping[str, str]) -> None:
+        """Write outputs.json."""
+        write_json(self.folder / "outputs.json", dict(hashes))
+
+
+def records_dir(root: Path) -> Path:
+    """`runs/records`."""
+    return root / "runs" / "records"
+
+
+def all_records(root: Path) -> Iterator[Record]:
+    """Records in the order of their start."""
+    found = [Record(path.parent) for path in records_dir(root).glob("*/run.json")]
+    yield from sorted(found, key=lambda record: (record.run.started_ms, record.record_id))
+
+
+def open_record(root: Path, run: RunDescription) -> Record:
+    """The unfinished record of the same stage and key, brought up to date, or a new one."""
+    if run.stage_key is not None:
+        for record in all_records(root):
+            known = record.run
+            if known.name == run.name and known.stage_key == run.stage_key:
+                result = record.result
+                if result is None or result.status != "FINISHED":
+                    (record.folder / "result.json").unlink(missing_ok=True)
+                    values = asdict(run) | {
+                        "started_ms": known.started_ms,
+                        "attempts": known.attempts + 1,
+                    }
+                    write_json(record.folder / "run.json", values)
+                    return record
+    record = Record(records_dir(root) / f"{run.name}-{uuid.uuid4().hex[:12]}")
+    write_json(record.folder / "run.json", asdict(run))
+    return record
+
+
+def latest_finished(root: Path, name: str) -> Record | None:
+    """The newest finished record of a stage: the run that a skipped stage links to."""
+    newest = None
+    for record in all_records(root):
+        result = record.result
+        if record.run.name == name and result is not None and result.status == "FINISHED":
+            newest = record
+    return newest
+
+
+def close_interrupted(root: Path, parent: str) -> None:
+    """Mark records of a pipeline that never ended (their process is gone) as killed."""
+    for record in all_records(root):
+        if record.run.parent == parent and record.result is None:
+            record.finish(RunResult(status="KILLED", error="the process ended without a result"))

@@ -1,0 +1,115 @@
+"""Entries of dvc.lock that travel between clones: which are needed, merged, believed.
+
+A machine without the data cannot ask `dvc status`; what it can do is compare hashes. An entry is
+believed when every dependency that a stage makes has the hash which that stage's entry gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from components.files.whole_files import write_text
+from flows.versioning.graph import StageNode, hashes, open_repo, read_lock
+
+LockEntry = Mapping[str, Any]
+
+
+def needed_entries(
+    graph: Mapping[str, StageNode], lock: Mapping[str, LockEntry], name: str
+) -> dict[str, Any]:
+    """What another clone must know of dvc.lock to run `name`: its ancestors' entries and its own.
+
+    Args:
+        graph: all stages.
+        lock: `stages` of dvc.lock.
+        name: the stage.
+    """
+    wanted, waiting = {name}, [name]
+    while waiting:
+        for upstream in graph[waiting.pop()].upstream:
+            if upstream not in wanted:
+                wanted.add(upstream)
+                waiting.append(upstream)
+    return {stage: entry for stage, entry in lock.items() if stage in wanted}
+
+
+def made_hashes(lock: Mapping[str, LockEntry]) -> dict[str, str]:
+    """DVC hash by path of everything that the stages of `lock` made."""
+    return {
+        path: value
+        for entry in lock.values()
+        for path, value in hashes(entry.get("outs", [])).items()
+    }
+
+
+def foreign_inputs(entry: LockEntry, lock: Mapping[str, LockEntry]) -> list[str]:
+    """Dependencies of an entry whose hash is not the one that their stage in `lock` made."""
+    made = made_hashes(lock)
+    return [
+        path
+        for path, value in hashes(entry.get("deps", [])).items()
+        if path in made and made[path] != value
+    ]
+
+
+def merge_entries(root: Path, entries: Mapping[str, LockEntry]) -> None:
+    """Put entries into dvc.lock under DVC's own lock; the other stages' entries stay.
+
+    The file is replaced as a whole, so a reader or a kill never meets half of it.
+    """
+    from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
+
+    path = root / "dvc.lock"
+    with open_repo(root) as repo, repo.lock:
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        document = parse_yaml_for_update(before, str(path))
+        document.setdefault("schema", "2.0")
+        stages = document.setdefault("stages", {})
+        changed = {name: entry for name, entry in entries.items() if stages.get(name) != entry}
+        if not changed:
+            return
+        stages.update(changed)
+        write_text(path, dumps_yaml(document), contended=True)
+
+
+def stale_without_data(root: Path, graph: Mapping[str, StageNode]) -> dict[str, str]:
+    """Stages that have to run, each with a reason, on a clone that need not have their data.
+
+    Files that no stage makes (code, contracts, photographs) are hashed here; what a stage makes is
+    compared by the hashes in dvc.lock. `graph.stale_stages` also asks whether outputs
+    lie in the workspace; here they may lie in the remote alone.
+    """
+    lock = read_lock(root)
+    made = made_hashes(lock)
+    makers = {path: name for name, node in graph.items() for path in node.outputs}
+    reasons: dict[str, str] = {}
+    with open_repo(root) as repo:
+        for name, node in graph.items():
+            stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
+            if name not in lock:
+                reasons[name] = "never run"
+            elif not stage.frozen and (changed := _changes(stage, lock[name], made, makers)):
+                reasons[name] = "; ".join(changed)
+            elif behind := [upstream for upstream in node.upstream if upstream in reasons]:
+                reasons[name] = f"after {', '.join(behind)}"
+    return reasons
+
+
+def _changes(
+    stage: Any, entry: LockEntry, made: Mapping[str, str], makers: Mapping[str, str]
+) -> list[str]:
+    """What of a stage differs from its entry."""
+    changes = ["changed command"] if stage.changed_stage() else []
+    if {out.def_path for out in stage.outs} != set(hashes(entry.get("outs", []))):
+        changes.append("changed outs")
+    known = hashes(entry.get("deps", []))
+    for dep in stage.deps:
+        path = str(dep.def_path)
+        if path in makers:
+            status = {} if known.get(path) == made.get(path) else {path: "modified"}
+        else:
+            status = dep.workspace_status()
+        changes += [f"{what} ({how})" for what, how in status.items()]
+    return changes

@@ -1,0 +1,307 @@
+"""What an unfinished stage has saved, copied to the DVC remote: another machine goes on from there.
+
+A clone that is lost takes its `runs/` with it. While a resumable stage runs for a pipeline
+elsewhere, the newest checkpoint, the metrics up to it, finished shards of the corpus stages and
+sample pictures are copied to `state/<stage>/<stage_key>/<writer>/` beside DVC's own files; whoever
+is sent the stage next begins with them. They go when the stage's outputs have been pushed.
+
+Every clone writes below a name of its own, so one that was given up, but still runs, cannot mix its
+files into another's. A checkpoint counts once `latest` names it, which is sent last. What is left
+out (journals of downloads, encoded latents, the caches of services) is computed again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.files.whole_files import whole_file
+from flows.remote import data_remote
+from flows.stages.contract import state_folder
+from flows.versioning import graph as versioning
+
+SWITCH = "ULTRAFLUX_STATE_COPIES"
+"""Environment variable; `off`: a stage of a lost clone begins again."""
+PERIOD_S = 5.0
+FOLDER = "state"
+CHECKPOINTS, LATEST = "checkpoints", "latest"
+METRICS = "metrics.jsonl"
+# Written aside and renamed by their stages, so a file that is there is whole.
+WHOLE_FILES = (".parquet", ".png")
+# Links to the checkpoint in transfer: retention must not take it away.
+_COPYING = ".copying-"
+# As of `components.training.distributed.checkpoints`, which removes what a kill leaves of it.
+_WRITING = ".writing-"
+
+
+def copies_wanted() -> bool:
+    """Whether state is copied at all."""
+    return os.environ.get(SWITCH, "").lower() != "off"
+
+
+def _order(checkpoint: str) -> tuple[int, int]:
+    """Step of `step-00000040` and which save of that step; (-1, 0) for anything else."""
+    found = re.fullmatch(r"step-(\d+)(?:\.(\d+))?", checkpoint)
+    return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)  # a file system without hard links
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A folder of the remote."""
+
+    fs: Any
+    path: str
+
+    def files(self) -> list[str]:
+        """Paths below the folder."""
+        self.fs.fs.invalidate_cache()
+        if not self.fs.exists(self.path):
+            return []
+        start = self.path.rstrip("/") + "/"
+        names = (str(file).removeprefix(start) for file in self.fs.find(self.path))
+        # A key of an object store may be any text; none may lead out of the stage's folder.
+        return sorted(name for name in names if ".." not in name.split("/"))
+
+    def join(self, *parts: str) -> str:
+        return str(self.fs.join(self.path, *parts))
+
+    def put(self, file: Path, *parts: str) -> None:
+        target = self.join(*parts)
+        self.fs.makedirs(self.fs.parent(target), exist_ok=True)
+        self.fs.put_file(str(file), target)
+
+    def get(self, name: str, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file, contended=True) as temporary:
+            self.fs.get_file(self.join(name), str(temporary))
+
+    def remove(self, *parts: str) -> None:
+        if self.fs.exists(target := self.join(*parts)):
+            self.fs.rm(target, recursive=True)
+
+
+def _place(repo: Any, *parts: str) -> _Place:
+    remote = repo.cloud.get_remote()
+    return _Place(remote.fs, str(remote.fs.join(remote.path, FOLDER, *parts)))
+
+
+def _text(place: _Place, name: str) -> str:
+    return str(place.fs.read_text(place.join(name), encoding="utf-8")).strip()
+
+
+class StateCopies:
+    """Copies of one stage's state, under the key that its inputs and settings give it."""
+
+    def __init__(self, root: Path, stage: str) -> None:
+        """For the clone at `root`, whose inputs of `stage` are in place."""
+        key, _ = versioning.stage_identity(root, stage)
+        self.folder = state_folder(root, stage, key)
+        self._root = root
+        self._parts = (stage, self.folder.name)
+        self._writer = uuid.uuid4().hex[:12]
+        self._newest = ""
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._stopped = threading.Event()
+
+    def restore(self) -> str | None:
+        """Bring what other clones saved and this one lacks; returns the checkpoint brought.
+
+        Raises:
+            RemoteFailed: the remote is unreachable for as long as patience lasts.
+        """
+        return data_remote.patiently(self._root, "copies of state", self._restore)
+
+    def _restore(self, repo: Any) -> str | None:
+        place = _place(repo, *self._parts)
+        files = place.files()
+        self._restore_whole_files(place, files)
+        pointers = [name for name in files if name.endswith(f"/{CHECKPOINTS}/{LATEST}")]
+        named = {name.partition("/")[0]: _text(place, name) for name in pointers}
+        pointer = self.folder / CHECKPOINTS / LATEST
+        here = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+        writer = max(named, key=lambda one: _order(named[one]), default=None)
+        if writer is None or _order(named[writer]) <= _order(here):
+            return None
+        checkpoint = named[writer]
+        start = f"{writer}/{CHECKPOINTS}/{checkpoint}/"
+        aside = self.folder / CHECKPOINTS / f"{_WRITING}{checkpoint}"
+        shutil.rmtree(aside, ignore_errors=True)
+        for name in (name for name in files if name.startswith(start)):
+            place.get(name, aside / name.removeprefix(start))
+        target = self.folder / CHECKPOINTS / checkpoint
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+        if (metrics := f"{writer}/{METRICS}") in files:
+            place.get(metrics, self.folder / METRICS)
+        place.get(f"{writer}/{CHECKPOINTS}/{LATEST}", pointer)
+        return checkpoint
+
+    def _restore_whole_files(self, place: _Place, files: list[str]) -> None:
+        for name in files:
+            inside = name.partition("/")[2]
+            if inside.endswith(WHOLE_FILES) and not (self.folder / inside).exists():
+                place.get(name, self.folder / inside)
+
+    @contextmanager
+    def kept_up(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Copy in a thread while the block runs; the file in transfer at its end is the last.
+
+        Args:
+            say: told once per outage of the remote, which costs copies, never the stage.
+        """
+        with versioning.open_repo(self._root) as repo:
+            place = _place(repo, *self._parts, self._writer)
+        for left in self.folder.glob(f"{_COPYING}*"):  # of a clone that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        told = False
+
+        def attempt() -> None:
+            nonlocal told
+            try:
+                self._save(place)
+            except Exception as problem:
+                if not told:
+                    reason = " ".join(str(problem).split()) or type(problem).__name__
+                    say(f"{self._parts[0]}: state is not copied to the remote: {reason}")
+                told = True
+            else:
+                told = False
+
+        def watch() -> None:
+            while not self._stopped.wait(PERIOD_S):
+                attempt()
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stopped.set()
+            thread.join()
+            self._stopped.clear()
+
+    def save(self) -> None:
+        """Copy what is new."""
+        with versioning.open_repo(self._root) as repo:
+            self._save(_place(repo, *self._parts, self._writer))
+
+    def _save(self, place: _Place) -> None:
+        for file in sorted(self.folder.rglob("*")):
+            if self._stopped.is_set():
+                return
+            name = file.relative_to(self.folder)
+            if file.suffix in WHOLE_FILES and not any(part.startswith(".") for part in name.parts):
+                self._put_if_new(place, file, name)
+        pointer = self.folder / CHECKPOINTS / LATEST
+        newest = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+        if newest and newest != self._newest:
+            self._save_checkpoint(place, newest)
+
+    def _put_if_new(self, place: _Place, file: Path, name: Path) -> None:
+        try:
+            found = file.stat()
+            state = (found.st_size, found.st_mtime_ns)
+            if self._sent.get(str(name)) != state:
+                place.put(file, *name.parts)
+                self._sent[str(name)] = state
+        except FileNotFoundError:
+            pass  # the stage has removed it since
+
+    def _save_checkpoint(self, place: _Place, newest: str) -> None:
+        source, aside = (
+            self.folder / CHECKPOINTS / newest,
+            self.folder / f"{_COPYING}{self._writer}",
+        )
+        try:
+            shutil.copytree(source, aside, copy_function=_link, dirs_exist_ok=True)
+        except (FileNotFoundError, shutil.Error):
+            shutil.rmtree(aside, ignore_errors=True)
+            return  # retention was faster; there is a newer one
+        try:
+            files = sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file())
+            for name in files:
+                if self._stopped.is_set():
+                    return
+                place.put(aside / name, CHECKPOINTS, newest, *name.parts)
+            # After the checkpoint: it may know more steps than the checkpoint, never fewer.
+            if (metrics := self.folder / METRICS).is_file():
+                place.put(metrics, METRICS)
+            pointer = aside / LATEST
+            pointer.write_text(f"{newest}\n", encoding="utf-8")
+            place.put(pointer, CHECKPOINTS, LATEST)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        before, self._newest = self._newest, newest
+        if before:
+            place.remove(CHECKPOINTS, before)
+
+    def drop(self) -> None:
+        """Remove the copies, of all clones: the outputs are safe."""
+        data_remote.patiently(
+            self._root, "copies of state", lambda repo: _place(repo, *self._parts).remove()
+        )
+
+
+@dataclass(frozen=True)
+class KeptCopies:
+    """Of one stage under one key."""
+
+    stage: str
+    stage_key: str
+    checkpoint: str
+    """The newest, empty where no checkpoint was saved."""
+    size_bytes: int
+
+
+def kept_copies(root: Path) -> list[KeptCopies]:
+    """What the remote keeps of unfinished stages.
+
+    Raises:
+        RemoteFailed: the remote is unreachable for as long as patience lasts.
+    """
+
+    def look(repo: Any) -> list[KeptCopies]:
+        place = _place(repo)
+        found: dict[tuple[str, str], KeptCopies] = {}
+        for name in place.files():
+            stage, key, *inside = name.split("/") if name.count("/") > 1 else ("", "")
+            if not inside:
+                continue  # not ours
+            known = found.get((stage, key), KeptCopies(stage, key, "", 0))
+            pointer = _text(place, name) if inside[1:] == [CHECKPOINTS, LATEST] else ""
+            found[stage, key] = KeptCopies(
+                stage,
+                key,
+                max(known.checkpoint, pointer, key=_order),
+                known.size_bytes + int(place.fs.size(place.join(name)) or 0),
+            )
+
+        return sorted(found.values(), key=lambda one: (one.stage, one.stage_key))
+
+    return data_remote.patiently(root, "copies of state", look)
+
+
+def drop_all(root: Path) -> None:
+    """Remove every copy on the remote, also of stages that run just now.
+
+    Raises:
+        RemoteFailed: the remote is unreachable for as long as patience lasts.
+    """
+    data_remote.patiently(root, "copies of state", lambda repo: _place(repo).remove())

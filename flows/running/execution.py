@@ -1,0 +1,193 @@
+"""Run one stage in this process: settings, record, the stage module, one clear line on failure.
+
+This is what `ultraflux stage run NAME` does, and therefore what every scheduler does.
+Exit codes: 0 done; 2 bad input, settings or data (a retry cannot help); 1 anything else;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+from components.settings.schema import Settings, load_settings
+from components.telemetry.metric_log import MetricLog
+from flows import environment
+from flows.records.costs import with_cost
+from flows.records.records import Record, RunDescription, RunResult, open_record, write_json
+from flows.records.system_metrics import watched
+from flows.running.gpu_lock import gpus_for
+from flows.stages.contract import StageContext, StageFailed, StageResult, state_folder
+from flows.versioning import graph as versioning
+from flows.versioning.parameters import stage_parameters
+
+OUTCOME_FILE = "ULTRAFLUX_OUTCOME_FILE"
+"""Names a file in which the scheduler wants to read how the stage ended."""
+PARENT_RECORD = "ULTRAFLUX_PARENT_RECORD"
+"""Record id of the pipeline that runs this stage; without it the stage uploads its own record."""
+PREFECT_RUN = "ULTRAFLUX_PREFECT_FLOW_RUN"
+
+NOT_CURED_BY_A_RETRY = {"WeightsMissing", "ImageUndecodable", "GateFailed", "GpusMissing"}
+EXIT_BAD_INPUT, EXIT_ERROR, EXIT_INTERRUPTED = 2, 1, 130
+
+
+def _undeclared_outputs(root: Path, node: versioning.StageNode) -> list[str]:
+    """Files in data/<stage>/ that no output in dvc.yaml covers; DVC would lose them."""
+    declared = [root / output for output in node.outputs]
+    folder = root / "data" / node.name
+    return [
+        str(path.relative_to(root))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name != ".gitignore"
+        and not any(path == output or output in path.parents for output in declared)
+    ]
+
+
+def _describe(
+    root: Path,
+    node: versioning.StageNode,
+    key: str,
+    inputs: dict[str, str],
+    state_dir: Path,
+) -> RunDescription:
+    from flows.records.provenance import provenance_tags
+
+    parent = os.environ.get(PARENT_RECORD)
+    tags = provenance_tags(root) | {
+        "ultraflux.stage": node.name,
+        "ultraflux.stage_key": key,
+        "ultraflux.command": node.command,
+    }
+    if PREFECT_RUN in os.environ:
+        tags["prefect.flow_run_id"] = os.environ[PREFECT_RUN]
+    return RunDescription(
+        kind="stage",
+        name=node.name,
+        stage_key=key,
+        parent=parent,
+        metrics_file=str((state_dir / "metrics.jsonl").relative_to(root)),
+        system_file=str((state_dir / "system.jsonl").relative_to(root)),
+        images_dir=str((state_dir / "samples").relative_to(root)),
+        params=stage_parameters(root, node.name),
+        tags=tags,
+        inputs=inputs,
+    )
+
+
+def _as_result(root: Path, result: StageResult) -> RunResult:
+    def relative(path: Path) -> str:
+        return str(path.resolve().relative_to(root))
+
+    return RunResult(
+        status="FINISHED",
+        metrics={name: float(value) for name, value in result.metrics.items()},
+        artifacts=[relative(path) for path in result.artifacts],
+        datasets={name: relative(path) for name, path in result.datasets.items()},
+        tags=result.tags,
+        promotions=[dict(promotion) for promotion in result.promotions],
+        summary=result.summary,
+    )
+
+
+def _report_outcome(status: str, message: str, record: Record | None, seconds: float) -> None:
+    target = os.environ.get(OUTCOME_FILE)
+    if target:
+        record_id = record.record_id if record else None
+        outcome = {"status": status, "message": message, "record": record_id, "seconds": seconds}
+        write_json(Path(target), outcome)
+
+
+def _bad_input(problem: BaseException) -> bool:
+    """Whether a retry cannot help: wrong data, settings, weights or permissions."""
+    return isinstance(problem, StageFailed | ValueError | LookupError | PermissionError) or (
+        type(problem).__name__
+        in {"WeightsMissing", "ImageUndecodable", "GateFailed", "GpusMissing"}
+    )
+
+
+def _run(context: StageContext, node: versioning.StageNode) -> RunResult:
+    module = importlib.import_module(f"flows.stages.{node.name}")
+    result = module.run(context)
+    stray = _undeclared_outputs(context.root, node)
+    if stray:
+        raise StageFailed(
+            f"{node.name}: wrote {', '.join(stray[:3])}, which dvc.yaml does not declare: add it "
+            "to `outs` of the stage"
+        )
+    return _as_result(context.root, result)
+
+
+def run_stage(name: str, root: Path) -> int:
+    """Run stage `name` of the project at `root`; returns the exit code (see module docstring)."""
+    started = time.monotonic()
+    record: Record | None = None
+    uploader = None
+    try:
+        settings = load_settings(root / "params.yaml")
+        _prepare(settings)
+        node = versioning.stage_node(root, name)
+        key, inputs = versioning.stage_identity(root, name)
+        state_dir = state_folder(root, name, key)
+        state_dir.mkdir(parents=True, exist_ok=True)
+        record = open_record(root, _describe(root, node, key, inputs, state_dir))
+        if PARENT_RECORD not in os.environ:
+            from flows.tracking.uploader import UploaderProcess
+
+            uploader = UploaderProcess(root)
+        metrics = MetricLog(state_dir / "metrics.jsonl")
+        context = StageContext(name, settings, root, state_dir, metrics)
+        runtime = settings.runtime
+        with (
+            gpus_for(
+                name,
+                node.meta.gpus,
+                free_fraction=runtime.gpu_free_fraction,
+                wait_s=60 * runtime.gpu_wait_minutes,
+                say=lambda line: print(line, file=sys.stderr, flush=True),
+            ),
+            watched(state_dir / "system.jsonl", root),
+        ):
+            begun = time.monotonic()
+            result = with_cost(
+                _run(context, node), time.monotonic() - begun, node.meta.gpus, runtime
+            )
+    except KeyboardInterrupt:
+        message, code = f"{name}: interrupted; run it again to continue", EXIT_INTERRUPTED
+        result = RunResult(status="KILLED", error=message)
+    except Exception as problem:
+        bad_input = _bad_input(problem)
+        code = EXIT_BAD_INPUT if bad_input else EXIT_ERROR
+        text = str(problem) or type(problem).__name__
+        message = text if text.startswith(f"{name}:") else f"{name}: {text}"
+        if not bad_input:
+            message = f"{name}: {type(problem).__name__}: {text}"
+        found = problem.found if isinstance(problem, StageFailed) else StageResult()
+        result = replace(
+            _as_result(root, found), status="FAILED", error=traceback.format_exc(), summary=""
+        )
+        if record is not None:
+            (record.folder / "error.txt").write_text(result.error, encoding="utf-8")
+            if not bad_input:
+                message += f" (traceback: {(record.folder / 'error.txt').relative_to(root)})"
+    else:
+        message, code = result.summary, 0
+    if record is not None:
+        record.finish(result)
+    status = {0: "finished", EXIT_BAD_INPUT: "refused"}.get(code, "failed")
+    _report_outcome(status, message, record, time.monotonic() - started)
+    print(f"{name}: {message}" if code == 0 else f"error: {message}", file=sys.stderr)
+    if uploader is not None and not uploader.drain():
+        print("MLflow does not answer: send it later with `ultraflux sync`", file=sys.stderr)
+    return code
+
+
+def _prepare(settings: Settings) -> None:
+    environment.prepare(
+        offline=settings.runtime.offline, torch_threads=settings.runtime.torch_threads
+    )

@@ -1,0 +1,368 @@
+"""Run one stage of the graph through DVC, for every scheduler alike.
+
+`dvc --wait-for-lock repro -s NAME` in a guarded process group: DVC decides whether there is
+anything to do and restores from its run cache where it can; the stage itself reports through an
+outcome file. The flag stands before the subcommand on purpose: without it a finished stage loses
+its result when another dvc process holds the repository lock for three seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Literal, Protocol
+
+from components.telemetry.progress import PROGRESS_FILE
+from flows.records.records import Record, read_json, records_dir
+from flows.running.clone_lock import stage_lock
+from flows.running.execution import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
+from flows.running.gpu_lock import WAITING_VARIABLE
+from flows.running.launcher import GuardedProcess
+from flows.running.shared_turns import shared_turn
+from flows.versioning import graph as versioning
+
+TIMEOUT_STEP_S = 5.0
+OutcomeStatus = Literal["ran", "skipped", "failed", "refused", "blocked"]
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """How one stage went."""
+
+    name: str
+    status: OutcomeStatus
+    seconds: float = 0.0
+    message: str = ""
+    log: Path | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether stages below may run."""
+        return self.status in {"ran", "skipped"}
+
+
+def interrupted(name: str) -> StageOutcome:
+    """The outcome of a stage that `stop` kept from running."""
+    return StageOutcome(name, "failed", message=f"{name}: interrupted")
+
+
+class StageError(RuntimeError):
+    """A stage did not finish."""
+
+    def __init__(self, outcome: StageOutcome) -> None:
+        super().__init__(outcome.message)
+        self.outcome = outcome
+
+    def __reduce__(self) -> tuple[type[StageError], tuple[StageOutcome]]:
+        """Prefect pickles exceptions; the default would pass the message to __init__."""
+        return (StageError, (self.outcome,))
+
+
+class StageExecutor(Protocol):
+    """What schedulers and the console ask of whoever runs stages."""
+
+    root: Path
+    graph: dict[str, versioning.StageNode]
+    stale: dict[str, str]
+
+    def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
+        """Run (or skip) one stage; never raises for a failing stage."""
+        ...
+
+    def stop(self) -> None:
+        """Stop every running stage; what they saved stays for the next run."""
+        ...
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        ...
+
+    def running(self) -> list[str]:
+        """Names of the stages that run now."""
+        ...
+
+    def progress_file(self, name: str) -> Path:
+        """Where the running stage writes its position."""
+        ...
+
+
+class CpuSlots:
+    """Cores of this machine, handed out by the number that a stage says it needs."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._free = total
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, wanted: int) -> Iterator[None]:
+        """Wait until `wanted` cores (at most all) are free and hold them."""
+        count = min(wanted, self._total)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()
+
+
+def progress_path(clone: Path, stage: str) -> Path:
+    """Where a stage that runs in `clone` writes its position."""
+    return clone / "runs" / "progress" / f"{stage}.json"
+
+
+class ProcessRunner(ABC):
+    """What runners have in common: they skip, know which processes run now, and stop them."""
+
+    def __init__(
+        self,
+        root: Path,
+        graph: dict[str, versioning.StageNode],
+        *,
+        stale: dict[str, str],
+        force: bool,
+        held: Sequence[int] = (),
+    ) -> None:
+        """Prepare for the stages of `graph`.
+
+        Args:
+            root: repository root.
+            graph: all stages.
+            stale: stages that need looking at, with reasons; others are skipped at once.
+            force: run stages even when nothing changed.
+            held: descriptor of the clone's lock, which the processes are to hold too.
+        """
+        self.root = root
+        self.graph = graph
+        self.stale = stale
+        self.force = force
+        self._held = tuple(held)
+        self._running: dict[str, GuardedProcess] = {}
+        # Reentrant: a signal handler calls `stop` in a thread that may hold it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._stopping = False
+
+    def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
+        """Run (or skip) one stage; never raises for a failing stage."""
+        if name not in self.stale and not self.force:
+            return StageOutcome(name, "skipped", message="unchanged")
+        return self._run(name, prefect_run)
+
+    @abstractmethod
+    def _run(self, name: str, prefect_run: str | None) -> StageOutcome:
+        """Run one stage that may have something to do."""
+
+    @contextmanager
+    def _process(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        output: IO[bytes],
+        lock: int | None = None,
+    ) -> Iterator[GuardedProcess | None]:
+        """A stage's process, which `stop` reaches while the block lasts; None after a `stop`.
+
+        It holds the descriptor `lock` beside those of the clone's.
+        """
+        held = self._held if lock is None else (*self._held, lock)
+        with self._lock:
+            process = None
+            if not self._stopping:
+                process = GuardedProcess(command, cwd=cwd, env=env, output=output, held=held)
+                self._running[name] = process
+        try:
+            yield process
+        finally:
+            with self._lock:
+                self._running.pop(name, None)
+
+    def progress_file(self, name: str) -> Path:
+        """Where the running stage writes its position."""
+        with self._lock:
+            process = self._running.get(name)
+        return progress_path(process.cwd if process else self.root, name)
+
+    def stop(self) -> None:
+        """Stop every running stage; what they saved stays for the next run."""
+        with self._lock:
+            self._stopping = True
+            running = list(self._running.values())
+            self._changed.notify_all()
+        for process in running:
+            process.stop()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping
+
+    def running(self) -> list[str]:
+        """Names of the stages that run now."""
+        with self._lock:
+            return sorted(self._running)
+
+
+class StageRunner(ProcessRunner):
+    """Runs stages of one pipeline run in this clone."""
+
+    def __init__(
+        self,
+        root: Path,
+        graph: dict[str, versioning.StageNode],
+        *,
+        parent_record: str | None,
+        stale: dict[str, str],
+        cpus: int | None = None,
+        force: bool = False,
+        held: Sequence[int] = (),
+    ) -> None:
+        """As the base.
+
+        Args:
+            root: repository root.
+            graph: all stages.
+            parent_record: record id of the pipeline run; None for a stage on its own, which then
+                uploads its record itself.
+            stale: stages that need looking at, with reasons.
+            cpus: cores to hand out (default: all of this machine).
+            force: run stages even when nothing changed.
+            held: descriptor of the clone's lock.
+        """
+        super().__init__(root, graph, stale=stale, force=force, held=held)
+        self.parent_record = parent_record
+        self._slots = CpuSlots(cpus or os.cpu_count() or 1)
+
+    def _run(self, name: str, prefect_run: str | None) -> StageOutcome:
+        node = self.graph[name]
+        with (
+            shared_turn(self.root, name, lambda: self._stopping),
+            self._slots.take(node.meta.cpus),
+        ):
+            if self._stopping:
+                return interrupted(name)
+            started = time.monotonic()
+            outcome = self._repro(node, prefect_run, started)
+        self._record_outputs(outcome)
+        return outcome
+
+    def _repro(
+        self, node: versioning.StageNode, prefect_run: str | None, started: float
+    ) -> StageOutcome:
+        name = node.name
+        log = self.root / "runs" / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        progress = self.progress_file(name)
+        progress.parent.mkdir(parents=True, exist_ok=True)
+        command = ["dvc", "--wait-for-lock", "repro", "-s", name, *(["-f"] if self.force else [])]
+        with tempfile.TemporaryDirectory() as folder:
+            outcome_file = Path(folder) / "outcome.json"
+            env = os.environ | {OUTCOME_FILE: str(outcome_file), PROGRESS_FILE: str(progress)}
+            waiting = Path(folder) / "waiting"
+            env[WAITING_VARIABLE] = str(waiting)
+            if self.parent_record is not None:
+                env[PARENT_RECORD] = self.parent_record
+            if prefect_run is not None:
+                env[PREFECT_RUN] = prefect_run
+            with ExitStack() as until_begun:
+                lock = until_begun.enter_context(
+                    stage_lock(self.root, name, lambda: self._stopping)
+                )
+                progress.unlink(missing_ok=True)
+                versioning.clear_torn_rwlock(self.root)
+                with (
+                    log.open("wb") as output,
+                    self._process(
+                        name, command, cwd=self.root, env=env, output=output, lock=lock
+                    ) as process,
+                ):
+                    if process is None:
+                        return interrupted(name)
+                    # The stage's processes hold the lock now; this one may be frozen or cut off.
+                    until_begun.close()
+                    code = self._wait(process, node.meta.timeout_min, waiting)
+            said = read_json(outcome_file)
+        progress.unlink(missing_ok=True)
+        seconds = time.monotonic() - started
+        if code == 0:
+            status: OutcomeStatus = "ran" if said else "skipped"
+            message = said["message"] if said else "unchanged or restored from the DVC cache"
+            return StageOutcome(name, status, seconds, message, log)
+        if said and said["status"] != "finished":
+            refused = said["status"] == "refused"
+            return StageOutcome(
+                name, "refused" if refused else "failed", seconds, said["message"], log
+            )
+        message = f"{name}: {_last_error(log, code)} (log: {log.relative_to(self.root)})"
+        return StageOutcome(name, "failed", seconds, message, log)
+
+    def _wait(self, process: GuardedProcess, timeout_min: float, waiting: Path) -> int:
+        """Wait for the end; time in which the stage waits for a GPU does not count."""
+        used_s = 0.0
+        while used_s < timeout_min * 60:
+            begun = time.monotonic()
+            try:
+                return process.wait(min(TIMEOUT_STEP_S, timeout_min * 60 - used_s))
+            except subprocess.TimeoutExpired:
+                if not waiting.exists():
+                    used_s += time.monotonic() - begun
+        return process.stop()
+
+    def _record_outputs(self, outcome: StageOutcome) -> None:
+        """Note in the stage's record which output hashes DVC gave."""
+        if outcome.status != "ran":
+            return
+        entry = versioning.lock_entry(self.root, outcome.name) or {}
+        hashes = versioning.hashes(entry.get("outs", []))
+        for folder in records_dir(self.root).glob(f"{outcome.name}-*"):
+            record = Record(folder)
+            if record.run.parent == self.parent_record:
+                record.set_outputs(hashes)
+
+
+@contextmanager
+def stopping_on_signals(runner: StageExecutor) -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop the running stages at once; what they saved stays.
+
+    Without this Prefect's task runner would wait for a stage to end, which may take days.
+    """
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        runner.stop()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _last_error(log: Path, code: int) -> str:
+    """The line of a log that says most about a failure."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith("error")]
+    if code in {137, 143, -9, -15}:
+        return "killed"
+    return (errors or lines or [f"exit code {code}"])[-1]

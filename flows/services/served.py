@@ -1,0 +1,173 @@
+"""The served tier: Prefect and MLflow on a PostgreSQL of the project's own.
+
+Order of start: PostgreSQL and its databases; then Prefect (which migrates its database itself)
+beside MLflow (after `mlflow db upgrade`). `servers.down` stops in reverse order. What runs
+already is left alone, so `up` again repairs what has died.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from flows.services import postgres
+from flows.services import servers as services
+from flows.services.servers import Service, ServiceError
+from flows.tracking.tier import (
+    ADMIN,
+    LOOPBACK,
+    Secrets,
+    ServedTier,
+    passfile,
+    served_tier,
+    services_dir,
+    use_served,
+)
+
+PACKAGES = {"psycopg": "psycopg[binary]", "asyncpg": "asyncpg", "flask_wtf": "flask-wtf"}
+"""Import name and package of what the servers need beyond the embedded tier."""
+MLFLOW_WORKERS = "2"
+AUTH_SETTINGS = """\
+[mlflow]
+default_permission = READ
+database_uri = {uri}
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+auth_cache_ttl_seconds = 60
+"""
+"""Users that the administrator adds may read everything and change what is their own. Without the
+cache every request would hash its password slowly, as is right for a password."""
+
+
+def missing_packages() -> list[str]:
+    """Packages of the extra `serve` that are not installed."""
+    return [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
+
+
+def up(root: Path, tier: ServedTier) -> list[Service]:
+    """Start what does not run yet; the project belongs to the served tier from now on.
+
+    Raises:
+        ServiceError: something is not installed, a port is taken, or a server does not come up
+            (then those that this call started are stopped again).
+    """
+    if missing := missing_packages():
+        raise ServiceError(
+            f"the served tier needs {', '.join(missing)}: make services SERVED=1 installs them "
+            "as locked, or pip install 'ultraflux-mlops[serve]'"
+        )
+    postgres.find_programs()
+    with services.up_lock(root):
+        running = {service.name: service for service in services.running_services(root)}
+        _check(root, running, tier)
+        known = use_served(root, tier)
+        started: list[Service] = []
+        try:
+            if "postgres" not in running:
+                running["postgres"] = postgres.start(root, tier.postgres_port, known)
+                _note(root, started, running["postgres"])
+            postgres.create_databases(running["postgres"], known)
+            _start_beside_each_other(root, tier, known, running, started)
+            services.wait_for_all([*running.values(), *started])
+        except BaseException:
+            services.stop(root, started)
+            raise
+        return services.running_services(root)
+
+
+def _note(root: Path, started: list[Service], service: Service) -> None:
+    """Remember a server at once: whatever happens next, `down` knows of it."""
+    started.append(service)
+    services.remember(root, service)
+
+
+def _start_beside_each_other(
+    root: Path,
+    tier: ServedTier,
+    known: Secrets,
+    running: dict[str, Service],
+    started: list[Service],
+) -> None:
+    starters = {"prefect": _start_prefect, "mlflow": _start_mlflow}
+    problem: BaseException | None = None
+    with ThreadPoolExecutor() as pool:
+        waiting = [
+            pool.submit(begin, root, tier, known)
+            for name, begin in starters.items()
+            if name not in running
+        ]
+        for future in as_completed(waiting):
+            if (failure := future.exception()) is None:
+                _note(root, started, future.result())
+            else:
+                problem = failure
+    if problem is not None:
+        raise problem
+
+
+def _check(root: Path, running: dict[str, Service], tier: ServedTier) -> None:
+    """Refuse what cannot work before anything starts.
+
+    Raises:
+        ServiceError: embedded servers run, servers run with other options, or a port is taken.
+    """
+    before = served_tier(root)
+    if running and before != tier:
+        kind = "with other options" if before else "in the embedded tier"
+        raise ServiceError(f"servers are running {kind}: stop them first with `ultraflux down`")
+    ports = {
+        "postgres": tier.postgres_port,
+        "prefect": tier.prefect_port,
+        "mlflow": tier.mlflow_port,
+    }
+    for name, port in ports.items():
+        if name not in running:
+            services.check_port(name, port, LOOPBACK if name == "postgres" else tier.host)
+
+
+def _start_prefect(root: Path, tier: ServedTier, known: Secrets) -> Service:
+    environment = services.prefect_environment(root, tier.prefect_port) | {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": tier.database_uri("prefect", "asyncpg"),
+        "PGPASSFILE": str(passfile(root)),
+    }
+    if tier.prefect_login:
+        environment["PREFECT_SERVER_API_AUTH_STRING"] = f"{ADMIN}:{known.prefect_login}"
+    Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    command = services.prefect_command(tier.prefect_port, tier.host)
+    url = f"http://{tier.client_host}:{tier.prefect_port}"
+    return services.start_daemon(root, "prefect", url, command, environment)
+
+
+def _start_mlflow(root: Path, tier: ServedTier, known: Secrets) -> Service:
+    folder = services_dir(root)
+    settings = folder / "mlflow-auth.ini"
+    settings.write_text(AUTH_SETTINGS.format(uri=tier.database_uri("mlflow_auth", "psycopg")))
+    database = tier.database_uri("mlflow", "psycopg")
+    environment = {
+        "PGPASSFILE": str(passfile(root)),
+        "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+        "MLFLOW_AUTH_ADMIN_USERNAME": ADMIN,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": known.mlflow_admin,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": known.mlflow_session,
+    }
+    migrated = subprocess.run(
+        [sys.executable, "-m", "mlflow", "db", "upgrade", database],
+        cwd=root,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if migrated.returncode != 0:
+        said = (migrated.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ServiceError(f"MLflow's database cannot be brought up to date: {said}")
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
+        *("--host", tier.host, "--port", str(tier.mlflow_port), "--workers", MLFLOW_WORKERS),
+        *("--backend-store-uri", database, "--artifacts-destination", tier.artifacts),
+    ]
+    url = f"http://{tier.client_host}:{tier.mlflow_port}"
+    return services.start_daemon(root, "mlflow", url, command, environment)

@@ -1,0 +1,401 @@
+"""The two servers: Prefect (orchestration) and MLflow (records), on this machine only.
+
+Embedded use (`ultraflux run --engine prefect`, `make run`) starts a Prefect server that ends with
+the run. `ultraflux up` starts both as daemons and remembers them in `runs/services/services.json`,
+in the order of their start; `ultraflux up --served` puts PostgreSQL under them
+(`flows.services.served`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.records.records import read_json, write_json
+from flows.running.launcher import GuardedProcess
+from flows.tracking.tier import LOOPBACK as HOST
+from flows.tracking.tier import served_clients, served_tier, use_embedded
+from flows.tracking.tier import services_dir as services_dir
+from flows.tracking.uploader import tracking_config
+
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 15.0
+LOG_DRAIN_S = 10.0
+DEFAULT_PORTS = {"prefect": 4200, "mlflow": 5000}
+
+
+class ServiceError(RuntimeError):
+    """A server cannot be started or reached; one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running server."""
+
+    name: str
+    url: str
+    pid: int
+    log: str
+
+
+def port_is_free(port: int, host: str = HOST) -> bool:
+    """Whether host:port can be bound."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def check_port(name: str, port: int, host: str = HOST) -> None:
+    """Make sure that a server can listen.
+
+    Raises:
+        ServiceError: the port is taken.
+    """
+    if not port_is_free(port, host):
+        raise ServiceError(
+            f"port {port} on {host} is taken, so {name} cannot start: choose another with "
+            f"--{name}-port, or stop what listens there"
+        )
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def prefect_environment(root: Path, port: int) -> dict[str, str]:
+    """Variables that make Prefect use a server on `port` with its database inside the project.
+
+    In the served tier they also hold how its clients log in and how long they wait.
+    """
+    home = services_dir(root) / "prefect"
+    return {
+        "PREFECT_HOME": str(home),
+        "PREFECT_API_URL": f"http://{HOST}:{port}/api",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
+        # Everything goes to the UI; the terminal belongs to the pipeline's own lines, and Ctrl-C
+        # would print a "crash" for every stage that had not started.
+        "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "INFO"),
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        # The memory default would leak concurrency slots when the server dies.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+            "prefect.server.concurrency.lease_storage.filesystem"
+        ),
+        **{key: value for key, value in served_clients(root).items() if key.startswith("PREFECT_")},
+    }
+
+
+def prefect_command(port: int, host: str = HOST) -> list[str]:
+    """Command line of the Prefect server."""
+    return [sys.executable, "-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
+
+
+def mlflow_command(root: Path, port: int) -> list[str]:
+    """Command line of the MLflow server over the embedded store."""
+    config = tracking_config(root)
+    return [
+        *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)),
+        *("--backend-store-uri", config["backend_store"], "--workers", "1"),
+        *("--artifacts-destination", str(config["artifact_root"])),
+    ]
+
+
+def wait_until_healthy(name: str, url: str, alive: psutil.Process | None, log: Path) -> None:
+    """Poll `url` until it answers 200.
+
+    Raises:
+        ServiceError: the process ended or did not answer within 90 s.
+    """
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            pass
+        if alive is not None and not is_running(alive):
+            raise ServiceError(f"{name} ended while starting; see {log}")
+        time.sleep(0.2)
+    raise ServiceError(f"{name} did not answer at {url} within {START_TIMEOUT_S:.0f} s; see {log}")
+
+
+def is_running(process: psutil.Process) -> bool:
+    """Whether a process still works (a zombie does not)."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def health_url(service: Service) -> str | None:
+    """Where a server says that it is well; None: it does not speak HTTP."""
+    return {"prefect": f"{service.url}/api/health", "mlflow": f"{service.url}/health"}.get(
+        service.name
+    )
+
+
+def wait_for_all(services: Iterable[Service]) -> None:
+    """Wait beside each other until every server answers.
+
+    Raises:
+        ServiceError: one ended or did not answer in time.
+    """
+    with ThreadPoolExecutor() as pool:
+        waits = [
+            pool.submit(
+                wait_until_healthy,
+                *(service.name, url, psutil.Process(service.pid), Path(service.log)),
+            )
+            for service in services
+            if (url := health_url(service)) is not None
+        ]
+    for wait in waits:
+        wait.result()
+
+
+@contextmanager
+def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
+    """A Prefect server for the time of one run, where there is no other.
+
+    PREFECT_API_URL in the environment wins (servers in containers or on another machine), then the
+    server from `ultraflux up`.
+
+    Yields:
+        Environment variables for Prefect clients; already set in this process as well.
+
+    Raises:
+        ServiceError: no server comes up, or the served tier's does not run.
+    """
+    if "PREFECT_API_URL" in os.environ:
+        yield {}
+        return
+    running = {service.name: service for service in running_services(root)}
+    if "prefect" in running:
+        port = int(running["prefect"].url.rsplit(":", 1)[1])
+        environment = prefect_environment(root, port)
+        os.environ.update(environment)
+        yield environment
+        return
+    if (tier := served_tier(root)) is not None:
+        raise ServiceError(
+            f"the Prefect server of this project (port {tier.prefect_port}) is not running: start "
+            "it with `ultraflux up`, or go back to servers per run with `ultraflux up --embedded`"
+        )
+    port = free_port()
+    environment = prefect_environment(root, port)
+    Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    os.environ.update(environment)
+    log = root / "runs" / "logs" / "prefect-server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        server = GuardedProcess(
+            prefect_command(port), cwd=root, env=dict(os.environ), output=output
+        )
+    try:
+        wait_for_all([Service("prefect", f"http://{HOST}:{port}", server.pid, str(log))])
+        yield environment
+    finally:
+        _send_prefect_logs()
+        server.stop()
+
+
+def _send_prefect_logs() -> None:
+    """Send what Prefect's client still holds; with the server gone it would retry for a minute."""
+    if "prefect.logging.handlers" in sys.modules:
+        from prefect.logging.handlers import APILogWorker
+
+        APILogWorker.drain_all(timeout=LOG_DRAIN_S)
+
+
+@contextmanager
+def up_lock(root: Path) -> Iterator[None]:
+    """One `up` or `down` of a project at a time; a second waits."""
+    services_dir(root).mkdir(parents=True, exist_ok=True)
+    with (services_dir(root) / ".up.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def up(
+    root: Path, *, prefect_port: int | None = None, mlflow_port: int | None = None
+) -> list[Service]:
+    """Start both embedded servers as daemons, or return those that run already.
+
+    Args:
+        root: repository root; it belongs to the embedded tier from now on.
+        prefect_port: None: the port it runs on, else 4200.
+        mlflow_port: None: the port it runs on, else 5000.
+
+    Raises:
+        ServiceError: a port is taken, a server runs on another one, or a server does not come up
+            (the other is stopped again).
+    """
+    with up_lock(root):
+        running = {service.name: service for service in running_services(root)}
+        for name, wanted in {"prefect": prefect_port, "mlflow": mlflow_port}.items():
+            if name not in running:
+                check_port(name, wanted or DEFAULT_PORTS[name])
+            elif wanted is not None and not running[name].url.endswith(f":{wanted}"):
+                raise ServiceError(
+                    f"--{name}-port {wanted}: {name} runs at {running[name].url}; stop it first "
+                    "with `ultraflux down`"
+                )
+        use_embedded(root)
+        prefect_port = prefect_port or DEFAULT_PORTS["prefect"]
+        mlflow_port = mlflow_port or DEFAULT_PORTS["mlflow"]
+        environment = prefect_environment(root, prefect_port)
+        Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+        plans = {
+            "prefect": (prefect_port, prefect_command(prefect_port), environment),
+            "mlflow": (mlflow_port, mlflow_command(root, mlflow_port), {}),
+        }
+        started: list[Service] = []
+        try:
+            for name, (port, command, extra) in plans.items():
+                if name not in running:
+                    url = f"http://{HOST}:{port}"
+                    started.append(start_daemon(root, name, url, command, extra))
+                    remember(root, started[-1])
+            wait_for_all([*running.values(), *started])
+        except BaseException:
+            stop(root, started)
+            raise
+        return sorted([*running.values(), *started], key=lambda service: service.name)
+
+
+def down(root: Path) -> list[Service]:
+    """Stop what `up` started, the last one first; returns what was stopped."""
+    with up_lock(root):
+        services = running_services(root)[::-1]
+        stop(root, services)
+        _state(root).unlink(missing_ok=True)
+        return services
+
+
+def stop(root: Path, services: Iterable[Service]) -> None:
+    """Stop servers in reverse order of their start and forget them."""
+    gone = sorted(services, key=known_services(root).index, reverse=True)
+    for service in gone:
+        stop_service(service)
+    write_json(_state(root), [asdict(s) for s in known_services(root) if s not in gone])
+
+
+def remember(root: Path, service: Service) -> None:
+    """Add a server to those that `down` stops; it takes the place of one of the same name."""
+    known = {one.name: one for one in known_services(root)} | {service.name: service}
+    write_json(_state(root), [asdict(one) for one in known.values()])
+
+
+def known_services(root: Path) -> list[Service]:
+    """Servers from `up` in the order of their start, whether they still run or not."""
+    return [Service(**values) for values in read_json(_state(root)) or []]
+
+
+def running_services(root: Path) -> list[Service]:
+    """Servers from `up` whose process is still there."""
+    return [service for service in known_services(root) if _owns(service)]
+
+
+def _state(root: Path) -> Path:
+    return services_dir(root) / "services.json"
+
+
+def _owns(service: Service) -> bool:
+    """Whether the pid is still our server (pids are reused)."""
+    try:
+        command = " ".join(psutil.Process(service.pid).cmdline())
+    except psutil.Error:
+        return False
+    program = "postgres -D" if service.name == "postgres" else f"-m {service.name}"
+    return program in command and service.url.rsplit(":", 1)[1] in command
+
+
+def start_daemon(
+    root: Path,
+    name: str,
+    url: str,
+    command: list[str],
+    extra: Mapping[str, str],
+    **options: Any,
+) -> Service:
+    """Start a program that outlives this one; its output goes to runs/logs/NAME-server.log.
+
+    Args:
+        root: repository root, and working folder unless `options` name another.
+        name: name of the service.
+        url: where it will listen.
+        command: program and arguments.
+        extra: environment variables beside this process's own.
+        options: further arguments of `subprocess.Popen`.
+    """
+    log = root / "runs" / "logs" / f"{name}-server.log"
+    pid = start_detached(command, log, os.environ | dict(extra), **({"cwd": root} | options))
+    return Service(name, url, pid, str(log))
+
+
+def start_detached(
+    command: Sequence[str], log: Path, env: Mapping[str, str], **options: Any
+) -> int:
+    """Start a program that outlives this one and return its process id.
+
+    Args:
+        command: program and arguments.
+        log: gets what it says, after what stands there.
+        env: its environment.
+        options: further arguments of `subprocess.Popen`.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            # A scheduler that ignores SIGINT would hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+            **options,
+        )
+    return process.pid
+
+
+def stop_service(service: Service) -> None:
+    """Terminate a server and its children, kill what does not go."""
+    try:
+        parent = psutil.Process(service.pid)
+        family = [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return
+    if service.name == "postgres":
+        # Its "fast" shutdown: ends sessions itself and writes everything; SIGTERM would wait for
+        # clients for ever.
+        parent.send_signal(signal.SIGINT)
+    else:
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+    _, left = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)

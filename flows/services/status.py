@@ -1,0 +1,164 @@
+"""How the servers of a project are: running, answering, and what waits to be sent to MLflow."""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from flows.records.records import all_records, read_json
+from flows.services import postgres
+from flows.services import servers as services
+from flows.services.servers import Service
+from flows.services.workers import known_workers, running_workers
+from flows.tracking.tier import Secrets, served_tier, services_dir
+
+PATIENCE_S = 5.0
+State = Literal["healthy", "no answer", "died"]
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """One server."""
+
+    name: str
+    state: State
+    url: str
+    pid: int | None
+    up_s: float | None
+    """Seconds since its start."""
+    memory_bytes: int | None
+    """Resident memory of the server and its children."""
+    log: str
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """One worker of this clone."""
+
+    pool: str
+    state: Literal["runs", "died"]
+    pid: int
+    log: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """All servers and workers that were started in this clone."""
+
+    tier: Literal["embedded", "served"]
+    servers: list[ServiceStatus]
+    workers: list[WorkerStatus]
+    unsent: int
+    """Ended runs that MLflow has not received completely."""
+
+    @property
+    def well(self) -> bool:
+        """Whether every server that was started answers, and every worker runs."""
+        servers_well = all(server.state == "healthy" for server in self.servers)
+        return servers_well and not self._dead_workers()
+
+    def _dead_workers(self) -> list[WorkerStatus]:
+        return [worker for worker in self.workers if worker.state == "died"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def print(self) -> None:
+        """A table."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("server", "state", "address", "pid", "up", "MiB")
+        for one in self.servers:
+            table.add_row(
+                *(one.name, one.state, one.url, str(one.pid or "")),
+                "" if one.up_s is None else f"{one.up_s / 3600:.1f} h",
+                "" if one.memory_bytes is None else f"{one.memory_bytes / 2**20:.0f}",
+            )
+        console = Console(soft_wrap=True)
+        if self.servers:
+            console.print(table)
+            console.print("\n".join(f"{one.name} log: {one.log}" for one in self.servers))
+        else:
+            console.print(f"No server was started (tier: {self.tier}; start: ultraflux up)")
+        for worker in self.workers:
+            console.print(
+                f"worker {worker.pool}: {worker.state} (pid {worker.pid}, log: {worker.log})"
+            )
+        if not self.well:
+            again = "ultraflux up --workers" if self._dead_workers() else "ultraflux up"
+            console.print(f"Start what died with: {again}")
+        if self.unsent:
+            console.print(f"{self.unsent} ended runs wait for MLflow: ultraflux sync")
+
+
+def examine(root: Path) -> Status:
+    """Ask every server that was started whether it is well, and look for the workers."""
+    known = services.known_services(root)
+    owned = set(services.running_services(root))
+    with ThreadPoolExecutor() as pool:
+        servers = list(pool.map(lambda one: _examine(root, one, one in owned), known))
+    tier: Literal["embedded", "served"] = "embedded" if served_tier(root) is None else "served"
+    running = set(running_workers(root))
+    workers = [
+        WorkerStatus(one.pool, "runs" if one in running else "died", one.pid, one.log)
+        for one in known_workers(root)
+    ]
+    return Status(tier, servers, workers, unsent_records(root))
+
+
+def unsent_records(root: Path) -> int:
+    """How many ended runs have not reached MLflow completely."""
+    count = 0
+    for record in all_records(root):
+        result = record.result
+        state = read_json(record.folder / "mlflow.json") or {}
+        count += result is not None and state.get("ended_ms") != result.ended_ms
+    return count
+
+
+def _examine(root: Path, service: Service, runs: bool) -> ServiceStatus:
+    if not runs:
+        return ServiceStatus(service.name, "died", service.url, None, None, None, service.log)
+    try:
+        process = psutil.Process(service.pid)
+        family = [process, *process.children(recursive=True)]
+        started = time.time() - process.create_time()
+    except psutil.Error:
+        return _examine(root, service, runs=False)
+    state: State = "healthy" if _answers(root, service) else "no answer"
+    return ServiceStatus(
+        service.name, state, service.url, service.pid, started, _memory(family), service.log
+    )
+
+
+def _answers(root: Path, service: Service) -> bool:
+    url = services.health_url(service)
+    if url is None:
+        known = read_json(services_dir(root) / "secrets.json")
+        return bool(known) and postgres.answers(service, Secrets(**known))
+    try:
+        with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def _memory(family: Iterable[psutil.Process]) -> int:
+    """Resident bytes; shared pages count in every process that maps them."""
+    total = 0
+    for process in family:
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:
+            continue
+    return total

@@ -1,0 +1,173 @@
+"""Workers of this machine: one process per pool, started last, stopped first."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from flows.records.records import read_json, write_json
+from flows.services.servers import ServiceError, services_dir, start_detached
+
+POOLS = ("pipelines", "cpu", "gpu")
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 15.0
+QUERY_S = "2"
+"""How often a worker asks for work; Prefect's default of 10 s would be most of a stage's delay."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A running worker."""
+
+    pool: str
+    name: str
+    pid: int
+    log: str
+
+
+def worker_environment(root: Path) -> dict[str, str]:
+    """Variables of a worker whose flows run in the clone at `root`."""
+    programs = Path(sys.executable).parent
+    return {
+        "ULTRAFLUX_ROOT": str(root),
+        "PREFECT_WORKER_QUERY_SECONDS": QUERY_S,
+        "PREFECT_WORKER_PREFETCH_SECONDS": QUERY_S,
+        # Job commands are `python -m prefect.engine`: this environment's.
+        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONPATH": str(root),
+    }
+
+
+def worker_command(pool: str, name: str, limit: int | None = None) -> list[str]:
+    """Command line of a worker.
+
+    Args:
+        pool: its work pool.
+        name: its name on the server.
+        limit: flow runs that it takes at once; None: as many as the pool gives.
+    """
+    return [
+        *(sys.executable, "-m", "prefect", "--no-prompt", "worker", "start", "--pool", pool),
+        *("--name", name, "--type", "process", "--install-policy", "never"),
+        "--no-create-pool-if-not-found",
+        *([] if limit is None else ["--limit", str(limit)]),
+    ]
+
+
+def start_workers(
+    root: Path, pools: tuple[str, ...] = POOLS, limit: int | None = None
+) -> list[Worker]:
+    """Start a worker for each pool that has none from here, and wait until they are online.
+
+    Args:
+        root: the clone that their flows run in.
+        pools: work pools.
+        limit: flow runs that each takes at once; None: as many as its pool gives.
+
+    Raises:
+        ServiceError: a worker ends at once or does not come online; those started are stopped.
+    """
+    known = running_workers(root)
+    started: list[Worker] = []
+    for pool in pools:
+        if pool not in {worker.pool for worker in known}:
+            started.append(_start(root, pool, limit))
+    write_json(_state(root), [asdict(worker) for worker in [*known, *started]])
+    try:
+        _wait_until_online(started)
+    except ServiceError:
+        _stop(started)
+        write_json(_state(root), [asdict(worker) for worker in known])
+        raise
+    return [*known, *started]
+
+
+def stop_workers(root: Path) -> list[Worker]:
+    """Stop the workers of this clone and the runs they have begun; returns them."""
+    workers = running_workers(root)
+    _stop(workers)
+    _state(root).unlink(missing_ok=True)
+    return workers
+
+
+def running_workers(root: Path) -> list[Worker]:
+    """Workers from `start_workers` whose process is still there."""
+    return [worker for worker in known_workers(root) if _is_ours(worker)]
+
+
+def known_workers(root: Path) -> list[Worker]:
+    """Workers that were started and not stopped, whether they still run or not."""
+    return [Worker(**values) for values in read_json(_state(root)) or []]
+
+
+def _state(root: Path) -> Path:
+    return services_dir(root) / "workers.json"
+
+
+def _is_ours(worker: Worker) -> bool:
+    """Whether the pid is still that worker (pids are reused)."""
+    try:
+        return worker.name in psutil.Process(worker.pid).cmdline()
+    except psutil.Error:
+        return False
+
+
+def _start(root: Path, pool: str, limit: int | None) -> Worker:
+    name = f"{socket.gethostname()}-{pool}-{os.getpid()}"
+    log = root / "runs" / "logs" / f"worker-{pool}.log"
+    command, env = worker_command(pool, name, limit), os.environ | worker_environment(root)
+    return Worker(pool, name, start_detached(command, log, env, cwd=root), str(log))
+
+
+def _wait_until_online(workers: list[Worker]) -> None:
+    from prefect import get_client
+    from prefect.client.schemas.objects import WorkerStatus
+
+    deadline = time.monotonic() + START_TIMEOUT_S
+    waiting = list(workers)
+    with get_client(sync_client=True) as client:
+        while waiting:
+            for worker in list(waiting):
+                if not _is_ours(worker) or _has_ended(worker.pid):
+                    raise ServiceError(
+                        f"worker {worker.pool} ended while starting; see {worker.log}"
+                    )
+                online = client.read_workers_for_work_pool(worker.pool)
+                if any(w.name == worker.name and w.status == WorkerStatus.ONLINE for w in online):
+                    waiting.remove(worker)
+            if waiting and time.monotonic() > deadline:
+                raise ServiceError(
+                    f"worker {waiting[0].pool} did not come online within {START_TIMEOUT_S:.0f} s; "
+                    f"see {waiting[0].log}"
+                )
+            if waiting:
+                time.sleep(0.3)
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
+
+
+def _stop(workers: list[Worker]) -> None:
+    """SIGTERM to the workers, which stop their runs; then whatever of their families is left."""
+    family: list[psutil.Process] = []
+    for worker in workers:
+        try:
+            parent = psutil.Process(worker.pid)
+            family += [*parent.children(recursive=True), parent]
+            parent.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    _, left = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)

@@ -1,0 +1,69 @@
+"""The description on a run's MLflow page: its summary, and links to the pages that it logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from flows.records.records import Record, RunResult
+
+NOTE_TAG = "mlflow.note.content"
+
+
+def run_url(experiment_id: str, run_id: str, artifact: str = "") -> str:
+    """Of a run or one of its artifacts, relative to the MLflow server's page."""
+    path = f"#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{path}/artifactPath/{artifact}" if artifact else path
+
+
+def record_url(record: Record, pages: str | None, artifact: str = "") -> str | None:
+    """Address of a record's run or of one of its artifacts; None where no server shows it.
+
+    Args:
+        record: of a stage or pipeline.
+        pages: address of the MLflow UI.
+        artifact: path below the run's artifacts.
+    """
+    if pages is None or record.experiment_id is None or record.mlflow_run_id is None:
+        return None
+    return f"{pages}/{run_url(record.experiment_id, record.mlflow_run_id, artifact)}"
+
+
+def stage_note(experiment_id: str, run_id: str, result: RunResult) -> str:
+    """Summary of a stage, its pages and its Parquet tables of rows (such as rejected ones)."""
+    links = [
+        f"- [{name}]({run_url(experiment_id, run_id, name)})"
+        for name in (Path(path).name for path in result.artifacts)
+        if name.endswith((".html", ".parquet"))
+    ]
+    return "\n".join([result.summary or "", "", *links]).strip()
+
+
+def pipeline_note(
+    experiment_id: str,
+    run_id: str,
+    result: RunResult,
+    records: Mapping[str, Record],
+) -> str:
+    """Summary, a line per stage with the run that made its result, and that run's pages.
+
+    Args:
+        experiment_id: of all these runs.
+        run_id: of the pipeline.
+        result: of the pipeline; its tags name the stages' runs.
+        records: stage records by record id and by MLflow run id.
+    """
+    lines = [stage_note(experiment_id, run_id, result), ""]
+    for tag, made_by in result.tags.items():
+        stage = tag.removeprefix("stage.").removesuffix(".run_id")
+        record = records.get(made_by)
+        if not tag.endswith(".run_id") or record is None or record.mlflow_run_id is None:
+            continue
+        made = record.mlflow_run_id
+        status = result.tags.get(f"stage.{stage}", "")
+        line = f"- [{stage}]({run_url(experiment_id, made)}) {status}"
+        artifacts = record.result.artifacts if record.result is not None else []
+        pages = [Path(path).name for path in artifacts if path.endswith(".html")]
+        named = [f"[{page}]({run_url(experiment_id, made, page)})" for page in pages]
+        lines.append(": ".join([line, ", ".join(named)] if named else [line]))
+    return "\n".join(lines).strip()

@@ -1,0 +1,162 @@
+"""Which servers a project uses: the embedded ones (SQLite), or the served tier (PostgreSQL).
+
+`ultraflux up --served` writes `runs/services/served.json`; from then on every run of the project
+talks to those servers, also while they are down (records wait on disk and are sent later).
+`ultraflux up --embedded` goes back. Passwords are generated once, stand in files that only their
+owner can read, and never on a command line.
+
+    secrets.json   what the servers need
+    pgpass         PostgreSQL passwords in libpq's format (PGPASSFILE)
+    clients.env    what clients need; `set -a; . runs/services/clients.env` for other programs
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import secrets
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from flows.records.records import read_json, write_json
+
+LOOPBACK = "127.0.0.1"
+SUPERUSER = "postgres"
+DATABASES = {"prefect": "prefect", "mlflow": "mlflow", "mlflow_auth": "mlflow"}
+"""Owner by database; MLflow keeps users and permissions apart from runs."""
+ADMIN = "admin"
+"""Who logs in to MLflow, and to Prefect where that asks."""
+PREFECT_RETRIES = 8
+"""Doubling from 2 s: clients of Prefect outlast a server or database that is away for 8 minutes."""
+
+
+def services_dir(root: Path) -> Path:
+    """`runs/services`: databases, artifacts, passwords."""
+    return root / "runs" / "services"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` can be reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@dataclass(frozen=True)
+class ServedTier:
+    """Content of served.json."""
+
+    postgres_port: int
+    prefect_port: int = 4200
+    mlflow_port: int = 5000
+    host: str = LOOPBACK
+    """Where Prefect and MLflow listen; PostgreSQL never leaves 127.0.0.1."""
+    artifacts: str = ""
+    """Where MLflow keeps artifacts: an absolute path or a URI such as s3://bucket/prefix."""
+    prefect_login: bool = False
+    """Whether Prefect asks for a password too (always, where `host` is not loopback)."""
+
+    @property
+    def client_host(self) -> str:
+        """Where clients on this machine find the servers."""
+        everywhere = self.host in {"0.0.0.0", "::"}  # an address to listen on, none to call
+        return LOOPBACK if everywhere else self.host
+
+    def database_uri(self, database: str, driver: str) -> str:
+        """SQLAlchemy URI without a password: that one comes from PGPASSFILE."""
+        owner = DATABASES[database]
+        return f"postgresql+{driver}://{owner}@{LOOPBACK}:{self.postgres_port}/{database}"
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """Content of secrets.json."""
+
+    superuser: str
+    prefect_database: str
+    mlflow_database: str
+    mlflow_admin: str
+    mlflow_session: str
+    """Key of MLflow's form tokens."""
+    prefect_login: str
+
+    def database_password(self, role: str) -> str:
+        """Password of a PostgreSQL role."""
+        return {
+            SUPERUSER: self.superuser,
+            "prefect": self.prefect_database,
+            "mlflow": self.mlflow_database,
+        }[role]
+
+
+def served_tier(root: Path) -> ServedTier | None:
+    """The served tier of this project; None: the project is embedded."""
+    values = read_json(services_dir(root) / "served.json")
+    return ServedTier(**values) if values else None
+
+
+def use_served(root: Path, tier: ServedTier) -> Secrets:
+    """Make the project use the served tier; returns its passwords, new ones the first time."""
+    folder = services_dir(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    known = read_json(folder / "secrets.json")
+    if known is None:
+        known = {item.name: secrets.token_urlsafe(24) for item in fields(Secrets)}
+        _write_private(folder / "secrets.json", json.dumps(known, indent=1))
+    mine = Secrets(**known)
+    lines = [
+        f"{LOOPBACK}:{tier.postgres_port}:*:{role}:{mine.database_password(role)}"
+        for role in (SUPERUSER, *sorted(set(DATABASES.values())))
+    ]
+    _write_private(passfile(root), "\n".join(lines) + "\n")
+    environment = client_environment(tier, mine)
+    text = "".join(f"{name}={value}\n" for name, value in environment.items())
+    _write_private(folder / "clients.env", text)
+    write_json(folder / "served.json", asdict(tier))
+    return mine
+
+
+def use_embedded(root: Path) -> None:
+    """Make the project use the embedded servers; databases of the served tier stay."""
+    (services_dir(root) / "served.json").unlink(missing_ok=True)
+
+
+def passfile(root: Path) -> Path:
+    """PGPASSFILE of the project."""
+    return services_dir(root) / "pgpass"
+
+
+def client_environment(tier: ServedTier, known: Secrets) -> dict[str, str]:
+    """Variables with which Prefect's and MLflow's clients find the servers and log in."""
+    address = f"http://{tier.client_host}"
+    environment = {
+        "PREFECT_API_URL": f"{address}:{tier.prefect_port}/api",
+        "PREFECT_CLIENT_MAX_RETRIES": str(PREFECT_RETRIES),
+        # What the server answers while its database is away.
+        "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",
+        "MLFLOW_TRACKING_URI": f"{address}:{tier.mlflow_port}",
+        "MLFLOW_TRACKING_USERNAME": ADMIN,
+        "MLFLOW_TRACKING_PASSWORD": known.mlflow_admin,
+    }
+    if tier.prefect_login:
+        environment["PREFECT_API_AUTH_STRING"] = f"{ADMIN}:{known.prefect_login}"
+    return environment
+
+
+def served_clients(root: Path) -> dict[str, str]:
+    """`client_environment` of a project in the served tier, otherwise nothing."""
+    tier = served_tier(root)
+    if tier is None:
+        return {}
+    return client_environment(tier, Secrets(**read_json(services_dir(root) / "secrets.json")))
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    temporary.replace(path)

@@ -1,0 +1,29 @@
+"""Values of params.yaml by dotted name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("a.b", value) pairs of a nested mapping."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def stage_parameters(root: Path, stage: str) -> dict[str, Any]:
+    """The values that dvc.yaml declares as parameters of `stage`, by dotted name."""
+    declared = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage].get("params", [])
+    values = dict(flatten(yaml.safe_load((root / "params.yaml").read_text())))
+    return {
+        name: value
+        for name, value in values.items()
+        if any(name == key or name.startswith(f"{key}.") for key in declared)
+    }

@@ -1,0 +1,52 @@
+"""Compose params.yaml from conf/base.yaml and one profile.
+
+DVC's own Hydra composition works for `dvc exp run` only, so the composed file is committed and a
+test keeps it in step with the profile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from components.settings.schema import SettingsError, parse_settings
+
+_HEADER = """\
+# Composed from conf/base.yaml and conf/profiles/{profile}.yaml by
+# `ultraflux config compose --profile {profile}`. What each key means: components/settings/.
+"""
+
+
+class _AsDvcWrites(yaml.SafeDumper):
+    """An unset value is empty text, so that `dvc exp run -S` changes no other line of the file."""
+
+
+_AsDvcWrites.add_representer(
+    type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "")
+)
+
+
+def settings_text(values: Mapping[str, Any]) -> str:
+    """Content of a params.yaml."""
+    return yaml.dump(dict(values), Dumper=_AsDvcWrites, sort_keys=False)
+
+
+def compose(root: Path, profile: str) -> str:
+    """Text of params.yaml for a profile.
+
+    Raises:
+        SettingsError: no such profile, or its values are not valid settings.
+    """
+    from omegaconf import OmegaConf
+
+    path = root / "conf" / "profiles" / f"{profile}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise SettingsError(f"profile '{profile}': not found; profiles: {known}")
+    merged = OmegaConf.merge(OmegaConf.load(root / "conf" / "base.yaml"), OmegaConf.load(path))
+    values: Any = OmegaConf.to_container(merged)
+    parse_settings(values, where=f"conf/profiles/{profile}.yaml")
+    return _HEADER.format(profile=profile) + settings_text(values)

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from components.corpus.captions.checks import (
+    Caption,
+    Judged,
+    check_chinese,
+    check_english,
+    join_captions,
+    judge_provided,
+)
+from components.corpus.captions.provided import provided_captions, read_captions
+from components.settings.captions import CaptionSettings
+from components.settings.schema import load_settings
+
+ROOT = Path(__file__).parents[4]
+SETTINGS = CaptionSettings.model_validate(
+    {
+        "provider": "shipped",
+        "provided": "keep",
+        "file": "captions.jsonl",
+        "min_words": 3,
+        "max_words": 6,
+        "prompt_version": "detailed-1",
+        "prompt_file": None,
+        "max_cost_usd": 0.0,
+        "endpoint": None,
+        "translate": {
+            "provider": "shipped",
+            "prompt_version": "simplified-chinese-1",
+            "prompt_file": None,
+            "endpoint": None,
+        },
+    }
+)
+LONG = "a calm lake below red hills"
+
+
+@pytest.mark.parametrize(
+    ("caption", "status"),
+    [
+        (Caption("  \n", "湖"), "missing"),
+        (Caption(LONG, None), "ok"),
+        (Caption(LONG, "  "), "ok"),
+        (Caption(LONG, "红色山丘下的湖"), "ok"),
+        (Caption("a calm lake", None), "ok"),
+        (Caption("calm lake", None), "too_short"),
+        (Caption(LONG + " today", None), "too_long"),
+        (Caption("红色 山丘 下的湖", None), "wrong_language"),
+        (Caption("красные холмы над озером", None), "wrong_language"),
+        (Caption("1 2 3 4", None), "wrong_language"),
+        (Caption(LONG, "a lake"), "wrong_language"),
+        (Caption("I’m sorry, I cannot see it", None), "refusal"),
+        (Caption(LONG, "抱歉，我无法描述"), "refusal"),
+        (Caption("a red café named 湖 Orléans", None), "ok"),
+    ],
+)
+def test_captions_are_judged(caption: Caption, status: str) -> None:
+    assert judge_provided(caption, SETTINGS, "provided: x").status == status
+
+
+def test_every_shipped_caption_is_usable() -> None:
+    sample = ROOT / "data" / "sample"
+    files = {path.name for path in sample.glob("*.jpg")}
+    captions = read_captions(sample / "captions.jsonl", files)
+    shipped = SETTINGS.model_copy(update={"min_words": 60, "max_words": 130})
+    assert set(captions) == files
+    assert {judge_provided(c, shipped, "provided: x").status for c in captions.values()} == {"ok"}
+
+
+def line(file: str, **changes: object) -> str:
+    return json.dumps({"file": file, "caption_en": LONG, "caption_zh": None} | changes)
+
+
+def test_captions_with_line_separators_inside_are_one_line_each(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    record = {"file": "a", "caption_en": "one\u2028two three"}
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\n\n" + line("b"))
+    assert set(read_captions(path, {"a", "b"})) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([line("a"), "{not json"], "c.jsonl line 2: not JSON"),
+        (["[1]"], "c.jsonl line 1: expected an object"),
+        ([line("a"), line("b"), line("a")], "c.jsonl line 3: 'a' has a caption already"),
+        ([line("a"), line("zebra")], "c.jsonl line 2: 'zebra' is not a photograph"),
+        ([line("a", caption_en=5)], "c.jsonl line 1: 'caption_en' must be text, got 5"),
+        ([json.dumps({"caption_en": LONG})], "c.jsonl line 1: 'file' must be text"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        read_captions(tmp_path / "c.jsonl", {"a", "b"})
+
+
+def test_a_missing_or_binary_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"c\.jsonl: not found.*caption\.file"):
+        read_captions(tmp_path / "c.jsonl", set())
+    (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="not UTF-8 at byte 0"):
+        read_captions(tmp_path / "c.jsonl", set())
+
+
+def test_only_kept_rows_are_rejected_for_their_caption() -> None:
+    table = pd.DataFrame(
+        {
+            "kept": [True, True, True, False],
+            "reject_reason": pd.Series([None, None, None, "entropy"], dtype=object),
+            "reject_value": [None, None, None, 5.0],
+            "reject_threshold": [None, None, None, 7.0],
+        }
+    )
+    captions = [
+        Caption(LONG, "湖"),
+        Caption("calm lake", None),
+        Caption("", None),
+        Caption("", None),
+    ]
+    judged = [judge_provided(c, SETTINGS, "provided: captions.jsonl") for c in captions]
+    result = join_captions(table, judged, SETTINGS)
+    assert result["kept"].tolist() == [True, False, False, False]
+    assert result["caption_status"].tolist() == ["ok", "too_short", "missing", "missing"]
+    assert result["reject_reason"].tolist()[1:] == ["caption", "caption", "entropy"]
+    assert result["reject_value"].tolist()[1] == 2.0
+    assert result["reject_threshold"].tolist()[1] == 3.0
+    assert pd.isna(result["reject_value"][2])
+    assert (result["reject_value"][3], result["reject_threshold"][3]) == (5.0, 7.0)
+    assert table["kept"].tolist() == [True, True, True, False]
+    assert result["caption_model"].tolist()[:2] == ["provided: captions.jsonl"] * 2
+    assert result["translation_model"].notna().tolist() == [True, False, False, False]
+
+
+def test_a_translation_of_wrong_length_is_not_measured_in_english_words() -> None:
+    table = pd.DataFrame(
+        {"kept": [True], "reject_reason": None, "reject_value": None, "reject_threshold": None}
+    )
+    judged = Judged(LONG, "湖", "too_short", "m", "t", words=6, failed_english=False)
+    result = join_captions(table, [judged], SETTINGS)
+    assert result["reject_reason"].tolist() == ["caption"]
+    assert result["reject_value"].isna().all()
+    assert result["reject_threshold"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("chinese", "status"),
+    [
+        ("红色山丘下平静的湖", "ok"),
+        (" ", "missing"),
+        ("抱歉，我无法翻译", "refusal"),
+        ("作为一个人工智能，我……", "refusal"),
+        ("作为画面中心的湖十分平静", "ok"),
+        ("a calm lake below red hills", "wrong_language"),
+        ("湖", "too_short"),
+        ("红绿蓝白黑山丘湖水" * 5, "repetitive"),
+        ("".join(chr(0x4E00 + n) for n in range(40)), "too_long"),
+    ],
+)
+def test_translations_are_judged_by_script_and_by_length_against_the_english(
+    chinese: str, status: str
+) -> None:
+    assert check_chinese(chinese, LONG) == status
+
+
+@pytest.mark.parametrize("words", [10, 40, 200])
+def test_a_loop_is_found_at_any_length_and_a_refrain_is_none(words: int) -> None:
+    roomy = SETTINGS.model_copy(update={"max_words": 10_000})
+    loop = "the lake lies below the red hills and "
+    assert check_english((loop * words)[: words * len(loop)], roomy)[0] == "repetitive"
+    rng = random.Random(words)
+    text = [chr(97 + rng.randrange(26)) * rng.randrange(1, 9) for _ in range(words)]
+    assert check_english(" ".join(text), roomy)[0] == "ok"
+    refrain = " ".join([*text, "a lake below red hills", *text[::-1], "a lake below red hills"])
+    assert check_english(refrain, roomy)[0] == "ok"
+
+
+INGEST = load_settings(ROOT / "params.yaml").ingest
+
+
+def manifest(*captions: tuple[str | None, str | None]) -> pd.DataFrame:
+    english, chinese = zip(*captions, strict=True)
+    files = [f"photos/{n}.jpg" for n in range(len(captions))]
+    return pd.DataFrame({"uri": files, "caption_en": english, "caption_zh": chinese})
+
+
+@pytest.mark.parametrize("kind", ["urls", "webdataset", "multiaspect"])
+def test_captions_of_records_are_checked_and_named_by_what_brought_them(
+    tmp_path: Path, kind: str
+) -> None:
+    ingest = INGEST.model_copy(update={"kind": kind, "source": "list.csv"})
+    table = manifest(
+        (LONG, "红色山丘下的湖"), (LONG, None), (None, "湖"), ("lake", None), (None, None)
+    )
+    rows = provided_captions(table, ingest, SETTINGS, tmp_path)
+    assert [row.status for row in rows] == ["ok", "ok", "missing", "too_short", "missing"]
+    assert (rows[0].english, rows[0].chinese) == (LONG, "红色山丘下的湖")
+    assert {row.caption_model for row in rows[:2]} == {rows[0].caption_model}
+    assert str(rows[0].caption_model).startswith("provided: ")
+    assert rows[4] == Judged(None, None, "missing", None, None)
+    ignoring = SETTINGS.model_copy(update={"provided": "ignore"})
+    assert {row.status for row in provided_captions(table, ingest, ignoring, tmp_path)} == {
+        "missing"
+    }
+
+
+def test_beside_models_a_captions_file_may_be_missing_but_not_wrong(tmp_path: Path) -> None:
+    ingest = INGEST.model_copy(update={"source": "photos"})
+    table = manifest((None, None), (None, None))
+    writing = SETTINGS.model_copy(update={"provider": "endpoint"})
+    assert [row.status for row in provided_captions(table, ingest, writing, tmp_path)] == [
+        "missing",
+        "missing",
+    ]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "captions.jsonl").write_text(line("1.jpg"))
+    rows = provided_captions(table, ingest, writing, tmp_path)
+    assert [row.status for row in rows] == ["missing", "ok"]
+    assert rows[1].caption_model == "provided: captions.jsonl"
+    (tmp_path / "photos" / "captions.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        provided_captions(table, ingest, writing, tmp_path)

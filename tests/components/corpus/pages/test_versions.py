@@ -1,0 +1,273 @@
+"""What-if, diff, drift and datasheet: questions about one corpus and two versions of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import ks_2samp
+
+from components.corpus.manifest import SCHEMA, to_arrow
+from components.corpus.pages.corpus_diff import diff
+from components.corpus.pages.datasheet import datasheet_page
+from components.corpus.pages.drift import (
+    drift_page,
+    kolmogorov_smirnov,
+    measure_drift,
+    population_stability,
+)
+from components.corpus.selection.rules import select
+from components.corpus.selection.slices import slices, split
+from components.corpus.selection.what_if import WhatIfError, changed_settings, to_json, what_if
+from components.settings.schema import Settings, load_settings
+
+ROOT = Path(__file__).parents[4]
+
+
+@pytest.fixture(scope="module")
+def params() -> Settings:
+    return load_settings(ROOT / "params.yaml")
+
+
+def corpus(params: Settings, count: int = 300, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame({"image_id": [f"{n:064x}" for n in range(count)]}).assign(
+        uri=[f"photos/<{n}>.jpg" for n in range(count)],
+        width=rng.choice([3840, 5000], count),
+        height=2500,
+        megapixels=10.0,
+        aspect_ratio=rng.choice([1.536, 2.0], count),
+        integrity="ok",
+        duplicate_of=None,
+        entropy_bits=rng.uniform(6, 8, count),
+        flat_fraction=rng.uniform(0, 1, count),
+        quality_score=0.5,
+        aesthetic=rng.normal(50, 10, count),
+        aesthetic_scorer="a",
+        channel="general",
+        caption_en="two words",
+        caption_status="ok",
+        license=rng.choice(["CC0-1.0", "CC-BY-4.0"], count),
+    )
+    return select(table.reindex(columns=SCHEMA.names), params.select)
+
+
+def test_what_if_equals_a_new_selection_and_names_rows_both_ways(params: Settings) -> None:
+    table = corpus(params)
+    changed = changed_settings(params.select, ["entropy_bits=6.8", "flat=0.4"][:1])
+    changed = changed_settings(changed, ["max_flat_fraction=0.4"])
+    found = what_if(table, params.select, changed, 0)
+    again = select(table, changed)
+    assert found.then["kept"] == again["kept"].sum()
+    assert found.now["kept"] == table["kept"].sum()
+    assert len(found.gained) == (again["kept"] & ~table["kept"]).sum() > 0
+    assert len(found.lost) == (table["kept"] & ~again["kept"]).sum() > 0
+    assert set(found.gained["reject_reason"]) == {"entropy"}
+    assert set(found.lost["reject_reason"]) == {"flat_fraction"}
+    document = json.loads(json.dumps(to_json(found, ["x"])))
+    assert document["lost_examples"][0]["reject_threshold"] == 0.4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("entropi_bits=6.8", "did you mean 'entropy_bits'"),
+        ("entropy_bits", "KEY=VALUE"),
+        ("entropy_bits=9", "min_entropy_bits = 9"),
+        ("near_duplicate_distance=3", "compared with each other"),
+    ],
+)
+def test_a_change_that_cannot_be_tried_is_one_line(
+    params: Settings, change: str, message: str
+) -> None:
+    with pytest.raises(WhatIfError, match=message) as caught:
+        changed_settings(params.select, [change])
+    assert "\n" not in str(caught.value)
+
+
+def test_every_key_has_short_names(params: Settings) -> None:
+    changes = ["pixels=5", "select.min_quality=4", "aesthetic=0.3", "human.entropy=6", "nsfw=0.5"]
+    changed = changed_settings(params.select, changes)
+    assert changed.min_pixels == 5
+    assert (changed.min_quality, changed.aesthetic_top_fraction) == (4, 0.3)
+    assert (changed.human.min_entropy_bits, changed.max_nsfw) == (6, 0.5)
+
+
+def test_the_diff_of_equal_versions_is_empty(params: Settings) -> None:
+    found = diff(corpus(params), corpus(params))
+    assert found.rows.empty
+    assert set(found.counts().values()) == {0}
+    assert found.by_rule() == {"newly_kept": {}, "newly_rejected": {}}
+
+
+def test_every_kind_of_change_is_found_in_its_row(params: Settings) -> None:
+    before = corpus(params)
+    kept = before.index[before["kept"]]
+    after = before.copy()
+    after.loc[kept[0], "entropy_bits"] = 1.0
+    after.loc[kept[1], "caption_en"] = "three words now"
+    after.loc[kept[2], "license"] = None
+    new = before.iloc[[0]].assign(image_id="f" * 64, uri="photos/new.jpg")
+    after = select(pd.concat([after.drop(kept[3]), new], ignore_index=True), params.select)
+    found = diff(before, after)
+    counts = found.counts()
+    assert {k: v for k, v in counts.items() if v} == {
+        "added": 1,
+        "removed": 1,
+        "newly_rejected": 1,
+        "caption": 1,
+        "values": 1,
+    }
+    assert found.by_rule()["newly_rejected"] == {"entropy": 1}
+    rejected = found.rows[found.rows["change"] == "newly_rejected"].iloc[0]
+    assert (rejected["reason_after"], rejected["value_after"]) == ("entropy", 1.0)
+    assert "entropy_bits" in rejected["columns"].split()
+    assert found.by_column()["caption_en"] == found.by_column()["license"] == 1
+
+
+def test_drift_statistics_have_their_known_values() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=900), rng.normal(0.3, 1, 700)
+    assert kolmogorov_smirnov(a, b) == pytest.approx(ks_2samp(a, b).statistic, abs=1e-12)
+    assert population_stability(a, a) == 0.0
+    # Half of the mass moves out of the lower half: (0.5 - 1) ln(0.5 / 1) per bin pair by hand.
+    low = np.repeat([0.0, 1.0], 100)
+    high = np.repeat([0.0, 1.0], [50, 150])
+    by_hand = (0.25 - 0.5) * np.log(0.25 / 0.5) + (0.75 - 0.5) * np.log(0.75 / 0.5)
+    assert population_stability(low, high) == pytest.approx(by_hand)
+
+
+def test_drift_names_what_moved_and_pages_need_nothing_from_outside(params: Settings) -> None:
+    before, after = corpus(params, 600), corpus(params, 600, seed=1)
+    calm = measure_drift(before, before)
+    assert calm.status == "stable"
+    moved = after.assign(aesthetic=after["aesthetic"] + 8, caption_status="too_short")
+    report = measure_drift(before, moved)
+    found = {feature.name: feature.status for feature in report.features}
+    assert found["aesthetic"] == found["caption_status"] == report.status == "drifted"
+    other = measure_drift(before, before.assign(aesthetic_scorer="b"))
+    assert (
+        next(f for f in other.features if f.name == "aesthetic").note == "aesthetic_scorer: a -> b"
+    )
+    json.dumps(report.to_json())
+    pages = [drift_page(report, before, moved) for _ in range(2)]
+    assert pages[0] == pages[1]
+    assert not re.search(r"<script|src=|(?<!xlink:)href=\"http", pages[0])
+
+
+def test_the_datasheet_counts_and_is_the_same_bytes_twice(params: Settings) -> None:
+    table = corpus(params)
+    table["split"] = split(table, params.slices, 0)
+    table.loc[table.index[table["kept"]][0], "license"] = "<b>mine</b>"
+    pages = [datasheet_page(table, slices(table, params.slices)) for _ in range(2)]
+    assert pages[0] == pages[1]
+    assert f"{int(table['kept'].sum())} kept" in pages[0]
+    assert "&lt;b&gt;mine" in pages[0]
+    assert "<b>mine" not in pages[0]
+    for name in ("vae", "stage2", "ablation", "entropy (bits)", "flat fraction"):
+        assert name in pages[0]
+    empty = table.assign(kept=False, split=None)
+    assert "0 kept" in datasheet_page(empty, slices(empty, params.slices))
+
+
+def _value(cell: object) -> object:
+    return None if pd.isna(cell) else cell
+
+
+def row_by_row(before: pd.DataFrame, after: pd.DataFrame) -> list[dict[str, object]]:
+    """The obvious comparison: a dictionary of rows, one pair after the other."""
+    old = {(row["uri"], row["image_id"]): row for row in before.to_dict("records")}
+    seen, found = set(), []
+
+    def entry(row: dict[str, object], change: str) -> dict[str, object]:
+        names = ("reason", "value", "threshold")
+        empty = {f"{name}_{when}": None for name in names for when in ("before", "after")}
+        key = {"image_id": row["image_id"], "uri": row["uri"], "change": change}
+        return key | empty | {"columns": None}
+
+    def verdict(row: dict[str, object], when: str) -> dict[str, object]:
+        names = ("reason", "value", "threshold")
+        return {f"{name}_{when}": _value(row[f"reject_{name}"]) for name in names}
+
+    added = []
+    for row in after.to_dict("records"):
+        key = (row["uri"], row["image_id"])
+        if key not in old:
+            added.append(entry(row, "added") | verdict(row, "after"))
+            continue
+        seen.add(key)
+        past = old[key]
+        names = [n for n in after.columns if n in past and _value(past[n]) != _value(row[n])]
+        if not names:
+            continue
+        was, is_kept = _value(past["kept"]) is True, _value(row["kept"]) is True
+        change = "values"
+        if {"caption_en", "caption_zh", "caption_status"} & set(names):
+            change = "caption"
+        if "reject_reason" in names:
+            change = "other_reason"
+        if was != is_kept:
+            change = "newly_kept" if is_kept else "newly_rejected"
+        both = verdict(past, "before") | verdict(row, "after")
+        found.append(entry(row, change) | both | {"columns": " ".join(names)})
+    gone = [
+        entry(row, "removed") | verdict(row, "before")
+        for key, row in old.items()
+        if key not in seen
+    ]
+    return found + added + gone
+
+
+CELLS = st.fixed_dictionaries(
+    {
+        "uri": st.sampled_from("abcdef"),
+        "image_id": st.sampled_from("12"),
+        "width": st.none() | st.integers(1, 3),
+        "kept": st.sampled_from([True, False, None]),
+        "reject_reason": st.none() | st.sampled_from(["entropy", "resolution"]),
+        "reject_value": st.none() | st.sampled_from([0.0, 1.5]),
+        "reject_threshold": st.none() | st.just(7.0),
+        "caption_en": st.none() | st.sampled_from(["", "湖", "a lake"]),
+        "license": st.none() | st.sampled_from(["CC0-1.0"]),
+    }
+)
+
+
+@hypothesis.settings(max_examples=40)
+@given(
+    before=st.lists(CELLS, max_size=8, unique_by=lambda row: (row["uri"], row["image_id"])),
+    after=st.lists(CELLS, max_size=8, unique_by=lambda row: (row["uri"], row["image_id"])),
+    shared=st.lists(CELLS, max_size=4, unique_by=lambda row: (row["uri"], row["image_id"])),
+)
+def test_the_diff_equals_a_comparison_row_by_row(
+    before: list[dict[str, object]], after: list[dict[str, object]], shared: list[dict[str, object]]
+) -> None:
+    tables = []
+    for rows in (before, after):
+        keys = {(row["uri"], row["image_id"]) for row in rows}
+        rows = rows + [row for row in shared if (row["uri"], row["image_id"]) not in keys]
+        table = pd.DataFrame(rows, columns=SCHEMA.names)
+        tables.append(to_arrow(table, SCHEMA).to_pandas())
+    found = diff(*tables)
+    assert [
+        {k: _value(v) for k, v in row.items()} for row in found.rows.to_dict("records")
+    ] == row_by_row(*tables)
+    per_column = Counter(
+        name for row in row_by_row(*tables) for name in (row["columns"] or "").split()
+    )
+    assert found.by_column() == dict(sorted(per_column.items()))
+
+
+def test_a_row_that_stands_twice_in_the_older_version_is_one_clear_error(params: Settings) -> None:
+    table = corpus(params, 3)
+    twice = pd.concat([table, table.iloc[[1]]], ignore_index=True)
+    with pytest.raises(ValueError, match=r"older version has photos/<1>\.jpg with the same bytes"):
+        diff(twice, table)

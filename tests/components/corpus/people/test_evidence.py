@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from skimage import data
+
+from components.corpus.derivatives import Derivative
+from components.corpus.people.evidence import (
+    LookPlan,
+    find_faces,
+    look_at,
+    people_from_table,
+    with_channel,
+)
+from components.corpus.people.nsfw import file_sha256, nudenet_weights
+from components.signals.candidate import derivative_jpeg
+
+
+def test_the_astronaut_has_one_face_where_it_is() -> None:
+    ((top, left, bottom, right),) = find_faces(data.astronaut())
+    assert top < 120 < bottom
+    assert left < 225 < right
+
+
+CLASSICAL = LookPlan(detector="classical", nsfw="none")
+DIGEST = file_sha256(nudenet_weights())
+NUDENET = LookPlan(detector="nudenet", nsfw="nudenet", weights_digest=DIGEST, nsfw_digest=DIGEST)
+
+
+def astronaut() -> Derivative:
+    """512 px derivative of a pretended 4096 px original."""
+    return Derivative("a" * 64, 4096, 4096, derivative_jpeg(data.astronaut(), 512))
+
+
+@pytest.mark.parametrize("plan", [CLASSICAL, NUDENET])
+def test_boxes_are_in_pixels_of_the_original_and_tag_the_image(plan: LookPlan) -> None:
+    row = look_at(astronaut(), plan)
+    (box,) = json.loads(row["person_boxes"])
+    assert box["label"] == "face"
+    assert box["box"][0] < 120 * 8 < box["box"][2]
+    assert box["box"][1] < 225 * 8 < box["box"][3]
+    assert (row["person_count"], row["is_character"]) == (1, True)
+    assert "channel" not in row
+
+
+def test_rows_name_their_scorers_and_weights() -> None:
+    row = look_at(astronaut(), CLASSICAL)
+    assert row["person_scorer"] == "skimage-lbp-frontal-face-v1"
+    assert "nsfw_score" not in row
+    row = look_at(astronaut(), NUDENET)
+    assert (row["person_scorer"], row["person_weights"]) == ("nudenet-320n", DIGEST)
+    assert (row["nsfw_scorer"], row["nsfw_weights"]) == ("nudenet-320n", DIGEST)
+    assert row["nsfw_score"] == 0.0
+    only_nsfw = look_at(astronaut(), replace(NUDENET, detector="none"))
+    assert set(only_nsfw) == {"nsfw_score", "nsfw_scorer", "nsfw_weights"}
+
+
+def test_faces_below_the_minimum_score_are_no_evidence() -> None:
+    row = look_at(astronaut(), replace(NUDENET, min_score=0.99))
+    assert (row["person_count"], row["person_boxes"], row["is_character"]) == (0, "[]", False)
+
+
+def test_a_picture_without_faces_is_no_character() -> None:
+    jpeg = derivative_jpeg(np.zeros((64, 30, 3), np.uint8), 64)
+    row = look_at(Derivative("a" * 64, 64, 30, jpeg), CLASSICAL)
+    assert (row["person_count"], row["person_boxes"], row["is_character"]) == (0, "[]", False)
+
+
+def test_the_human_channel_is_where_an_image_comes_from_not_what_is_seen() -> None:
+    people = pd.DataFrame({"image_id": list("abcd"), "is_character": [True, False, False, True]})
+    manifest = pd.DataFrame(
+        {
+            "image_id": list("abbcd"),
+            "query": [None, "mountains", " Portrait ", "lake", "portraits"],
+            "source": ["x", "x", "x", "people-site", "x"],
+        }
+    )
+    found = with_channel(people, manifest, queries=["portrait"], sources=["people-site"])
+    assert found["channel"].tolist() == ["general", "human", "human", "general"]
+    assert found["is_character"].tolist() == [True, False, False, True]
+    assert set(with_channel(people, manifest, queries=[], sources=[])["channel"]) == {"general"}
+
+
+def test_external_boxes_below_the_minimum_score_do_not_count(tmp_path: Path) -> None:
+    boxes = [{"label": "person", "box": [0, 0, 9, 9], "score": score} for score in (0.9, 0.3)]
+    pd.DataFrame(
+        {
+            "image_id": ["x", "y"],
+            "person_count": [2, 1],
+            "person_boxes": [json.dumps(boxes), json.dumps(boxes[1:])],
+            "person_scorer": ["detector"] * 2,
+        }
+    ).to_parquet(tmp_path / "p.parquet")
+    table = people_from_table(tmp_path / "p.parquet", ["y", "x"], 0.5)
+    assert table["person_count"].tolist() == [0, 1]
+    assert table["is_character"].tolist() == [False, True]
+
+
+def test_boxes_that_are_no_json_list_are_one_clear_error(tmp_path: Path) -> None:
+    pd.DataFrame(
+        {"image_id": ["x"], "person_count": [1], "person_boxes": ["{"], "person_scorer": ["d"]}
+    ).to_csv(tmp_path / "p.csv", index=False)
+    with pytest.raises(ValueError, match=r"people\.boxes: p\.csv: x: person_boxes must be"):
+        people_from_table(tmp_path / "p.csv", ["x"], 0.5)

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from components.corpus.sources.downloader import forbidden_by_robots, retry_after_s
+
+AGENT = "ultraflux-corpus/0.1"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        ("7", 7.0),
+        ("soon", None),
+        ("Sat, 01 Jan 2000 00:00:30 GMT", 30.0),
+        ("Fri, 31 Dec 1999 00:00:00 GMT", 0.0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value: str | None, expected: float | None) -> None:
+    assert retry_after_s(value, datetime(2000, 1, 1, tzinfo=UTC)) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], None),
+        (["all"], None),
+        (["noindex"], "noindex"),
+        (["nofollow, NoImageAI"], "noimageai"),
+        (["googlebot: noindex"], None),
+        (["ultraflux-corpus: noindex, nofollow"], "noindex"),
+        (["unavailable_after: 25 Jun 2030 15:00:00 PST"], None),
+        (["max-image-preview:large, noai"], "noai"),
+        (["all", "none"], "none"),
+    ],
+)
+def test_robots_directives_for_us_are_found(values: list[str], expected: str | None) -> None:
+    assert forbidden_by_robots(values, AGENT) == expected

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from components.corpus.manifest import SCHEMA, to_arrow
+from components.corpus.sources.folder import file_name, scan_folder
+from components.settings.corpus import IngestSettings
+from components.settings.schema import load_settings
+
+ROOT = Path(__file__).parents[4]
+DOWNLOAD = load_settings(ROOT / "params.yaml").ingest.download.model_dump()
+
+
+def settings(**changes: object) -> IngestSettings:
+    values = {
+        "kind": "folder",
+        "download": DOWNLOAD,
+        "source": "photos",
+        "recursive": True,
+        "extensions": (".jpg", ".png"),
+        "attribution": None,
+        "max_megapixels": 1.0,
+    }
+    return IngestSettings.model_validate(values | changes)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    Image.new("RGB", (40, 30), "teal").save(folder / "b.jpg")
+    Image.new("RGB", (30, 40), "navy").save(folder / "deep" / "a.PNG")
+    (folder / "notes.txt").write_text("no photograph")
+    return folder
+
+
+def by_uri(table: pd.DataFrame) -> dict[str, dict[str, object]]:
+    return {row["uri"]: row for row in table.to_dict("records")}
+
+
+def test_the_sample_is_listed_with_sizes_and_attribution() -> None:
+    table = scan_folder(
+        settings(source="data/sample", attribution="ATTRIBUTION.csv", max_megapixels=400.0), ROOT
+    )
+    rows = by_uri(table)
+    assert len(rows) == 21
+    row = rows["data/sample/vents-du-sud.jpg"]
+    assert (row["width"], row["height"], row["format"]) == (4096, 2559, "JPEG")
+    assert (row["photographer"], row["license"]) == ("Christian Ferrer", "CC-BY-4.0")
+    assert row["source"] == "getsolus/artwork"
+    assert row["image_id"] == hashlib.sha256((ROOT / str(row["uri"])).read_bytes()).hexdigest()
+    assert set(table["integrity"]) == {"ok"}
+    assert to_arrow(table, SCHEMA).num_rows == 21
+
+
+def test_files_are_found_below_folders_in_sorted_order_by_ending(photos: Path) -> None:
+    table = scan_folder(settings(), photos.parent)
+    assert table["uri"].tolist() == ["photos/b.jpg", "photos/deep/a.PNG"]
+    assert table["aspect_ratio"].tolist() == [40 / 30, 30 / 40]
+    flat = scan_folder(settings(recursive=False), photos.parent)
+    assert flat["uri"].tolist() == ["photos/b.jpg"]
+
+
+def test_bad_files_are_rows_that_say_what_is_wrong(photos: Path) -> None:
+    (photos / "empty.jpg").touch()
+    (photos / "text.jpg").write_text("hello")
+    Image.new("1", (2000, 2000)).save(photos / "bomb.png")
+    (photos / "folder.jpg").mkdir()
+    (photos / "gone.jpg").symlink_to(photos / "nowhere.jpg")
+    rows = by_uri(scan_folder(settings(), photos.parent))
+    assert rows["photos/empty.jpg"]["integrity"] == "empty file (0 bytes)"
+    assert rows["photos/text.jpg"]["integrity"] == "not an image that PIL knows"
+    assert "4.0 megapixels, limit 1" in str(rows["photos/bomb.png"]["integrity"])
+    assert rows["photos/gone.jpg"]["integrity"] == "cannot read: No such file or directory"
+    assert "photos/folder.jpg" not in rows
+    assert rows["photos/b.jpg"]["integrity"] == "ok"
+
+
+def test_links_that_leave_the_folder_are_refused_and_inner_ones_are_duplicates(
+    photos: Path,
+) -> None:
+    outside = photos.parent / "outside.jpg"
+    shutil.copy(photos / "b.jpg", outside)
+    (photos / "escape.jpg").symlink_to(outside)
+    (photos / "inner.jpg").symlink_to(photos / "b.jpg")
+    (photos / "linked").symlink_to(photos.parent)
+    rows = by_uri(scan_folder(settings(), photos.parent))
+    assert "leaves the source folder" in str(rows["photos/escape.jpg"]["integrity"])
+    assert "leaves the source folder" in str(rows["photos/linked"]["integrity"])
+    assert rows["photos/escape.jpg"]["image_id"] != rows["photos/b.jpg"]["image_id"]
+    assert rows["photos/inner.jpg"]["duplicate_of"] == rows["photos/b.jpg"]["image_id"]
+    assert len(rows) == 5
+
+
+def test_the_first_of_identical_files_is_the_original(photos: Path) -> None:
+    shutil.copy(photos / "b.jpg", photos / "a.jpg")
+    rows = by_uri(scan_folder(settings(), photos.parent))
+    assert pd.isna(rows["photos/a.jpg"]["duplicate_of"])
+    assert rows["photos/b.jpg"]["duplicate_of"] == rows["photos/a.jpg"]["image_id"]
+
+
+def test_a_source_outside_the_project_has_absolute_uris(photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    root.mkdir()
+    table = scan_folder(settings(source=str(photos)), root)
+    assert table["uri"][0] == (photos / "b.jpg").as_posix()
+    assert file_name(table["uri"][1], photos, root) == "deep/a.PNG"
+
+
+@pytest.mark.parametrize("make", ["missing", "empty", "file"])
+def test_an_unusable_source_is_one_line_that_names_folder_and_setting(
+    tmp_path: Path, make: str
+) -> None:
+    if make == "empty":
+        (tmp_path / "photos").mkdir()
+    if make == "file":
+        (tmp_path / "photos").touch()
+    with pytest.raises(ValueError, match=r"^photos: .*ingest\.source") as caught:
+        scan_folder(settings(), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission_is_one_line(photos: Path) -> None:
+    photos.chmod(0)
+    try:
+        with pytest.raises(ValueError, match=r"photos: no permission.*ingest\.source"):
+            scan_folder(settings(), photos.parent)
+    finally:
+        photos.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "attribution file not found"),
+        ("name,author\n", "needs a column 'file'"),
+        ("file,author\nb.jpg,A\nb.jpg,B\n", "line 3: 'b.jpg' is listed twice"),
+    ],
+)
+def test_a_broken_attribution_file_is_one_clear_error(
+    photos: Path, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (photos / "who.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        scan_folder(settings(attribution="who.csv"), photos.parent)

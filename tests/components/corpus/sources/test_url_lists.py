@@ -1,0 +1,196 @@
+"""Readers of untrusted lists and shards: every record is there, or is a loss with a cause."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from components.corpus.sources.ingest_tables import write_candidates
+from components.corpus.sources.multiaspect import read_metadata_shards
+from components.corpus.sources.url_lists import SourceRecord, read_url_lists
+
+
+def values(records: list[SourceRecord]) -> list[dict[str, Any] | None]:
+    return [record.values for record in records]
+
+
+def test_the_same_list_reads_alike_from_csv_jsonl_and_parquet(tmp_path: Path) -> None:
+    table = pd.DataFrame(
+        {"url": ["http://a/1.jpg", "http://a/2.jpg"], "query": ["x, y", 'say "é"']}
+    )
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_csv(tmp_path / "b.tsv", index=False, sep="\t")
+    table.to_json(tmp_path / "c.jsonl", orient="records", lines=True)
+    table.to_parquet(tmp_path / "d.parquet", index=False)
+    records = list(read_url_lists(tmp_path, "lists"))
+    expected = table.to_dict("records")
+    assert values(records) == expected * 4
+    assert [records[0].place, records[-1].place] == ["a.csv:2", "d.parquet:2"]
+
+
+def test_broken_lines_are_records_with_a_reason_and_cost_no_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(
+        b"url,query\nhttp://a/1\xff.jpg,x\nhttp://a/2.jpg,x,y,z\n\nb,c\n"
+    )
+    (tmp_path / "b.jsonl").write_text('{"url": 1\n[1]\n' + "[" * 100_000 + '\n{"url": "u"}\n')
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "d.csv").touch()
+    records = list(read_url_lists(tmp_path, "lists"))
+    problems = [(record.place, record.problem) for record in records if record.values is None]
+    assert [place for place, _ in problems] == [
+        "a.csv:3",
+        "b.jsonl:1",
+        "b.jsonl:2",
+        "b.jsonl:3",
+        "c.parquet:1",
+    ]
+    assert problems[0][1] == "4 cells under 2 headings"
+    assert problems[2][1] == "a list, not an object"
+    assert len(records) - len(problems) == 3
+
+
+def test_lists_read_alike_gzipped_and_in_every_encoding_that_names_itself(tmp_path: Path) -> None:
+    table = "url,query\r\nhttp://a/1.jpg,“é”\r\nhttp://a/2.jpg,水\r\n"
+    lines = '{"url": "http://a/1.jpg", "query": "“é”"}\n{"url": "http://a/2.jpg", "query": "水"}\n'
+    encodings = ("utf-8", "utf-8-sig", "utf-16")
+    for number, encoding in enumerate(encodings):
+        (tmp_path / f"{number}.csv").write_bytes(table.encode(encoding))
+        (tmp_path / f"{number}.tsv.gz").write_bytes(
+            gzip.compress(table.replace(",", "\t").encode(encoding))
+        )
+        (tmp_path / f"{number}.JSONL.gz").write_bytes(gzip.compress(lines.encode(encoding)))
+    expected = [
+        {"url": "http://a/1.jpg", "query": "“é”"},
+        {"url": "http://a/2.jpg", "query": "水"},
+    ]
+    records = list(read_url_lists(tmp_path, "lists"))
+    assert values(records) == expected * 9
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    text = json.dumps(expected, ensure_ascii=False)
+    for number, encoding in enumerate(encodings):
+        (shards / f"{number}.json.gz").write_bytes(gzip.compress(text.encode(encoding)))
+    assert values(list(read_metadata_shards(shards, "shards"))) == expected * 3
+
+
+def test_a_file_that_ends_early_or_is_not_what_it_says_is_one_record_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    whole = gzip.compress(b"url\n" + b"http://a/1.jpg\n" * 50_000)
+    (tmp_path / "cut.csv.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "flipped.jsonl.gz").write_bytes(whole[:40] + b"\xff" * 20 + whole[60:])
+    (tmp_path / "plain.csv.gz").write_bytes(b"url\nhttp://a/1.jpg\n")
+    (tmp_path / "zero.csv.gz").touch()
+    records = list(read_url_lists(tmp_path, "lists"))
+    problems = {record.place: record.problem for record in records if record.values is None}
+    assert set(problems) >= {"cut.csv.gz", "flipped.jsonl.gz", "plain.csv.gz"}
+    assert all("\n" not in text and str(tmp_path) not in text for text in problems.values())
+    (tmp_path / "0.json.gz").write_bytes(b"[]")
+    (shard,) = read_metadata_shards(tmp_path / "0.json.gz", "0.json.gz")
+    assert shard.problem.startswith("cannot read: Not a gzipped file")
+
+
+def test_rows_of_every_bad_kind_are_candidates_or_losses_with_a_cause(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"url": "http://a/1.jpg", "caption": "x" * 10_000_000, "id": 1},
+        {"url": "http://a/" + "y" * 10_000_000},
+        {"url": "http://a/2.jpg", "id": 1, "photographer": "../../../etc/passwd"},
+        {"url": "http://a/3\ufffd.jpg"},
+        {"url": float("nan"), "caption": float("inf")},
+        {"url": True},
+        {"url": {"nested": "http://a/4.jpg"}},
+        {"url": "http://a/5.jpg", "caption": "Caf\ufffd", "width": 10**400},
+        {},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    path = tmp_path / "candidates.parquet"
+    coverage = write_candidates(read_url_lists(tmp_path / "list.jsonl", "list.jsonl"), path)
+    table = pq.read_table(path).to_pandas()
+    assert table["cause"].fillna("-").tolist() == [
+        "-",
+        "bad_url",
+        "-",
+        "bad_url",
+        "missing_url",
+        "wrong_type",
+        "wrong_type",
+        "-",
+        "missing_url",
+    ]
+    assert len(table["caption_en"][0]) == 10_000_000
+    assert table["detail"][1] == "longer than 4096 characters"
+    assert coverage.problems["duplicate_id"] == 1
+    assert coverage.problems["undecodable_text"] == 2
+
+
+@pytest.mark.parametrize("make", ["missing", "empty", "wrong"])
+def test_an_unusable_list_names_the_setting(tmp_path: Path, make: str) -> None:
+    source = tmp_path / "list.txt"
+    if make == "empty":
+        source.mkdir()
+    if make == "wrong":
+        source.touch()
+    with pytest.raises(ValueError, match=r"^list\.txt: .*ingest\.source"):
+        list(read_url_lists(source, "list.txt"))
+
+
+def test_metadata_shards_are_accounted_for_record_by_record(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    good = {"image_url": "http://a/1.jpg", "en_caption": "one", "id": "x", "aspect": "16:9"}
+    (shards / "0000.json").write_text(
+        json.dumps(
+            [
+                good,
+                good | {"image_url": "HTTP://A:80/1.jpg#x", "id": "y"},
+                good | {"image_url": "http://a/2.jpg"},
+                {"en_caption": "no address"},
+                {"image_url": float("nan")},
+                {"image_url": ["http://a/3.jpg"]},
+                {"image_url": "not an address"},
+                {"image_url": "http://a/4.jpg", "en_caption": 7, "photographer": {"n": 1}},
+                "text",
+                None,
+            ]
+        )
+    )
+    (shards / "0001.json").write_text('[{"image_url": "http://a/5.jpg"')
+    (shards / "0002.json").write_text('{"data": [{"image_url": "http://a/6.jpg"}]}')
+    (shards / "0003.json").write_bytes(b"\xff\xfe{}")
+    path = tmp_path / "candidates.parquet"
+    coverage = write_candidates(read_metadata_shards(shards, "shards"), path).report()
+    table = pq.read_table(path).to_pandas()
+    assert table["cause"].fillna("-").tolist() == [
+        "-",
+        "duplicate_url",
+        "-",
+        "missing_url",
+        "missing_url",
+        "wrong_type",
+        "bad_url",
+        "-",
+        "broken_record",
+        "broken_record",
+        "broken_record",
+        "-",
+        "broken_record",
+    ]
+    assert coverage["records"] == 13
+    assert coverage["problems"] == {
+        "bad_url": 1,
+        "broken_record": 4,
+        "duplicate_id": 1,
+        "duplicate_url": 1,
+        "missing_url": 2,
+        "wrong_type": 1,
+    }
+    assert coverage["wrong_type"] == {"caption_en": 1, "image_url": 1, "photographer": 1}
+    assert coverage["unknown_keys"]["aspect"] == 3
+    assert coverage["field_share"]["image_url"] == pytest.approx(6 / 13)
+    assert json.loads(table["extra"][0]) == {"aspect": "16:9"}

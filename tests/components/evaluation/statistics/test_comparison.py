@@ -1,0 +1,109 @@
+"""Paired comparisons of scores tables, and what they refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from components.evaluation.statistics.comparison import (
+    Comparison,
+    ComparisonInvalid,
+    Refusal,
+    compare_systems,
+    paired_scores,
+    refuse_frechet_interval,
+)
+from components.evaluation.statistics.scores import Score, scores_table
+
+SIZES = ((128, 128), (96, 224))
+
+
+def _table(shift: float, *, n: int = 12, metric: str = "psnr_db", seed: int = 0) -> pd.DataFrame:
+    generator = np.random.default_rng(seed)
+    return scores_table(
+        Score(f"{i:02}.png", "s", *size, metric, "p/v1", float(generator.normal(20.0)) + shift)
+        for i in range(n)
+        for size in SIZES
+    )
+
+
+def test_a_constant_gain_is_found_with_its_size_and_the_prompts_as_units() -> None:
+    (found,) = compare_systems(_table(0.0), _table(0.5), ["psnr_db"], resamples=999, seed=0)
+    assert isinstance(found, Comparison)
+    assert found.difference.mean == pytest.approx(0.5)
+    assert (found.difference.n, found.difference.clusters) == (24, 12)
+    # Twelve prompts: two of 4,096 sign patterns are as extreme.
+    assert found.p_value == 2 / 2**12
+    assert found.after - found.before == pytest.approx(0.5)
+
+
+def test_a_prompt_column_makes_the_clusters() -> None:
+    before, after = _table(0.0), _table(0.5)
+    for table in (before, after):
+        table["prompt"] = [name[:1] + str(int(name[:2]) // 2) for name in table["image"]]
+    (found,) = compare_systems(before, after, ["psnr_db"], resamples=999, seed=0)
+    assert isinstance(found, Comparison)
+    assert found.difference.clusters == 6
+
+
+def test_a_prompt_that_one_table_knows_counts_and_pictures_without_one_stand_alone() -> None:
+    before, after = _table(0.0), _table(0.5)
+    after["prompt"] = ["one" if name < "06" else None for name in after["image"]]
+    for tables in ((before, after), (after, before), (after, after)):
+        clusters = paired_scores(*tables, "psnr_db").clusters
+        assert len(set(clusters)) == 1 + 6
+        assert clusters.count("prompt one") == 12
+
+
+def test_pictures_of_two_prompts_are_no_pair() -> None:
+    before, after = _table(0.0).assign(prompt="a lake"), _table(0.5).assign(prompt="a hill")
+    with pytest.raises(ComparisonInvalid, match="another prompt"):
+        paired_scores(before, after, "psnr_db")
+
+
+def test_holm_runs_over_the_metrics_that_could_be_compared() -> None:
+    before = pd.concat([_table(0.0), _table(0.0, metric="ssim"), _table(0.0, metric="nmse", n=3)])
+    after = pd.concat([_table(0.5), _table(0.1, metric="ssim"), _table(0.1, metric="nmse", n=3)])
+    found = compare_systems(before, after, ["psnr_db", "ssim", "nmse"], resamples=999, seed=0)
+    assert [type(one) for one in found] == [Comparison, Comparison, Refusal]
+    assert isinstance(found[0], Comparison)
+    assert found[0].adjusted_p == 2 * found[0].p_value
+    assert isinstance(found[2], Refusal)
+    assert found[2].reason == (
+        "nmse: 3 independent prompts or images; an interval needs at least 6"
+    )
+
+
+def test_what_does_not_compare_is_refused_with_the_reason() -> None:
+    table = _table(0.0)
+    newer = table.assign(protocol="p/v2")
+    with pytest.raises(ComparisonInvalid, match=r"protocols p/v1 and p/v2 do not compare"):
+        paired_scores(table, newer, "psnr_db")
+    with pytest.raises(ComparisonInvalid, match=r"1 pictures have no partner, such as 00.png"):
+        paired_scores(table, table.iloc[1:], "psnr_db")
+    with pytest.raises(ComparisonInvalid, match=r"two rows of 00.png at the same size"):
+        paired_scores(pd.concat([table, table]), table, "psnr_db")
+    with pytest.raises(ComparisonInvalid, match="the second system has no rows"):
+        paired_scores(table, table.iloc[:0], "psnr_db")
+    broken = table.copy()
+    broken.loc[3, "value"] = float("nan")
+    with pytest.raises(ComparisonInvalid, match=r"01.png is .* and nan; a value that is not"):
+        paired_scores(table, broken, "psnr_db")
+    broken["value"] = float("inf")
+    with pytest.raises(ComparisonInvalid, match="inf and inf"):
+        paired_scores(broken, broken, "psnr_db")
+
+
+def test_pictures_that_neither_system_can_measure_are_counted_and_left_out() -> None:
+    before, after = _table(0.0), _table(0.5)
+    for table in (before, after):
+        table.loc[table["image"] == "00.png", "value"] = float("nan")
+    pairs = paired_scores(before, after, "psnr_db")
+    assert (pairs.unmeasurable, pairs.differences.size) == (2, 22)
+
+
+def test_an_interval_of_fid_at_small_n_is_refused() -> None:
+    with pytest.raises(ComparisonInvalid, match=r"195 pictures for 2048 features.*10240; use KID"):
+        refuse_frechet_interval("fid", 195, 2048)
+    refuse_frechet_interval("fid", 10_240, 2048)

@@ -1,0 +1,133 @@
+"""Bootstrap intervals with clusters: known answers, scipy as reference, properties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from components.evaluation.statistics.bootstrap import (
+    bootstrap_mean,
+    cluster_sums,
+    mean_interval,
+    studentised_draws,
+)
+
+METHODS = ("percentile", "bca", "studentised")
+SKEWED = np.random.default_rng(5).lognormal(0.0, 1.0, 40)
+values_lists = st.lists(st.floats(-1e3, 1e3), min_size=8, max_size=20)
+
+
+@pytest.mark.parametrize(("method", "name"), [("percentile", "percentile"), ("bca", "BCa")])
+def test_intervals_agree_with_scipy(method: str, name: str) -> None:
+    ours = mean_interval(SKEWED, resamples=20_000, seed=1, method=method)
+    reference = stats.bootstrap(
+        (SKEWED,), np.mean, n_resamples=20_000, method=name, rng=np.random.default_rng(2)
+    ).confidence_interval
+    width = reference.high - reference.low
+    assert ours.low == pytest.approx(reference.low, abs=0.02 * width)
+    assert ours.high == pytest.approx(reference.high, abs=0.02 * width)
+
+
+def test_the_studentised_interval_of_normal_values_is_students() -> None:
+    values = np.random.default_rng(0).normal(3.0, 2.0, 12)
+    ours = mean_interval(values, resamples=40_000, seed=1)
+    half = stats.t.ppf(0.975, 11) * stats.sem(values)
+    assert ours.high - ours.low == pytest.approx(2 * half, rel=0.15)
+
+
+def test_singleton_clusters_have_the_textbook_standard_error() -> None:
+    assert cluster_sums(SKEWED).standard_error == pytest.approx(stats.sem(SKEWED), rel=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_repeating_every_value_adds_no_evidence_when_clustered(method: str) -> None:
+    once = mean_interval(SKEWED, resamples=500, seed=3, method=method)
+    labels = np.repeat(np.arange(SKEWED.size), 4).tolist()
+    repeated = mean_interval(
+        np.repeat(SKEWED, 4), clusters=labels, resamples=500, seed=3, method=method
+    )
+    assert (repeated.low, repeated.high) == pytest.approx((once.low, once.high), rel=1e-9)
+    assert (repeated.n, repeated.clusters) == (160, 40)
+
+
+def test_ignoring_clusters_would_claim_too_much() -> None:
+    labels = np.repeat(np.arange(SKEWED.size), 4).tolist()
+    honest = mean_interval(np.repeat(SKEWED, 4), clusters=labels, resamples=500, seed=3)
+    naive = mean_interval(np.repeat(SKEWED, 4), resamples=500, seed=3)
+    assert naive.high - naive.low < 0.6 * (honest.high - honest.low)
+
+
+@settings(max_examples=30, deadline=None)
+@given(values_lists, st.floats(-50, 50), st.floats(0.1, 10))
+def test_intervals_move_and_stretch_with_the_values(
+    values: list[float], shift: float, scale: float
+) -> None:
+    if np.ptp(values) < 1.0:
+        values = [*values, 10.0 + max(values)]
+    for method in METHODS:
+        plain = mean_interval(values, resamples=200, seed=0, method=method)
+        moved = mean_interval(
+            [scale * value + shift for value in values], resamples=200, seed=0, method=method
+        )
+        assert plain.low <= plain.high
+        assert moved.mean == pytest.approx(scale * plain.mean + shift, abs=1e-6)
+        assert moved.high - moved.low == pytest.approx(
+            scale * (plain.high - plain.low), rel=1e-5, abs=1e-6
+        )
+
+
+def test_equal_values_have_an_interval_of_one_point() -> None:
+    for method in METHODS:
+        estimate = mean_interval([2.5] * 7, resamples=100, seed=0, method=method)
+        assert (estimate.low, estimate.mean, estimate.high) == (2.5, 2.5, 2.5)
+
+
+def test_percentile_equals_the_plain_bootstrap() -> None:
+    ours = mean_interval(SKEWED, resamples=300, seed=9, method="percentile")
+    plain = bootstrap_mean(SKEWED, resamples=300, seed=9)
+    assert (ours.low, ours.high) == pytest.approx((plain.low, plain.high), rel=0.05)
+
+
+def test_the_seed_decides_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = mean_interval(SKEWED, resamples=300, seed=4)
+    assert first == mean_interval(SKEWED, resamples=300, seed=4)
+    monkeypatch.setattr("components.evaluation.statistics.bootstrap._CHUNK_VALUES", 1000)
+    assert first == mean_interval(SKEWED, resamples=300, seed=4)
+
+
+def test_what_is_invalid_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="at least 6 independent prompts or images, got 5"):
+        studentised_draws(cluster_sums([1.0, 2.0, 3.0, 4.0, 5.0]), resamples=100, seed=0)
+    with pytest.raises(ValueError, match=r"all 3 values belong to one cluster \('p'\)"):
+        mean_interval([1.0, 2.0, 3.0], clusters=["p"] * 3, resamples=100, seed=0)
+    with pytest.raises(ValueError, match="3 values need as many cluster labels, got 2"):
+        mean_interval([1.0, 2.0, 3.0], clusters=["p", "q"], resamples=100, seed=0)
+    with pytest.raises(ValueError, match="finite"):
+        mean_interval([1.0, float("inf")], resamples=100, seed=0)
+    with pytest.raises(ValueError, match="at least 100"):
+        mean_interval([1.0, 2.0], resamples=99, seed=0)
+
+
+def _coverage(method: str, clusters: int, per_cluster: int, trials: int) -> float:
+    """Share of simulated log-normal samples whose 95% interval holds the true mean."""
+    generator = np.random.default_rng(11)
+    truth = float(np.exp(0.5))
+    labels = np.repeat(np.arange(clusters), per_cluster).tolist()
+    hits = 0
+    for trial in range(trials):
+        prompts = generator.lognormal(0.0, 1.0, clusters)
+        values = np.repeat(prompts, per_cluster) * generator.uniform(0.5, 1.5, len(labels))
+        estimate = mean_interval(values, clusters=labels, resamples=999, seed=trial, method=method)
+        hits += estimate.low <= truth <= estimate.high
+    return hits / trials
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per_cluster", [1, 3])
+def test_studentised_intervals_cover_skewed_means_best(per_cluster: int) -> None:
+    covered = {method: _coverage(method, 20, per_cluster, 2000) for method in METHODS}
+    assert 0.90 <= covered["studentised"] <= 0.97
+    assert covered["percentile"] < covered["bca"] < covered["studentised"]

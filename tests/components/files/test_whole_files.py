@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from components.files.whole_files import whole_file, whole_folder, write_bytes, write_text
+
+
+def fail_after_writing(path: Path) -> None:
+    path.write_text("half")
+    (path / "below a file").touch()
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_written_file_has_the_bytes_and_leaves_nothing_beside_it(
+    tmp_path: Path, durable: bool
+) -> None:
+    write_text(tmp_path / "text", "grün\n", durable=durable)
+    write_bytes(tmp_path / "bytes", b"\x00\xff", durable=durable)
+    write_bytes(tmp_path / "bytes", b"\x01", durable=durable)
+    assert (tmp_path / "text").read_bytes() == "grün\n".encode()
+    assert (tmp_path / "bytes").read_bytes() == b"\x01"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes", "text"]
+
+
+def test_an_error_keeps_the_former_file_and_removes_the_half_written_one(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.json"
+    write_text(path, "before")
+    with pytest.raises(NotADirectoryError), whole_file(path) as temporary:
+        fail_after_writing(temporary)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_block_that_wrote_nothing_is_an_error_and_not_an_empty_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "empty"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_is_named_in_the_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write_text(tmp_path / "nowhere" / "page.html", "")
+
+
+def test_a_kill_in_the_middle_leaves_the_former_file(tmp_path: Path) -> None:
+    path = tmp_path / "latest"
+    write_text(path, "step-1")
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from components.files.whole_files import whole_file\n"
+        "with whole_file(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('ste'); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert done.returncode == -9
+    assert path.read_text() == "step-1"
+    write_text(path, "step-2")
+    assert [file.name for file in tmp_path.iterdir()] == ["latest"]
+
+
+def test_processes_that_replace_one_file_use_names_of_their_own(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "shared", contended=True) as temporary:
+        assert temporary.parent == tmp_path
+        assert str(os.getpid()) in temporary.name
+        temporary.touch()
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "model"
+    for name in ("old", "new"):
+        with whole_folder(path) as filled:
+            (filled / name).touch()
+            assert not (path / name).exists()
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_failed_folder_left_behind_is_not_in_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    with pytest.raises(NotADirectoryError), whole_folder(path) as filled:
+        fail_after_writing(filled / "half")
+    assert not path.exists()
+    with whole_folder(path) as filled:
+        (filled / "whole").touch()
+    assert [file.name for file in path.iterdir()] == ["whole"]

@@ -1,0 +1,246 @@
+"""Plans of the shipped profiles."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from components.models.text_encoders import build_tiny_text_encoders
+from components.models.tiny import build_tiny_autoencoder
+from components.planning import planner
+from components.planning.flops import decoder_products, encoder_products, flux_flops, total
+from components.planning.model_shapes import AutoencoderShape, FluxShape, networks
+from components.planning.planner import Plan, Rate, plan
+from components.settings.schema import Settings, parse_settings
+from components.training.dit.validation import LEVELS
+from flows.versioning.profiles import compose
+
+GIB = 2**30
+
+
+@pytest.fixture
+def profile(root):
+    def load(name: str, **changes: object) -> Settings:
+        values = yaml.safe_load(compose(root, name))
+        for path, value in changes.items():
+            *sections, key = path.split("__")
+            place = values
+            for section in sections:
+                place = place[section]
+            place[key] = value
+        return parse_settings(values)
+
+    return load
+
+
+def stage(made: Plan, name: str) -> planner.StagePlan:
+    return next(item for item in made.stages if item.stage == name)
+
+
+def test_the_paper_profile_costs_what_the_design_states(profile, tmp_path):
+    made = plan(profile("paper"), tmp_path, 1_007_230)
+    square = next(bucket for bucket in made.buckets if bucket.name == "4096x4096")
+    assert (square.image_tokens, square.forward, square.training) == (
+        16384,
+        418_111_959_859_200,
+        1_254_316_544_360_448,
+    )
+    first = stage(made, "dit_stage1")
+    assert first.items == 30_000 * 64
+    assert first.parameters == 11_901_408_320
+    # DESIGN's 44.6 GB with bf16 gradients; this engine accumulates them in float32.
+    assert made.states_by_zero[2] == (first.memory.weights, 4 * 1_487_676_040, 12 * 1_487_676_040)
+    assert round((first.memory.states - 2 * 1_487_676_040) / 1e9, 1) == 44.6
+    store = stage(made, "latents").disk["latent store"]
+    assert store / 1_007_230 == pytest.approx(2.1e6, rel=0.01)
+    text = stage(made, "text_embeddings").disk["text store"]
+    assert text == 1_007_231 * 2 * (512 * 4096 + 768)
+    assert all("published" in origin for origin in made.origin.values())
+
+
+def test_the_papers_rate_gives_the_papers_12_days(profile, tmp_path):
+    made = plan(profile("paper"), tmp_path, 1_007_230)
+    first, second = stage(made, "dit_stage1"), stage(made, "dit_stage2")
+    assert "not measured" in first.rate
+    assert stage(made, "latents").hours is None
+    without_validation = sum(
+        item.hours * (1 - item.validation / item.model_flops) for item in (first, second)
+    )
+    assert without_validation / 24 == pytest.approx(12, rel=0.01)
+
+
+def test_hours_follow_from_the_stated_rate(profile, tmp_path):
+    made = plan(profile("paper"), tmp_path, 1000, Rate(1e15 * 0.5, "stated"))
+    for item in made.stages:
+        assert item.rate == "stated"
+        assert item.hours * item.gpus * 3600 * 5e14 == pytest.approx(item.model_flops)
+        assert item.gpu_hours == pytest.approx(item.hours * item.gpus)
+
+
+def test_buckets_are_averaged_with_equal_weight(profile, tmp_path):
+    made = plan(profile("paper"), tmp_path, 1000)
+    flops = [flux_flops(FluxShape(), bucket.image_tokens, 512) for bucket in made.buckets]
+    mean = sum(f.model for f in flops) / len(flops)
+    assert stage(made, "dit_stage1").flops_per_item.model == pytest.approx(mean, abs=1)
+
+
+def test_the_embedded_profile_is_planned_from_its_tiny_networks(profile, tmp_path):
+    chosen = profile("embedded")
+    made = plan(chosen, tmp_path, 21)
+    assert stage(made, "dit_stage1").rate is None
+    shapes = networks(chosen, tmp_path)
+    tiny = chosen.models.autoencoder.tiny
+    model = build_tiny_autoencoder(
+        block_out_channels=tiny.block_out_channels,
+        layers_per_block=tiny.layers_per_block,
+        norm_num_groups=tiny.norm_num_groups,
+    )
+    assert stage(made, "vae").parameters == sum(p.numel() for p in model.parameters())
+    encoders = build_tiny_text_encoders(tmp_path, ["a quiet lake at dawn"] * 4)
+    t5 = sum(p.numel() for p in encoders.text_encoder_2.parameters())
+    missing = shapes.t5.vocab_size - encoders.text_encoder_2.config.vocab_size
+    assert shapes.t5.parameters == t5 + missing * shapes.t5.d_model
+    assert VALIDATION == LEVELS
+
+
+VALIDATION = planner.VALIDATION_LEVELS
+
+
+def test_a_weights_folder_decides_the_architecture(profile, tmp_path):
+    folder = tmp_path / "weights" / "FLUX.1-dev" / "transformer"
+    folder.mkdir(parents=True)
+    config = {"_class_name": "FluxTransformer2DModel", "num_layers": 2, "num_single_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = networks(profile("paper"), tmp_path)
+    assert shapes.transformer == FluxShape(2, 1)
+    assert shapes.origin["transformer"].endswith("transformer/config.json")
+    assert shapes.autoencoder == AutoencoderShape(decode_mode="official_partitioned")
+    (folder / "config.json").write_text('{"num_layers": "many"}')
+    with pytest.raises(ValueError, match="num_layers = 'many'"):
+        networks(profile("paper"), tmp_path)
+    (folder / "config.json").write_text("no")
+    with pytest.raises(ValueError, match=r"not a readable config\.json"):
+        networks(profile("paper"), tmp_path)
+
+
+def test_a_small_gpu_is_warned_about_with_a_change_that_fits(profile, tmp_path):
+    chosen = profile("paper", dit_stage1__gradient_checkpointing="none")
+    made = plan(chosen, tmp_path, 1000, limit=141 * GIB)
+    warning = next(text for text in made.warnings if text.startswith("dit_stage1"))
+    assert "dit_stage1.gradient_checkpointing: blocks" in warning
+    cured = plan(profile("paper"), tmp_path, 1000, limit=141 * GIB)
+    assert not cured.warnings
+    small = plan(chosen, tmp_path, 1000, limit=2 * GIB)
+    assert any("no number of GPUs helps" in text for text in small.warnings)
+    assert any(text.startswith("generate") for text in small.warnings)
+
+
+def test_more_gpus_are_advised_when_they_are_enough(profile, tmp_path):
+    full = {"dit_stage1__adapter": None, "dit_stage2__adapter": None}
+    made = plan(profile("single-gpu", **full), tmp_path, 1000, limit=141 * GIB)
+    warning = next(text for text in made.warnings if text.startswith("dit_stage1"))
+    # "...; set dit_stage1.ema_device: cpu, runtime.processes: 2"
+    advised = dict(part.split(": ") for part in warning.rpartition("set ")[2].split(", "))
+    assert int(advised["runtime.processes"]) > 1
+    changes = {key.replace(".", "__"): yaml.safe_load(value) for key, value in advised.items()}
+    chosen = profile("single-gpu", **full, **changes)
+    assert stage(plan(chosen, tmp_path, 1000), "dit_stage1").memory_bytes <= 141 * GIB
+
+
+def test_the_single_gpu_profile_fits_one_gpu_of_80_gib(profile, tmp_path):
+    made = plan(profile("single-gpu"), tmp_path, 1000, limit=80 * GIB)
+    assert made.warnings == ()
+    first = stage(made, "dit_stage1")
+    assert first.memory_bytes < 60 * GIB
+    assert first.disk["checkpoints (one more while writing)"] < 10 * GIB
+
+
+def test_settings_that_the_engine_refuses_are_named(profile, tmp_path):
+    chosen = profile("paper", dit_stage2__global_batch_size=12)
+    warnings = plan(chosen, tmp_path, 1000).warnings
+    assert any("set it to 16" in text for text in warnings)
+
+
+def test_tokens_divided_over_gpus_divide_the_activations(profile, tmp_path):
+    whole = plan(profile("paper"), tmp_path, 1000)
+    divided = plan(profile("paper", runtime__context_parallel_degree=4), tmp_path, 1000)
+    one, part = (stage(made, "dit_stage1") for made in (whole, divided))
+    assert part.memory.activations == pytest.approx(one.memory.activations / 4, rel=1e-3)
+    assert part.memory.states == one.memory.states
+    assert part.work.endswith(", 4 GPUs a sample")
+    assert divided.warnings == ()
+
+
+def test_a_degree_that_does_not_divide_a_bucket_is_named(profile, tmp_path):
+    warnings = plan(profile("paper", runtime__context_parallel_degree=8), tmp_path, 9).warnings
+    assert any("context_parallel_degree 8: bucket " in text for text in warnings)
+
+
+def test_divided_tokens_are_advised_where_more_gpus_do_not_help(profile, tmp_path):
+    made = plan(profile("paper"), tmp_path, 1000, limit=8 * GIB)
+    warning = next(text for text in made.warnings if text.startswith("dit_stage1"))
+    assert "runtime.context_parallel_degree: " in warning
+
+
+def test_an_adapter_is_planned_by_its_own_size(profile, tmp_path):
+    adapter = {"rank": 16, "alpha": 16, "target_modules": ["to_q", "to_k", "to_v"]}
+    whole = stage(plan(profile("paper"), tmp_path, 9), "dit_stage1")
+    chosen = profile("paper", dit_stage1__adapter=adapter)
+    first = stage(plan(chosen, tmp_path, 9), "dit_stage1")
+    # Factors of 16 x 3072 on both sides, in three projections of each of the 57 blocks.
+    assert first.trained == 2 * 16 * 3072 * 3 * (19 + 38)
+    assert first.parameters == whole.parameters + first.trained
+    assert first.memory.weights == 2 * first.parameters
+    assert first.memory.optimizer == 12 * first.trained // 8
+    assert first.memory.average in (0, 4 * first.trained // 8)
+    assert first.disk["export (raw and ema)"] == 8 * (whole.parameters + first.trained)
+    adapter["target_modules"] = ["no_such_layer"]
+    with pytest.raises(ValueError, match="no_such_layer"):
+        plan(profile("paper", dit_stage1__adapter=adapter), tmp_path, 9)
+
+
+def test_the_second_backbones_adapter_is_counted_too(profile, tmp_path):
+    adapter = {"rank": 2, "alpha": 2, "target_modules": ["to_q"]}
+    changes = {"models__transformer__backbone": "sd3", "dit_stage1__adapter": adapter}
+    first = stage(plan(profile("embedded", **changes), tmp_path, 21), "dit_stage1")
+    assert 0 < first.trained < first.parameters / 10
+
+
+def test_moments_in_8_bits_take_a_quarter(profile, tmp_path):
+    first, eight = (
+        stage(plan(profile("paper", dit_stage1__optimizer=kind), tmp_path, 9), "dit_stage1")
+        for kind in ("adamw", "adamw_8bit")
+    )
+    share = -(-first.trained // 8)
+    assert first.memory.optimizer == 12 * share
+    # Masters, two bytes of moments, two scales per block of 256.
+    assert eight.memory.optimizer == pytest.approx((4 + 2 + 8 / 256) * share, rel=1e-6)
+
+
+def test_too_few_images_are_refused(profile, tmp_path):
+    with pytest.raises(ValueError, match="images 1"):
+        plan(profile("paper"), tmp_path, 1)
+
+
+def test_the_second_backbone_is_planned_from_counts(profile, tmp_path):
+    chosen = profile("embedded", models__transformer__backbone="sd3")
+    made = plan(chosen, tmp_path, 21)
+    first = stage(made, "dit_stage1")
+    assert first.parameters > 0
+    assert 1.9 < first.flops_per_item.backward / first.flops_per_item.forward < 2.0
+    assert first.memory.activations > 0
+
+
+def test_the_average_is_divided_over_the_gpus_or_kept_on_the_host(profile, tmp_path):
+    first = stage(plan(profile("paper", dit_stage1__ema_device="model"), tmp_path, 9), "dit_stage1")
+    assert first.memory.average == 4 * 1_487_676_040
+    hosted = profile("paper", dit_stage1__ema_device="cpu")
+    assert stage(plan(hosted, tmp_path, 9), "dit_stage1").memory.average == 0
+
+
+def test_the_paper_profiles_autoencoder_costs_what_the_design_states(profile, tmp_path):
+    shape = networks(profile("paper"), tmp_path).autoencoder
+    assert round(total(encoder_products(shape, 4096, 4096)).forward / 1e12) == 26
+    assert round(total(decoder_products(shape, 4096, 4096)).forward / 1e12) == 49

@@ -1,0 +1,109 @@
+"""Settings: strict, bounded, one clear line per problem."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from components.settings.schema import Settings, SettingsError, load_settings, parse_settings
+
+ROOT = Path(__file__).resolve().parents[3]
+VALUES = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    values = copy.deepcopy(VALUES)
+    *sections, key = path.split(".")
+    target = values
+    for section in sections:
+        target = target[section]
+    target[key] = value
+    return values
+
+
+def test_the_committed_parameters_are_valid() -> None:
+    assert load_settings(ROOT / "params.yaml").project.profile == "embedded"
+
+
+def test_an_unknown_key_names_the_nearest_known_one() -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(changed("select.min_entropy_bit", 6.8))
+    assert "select.min_entropy_bit" in str(caught.value)
+    assert "did you mean 'min_entropy_bits'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("select.max_flat_fraction", 1.5, "less than or equal to 1"),
+        ("signals.patch_px", 0, "greater than or equal to 8"),
+        ("dit_stage1.learning_rate", 0.0, "greater than 0"),
+        ("dit_stage1.sigma_range", [0.9, 0.1], "must be increasing"),
+        ("dit_stage1.global_batch_size", 7, "multiple of"),
+        ("generate.sizes", [[100, 100]], "multiples of 32"),
+        ("models.autoencoder.stride", 3, "1 or 2"),
+        ("select.min_pixels", "many", "integer"),
+        ("ingest.recursive", 1, "boolean"),
+    ],
+)
+def test_a_bad_value_names_field_value_and_range(path: str, value: Any, expected: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(changed(path, value))
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert path.rsplit(".", 1)[0] in message
+    assert expected in message
+
+
+def test_every_problem_gets_its_own_line() -> None:
+    values = changed("select.max_flat_fraction", 2.0)
+    values["signals"]["patch_px"] = -1
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(values)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="config compose"):
+        load_settings(tmp_path / "params.yaml")
+
+
+def test_broken_yaml_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tmp_path / "params.yaml")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_settings_are_frozen() -> None:
+    settings = parse_settings(VALUES)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.project.seed = 3  # type: ignore[misc]
+
+
+def _leaves(model: Any, prefix: str = "") -> list[str]:
+    found = []
+    for name, value in model.model_dump().items():
+        child = getattr(model, name)
+        if hasattr(child, "model_dump"):
+            found += _leaves(child, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}")
+            assert not isinstance(value, dict)
+    return found
+
+
+@given(st.sampled_from(_leaves(parse_settings(VALUES))))
+def test_no_field_accepts_a_mapping(path: str) -> None:
+    with pytest.raises(SettingsError, match=path.split(".")[0]):
+        parse_settings(changed(path, {"x": 1}))
+
+
+def test_the_schema_names_every_section_of_the_parameters() -> None:
+    assert set(Settings.model_fields) == set(VALUES)

@@ -1,0 +1,96 @@
+"""Training processes as they are run: killed with SIGKILL, and two at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from components.telemetry.metric_log import MetricLog
+from components.training.distributed.checkpoints import CheckpointStore
+from components.training.dit.job import DitJob
+from components.training.dit.throughput import MACHINE_METRICS
+from components.training.dit.worker import run_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("training_environment_restored")]
+PATIENCE_S = 240.0
+
+
+def start(job: DitJob) -> subprocess.Popen[bytes]:
+    job.state_dir.mkdir(parents=True, exist_ok=True)
+    path = job.state_dir / "job.json"
+    path.write_text(job.model_dump_json())
+    command = [sys.executable, "-m", "components.training.dit.worker", str(path)]
+    root = Path(__file__).resolve().parents[4]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.PIPE)
+
+
+def finish(job: DitJob) -> None:
+    process = start(job)
+    assert process.wait(PATIENCE_S) == 0
+
+
+def kill_after(job: DitJob, steps: int) -> None:
+    """Start the job and kill it once `steps` steps are logged."""
+    process = start(job)
+    deadline = time.monotonic() + PATIENCE_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if job.metrics.exists() and len(MetricLog(job.metrics).series("loss")[0]) >= steps:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, "the job ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def rows(job: DitJob) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in row.items() if name not in MACHINE_METRICS}
+        for row in MetricLog(job.metrics).rows()
+    ]
+
+
+def weights(job: DitJob) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(job.export_dir)): path.read_bytes()
+        for path in sorted(job.export_dir.rglob("*.safetensors"))
+    }
+
+
+def test_killed_and_resumed_training_equals_undisturbed_training_byte_for_byte(
+    make_dit_job, tmp_path
+):
+    options = {"steps": 60, "checkpoint_every": 10, "validate_every": 20}
+    whole = make_dit_job(tmp_path / "whole", **options)
+    run_job(whole)
+    killed = make_dit_job(tmp_path / "killed", **options)
+    kill_after(killed, steps=15)
+    done = CheckpointStore(killed.state_dir / "checkpoints", keep=2).latest()
+    assert done is not None
+    assert 10 <= done[0] < 60
+    finish(killed)
+    assert weights(killed) == weights(whole)
+    assert len(weights(whole)) == 2
+    assert rows(killed) == rows(whole)
+
+
+def test_two_processes_follow_the_trajectory_of_one(make_dit_job, tmp_path):
+    options = {"steps": 6, "precision": "fp32", "checkpoint_every": 3, "validate_every": 3}
+    alone = make_dit_job(tmp_path / "alone", **options)
+    pair = make_dit_job(tmp_path / "pair", processes=2, **options)
+    run_job(alone)
+    run_job(pair)
+    # Before the first step the weights are equal, so validation must be: to the last bit.
+    assert rows(alone)[0]["step"] == 0
+    assert rows(alone)[0] == rows(pair)[0]
+    assert "validation_loss_level_7" in rows(pair)[0]
+    for one, two in zip(rows(alone), rows(pair), strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=2e-3, abs=1e-6), name

@@ -1,0 +1,150 @@
+"""Pictures while training goes on: the same without them, the same from any number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from components.models.pipeline import UltraFluxPipeline
+from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
+from components.models.transformer import UltraFluxTransformer2DModel
+from components.settings.models import AutoencoderSettings
+from components.settings.training import SampleSettings
+from components.training.distributed.ranks import Ranks
+from components.training.dit.curriculum import keyed_generator
+from components.training.dit.job import DitJob
+from components.training.dit.sample_grids import SampleGrids
+from components.training.dit.worker import run_job
+from components.training.stores.latent_store import LatentStore
+from components.training.stores.text_store import TextStore
+
+pytestmark = pytest.mark.usefixtures("training_environment_restored")
+SETTINGS = SampleSettings(every=2, prompts=2, num_inference_steps=2, guidance_scale=1.0)
+
+
+@pytest.fixture
+def autoencoder_settings() -> AutoencoderSettings:
+    tiny = {"block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "norm_num_groups": 4}
+    return AutoencoderSettings(pretrained=None, stride=2, decode_mode="aligned", tiny=tiny)
+
+
+@pytest.fixture
+def make_grids(dit_corpus: Path, tmp_path: Path) -> Callable[..., SampleGrids]:
+    def make(ranks: Ranks, settings: SampleSettings = SETTINGS, name: str = "grids") -> SampleGrids:
+        return SampleGrids(
+            settings,
+            build_tiny_autoencoder(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, seed=1),
+            LatentStore(dit_corpus / "latents"),
+            TextStore(dit_corpus / "texts"),
+            ["image01", "image00"],
+            tmp_path / name,
+            last_step=5,
+            seed=3,
+            ranks=ranks,
+        )
+
+    return make
+
+
+class OneOfTwo(Ranks):
+    """One rank of two, beside the other in this process."""
+
+    def gather(self, value):  # type: ignore[no-untyped-def]
+        GATHERED.append(value)
+        return list(GATHERED)
+
+
+GATHERED: list[object] = []
+
+
+def tiny_transformer(**changes: object) -> UltraFluxTransformer2DModel:
+    return build_tiny_transformer(
+        num_layers=1,
+        num_single_layers=1,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        **changes,
+    ).eval()
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def test_exports_are_byte_for_byte_the_same_with_and_without_pictures(
+    make_dit_job: Callable[..., DitJob], autoencoder_settings: AutoencoderSettings, tmp_path: Path
+) -> None:
+    plain = make_dit_job(tmp_path / "plain")
+    run_job(plain)
+    assert not (plain.state_dir / "samples").exists()
+    pictured = make_dit_job(tmp_path / "pictured", steps=3, samples=SETTINGS.model_dump())
+    pictured = pictured.model_copy(update={"autoencoder": autoencoder_settings})
+    run_job(pictured)
+    first = file_hashes(pictured.state_dir / "samples")
+    assert list(first) == ["step-00000002.png", "step-00000003.png"]
+    # Killed after the checkpoint of step 2: the same grid is drawn again, and one at the new end.
+    job = make_dit_job(tmp_path / "pictured", samples=SETTINGS.model_dump())
+    job = job.model_copy(update={"autoencoder": autoencoder_settings})
+    run_job(job)
+    assert file_hashes(job.export_dir) == file_hashes(plain.export_dir)
+    again = file_hashes(job.state_dir / "samples")
+    assert list(again) == [*first, "step-00000004.png"]
+    assert {name: again[name] for name in first} == first
+
+
+def test_a_cell_is_the_picture_that_the_pipeline_makes(
+    make_grids: Callable[..., SampleGrids], dit_corpus: Path
+) -> None:
+    transformer = tiny_transformer(seed=5)
+    grids = make_grids(Ranks(0, 1, torch.device("cpu")), SETTINGS.model_copy(update={"prompts": 1}))
+    grids.draw(transformer, 4)
+    drawn = Image.open(grids.folder / "step-00000004.png")
+    pipeline = UltraFluxPipeline.from_components(
+        build_tiny_autoencoder(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, seed=1),
+        transformer,
+    )
+    text, pooled = TextStore(dit_corpus / "texts").read("image00")
+    expected = pipeline(
+        prompt_embeds=text[None],
+        pooled_prompt_embeds=pooled[None],
+        height=128,
+        width=128,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        generator=keyed_generator(3, -9, "image00"),
+    ).images[0]
+    left = top = 12 + (512 - 128) // 2
+    assert drawn.crop((left, top, left + 128, top + 128)).tobytes() == expected.tobytes()
+
+
+def test_two_ranks_draw_the_grid_of_one(make_grids: Callable[..., SampleGrids]) -> None:
+    transformer = tiny_transformer(seed=5)
+    alone = make_grids(Ranks(0, 1, torch.device("cpu")), name="alone")
+    alone.draw(transformer, 2)
+    GATHERED.clear()
+    for rank in (1, 0):
+        make_grids(OneOfTwo(rank, 2, torch.device("cpu")), name="pair").draw(transformer, 2)
+    assert [list(part) for part in GATHERED] == [[1], [0]]
+    pair = alone.folder.with_name("pair")
+    assert file_hashes(pair) == file_hashes(alone.folder)
+
+
+@pytest.mark.parametrize(
+    ("every", "due"), [(2, [2, 4, 5]), (0, [5]), (None, []), (1, [1, 2, 3, 4, 5])]
+)
+def test_a_grid_is_due_every_so_many_steps_and_at_the_end(
+    make_grids: Callable[..., SampleGrids], every: int | None, due: list[int]
+) -> None:
+    grids = make_grids(
+        Ranks(0, 1, torch.device("cpu")), SETTINGS.model_copy(update={"every": every})
+    )
+    assert [step for step in range(1, 6) if grids.is_due(step)] == due

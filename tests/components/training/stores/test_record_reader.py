@@ -1,0 +1,159 @@
+"""Record reader: the bytes of a plain read, whatever the order, threads or neighbours."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.training.stores import record_reader
+from components.training.stores.record_reader import Extents, RecordCorrupt, RecordReader, Verify
+
+SIZE, PER_SHARD, SHARDS = 40, 7, 4
+
+
+def record(row: int) -> bytes:
+    return np.random.default_rng(row).bytes(SIZE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shards")
+    for number in range(SHARDS):
+        rows = range(number * PER_SHARD, (number + 1) * PER_SHARD)
+        (root / f"s-{number}.bin").write_bytes(b"".join(map(record, rows)))
+    return root
+
+
+def extents() -> Extents:
+    rows = range(SHARDS * PER_SHARD)
+    columns = {
+        "shard": [f"s-{row // PER_SHARD}.bin" for row in rows],
+        "offset": [row % PER_SHARD * SIZE for row in rows],
+        "nbytes": [SIZE] * len(rows),
+        "xxh64": [xxhash.xxh64_hexdigest(record(row)) for row in rows],
+    }
+    return Extents.of(pd.DataFrame(columns))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.lists(st.integers(0, SHARDS * PER_SHARD - 1), min_size=1, max_size=40),
+    threads=st.sampled_from([1, 3]),
+)
+def test_any_rows_in_any_order_with_repeats_are_those_written(
+    folder: Path, rows: list[int], threads: int
+) -> None:
+    reader = RecordReader(folder, extents(), threads=threads)
+    buffer = np.zeros((len(rows), SIZE), dtype=np.uint8)
+    reader.read_into(rows, buffer)
+    reader.close()
+    assert [bytes(row) for row in buffer] == [record(row) for row in rows]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, SIZE, 3 * SIZE + 5])
+@pytest.mark.parametrize("verify", ["always", "first"])
+def test_records_are_hashed_piece_by_piece(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int, verify: Verify
+) -> None:
+    monkeypatch.setattr(record_reader, "_PIECE_BYTES", piece_bytes)
+    rows = [1, 2, 3, 4, 5, 20, 21]
+    buffer = np.empty((len(rows), SIZE), dtype=np.uint8)
+    reader = RecordReader(folder, extents(), verify=verify)
+    for _ in range(2):
+        buffer[:] = 0
+        reader.read_into(rows, buffer)
+        assert [bytes(row) for row in buffer] == [record(row) for row in rows]
+    broken = RecordReader(spoiled(folder, tmp_path), extents(), verify=verify)
+    with pytest.raises(RecordCorrupt, match=r"s-1\.bin: bytes 80 to 120"):
+        broken.read_into([8, 9, 10], np.empty((3, SIZE), dtype=np.uint8))
+
+
+def test_neighbours_on_disk_are_one_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = []
+    real = os.preadv
+
+    def counted(fd: int, buffers: list[memoryview], offset: int) -> int:
+        requests.append((len(buffers), offset))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    reader = RecordReader(folder, extents(), threads=1)
+    reader.read_into([3, 9, 2, 4, 8], np.empty((5, SIZE), dtype=np.uint8))
+    assert sorted(requests) == [(2, SIZE), (3, 2 * SIZE)]
+
+
+def test_requests_that_are_answered_in_part_are_continued(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.preadv
+
+    def grudging(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return real(fd, [buffers[0][:13]], offset)
+
+    monkeypatch.setattr(os, "preadv", grudging)
+    buffer = np.empty((3, SIZE), dtype=np.uint8)
+    RecordReader(folder, extents()).read_into([5, 4, 6], buffer)
+    assert [bytes(row) for row in buffer] == [record(5), record(4), record(6)]
+
+
+def spoiled(folder: Path, tmp_path: Path) -> Path:
+    for shard in folder.iterdir():
+        (tmp_path / shard.name).write_bytes(shard.read_bytes())
+    data = bytearray((tmp_path / "s-1.bin").read_bytes())
+    data[2 * SIZE] ^= 1
+    (tmp_path / "s-1.bin").write_bytes(data)
+    return tmp_path
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_changed_record_is_named_with_its_bytes(
+    folder: Path, tmp_path: Path, threads: int
+) -> None:
+    reader = RecordReader(spoiled(folder, tmp_path), extents(), threads=threads)
+    with pytest.raises(RecordCorrupt, match=r"s-1\.bin: bytes 80 to 120") as problem:
+        reader.read_into([0, 9, 20], np.empty((3, SIZE), dtype=np.uint8))
+    assert problem.value.row == 9
+
+
+def test_hashes_are_compared_as_often_as_asked(folder: Path, tmp_path: Path) -> None:
+    buffer = np.empty((1, SIZE), dtype=np.uint8)
+    root = spoiled(folder, tmp_path)
+    RecordReader(root, extents(), verify="never").read_into([9], buffer)
+    first = RecordReader(root, extents(), verify="first")
+    first.read_into([8], buffer)
+    data = (root / "s-1.bin").read_bytes()
+    (root / "s-1.bin").write_bytes(data[:SIZE] + bytes(SIZE) + data[2 * SIZE :])
+    first.read_into([8], buffer)
+    with pytest.raises(RecordCorrupt):
+        RecordReader(root, extents()).read_into([8], buffer)
+
+
+def test_threads_share_a_reader(folder: Path) -> None:
+    reader = RecordReader(folder, extents())
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        rows = np.random.default_rng(seed).integers(0, SHARDS * PER_SHARD, 20).tolist()
+        buffer = np.empty((len(rows), SIZE), dtype=np.uint8)
+        reader.read_into(rows, buffer)
+        wrong.extend(r for r, got in zip(rows, buffer, strict=True) if bytes(got) != record(r))
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_a_buffer_of_another_size_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="does not take 2 records"):
+        RecordReader(folder, extents()).read_into([1, 2], np.empty((2, 8), dtype=np.uint8))

@@ -1,0 +1,114 @@
+"""`ultraflux evaluate` from the command line, on pictures small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def project(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder without code: settings and what marks its root."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("params.yaml", "dvc.yaml", "pyproject.toml"):
+        shutil.copy2(root / name, folder / name)
+    shutil.copytree(root / "conf", folder / "conf")
+    rng = np.random.default_rng(0)
+    records = []
+    for number in range(3):
+        pixels = rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)
+        other = np.clip(pixels.astype(np.int16) + 10, 0, 255).astype(np.uint8)
+        for kind, array in (("real", pixels), ("mine", other)):
+            (folder / kind).mkdir(exist_ok=True)
+            Image.fromarray(array).save(folder / kind / f"{number}.png")
+        records.append(json.dumps({"file_name": f"{number}.png", "text": f"noise {number}"}))
+    (folder / "real" / "metadata.jsonl").write_text("\n".join(records))
+    return folder
+
+
+def evaluate(project: Path, root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", "evaluate", *words],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_two_systems_are_measured_once_and_reported(project: Path, root: Path) -> None:
+    words = (
+        *("real", "--system", "photos=references", "--system", "mine=mine"),
+        *("--metrics", "compression_ratio,colourfulness,hpsv3,fid"),
+    )
+    first = evaluate(project, root, *words)
+    assert first.returncode == 0, first.stderr
+    assert "6 pictures, 6 decoded" in first.stdout
+    assert first.stdout.count("not measured: hpsv3") == 1
+    assert first.stdout.count("not measured: fid") == 1
+    out = project / "runs" / "evaluations" / "real"
+    table = pd.read_parquet(out / "scores.parquet")
+    assert set(table["system"]) == {"photos", "mine"}
+    assert len(table) == 12
+    assert table["value"].notna().all()
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["metrics"]["mine.colourfulness_n"] == 3.0
+    kept = {name: (out / name).read_bytes() for name in ("scores.parquet", "metrics.json")}
+
+    again = evaluate(project, root, *words)
+    assert "6 pictures, 0 decoded, 0 values computed" in again.stdout
+    assert kept == {name: (out / name).read_bytes() for name in kept}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("real",), "--system: name at least one"),
+        (("real", "--system", "x"), "expected NAME=SPEC"),
+        (("nothing", "--system", "x=mine"), "neither a folder with metadata.jsonl nor one of"),
+        (("aesthetic-eval-4096", "--system", "x=mine"), "get it with: hf download"),
+        (("real", "--system", "x=mine", "--metrics", "beauty"), "unknown metric 'beauty'"),
+        (("real", "--system", "x=sana"), "get it with: hf download Efficient"),
+        (("runtime", "--system", "x=mine"), "x: not timed: pictures that exist"),
+        (("runtime", "--system", "x=mine", "--size", "64"), "--size 64: expected WIDTHxHEIGHT"),
+        (("runtime", "--system", "x=mine", "--size", "60x64"), "multiples of 16 px"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    project: Path, root: Path, words: tuple[str, ...], message: str
+) -> None:
+    done = evaluate(project, root, *words)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_logged_numbers_reach_mlflow(project: Path, root: Path) -> None:
+    from mlflow import MlflowClient
+
+    from flows.tracking.uploader import tracking_uri
+
+    shutil.copytree(root / "mlflow", project / "mlflow")
+    words = ("--system", "mine=mine", "--metrics", "colourfulness", "--log")
+    done = evaluate(project, root, "real", *words)
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient(tracking_uri(project))
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = client.search_runs(experiments)
+    assert run.info.run_name == "evaluate-real"
+    assert run.info.status == "FINISHED"
+    assert run.data.params["suite"] == "real"
+    metrics = json.loads((project / "runs/evaluations/real/metrics.json").read_text())["metrics"]
+    assert run.data.metrics["mine.colourfulness"] == metrics["mine.colourfulness"]
+    files = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"metrics.json", "scores.parquet"} <= files

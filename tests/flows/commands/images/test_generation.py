@@ -1,0 +1,131 @@
+"""`ultraflux generate` on published layouts: files, resume, metadata, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from components.files.weight_folders import ComponentsMissing
+from components.generation.image_metadata import read_metadata
+from components.models.text_encoders import build_tiny_text_encoders
+from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
+from components.training.dit.export import save_transformer
+from flows.commands.images.generation import (
+    GenerateOptions,
+    GenerationRefused,
+    generate,
+    parse_size,
+)
+
+
+@pytest.fixture(scope="module")
+def project(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    project = tmp_path_factory.mktemp("project")
+    (project / "params.yaml").write_text((root / "params.yaml").read_text())
+    model, base = project / "weights" / "UltraFlux-v1", project / "weights" / "FLUX.1-dev"
+    build_tiny_transformer(
+        num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=32
+    ).save_pretrained(model / "transformer")
+    build_tiny_autoencoder().save_pretrained(model / "vae")
+    build_tiny_text_encoders(base, ["A lake.", "Red leaves."], t5_dim=32, clip_dim=32)
+    return project
+
+
+def options(project: Path, folder: Path, **changes: object) -> GenerateOptions:
+    values: dict[str, object] = {
+        "prompts": ("a lake",),
+        "size": "96x64",
+        "steps": 2,
+        "model": project / "weights" / "UltraFlux-v1",
+        "output": folder,
+    }
+    return GenerateOptions(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_a_file_of_prompts_is_resumed_and_memory_modes_give_the_same_files(
+    project: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "a lake"}, {"prompt": "red leaves", "size": "64x64", "seed": 5}]
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    asked = {"prompts": (), "prompt_file": file, "num_images": 2}
+    made = generate(project, options(project, tmp_path / "out", **asked))
+    assert len(made) == 4
+    found = [read_metadata(path) for path in made]
+    assert [fields["seed"] for fields in found] == ["0", "1", "5", "6"]
+    assert Image.open(made[2]).size == (64, 64)
+    stamps = [path.stat().st_mtime_ns for path in made]
+    made[1].unlink()
+    again = generate(project, options(project, tmp_path / "out", **asked, memory="text-first"))
+    assert again == made
+    assert [path.stat().st_mtime_ns for path in made][2:] == stamps[2:]
+    assert read_metadata(made[1]) == found[1]
+
+
+def test_image_to_image_takes_the_size_of_its_picture(project: Path, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.radial_gradient("L").resize((100, 70)).save(photo)
+    changes = {"size": None, "image": photo, "strength": 0.5, "file_format": "jpg"}
+    path = generate(project, options(project, tmp_path, **changes))[0]
+    assert path.suffix == ".jpg"
+    assert Image.open(path).size == (96, 64)
+    assert read_metadata(path)["strength"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"prompts": ()}, "give --prompt or --prompts"),
+        ({"prompts": (" ",)}, "--prompt: empty"),
+        ({"size": None}, "--size: missing"),
+        ({"size": "100x64"}, "nearest is 96"),
+        ({"strength": 2.0}, "--strength"),
+        ({"dtype": "int8"}, "--dtype int8: choose"),
+        ({"steps": -1}, "--steps"),
+        ({"memory": "all"}, "memory: unknown mode all"),
+    ],
+)
+def test_bad_options_are_one_line(
+    project: Path, tmp_path: Path, changes: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem) as raised:
+        generate(project, options(project, tmp_path, **changes))
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_parts_are_listed_with_commands(project: Path, tmp_path: Path) -> None:
+    with pytest.raises(ComponentsMissing, match="hf download black-forest-labs") as raised:
+        generate(project, options(project, tmp_path, base=tmp_path / "nothing"))
+    assert len(str(raised.value).splitlines()) == 4
+
+
+def test_sizes_round_to_multiples_of_32_only_when_asked() -> None:
+    assert parse_size("1000x33", round_size=True) == (32, 992)
+    with pytest.raises(GenerationRefused, match="--round-size"):
+        parse_size("1000x32")
+
+
+def test_a_trained_export_in_shards_is_sampled_like_the_model_it_was_made_of(
+    project: Path, tmp_path: Path
+) -> None:
+    module = build_tiny_transformer(
+        num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=32, seed=7
+    )
+    module.save_pretrained(tmp_path / "saved")
+    save_transformer(
+        module,
+        dict(module.named_parameters()),
+        tmp_path / "export",
+        max_shard_gb=0.0005,
+        card=lambda config, checksums: f"{config['rope_variant']}\n{checksums}",
+    )
+    assert len(list((tmp_path / "export").glob("*.safetensors"))) > 1
+    pictures = [
+        generate(project, options(project, tmp_path / name, transformer=tmp_path / name))[0]
+        for name in ("saved", "export")
+    ]
+    one, two = (Image.open(path).tobytes() for path in pictures)
+    assert one == two

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.commands.pipeline.plan import bytes_text, flops_text
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(autouse=True)
+def _inside(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+@pytest.mark.parametrize("profile", ["embedded", "single-gpu", "paper"])
+def test_every_profile_has_tables(profile):
+    shown = run(app, ["plan", "--profile", profile], env={"COLUMNS": "240"})
+    assert shown.exit_code == 0, shown.output
+    for text in ("forward + backward", "dit_stage2", "latent store", "ZeRO"):
+        assert text in shown.output
+
+
+def test_json_holds_the_sums():
+    shown = run(
+        app,
+        shlex.split("plan --profile paper --images 1000 --tflops-per-gpu 989 --mfu 0.4 --json"),
+    )
+    values = json.loads(shown.stdout)
+    stages = {row["stage"]: row for row in values["stages"]}
+    assert stages["dit_stage1"]["gpu_hours"] == 8 * stages["dit_stage1"]["hours"]
+    assert stages["dit_stage1"]["memory"]["total"] == stages["dit_stage1"]["memory_bytes"]
+    assert values["images"] == 1000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--mfu", "0.4"],
+        ["--tflops-per-gpu", "989", "--mfu", "40"],
+        ["--profile", "laptop"],
+        ["--profile", "paper", "--params", "params.yaml"],
+        ["--gpu-memory-gib", "0"],
+        ["--images", "0"],
+        ["--stage", "select"],
+        ["--price-per-gpu-hour", "-1"],
+    ],
+)
+def test_bad_input_is_one_line(arguments):
+    shown = run(app, ["plan", *arguments])
+    assert shown.exit_code == 2
+    assert shown.stderr.startswith("error: ")
+    assert shown.stderr.count("\n") == 1
+
+
+def test_units_are_chosen_by_size():
+    assert flops_text(418_111_959_859_200) == "418 TFLOP"
+    assert flops_text(999_900_000_000_000) == "1 PFLOP"
+    assert bytes_text(2_100_000) == "2.1 MB"
+
+
+def test_a_stage_gets_a_verdict_and_a_price():
+    words = (
+        "plan --profile paper --stage dit_stage1 --images 1000 --tflops-per-gpu 989 --mfu 0.4 "
+        "--gpu-memory-gib {} --price-per-gpu-hour 3"
+    )
+    small, large = (
+        run(app, words.format(size).split(), env={"COLUMNS": "240"}) for size in (24, 141)
+    )
+    assert "dit_stage1: does not fit" in small.output
+    assert "warning: dit_stage1: needs" in small.output
+    assert "dit_stage1: fits" in large.output
+    assert "dit_stage2" not in large.output
+    values = json.loads(run(app, [*words.format(141).split(), "--json"]).stdout)
+    (only,) = values["stages"]
+    assert only["fits"] is True
+    assert only["cost"] == pytest.approx(3 * only["gpu_hours"])
