@@ -11,8 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-ImageArray = npt.NDArray[np.uint8]
-
+from components.images.arrays import ImageArray
 
 Features = npt.NDArray[np.float32]
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from components.images.arrays import ImageArray
 from components.signals.flat_regions import grayscale, sobel_variance
-
-ImageArray = npt.NDArray[np.uint8]
 
 WHOLE_PX = 1024
 CROP_PX = 512

@@ -26,10 +26,11 @@ from components.chat.client import (
 from components.chat.prompts import Prompt
 from components.chat.request_cache import RequestCache
 from components.chat.spending import Budget, CostCapReached
-from components.evaluation.judge.exhibits import EXHIBITS_VERSION, ImageArray, exhibits
+from components.evaluation.judge.exhibits import EXHIBITS_VERSION, exhibits
 from components.evaluation.judge.prompts import AnswerInvalid, Verdict, judge_prompt, parse_verdict
 from components.evaluation.statistics.bootstrap import FEWEST_STUDENTISED_CLUSTERS, mean_interval
 from components.evaluation.statistics.bradley_terry import Judged, fit_bradley_terry
+from components.images.arrays import ImageArray
 from components.images.decoding import ImageUndecodable, read_rgb
 from components.settings.captions import EndpointSettings
 from components.telemetry.progress import track

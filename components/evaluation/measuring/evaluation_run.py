@@ -16,12 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from components.engine.ordered_pool import EngineLimits, Failure
 from components.engine.worker_pool import WorkerPool
 from components.evaluation.measuring.ledger import FeatureKey, Ledger, ValueKey, prompt_digest
 from components.files.weight_folders import WeightsMissing
+from components.images.arrays import ImageArray
 from components.images.decoding import (
     MAX_MEGAPIXELS,
     ImageUndecodable,
@@ -33,10 +34,6 @@ from components.metrics.metric import ImageMetric, Metric, Picture, SetMetric
 from components.metrics.registry import open_metric
 from components.telemetry.progress import track
 from components.telemetry.rates import Throughput
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -248,9 +245,7 @@ class _Measure:
                 answer.errors[number] = _reason(problem)
         return answer
 
-    def _one(
-        self, number: int, rgb: npt.NDArray[np.uint8], picture: Picture, answer: _Answer
-    ) -> None:
+    def _one(self, number: int, rgb: ImageArray, picture: Picture, answer: _Answer) -> None:
         metric = self._metric(number)
         if isinstance(metric, SetMetric):
             answer.features[number] = metric.features(rgb, picture)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from components.images.arrays import ImageArray
 from components.metrics.native.fidelity import nmse, psnr_db, ssim
 
 if TYPE_CHECKING:
     from components.models.autoencoder_f16 import AutoencoderKLF16
 
-ImageArray = npt.NDArray[np.uint8]
 
 FIDELITY_IDS = ("psnr_db", "ssim", "nmse")
 """What `fidelity_metrics` yields, in its order."""

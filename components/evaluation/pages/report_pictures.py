@@ -14,14 +14,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from components.evaluation.judge.exhibits import detailed_places
+from components.images.arrays import ImageArray
 from components.images.decoding import MAX_MEGAPIXELS, ImageUndecodable, decode_rgb
-
-ImageArray = npt.NDArray[np.uint8]
 
 THUMBNAIL_PX = 256
 CROP_PX = 512

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import correlate1d
 
-ImageArray = npt.NDArray[np.uint8]
+from components.images.arrays import ImageArray
+
 Plane = npt.NDArray[Any]
 
 _SSIM_SIGMA = 1.5

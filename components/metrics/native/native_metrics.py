@@ -6,8 +6,8 @@ The same numbers as `texture.texture_metrics`, split so that a caller computes w
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from components.images.arrays import ImageArray
 from components.metrics.native.fidelity import (
     MS_SSIM_MIN_PX,
     SSIM_WINDOW_PX,
@@ -20,8 +20,6 @@ from components.metrics.native.texture import FLAT_PATCH_PX, colourfulness, lapl
 from components.signals.flat_regions import grayscale
 from components.signals.fused_texture import fused_texture
 from components.signals.glcm import glcm_measures
-
-ImageArray = npt.NDArray[np.uint8]
 
 
 def _check(rgb: ImageArray) -> None:

@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-ImageArray = npt.NDArray[np.uint8]
+from components.images.arrays import ImageArray
+
 Plane = npt.NDArray[np.float64]
 
 WINDOW_PX = 7

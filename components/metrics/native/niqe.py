@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import gammaln
 
+from components.images.arrays import ImageArray
 from components.metrics.native.natural_statistics import Plane, blocks, luma, normalised
 
 if TYPE_CHECKING:
     from components.metrics.metric import Picture
 
-ImageArray = npt.NDArray[np.uint8]
 
 BLOCK_PX = 96
 FEATURES = 36

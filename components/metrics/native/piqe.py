@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
+from components.images.arrays import ImageArray
 from components.metrics.native.natural_statistics import Plane, blocks, luma, normalised
-
-ImageArray = npt.NDArray[np.uint8]
 
 BLOCK_PX = 16
 SEGMENT_PX = 6

@@ -10,14 +10,12 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
+from components.images.arrays import ImageArray
 from components.signals.compression import jpeg95_ratio
 from components.signals.entropy import entropy_bits
 from components.signals.flat_regions import flat_fraction, grayscale
 from components.signals.glcm import glcm_measures
-
-ImageArray = npt.NDArray[np.uint8]
 
 FLAT_PATCH_PX = 240
 """The corpus rule's patch; smaller images have no flat fraction."""

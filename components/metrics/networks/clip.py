@@ -12,16 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.images.arrays import ImageArray
+
 if TYPE_CHECKING:
     from components.metrics.metric import Picture
 
-ImageArray = npt.NDArray[np.uint8]
 Scale = Literal["cosine", "logit"]
 
 # Widths of improved-aesthetic-predictor's multilayer perceptron and where its layers stand.

@@ -7,10 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from components.files.weight_folders import WeightsMissing
+from components.images.arrays import ImageArray
 
 if TYPE_CHECKING:
     from components.corpus.quality.qalign import QAlign
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from components.metrics.metric import Picture
     from components.metrics.networks.musiq import MusiqMetric
 
-ImageArray = npt.NDArray[np.uint8]
 
 ARTIMUSE_URL = "ULTRAFLUX_ARTIMUSE_URL"
 _JPEG_QUALITY = 95

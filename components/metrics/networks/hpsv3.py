@@ -14,17 +14,15 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from components.images.arrays import ImageArray
 from components.metrics.networks.hpsv3_prompt import IMAGE_TOKEN, REWARD_TOKEN, conversation
 
 if TYPE_CHECKING:
     from components.metrics.metric import Picture
 
-ImageArray = npt.NDArray[np.uint8]
 
 CHECKPOINT = "HPSv3.safetensors"
 PIXELS = 256 * 28 * 28

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import Inception3
 from torchvision.models.inception import InceptionA, InceptionC, InceptionE
 
-ImageArray = npt.NDArray[np.uint8]
+from components.images.arrays import ImageArray
 
 INPUT_PX = 299
 FEATURES = 2048

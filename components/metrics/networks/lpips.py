@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+
+from components.images.arrays import ImageArray
 
 if TYPE_CHECKING:
     from components.metrics.metric import Picture
 
-ImageArray = npt.NDArray[np.uint8]
 Backbone = Literal["alex", "vgg"]
 
 # ImageNet statistics on the [-1, 1] scale, as the released code has them.

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from components.images.arrays import ImageArray
 from components.metrics.networks.frechet import (
     frechet_distance,
     kernel_distance,
@@ -33,7 +34,6 @@ from components.metrics.networks.inception import (
 if TYPE_CHECKING:
     from components.metrics.metric import Picture
 
-ImageArray = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
 Preprocessing = Literal["noantialias", "clean", "patch299"]
 

@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from components.files.whole_files import whole_file
+from components.images.arrays import ImageArray
 from components.images.decoding import MAX_MEGAPIXELS, ImageUndecodable, read_rgb
 from components.images.original_lookup import Original
-from components.images.pixel_range import Pixels, to_model
+from components.images.pixel_range import to_model
 from components.telemetry.progress import track
 
 WORKING_EDGE_IN_CROPS = 16
@@ -92,7 +93,7 @@ class WorkingCopies:
             for photograph in track(photographs, "photographs")
         ]
 
-    def cut(self, crop: Crop) -> Pixels:
+    def cut(self, crop: Crop) -> ImageArray:
         """(crop_px, crop_px, 3) uint8 of one crop."""
         array = self.arrays[crop.photograph]
         edge = self.crop_px
@@ -114,7 +115,7 @@ class WorkingCopies:
         """Training crops as (B, 3, crop_px, crop_px) float32 in [-1, 1]."""
         return to_model([self.cut(self.crop_at(seed, step, index)) for index in indices])
 
-    def held_out(self, seed: int, count: int) -> list[Pixels]:
+    def held_out(self, seed: int, count: int) -> list[ImageArray]:
         """The first `count` fixed crops, (crop_px, crop_px, 3) uint8."""
         return [self.cut(self.held_out_crop(seed, index)) for index in range(count)]
 
@@ -131,7 +132,7 @@ class WorkingCopies:
 
 def _working_copy(
     photograph: Photograph, crop_px: int, folder: Path, max_megapixels: float
-) -> Pixels:
+) -> ImageArray:
     path = folder / f"{photograph.image_id}-{WORKING_EDGE_IN_CROPS * crop_px}.npy"
     if not path.exists():
         try:
@@ -144,7 +145,7 @@ def _working_copy(
             pixels = np.asarray(image)
         with whole_file(path, contended=True) as temporary, temporary.open("wb") as file:
             np.save(file, pixels)
-    array: Pixels = np.load(path, mmap_mode="r")
+    array: ImageArray = np.load(path, mmap_mode="r")
     if min(array.shape[:2]) < crop_px:
         raise PhotographTooSmall(
             f"{photograph.path.name}: {array.shape[0]}x{array.shape[1]} after reduction, but "

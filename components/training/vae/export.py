@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 
 from components.files.whole_files import whole_file, whole_folder, write_text
-from components.images.pixel_range import Pixels
+from components.images.arrays import ImageArray
 from components.metrics.native.fidelity import ssim
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.training.vae.trainer import VaeTraining, mean_psnr_db
@@ -40,7 +40,7 @@ def headline_metrics(training: VaeTraining) -> dict[str, float]:
     """
     crops, before, after = training.held_out, training.before, training.after
 
-    def mean_ssim(images: Sequence[Pixels]) -> float:
+    def mean_ssim(images: Sequence[ImageArray]) -> float:
         return float(np.mean([ssim(x, y) for x, y in zip(crops, images, strict=True)]))
 
     psnr_before, psnr_after = mean_psnr_db(crops, before), mean_psnr_db(crops, after)
@@ -57,7 +57,7 @@ def headline_metrics(training: VaeTraining) -> dict[str, float]:
     }
 
 
-def crop_grid(training: VaeTraining) -> Pixels:
+def crop_grid(training: VaeTraining) -> ImageArray:
     """Original, before and after of the first crops, two crops to a row, uint8 (H, W, 3)."""
     kinds = (training.held_out, training.before, training.after)
     triples = [
@@ -70,7 +70,7 @@ def crop_grid(training: VaeTraining) -> Pixels:
     return np.concatenate(rows, axis=0)
 
 
-def _framed(image: Pixels) -> Pixels:
+def _framed(image: ImageArray) -> ImageArray:
     return np.pad(image, ((0, _GAP_PX), (0, _GAP_PX), (0, 0)), constant_values=_WHITE)
 
 

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from components.images.pixel_range import Pixels, to_model, to_pixels
+from components.images.arrays import ImageArray
+from components.images.pixel_range import to_model, to_pixels
 from components.metrics.native.fidelity import psnr_db
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.objectives.reconstruction import ReconstructionLoss
@@ -70,11 +71,11 @@ class VaeTraining:
 
     history: list[dict[str, float]]
     """A row per step from 0: step, loss, its terms, grad_norm, psnr_db (NaN where not measured)."""
-    held_out: list[Pixels]
+    held_out: list[ImageArray]
     """Held-out crops, (crop_px, crop_px, 3) uint8."""
-    before: list[Pixels]
+    before: list[ImageArray]
     """Their reconstructions by the base autoencoder."""
-    after: list[Pixels]
+    after: list[ImageArray]
     """Their reconstructions by the trained one."""
 
 
@@ -87,10 +88,10 @@ def freeze_encoder(autoencoder: AutoencoderKLF16) -> None:
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: AutoencoderKLF16, images: Sequence[Pixels]) -> list[Pixels]:
+def reconstruct(autoencoder: AutoencoderKLF16, images: Sequence[ImageArray]) -> list[ImageArray]:
     """Encode (posterior mode) and decode uint8 images of one size."""
     device = next(autoencoder.parameters()).device
-    pixels: list[Pixels] = []
+    pixels: list[ImageArray] = []
     for start in range(0, len(images), _EVAL_BATCH):
         batch = to_model(images[start : start + _EVAL_BATCH]).to(device)
         latents = autoencoder.encode(batch).latent_dist.mode()
@@ -98,7 +99,7 @@ def reconstruct(autoencoder: AutoencoderKLF16, images: Sequence[Pixels]) -> list
     return pixels
 
 
-def mean_psnr_db(references: Sequence[Pixels], images: Sequence[Pixels]) -> float:
+def mean_psnr_db(references: Sequence[ImageArray], images: Sequence[ImageArray]) -> float:
     """Mean over images of the PSNR in dB of their 8-bit pixels."""
     return float(np.mean([psnr_db(x, y) for x, y in zip(references, images, strict=True)]))
 

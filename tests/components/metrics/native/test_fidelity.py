@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from components.images.arrays import ImageArray
 from components.metrics.native import fidelity
 from components.metrics.native.fidelity import ms_ssim, nmse, psnr_db, ssim
-
-ImageArray = npt.NDArray[np.uint8]
 
 
 def noisy_pair(seed: int, height: int = 48, width: int = 70) -> tuple[ImageArray, ImageArray]:
