@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Strict, model_validator
 
-from components.settings.section import (
-    NonNegative,
-    Section,
-)
+from components.settings.open_section import OpenSection
+from components.settings.section import NonNegative, Section
 
 
 class SnrHuberSettings(Section):
@@ -33,10 +31,14 @@ class SnrHuberSettings(Section):
         return self
 
 
-class ObjectiveSettings(Section):
+class ObjectiveSettings(OpenSection):
     """Training objective of the DiT."""
 
-    kind: Literal["snr_huber", "flow_matching", "wavelet"]
+    chosen_by: ClassVar[str] = "kind"
+    table: ClassVar[str] = "components.objectives.objective:OBJECTIVES"
+
+    kind: str
+    """A name of the table of objectives."""
     wavelet_space: Literal["x0", "v"]
     """Only for kind `wavelet` (Diffusion-4K's WLF)."""
     snr_huber: SnrHuberSettings

@@ -1,0 +1,119 @@
+"""Sections that rooms above complete: one field names an entry of a table that stands up there.
+
+`objective.kind` names an objective and `models.transformer.backbone` an architecture. Both tables
+stand beside the code that they name, so that a new entry is one row in one place, with settings of
+its own (`objective.NAME`, `models.transformer.NAME`) where it needs any.
+
+The settings are the lowest room and import nothing above them: a table is named here by its module
+and read when values are checked. Modules of tables import no torch, so that every command refuses
+a wrong name at once and `ultraflux --help` stays light.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, TypeVar
+
+from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from components.settings.section import Section
+
+Own = TypeVar("Own", bound=Section)
+
+
+class OpenSection(Section):
+    """A section whose `chosen_by` names an entry of `table`; entries may bring sections."""
+
+    # Allowed by pydantic, then checked one by one below: only names of the table pass.
+    model_config = ConfigDict(extra="allow")
+
+    chosen_by: ClassVar[str]
+    """Field that holds the name."""
+    table: ClassVar[str]
+    """MODULE:ATTRIBUTE of a mapping from names to entries; an entry's `settings` is the class of
+    its section, or None."""
+
+    @classmethod
+    def known(cls) -> dict[str, type[Section] | None]:
+        """Names of the table, each with the class of its section."""
+        module, _, attribute = cls.table.partition(":")
+        entries: Mapping[str, Any] = getattr(importlib.import_module(module), attribute)
+        return {name: entry.settings for name, entry in entries.items()}
+
+    def own(self, name: str, kind: type[Own]) -> Own:
+        """The section that the entry `name` brought, which is one of class `kind`.
+
+        Raises:
+            ValueError: these settings have none.
+        """
+        section = (self.__pydantic_extra__ or {}).get(name)
+        if not isinstance(section, kind):
+            raise ValueError(f"{name}: no such section in {type(self).__name__}")
+        return section
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _complete(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Parse the sections of the table's entries; all problems of the section at once."""
+        if not isinstance(values, Mapping):
+            return handler(values)
+        known = cls.known()
+        sections: dict[str, Section] = {}
+        problems: list[InitErrorDetails] = []
+        for name in (key for key in values if key not in cls.model_fields):
+            kind = known.get(name)
+            if kind is None:
+                problems.append(_problem("extra_forbidden", (name,), values[name]))
+                continue
+            try:
+                sections[name] = kind.model_validate(values[name])
+            except ValidationError as failure:
+                problems += _problems(failure, (name,))
+        chosen = values.get(cls.chosen_by)
+        # A value of another type is refused by the field itself.
+        if isinstance(chosen, str):
+            if chosen not in known:
+                problems.append(
+                    _problem(_unknown(chosen, list(known)), (cls.chosen_by,), values[cls.chosen_by])
+                )
+            elif known[chosen] is not None and chosen not in values:
+                problems.append(_problem("missing", (chosen,), dict(values)))
+        try:
+            fields = {key: value for key, value in values.items() if key in cls.model_fields}
+            section = handler({**fields, **sections})
+        except ValidationError as failure:
+            problems = [*_problems(failure, ()), *problems]
+        if problems:
+            # pydantic puts the place of this section before the places of these problems.
+            raise ValidationError.from_exception_data(cls.__name__, problems)
+        return section
+
+
+def _unknown(name: str, known: list[str]) -> PydanticCustomError:
+    quoted = [f"'{each}'" for each in known]
+    choice = " or ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return PydanticCustomError("unknown_name", f"Input should be {choice}{hint}")  # type: ignore[arg-type]
+
+
+def _problem(
+    kind: str | PydanticCustomError, location: tuple[str | int, ...], value: Any
+) -> InitErrorDetails:
+    return InitErrorDetails(type=kind, loc=location, input=value)
+
+
+def _problems(failure: ValidationError, below: tuple[str | int, ...]) -> list[InitErrorDetails]:
+    """The problems of a section at their places in the section above it."""
+    return [
+        InitErrorDetails(
+            type=error["type"],
+            loc=(*below, *error["loc"]),
+            input=error["input"],
+            ctx=error.get("ctx", {}),
+        )
+        for error in failure.errors()
+    ]
