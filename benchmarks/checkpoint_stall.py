@@ -20,6 +20,7 @@ from synthetic_job import make_job, write_stores
 
 from components.training.distributed.checkpoint_writer import CheckpointWriter
 from components.training.distributed.ranks import deterministic_torch, open_ranks
+from components.training.dit.assembly import assemble_run
 from components.training.dit.trainer import DitTrainer
 
 STEPS_BETWEEN = 5
@@ -44,12 +45,13 @@ def measure(trainer: DitTrainer, saves: int) -> None:
     # The first save of all allocates the host memory that later ones use again.
     for number in range(2 * saves + 1):
         beside = number % 2 == 1
-        trainer.writer = CheckpointWriter(trainer.checkpoints, in_background=beside)
+        checkpoints = trainer.parts.checkpoints
+        checkpoints.writer = CheckpointWriter(checkpoints.store, in_background=beside)
         begin = time.perf_counter()
         trainer._write_checkpoint()
         stall = time.perf_counter() - begin
         slowed = sum(step_s(trainer) - typical for _ in range(STEPS_BETWEEN))
-        trainer.writer.wait()
+        checkpoints.writer.wait()
         if number:
             blocked[beside].append(stall / typical)
             total[beside].append((stall + slowed) / typical)
@@ -83,7 +85,7 @@ def main() -> None:
             stage={"global_batch_size": 4, "micro_batch_size": 4},
         )
         with deterministic_torch(1), open_ranks(job.runtime.device) as ranks:
-            measure(DitTrainer(job, ranks), options.saves)
+            measure(DitTrainer(assemble_run(job, ranks)), options.saves)
 
 
 if __name__ == "__main__":

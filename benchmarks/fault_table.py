@@ -68,7 +68,7 @@ def digest(job: DitJob) -> str:
 LAUNCHER = """
 import pathlib, sys
 from components.training.dit.worker import run_job
-from components.training.dit.trainer import DitJob
+from components.training.dit.job import DitJob
 run_job(DitJob.model_validate_json(pathlib.Path(sys.argv[1]).read_text(), strict=False))
 """
 

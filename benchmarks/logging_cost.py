@@ -26,6 +26,7 @@ from trainer_overhead import WARM_UP, make_job, write_stores
 
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.ranks import Ranks, deterministic_torch, open_ranks
+from components.training.dit.assembly import assemble_run
 from components.training.dit.job import DitJob
 from components.training.dit.trainer import DitTrainer
 
@@ -46,7 +47,7 @@ class AlternatingTrainer(DitTrainer):
     """The real trainer with a metric log at every other step."""
 
     def __init__(self, job: DitJob, ranks: Ranks) -> None:
-        super().__init__(job, ranks)
+        super().__init__(assemble_run(job, ranks))
         self.log_file = TimedLog(job.metrics)
         self.metrics = self.log_file
         self.with_line: list[float] = []
@@ -62,9 +63,6 @@ class AlternatingTrainer(DitTrainer):
                 self.line.append(self.log_file.spent_s)
         self.metrics = self.log_file if self.metrics is None else None
         self._begun = time.thread_time()
-
-    def _export(self) -> None:
-        """Nothing: the weights are of no use."""
 
 
 def main() -> None:
@@ -82,7 +80,7 @@ def main() -> None:
         write_stores(Path(folder))
         trainer = AlternatingTrainer(make_job(Path(folder), "embedded", options.steps), ranks)
         trainer.run()
-        trainer.writer.close()
+        trainer.parts.checkpoints.writer.close()
     step, bare, line = (
         1000 * statistics.median(values)
         for values in (trainer.with_line, trainer.without_line, trainer.line)

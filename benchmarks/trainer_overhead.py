@@ -37,6 +37,7 @@ from components.training.distributed.ranks import (
     initialize_engine,
     open_ranks,
 )
+from components.training.dit.assembly import assemble_run
 from components.training.dit.job import DitJob, build_transformer
 from components.training.dit.trainer import DitTrainer
 from components.training.dit.velocity import NoisedBatch, predict_velocity
@@ -164,9 +165,9 @@ class InterleavedTrainer(DitTrainer):
     """The real trainer, with the other loops' turns between its steps."""
 
     def __init__(self, job: DitJob, ranks: Ranks) -> None:
-        super().__init__(job, ranks)
-        widths, channels = self.texts.widths, int(self.latents.index["latent_channels"].iloc[0])
-        others = [build_transformer(job, widths, channels) for _ in range(2)]
+        super().__init__(assemble_run(job, ranks))
+        data = self.parts.data
+        others = [build_transformer(job, data.texts.widths, data.latent_channels) for _ in range(2)]
         self.turns: dict[str, Callable[[list[NoisedBatch]], None]] = {
             "torch": BareTorch(job, others[0]).step,
             "engine": BareEngine(job, others[1], ranks).step,
@@ -187,9 +188,6 @@ class InterleavedTrainer(DitTrainer):
                 self.turns[name](batches)
                 self.seconds[name].append(time.thread_time() - begun)
         self._begun = time.thread_time()
-
-    def _export(self) -> None:
-        """Nothing: the weights are of no use."""
 
 
 def report(size: str, trainer: InterleavedTrainer) -> None:
@@ -223,7 +221,7 @@ def main() -> None:
         for size in options.sizes:
             trainer = InterleavedTrainer(make_job(Path(folder), size, options.steps), ranks)
             trainer.run()
-            trainer.writer.close()
+            trainer.parts.checkpoints.writer.close()
             report(size, trainer)
 
 

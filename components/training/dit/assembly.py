@@ -1,11 +1,142 @@
-"""Stores, batch plan, model and engine of a DiT training job, put together."""
+"""A DiT training run put together: data, network, engine, and what watches and saves it.
+
+`assemble_run` reads in the order in which things have to happen: what can be refused is refused
+before anything expensive is made, the network has its final form before DeepSpeed wraps it, and
+the checkpoint comes last, because it is loaded into everything else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from components.models.backbones import check_stores
+from components.telemetry.metric_log import MetricLog
+from components.training.distributed.ranks import Ranks, initialize_engine
+from components.training.dit.adapters import add_adapter
+from components.training.dit.batch_plan import BatchPlan, GlobalBatch, PlanState
+from components.training.dit.block_compilation import (
+    check_compilation,
+    compile_blocks,
+    compile_for_buckets,
+    uncompiled,
+)
+from components.training.dit.curriculum import draw_noise
+from components.training.dit.job import DitJob, build_transformer
+from components.training.dit.sample_grids import SampleGrids, grids_of_run
+from components.training.dit.throughput import Throughput
+from components.training.dit.validation import ValidationSet
+from components.training.dit.velocity import NoisedBatch
+from components.training.sharded.activation_checkpointing import enable_activation_checkpointing
+from components.training.sharded.context_parallel import (
+    check_context_parallel,
+    enable_context_parallel,
+)
+from components.training.sharded.ema import WeightAverage
+from components.training.sharded.run_checkpoints import RunCheckpoints
+from components.training.sharded.weight_shards import master_shards
+from components.training.stores.latent_store import LatentStore
+from components.training.stores.text_store import TextStore
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from: two stores, and the plan of which samples meet at which step."""
+
+    job: DitJob
+    latents: LatentStore
+    texts: TextStore
+    plan: BatchPlan
+
+    @classmethod
+    def of(cls, job: DitJob) -> TrainingData:
+        """Open the job's stores.
+
+        Raises:
+            ValueError: nothing to train on, or the slice names images without latents.
+        """
+        verify = job.runtime.verify_reads
+        latents = LatentStore(job.latents, verify=verify)
+        texts = TextStore(job.texts, verify=verify)
+        buckets = training_ids(latents.index, job.train_slice, latents.rejected)
+        plan = BatchPlan(buckets, job.settings.global_batch_size, job.seed)
+        return cls(job, latents, texts, plan)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of every latent."""
+        return int(self.latents.index["latent_channels"].iloc[0])
+
+    @property
+    def held_out(self) -> list[str]:
+        """Images that are never trained on."""
+        index = self.latents.index
+        return list(index.loc[index["split"] == "eval", "image_id"])
+
+    def validation(self) -> ValidationSet:
+        """The held-out images with their fixed noise.
+
+        Raises:
+            ValueError: there are none.
+        """
+        settings = self.job.settings
+        return ValidationSet(
+            self.latents,
+            self.texts,
+            self.held_out,
+            repeats=settings.validation_repeats,
+            batch_size=settings.micro_batch_size,
+            seed=self.job.seed,
+        )
+
+    def micro_batches(self, step: int, ranks: Ranks) -> list[NoisedBatch]:
+        """This rank's share of the global batch of one step, in host memory.
+
+        Ranks that work on the same samples (context parallelism) get the same batches.
+        """
+        share = self.plan.batch(step).rank_slice(ranks.data_rank, ranks.data_world_size)
+        parts = share.micro_batches(self.job.settings.micro_batch_size)
+        return [self._noised(part, pins=ranks.device.type == "cuda") for part in parts]
+
+    def _noised(self, part: GlobalBatch, *, pins: bool) -> NoisedBatch:
+        # In the stored precision: half the bytes on the way to the device, which widens exactly.
+        latents = self.latents.read_stored(part.sample_ids, pin_memory=pins)
+        channels, height, width = latents.shape[1:]
+        # Keyed by (seed, step, sample), not drawn in sequence: the noise of a sample is the same
+        # on any number of ranks, in any micro batch, and after any resume.
+        noise, t = draw_noise(
+            self.job.seed,
+            part.step,
+            part.sample_ids,
+            part.occurrences,
+            (channels, height, width),
+            self.job.settings.timestep_density,
+            self.job.settings.sigma_range,
+        )
+        rest: tuple[Tensor, ...] = (noise, t, *self.texts.read_stored(part.sample_ids))
+        if pins:
+            # Text states of several records are no contiguous tensor, which would not be pinned.
+            rest = tuple(tensor.contiguous().pin_memory() for tensor in rest)
+        return NoisedBatch(part.sample_ids, latents, *rest)
+
+    def empty_batches(self, device: torch.device) -> Iterator[NoisedBatch]:
+        """A micro batch of zeros of every size in the store, on `device`, in a fixed order."""
+        index, count = self.latents.index, self.job.settings.micro_batch_size
+        length, (width, pooled) = self.texts.tokens, self.texts.widths
+        columns = ["latent_channels", "latent_h", "latent_w"]
+        for shape in sorted(set(index[columns].itertuples(index=False, name=None))):
+            latents = torch.zeros(count, *map(int, shape))
+            texts = torch.zeros(count, length, width), torch.zeros(count, pooled)
+            t = torch.full((count,), 0.5)
+            ids = ("",) * count
+            yield NoisedBatch(ids, latents, latents, t, *texts).to(device)
 
 
 def training_ids(
@@ -30,3 +161,127 @@ def training_ids(
     if rows.empty:
         raise ValueError("there is no training image; relax the rules in `select` or add photos")
     return dict(zip(rows["image_id"], rows["bucket"], strict=True))
+
+
+@dataclass(frozen=True)
+class AssembledRun:
+    """The parts of a run in one rank, ready for its next step."""
+
+    job: DitJob
+    ranks: Ranks
+    data: TrainingData
+    engine: Any
+    """A `deepspeed.DeepSpeedEngine` around the transformer."""
+    dtype: torch.dtype
+    """Of the transformer's weights and inputs."""
+    uncompiled: Callable[[], AbstractContextManager[None]]
+    """Inside it compiled blocks run as plain Python; does nothing where there are none."""
+    average: WeightAverage
+    validation: ValidationSet
+    grids: SampleGrids | None
+    throughput: Throughput
+    metrics: MetricLog | None
+    """On the first rank only."""
+    checkpoints: RunCheckpoints
+    steps_done: int
+    """Of the checkpoint that was loaded; 0: a fresh start."""
+
+
+def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
+    """Put a run together and load its newest checkpoint, if there is one; collective.
+
+    Call inside `open_ranks` and `deterministic_torch`, and close `checkpoints.writer` at the end.
+
+    Raises:
+        ValueError: settings, stores and network do not fit together, or nothing to train on.
+        PlanMismatch: the checkpoint was trained on other data.
+    """
+    settings = job.settings
+    check_compilation(settings, job.runtime)
+    data = TrainingData.of(job)
+    validation = data.validation()
+    model = _network(job, data, ranks)
+    engine = initialize_engine(model, settings, ranks)
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    is_compiled = job.runtime.compile == "blocks"
+    if is_compiled:
+        batches = data.empty_batches(ranks.device)
+        compile_for_buckets(engine, batches, settings.guidance_scale, dtype)
+    average = WeightAverage(
+        # Of the float32 masters: decay 0.9999 moves a bfloat16 average by less than it can hold.
+        master_shards(engine, ranks),
+        settings.ema_decay,
+        ranks,
+        torch.device("cpu") if settings.ema_device == "cpu" else None,
+    )
+    checkpoints = RunCheckpoints(
+        engine,
+        average,
+        ranks,
+        job.state_dir / "checkpoints",
+        keep=settings.keep_checkpoints,
+        in_background=settings.async_checkpoints,
+    )
+    throughput = Throughput(
+        job.name,
+        engine.module,
+        images_per_step=settings.global_batch_size,
+        world_size=ranks.world_size,
+        peak_tflops=job.runtime.peak_tflops,
+        memory_every=settings.watch_every,
+    )
+    grids = grids_of_run(job, data.latents, data.texts, validation.image_ids, ranks)
+    metrics = MetricLog(job.metrics) if ranks.is_first else None
+    return AssembledRun(
+        job=job,
+        ranks=ranks,
+        data=data,
+        engine=engine,
+        dtype=dtype,
+        uncompiled=uncompiled if is_compiled else nullcontext,
+        average=average,
+        validation=validation,
+        grids=grids,
+        throughput=throughput,
+        metrics=metrics,
+        checkpoints=checkpoints,
+        steps_done=_resume(data.plan, checkpoints, metrics),
+    )
+
+
+def _network(job: DitJob, data: TrainingData, ranks: Ranks) -> nn.Module:
+    """The transformer in the form that DeepSpeed wraps: what is trained is settled here.
+
+    DeepSpeed takes over the parameters that it finds, so adapters come before it. Compiling a
+    block replaces its call and no weight, hence comes last.
+    """
+    settings = job.settings
+    channels, widths = data.latent_channels, data.texts.widths
+    model: nn.Module = build_transformer(job, widths, channels)
+    index = data.latents.index
+    sizes = zip(index["latent_h"], index["latent_w"], strict=True)
+    check_stores(model, widths, channels, ((int(h), int(w)) for h, w in sizes))
+    if ranks.context_degree > 1:
+        check_context_parallel(model, ranks.context_degree, data.texts.tokens, index)
+        enable_context_parallel(model, ranks)
+    if settings.adapter is not None:
+        add_adapter(model, settings.adapter, job.seed)
+    enable_activation_checkpointing(model, settings.gradient_checkpointing)
+    model.train()
+    if job.runtime.compile == "blocks":
+        compile_blocks(model)
+    return model
+
+
+def _resume(plan: BatchPlan, checkpoints: RunCheckpoints, metrics: MetricLog | None) -> int:
+    """Load the newest checkpoint; returns the number of steps done."""
+    saved = checkpoints.newest()
+    if saved is not None:
+        # Before any weight is touched: other data must not be continued under an old state.
+        plan.check(PlanState(**saved.plan))
+        checkpoints.load(saved)
+    if metrics is not None:
+        # Steps after the checkpoint happen again and are logged again; without a checkpoint that
+        # includes the validation before the first step, which is row 0.
+        metrics.rewind(-1 if saved is None else saved.step)
+    return 0 if saved is None else saved.step

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +10,6 @@ from safetensors.torch import load_file
 from components.models.transformer import UltraFluxTransformer2DModel
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.ranks import engine_configuration
-from components.training.dit.assembly import training_ids
 from components.training.dit.batch_plan import PlanMismatch
 from components.training.dit.curves import (
     draw_curves,
@@ -138,19 +136,6 @@ def test_band_losses_average_the_samples_of_each_noise_band():
     t = torch.tensor([0.01, 0.99, 1.0, 0.5])
     losses = torch.tensor([1.0, 2.0, 4.0, 8.0])
     assert band_losses(t, losses) == {"loss_band_0": 1.0, "loss_band_4": 8.0, "loss_band_7": 3.0}
-
-
-def test_a_slice_restricts_training_and_must_be_encoded(dit_corpus, tmp_path):
-    index = LatentStore(dit_corpus / "latents").index
-    path = tmp_path / "slice.parquet"
-    pd.DataFrame({"image_id": ["image03", "image07"]}).to_parquet(path)
-    assert set(training_ids(index, path)) == {"image03", "image07"}
-    pd.DataFrame({"image_id": ["image03", "elsewhere"]}).to_parquet(path)
-    with pytest.raises(ValueError, match="elsewhere"):
-        training_ids(index, path)
-    pd.DataFrame({"image_id": pd.Series([], dtype=str)}).to_parquet(path)
-    with pytest.raises(ValueError, match="no training image"):
-        training_ids(index, path)
 
 
 def test_batches_that_do_not_divide_are_refused_by_name(make_dit_job, tmp_path):

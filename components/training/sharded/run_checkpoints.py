@@ -1,0 +1,124 @@
+"""All that a run divided over ranks must remember, saved and loaded as one.
+
+A checkpoint holds DeepSpeed's files (weights, float32 masters, moments), every rank's share of the
+average, and `trainer.json` with the position in the batch plan. Noise and batches are functions of
+the step, so there is no state of a random generator to keep.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.files.whole_files import write_text
+from components.training.distributed.checkpoint_writer import CheckpointWriter
+from components.training.distributed.checkpoints import CheckpointStore
+from components.training.distributed.ranks import Ranks
+from components.training.sharded.ema import WeightAverage
+from components.training.sharded.host_copies import HostCopies
+
+STATE_FILE = "trainer.json"
+ENGINE_FOLDER = "engine"
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A whole checkpoint, of which only the small state file has been read."""
+
+    step: int
+    """Optimizer steps done."""
+    folder: Path
+    plan: Mapping[str, Any]
+    """Position in the batch plan, as it was given to `RunCheckpoints.write`."""
+    ema_updates: int
+
+
+class RunCheckpoints:
+    """Checkpoints of one engine and the average of its weights."""
+
+    def __init__(
+        self,
+        engine: Any,
+        average: WeightAverage,
+        ranks: Ranks,
+        folder: Path,
+        *,
+        keep: int,
+        in_background: bool,
+    ) -> None:
+        """Let `engine` save through copies in host memory; nothing is read or written yet.
+
+        Args:
+            engine: a `deepspeed.DeepSpeedEngine`.
+            average: of its weights.
+            ranks: this process.
+            folder: of the checkpoints.
+            keep: how many of the newest stay.
+            in_background: whether files are written beside the next steps.
+        """
+        # Imports DeepSpeed, for which `open_ranks` has made the environment.
+        from components.training.sharded import engine_snapshot
+
+        self._engine, self._average, self._ranks = engine, average, ranks
+        self.store = CheckpointStore(
+            folder,
+            keep,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            barrier=ranks.barrier,
+        )
+        self.writer = CheckpointWriter(self.store, in_background=in_background)
+        # One set of buffers for the engine's and the average's copies: every save reuses them.
+        self._copies = HostCopies()
+        engine_snapshot.install(engine, ranks, self._copies)
+
+    def write(self, step: int, plan: Mapping[str, Any]) -> None:
+        """Copy the state after `step` steps and hand it to the writer; collective.
+
+        Training may change its state as soon as this returns.
+
+        Raises:
+            CheckpointFailed: the checkpoint before could not be written, or, where writing is not
+                in the background, this one.
+        """
+        from components.training.sharded import engine_snapshot
+
+        # The copies of the checkpoint before are overwritten below, so it must be on disk.
+        self.writer.wait()
+        opened = self.store.begin(step)
+        folder = opened.aside
+        writes = engine_snapshot.engine_writes(self._engine, folder, ENGINE_FOLDER)
+        writes.append(self._average.take_write(folder, self._copies))
+        if self._ranks.is_first:
+            state = {
+                "plan": dict(plan),
+                "ema_updates": self._average.updates,
+                "processes": self._ranks.world_size,
+            }
+            text = json.dumps(state, indent=1)
+            writes.append(lambda: write_text(folder / STATE_FILE, text, durable=True))
+        # On CUDA the copies are only queued so far: the writer waits for them before it reads.
+        self.writer.submit(opened, [self._copies.fence(), *writes])
+
+    def newest(self) -> SavedRun | None:
+        """The newest whole checkpoint; None: there is none."""
+        newest = self.store.latest()
+        if newest is None:
+            return None
+        step, folder = newest
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return SavedRun(step, folder, state["plan"], state["ema_updates"])
+
+    def load(self, saved: SavedRun) -> None:
+        """Put engine and average back to a checkpoint; collective.
+
+        Raises:
+            ValueError: it is of another network, or of a number of processes that cannot go on.
+        """
+        from components.training.sharded import engine_snapshot
+
+        engine_snapshot.load_engine(self._engine, saved.folder, ENGINE_FOLDER)
+        self._average.load(saved.folder, saved.ema_updates)
