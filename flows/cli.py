@@ -159,6 +159,7 @@ def stage_list() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from flows.versioning.code_files import CODE
     from flows.versioning.graph import GraphError, stage_graph, stale_stages
 
     root = project_root()
@@ -169,7 +170,9 @@ def stage_list() -> None:
     stale = stale_stages(root, graph)
     table = Table("stage", "after", "pool", "state")
     for name, node in graph.items():
-        table.add_row(name, ", ".join(node.upstream), node.meta.pool, stale.get(name, "up to date"))
+        # Every stage stands after `code`.
+        above = ", ".join(one for one in node.upstream if one != CODE)
+        table.add_row(name, above, node.meta.pool, stale.get(name, "up to date"))
     Console().print(table)
 
 

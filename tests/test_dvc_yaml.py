@@ -10,23 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components.files.code_identity import CodeIdentity
 from components.settings.schema import load_settings
+from flows.versioning.code_files import CODE, code_path
 from flows.versioning.graph import stage_graph
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-# Values reach a stage through `params`; progress, logs and contracts never change its bytes.
-NOT_BYTES = {
-    "components/settings.py",
-    "components/section.py",
-    "components/corpus/settings.py",
-    "components/training/settings.py",
-    "components/progress.py",
-    "components/corpus/throughput.py",
-    "components/training/metric_log.py",
-    "flows/stages/contract.py",
-}
 
 
 @cache
@@ -43,30 +34,23 @@ def imported(path: Path) -> tuple[Path, ...]:
     return tuple(file for file in files if file.is_file())
 
 
-def closure(stage: str) -> set[str]:
-    """Files whose code makes the bytes of a stage."""
-    seen: set[Path] = set()
-    waiting = [ROOT / "flows" / "stages" / f"{stage}.py"]
-    while waiting:
-        path = waiting.pop()
-        if path not in seen:
-            seen.add(path)
-            waiting += imported(path)
-    named = {str(path.relative_to(ROOT)) for path in seen} - NOT_BYTES
-    # The rest of flows/ places and records work; only these modules write outputs.
-    return {
-        name
-        for name in named
-        if name.startswith(("components/", "flows/stages/")) or name == "flows/validation.py"
-    }
+def test_every_stage_depends_on_the_file_of_its_own_code_and_on_no_other_code() -> None:
+    for name, stage in STAGES.items():
+        code = [
+            dep for dep in stage["deps"] if dep.startswith(("data/code", "components", "flows"))
+        ]
+        assert code == (["components", "flows"] if name == CODE else [code_path(name)])
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_depends_on_exactly_the_modules_it_imports(stage: str) -> None:
-    declared = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
-    needed = closure(stage)
-    assert needed - declared == set(), f"add to deps of {stage}"
-    assert declared - needed == set(), f"remove from deps of {stage}"
+def test_the_stages_of_the_graph_are_the_modules_that_can_run() -> None:
+    assert set(CodeIdentity(ROOT).stages()) == set(STAGES)
+
+
+def test_dvc_yaml_is_short_and_names_no_module() -> None:
+    text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    values = [line for line in text.splitlines() if not line.startswith("#")]
+    assert not [line for line in values if ".py" in line.partition(" # ")[0]]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -89,6 +73,8 @@ def test_every_parameter_exists(stage: str) -> None:
 def test_every_settings_section_a_stage_module_reads_is_a_parameter(stage: str) -> None:
     """`settings.<section>` in the stage module (or the part two stages share)."""
     sections = set(PARAMS) - {"runtime"}
+    if stage == CODE:
+        return
     modules = [ROOT / "flows" / "stages" / f"{stage}.py"]
     modules += [file for file in imported(modules[0]) if file.parent.name == "stages"]
     declared = {name.split(".")[0] for name in STAGES[stage]["params"]}
@@ -108,7 +94,7 @@ def test_every_settings_section_a_stage_module_reads_is_a_parameter(stage: str) 
 def test_meta_is_valid_and_the_graph_is_the_designed_one() -> None:
     graph = stage_graph(ROOT)
     assert set(graph) == set(STAGES)
-    assert set(graph["select"].upstream) == {"ingest", "signals", "quality", "people"}
+    assert set(graph["select"].upstream) == {"code", "ingest", "signals", "quality", "people"}
     # The decoder alone is post-trained, so latents do not wait for it.
     assert "vae" not in graph["latents"].upstream
     assert "vae" not in graph["dit_stage1"].upstream

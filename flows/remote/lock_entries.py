@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from components.files.whole_files import write_text
+from flows.versioning.code_files import CODE, CodeChanges, code_path
 from flows.versioning.graph import StageNode, hashes, open_repo, read_lock
 
 LockEntry = Mapping[str, Any]
@@ -85,28 +86,39 @@ def stale_without_data(root: Path, graph: Mapping[str, StageNode]) -> dict[str, 
     made = made_hashes(lock)
     makers = {path: name for name, node in graph.items() for path in node.outputs}
     reasons: dict[str, str] = {}
+    code = CodeChanges(root)
     with open_repo(root) as repo:
         for name, node in graph.items():
             stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
             if name not in lock:
                 reasons[name] = "never run"
-            elif not stage.frozen and (changed := _changes(stage, lock[name], made, makers)):
+            elif not stage.frozen and (changed := _changes(stage, lock[name], made, makers, code)):
                 reasons[name] = "; ".join(changed)
-            elif behind := [upstream for upstream in node.upstream if upstream in reasons]:
+            elif behind := [up for up in node.upstream if up in reasons and up != CODE]:
                 reasons[name] = f"after {', '.join(behind)}"
     return reasons
 
 
 def _changes(
-    stage: Any, entry: LockEntry, made: Mapping[str, str], makers: Mapping[str, str]
+    stage: Any,
+    entry: LockEntry,
+    made: Mapping[str, str],
+    makers: Mapping[str, str],
+    code: CodeChanges,
 ) -> list[str]:
-    """What of a stage differs from its entry."""
+    """What of a stage differs from its entry; its code by meaning, of the files that are here."""
     changes = ["changed command"] if stage.changed_stage() else []
     if {out.def_path for out in stage.outs} != set(hashes(entry.get("outs", []))):
         changes.append("changed outs")
+    if stage.name == CODE:
+        return changes if changes or code.written() else [*changes, "its files"]
     known = hashes(entry.get("deps", []))
     for dep in stage.deps:
         path = str(dep.def_path)
+        if path == code_path(stage.name):
+            changed = code.since(stage.name, entry)
+            changes += [changed] if changed else []
+            continue
         if path in makers:
             status = {} if known.get(path) == made.get(path) else {path: "modified"}
         else:

@@ -30,11 +30,12 @@ from flows.running.clone_lock import CloneBusy, clone_lock
 from flows.running.runner import StageOutcome, StageRunner, stopping_on_signals
 from flows.tracking.uploader import UploaderProcess
 from flows.versioning import graph as versioning
+from flows.versioning.code_files import CODE, code_path, reaches, write_code_files
 
 PARAMS_PLACED = "runs/remote/params.sha256"
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 IMAGE_STORE = "data/images"
-IMAGE_STORE_READER = "components/images/original_lookup.py"
+IMAGE_STORE_READER = "components.images.original_lookup"
 
 
 def opened_here(root: Path, parent: str) -> bool:
@@ -99,6 +100,8 @@ def _answer(
     graph = versioning.stage_graph(root)
     if name not in graph:
         raise WorkerRefused(f"no such stage in dvc.yaml; stages: {', '.join(graph)}")
+    if CODE in graph and name != CODE:
+        write_code_files(root)
     data_remote.pull(root, stage_inputs(root, name))
     if held is not None:
         _adopt_parent(root, request)
@@ -227,6 +230,8 @@ def stage_inputs(root: Path, name: str) -> list[str]:
     with versioning.open_repo(root) as repo:
         loaded = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
         paths = [str(dep.def_path) for dep in loaded.deps if not getattr(dep, "params", None)]
+    # Made of this clone's own code, which is the pipeline's.
+    paths = [path for path in paths if path != code_path(name)]
     wanted = data_remote.tracked(root, paths)
     absent = [path for path in paths if path not in wanted and not (root / path).exists()]
     if absent:
@@ -234,7 +239,7 @@ def stage_inputs(root: Path, name: str) -> list[str]:
             f"{absent[0]} is not in {root}: it is neither in git nor under DVC; "
             f"`dvc add {absent[0]}`, commit {absent[0]}.dvc, `dvc push`"
         )
-    if IMAGE_STORE_READER in paths and (root / f"{IMAGE_STORE}.dvc").is_file():
+    if (root / f"{IMAGE_STORE}.dvc").is_file() and reaches(root, name, IMAGE_STORE_READER):
         wanted.append(IMAGE_STORE)
     return wanted
 

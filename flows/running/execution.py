@@ -24,6 +24,7 @@ from flows.records.system_metrics import watched
 from flows.running.gpu_lock import gpus_for
 from flows.stages.contract import StageContext, StageFailed, StageResult, state_folder
 from flows.versioning import graph as versioning
+from flows.versioning.code_files import CODE, CodeChanges, code_path
 from flows.versioning.parameters import stage_parameters
 
 OUTCOME_FILE = "ULTRAFLUX_OUTCOME_FILE"
@@ -111,6 +112,23 @@ def _bad_input(problem: BaseException) -> bool:
     )
 
 
+def _refuse_other_code(root: Path, name: str) -> None:
+    """Refuse to make results under the fingerprint of code that is not the one that would run.
+
+    Raises:
+        StageFailed: the stage's file below data/code is missing or of other code.
+    """
+    if code_path(name) not in versioning.dependencies(root, name):
+        return
+    makes = f"`dvc repro {CODE}` (or `ultraflux run --until {name}`) brings it in line"
+    try:
+        differs = CodeChanges(root).other_than_written(name)
+    except FileNotFoundError:
+        raise StageFailed(f"{name}: {code_path(name)} is missing; {makes}") from None
+    if differs:
+        raise StageFailed(f"{name}: {code_path(name)} is not of this code ({differs}); {makes}")
+
+
 def _run(context: StageContext, node: versioning.StageNode) -> RunResult:
     module = importlib.import_module(f"flows.stages.{node.name}")
     result = module.run(context)
@@ -132,6 +150,7 @@ def run_stage(name: str, root: Path) -> int:
         settings = load_settings(root / "params.yaml")
         _prepare(settings)
         node = versioning.stage_node(root, name)
+        _refuse_other_code(root, name)
         key, inputs = versioning.stage_identity(root, name)
         state_dir = state_folder(root, name, key)
         state_dir.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flows.versioning.code_files import CODE, CodeChanges, code_path
+
 # dvc.Repo keeps per-process state that is not thread-safe.
 _REPO_LOCK = threading.Lock()
 
@@ -192,6 +194,11 @@ def stages_until(root: Path, name: str | None) -> dict[str, StageNode]:
     return {stage: node for stage, node in graph.items() if stage in wanted}
 
 
+def dependencies(root: Path, name: str) -> list[str]:
+    """Paths that a stage names in dvc.yaml, templates not filled in; empty for an unknown stage."""
+    return list(read_stages(root).get(name, {}).get("deps", []))
+
+
 def is_frozen(root: Path, name: str) -> bool:
     """Whether `dvc freeze` has fixed a stage's outputs as they are."""
     stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -206,18 +213,56 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
     with open_repo(root) as repo:
         # From outside the repository DVC calls a stage "path/dvc.yaml:name".
         status = {name.rsplit(":", 1)[-1]: changes for name, changes in repo.status().items()}
+        cache = Path(repo.cache.local.path)
     reasons: dict[str, str] = {}
     locked = read_lock(root)
+    code = CodeChanges(root)
+    code_differs = CODE in graph and (CODE not in locked or bool(status.get(CODE)))
     for name, node in graph.items():
         if name not in locked:
             reasons[name] = "never run"
-        elif status.get(name):
-            reasons[name] = _reason(status[name])
-        else:
-            behind = [upstream for upstream in node.upstream if upstream in reasons]
-            if behind:
-                reasons[name] = f"after {', '.join(behind)}"
+            continue
+        changes = status.get(name, [])
+        if name == CODE:
+            # DVC calls it changed for a comment too.
+            changes = changes if changes and not code.written() else []
+        elif code_differs or _names(changes, code_path(name)):
+            # By what the code means now, whatever the file in the workspace says.
+            changes = _without(changes, code_path(name))
+            changed = code.since(name, locked[name], cache)
+            changes = [*changes, *([changed] if changed else [])]
+        if changes:
+            reasons[name] = _reason(changes)
+        elif behind := [up for up in node.upstream if up in reasons and up != CODE]:
+            reasons[name] = f"after {', '.join(behind)}"
     return reasons
+
+
+def _names(changes: list[Any], path: str) -> bool:
+    """Whether DVC's status of a stage names a dependency."""
+    return any(
+        isinstance(entries, dict) and path in entries
+        for change in changes
+        if isinstance(change, dict)
+        for entries in change.values()
+    )
+
+
+def _without(changes: list[Any], path: str) -> list[Any]:
+    """DVC's status of a stage less what it says of one dependency."""
+    kept: list[Any] = []
+    for change in changes:
+        if isinstance(change, dict):
+            change = {
+                what: {key: how for key, how in entries.items() if key != path}
+                if isinstance(entries, dict)
+                else entries
+                for what, entries in change.items()
+            }
+            change = {what: entries for what, entries in change.items() if entries}
+        if change:
+            kept.append(change)
+    return kept
 
 
 def has_cached_result(root: Path, name: str) -> bool:
