@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from components.files.weight_folders import PICKLED_SUFFIXES
@@ -105,68 +105,3 @@ def hub(
     wanted = "".join(f" {file}" for file in files)
     command = f"hf download {repository}{wanted} --local-dir weights/{folder}"
     return Weights(folder, size, license_name, command, repository, needs, also)
-
-
-def lpips_heads(backbone: str) -> Weights:
-    """The linear heads, which the lpips package carries."""
-    return Weights(
-        f"lpips/heads-{backbone}.pth",
-        "6 to 7 KB",
-        "BSD-2-Clause",
-        f"copy weights/v0.1/{backbone}.pth of the lpips package to "
-        f"weights/lpips/heads-{backbone}.pth",
-    )
-
-
-CLIP_L14 = hub(
-    "clip-vit-large-patch14",
-    "openai/clip-vit-large-patch14",
-    "1.7 GB",
-    "MIT",
-    "model.safetensors",
-    "config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    needs=("model.safetensors", "config.json", "tokenizer.json"),
-)
-CLIP_H14_TOKENIZER = replace(
-    hub(
-        "clip-vit-h-14-tokenizer",
-        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        "4 MB",
-        "MIT",
-        "tokenizer.json",
-        needs=("tokenizer.json",),
-    ),
-    holds_network=False,
-)
-QWEN2_VL_TEXTS = replace(
-    hub(
-        "qwen2-vl-7b-texts",
-        "Qwen/Qwen2-VL-7B-Instruct",
-        "7 MB",
-        "Apache-2.0",
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        needs=("config.json", "tokenizer.json"),
-    ),
-    holds_network=False,
-)
-"""Configuration and tokenizer alone."""
-HPSV3 = hub(
-    "hpsv3",
-    "MizzenAI/HPSv3",
-    "about 17 GB",
-    "code MIT; weights: see their model card",
-    "HPSv3.safetensors",
-    needs=("HPSv3.safetensors",),
-    also=(QWEN2_VL_TEXTS,),
-)
-INCEPTION = Weights(
-    path="inception/pt_inception-2015-12-05-6726825d.pth",
-    size="91 MiB",
-    license="Apache-2.0",
-    command="copy pt_inception-2015-12-05-6726825d.pth (release fid_weights of the pytorch-fid "
-    "project) to weights/inception/",
-)

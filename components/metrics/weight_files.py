@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from components.files.weight_folders import WeightsMissing, file_digest, folder_digest
 from components.files.whole_files import write_text
-from components.metrics.cards import MetricCard
+from components.metrics.metric_card import MetricCard
 from components.metrics.metric_weights import Weights, place_of
 
 RECORD = "digests.json"

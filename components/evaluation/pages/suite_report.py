@@ -45,7 +45,8 @@ from components.evaluation.pages.suite_pictures import (
 from components.evaluation.statistics.comparison import Comparison, Refusal, compare_systems
 from components.evaluation.statistics.worst_cases import WorstCase, by_rank, worst_cases
 from components.evaluation.viewer import Viewer
-from components.metrics.cards import CARDS, MetricCard, card, status
+from components.metrics.cards import CARDS, card, status
+from components.metrics.metric_card import MetricCard
 from components.metrics.published import TABLES_OF_SUITE
 
 REFERENCE = "reference"

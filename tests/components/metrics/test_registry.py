@@ -12,8 +12,9 @@ from PIL import Image
 from components.evaluation.measuring.reconstruction import fidelity_metrics
 from components.metrics.cards import CARDS
 from components.metrics.metric import ImageMetric, Picture
+from components.metrics.metric_card import MetricFamily
 from components.metrics.native.texture import texture_metrics
-from components.metrics.registry import has_scorer, open_metric
+from components.metrics.registry import METRICS, open_metric
 
 
 def _picture(folder: Path, seed: int, reference: Path | None = None) -> tuple[np.ndarray, Picture]:
@@ -53,8 +54,15 @@ def test_a_pair_metric_without_a_reference_names_the_picture(tmp_path: Path) -> 
         metric.measure(rgb, picture)
 
 
-def test_every_weight_free_card_has_a_scorer() -> None:
-    assert [c.id for c in CARDS if c.weights is None and not has_scorer(c.id)] == []
+@pytest.mark.parametrize("metric_id", [c.id for c in CARDS if c.weights is None])
+def test_every_weight_free_card_opens(metric_id: str, tmp_path: Path) -> None:
+    assert metric_id in open_metric(metric_id, tmp_path).ids
+
+
+@pytest.mark.parametrize("family", METRICS, ids=lambda family: family.cards[0].id)
+def test_a_family_needs_one_thing(family: MetricFamily) -> None:
+    assert len({card.needs for card in family.cards}) == 1
+    assert all(card.weights == family.cards[0].weights for card in family.cards)
 
 
 def test_an_unknown_metric_is_refused(tmp_path: Path) -> None:

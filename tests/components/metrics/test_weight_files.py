@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from components.files.weight_folders import WeightsMissing
 from components.metrics.cards import CARDS, card
 from components.metrics.metric_weights import Weights
-from components.metrics.registry import has_scorer, open_metric
+from components.metrics.registry import open_metric
 from components.metrics.weight_files import find, trusted_digest, trusted_files, verify
 from flows.commands.model.weights import app
 
@@ -91,11 +91,11 @@ def test_missing_weights_are_reported_without_heavy_imports(tmp_path: Path) -> N
 import sys
 from pathlib import Path
 from components.metrics.cards import CARDS
-from components.metrics.registry import has_scorer, open_metric
+from components.metrics.registry import open_metric
 from components.files.weight_folders import WeightsMissing
 missing = 0
 for card in CARDS:
-    if card.weights is not None and has_scorer(card.id):
+    if card.weights is not None:
         try:
             open_metric(card.id, Path({str(tmp_path)!r}))
         except WeightsMissing:
@@ -104,7 +104,7 @@ heavy = {{"torch", "transformers", "pyiqa", "scipy", "numba"}} & set(sys.modules
 print(missing, sorted(heavy))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    wanted = sum(c.weights is not None and has_scorer(c.id) for c in CARDS)
+    wanted = sum(c.weights is not None for c in CARDS)
     assert done.stdout.strip() == f"{wanted} []"
 
 

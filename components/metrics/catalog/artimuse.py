@@ -1,0 +1,43 @@
+"""ArtiMuse, by a scorer process that runs beside this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from components.metrics.metric import Metric
+from components.metrics.metric_card import MetricCard, MetricFamily
+from components.metrics.metric_weights import Weights
+
+
+def _artimuse(files: tuple[Path, ...], digest: str, device: str) -> Metric:
+    from components.metrics.networks.corpus_scorers import ArtiMuseMetric, artimuse_url
+
+    url = artimuse_url()
+    from components.corpus.quality.scorer_protocol import ScorerClient
+
+    return ArtiMuseMetric(ScorerClient(url))
+
+
+ARTIMUSE = MetricFamily(
+    cards=(
+        MetricCard(
+            "artimuse",
+            "ArtiMuse",
+            "higher",
+            "0 to 100",
+            "448 px, squashed",
+            "artimuse/v1",
+            "image",
+            note="Pins an old transformers release, so it runs as a process of its own, whose "
+            "address stands in ULTRAFLUX_ARTIMUSE_URL; gets the picture as JPEG (95, 4:4:4).",
+            weights=Weights(
+                "artimuse",
+                "about 17 GB",
+                "see its model card",
+                "copy the released ArtiMuse checkpoint folder to weights/artimuse/",
+            ),
+        ),
+    ),
+    opener=_artimuse,
+    reads_weights=False,
+)

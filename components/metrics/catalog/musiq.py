@@ -1,0 +1,39 @@
+"""MUSIQ: quality from native patches at three scales."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from components.metrics.metric import Metric
+from components.metrics.metric_card import MetricCard, MetricFamily
+from components.metrics.metric_weights import Weights
+
+
+def _musiq(files: tuple[Path, ...], digest: str, device: str) -> Metric:
+    (file,) = files
+    from components.metrics.networks.corpus_scorers import open_musiq
+
+    return open_musiq(file, digest, device)
+
+
+MUSIQ = MetricFamily(
+    cards=(
+        MetricCard(
+            "musiq",
+            "MUSIQ",
+            "higher",
+            "0 to 100",
+            "native pixels and two smaller scales",
+            "musiq/koniq/v1",
+            "image",
+            note="All native 32 px patches, and copies with longer edges of 384 and 224 px.",
+            weights=Weights(
+                "musiq/musiq_koniq_ckpt-e95806b9.pth",
+                "about 100 MiB",
+                "Apache-2.0",
+                "copy musiq_koniq_ckpt-e95806b9.pth (pyiqa's weight release) to weights/musiq/",
+            ),
+        ),
+    ),
+    opener=_musiq,
+)

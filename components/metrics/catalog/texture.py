@@ -1,0 +1,134 @@
+"""Weight-free numbers of one picture: detail, entropy, flat area, sharpness, colourfulness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from components.metrics.metric import FunctionMetric, Metric
+from components.metrics.metric_card import NATIVE, MetricCard, MetricFamily
+
+
+def _glcm(files: tuple[Path, ...], digest: str, device: str) -> Metric:
+    from components.metrics.native.native_metrics import glcm_metrics
+
+    return FunctionMetric(("glcm_score", "glcm_entropy_bits"), of_picture=glcm_metrics)
+
+
+def _compression(files: tuple[Path, ...], digest: str, device: str) -> Metric:
+    from components.signals.compression import jpeg95_ratio
+
+    return FunctionMetric(
+        ("compression_ratio",), of_picture=lambda rgb: {"compression_ratio": jpeg95_ratio([rgb])}
+    )
+
+
+def _texture(files: tuple[Path, ...], digest: str, device: str) -> Metric:
+    from components.metrics.native.native_metrics import fused_metrics
+
+    return FunctionMetric(("entropy_bits", "flat_fraction"), of_picture=fused_metrics)
+
+
+def _appearance(files: tuple[Path, ...], digest: str, device: str) -> Metric:
+    from components.metrics.native.native_metrics import appearance_metrics
+
+    return FunctionMetric(("laplacian_variance", "colourfulness"), of_picture=appearance_metrics)
+
+
+GLCM = MetricFamily(
+    cards=(
+        MetricCard(
+            "glcm_score",
+            "GLCM score",
+            "higher",
+            "1",
+            "native pixels of the top-left square",
+            "glcm/diffusion4k/v1",
+            "image",
+            note="Diffusion-4K's released code; the entropy of the distinct values of the whole "
+            "matrix, which is not the textbook GLCM entropy.",
+        ),
+        MetricCard(
+            "glcm_entropy_bits",
+            "GLCM entropy",
+            "higher",
+            "bit",
+            "native pixels of the top-left square",
+            "glcm-entropy/haralick64/v1",
+            "image",
+            note="-sum p log2 p of the co-occurrence probabilities (Haralick 1973), mean over 16 "
+            "matrices and all 64 px patches; 0 to 12.",
+        ),
+    ),
+    opener=_glcm,
+)
+
+COMPRESSION = MetricFamily(
+    cards=(
+        MetricCard(
+            "compression_ratio",
+            "Compression ratio",
+            "lower",
+            "1",
+            NATIVE,
+            "jpeg95-420/v1",
+            "image",
+            note="Raw bytes over JPEG bytes (quality 95, 4:2:0); for a set, sum over sum. "
+            "Lower means more detail, and noise counts as detail.",
+            decimals=2,
+        ),
+    ),
+    opener=_compression,
+)
+
+TEXTURE = MetricFamily(
+    cards=(
+        MetricCard(
+            "entropy_bits",
+            "Entropy",
+            "higher",
+            "bit",
+            NATIVE,
+            "entropy/gray256/v1",
+            "image",
+        ),
+        MetricCard(
+            "flat_fraction",
+            "Flat fraction",
+            "lower",
+            "1",
+            "native pixels in 240 px patches",
+            "flat/sobel-var800/v1",
+            "image",
+            note="Not measurable where the image holds no full 240 px patch.",
+        ),
+    ),
+    opener=_texture,
+)
+
+APPEARANCE = MetricFamily(
+    cards=(
+        MetricCard(
+            "laplacian_variance",
+            "Sharpness",
+            "higher",
+            "grey level²",
+            NATIVE,
+            "laplacian4/gray8/v1",
+            "image",
+            note="Variance of the 4-neighbour Laplacian; noise counts as sharpness.",
+            decimals=1,
+        ),
+        MetricCard(
+            "colourfulness",
+            "Colourfulness",
+            "neither",
+            "1",
+            NATIVE,
+            "hasler-suesstrunk/v1",
+            "image",
+            note="Hasler and Süsstrunk 2003.",
+            decimals=2,
+        ),
+    ),
+    opener=_appearance,
+)
