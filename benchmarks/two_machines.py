@@ -1,11 +1,12 @@
-"""The pipeline over two worker clones, one killed in the middle, against one clone: same bytes?
+"""The pipeline over two clones with Prefect workers, one stage killed: the bytes of one clone?
 
     python benchmarks/two_machines.py [--remote folder|s3] [--folder KEEP]
 
 Prints the transcript of docs/two_machines.md: three clones of HEAD (six of the bundled photographs,
-few steps), a shared DVC remote (a folder, or an S3 server on the loopback), `kill -9` of the worker
-that trains the autoencoder, then the comparison with an undisturbed run in a fourth clone. Ends
-with an error where anything differs.
+few steps), a Prefect server beside the pipeline's, a worker per pool in each of the other two, a
+shared DVC remote (a folder, or an S3 server on the loopback), `kill -9` of the flow run that trains
+the autoencoder, then the comparison with an undisturbed run in a fourth clone. Ends with an error
+where anything differs.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ import psutil
 import yaml
 from small_project import LONG_ENOUGH_TO_KILL, PHOTOS, change_settings, keep_photos
 
+from flows.services.servers import free_port
+from flows.services.workers import stop_workers
+
 ROOT = Path(__file__).resolve().parents[1]
 VICTIM_STAGE = "vae"
+WORKERS = ("worker-a", "worker-b")
 AWS = {
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
@@ -87,9 +92,7 @@ def make_origin(folder: Path) -> None:
 @contextmanager
 def s3_server(folder: Path, env: dict[str, str]) -> Iterator[str]:
     """Address of an S3 server with a bucket `ultraflux`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with (folder / "s3.log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
@@ -120,8 +123,8 @@ def s3_server(folder: Path, env: dict[str, str]) -> Iterator[str]:
         server.wait()
 
 
-def training_worker(transcript: Transcript, folder: Path) -> psutil.Process | None:
-    """The worker process in the stage that is to be killed, once a checkpoint is on the remote."""
+def training_run(transcript: Transcript, folder: Path) -> tuple[str, psutil.Process] | None:
+    """Clone and process of the flow run to be killed, once its checkpoint is on the remote."""
     for pointer in folder.glob(f"worker-*/runs/{VICTIM_STAGE}/*/checkpoints/latest"):
         clone = pointer.parents[4]
         kept = subprocess.run(
@@ -137,18 +140,39 @@ def training_worker(transcript: Transcript, folder: Path) -> psutil.Process | No
         for process in psutil.process_iter(["cmdline"]):
             try:
                 command = process.info["cmdline"] or []
-                if process.cwd() == str(clone) and command[1:3] == ["-m", "flows.cli"]:
-                    return process
+                if command[-3:] != ["stage", "run", VICTIM_STAGE] or process.cwd() != str(clone):
+                    continue
+                for above in process.parents():
+                    if "prefect.engine" in " ".join(above.cmdline()):
+                        return clone.name, above
             except psutil.Error:
                 continue
     return None
 
 
+@contextmanager
+def servers_and_workers(transcript: Transcript, folder: Path) -> Iterator[None]:
+    """A server beside the pipeline's clone, and workers in the others that take a stage at a time.
+
+    On machines of their own the workers end with `ultraflux down` there; here that would take the
+    server of this machine for theirs, so their processes are ended.
+    """
+    ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
+    transcript.env["PREFECT_API_URL"] = f"http://127.0.0.1:{ports[1]}/api"
+    try:
+        transcript.run("pipeline", "ultraflux", "up", *ports, quiet=True)
+        for name in WORKERS:
+            transcript.run(name, "ultraflux", "deploy", "--workers", "--limit", "1", quiet=True)
+        yield
+    finally:
+        for name in WORKERS:
+            stop_workers(folder / name)
+        transcript.run("pipeline", "ultraflux", "down", quiet=True)
+
+
 def run_and_kill(transcript: Transcript, folder: Path) -> None:
-    """The pipeline over both workers; the one that trains dies once."""
-    command = ["ultraflux", "run", "--engine", "remote"]
-    for name in ("worker-a", "worker-b"):
-        command += ["--worker", f"../{name}"]
+    """The pipeline over both workers; the flow run that trains the autoencoder dies once."""
+    command = ["ultraflux", "run", "--engine", "pools", "--remote-data"]
     transcript.typed("pipeline", *command)
     run = subprocess.Popen(
         command,
@@ -167,14 +191,14 @@ def run_and_kill(transcript: Transcript, folder: Path) -> None:
             transcript.line(line.rstrip())
         if ended:
             break
-        if not killed and (victim := training_worker(transcript, folder)) is not None:
-            clone = Path(victim.cwd()).name
-            transcript.typed(clone, "kill", "-9", f"{victim.pid}   # trains the autoencoder")
-            victim.kill()
+        if not killed and (victim := training_run(transcript, folder)) is not None:
+            clone, process = victim
+            transcript.typed(clone, "kill", "-9", f"{process.pid}   # trains the autoencoder")
+            process.kill()
             killed = True
         time.sleep(0.1)
     if run.returncode or not killed:
-        sys.exit(f"the run ended with {run.returncode}; a worker was killed: {killed}")
+        sys.exit(f"the run ended with {run.returncode}; a stage was killed: {killed}")
 
 
 def outputs(clone: Path) -> dict[str, str]:
@@ -197,7 +221,8 @@ def differing_files(one: Path, two: Path) -> list[str]:
 
 def compare(transcript: Transcript, folder: Path, remote_seconds: float) -> None:
     """The same settings in one clone, undisturbed."""
-    env = {key: value for key, value in transcript.env.items() if key != "ULTRAFLUX_DVC_REMOTE"}
+    shared = {"ULTRAFLUX_DVC_REMOTE", "PREFECT_API_URL"}
+    env = {key: value for key, value in transcript.env.items() if key not in shared}
     single = Transcript(folder, env)
     started = time.monotonic()
     single.run("single", "ultraflux", "run", quiet=True)
@@ -208,7 +233,7 @@ def compare(transcript: Transcript, folder: Path, remote_seconds: float) -> None
         sys.exit(f"different bytes: {', '.join(different)}")
     count = len(outputs(folder / "single"))
     transcript.line(
-        f"# {count} outputs, every file the same bytes; two workers and one kill "
+        f"# {count} outputs, every file the same bytes; two clones and one kill "
         f"{remote_seconds:.0f} s, one clone {seconds:.0f} s (all on one machine)"
     )
 
@@ -220,7 +245,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="work here and keep it (default: temporary)")
     options = parser.parse_args()
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    left_out = {"PYTHONDONTWRITEBYTECODE", "ULTRAFLUX_DVC_REMOTE", "MLFLOW_TRACKING_URI"}
+    left_out = {"PYTHONDONTWRITEBYTECODE", "ULTRAFLUX_DVC_REMOTE"}
+    left_out |= {"MLFLOW_TRACKING_URI", "PREFECT_API_URL"}
     env = {k: v for k, v in os.environ.items() if k not in left_out} | {"PATH": programs}
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
@@ -245,14 +271,15 @@ def main() -> None:
 
 def walk(transcript: Transcript, folder: Path) -> None:
     """Everything between set-up and tear-down."""
-    for name in ("pipeline", "worker-a", "worker-b", "single"):
+    for name in ("pipeline", *WORKERS, "single"):
         subprocess.run(["git", "clone", "-q", "origin", name], cwd=folder, check=True)
     for name in ("ULTRAFLUX_DVC_REMOTE", "AWS_ENDPOINT_URL"):
         if name in transcript.env:
             transcript.typed("*", "export", f"{name}={transcript.env[name]}")
-    started = time.monotonic()
-    run_and_kill(transcript, folder)
-    seconds = time.monotonic() - started
+    with servers_and_workers(transcript, folder):
+        started = time.monotonic()
+        run_and_kill(transcript, folder)
+        seconds = time.monotonic() - started
     transcript.run("pipeline", "dvc", "pull", "-q")
     transcript.run("pipeline", "dvc", "status")
     compare(transcript, folder, seconds)

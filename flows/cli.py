@@ -75,14 +75,9 @@ def run(
         str,
         typer.Option(
             help="local: no server. prefect: the same graph as a Prefect flow. pools: each stage "
-            "on a worker (see [bold]ultraflux deploy[/]). remote: stages run in the clones that "
-            "--worker names."
+            "on a worker (see [bold]ultraflux deploy[/])."
         ),
     ] = "local",
-    worker: Annotated[
-        list[Path] | None,
-        typer.Option(help="A clone at the same commit; give it once per worker."),
-    ] = None,
     remote_data: Annotated[
         bool,
         typer.Option(
@@ -100,10 +95,8 @@ def run(
     ] = None,
 ) -> None:
     """Bring the whole pipeline up to date; what has not changed is skipped."""
-    if engine not in {"local", "prefect", "pools", "remote"}:
-        raise fail(f"--engine {engine}: choose local, prefect, pools or remote")
-    if worker and engine != "remote":
-        raise fail("--worker: give --engine remote with it")
+    if engine not in {"local", "prefect", "pools"}:
+        raise fail(f"--engine {engine}: choose local, prefect or pools")
     if remote_data and engine != "pools":
         raise fail("--remote-data: give --engine pools with it")
     from components.settings.schema import SettingsError
@@ -117,7 +110,6 @@ def run(
             root,
             engine=engine,  # type: ignore[arg-type]
             force=force,
-            workers=worker or (),
             until=until,
             cpus=cpus,
             remote_data=remote_data,
@@ -132,7 +124,7 @@ def run(
     print(f"\nPipeline up to date in {summary.seconds:.0f} s.")
     if until is None:
         print(f"Report:  {root / 'data' / 'evaluate' / 'report.html'}")
-    if engine == "remote" or remote_data:
+    if remote_data:
         print("Here are metrics, plots and what the runs log; `dvc pull` brings the rest.")
     print("MLflow and Prefect UIs:  make services  (or: ultraflux up)")
 

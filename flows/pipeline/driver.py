@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from flows.records.records import (
 )
 from flows.remote.data_remote import RemoteFailed, configure
 from flows.remote.lock_entries import stale_without_data
-from flows.remote.remote_runner import RemoteRunner, checked_workers, send_present_results
+from flows.remote.remote_requests import send_present_results
 from flows.remote.remote_stage import code_commit
 from flows.remote.stage_messages import WorkerRefused
 from flows.running.clone_lock import clone_lock
@@ -44,7 +44,7 @@ from flows.tracking.uploader import UploaderProcess
 from flows.versioning import graph as versioning
 from flows.versioning.parameters import flatten
 
-Engine = Literal["local", "prefect", "pools", "remote"]
+Engine = Literal["local", "prefect", "pools"]
 CHANGES_FILE = "changes.diff"
 """In a pipeline's record: tracked changes beyond its commit."""
 
@@ -116,7 +116,6 @@ def run_pipeline(
     *,
     engine: Engine,
     force: bool = False,
-    workers: Sequence[Path] = (),
     until: str | None = None,
     cpus: int | None = None,
     remote_data: bool = False,
@@ -126,10 +125,8 @@ def run_pipeline(
     Args:
         root: repository root.
         engine: "local" needs no server; "prefect" runs the same graph as a Prefect flow; "pools"
-            sends each stage to the work pool that dvc.yaml names; "remote" sends stages to other
-            clones.
+            sends each stage to the work pool that dvc.yaml names.
         force: run stages even when nothing changed.
-        workers: those clones.
         until: last stage: it and what it needs; None: all.
         cpus: cores of this machine to hand out (engines local and prefect; None: all).
         remote_data: engine pools: workers have clones of their own, data goes over the DVC remote.
@@ -145,14 +142,13 @@ def run_pipeline(
             held = stack.enter_context(clone_lock(root, print))
         except KeyboardInterrupt:
             return PipelineSummary({}, 0.0, interrupted=True)
-        return _run_pipeline(root, engine, force, workers, held, until, cpus, remote_data)
+        return _run_pipeline(root, engine, force, held, until, cpus, remote_data)
 
 
 def _run_pipeline(
     root: Path,
     engine: Engine,
     force: bool,
-    workers: Sequence[Path],
     held: int,
     until: str | None,
     cpus: int | None,
@@ -163,28 +159,15 @@ def _run_pipeline(
     settings = load_settings(root / "params.yaml")
     environment.prepare(offline=settings.runtime.offline)
     graph = versioning.stages_until(root, until)
-    if engine == "remote" or remote_data:
-        workers, stale = _prepare_workers(
-            root, graph, None if remote_data else workers, force=force
-        )
+    if remote_data:
+        stale = _stale_here_or_elsewhere(root, graph, force=force)
     else:
         stale = versioning.stale_stages(root, graph)
     record = open_record(root, _description(root, engine))
     kept = _keep_sources(root, record)
     uploader = UploaderProcess(root)
     runner: StageExecutor
-    if engine == "remote":
-        runner = RemoteRunner(
-            root,
-            graph,
-            parent_record=record.record_id,
-            stale=stale,
-            workers=workers,
-            say=print,
-            force=force,
-            held=(held,),
-        )
-    elif remote_data:
+    if remote_data:
         remote_pool_runner = importlib.import_module("flows.pools.remote_pool_runner")
         runner = remote_pool_runner.RemotePoolRunner(
             root, graph, parent_record=record.record_id, stale=stale, say=print, force=force
@@ -244,28 +227,20 @@ def _run_pipeline(
     return summary
 
 
-def _prepare_workers(
-    root: Path,
-    graph: dict[str, versioning.StageNode],
-    folders: Sequence[Path] | None,
-    *,
-    force: bool,
-) -> tuple[list[Path], dict[str, str]]:
-    """Checked worker clones, and what is stale on a clone that need not have the data.
-
-    Folders are None where Prefect knows the workers: each of them checks its own clone.
-    """
+def _stale_here_or_elsewhere(
+    root: Path, graph: dict[str, versioning.StageNode], *, force: bool
+) -> dict[str, str]:
+    """What is stale on a clone that need not have the data; sends what workers may need of it."""
     try:
-        if folders is None:
-            code_commit(root)
-        workers = [] if folders is None else checked_workers(root, folders)
+        # Each worker checks its own clone against this commit: without one nothing can be asked.
+        code_commit(root)
         configure(root)
         stale = stale_without_data(root, graph)
         if stale or force:
             send_present_results(root, stale)
     except (WorkerRefused, RemoteFailed) as problem:
         raise PipelineRefused(str(problem)) from None
-    return workers, stale
+    return stale
 
 
 def _run(engine: Engine, runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:

@@ -1,8 +1,8 @@
 """The pipeline's clone towards workers in others: what it asks them, what a reply changes in it.
 
-Whoever carries the messages (`flows.remote.remote_runner` its own processes,
-`flows.pools.remote_pool_runner` Prefect), dvc.lock changes when a whole reply is here and its
-hashes fit, and not before.
+Whoever carries the messages (`flows.pools.remote_pool_runner`: Prefect), dvc.lock changes when a
+whole reply is here and its hashes fit, and not before. A worker that dies in the middle therefore
+loses nothing but time: the results are the same bytes, wherever a stage runs.
 """
 
 from __future__ import annotations
@@ -145,3 +145,23 @@ class PipelineClone:
                 result: dict[str, Any] = json.loads(base64.b64decode(data))
                 shown += [*result["artifacts"], *result["datasets"].values()]
         return data_remote.tracked(self.root, dict.fromkeys(shown))
+
+
+def send_present_results(root: Path, stale: Mapping[str, str]) -> None:
+    """Push what this clone has of up-to-date stages, so that workers find their inputs.
+
+    Args:
+        root: the pipeline's clone.
+        stale: stages that will be made anew, whose old outputs nobody reads.
+
+    Raises:
+        RemoteFailed: the remote does not answer.
+    """
+    done = [name for name in versioning.read_lock(root) if name not in stale]
+    with versioning.open_repo(root) as repo:
+        present = []
+        for name in done:
+            stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
+            # A clone that has never seen the data has nothing to send: it is on the remote already.
+            present += [str(out.def_path) for out in stage.outs if not out.changed_cache()]
+    data_remote.push(root, present)

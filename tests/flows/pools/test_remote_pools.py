@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from flows.pools.remote_pool_runner import MOST_LOSSES
 from flows.remote import data_remote
 from flows.services import servers as services
 
@@ -226,6 +227,26 @@ def test_a_killed_flow_run_goes_to_the_pool_again_with_the_pipelines_settings(si
     same_as_single(site)
 
 
+def test_a_stage_that_every_worker_loses_fails_and_says_so(site: Site) -> None:
+    site.reseed(78)
+    site.hang(on=True)
+    pipeline = site.start()
+    retries = yaml.safe_load((site.pipeline / "dvc.yaml").read_text())["stages"]["copy1"]["meta"][
+        "retries"
+    ]
+    for _ in range(MOST_LOSSES * (1 + retries)):
+        _, engine = wait_for(lambda: stage_process(site.workers), pipeline)
+        engine.kill()
+        engine.wait(30)
+    output, _ = pipeline.communicate(timeout=TIMEOUT_S)
+    assert pipeline.returncode == 1, output
+    assert output.strip().splitlines()[-1].startswith("error: copy1: lost with its worker")
+    site.hang(on=False)
+    site.ultraflux(site.pipeline, "run", "--engine", "pools", "--remote-data")
+    site.ultraflux(site.single, "run")
+    same_as_single(site)
+
+
 @pytest.mark.parametrize(("cancelled", "seed"), [("pipeline", 81), ("stage", 82)])
 def test_what_is_cancelled_in_the_ui_ends_on_the_other_machine_and_a_rerun_has_the_same_bytes(
     site: Site, cancelled: str, seed: int
@@ -309,7 +330,7 @@ def test_credentials_stay_in_the_environment(site: Site) -> None:
 
 
 def test_a_worker_whose_clone_was_edited_refuses_with_one_line(site: Site) -> None:
-    site.reseed(78)
+    site.reseed(79)
     for clone in site.workers:
         (clone / "source-edited").touch()
     done = site.attempt(site.pipeline, "run", "--engine", "pools", "--remote-data")
