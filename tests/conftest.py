@@ -139,3 +139,15 @@ def small_clone(clone: Callable[..., Path]) -> Callable[..., Path]:
         return clone(name, small_project.SETTINGS | (changes or {}), small_project.PHOTOS)
 
     return make
+
+
+@pytest.fixture
+def training_environment_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training in this process sets variables for DeepSpeed; take them back afterwards."""
+    from components.training.distributed.ranks import training_environment
+
+    for name in (*training_environment("cpu"), "LOCAL_RANK"):
+        if name not in os.environ:
+            # Registers the name for removal, whatever the test sets it to.
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)

@@ -8,4 +8,4 @@ from flows.stages.dit import run_dit
 
 def run(context: StageContext) -> StageResult:
     """Train on `data/slices/stage1.parquet`; see `flows.stages.dit.run_dit`."""
-    return run_dit(context, context.settings.dit_stage1, context.input("slices", "stage1.parquet"))
+    return run_dit(context, "stage1.parquet")

@@ -8,4 +8,10 @@ from flows.stages.dit import run_dit
 
 def run(context: StageContext) -> StageResult:
     """Train on `data/slices/stage2.parquet`, from stage 1's weights; see `run_dit`."""
-    return run_dit(context, context.settings.dit_stage2, context.input("slices", "stage2.parquet"))
+    start = context.settings.dit_stage2.initial_weights
+    before = (
+        None
+        if start == "pretrained"
+        else context.input("dit_stage1", start.removeprefix("stage1_"))
+    )
+    return run_dit(context, "stage2.parquet", before)

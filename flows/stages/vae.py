@@ -5,26 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from components.corpus.manifest import read_table
 from components.files.weight_folders import WeightsMissing, folder_digest
 from components.images.decoding import ImageUndecodable
-from components.images.original_lookup import Original, OriginalLookup
 from components.training.distributed.supervision import TrainingRefused
 from components.training.vae.crops import PhotographTooSmall
+from components.training.vae.job import slices_job
 from components.training.vae.trainer import LossNotFinite
-from components.training.vae.worker import VaeJob, run_job
+from components.training.vae.worker import run_job
 from flows.stages.contract import StageContext, StageFailed, StageResult
-
-
-def _photographs(context: StageContext, lookup: OriginalLookup, name: str) -> tuple[Original, ...]:
-    """The images of one slice, ordered by id (the order decides which crop a number means)."""
-    table = read_table(context.input("slices", f"{name}.parquet"))
-    if table.empty:
-        raise StageFailed(
-            f"vae: data/slices/{name}.parquet is empty; relax the rules in `select` or add photos"
-        )
-    rows = table.drop_duplicates("image_id").sort_values("image_id")
-    return tuple(lookup.find_all(rows))
 
 
 def run(context: StageContext) -> StageResult:
@@ -33,26 +21,18 @@ def run(context: StageContext) -> StageResult:
     Raises:
         StageFailed: training diverged, weights or originals are missing, or a slice is empty.
     """
-    settings = context.settings
     try:
-        lookup = OriginalLookup(context.root)
-        training = _photographs(context, lookup, "vae")
-        held_out = _photographs(context, lookup, "eval")
+        job = slices_job(
+            context.settings,
+            root=context.root,
+            training=context.input("slices", "vae.parquet"),
+            held_out=context.input("slices", "eval.parquet"),
+            state_dir=context.state_dir,
+            export_dir=context.output_dir,
+            metrics=context.metrics.path,
+        )
     except ValueError as problem:
         raise StageFailed(f"vae: {problem}") from None
-    job = VaeJob(
-        settings=settings.vae,
-        autoencoder=settings.models.autoencoder,
-        runtime=settings.runtime,
-        seed=settings.project.seed,
-        root=context.root,
-        photographs=training,
-        held_out=held_out,
-        state_dir=context.state_dir,
-        max_megapixels=settings.ingest.max_megapixels,
-        export_dir=context.output_dir,
-        metrics=context.metrics.path,
-    )
     try:
         run_job(job)
     except (
@@ -63,7 +43,7 @@ def run(context: StageContext) -> StageResult:
         WeightsMissing,
     ) as problem:
         raise StageFailed(f"vae: {problem}") from problem
-    return _describe(context.output_dir, settings.vae.steps)
+    return _describe(context.output_dir, context.settings.vae.steps)
 
 
 def _describe(folder: Path, steps: int) -> StageResult:

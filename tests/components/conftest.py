@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -246,15 +245,3 @@ def tiny_backbone() -> Callable[..., Any]:
 
     builders = {"flux": flux, "sd3": sd3}
     return lambda backbone, **sizes: builders[backbone](**sizes)
-
-
-@pytest.fixture
-def training_environment_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training in this process sets variables for DeepSpeed; take them back afterwards."""
-    from components.training.distributed.ranks import training_environment
-
-    for name in (*training_environment("cpu"), "LOCAL_RANK"):
-        if name not in os.environ:
-            # Registers the name for removal, whatever the test sets it to.
-            monkeypatch.setenv(name, "")
-            monkeypatch.delenv(name)

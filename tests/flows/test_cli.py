@@ -168,17 +168,17 @@ def test_missing_weights_name_the_folder_and_the_command_that_gets_them(
     from components.files.weight_folders import WeightsMissing
     from components.models.loading.base_autoencoder import load_base_autoencoder
     from components.settings.schema import parse_settings
-    from components.telemetry.metric_log import MetricLog
-    from flows.stages.contract import StageContext
-    from flows.stages.dit import initial_weights
+    from components.training.dit.job import initial_weights
 
     values = yaml.safe_load((root / "params.yaml").read_text())
     values["models"][section]["pretrained"] = f"weights/FLUX.1-dev/{section}"
     settings = parse_settings(values)
-    context = StageContext(stage, settings, tmp_path, tmp_path, MetricLog(tmp_path / "m.jsonl"))
+    transformer = settings.models.transformer
     load: dict[str, Callable[[], object]] = {
         "vae": lambda: load_base_autoencoder(settings.models.autoencoder, 0, tmp_path),
-        "dit_stage1": lambda: initial_weights(context, settings.dit_stage1),
+        "dit_stage1": lambda: initial_weights(
+            stage, settings.dit_stage1, transformer, tmp_path, None
+        ),
     }
     with pytest.raises(WeightsMissing) as caught:
         load[stage]()

@@ -1,4 +1,4 @@
-"""What a DiT training run leaves to look at: tables, headline numbers and a figure.
+"""What a DiT training run leaves to look at: tables, headline numbers, digests and a figure.
 
 Everything is derived from the metric log; durations in it are left out, so the files depend on
 inputs and settings only.
@@ -6,14 +6,23 @@ inputs and settings only.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from components.files.whole_files import whole_file
+from components.files.weight_folders import folder_digest
+from components.files.whole_files import whole_file, write_text
+from components.telemetry.metric_log import MetricLog
+from components.training.distributed.supervision import RankFailure, restarts
+from components.training.dit.job import WEIGHTS_NAMES, DitJob
+from components.training.dit.throughput import WAIT_WARNING
 from components.training.dit.validation import LEVELS, NOISE_LEVELS, ValidationLoss
+from components.training.stores.latent_store import LatentStore
+from components.training.stores.text_store import TextStore
 
 HISTORY_COLUMNS = ("loss", "grad_norm", "lr", *(f"loss_band_{band}" for band in range(LEVELS)))
 Rows = Iterable[Mapping[str, float]]
@@ -113,3 +122,47 @@ def draw_curves(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> 
     figure.suptitle(title)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
+
+
+@dataclass(frozen=True)
+class DitOutcome:
+    """What is worth saying about a finished run."""
+
+    metrics: dict[str, float]
+    """See `headline_metrics`."""
+    digests: dict[str, str]
+    """What the weights were trained on, and the weights themselves."""
+    data_waits: int
+    """How often waiting for data became too long."""
+    restarts: tuple[RankFailure, ...]
+    """Why the ranks had to start again, oldest first."""
+
+
+def write_outcome(job: DitJob) -> DitOutcome:
+    """Write tables, numbers and figure of a finished run beside its weights.
+
+    Files in `job.export_dir`: `history.csv`, `validation.csv`, `metrics.json`, `curves.png`.
+    """
+    # Lines of a longer run that this state was made by do not belong to the result.
+    rows = [row for row in MetricLog(job.metrics).rows() if row["step"] <= job.settings.steps]
+    out = job.export_dir
+    metrics = headline_metrics(rows, job.settings.sigma_range)
+    tables = {"history.csv": history_table(rows), "validation.csv": validation_table(rows)}
+    for name, table in tables.items():
+        write_text(out / name, table.to_csv(index=False, lineterminator="\n"))
+    draw_curves(rows, job.name, out / "curves.png")
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+    waits = sum(1 for row in rows if WAIT_WARNING in row)
+    return DitOutcome(metrics, _digests(job), waits, tuple(restarts(job.state_dir)))
+
+
+def _digests(job: DitJob) -> dict[str, str]:
+    """Identities by the names under which a run's lineage records them."""
+    found = {
+        "latents.digest": LatentStore(job.latents).digest,
+        "text_embeddings.digest": TextStore(job.texts).digest,
+        **{f"weights.{name}": folder_digest(job.export_dir / name) for name in WEIGHTS_NAMES},
+    }
+    if job.train_slice is not None:
+        found["train_slice.images"] = str(len(pd.read_parquet(job.train_slice)))
+    return found

@@ -1,23 +1,36 @@
-"""Everything that decides a training run of the DiT."""
+"""Everything that decides a training run of the DiT, and how settings come to such a job."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from components.files.weight_folders import require_class, resolve_folder
 from components.models.backbones import BACKBONES
 from components.settings.models import AutoencoderSettings, TransformerSettings
 from components.settings.objective import ObjectiveSettings
 from components.settings.runtime import RuntimeSettings
+from components.settings.schema import Settings
 from components.settings.training import DitStageSettings
 
 WEIGHTS_NAMES = ("raw", "ema")
+TRANSFORMER_COMMANDS = {
+    "flux": "hf download black-forest-labs/FLUX.1-dev --include 'transformer/*' "
+    "--local-dir weights/FLUX.1-dev",
+    "sd3": "hf download stabilityai/stable-diffusion-3-medium-diffusers --include 'transformer/*' "
+    "--local-dir weights/stable-diffusion-3-medium",
+}
 
 
 class TrainingDiverged(RuntimeError):
     """A loss or gradient is not finite; the message names the step and the saved batch."""
+
+
+class StartUnusable(ValueError):
+    """Training cannot start from the weights that the settings name; one line."""
 
 
 class DitJob(BaseModel):
@@ -56,3 +69,123 @@ def build_transformer(job: DitJob, widths: tuple[int, int], latent_channels: int
     if job.initial_weights is not None:
         return backbone.load(job.initial_weights, job.transformer)
     return backbone.build_tiny(job.transformer, widths, latent_channels, job.seed)
+
+
+def stage_job(
+    name: str,
+    settings: Settings,
+    *,
+    root: Path,
+    latents: Path,
+    texts: Path,
+    train_slice: Path | None,
+    before: Path | None,
+    state_dir: Path,
+    export_dir: Path,
+    metrics: Path,
+) -> DitJob:
+    """The job of one SACL stage.
+
+    Args:
+        name: `dit_stage1` or `dit_stage2`, the section of the settings.
+        settings: of the project.
+        root: where relative weight folders start.
+        latents: latent store.
+        texts: text store.
+        train_slice: see `DitJob`.
+        before: exported weights of the stage before; None: there is none, or they are not wanted.
+        state_dir: see `DitJob`.
+        export_dir: see `DitJob`.
+        metrics: see `DitJob`.
+
+    Raises:
+        WeightsMissing: the pretrained folder is not there; names the command that gets it.
+        StartUnusable: see `initial_weights`.
+    """
+    stage = {"dit_stage1": settings.dit_stage1, "dit_stage2": settings.dit_stage2}[name]
+    return DitJob(
+        name=name,
+        settings=stage,
+        objective=settings.objective,
+        transformer=settings.models.transformer,
+        runtime=settings.runtime,
+        seed=settings.project.seed,
+        latents=latents,
+        texts=texts,
+        train_slice=train_slice,
+        autoencoder=sample_autoencoder(name, stage, settings.models.autoencoder, root),
+        initial_weights=initial_weights(name, stage, settings.models.transformer, root, before),
+        state_dir=state_dir,
+        export_dir=export_dir,
+        metrics=metrics,
+    )
+
+
+def initial_weights(
+    name: str,
+    settings: DitStageSettings,
+    transformer: TransformerSettings,
+    root: Path,
+    before: Path | None,
+) -> Path | None:
+    """Folder of the weights that training starts from; None: the tiny random transformer.
+
+    Args:
+        name: of the stage.
+        settings: of the stage.
+        transformer: backbone, and where its released weights are.
+        root: where relative weight folders start.
+        before: exported weights of the stage before, if there is one.
+
+    Raises:
+        WeightsMissing: the pretrained folder is not there; names the command that gets it.
+        StartUnusable: the stage is told to start from one before it and there is none, or the
+            folder holds a transformer of another backbone.
+    """
+    if settings.initial_weights != "pretrained":
+        if before is None:
+            raise StartUnusable(
+                f"{name}.initial_weights = {settings.initial_weights}: stage 1 has no stage "
+                "before it; set it to pretrained"
+            )
+        return _of_backbone(before, transformer.backbone)
+    if transformer.pretrained is None:
+        return None
+    folder = resolve_folder(
+        root / transformer.pretrained,
+        f"{transformer.backbone} transformer",
+        TRANSFORMER_COMMANDS[transformer.backbone],
+    )
+    return _of_backbone(folder, transformer.backbone)
+
+
+def _of_backbone(folder: Path, backbone: str) -> Path:
+    """The folder, if it holds a transformer of the backbone."""
+    try:
+        require_class(folder, None, BACKBONES[backbone].folder_classes)
+    except ValueError as problem:
+        raise StartUnusable(
+            f"models.transformer.backbone is {backbone}: {problem}; set the backbone of these "
+            "weights, or other weights"
+        ) from None
+    return folder
+
+
+def sample_autoencoder(
+    name: str, settings: DitStageSettings, autoencoder: AutoencoderSettings, root: Path
+) -> AutoencoderSettings | None:
+    """The base autoencoder for sample grids (the trained one is made in parallel); None without.
+
+    Pictures are no reason to stop: where its folder is missing a line says so.
+    """
+    if settings.samples.every is None or autoencoder.pretrained is None:
+        return None if settings.samples.every is None else autoencoder
+    folder = root / autoencoder.pretrained
+    if not folder.is_dir():
+        print(
+            f"{name}: no sample grids: there is no autoencoder in "
+            f"{autoencoder.pretrained} (models.autoencoder.pretrained)",
+            file=sys.stderr,
+        )
+        return None
+    return autoencoder.model_copy(update={"pretrained": str(folder)})

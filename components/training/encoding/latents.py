@@ -30,7 +30,6 @@ from components.images.original_lookup import Original, OriginalLookup
 from components.images.pixel_range import to_model
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.loading.base_autoencoder import encoder_digest
-from components.objectives.haar import BAND_NAMES, haar
 from components.settings.training import LatentsSettings
 from components.telemetry.progress import track
 from components.training.stores.latent_store import LatentStore, LatentStoreWriter
@@ -271,18 +270,3 @@ def provenance(autoencoder: AutoencoderKLF16, digest: str, device: str) -> dict[
         "device": device,
         "software": {name: importlib.metadata.version(name) for name in packages},
     }
-
-
-def band_energy_shares(store: LatentStore) -> pd.DataFrame:
-    """Share of each Haar band in the energy of every latent.
-
-    Returns:
-        Columns image_id, split, bucket, ll, lh, hl, hh; shares in [0, 1] that sum to 1 a row.
-    """
-    rows = []
-    for row in store.index.itertuples(index=False):
-        energies = [float(b.double().square().sum()) for b in haar(store.read(str(row.image_id)))]
-        total = sum(energies) or 1.0
-        shares = {name: e / total for name, e in zip(BAND_NAMES, energies, strict=True)}
-        rows.append({"image_id": row.image_id, "split": row.split, "bucket": row.bucket, **shares})
-    return pd.DataFrame(rows, columns=["image_id", "split", "bucket", *BAND_NAMES])

@@ -66,36 +66,17 @@ def rebuild(
     ] = None,
 ) -> None:
     """Encode one shard of latents again; it is replaced only if every hash is the index's."""
-    import pandas as pd
-
-    from components.corpus.manifest import read_table
     from components.files.weight_folders import WeightsMissing
-    from components.models.loading.base_autoencoder import load_base_autoencoder
     from components.settings.schema import SettingsError, load_settings
-    from components.training.distributed.ranks import deterministic_torch
-    from components.training.encoding.latents import encoding_items
-    from components.training.encoding.store_check import rebuild_shard
+    from components.training.encoding.encoded_slices import ENCODED_SLICES, rebuild_from_slices
     from components.training.stores.latent_store import LatentStore, LatentStoreIncomplete
-    from flows.stages.latents import TABLES
 
     root = project_root()
     try:
         settings = load_settings(root / "params.yaml")
         opened = LatentStore(store or root / "data" / "latents")
-        tables = [read_table(root / "data" / "slices" / f"{name}.parquet") for name in TABLES]
-        items = encoding_items(pd.concat(tables), root)
-        autoencoder = load_base_autoencoder(
-            settings.models.autoencoder, settings.project.seed, root
-        ).to(settings.runtime.device)
-        with deterministic_torch(settings.runtime.torch_threads):
-            records = rebuild_shard(
-                opened,
-                shard,
-                items,
-                autoencoder,
-                settings.latents,
-                max_megapixels=settings.ingest.max_megapixels,
-            )
+        slices = [root / "data" / "slices" / name for name in ENCODED_SLICES]
+        records = rebuild_from_slices(settings, slices, opened, shard, root=root)
     except (ValueError, OSError, SettingsError, WeightsMissing, LatentStoreIncomplete) as problem:
         raise fail(str(problem)) from None
     print(f"{shard}: {records} records encoded again, every hash as in the index")

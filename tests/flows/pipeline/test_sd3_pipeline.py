@@ -24,7 +24,7 @@ def test_weights_of_the_other_backbone_stop_the_stage_with_one_line(
     root: Path, tmp_path: Path, backbone: str, held: str
 ) -> None:
     from flows.stages.contract import StageContext, StageFailed
-    from flows.stages.dit import initial_weights
+    from flows.stages.dit import run_dit
 
     values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     values["models"]["transformer"] |= {"backbone": backbone, "pretrained": "weights/dit"}
@@ -33,10 +33,13 @@ def test_weights_of_the_other_backbone_stop_the_stage_with_one_line(
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"_class_name": held}))
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    for name in ("latents/index", "text_embeddings/index", "slices/stage1"):
+        (tmp_path / "data" / f"{name}.parquet").parent.mkdir(parents=True)
+        (tmp_path / "data" / f"{name}.parquet").touch()
     log = MetricLog(tmp_path / "m.jsonl")
     context = StageContext("dit_stage1", settings, tmp_path, tmp_path, log)
     with pytest.raises(StageFailed, match=f"backbone is {backbone}: .*holds a {held}") as raised:
-        initial_weights(context, settings.dit_stage1)
+        run_dit(context, "stage1.parquet")
     assert "\n" not in str(raised.value)
 
 

@@ -29,12 +29,12 @@ from components.models.tiny import build_tiny_autoencoder, synthetic_images
 from components.settings.models import AutoencoderSettings, TinyAutoencoder
 from components.settings.training import LatentsSettings
 from components.training.encoding.encoder_workers import Placement
+from components.training.encoding.latent_summary import band_energy_shares
 from components.training.encoding.latent_workers import LatentJob
 from components.training.encoding.latents import (
     EncodedBatch,
     EncodingItem,
     TooManyRejected,
-    band_energy_shares,
     batches,
     encode,
     encode_batch,
