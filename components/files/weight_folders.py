@@ -11,10 +11,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from components.settings.bad_input import BadInput
+
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-class WeightsMissing(Exception):
+class WeightsMissing(BadInput):
     """Weights are not where they should be; one line that says how to get them.
 
     Attributes:

@@ -26,6 +26,7 @@ from components.images.image_containers import (
     register_optional_formats,
 )
 from components.images.scratch import Scratch
+from components.settings.bad_input import BadInput
 
 MAX_MEGAPIXELS = 400.0
 """Default bound on decoded size; the pipeline takes `ingest.max_megapixels`."""
@@ -33,7 +34,7 @@ MAX_MEGAPIXELS = 400.0
 _pil_limit_lock = threading.Lock()
 
 
-class ImageUndecodable(ValueError):
+class ImageUndecodable(BadInput, ValueError):
     """The file cannot be turned into pixels; the message is one short line saying why."""
 
 

@@ -15,6 +15,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+from components.settings.bad_input import cured_by_no_retry
 from components.settings.schema import Settings, load_settings
 from components.telemetry.metric_log import MetricLog
 from flows import environment
@@ -33,7 +34,6 @@ PARENT_RECORD = "ULTRAFLUX_PARENT_RECORD"
 """Record id of the pipeline that runs this stage; without it the stage uploads its own record."""
 PREFECT_RUN = "ULTRAFLUX_PREFECT_FLOW_RUN"
 
-NOT_CURED_BY_A_RETRY = {"WeightsMissing", "ImageUndecodable", "GateFailed", "GpusMissing"}
 EXIT_BAD_INPUT, EXIT_ERROR, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -104,14 +104,6 @@ def _report_outcome(status: str, message: str, record: Record | None, seconds: f
         write_json(Path(target), outcome)
 
 
-def _bad_input(problem: BaseException) -> bool:
-    """Whether a retry cannot help: wrong data, settings, weights or permissions."""
-    return isinstance(problem, StageFailed | ValueError | LookupError | PermissionError) or (
-        type(problem).__name__
-        in {"WeightsMissing", "ImageUndecodable", "GateFailed", "GpusMissing"}
-    )
-
-
 def _refuse_other_code(root: Path, name: str) -> None:
     """Refuse to make results under the fingerprint of code that is not the one that would run.
 
@@ -180,7 +172,7 @@ def run_stage(name: str, root: Path) -> int:
         message, code = f"{name}: interrupted; run it again to continue", EXIT_INTERRUPTED
         result = RunResult(status="KILLED", error=message)
     except Exception as problem:
-        bad_input = _bad_input(problem)
+        bad_input = cured_by_no_retry(problem)
         code = EXIT_BAD_INPUT if bad_input else EXIT_ERROR
         text = str(problem) or type(problem).__name__
         message = text if text.startswith(f"{name}:") else f"{name}: {text}"

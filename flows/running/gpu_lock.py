@@ -22,6 +22,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.settings.bad_input import BadInput
+
 COUNT_VARIABLE = "ULTRAFLUX_GPU_COUNT"
 """Number of devices, for machines whose driver cannot be asked (and for tests)."""
 LOCKS_VARIABLE = "ULTRAFLUX_GPU_LOCKS"
@@ -33,7 +35,7 @@ POLL_S = 1.0
 QUERY_TIMEOUT_S = 60.0
 
 
-class GpusMissing(RuntimeError):
+class GpusMissing(BadInput):
     """There are not as many GPUs as a stage needs, or none came free in time; one line."""
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from components.settings.bad_input import BadInput
 from components.settings.schema import Settings
 from components.telemetry.metric_log import MetricLog
 
@@ -75,7 +76,7 @@ class StageResult:
     """One line for the terminal, such as "22 candidates, 11 kept"."""
 
 
-class StageFailed(RuntimeError):
+class StageFailed(BadInput):
     """A stage that cannot go on; the message is one line: what, where, how to fix it."""
 
     def __init__(self, message: str, found: StageResult | None = None) -> None:
