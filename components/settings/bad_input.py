@@ -1,7 +1,7 @@
 """What a retry cannot cure: the one rule by which a failed stage is refused or tried again.
 
-It stands in the lowest room, so that any exception can say so by its base class, and whoever decides
-need not import the module that raises it. A list of names would miss subclasses.
+It stands in the lowest room, so that any exception can say so by its base class and whoever
+decides need not import the module that raises it. A list of names would miss subclasses.
 """
 
 from __future__ import annotations
