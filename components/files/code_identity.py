@@ -251,7 +251,7 @@ class _Reader:
 
     def read(self, tree: ast.Module) -> tuple[str, tuple[Reference, ...]]:
         """(hash of the tree, what it refers to)."""
-        for node in ast.walk(tree):
+        for node in _nodes_that_run(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self._note_aliases(node)
         digest = hashlib.sha256()
@@ -318,17 +318,12 @@ class _Reader:
         """A list of nodes; neighbouring imports have no order, and docstrings no meaning."""
         yield "["
         imports: set[str] = set()
-        for value in values:
+        for value in _that_run(values):
             if isinstance(value, ast.Import | ast.ImportFrom):
                 imports |= set(self._write_import(value))
                 continue
             yield from sorted(imports)
             imports.clear()
-            if isinstance(value, ast.Expr) and isinstance(value.value, ast.Constant):
-                continue
-            if isinstance(value, ast.If) and _is_type_checking(value.test):
-                yield from self._write_list([*value.orelse])
-                continue
             if isinstance(value, ast.AST):
                 yield from self._write(value)
             else:
@@ -355,6 +350,26 @@ class _Reader:
                 self._references.add(Reference(origin, alias.name, local))
             else:
                 yield f"from {origin} import {alias.name} as {local}"
+
+
+def _that_run(values: Iterable[object]) -> Iterator[object]:
+    """Nodes of a list without docstrings and without what only a type checker reads."""
+    for value in values:
+        if isinstance(value, ast.Expr) and isinstance(value.value, ast.Constant):
+            continue
+        if isinstance(value, ast.If) and _is_type_checking(value.test):
+            yield from _that_run(value.orelse)
+        else:
+            yield value
+
+
+def _nodes_that_run(node: ast.AST) -> Iterator[ast.AST]:
+    """`ast.walk` without what only a type checker reads."""
+    yield node
+    for _, value in ast.iter_fields(node):
+        for inner in _that_run(value if isinstance(value, list) else [value]):
+            if isinstance(inner, ast.AST):
+                yield from _nodes_that_run(inner)
 
 
 def _is_type_checking(test: ast.expr) -> bool:
