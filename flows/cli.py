@@ -22,6 +22,7 @@ from flows.commands.pipeline import compare as compare_command
 from flows.commands.pipeline import lineage as lineage_command
 from flows.commands.pipeline import plan as plan_command
 from flows.commands.pipeline import reproduce as reproduce_command
+from flows.commands.pipeline import stage_code
 from flows.commands.pipeline import stage_plan as stage_plan_command
 from flows.commands.pipeline import store as store_commands
 from flows.commands.pipeline import submit as submit_command
@@ -169,6 +170,8 @@ def stage_list() -> None:
 
 
 stage_app.command("plan", epilog=stage_plan_command.EPILOG)(stage_plan_command.stage_plan)
+stage_app.command("fingerprint", epilog=stage_code.FINGERPRINT_EPILOG)(stage_code.stage_fingerprint)
+stage_app.command("accept", epilog=stage_code.ACCEPT_EPILOG)(stage_code.stage_accept)
 
 
 @config_app.command("compose")

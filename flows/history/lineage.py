@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.files.weight_folders import file_digest
 from flows.history.run_evidence import Evidence, StageRun
-from flows.records.records import Record, all_records, records_dir
+from flows.records.records import ACCEPTED_TAG, Record, all_records, records_dir
 from flows.tracking.registry import RegisteredWeights, registered_weights
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ _RUN_TAGS = {
     "packages_sha256": "lock.sha256",
     "stage_key": "ultraflux.stage_key",
     "host": "host",
+    "accepted": ACCEPTED_TAG,
 }
 
 

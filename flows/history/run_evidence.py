@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.records.records import Record, all_records
+from flows.history.acceptance import accepted_lines
+from flows.records.records import ACCEPTED_TAG, Record, all_records
 from flows.versioning import graph as versioning
 from flows.versioning.parameters import flatten
 
@@ -189,7 +190,16 @@ class Evidence:
                 inputs = versioning.hashes(entry.get("deps", []))
                 found = StageRun(stage, "dvc.lock", inputs=inputs, outputs=outputs)
                 runs.append(replace(found, tags=self._tags_of_files(found)))
+        runs = [self._with_acceptance(run) for run in runs]
         return sorted(runs, key=lambda run: run.started_ms)
+
+    def _with_acceptance(self, run: StageRun) -> StageRun:
+        line = self._accepted.get((run.stage, tuple(sorted(run.outputs.items()))))
+        return replace(run, tags=run.tags | {ACCEPTED_TAG: line}) if line else run
+
+    @cached_property
+    def _accepted(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], str]:
+        return accepted_lines(self.root)
 
     def _tags_of_files(self, run: StageRun) -> dict[str, str]:
         """Digests that a stage would have recorded, from its files in the clone."""

@@ -25,6 +25,10 @@ from components.files.whole_files import write_text
 RECORD_VERSION = 1
 RUN_TAGS = "ULTRAFLUX_RUN_TAGS"
 """Environment variable: tags (JSON) that a pipeline run gets besides its own."""
+ACCEPTED_TAG = "ultraflux.accepted"
+"""Tag of a run whose results a person has let stand for later code: a line for each time."""
+MAKER_TAG = "ultraflux.accepts.record"
+"""Tag of an acceptance: the record of the run that made the results."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -46,7 +50,7 @@ def read_json(path: Path) -> Any:
 class RunDescription:
     """Content of run.json."""
 
-    kind: Literal["stage", "pipeline", "sweep"]
+    kind: Literal["stage", "pipeline", "sweep", "acceptance"]
     name: str
     stage_key: str | None = None
     parent: str | None = None

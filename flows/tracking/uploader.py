@@ -24,7 +24,15 @@ from typing import Any
 import yaml
 
 from flows import environment
-from flows.records.records import Record, RunResult, all_records, read_json, write_json
+from flows.records.records import (
+    ACCEPTED_TAG,
+    MAKER_TAG,
+    Record,
+    RunResult,
+    all_records,
+    read_json,
+    write_json,
+)
 from flows.tracking import metric_feed
 from flows.tracking.registry import Promotion, register
 from flows.tracking.run_pages import NOTE_TAG, pipeline_note, stage_note
@@ -272,6 +280,8 @@ class Uploader:
         note = self._note(record, run_id, result)
         if note:
             self.client.set_tag(run_id, NOTE_TAG, note)
+        if record.run.kind == "acceptance":
+            self._tag_accepted(record)
         parent = record.run.parent
         if parent is not None and metrics:
             # Headline numbers stand on the pipeline run too, named by stage.
@@ -281,6 +291,17 @@ class Uploader:
             named = [Metric(f"{record.run.name}.{m.key}", m.value, m.timestamp, 0) for m in metrics]
             if parent_id is not None:
                 self.client.log_batch(parent_id, metrics=named)
+
+    def _tag_accepted(self, record: Record) -> None:
+        """Say on the run that made a result for which later code a person has let it stand."""
+        tags = record.run.tags
+        maker = Record(record.folder.parent / tags[MAKER_TAG]).mlflow_run_id
+        if not tags[MAKER_TAG] or maker is None:
+            return
+        known = self.client.get_run(maker).data.tags.get(ACCEPTED_TAG, "")
+        line = tags[ACCEPTED_TAG]
+        if line not in known:
+            self.client.set_tag(maker, ACCEPTED_TAG, f"{known}\n{line}" if known else line)
 
     def _register(self, record: Record, run_id: str, promotion: Promotion) -> None:
         """A version carries what its weights came from: commit, settings, packages, DVC hash."""
@@ -293,6 +314,8 @@ class Uploader:
     def _note(self, record: Record, run_id: str, result: RunResult) -> str:
         if record.run.kind == "stage":
             return stage_note(self.experiment_id, run_id, result)
+        if record.run.kind == "acceptance":
+            return result.summary
         stages = [r for r in all_records(self._root) if r.run.kind == "stage"]
         known = {r.record_id: r for r in stages}
         known |= {r.mlflow_run_id: r for r in stages if r.mlflow_run_id}

@@ -25,6 +25,8 @@ CODE = "code"
 FOLDER = "data/code"
 _CACHE = Path("runs", "code.json")
 _FORMAT = 1
+RUNNING_CODE = Path(__file__).resolve().parents[2]
+"""The clone whose code this process runs."""
 
 
 def code_path(stage: str) -> str:
@@ -32,15 +34,20 @@ def code_path(stage: str) -> str:
     return f"{FOLDER}/{stage}.json"
 
 
-def code_texts(root: Path) -> dict[str, str]:
+def code_texts(root: Path, sources_root: Path | None = None) -> dict[str, str]:
     """What the stage `code` writes now, by stage.
 
     Parsing everything takes seconds, so the answer is kept below `runs/` until a file changes.
 
+    Args:
+        root: the clone that asks, where the answer is kept.
+        sources_root: the clone whose code is read; None: the same.
+
     Raises:
         SyntaxError: a module cannot be parsed.
     """
-    sources = _sources_digest(root)
+    sources_root = sources_root or root
+    sources = _sources_digest(sources_root)
     try:
         kept = json.loads((root / _CACHE).read_text(encoding="utf-8"))
         if kept["sources"] == sources:
@@ -48,7 +55,7 @@ def code_texts(root: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError):
         # A cache that is missing or damaged is made again.
         pass
-    identity = CodeIdentity(root)
+    identity = CodeIdentity(sources_root)
     names = [name for name in identity.stages() if name != CODE]
     texts = {name: _text(identity, f"{STAGES}.{name}") for name in names}
     (root / _CACHE).parent.mkdir(parents=True, exist_ok=True)
@@ -156,14 +163,19 @@ class CodeChanges:
         return f"its code: {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}"
 
     def other_than_written(self, stage: str) -> str:
-        """How a stage's code differs from its file in the workspace; empty for not at all.
+        """How the code that runs differs from a stage's file; empty for not at all.
+
+        The code that runs is what this process imports, which need not be the clone's.
 
         Raises:
             FileNotFoundError: the file is not there.
         """
         before = (self.root / code_path(stage)).read_text(encoding="utf-8")
-        if before == self.texts.get(stage):
+        if before == code_texts(self.root, RUNNING_CODE).get(stage):
             return ""
+        if self.root.resolve() != RUNNING_CODE and before == self.texts.get(stage):
+            # One environment serves two clones: it imports the code of the one installed in it.
+            return f"what runs is the code below {RUNNING_CODE}: set PYTHONPATH={self.root}"
         return self._difference(stage, before)
 
 

@@ -222,7 +222,7 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
         if name not in locked:
             reasons[name] = "never run"
             continue
-        changes = status.get(name, [])
+        changes: list[Any] = status.get(name, [])
         if name == CODE:
             # DVC calls it changed for a comment too.
             changes = changes if changes and not code.written() else []
@@ -236,6 +236,14 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
         elif behind := [up for up in node.upstream if up in reasons and up != CODE]:
             reasons[name] = f"after {', '.join(behind)}"
     return reasons
+
+
+def changes_beside_code(root: Path, name: str) -> str:
+    """What DVC says has changed of a stage, its code left out; empty for nothing."""
+    with open_repo(root) as repo:
+        status = repo.status(targets=[name])
+    changes = next(iter(status.values()), [])
+    return _reason(_without(changes, code_path(name)))
 
 
 def _names(changes: list[Any], path: str) -> bool:
