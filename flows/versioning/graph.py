@@ -242,7 +242,7 @@ def changes_beside_code(root: Path, name: str) -> str:
     """What DVC says has changed of a stage, its code left out; empty for nothing."""
     with open_repo(root) as repo:
         status = repo.status(targets=[name])
-    changes = next(iter(status.values()), [])
+    changes: list[Any] = next(iter(status.values()), [])
     return _reason(_without(changes, code_path(name)))
 
 

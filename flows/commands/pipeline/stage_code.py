@@ -1,4 +1,4 @@
-"""`ultraflux stage fingerprint` and `stage accept`: what a stage's code means, and keeping results."""
+"""`ultraflux stage fingerprint`, `stage accept`: what a stage's code means, and keeping results."""
 
 from __future__ import annotations
 
