@@ -80,13 +80,18 @@ class SignalsSettings(Section):
 
 
 class QualitySettings(Section):
-    """Image quality and aesthetics: the scorer's name is stored beside every score."""
+    """Image quality and aesthetics: the scorer's name is stored beside every score.
 
-    scorer: Literal["classical", "table", "qalign"]
+    Which names there are, and what each needs, is the table `components.corpus.quality.scorers`,
+    which refuses all others before anything runs.
+    """
+
+    scorer: Annotated[str, Field(min_length=1)]
     """`classical`: sharpness/noise/exposure index computed here; `table`: scores made elsewhere;
-    `qalign`: the paper's scorer, 1 to 5."""
-    aesthetic_scorer: Literal["classical", "table", "artimuse"]
-    """`classical`: colour/contrast/composition index; `artimuse`: the paper's scorer, 0 to 100."""
+    `qalign`: the paper's scorer, 1 to 5; or another of `corpus.quality.scorers`."""
+    aesthetic_scorer: Annotated[str, Field(min_length=1)]
+    """`classical`: colour/contrast/composition index; `table`: scores made elsewhere; `artimuse`:
+    the paper's scorer, 0 to 100; or another of `corpus.quality.scorers`."""
     scores: str | None
     """For `table`: Parquet or CSV with image_id, quality, quality_scorer and/or aesthetic,
     aesthetic_scorer."""
@@ -94,19 +99,6 @@ class QualitySettings(Section):
     """For `qalign`: folder of q-future/one-align."""
     artimuse_url: Annotated[str, Field(pattern=r"^https?://[^@/?#\s]+$")] | None
     """For `artimuse`: address of a scorer server, such as http://127.0.0.1:8765."""
-
-    @model_validator(mode="after")
-    def _scorers_have_what_they_need(self) -> QualitySettings:
-        if "table" in (self.scorer, self.aesthetic_scorer) and self.scores is None:
-            raise ValueError(
-                "quality.scores must name a file when quality.scorer or quality.aesthetic_scorer "
-                "is 'table'"
-            )
-        if self.scorer == "qalign" and self.qalign_weights is None:
-            raise ValueError("quality.qalign_weights must name a folder for scorer 'qalign'")
-        if self.aesthetic_scorer == "artimuse" and self.artimuse_url is None:
-            raise ValueError("quality.artimuse_url must be set for aesthetic_scorer 'artimuse'")
-        return self
 
 
 class NsfwSettings(Section):

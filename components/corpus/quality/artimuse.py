@@ -7,16 +7,31 @@ environment of its own behind `scorer_protocol`; `quality.artimuse_server` is th
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from string import ascii_lowercase
 from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
 
 from components.corpus.derivatives import Derivative
-from components.corpus.quality.scorer_protocol import ItemRejected, ScorerClient, ScorerIdentity
+from components.corpus.quality import expectation, scorer_protocol
+from components.corpus.quality.expectation import expected_value
+from components.corpus.quality.scorer import (
+    DerivativeScorer,
+    Kind,
+    ScoringJob,
+    score_row,
+    score_schema,
+    server_limits,
+)
+from components.corpus.quality.scorer_protocol import (
+    ItemRejected,
+    ScorerChanged,
+    ScorerClient,
+    ScorerIdentity,
+    ScorerUnavailable,
+)
 
 SCORE_TOKENS = tuple(
     first + ascii_lowercase[offset]
@@ -25,16 +40,6 @@ SCORE_TOKENS = tuple(
 )
 """Two-letter tokens of the scores 0 to 100: aa to az, ca to cy, da to dy, ea to ey (released code;
 the letter b is skipped)."""
-
-ARTIMUSE_SCHEMA = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        ("aesthetic", pa.float64()),
-        ("aesthetic_scorer", pa.string()),
-        ("aesthetic_weights", pa.string()),
-        ("error", pa.string()),
-    ]
-)
 
 INPUT_PX = 448
 # ImageNet statistics, as in InternVL.
@@ -67,11 +72,7 @@ def score_from_logits(logits: np.ndarray) -> float:
     Raises:
         ValueError: another shape, or logits that are not finite.
     """
-    values = np.asarray(logits, np.float64)
-    if values.shape != (len(SCORE_TOKENS),) or not np.isfinite(values).all():
-        raise ValueError(f"logits: expected {len(SCORE_TOKENS)} finite numbers, got {values.shape}")
-    weights = np.exp(values - values.max())
-    return float(weights @ np.arange(len(SCORE_TOKENS)) / weights.sum())
+    return expected_value(logits, np.arange(len(SCORE_TOKENS)))
 
 
 class LinearTestScorer:
@@ -125,8 +126,25 @@ def score_remotely(
         score = _client(url, timeout_s, retries).score(derivative.jpeg, expected)
     except ItemRejected as problem:
         return {"error": f"{expected.scorer}: {problem}"}
-    return {
-        "aesthetic": score,
-        "aesthetic_scorer": expected.scorer,
-        "aesthetic_weights": expected.weights,
-    }
+    return score_row("aesthetic", score, expected.scorer, expected.weights)
+
+
+def open_scorer(job: ScoringJob, kind: Kind) -> DerivativeScorer:
+    """The server that `quality.artimuse_url` names; asked who it is before anything is scored.
+
+    Raises:
+        ScorerUnavailable: no server there.
+    """
+    url = job.settings.quality.artimuse_url
+    assert url is not None, "check_scorers has refused such settings"
+    client = ScorerClient(url)
+    expected = client.identity()
+    client.close()
+    return DerivativeScorer(
+        partial(score_remotely, url=url, expected=expected),
+        score_schema(kind),
+        server_limits(job.settings),
+        key={"scorer": expected.scorer, "weights": expected.weights},
+        modules=(scorer_protocol, expectation),
+        outside=(ScorerUnavailable, ScorerChanged),
+    )

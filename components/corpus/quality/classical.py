@@ -12,34 +12,15 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
 
 from components.corpus.derivatives import Derivative
+from components.corpus.quality.scorer import QUALITY_SCHEMA, DerivativeScorer, Kind, ScoringJob
+from components.engine.map_items import EngineLimits
 from components.images.decoding import decode_rgb
 from components.signals.flat_regions import grayscale
 
 QUALITY_SCORER = "classical-quality-v1"
 AESTHETIC_SCORER = "classical-aesthetic-v1"
-
-QUALITY_SCHEMA = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        ("quality_score", pa.float64()),
-        ("quality_scorer", pa.string()),
-        ("quality_weights", pa.string()),
-        ("aesthetic", pa.float64()),
-        ("aesthetic_scorer", pa.string()),
-        ("aesthetic_weights", pa.string()),
-        # What the two are made of, each 0 to 1; null for scores made elsewhere.
-        ("sharpness", pa.float64()),
-        ("cleanness", pa.float64()),
-        ("exposure", pa.float64()),
-        ("colourfulness", pa.float64()),
-        ("contrast", pa.float64()),
-        ("edge_compactness", pa.float64()),
-        ("error", pa.string()),
-    ]
-)
 
 # Values at which a saturating term reaches one half, or 1/e; chosen on ordinary photographs at
 # about one megapixel so that terms spread over their range. They order images, nothing more.
@@ -175,3 +156,8 @@ def score_derivative(derivative: Derivative) -> dict[str, Any]:
         "quality_scorer": QUALITY_SCORER,
         "aesthetic_scorer": AESTHETIC_SCORER,
     }
+
+
+def open_scorer(job: ScoringJob, kind: Kind) -> DerivativeScorer:
+    """Both kinds from one look at each picture, so that `kind` makes no difference."""
+    return DerivativeScorer(score_derivative, QUALITY_SCHEMA, EngineLimits.of(job.settings))

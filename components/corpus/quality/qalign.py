@@ -10,15 +10,24 @@ they replace parts of transformers' Llama for the whole process.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from components.corpus.derivatives import Derivative
-from components.files.weight_folders import WeightsMissing
+from components.corpus.quality import expectation
+from components.corpus.quality.expectation import expected_value
+from components.corpus.quality.scorer import (
+    DerivativeScorer,
+    Kind,
+    ScoringJob,
+    model_limits,
+    score_row,
+    score_schema,
+)
+from components.files.weight_folders import WeightsMissing, folder_digest
 from components.images.decoding import decode_rgb
 
 SCORER = "qalign-one-align"
@@ -36,16 +45,6 @@ COMMAND = "hf download q-future/one-align --local-dir weights/one-align"
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
-QALIGN_SCHEMA = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        ("quality_score", pa.float64()),
-        ("quality_scorer", pa.string()),
-        ("quality_weights", pa.string()),
-        ("error", pa.string()),
-    ]
-)
-
 
 def score_from_logits(logits: np.ndarray) -> float:
     """Expectation of 5 to 1 under the softmax of the level words' logits, in float64.
@@ -56,11 +55,7 @@ def score_from_logits(logits: np.ndarray) -> float:
     Raises:
         ValueError: another shape, or logits that are not finite.
     """
-    values = np.asarray(logits, np.float64)
-    if values.shape != (len(LEVELS),) or not np.isfinite(values).all():
-        raise ValueError(f"logits: expected {len(LEVELS)} finite numbers, got {values.shape}")
-    weights = np.exp(values - values.max())
-    return float(weights @ LEVEL_VALUES / weights.sum())
+    return expected_value(logits, LEVEL_VALUES)
 
 
 @cache
@@ -270,6 +265,27 @@ _load = cache(QAlign)
 def score_derivative(
     derivative: Derivative, *, folder: Path, digest: str, device: str
 ) -> dict[str, Any]:
-    """A row of `QALIGN_SCHEMA` for one derivative."""
+    """Columns quality_score, quality_scorer and quality_weights of one derivative."""
     score = _load(folder, device)(decode_rgb(derivative.jpeg).pixels)
-    return {"quality_score": score, "quality_scorer": SCORER, "quality_weights": digest}
+    return score_row("quality", score, SCORER, digest)
+
+
+def open_scorer(job: ScoringJob, kind: Kind) -> DerivativeScorer:
+    """Q-Align from the folder that `quality.qalign_weights` names.
+
+    Raises:
+        WeightsMissing: a file of it is not there.
+    """
+    named = job.settings.quality.qalign_weights
+    folder = check_weights(None if named is None else job.root / named)
+    device = job.settings.runtime.device
+    # Hashed once, here: 16 GB of weights take a minute, and every row carries the digest.
+    digest = folder_digest(folder)
+    return DerivativeScorer(
+        partial(score_derivative, folder=folder, digest=digest, device=device),
+        score_schema(kind),
+        model_limits(job.settings),
+        key={"weights": digest, "device": device},
+        modules=(expectation,),
+        outside=(WeightsMissing,),
+    )

@@ -22,6 +22,7 @@ from skimage import data
 from components.corpus.derivatives import Derivative
 from components.corpus.quality import artimuse, qalign
 from components.corpus.quality.artimuse import SCORE_TOKENS, LinearTestScorer, score_remotely
+from components.corpus.quality.scorer import score_schema
 from components.corpus.quality.scorer_protocol import (
     ItemRejected,
     ScorerChanged,
@@ -156,7 +157,7 @@ def test_a_server_that_dies_in_the_middle_costs_no_finished_item(
             payloads(kill_after),
             stage="artimuse",
             key={"weights": identity.weights},
-            schema=artimuse.ARTIMUSE_SCHEMA,
+            schema=score_schema("aesthetic"),
             state_dir=tmp_path / state,
             limits=EngineLimits(workers=1, timeout_s=60, memory_mb=4096, retries=0),
             keep_items=True,

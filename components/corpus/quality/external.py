@@ -1,0 +1,27 @@
+"""Scores made elsewhere, from the table that `quality.scores` names."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from components.corpus.derivatives import derivative_ids
+from components.corpus.external_scores import read_external_scores
+from components.corpus.quality.scorer import SCORE_COLUMN, Kind, ScoringJob
+
+
+def open_scorer(job: ScoringJob, kind: Kind) -> pd.DataFrame:
+    """`kind`, its scorer and, where the table has them, its weights, one row per derivative.
+
+    Raises:
+        ValueError: a missing file, column or image, or a score that is not a finite number.
+    """
+    scores = job.settings.quality.scores
+    assert scores is not None, "check_scorers has refused such settings"
+    return read_external_scores(
+        job.root / scores,
+        derivative_ids(job.derivatives),
+        [kind, f"{kind}_scorer"],
+        setting="quality.scores",
+        numeric=[kind],
+        optional=[f"{kind}_weights"],
+    ).rename(columns={kind: SCORE_COLUMN[kind]})
