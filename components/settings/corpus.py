@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, Strict, model_validator
 
+from components.settings.open_section import OpenSection
 from components.settings.section import Count, Fraction, NonNegative, PositiveFraction, Section
 
 
@@ -79,19 +80,18 @@ class SignalsSettings(Section):
     retries: Annotated[int, Field(ge=0, le=10)]
 
 
-class QualitySettings(Section):
-    """Image quality and aesthetics: the scorer's name is stored beside every score.
+class QualitySettings(OpenSection):
+    """Image quality and aesthetics: the scorer's name is stored beside every score."""
 
-    Which names there are, and what each needs, is the table `components.corpus.quality.scorers`,
-    which refuses all others before anything runs.
-    """
+    chosen_by: ClassVar[tuple[str, ...]] = ("scorer", "aesthetic_scorer")
+    table: ClassVar[str] = "components.corpus.quality.scorers:SCORERS"
 
-    scorer: Annotated[str, Field(min_length=1)]
-    """`classical`: sharpness/noise/exposure index computed here; `table`: scores made elsewhere;
-    `qalign`: the paper's scorer, 1 to 5; or another of `corpus.quality.scorers`."""
-    aesthetic_scorer: Annotated[str, Field(min_length=1)]
-    """`classical`: colour/contrast/composition index; `table`: scores made elsewhere; `artimuse`:
-    the paper's scorer, 0 to 100; or another of `corpus.quality.scorers`."""
+    scorer: str
+    """A name of the table of scorers. `classical`: sharpness/noise/exposure index computed here;
+    `table`: scores made elsewhere; `qalign`: the paper's scorer, 1 to 5."""
+    aesthetic_scorer: str
+    """A name of the table of scorers. `classical`: colour/contrast/composition index; `table`:
+    scores made elsewhere; `artimuse`: the paper's scorer, 0 to 100."""
     scores: str | None
     """For `table`: Parquet or CSV with image_id, quality, quality_scorer and/or aesthetic,
     aesthetic_scorer."""
@@ -99,6 +99,22 @@ class QualitySettings(Section):
     """For `qalign`: folder of q-future/one-align."""
     artimuse_url: Annotated[str, Field(pattern=r"^https?://[^@/?#\s]+$")] | None
     """For `artimuse`: address of a scorer server, such as http://127.0.0.1:8765."""
+
+    @classmethod
+    def offered(cls, field: str) -> list[str]:
+        """Scorers that give the kind of score which `field` asks for."""
+        kind = "aesthetic" if field == "aesthetic_scorer" else "quality"
+        return [name for name, scorer in cls.entries().items() if kind in scorer.kinds]
+
+    @model_validator(mode="after")
+    def _scorers_have_what_they_need(self) -> Self:
+        for field in self.chosen_by:
+            name: str = getattr(self, field)
+            # A name that is unknown has been refused with a line of its own.
+            needs = self.entries()[name].needs if name in self.offered(field) else None
+            if needs is not None and getattr(self, needs) is None:
+                raise ValueError(f"quality.{needs} must be set for quality.{field} {name!r}")
+        return self
 
 
 class NsfwSettings(Section):

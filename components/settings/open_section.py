@@ -1,8 +1,9 @@
 """Sections that rooms above complete: one field names an entry of a table that stands up there.
 
-`objective.kind` names an objective and `models.transformer.backbone` an architecture. Both tables
-stand beside the code that they name, so that a new entry is one row in one place, with settings of
-its own (`objective.NAME`, `models.transformer.NAME`) where it needs any.
+`objective.kind` names an objective, `models.transformer.backbone` an architecture and
+`quality.scorer` a scorer. Each table stands beside the code that it names, so that a new entry is
+one row in one place, with settings of its own (`objective.NAME`, `models.transformer.NAME`,
+`quality.NAME`) where it needs any.
 
 The settings are the lowest room and import nothing above them: a table is named here by its module
 and read when values are checked. Modules of tables import no torch, so that every command refuses
@@ -25,23 +26,34 @@ Own = TypeVar("Own", bound=Section)
 
 
 class OpenSection(Section):
-    """A section whose `chosen_by` names an entry of `table`; entries may bring sections."""
+    """A section whose fields `chosen_by` name entries of `table`; entries may bring sections."""
 
     # Allowed by pydantic, then checked one by one below: only names of the table pass.
     model_config = ConfigDict(extra="allow")
 
-    chosen_by: ClassVar[str]
-    """Field that holds the name."""
+    chosen_by: ClassVar[str | tuple[str, ...]]
+    """Field or fields that hold a name."""
     table: ClassVar[str]
     """MODULE:ATTRIBUTE of a mapping from names to entries; an entry's `settings` is the class of
     its section, or None."""
 
     @classmethod
-    def known(cls) -> dict[str, type[Section] | None]:
-        """Names of the table, each with the class of its section."""
+    def entries(cls) -> Mapping[str, Any]:
+        """The table."""
         module, _, attribute = cls.table.partition(":")
         entries: Mapping[str, Any] = getattr(importlib.import_module(module), attribute)
-        return {name: entry.settings for name, entry in entries.items()}
+        return entries
+
+    @classmethod
+    def known(cls) -> dict[str, type[Section] | None]:
+        """Names of the table, each with the class of its section."""
+        return {name: entry.settings for name, entry in cls.entries().items()}
+
+    @classmethod
+    def offered(cls, field: str) -> list[str]:
+        """Names that `field` may hold; all of them where a section does not say otherwise."""
+        del field
+        return list(cls.entries())
 
     def own(self, name: str, kind: type[Own]) -> Own:
         """The section that the entry `name` brought, which is one of class `kind`.
@@ -72,15 +84,17 @@ class OpenSection(Section):
                 sections[name] = kind.model_validate(values[name])
             except ValidationError as failure:
                 problems += _problems(failure, (name,))
-        chosen = values.get(cls.chosen_by)
-        # A value of another type is refused by the field itself.
-        if isinstance(chosen, str):
-            if chosen not in known:
-                problems.append(
-                    _problem(_unknown(chosen, list(known)), (cls.chosen_by,), values[cls.chosen_by])
-                )
+        lacking: set[str] = set()
+        for field in (cls.chosen_by,) if isinstance(cls.chosen_by, str) else cls.chosen_by:
+            chosen, offered = values.get(field), cls.offered(field)
+            # A value of another type is refused by the field itself.
+            if not isinstance(chosen, str):
+                continue
+            if chosen not in offered:
+                problems.append(_problem(_unknown(chosen, offered), (field,), chosen))
             elif known[chosen] is not None and chosen not in values:
-                problems.append(_problem("missing", (chosen,), dict(values)))
+                lacking.add(chosen)
+        problems += [_problem("missing", (name,), dict(values)) for name in sorted(lacking)]
         try:
             fields = {key: value for key, value in values.items() if key in cls.model_fields}
             section = handler({**fields, **sections})

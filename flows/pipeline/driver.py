@@ -83,10 +83,7 @@ def preflight(root: Path) -> None:
             cost cap has no prices.
         SettingsError: params.yaml is not valid.
     """
-    from components.corpus.quality.scorers import check_scorers
-
     settings = load_settings(root / "params.yaml")
-    check_scorers(settings.quality)
     ingest = settings.ingest
     if (missing := settings.caption.missing_prices()) is not None:
         raise PipelineRefused(missing)

@@ -27,7 +27,7 @@ def run(context: StageContext) -> StageResult:
             derivatives, path, context.settings, root=context.root, state_dir=context.state_dir
         )
     except SCORING_REFUSED as problem:
-        raise StageFailed(f"quality: {problem}".replace("\n", "; ")) from None
+        raise StageFailed(f"quality: {problem}") from None
     table = pq.read_table(path).to_pandas()
     scorers = sorted(
         {*table["quality_scorer"].dropna().unique(), *table["aesthetic_scorer"].dropna().unique()}

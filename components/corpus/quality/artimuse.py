@@ -19,7 +19,6 @@ from components.corpus.quality import expectation, scorer_protocol
 from components.corpus.quality.expectation import expected_value
 from components.corpus.quality.scorer import (
     DerivativeScorer,
-    Kind,
     ScoringJob,
     score_row,
     score_schema,
@@ -32,6 +31,7 @@ from components.corpus.quality.scorer_protocol import (
     ScorerIdentity,
     ScorerUnavailable,
 )
+from components.corpus.quality.scorers import Kind
 
 SCORE_TOKENS = tuple(
     first + ascii_lowercase[offset]
@@ -136,7 +136,7 @@ def open_scorer(job: ScoringJob, kind: Kind) -> DerivativeScorer:
         ScorerUnavailable: no server there.
     """
     url = job.settings.quality.artimuse_url
-    assert url is not None, "check_scorers has refused such settings"
+    assert url is not None, "the settings refuse a scorer without what it needs"
     client = ScorerClient(url)
     expected = client.identity()
     client.close()

@@ -6,7 +6,8 @@ import pandas as pd
 
 from components.corpus.derivatives import derivative_ids
 from components.corpus.external_scores import read_external_scores
-from components.corpus.quality.scorer import SCORE_COLUMN, Kind, ScoringJob
+from components.corpus.quality.scorer import SCORE_COLUMN, ScoringJob
+from components.corpus.quality.scorers import Kind
 
 
 def open_scorer(job: ScoringJob, kind: Kind) -> pd.DataFrame:
@@ -16,7 +17,7 @@ def open_scorer(job: ScoringJob, kind: Kind) -> pd.DataFrame:
         ValueError: a missing file, column or image, or a score that is not a finite number.
     """
     scores = job.settings.quality.scores
-    assert scores is not None, "check_scorers has refused such settings"
+    assert scores is not None, "the settings refuse a scorer without what it needs"
     return read_external_scores(
         job.root / scores,
         derivative_ids(job.derivatives),

@@ -21,12 +21,12 @@ from components.corpus.quality import expectation
 from components.corpus.quality.expectation import expected_value
 from components.corpus.quality.scorer import (
     DerivativeScorer,
-    Kind,
     ScoringJob,
     model_limits,
     score_row,
     score_schema,
 )
+from components.corpus.quality.scorers import Kind
 from components.files.weight_folders import WeightsMissing, folder_digest
 from components.images.decoding import decode_rgb
 

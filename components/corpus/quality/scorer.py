@@ -1,6 +1,6 @@
-"""What a scorer is: what it is asked, what it answers, and what its entry in the table says.
+"""What a scorer is asked and what it answers; names and openers of all of them are in `scorers`.
 
-The table itself is `scorers`; who runs the scorers that the settings name is `scoring`.
+`scoring` runs those that the settings name.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
 from components.corpus.derivatives import Derivative
+from components.corpus.quality.scorers import Kind
 from components.engine.map_items import EngineLimits
 from components.settings.schema import Settings
-
-Kind = Literal["quality", "aesthetic"]
 
 SCORE_COLUMN: Mapping[Kind, str] = {"quality": "quality_score", "aesthetic": "aesthetic"}
 """Where a kind's number stands; its scorer and weights are `<kind>_scorer` and `<kind>_weights`."""
@@ -114,20 +113,6 @@ Opened = DerivativeScorer | pd.DataFrame
 """What runs over the derivatives, or scores that exist already: columns of `score_schema`."""
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """An entry of the table."""
-
-    open: Callable[[ScoringJob, Kind], Opened]
-    """Looks at weights or server at once, so that their absence costs no score."""
-    kinds: tuple[Kind, ...]
-    """What it can be named for."""
-    score_range: tuple[float, float] | None
-    """Lowest and highest score; None: whatever the table holds."""
-    needs: str | None = None
-    """The field of `quality` that must be set: where weights, server or table are."""
-
-
 def model_limits(settings: Settings) -> EngineLimits:
     """Limits of a scorer that fills a good part of a GPU: one process per machine or actor."""
     limits = EngineLimits.for_networks(
@@ -147,10 +132,8 @@ def server_limits(settings: Settings) -> EngineLimits:
     )
 
 
-def formula(function: Callable[[Derivative], dict[str, Any]]) -> Callable[[Any, Kind], Opened]:
-    """The `open` of a scorer that is a function and nothing else: no weights, no server."""
-
-    def open_scorer(job: ScoringJob, kind: Kind) -> Opened:
-        return DerivativeScorer(function, score_schema(kind), EngineLimits.of(job.settings))
-
-    return open_scorer
+def formula(
+    function: Callable[[Derivative], dict[str, Any]], job: ScoringJob, kind: Kind
+) -> DerivativeScorer:
+    """A scorer that is a function and nothing else: no weights, no server."""
+    return DerivativeScorer(function, score_schema(kind), EngineLimits.of(job.settings))

@@ -19,12 +19,11 @@ from components.corpus.manifest import to_arrow
 from components.corpus.quality.scorer import (
     QUALITY_SCHEMA,
     DerivativeScorer,
-    Kind,
     Opened,
     ScoringJob,
 )
 from components.corpus.quality.scorer_protocol import ScorerUnavailable
-from components.corpus.quality.scorers import SCORERS, check_scorers, chosen_scorers
+from components.corpus.quality.scorers import SCORERS, Kind, chosen_scorers
 from components.engine.map_items import ItemsFailed
 from components.files.parquet_files import write_parquet
 from components.files.weight_folders import WeightsMissing
@@ -100,13 +99,11 @@ def score_photographs(
         root: where relative paths in the settings start.
 
     Raises:
-        SettingsError: see `check_scorers`.
         ValueError: external scores that are missing or incomplete.
         WeightsMissing: a file of a model is not there.
         ScorerUnavailable: no scorer server at the start.
         ItemsFailed: weights or a server went away; what was scored is kept.
     """
-    check_scorers(settings.quality)
     job = ScoringJob(settings, root, derivatives)
     chosen = chosen_scorers(settings.quality)
     # All are opened before the first runs: missing weights are no news after hours of scoring.
