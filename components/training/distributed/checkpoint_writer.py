@@ -42,6 +42,8 @@ class CheckpointWriter:
             CheckpointFailed: only where writing is not in the background.
         """
         self.wait()
+        # Copies may share their buffers with the next checkpoint, hence one in flight (`wait`
+        # above).
         todo = list(writes)
         if not self._in_background:
             self._write(opened, todo)
@@ -58,6 +60,7 @@ class CheckpointWriter:
         Raises:
             CheckpointFailed: a checkpoint could not be written; says why.
         """
+        # Taken out, so that it is raised once: cleaning up after it must not raise it again.
         problem, self._problem = self._problem, None
         if problem is not None:
             raise problem
@@ -75,6 +78,7 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """End the thread; a checkpoint whose other ranks are gone is given up."""
+        # Rank 0 may be waiting for the marks of ranks that are dead.
         self._abandoned.set()
         if self._thread is not None:
             self._thread.join()
@@ -86,6 +90,7 @@ class CheckpointWriter:
                 write()
             self._store.finish(opened, self._abandoned.is_set)
         except Exception as problem:
+            # Kept for the training thread; an exception of this one would only be printed.
             reason = _reason(problem)
             try:
                 self._store.fail(opened, reason)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from components.files.whole_files import flush, write_bytes, write_text
@@ -146,6 +144,7 @@ class CheckpointStore:
         """
         if step < 0:
             raise ValueError(f"step = {step}: must be at least 0")
+        # One rank makes the folder, and nobody writes before the barrier says that it is there.
         aside = self.folder / f"{_WRITING}{step:08d}"
         if self._rank == 0:
             self._remove_leftovers()
@@ -189,8 +188,11 @@ class CheckpointStore:
         """Return when every rank is done, with the marks removed."""
         if self._world_size == 1:
             return
+        # By files and not by a collective: this runs in a thread beside training, and collectives
+        # that two threads issue meet in another order on every rank.
         marks = [opened.aside / f"{_DONE}{rank:05d}" for rank in range(self._world_size)]
         while not all(mark.exists() for mark in marks):
+            # A rank that failed never marks itself done; without its word this would wait for ever.
             for failed in sorted(opened.aside.glob(f"{_FAILED}*")):
                 rank, reason = int(failed.name.removeprefix(_FAILED)), failed.read_text()
                 raise CheckpointFailed(f"rank {rank}: {reason}")
@@ -198,6 +200,7 @@ class CheckpointStore:
                 missing = [rank for rank, mark in enumerate(marks) if not mark.exists()]
                 raise CheckpointFailed(f"training ended before ranks {missing} had written")
             time.sleep(_POLL_S)
+        # Before the contents are listed: marks are no part of a checkpoint.
         for mark in marks:
             mark.unlink()
 
@@ -207,6 +210,8 @@ class CheckpointStore:
         The file `latest` decides; where it is missing or points at something incomplete, the
         whole checkpoint with the highest step is taken.
         """
+        # The pointer may be one checkpoint behind, after a kill between rename and pointer. What it
+        # names is whole, so that costs some steps and never correctness.
         pointer = self.folder / LATEST_FILE
         if pointer.exists():
             named = self.folder / pointer.read_text(encoding="utf-8").strip()
@@ -235,6 +240,9 @@ class CheckpointStore:
         return candidate
 
     def _commit(self, step: int, aside: Path, final: Path) -> None:
+        # Every file is on the disk by now (`finish`). The order of what follows is the promise:
+        # contents, then the name, then the pointer, each on the disk before the next begins. Any
+        # prefix of it is a folder without a checkpoint's name, or a whole checkpoint.
         sizes = {path.relative_to(aside).as_posix(): path.stat().st_size for path in _files(aside)}
         contents = {"format": _FORMAT, "step": step, "files": sizes}
         (aside / CONTENTS_FILE).write_text(json.dumps(contents, indent=1), encoding="utf-8")
@@ -243,6 +251,7 @@ class CheckpointStore:
         os.rename(aside, final)
         flush(self.folder)
         write_text(self.folder / LATEST_FILE, f"{final.name}\n", durable=True, contended=True)
+        # Only now: until the pointer has moved, the old checkpoint is the one to resume from.
         self._drop_old(step, final)
 
     def _drop_old(self, step: int, newest: Path) -> None:
@@ -274,6 +283,8 @@ def _complete_step(folder: Path) -> int | None:
         contents = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
         if contents["format"] != _FORMAT:
             return None
+        # Sizes and not hashes: what a crash leaves is files cut short, and hashing the states of a
+        # large model would take minutes at every start.
         for name, size in contents["files"].items():
             if (folder / name).stat().st_size != size:
                 return None
@@ -294,6 +305,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         CheckpointUnreadable: not such a file (or it holds more than tensors and plain values).
     """
     try:
+        # `weights_only`: a pickle runs whatever its author wrote, and checkpoints travel.
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as problem:
         raise CheckpointUnreadable(
@@ -303,39 +315,3 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     if not isinstance(state, dict):
         raise CheckpointUnreadable(f"{path}: expected a mapping, found {type(state).__name__}")
     return state
-
-
-def capture_rng() -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's global generators, as tensors and plain values."""
-    version, internal, gauss = random.getstate()
-    # The legacy global generator, because libraries still draw from it.
-    numpy_state: tuple[Any, ...] = tuple(np.random.get_state(legacy=True))  # noqa: NPY002
-    _, keys, position, has_gauss, cached = numpy_state
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    """Put the global generators back to what `capture_rng` saw.
-
-    Raises:
-        ValueError: the state was taken with another number of CUDA devices.
-    """
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(  # noqa: NPY002
-        ("MT19937", keys.numpy().astype(np.uint32), int(position), int(has_gauss), float(cached))
-    )
-    torch.set_rng_state(state["torch"].cpu())
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if len(state["cuda"]) != devices:
-        raise ValueError(
-            f"cuda random states: saved on {len(state['cuda'])} devices, here are {devices}"
-        )
-    if devices:
-        torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])

@@ -24,9 +24,11 @@ def build_optimizer(
     Raises:
         ValueError: bitsandbytes is not installed.
     """
+    # DeepSpeed makes float32 masters of all that the optimizer holds: frozen weights stay out.
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if settings.optimizer == "adamw_8bit":
         try:
+            # Here, because the import takes seconds and few runs need it.
             from bitsandbytes.optim.adamw import AdamW8bit
         except ImportError:
             raise ValueError(

@@ -83,6 +83,7 @@ class Ranks:
         """Values of all ranks in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
+        # Pickled, hence for validation and grids; a step uses `gather_samples`.
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, value)
         self.beat()
@@ -197,6 +198,7 @@ def deterministic_torch(threads: int) -> Iterator[None]:
     On CUDA some kernels have no deterministic form; torch then warns instead of failing.
     """
     before = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    # A sum is cut into as many parts as there are threads, which changes its last bits.
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     try:
@@ -221,6 +223,7 @@ def exit_with_parent() -> None:
             pass
         if torchrun is not None and os.getppid() == torchrun:
             os.kill(torchrun, signal.SIGTERM)
+        # `sys.exit` would end this thread only, and the main one may stand in a collective.
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
@@ -256,6 +259,7 @@ def engine_configuration(
         "gradient_accumulation_steps": settings.global_batch_size // share,
         "gradient_clipping": settings.max_grad_norm,
         "bf16": {"enabled": settings.precision == "bf16"},
+        # bfloat16 has 8 bits of mantissa: a sum of many micro batches would lose the later ones.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": settings.zero_stage,
@@ -270,8 +274,11 @@ def engine_configuration(
             "memory_efficient_linear": False,
             **offload_configuration(settings),
         },
+        # torch's AdamW also for offloaded states: DeepSpeed's CPU kernel needs a compiler.
         "zero_force_ds_cpu_optimizer": False,
+        # The 8-bit AdamW is not on DeepSpeed's list.
         "zero_allow_untested_optimizer": True,
+        # Progress is the trainer's to print.
         "steps_per_print": sys.maxsize,
     }
 
@@ -302,6 +309,7 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
         model=model,
         optimizer=optimizer,
         config=configuration,
+        # The group of `open_ranks`, which has the time limit of the settings.
         dist_init_required=False,
     )
     if settings.zero_stage == 0:

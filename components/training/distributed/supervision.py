@@ -114,6 +114,7 @@ def launch(
     try:
         code = supervised.wait()
     except BaseException:
+        # After Ctrl-C too: torchrun passes the signal on and waits for its ranks.
         process.terminate()
         process.wait()
         raise
@@ -177,7 +178,7 @@ class _Supervised:
         self._final: RankFailure | None = None
 
     def wait(self) -> int:
-        """The exit code; meanwhile look for restarts, lasting failures and ranks that stand."""
+        """The exit code; meanwhile look for restarts, lasting failures and ranks that stand still."""
         assert self._process.stderr is not None
         reader = threading.Thread(target=self._read, args=(self._process.stderr,), daemon=True)
         reader.start()
@@ -187,6 +188,8 @@ class _Supervised:
             if self.attempts() > seen:
                 self._restarted(seen)
                 seen, moved = self.attempts(), time.time()
+            # Ranks meet at every step, so when one stands still all do: the youngest beat speaks
+            # for all.
             moved = max([moved, *(path.stat().st_mtime for path in self._beats())])
             limit_s = self._runtime.collective_timeout_minutes * 60
             if seen and seen - 1 not in self._stalled and time.time() - moved > limit_s:
@@ -204,6 +207,7 @@ class _Supervised:
 
     def failure(self, attempt: int) -> RankFailure:
         """The cause of an attempt's end, as opposed to what followed from it."""
+        # The first to fail is the cause: the others fail with the collective that it left.
         reports = sorted(self._reports(attempt), key=lambda report: report[0])
         for _, failure in reports:
             if failure.is_lasting:
@@ -318,6 +322,7 @@ def reporting_failures(lasting: tuple[type[BaseException], ...]) -> Iterator[Non
         if target:
             text = f"{type(problem).__name__}: {problem}"
             details = {"py_callstack": traceback.format_exc(), "timestamp": str(int(time.time()))}
+            # torchrun reads this file too and knows `message`; the other entries are ours.
             report = {
                 "message": {"message": text, "extraInfo": details},
                 "rank": int(os.environ["RANK"]),

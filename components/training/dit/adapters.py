@@ -44,7 +44,9 @@ def add_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
                 f"adapter.target_modules: {type(model).__name__} has no layer {target!r}; "
                 "attention has to_q, to_k, to_v and to_out.0"
             )
+    # Before the factors are there, which are to be trained.
     model.requires_grad_(False)
+    # Equal factors on every rank, and no trace in the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.add_adapter(
@@ -98,11 +100,14 @@ def save_adapted(
         ValueError: `factors` are not those of this adapter on `base`.
     """
     add_adapter(base, settings, seed=0)
+    # `load_state_dict` below cannot be strict (the base is not among the factors), so names are
+    # compared here.
     expected = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
     if expected != set(factors):
         different = sorted(expected ^ set(factors))[:4]
         raise ValueError(f"trained factors do not fit the adapter; they differ in {different}")
     base.load_state_dict(dict(factors), strict=False)
+    # Before the merge, which consumes the factors.
     alone, described = _stock_layout(base)
     base.fuse_lora()
     base.unload_lora()

@@ -197,6 +197,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         PlanMismatch: the checkpoint was trained on other data.
     """
     settings = job.settings
+    # Settings and tables first: a wrong slice must not cost the loading of a large network.
     check_compilation(settings, job.runtime)
     data = TrainingData.of(job)
     validation = data.validation()
@@ -205,6 +206,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     is_compiled = job.runtime.compile == "blocks"
     if is_compiled:
+        # After the engine, which casts the weights: graphs over float32 weights would be of no use.
         batches = data.empty_batches(ranks.device)
         compile_for_buckets(engine, batches, settings.guidance_scale, dtype)
     average = WeightAverage(

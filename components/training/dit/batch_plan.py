@@ -182,6 +182,7 @@ class BatchPlan:
         self.batch_size = batch_size
         self.seed = seed
         self.index_digest = _digest(self._samples, batch_size)
+        # So many walks that the smallest bucket fills a batch; see the module's description.
         smallest = min(len(sample_ids) for sample_ids in self._samples.values())
         self.passes = math.ceil(batch_size / smallest)
         self._batches_of = np.array(
@@ -225,6 +226,7 @@ class BatchPlan:
             PlanMismatch: seed, plan version or index differ; the message says which and what to do.
         """
         remedy = "start a new run, or restore what the checkpoint was trained on"
+        # First, because the meaning of the other fields depends on it.
         if state.plan_version != PLAN_VERSION:
             raise PlanMismatch(
                 f"checkpoint at step {state.step} follows batch plan version "
@@ -244,6 +246,7 @@ class BatchPlan:
             )
 
     def _rng(self, *key: int) -> np.random.Generator:
+        # SeedSequence hashes its key: neighbouring seeds, epochs and walks give unrelated streams.
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, *key])))
 
     def _make_epoch_order(self, epoch: int) -> tuple[Integers, Integers]:
@@ -252,6 +255,7 @@ class BatchPlan:
         first_of = np.concatenate([[0], np.cumsum(self._batches_of)[:-1]])
         visits: Integers = np.arange(len(buckets)) - np.repeat(first_of, self._batches_of)
         jitter = self._rng(_ORDER_STREAM, epoch).random(len(buckets))
+        # Stable, so that equal times fall alike on every platform.
         order = np.argsort((visits + jitter) / self._batches_of[buckets], kind="stable")
         return buckets[order], visits[order]
 
@@ -262,6 +266,7 @@ class BatchPlan:
     def _window(self, epoch: int, bucket: int, visit: int) -> tuple[str, ...]:
         """Batch `visit` of the bucket's endless sequence: a fresh shuffle per walk over it."""
         samples = self._samples[self._names[bucket]]
+        # A batch may end one walk over the bucket and begin the next.
         places = range(visit * self.batch_size, (visit + 1) * self.batch_size)
         return tuple(
             samples[

@@ -92,7 +92,10 @@ def keyed_generator(seed: int, step: int, sample_id: str, occurrence: int = 0) -
         occurrence: tells repeats of a sample in one batch apart.
     """
     key = f"{seed}/{step}/{occurrence}/{sample_id}".encode()
+    # A hash, since sums of seed and step collide; not Python's own, which differs between
+    # processes. Signed, because `manual_seed` takes 64 signed bits.
     number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
+    # On the CPU wherever the model trains: the same draws on every device.
     return torch.Generator("cpu").manual_seed(number)
 
 
@@ -122,6 +125,8 @@ def draw_noise(
     noises, uniforms = [], []
     for sample_id, occurrence in zip(sample_ids, occurrences, strict=True):
         generator = keyed_generator(seed, step, sample_id, occurrence)
+        # The level first, so that it does not depend on the size of the latent. float64, because
+        # quantiles are steep at both ends of the range.
         uniforms.append(torch.rand((), generator=generator, dtype=torch.float64))
         noises.append(torch.randn(latent_shape, generator=generator, dtype=torch.float32))
     t = restricted_time(torch.stack(uniforms), density, sigma_range)

@@ -53,9 +53,11 @@ def save_transformer(
     """
     # `_name_or_path` would carry the path that the weights were loaded from.
     config = {key: value for key, value in module.config.items() if not key.startswith("_")}
+    # Without memory of its own: `assign` below puts the given tensors in place.
     with torch.device("meta"):
         model = type(module).from_config(config)
     state = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    # Buffers, such as SD3's table of positions, belong to the folder too.
     for name, tensor in module.state_dict().items():
         if name not in state:
             state[name] = tensor.detach().cpu()

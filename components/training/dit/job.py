@@ -188,4 +188,5 @@ def sample_autoencoder(
             file=sys.stderr,
         )
         return None
+    # With the whole path: the job travels to ranks that know no root.
     return autoencoder.model_copy(update={"pretrained": str(folder)})

@@ -132,6 +132,7 @@ class Throughput:
 
     def _flops_per_image(self, batch: NoisedBatch) -> int:
         shape = (*batch.latents.shape[1:], batch.text.shape[1])
+        # Counting runs the whole architecture on the meta device, so once for every size.
         if shape not in self._flops:
             self._flops[shape] = model_flops(self._transformer, batch)
         return self._flops[shape]
@@ -165,6 +166,7 @@ def model_flops(transformer: Any, batch: NoisedBatch) -> int:
     config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
     with torch.device("meta"):
         model = type(transformer).from_config(config)
+    # One image: operations are linear in the number of images.
     one = NoisedBatch(
         batch.sample_ids[:1],
         *(

@@ -120,6 +120,7 @@ class ValidationSet:
             )
             for level, repeat in draws
         ]
+        # One image at a time, because images of different buckets do not stack; its draws do.
         count = len(draws)
         return NoisedBatch(
             sample_ids=(image_id,) * count,
@@ -165,6 +166,7 @@ class ValidationSet:
                 ).tolist()
                 for (level, repeat), a, b in zip(part, plain, own, strict=True):
                     mine[level, image_id, repeat] = (a, b)
+                # A validation of a large network takes longer than a rank may stand still.
                 ranks.beat()
         everyone = {key: value for part in ranks.gather(mine) for key, value in part.items()}
         return _by_level(everyone)

@@ -70,6 +70,7 @@ def predict_velocity(
         ValueError: the latents' height or width is odd, or the class has no backbone.
     """
     check_even(*batch.latents.shape[-2:])
+    # t stays float32: bfloat16 would round it to steps of 1/256 between 1/2 and 1.
     return backbone_of(transformer).predict(
         transformer,
         interpolate(batch.latents, batch.noise, batch.t),
@@ -87,5 +88,6 @@ def band_errors(velocity: Tensor, batch: NoisedBatch) -> list[Tensor]:
     Mean square of each band of v - (eps - z). The transform is orthonormal, so the mean of the four
     is the flow matching loss.
     """
+    # The target: z_t = (1 - t) z + t eps moves with eps - z.
     error = velocity - (batch.noise - batch.latents)
     return [band.square().flatten(1).mean(1) for band in haar(error)]

@@ -59,6 +59,7 @@ def claim_slot(folder: Path, slots: int) -> int:
         except OSError:
             file.close()
             continue
+        # The lock lasts as long as the file is open; nobody closes it.
         _CLAIMED.append(file)
         return slot
     raise RuntimeError(f"all {slots} encoder slots in {folder} are taken by living processes")

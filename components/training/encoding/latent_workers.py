@@ -41,6 +41,7 @@ def _autoencoder(job: LatentJob) -> Any:
         ValueError: this machine's weights are not those of the parent.
     """
     model = load_base_autoencoder(job.autoencoder, job.seed, Path(job.root))
+    # The index names the parent's encoder for every record, so no other may make any.
     if (found := encoder_digest(model)) != job.digest:
         raise ValueError(
             f"models.autoencoder.pretrained: encoder {found[:12]} here, {job.digest[:12]} where "

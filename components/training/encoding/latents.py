@@ -101,6 +101,7 @@ def encode(autoencoder: AutoencoderKLF16, images_BCHW: Tensor) -> Tensor:
     Returns:
         (B, C, H/16, W/16) for F16, in the autoencoder's dtype.
     """
+    # The mode and not a sample: equal photographs have equal latents, without a seed.
     mode: Tensor = autoencoder.encode(images_BCHW).latent_dist.mode()
     return (mode - (autoencoder.config.shift_factor or 0.0)) * autoencoder.config.scaling_factor
 
@@ -160,6 +161,7 @@ def encode_batch(
     latents = encode(autoencoder, torch.stack(list(images.values())).to(device))
     records: dict[str, bytes] = {}
     for image_id, latent in zip(images, latents.cpu(), strict=True):
+        # A NaN in the store would show as a loss that is NaN, weeks later.
         if bool(torch.isfinite(latent).all()):
             records[image_id] = to_record(latent, dtype)
         else:
@@ -204,6 +206,7 @@ def encode_corpus(
             yield encode_batch(batch, model, settings.dtype, max_megapixels)
 
     plan = batches(items, settings.batch_size)
+    # Work under another plan is kept apart: other batches may round sums differently.
     digest = encoder_digest(autoencoder)
     writer = LatentStoreWriter(
         work_dir / plan_digest(plan)[:16],
@@ -228,6 +231,7 @@ def encode_corpus(
         lost: list[EncodingItem] = []
         results = (workers or here)(todo)
         shown = track(results, "latents", total=len(plan), initial=done)
+        # Ends the workers too where a rejection leaves the loop.
         with closing(results):  # type: ignore[type-var]
             for batch, result in zip(todo, shown, strict=True):
                 if isinstance(result, Failure):
@@ -245,6 +249,7 @@ def encode_corpus(
                 reject(result.rejected)
         return lost
 
+    # Rejected photographs are not stored, so a continued run tries them again and counts anew.
     stored = writer.stored()
     left = [[item for item in batch if item.image_id not in stored] for batch in plan]
     pending = [batch for batch in left if batch]

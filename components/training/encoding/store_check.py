@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 import xxhash
 
+from components.files.whole_files import whole_file
 from components.settings.training import LatentsSettings
 from components.training.stores.latent_store import LatentStore
 from components.training.stores.record_reader import Extents, RecordCorrupt, RecordReader
@@ -65,6 +65,7 @@ def check_store(folder: Path) -> StoreCheck:
     except (OSError, KeyError, ValueError) as problem:
         detail = " ".join(str(problem).split())
         raise ValueError(f"{path}: not the index of a store ({detail})") from None
+    # Equal captions share a record; in disk order, so that reading is sequential.
     index = index.drop_duplicates(["shard", "offset"]).sort_values(["shard", "offset"])
     extents = Extents.of(index)
     reader = RecordReader(folder, extents)
@@ -77,6 +78,8 @@ def check_store(folder: Path) -> StoreCheck:
             reader.read_into(rows, np.empty((len(rows), size), dtype=np.uint8))
         except RecordCorrupt as problem:
             if len(rows) > 1:
+                # The reader stops at the first: once more one by one, so that each bad record is
+                # named.
                 for row in rows:
                     read([row])
             else:
@@ -84,6 +87,7 @@ def check_store(folder: Path) -> StoreCheck:
 
     begin = time.perf_counter()
     rows = np.arange(len(index))
+    # One buffer takes records of one size.
     for size in np.unique(extents.nbytes):
         alike = rows[extents.nbytes == size].tolist()
         step = max(1, _BATCH_BYTES // max(1, int(size)))
@@ -127,6 +131,7 @@ def rebuild_shard(
         ValueError: the store has no such shard.
         RebuildDiffers: a record came out differently: encoder, photographs or software changed.
     """
+    # Imports diffusers, which a check of hashes does without.
     from components.training.encoding.latents import batches, encode_batch
 
     rows = store.index[store.index["shard"] == shard].sort_values("offset")
@@ -135,6 +140,7 @@ def rebuild_shard(
         raise ValueError(f"{store.folder} has no shard {shard}; it has {', '.join(known[:5])}")
     wanted = set(rows["image_id"])
     records: dict[str, bytes] = {}
+    # Whole batches of the first time: alone, a photograph's sums may be rounded differently.
     for batch in batches(items, settings.batch_size):
         if wanted & {item.image_id for item in batch}:
             records |= encode_batch(batch, autoencoder, settings.dtype, max_megapixels).records
@@ -149,10 +155,7 @@ def rebuild_shard(
             f"image {differs[0]}): encoder, photographs, settings or software are not those of "
             "the store; run `ultraflux stage run latents` for a new one"
         )
-    temporary = store.folder / f".{shard}"
-    with temporary.open("wb") as file:
+    # Durable, because the index already promises these bytes: a power cut must not leave less.
+    with whole_file(store.folder / shard, durable=True) as temporary, temporary.open("wb") as file:
         file.writelines(records[str(image_id)] for image_id in rows["image_id"])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, store.folder / shard)
     return len(rows)

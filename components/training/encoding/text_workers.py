@@ -47,6 +47,7 @@ def _encoders(job: TextJob) -> Any:
 
 def embed_prompts(prompts: list[str], job: TextJob) -> EmbeddedPrompts:
     """Records of a batch of prompts, with the job's networks."""
+    # The bits of a sum depend on it, and so would the store.
     torch.set_num_threads(job.placement.threads)
 
     def encode(batch: list[str]) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,7 @@ def enable_activation_checkpointing(model: Any, policy: Checkpointing) -> None:
 def _store(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     if operator in STORED_OPERATORS:
         return CheckpointPolicy.MUST_SAVE
+    # Cheap to compute and large to keep: memory is what checkpointing is for.
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -92,6 +92,7 @@ def enable_context_parallel(model: Any, ranks: Ranks) -> None:
     config.setup(ranks.rank, ranks.world_size, ranks.device, mesh=context.mesh)
     model._parallel_config = config
     model.set_attention_backend("native")
+    # diffusers hands the configuration to attention processors in `enable_parallelism`.
     for module in model.modules():
         processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_parallel_config"):

@@ -85,6 +85,7 @@ def repartition(
         stored = here[WEIGHTS][group].numel()
         whole = stored if _is_padded(saved[0]) else stored + padding
         weights.append(cut(lean_parts, rank * whole, whole, stored))
+        # ZeRO has one flat parameter a group, under one name in every file.
         name = saved[0][OPTIMIZER]["param_groups"][group]["params"][0]
         states = [state[OPTIMIZER]["state"].get(name, {}) for state in saved]
         moments[name] = {
@@ -112,6 +113,7 @@ def _without_padding(state: Mapping[str, Any], group: int) -> Tensor:
 def _moment(parts: Sequence[Any], sizes: Sequence[int], start: int, whole: int, key: str) -> Any:
     """One optimizer state of a group: cut where it has a value per weight, else the first's."""
     first = parts[0]
+    # Step counters and the like are equal on all ranks.
     if not isinstance(first, Tensor) or first.dim() == 0:
         return first
     if any(part.dim() != 1 or part.numel() < size for part, size in zip(parts, sizes, strict=True)):

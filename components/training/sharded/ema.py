@@ -66,6 +66,7 @@ class WeightAverage:
                 shard.name,
                 shard.shape,
                 shard.start,
+                # `to` alone would return the masters themselves where nothing is to convert.
                 shard.values.detach().to(device, torch.float32, copy=True),
             )
             for shard in shards
@@ -75,17 +76,13 @@ class WeightAverage:
         """Decay that the next `update` applies."""
         return min(self.decay, (1 + self.updates) / (10 + self.updates))
 
-    @property
-    def bytes_on_this_rank(self) -> int:
-        """Memory of this rank's share."""
-        return sum(shard.values.nbytes for shard in self.shards.values())
-
     @torch.no_grad()
     def update(self, shards: Iterable[WeightShard]) -> None:
         """Move towards `shards` (same names and elements as at construction)."""
         blend = 1.0 - self.current_decay()
         for shard in shards:
             average = self.shards[shard.name].values
+            # Where the average lives on the host, the weights travel to it and not the other way.
             average.lerp_(shard.values.to(average.device, torch.float32), blend)
         self.updates += 1
 
@@ -94,15 +91,12 @@ class WeightAverage:
         for name, shard in self.shards.items():
             yield name, assemble(shard, self._ranks)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's share into `folder`; every rank calls it."""
-        self.take_write(folder, HostCopies())()
-
     def take_write(self, folder: Path, copies: HostCopies) -> Callable[[], None]:
         """Copy this rank's share now; the returned function writes it into `folder` later.
 
         On CUDA a fence of `copies` must be waited for before that.
         """
+        # A rank has no part of most parameters; empty parts are not written.
         held = {name: shard for name, shard in self.shards.items() if shard.values.numel()}
         layout = {name: [shard.start, *shard.shape] for name, shard in held.items()}
         values = copies.take(FILES, {name: shard.values for name, shard in held.items()})
@@ -140,6 +134,7 @@ class WeightAverage:
             self._write(module, parameters, self.shards)
             yield
         finally:
+            # After an error too: whatever is saved next must be the trained weights.
             self._write(module, parameters, kept)
 
     def _write(
@@ -148,6 +143,7 @@ class WeightAverage:
         parameters: dict[str, nn.Parameter],
         shards: dict[str, WeightShard],
     ) -> None:
+        # ZeRO 3 may still hold whole parameters with the values from before.
         release_gathered(module)
         for name, shard in shards.items():
             write_model_values(parameters[name], shard, self._ranks)
@@ -159,6 +155,7 @@ class _StoredAverage:
     def __init__(self, files: Sequence[Path]) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, list[tuple[int, Any]]] = {}
+        # Opened, not read: `read` takes the elements of this rank from each file.
         for path in files:
             file = safe_open(path, framework="pt")
             for name, (start, *shape) in json.loads(file.metadata()[SHARDS_KEY]).items():

@@ -69,6 +69,8 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
         """
         file = Path(path)
         if file.name.endswith(_OPTIMIZER_FILE) and self._saved_by != self._ranks.world_size:
+            # DeepSpeed asks for the file of this rank, which may not exist: all old ones are cut
+            # anew.
             files = rank_files(file, self._saved_by)
             states = [read_state(other, mmap=True)[_OPTIMIZER_KEY] for other in files]
             here = self._engine.optimizer.state_dict()
@@ -156,6 +158,7 @@ def load_engine(engine: Any, folder: Path, tag: str) -> None:
 
 
 def _load_trained(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    # Frozen weights are not in the checkpoint, so what is missing is judged below.
     found = dst.load_state_dict(src, strict=False)
     frozen = {name for name, weights in dst.named_parameters() if not weights.requires_grad}
     wrong = sorted(set(found.missing_keys) - frozen) + sorted(found.unexpected_keys)

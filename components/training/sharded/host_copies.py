@@ -66,6 +66,7 @@ def _copy_into(buffer: Tensor | None, tensor: Tensor) -> Tensor:
     source = tensor.detach()
     if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
         buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+    # Does not wait only from CUDA into pinned memory; `fence` tells when it is done.
     return buffer.copy_(source, non_blocking=True)
 
 

@@ -60,11 +60,14 @@ def _master_shard(name: str, parameter: Any, ranks: Ranks) -> WeightShard:
         return WeightShard(name, shape, start, padded.detach()[:count])
     shape = tuple(parameter.shape)
     if hasattr(parameter, "_hp_mapping"):
+        # ZeRO 1 and 2: DeepSpeed keeps on each parameter where its float32 master lies; None: on
+        # another rank.
         mapping = parameter._hp_mapping
         if mapping is None:
             return WeightShard(name, shape, 0, torch.empty(0, device=ranks.device))
         start = mapping.lp_fragment_address.start
         return WeightShard(name, shape, start, mapping.hp_fragment.detach())
+    # No ZeRO: everyone has all of it, and averages an equal part.
     part = math.ceil(parameter.numel() / ranks.world_size)
     start = min(ranks.rank * part, parameter.numel())
     mine = parameter.detach().flatten()[start : start + part]
@@ -87,6 +90,7 @@ def assemble(shard: WeightShard, ranks: Ranks) -> Tensor:
         return shard.values.to(ranks.device).reshape(shard.shape)
     whole = torch.zeros(count, dtype=torch.float32, device=ranks.device)
     whole[shard.start : shard.start + shard.values.numel()] = shard.values
+    # Collective: every rank comes here for every parameter, in the model's order.
     dist.all_reduce(whole.view(torch.int32))
     return whole.reshape(shard.shape)
 

@@ -21,19 +21,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from components.training.stores.record_reader import (
-    Extents,
-    RecordCorrupt,
-    RecordReader,
-    Verify,
-    read_store,
-)
-from components.training.stores.record_writer import MIB, RecordWriter
-from components.training.stores.sample_ids import IdTable
+from components.training.stores.record_reader import Verify
+from components.training.stores.record_store import RecordStore, StoreKind, StoreWriter
 from components.training.stores.stored_tensors import StoreDtype, to_record
-from components.training.stores.table_digest import table_digest
 
-STORE_VERSION = 2
 INDEX_COLUMNS = (
     "image_id",
     "split",
@@ -61,16 +52,28 @@ class LatentCorrupt(RuntimeError):
     """A record whose bytes are not the ones that were written; names shard and image."""
 
 
-def index_digest(index: pd.DataFrame) -> str:
-    """Sha256 over the rows of an index, independent of Parquet versions and of row order.
+KIND = StoreKind(
+    name="latents",
+    record="latent",
+    stage="latents",
+    version=2,
+    columns=INDEX_COLUMNS,
+    # The record hashes are among the columns, so the digest identifies every byte of the store.
+    identity=INDEX_COLUMNS,
+    incomplete=LatentStoreIncomplete,
+    corrupt=LatentCorrupt,
+    remedy=", `ultraflux stores rebuild {shard}` encodes them again",
+)
 
-    The record hashes are among the columns, so it identifies every byte of the store.
+
+class LatentStore(RecordStore):
+    """Read access by image id; every read is verified unless told otherwise.
+
+    `index` has one row per image, columns `INDEX_COLUMNS`; `bucket` is "<height>x<width>" in
+    pixels. `about` holds the `provenance` of the encoder and `rejected` photographs.
     """
-    return table_digest(index, INDEX_COLUMNS, key="image_id", version=STORE_VERSION)
 
-
-class LatentStore:
-    """Read access by image id; every read is verified unless told otherwise."""
+    kind = KIND
 
     def __init__(self, folder: Path, *, verify: Verify = "always") -> None:
         """Open a finished store.
@@ -82,28 +85,9 @@ class LatentStore:
         Raises:
             LatentStoreIncomplete: no index (encoding has not finished), or another layout.
         """
-        index, about = read_store(
-            folder, INDEX_COLUMNS, stage="latents", incomplete=LatentStoreIncomplete
-        )
-        self.folder = folder
-        self.index = index
-        """One row per image, columns `INDEX_COLUMNS`; `bucket` is "<height>x<width>" in pixels."""
-        self.about = about
-        """`provenance` of the encoder and `rejected` photographs."""
-        self._rows = IdTable(index["image_id"])
-        self._shapes = index[["latent_channels", "latent_h", "latent_w"]].to_numpy(np.int64)
-        extents = Extents.of(index)
-        self._reader = RecordReader(folder, extents, verify=verify)
-        self.digest = index_digest(index)
-        """Sha256 of the index content."""
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.index)
-
-    def __contains__(self, image_id: object) -> bool:
-        """Whether the image has a latent."""
-        return self._rows.row(image_id) is not None
+        super().__init__(folder, verify=verify)
+        columns = ["latent_channels", "latent_h", "latent_w"]
+        self._shapes = self.index[columns].to_numpy(np.int64)
 
     @property
     def rejected(self) -> frozenset[str]:
@@ -145,10 +129,7 @@ class LatentStore:
         Returns:
             (B, C, h, w); `out` where given.
         """
-        try:
-            rows = self._rows.rows(image_ids)
-        except KeyError as unknown:
-            raise KeyError(f"image {unknown.args[0]} has no latent in {self.folder}") from None
+        rows = self._rows_of(image_ids)
         shapes = np.unique(self._shapes[rows], axis=0)
         if len(shapes) != 1:
             raise ValueError(f"a batch of latents of {len(shapes)} shapes; one bucket at a time")
@@ -156,15 +137,7 @@ class LatentStore:
             shape = (len(rows), *(int(edge) for edge in shapes[0]))
             dtype = getattr(torch, str(self.index["dtype"].iloc[int(rows[0])]))
             out = torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
-        try:
-            self._reader.read_into(rows.tolist(), out.view(torch.uint8).flatten(1).numpy())
-        except RecordCorrupt as problem:
-            image_id = self.index["image_id"].iloc[problem.row]
-            raise LatentCorrupt(
-                f"shard {problem.shard}, image {image_id}: {problem.problem}; "
-                f"`ultraflux stores verify {self.folder}` lists all such records, `ultraflux "
-                f"stores rebuild {problem.shard}` encodes them again"
-            ) from None
+        self._read_into(rows, out)
         return out
 
 
@@ -183,17 +156,18 @@ class LatentStoreWriter:
             encoder_digest: digest of the encoder weights; work of another encoder is discarded.
         """
         self.dtype: StoreDtype = dtype
-        self._common = {"dtype": dtype, "encoder_digest": encoder_digest}
-        self._records = RecordWriter(
+        self._writer = StoreWriter(
+            KIND,
             folder,
             key="image_id",
-            header={"version": STORE_VERSION, **self._common},
-            shard_bytes=int(shard_mb * MIB),
+            dtype=dtype,
+            encoder_digest=encoder_digest,
+            shard_mb=shard_mb,
         )
 
     def stored(self) -> frozenset[str]:
         """Ids of the images that are safely stored."""
-        return self._records.stored()
+        return self._writer.records.stored()
 
     def append(
         self, bucket_hw: tuple[int, int], images: Sequence[tuple[str, str]], latents: Tensor
@@ -242,7 +216,7 @@ class LatentStoreWriter:
             }
             for image_id, split in images
         ]
-        self._records.append(bucket, rows, records)
+        self._writer.records.append(bucket, rows, records)
 
     def publish(
         self,
@@ -257,13 +231,6 @@ class LatentStoreWriter:
             provenance: how the latents were made, JSON-able.
             rejected: reason by image id of what could not be encoded.
         """
-        index = pd.DataFrame(self._records.rows, columns=_ROW_COLUMNS).assign(**self._common)
-        reasons = sorted((rejected or {}).items())
-        about = {
-            "kind": "latents",
-            "version": STORE_VERSION,
-            "provenance": dict(provenance or {}),
-            "rejected": [{"image_id": name, "error": reason} for name, reason in reasons],
-        }
-        self._records.publish(destination, index.loc[:, list(INDEX_COLUMNS)], about)
+        index = pd.DataFrame(self._writer.records.rows, columns=_ROW_COLUMNS)
+        self._writer.publish(destination, index, provenance, rejected)
         return LatentStore(destination)

@@ -7,7 +7,6 @@ hash each piece while it is still in the processor's cache. No thread outlives i
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -15,14 +14,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import xxhash
-
-from components.training.stores.record_writer import INDEX_FILE, STORE_FILE
 
 Verify = Literal["always", "first", "never"]
 Bytes = npt.NDArray[np.uint8]
@@ -53,34 +50,6 @@ class RecordCorrupt(RuntimeError):
         """
         super().__init__(f"shard {shard}: {problem}")
         self.row, self.shard, self.problem = row, shard, problem
-
-
-def read_store(
-    folder: Path, columns: Sequence[str], *, stage: str, incomplete: type[RuntimeError]
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """What stands beside the shards of a finished store.
-
-    Args:
-        folder: of the store.
-        columns: that the index must have.
-        stage: makes the store; for the message.
-        incomplete: raised where there is none.
-
-    Returns:
-        (index, one row per image; what `store.json` says).
-
-    Raises:
-        RuntimeError: `incomplete`: no index (the stage has not finished), or another layout.
-    """
-    path = folder / INDEX_FILE
-    if not path.exists():
-        raise incomplete(f"{folder}: no {INDEX_FILE}; run the stage `{stage}` first")
-    index = pd.read_parquet(path)
-    missing = [name for name in columns if name not in index.columns]
-    if missing or not (folder / STORE_FILE).exists():
-        lacking = f"columns {missing} are missing" if missing else f"no {STORE_FILE}"
-        raise incomplete(f"{path}: {lacking}; run the stage `{stage}` again")
-    return index, json.loads((folder / STORE_FILE).read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -196,6 +165,7 @@ class RecordReader:
         """Requests that cover the rows, in disk order."""
         extents = self._extents
         chosen = np.asarray(rows, dtype=np.int64)
+        # In disk order, so that neighbours become one request.
         order = np.lexsort((extents.offset[chosen], extents.shard[chosen])).tolist()
         needed = {int(number): rows[i] for i, number in enumerate(extents.shard[chosen].tolist())}
         descriptors = {number: self._descriptor(number, row) for number, row in needed.items()}
@@ -229,6 +199,7 @@ class RecordReader:
                 self._open[number] = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 raise RecordCorrupt(row, name, "it is missing") from None
+        # The least recently used is closed first.
         self._open.move_to_end(number)
         return self._open[number]
 

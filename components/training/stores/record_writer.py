@@ -70,6 +70,7 @@ class RecordWriter:
             ValueError: a key is stored already.
         """
         placed, chunks = [], []
+        # All keys before the first byte: a refused batch leaves nothing behind.
         for row in rows:
             if row[self._key] in self._keys:
                 raise ValueError(f"{self._key} {row[self._key]} is stored already")
@@ -78,12 +79,14 @@ class RecordWriter:
             where = {"shard": shard, "offset": offset, "nbytes": len(record)}
             placed.append({**row, **where, "xxh64": xxhash.xxh64_hexdigest(record)})
             chunks.append((shard, record))
+        # One write and one flush for each shard that the batch reaches.
         for shard in sorted({shard for shard, _ in chunks}):
             self._detach(shard)
             with (self.folder / shard).open("ab") as file:
                 file.write(b"".join(record for name, record in chunks if name == shard))
                 file.flush()
                 os.fsync(file.fileno())
+        # Records are on the disk: only now the journal may promise them.
         self.rows += placed
         self._keys |= {row[self._key] for row in placed}
         with self._journal.open("a", encoding="utf-8") as journal:
@@ -103,17 +106,17 @@ class RecordWriter:
             about: JSON document `store.json`: provenance, and what was left out.
         """
         destination.mkdir(parents=True, exist_ok=True)
+        # First: without its index the folder is no store, whatever else is in it.
         (destination / INDEX_FILE).unlink(missing_ok=True)
-        for old in destination.glob("*.bin"):
+        # With whatever a kill has left of one that was being copied.
+        for old in destination.glob("*.bin*"):
             old.unlink()
         for shard in sorted(self._sizes):
-            temporary = destination / f".{shard}"
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(self.folder / shard, temporary)
-            except OSError:
-                shutil.copyfile(self.folder / shard, temporary)
-            os.replace(temporary, destination / shard)
+            with whole_file(destination / shard) as temporary:
+                try:
+                    os.link(self.folder / shard, temporary)
+                except OSError:
+                    shutil.copyfile(self.folder / shard, temporary)
         text = json.dumps(dict(about), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         write_text(destination / STORE_FILE, text, durable=True)
         with whole_file(destination / INDEX_FILE) as temporary:
@@ -133,9 +136,8 @@ class RecordWriter:
         """Break the hard link of a published shard, so that appending never alters the store."""
         path = self.folder / shard
         if path.exists() and path.stat().st_nlink > 1:
-            temporary = self.folder / f".{shard}"
-            shutil.copyfile(path, temporary)
-            os.replace(temporary, path)
+            with whole_file(path) as temporary:
+                shutil.copyfile(path, temporary)
 
     def _resume(self) -> None:
         """Take over journalled batches; start afresh where the header or a shard does not fit."""
@@ -144,15 +146,17 @@ class RecordWriter:
             text = self._journal.read_text(encoding="utf-8")
             # A line without its newline was cut off by a kill.
             lines = text[: text.rfind("\n") + 1].splitlines()
+        # Another encoder, precision or shard size would give other records: nothing is kept.
         if lines and json.loads(lines[0]) == self._header:
             for line in lines[1:]:
                 self._take_over(json.loads(line))
         if not self.rows or any(self._length(name) < size for name, size in self._sizes.items()):
             lines = [json.dumps(self._header)]
             self.rows, self._keys, self._sizes, self._open = [], set(), {}, {}
-        for shard in self.folder.glob("*.bin"):
+        for shard in self.folder.glob("*.bin*"):
             if shard.name not in self._sizes:
                 shard.unlink()
+            # What lies behind the last journalled record was never promised.
             elif shard.stat().st_size > self._sizes[shard.name]:
                 os.truncate(shard, self._sizes[shard.name])
         write_text(self._journal, "".join(f"{line}\n" for line in lines), durable=True)

@@ -31,6 +31,7 @@ class IdTable:
     def __init__(self, ids: Iterable[str]) -> None:
         """Remember ids in the order of their rows; of equal ids the last row counts."""
         array = id_array(ids)
+        # Stable, so that of equal ids the last row stands last, where `row` looks.
         order = np.argsort(array, kind="stable")
         self._sorted, self._rows = array[order], order.astype(np.int64)
 

@@ -20,6 +20,7 @@ def table_digest(table: pd.DataFrame, columns: Sequence[str], *, key: str, versi
         key: unique column that the rows are sorted by.
         version: of the layout that the columns belong to.
     """
+    # Count and names are hashed with the values, so that no column can pass for its neighbour.
     rows = table.sort_values(key, kind="stable")
     digest = hashlib.sha256(f"v{version} {len(rows)}\n".encode())
     for name in columns:

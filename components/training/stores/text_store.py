@@ -25,19 +25,10 @@ import torch
 from torch import Tensor
 
 from components.telemetry.progress import track
-from components.training.stores.record_reader import (
-    Extents,
-    RecordCorrupt,
-    RecordReader,
-    Verify,
-    read_store,
-)
-from components.training.stores.record_writer import MIB, RecordWriter
-from components.training.stores.sample_ids import IdTable
+from components.training.stores.record_reader import Verify
+from components.training.stores.record_store import RecordStore, StoreKind, StoreWriter
 from components.training.stores.stored_tensors import StoreDtype, to_record
-from components.training.stores.table_digest import table_digest
 
-STORE_VERSION = 2
 EMPTY_PROMPT_ID = ""
 INDEX_COLUMNS = (
     "image_id",
@@ -63,6 +54,19 @@ class TextCorrupt(RuntimeError):
     """A record whose bytes are not the ones that were written; names shard and image."""
 
 
+KIND = StoreKind(
+    name="text embeddings",
+    record="text embedding",
+    stage="text_embeddings",
+    version=2,
+    columns=INDEX_COLUMNS,
+    # What decides an embedding, so that equal digests mean equal embeddings.
+    identity=("image_id", "caption_sha256", "dtype", "encoder_digest"),
+    incomplete=TextStoreIncomplete,
+    corrupt=TextCorrupt,
+)
+
+
 @dataclass(frozen=True)
 class EmbeddedPrompts:
     """What the store keeps of a few prompts; small enough to travel between processes."""
@@ -81,8 +85,14 @@ def caption_sha256(caption: str) -> str:
     return hashlib.sha256(caption.encode("utf-8")).hexdigest()
 
 
-class TextStore:
-    """Read access by image id; every read is verified unless told otherwise."""
+class TextStore(RecordStore):
+    """Read access by image id; every read is verified unless told otherwise.
+
+    `index` has one row per image, columns `INDEX_COLUMNS`, and one for the empty prompt; `about`
+    holds the `provenance` of the encoders.
+    """
+
+    kind = KIND
 
     def __init__(self, folder: Path, *, verify: Verify = "always") -> None:
         """Open a finished store.
@@ -94,27 +104,11 @@ class TextStore:
         Raises:
             TextStoreIncomplete: no index (embedding has not finished), or another layout.
         """
-        index, about = read_store(
-            folder, INDEX_COLUMNS, stage="text_embeddings", incomplete=TextStoreIncomplete
-        )
-        self.folder = folder
-        self.index = index
-        """One row per image, columns `INDEX_COLUMNS`."""
-        self.about = about
-        """`provenance` of the encoders."""
-        self._rows = IdTable(index["image_id"])
-        extents = Extents.of(index)
-        self._reader = RecordReader(folder, extents, verify=verify)
-        first = index.iloc[0]
+        super().__init__(folder, verify=verify)
+        # Padded to one length, so that the first row speaks for all.
+        first = self.index.iloc[0]
         self._shape = tuple(int(first[name]) for name in ("text_tokens", "t5_dim", "pooled_dim"))
         self._dtype: torch.dtype = getattr(torch, str(first["dtype"]))
-        identity = ("image_id", "caption_sha256", "dtype", "encoder_digest")
-        self.digest = table_digest(index, identity, key="image_id", version=STORE_VERSION)
-        """SHA-256 over captions and encoder: equal digests mean equal embeddings."""
-
-    def __contains__(self, image_id: object) -> bool:
-        """Whether the image has an embedding."""
-        return self._rows.row(image_id) is not None
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -158,23 +152,11 @@ class TextStore:
             image_ids: B images.
             pin_memory: page-lock the buffer, so that its copy to a GPU does not block.
         """
-        try:
-            rows = self._rows.rows(image_ids)
-        except KeyError as unknown:
-            raise KeyError(
-                f"image {unknown.args[0]} has no text embedding in {self.folder}"
-            ) from None
+        rows = self._rows_of(image_ids)
         tokens, width, pooled = self._shape
         states = tokens * width
         buffer = torch.empty((len(rows), states + pooled), dtype=self._dtype, pin_memory=pin_memory)
-        try:
-            self._reader.read_into(rows.tolist(), buffer.view(torch.uint8).numpy())
-        except RecordCorrupt as problem:
-            image_id = self.index["image_id"].iloc[problem.row]
-            raise TextCorrupt(
-                f"shard {problem.shard}, image {image_id or '(empty prompt)'}: {problem.problem}; "
-                f"`ultraflux stores verify {self.folder}` lists all such records"
-            ) from None
+        self._read_into(rows, buffer)
         return buffer[:, :states].unflatten(1, (tokens, width)), buffer[:, states:]
 
 
@@ -229,12 +211,17 @@ def build_text_store(
     plan = [distinct[at : at + batch_size] for at in range(0, len(distinct), batch_size)]
     shas = {caption: caption_sha256(caption) for caption in distinct}
     listed = hashlib.sha256(f"{batch_size}\n".encode() + "\n".join(shas.values()).encode())
-    common = {"dtype": dtype, "encoder_digest": encoder_digest}
-    header = {"version": STORE_VERSION, **common, "captions": listed.hexdigest()}
-    writer = RecordWriter(
-        work, key="caption_sha256", header=header, shard_bytes=int(shard_mb * MIB)
+    writer = StoreWriter(
+        KIND,
+        work,
+        key="caption_sha256",
+        dtype=dtype,
+        encoder_digest=encoder_digest,
+        shard_mb=shard_mb,
+        depends_on={"captions": listed.hexdigest()},
     )
-    stored = writer.stored()
+    records = writer.records
+    stored = records.stored()
     pending = [batch for batch in plan if shas[batch[0]] not in stored]
     results = encode_batches(pending) if pending else iter(())
     tracked = track(results, "text embeddings", total=len(plan), initial=len(plan) - len(pending))
@@ -242,18 +229,12 @@ def build_text_store(
         names = ("text_tokens", "t5_dim", "pooled_dim")
         shape = dict(zip(names, embedded.shape, strict=True))
         rows = [{"caption_sha256": shas[caption], **shape} for caption in batch]
-        writer.append("text", rows, embedded.records)
+        records.append("text", rows, embedded.records)
     images = sorted(prompts)
     samples = pd.DataFrame(
         {"image_id": images, "caption_sha256": [shas[prompts[one]] for one in images]}
     )
-    index = samples.merge(pd.DataFrame(writer.rows), on="caption_sha256", how="left")
-    index = index.assign(**common).loc[:, list(INDEX_COLUMNS)]
-    about = {
-        "kind": "text embeddings",
-        "version": STORE_VERSION,
-        "provenance": dict(provenance or {}),
-        "rejected": [],
-    }
-    writer.publish(destination, index, about)
+    # Many images to one record: equal captions share it.
+    index = samples.merge(pd.DataFrame(records.rows), on="caption_sha256", how="left")
+    writer.publish(destination, index, provenance)
     return TextStore(destination)

@@ -143,6 +143,7 @@ def _working_copy(
         if (height, width) != pixels.shape[:2]:
             image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
             pixels = np.asarray(image)
+        # Ranks of several nodes may share the folder and come here at once.
         with whole_file(path, contended=True) as temporary, temporary.open("wb") as file:
             np.save(file, pixels)
     array: ImageArray = np.load(path, mmap_mode="r")

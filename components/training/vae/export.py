@@ -104,6 +104,7 @@ def export_training(
     `crops/NN_{original,before,after}.png`, `crops.png`, `curves.png`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: `generate` must never load half an autoencoder.
     with whole_folder(folder / "autoencoder") as filled:
         autoencoder.save_pretrained(filled, safe_serialization=True)
     table = history_table(training.history)

@@ -171,6 +171,7 @@ class _Run:
             # Gradients travel once a step, with the last part.
             alone = number < len(parts) - 1
             with self.wrapped.no_sync() if alone else nullcontext():
+                # Weighted by crops: the last part may be smaller than the others.
                 for name, term in self._backward(part, len(part) / len(images)).items():
                     terms[name] = terms[name] + term if name in terms else term
         norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), MAX_GRAD_NORM)
@@ -189,9 +190,11 @@ class _Run:
     def _backward(self, images: Tensor, weight: float) -> dict[str, Tensor]:
         """Add the gradient of `weight` times the mean loss; the weighted terms, detached."""
         with self._autocast():
+            # The encoder is frozen: no activations of it are kept for a backward pass.
             with torch.no_grad():
                 latents = self.autoencoder.encode(images).latent_dist.mode()
             decoded = self.wrapped(latents)
+        # In float32: squares of small differences vanish in bfloat16.
         terms = self.loss(decoded.float(), images)
         (terms["total"] * weight).backward()
         return {name: term.detach() * weight for name, term in terms.items()}
@@ -256,9 +259,11 @@ def train_vae(
             f"vae.batch_size = {settings.batch_size} must be a multiple of the "
             f"{ranks.world_size} training processes"
         )
+    # Evaluation mode throughout: nothing in a step may be random but the choice of crops.
     autoencoder.to(ranks.device).eval()
     freeze_encoder(autoencoder)
     held_out = held_out_photographs.held_out(seed, settings.eval_crops)
+    # Before a checkpoint is loaded into the decoder: this is the base autoencoder's work.
     before = reconstruct(autoencoder, held_out)
     run = _Run(autoencoder, settings, ranks, state_dir)
     if not run.resume():

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,9 +21,7 @@ from components.training.distributed.checkpoints import (
     LATEST_FILE,
     CheckpointStore,
     CheckpointUnreadable,
-    capture_rng,
     load_state,
-    restore_rng,
     save_state,
 )
 
@@ -230,15 +227,3 @@ def test_a_state_that_would_run_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"f": os.system}, protocol=2))
     with pytest.raises(CheckpointUnreadable, match=r"evil\.pt"):
         load_state(tmp_path / "evil.pt")
-
-
-def test_random_streams_continue_after_restoring(tmp_path: Path) -> None:
-    def draw() -> tuple[float, float, float]:
-        legacy = float(np.random.standard_normal())  # noqa: NPY002
-        return random.gauss(0, 1), legacy, float(torch.randn(()))
-
-    draw()
-    save_state(tmp_path / "rng.pt", capture_rng())
-    expected = [draw(), draw()]
-    restore_rng(load_state(tmp_path / "rng.pt"))
-    assert [draw(), draw()] == expected

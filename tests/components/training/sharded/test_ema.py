@@ -13,6 +13,7 @@ from torch import nn
 
 from components.training.distributed.ranks import Ranks
 from components.training.sharded.ema import WeightAverage
+from components.training.sharded.host_copies import HostCopies
 from components.training.sharded.weight_shards import WeightShard, assemble
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -64,7 +65,7 @@ def test_divided_averages_have_the_bits_of_an_undivided_one(shape, cuts, seed):
             average.update([part("w", state, *span)])
     together = torch.cat([average.shards["w"].values for average in averages])
     assert torch.equal(together.reshape(shape), undivided_average(states, 0.6))
-    assert sum(average.bytes_on_this_rank for average in averages) == 4 * count
+    assert sum(average.shards["w"].values.nbytes for average in averages) == 4 * count
 
 
 def test_average_of_bfloat16_weights_is_kept_in_float32():
@@ -117,7 +118,7 @@ def test_a_stored_average_continues_exactly_whatever_number_of_ranks_stored_it(t
         ]
         saved = WeightAverage(shards, 0.9, Ranks(rank, 2, torch.device("cpu")))
         saved.update([WeightShard(s.name, s.shape, s.start, s.values + 1) for s in shards])
-        saved.save(tmp_path)
+        saved.take_write(tmp_path, HostCopies())()
     undivided = WeightAverage(whole(model), 0.9, ALONE)
     undivided.update([WeightShard.whole(n, p + 1) for n, p in tensors.items()])
     loaded = WeightAverage(whole(model), 0.9, ALONE)
@@ -133,7 +134,7 @@ def test_a_stored_average_continues_exactly_whatever_number_of_ranks_stored_it(t
 
 
 def test_a_stored_average_of_another_model_is_refused(tmp_path):
-    WeightAverage(whole(nn.Linear(3, 4)), 0.9, ALONE).save(tmp_path)
+    WeightAverage(whole(nn.Linear(3, 4)), 0.9, ALONE).take_write(tmp_path, HostCopies())()
     with pytest.raises(ValueError, match="does not fit"):
         WeightAverage(whole(nn.Linear(3, 3)), 0.9, ALONE).load(tmp_path, 1)
 

@@ -17,11 +17,11 @@ from hypothesis.extra import numpy as hnp
 
 from components.training.stores.latent_store import (
     INDEX_COLUMNS,
+    KIND,
     LatentCorrupt,
     LatentStore,
     LatentStoreIncomplete,
     LatentStoreWriter,
-    index_digest,
 )
 from components.training.stores.stored_tensors import StoreDtype, to_record
 
@@ -217,10 +217,10 @@ def test_the_digest_follows_content_not_row_order(tmp_path: Path) -> None:
     fill(writer)
     store = writer.publish(tmp_path / "store")
     shuffled = store.index.sample(frac=1.0, random_state=0)
-    assert index_digest(shuffled) == store.digest
+    assert KIND.digest(shuffled) == store.digest
     changed = store.index.copy()
     changed["xxh64"] = changed["xxh64"].where(pd.Series(range(len(changed))) != 2, "0" * 16)
-    assert index_digest(changed) != store.digest
+    assert KIND.digest(changed) != store.digest
 
 
 def test_stored_precision_is_read_into_a_tensor_that_is_there(tmp_path: Path) -> None:
