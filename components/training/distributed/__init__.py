@@ -1,1 +1,1 @@
-"""distributed."""
+"""Processes of a training run: launched, joined, supervised, their checkpoints committed."""

@@ -1,1 +1,1 @@
-"""dit."""
+"""Training of the diffusion transformer, from a stage's settings to exported weights."""

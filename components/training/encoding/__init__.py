@@ -1,1 +1,1 @@
-"""encoding."""
+"""Photographs to latents and captions to embeddings, once, before anything is trained."""

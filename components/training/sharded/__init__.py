@@ -1,1 +1,1 @@
-"""sharded."""
+"""Training state that is divided over processes: averaged, copied, saved, cut anew."""

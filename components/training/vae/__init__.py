@@ -1,1 +1,1 @@
-"""vae."""
+"""Post-training of the autoencoder's decoder; the encoder stays as it is."""
