@@ -178,7 +178,7 @@ class _Supervised:
         self._final: RankFailure | None = None
 
     def wait(self) -> int:
-        """The exit code; meanwhile look for restarts, lasting failures and ranks at a standstill."""
+        """The exit code; meanwhile look for restarts, lasting failures and ranks that stall."""
         assert self._process.stderr is not None
         reader = threading.Thread(target=self._read, args=(self._process.stderr,), daemon=True)
         reader.start()
