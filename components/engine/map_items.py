@@ -79,7 +79,7 @@ def _row(stage: str, schema: pa.Schema, image_id: str, result: Row | Failure) ->
 
 
 def _is_outside(failure: Failure, reasons: Sequence[type[Exception]]) -> bool:
-    return any(failure.message.startswith(f"{reason.__name__}:") for reason in reasons)
+    return any(failure.is_a(reason) for reason in reasons)
 
 
 def _raise_failed(failed: Mapping[str, str], state_dir: Path, kept: int, total: int) -> None:

@@ -95,6 +95,24 @@ class Failure:
     """Why an item has no result; no addresses, process ids or times, so it is reproducible."""
 
     message: str
+    classes: tuple[str, ...] = ()
+    """Full names of the exception's class and of those above it; the exception itself stays in the
+    worker, whose modules this process may not have."""
+
+    def is_a(self, kind: type[BaseException]) -> bool:
+        """Whether the exception was of a class or of one below it."""
+        return _full_name(kind) in self.classes
+
+    @classmethod
+    def of(cls, problem: BaseException) -> Failure:
+        """What an exception says, on one line."""
+        detail = " ".join(str(problem).split())
+        message = f"{type(problem).__name__}: {detail}".rstrip(": ")
+        return cls(message, tuple(map(_full_name, type(problem).__mro__)))
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 class WorkersDoNotStart(RuntimeError):

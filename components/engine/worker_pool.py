@@ -95,8 +95,7 @@ def _attempt(function: Callable[[Any], Any], payload: Any, memory_mb: int) -> by
     except MemoryError:
         failure = Failure(f"more than {memory_mb} MiB needed")
     except Exception as problem:
-        detail = " ".join(str(problem).split())
-        failure = Failure(f"{type(problem).__name__}: {detail}".rstrip(": "))
+        failure = Failure.of(problem)
     return pickle.dumps(failure)
 
 
