@@ -101,7 +101,8 @@ def run(
     if remote_data and engine != "pools":
         raise fail("--remote-data: give --engine pools with it")
     from components.settings.schema import SettingsError
-    from flows.pipeline.driver import PipelineRefused, run_pipeline
+    from flows.pipeline.pipeline_run import run_pipeline
+    from flows.pipeline.preflight import PipelineRefused
     from flows.services.servers import ServiceError
     from flows.versioning.graph import GraphError
 
@@ -138,7 +139,7 @@ def run(
 )
 def stage_run(name: Annotated[str, typer.Argument(help="Stage in dvc.yaml.")]) -> None:
     """Run one stage in this process (what `dvc repro` calls)."""
-    from flows.running.execution import run_stage
+    from flows.running.recorded_stage import run_stage
 
     raise typer.Exit(run_stage(name, project_root()))
 

@@ -17,7 +17,7 @@ import yaml
 
 from components.files.weight_folders import file_digest
 from flows.history.run_evidence import Evidence
-from flows.pipeline.driver import CHANGES_FILE
+from flows.pipeline.pipeline_run import CHANGES_FILE
 from flows.records.provenance import changes_digest
 from flows.records.records import all_records, read_json, write_json
 from flows.running.working_trees import TreeRefused, add_tree, git, share, tree_environment

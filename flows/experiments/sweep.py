@@ -26,7 +26,7 @@ from flows.history.run_comparison import direction
 from flows.history.run_evidence import StageRun, finished_runs
 from flows.records.provenance import provenance_tags
 from flows.records.records import Record, RunDescription, RunResult, open_record, write_json
-from flows.running.launcher import GuardedProcess
+from flows.running.guarded_process import GuardedProcess
 from flows.running.shared_turns import SHARED_TURNS
 from flows.running.working_trees import TreeRefused, settings_tree, tree_environment
 from flows.tracking.uploader import sync_once

@@ -26,8 +26,9 @@ from flows.pools.stage_progress import reported_progress
 from flows.remote.remote_stage import opened_here, run_remote_stage
 from flows.remote.stage_messages import StageReply, WorkerRefused, read_request
 from flows.running.clone_lock import CloneBusy, clone_lock
-from flows.running.execution import PREFECT_RUN
-from flows.running.runner import StageOutcome, StageRunner
+from flows.running.dvc_repro import DvcRunner, progress_path
+from flows.running.recorded_stage import PREFECT_RUN
+from flows.running.stage_runner import StageOutcome
 from flows.running.working_trees import TreeRefused
 from flows.versioning import graph as versioning
 from flows.versioning.setting_overrides import SettingsOverrides, chosen
@@ -124,7 +125,7 @@ def _run_here(
     root: Path, node: versioning.StageNode, parent_record: str | None, force: bool, held: int | None
 ) -> StageOutcome:
     """Run a stage in a clone that is held, by this process (`held`) or by its pipeline."""
-    runner = StageRunner(
+    runner = DvcRunner(
         root,
         {node.name: node},
         parent_record=parent_record,
@@ -147,7 +148,7 @@ def _answered(stage: str, values: Mapping[str, Any]) -> State:
         if asked.name != stage:
             raise WorkerRefused(f"asked for stage {stage} with a request for {asked.name}")
         os.environ[PREFECT_RUN] = str(flow_run.id)
-        with reported_progress(root / "runs" / "progress" / f"{stage}.json"):
+        with reported_progress(progress_path(root, stage)):
             reply = run_remote_stage(
                 asked,
                 root=root,
@@ -188,8 +189,8 @@ def run_pipeline(
         clone: folder of the clone on the worker's machine (default: the worker's own).
         remote_data: the stages' workers have clones of their own; data goes over the DVC remote.
     """
-    from flows.pipeline.driver import PipelineRefused
-    from flows.pipeline.driver import run_pipeline as drive
+    from flows.pipeline.pipeline_run import run_pipeline as run_graph
+    from flows.pipeline.preflight import PipelineRefused
     from flows.pools.submission import profile_values
 
     values = chosen(settings)
@@ -200,7 +201,7 @@ def run_pipeline(
             values = profile_values(own, profile, values)
         root = worker_clone(clone, values)
         os.chdir(root)
-        summary = drive(root, engine="pools", force=force, remote_data=remote_data)
+        summary = run_graph(root, engine="pools", force=force, remote_data=remote_data)
     except (*REFUSALS, PipelineRefused) as problem:
         return Failed(name="Refused", message=str(problem))
     counts = [outcome.status for outcome in summary.outcomes.values()]

@@ -1,6 +1,6 @@
 """The Prefect flow: every stage of dvc.yaml as a task, in parallel where the graph allows.
 
-The graph comes from DVC (`graph.stage_graph`), the work from `flows.running.runner`; Prefect
+The graph comes from DVC (`graph.stage_graph`), the work from a `StageRunner`; Prefect
 adds states, retries, logs and the UI. DVC is the cache, so tasks use `NO_CACHE`.
 """
 
@@ -19,8 +19,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.pools.cancellation import stopped_when_cancelled
 from flows.pools.pipeline_artifacts import PipelineArtifacts
-from flows.running.runner import StageError, StageExecutor, StageOutcome
-from flows.running.scheduler import Report, blocked
+from flows.running.graph_walk import Report
+from flows.running.stage_runner import StageError, StageOutcome, StageRunner, blocked
 
 RETRY_DELAY_S = 1.0
 
@@ -31,7 +31,7 @@ def _curable(_task: Task, _run: object, state: State) -> bool:
     return isinstance(problem, StageError) and problem.outcome.status == "failed"
 
 
-def _stage_task(runner: StageExecutor, name: str, report: Report) -> Task:
+def _stage_task(runner: StageRunner, name: str, report: Report) -> Task:
     meta = runner.graph[name].meta
 
     @task(
@@ -58,7 +58,7 @@ def _stage_task(runner: StageExecutor, name: str, report: Report) -> Task:
     return run_stage
 
 
-def run_tasks(runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:
+def run_tasks(runner: StageRunner, report: Report) -> dict[str, StageOutcome]:
     """Run the graph of `runner` as tasks of the Prefect flow that this is called in.
 
     Args:
@@ -86,7 +86,7 @@ def run_tasks(runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:
     return outcomes
 
 
-def build_flow(runner: StageExecutor, report: Report) -> Callable[[], dict[str, StageOutcome]]:
+def build_flow(runner: StageRunner, report: Report) -> Callable[[], dict[str, StageOutcome]]:
     """The flow over the graph of `runner`.
 
     Args:
@@ -121,14 +121,14 @@ def build_flow(runner: StageExecutor, report: Report) -> Callable[[], dict[str, 
     return run
 
 
-def run_in_prefect(runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:
+def run_in_prefect(runner: StageRunner, report: Report) -> dict[str, StageOutcome]:
     """`run_tasks` in the flow of the calling thread; in one of its own where there is none."""
     if FlowRunContext.get() is not None:
         return run_tasks(runner, report)
     return build_flow(runner, report)()
 
 
-def _collect(runner: StageExecutor, name: str, futures: dict[str, PrefectFuture]) -> StageOutcome:
+def _collect(runner: StageRunner, name: str, futures: dict[str, PrefectFuture]) -> StageOutcome:
     """The outcome of one stage; waits first, because a raising result would cancel siblings."""
     future = futures[name]
     future.wait()

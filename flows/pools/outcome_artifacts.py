@@ -17,7 +17,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from flows.remote.stage_messages import StageReply, WorkerRefused, as_json, read_reply, without_bulk
-from flows.running.runner import StageOutcome
+from flows.running.stage_runner import StageOutcome
 
 DESCRIPTION = "Outcome of the stage"
 REPLY_DESCRIPTION = "Reply of the stage's worker"

@@ -24,7 +24,7 @@ from components.evaluation.pages.pictures import thumbnail_uri
 from flows.pools.contract_artifact import contracts_table
 from flows.records.costs import COST, GPU_HOURS, pipeline_cost
 from flows.records.records import Record, all_records
-from flows.running.runner import StageExecutor, StageOutcome
+from flows.running.stage_runner import StageOutcome, StageRunner
 from flows.services.servers import running_services
 from flows.tracking.run_pages import record_url
 from flows.versioning.setting_overrides import read_params
@@ -45,7 +45,7 @@ def mlflow_pages(root: Path) -> str | None:
 
 
 def stage_rows(
-    runner: StageExecutor, outcomes: dict[str, StageOutcome], price: float | None
+    runner: StageRunner, outcomes: dict[str, StageOutcome], price: float | None
 ) -> list[dict[str, Any]]:
     """A row per stage that ended, in the order of the graph, and one for their sum.
 
@@ -69,7 +69,7 @@ def stage_rows(
 
 
 def _spent(
-    runner: StageExecutor, outcomes: dict[str, StageOutcome], price: float | None
+    runner: StageRunner, outcomes: dict[str, StageOutcome], price: float | None
 ) -> dict[str, float]:
     gpus = {name: node.meta.gpus for name, node in runner.graph.items()}
     found = pipeline_cost({name: o.seconds for name, o in outcomes.items()}, gpus, price)
@@ -105,7 +105,7 @@ def stage_records(
 class PipelineArtifacts:
     """Artifacts of one pipeline run, kept up to date from the threads that run its stages."""
 
-    def __init__(self, root: Path, runner: StageExecutor) -> None:
+    def __init__(self, root: Path, runner: StageRunner) -> None:
         """For the stages of `runner` in the clone at `root`."""
         self._root = root
         self._runner = runner

@@ -21,7 +21,8 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelling
 
 from flows.pools.outcome_artifacts import read_outcome
-from flows.running.runner import OutcomeStatus, StageOutcome, StageRunner
+from flows.running.dvc_repro import DvcRunner
+from flows.running.stage_runner import OutcomeStatus, StageOutcome
 from flows.versioning import graph as versioning
 
 STAGE_FLOW = "stage"
@@ -37,7 +38,7 @@ LOST_GRACE_S = 60.0
 """How long a run in that state may take to be scheduled again before it counts as failed."""
 
 
-class PoolRunner(StageRunner):
+class PoolRunner(DvcRunner):
     """Runs stages of one pipeline run on work pools.
 
     The workers share the clone (same machine or a shared file system), so what a stage wrote is

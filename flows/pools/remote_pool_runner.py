@@ -19,7 +19,7 @@ from flows.pools.outcome_artifacts import read_published_reply
 from flows.pools.pool_runner import PoolRunner
 from flows.remote.remote_requests import PipelineClone
 from flows.remote.stage_messages import WorkerRefused, as_json
-from flows.running.runner import StageOutcome
+from flows.running.stage_runner import StageOutcome
 from flows.versioning import graph as versioning
 
 MOST_LOSSES = 3

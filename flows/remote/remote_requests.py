@@ -21,7 +21,7 @@ from flows.remote import data_remote
 from flows.remote.lock_entries import foreign_inputs, merge_entries, needed_entries
 from flows.remote.remote_stage import TRACKING_URI, code_commit
 from flows.remote.stage_messages import StageReply, StageRequest, keep_files
-from flows.running.runner import OutcomeStatus, StageOutcome
+from flows.running.stage_runner import OutcomeStatus, StageOutcome
 from flows.versioning import graph as versioning
 
 PARENT_RUN_WAIT_S = 30.0

@@ -27,7 +27,8 @@ from flows.remote.lock_entries import foreign_inputs, merge_entries
 from flows.remote.stage_messages import ReplyStatus, StageReply, StageRequest, WorkerRefused
 from flows.remote.state_copies import StateCopies, copies_wanted
 from flows.running.clone_lock import CloneBusy, clone_lock
-from flows.running.runner import StageOutcome, StageRunner, stopping_on_signals
+from flows.running.dvc_repro import DvcRunner
+from flows.running.stage_runner import StageOutcome, stopping_on_signals
 from flows.tracking.uploader import UploaderProcess
 from flows.versioning import graph as versioning
 from flows.versioning.code_files import CODE, code_path, reaches, write_code_files
@@ -105,7 +106,7 @@ def _answer(
     data_remote.pull(root, stage_inputs(root, name))
     if held is not None:
         _adopt_parent(root, request)
-    runner = StageRunner(
+    runner = DvcRunner(
         root,
         graph,
         parent_record=request.parent,
@@ -137,7 +138,7 @@ def _answer(
 
 
 def _run(
-    root: Path, runner: StageRunner, request: StageRequest, *, uploads: bool
+    root: Path, runner: DvcRunner, request: StageRequest, *, uploads: bool
 ) -> tuple[StageOutcome, UploaderProcess | None]:
     uploads = uploads and request.parent_run is not None and TRACKING_URI in os.environ
     uploader = UploaderProcess(root) if uploads else None

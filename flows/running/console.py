@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from flows.records.records import read_json
-from flows.running.runner import StageExecutor, StageOutcome
+from flows.running.stage_runner import StageOutcome, StageRunner
 
 REFRESH_S = 0.5
 PLAIN_INTERVAL_S = 15.0
@@ -35,7 +35,7 @@ _MARKS = {
 class PipelineConsole:
     """Live view of one pipeline run; plain lines where the output is not a terminal."""
 
-    def __init__(self, runner: StageExecutor) -> None:
+    def __init__(self, runner: StageRunner) -> None:
         """Watch `runner`."""
         self.console = Console(soft_wrap=True, highlight=False)
         self._runner = runner

@@ -3,7 +3,7 @@
 A device is taken by an exclusive `flock` on a file of its own, outside any clone: every clone and
 user of the machine meets there. The kernel gives the lock back when the last process that holds it
 is gone, however it went, so nothing has to be cleaned up after a kill. The stage's process takes
-its devices itself, so `dvc repro`, the local scheduler and workers are all bound by it.
+its devices itself, so `dvc repro`, `ultraflux run` and workers are all bound by it.
 
 What counts as free is also asked of the driver: a device whose memory somebody else uses without
 this lock is passed over.

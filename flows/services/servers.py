@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from flows.records.records import read_json, write_json
-from flows.running.launcher import GuardedProcess
+from flows.running.guarded_process import GuardedProcess
 from flows.tracking.tier import LOOPBACK as HOST
 from flows.tracking.tier import served_clients, served_tier, use_embedded
 from flows.tracking.tier import services_dir as services_dir
@@ -373,7 +373,7 @@ def start_detached(
             stdout=output,
             stderr=output,
             start_new_session=True,
-            # A scheduler that ignores SIGINT would hand that on.
+            # A process that ignores SIGINT would hand that on.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
             **options,
         )

@@ -173,7 +173,7 @@ def _programs(_root: Path) -> Iterator[Finding]:
 
 def _project(root: Path) -> Iterator[Finding]:
     from components.settings.schema import SettingsError, load_settings
-    from flows.pipeline.driver import PipelineRefused, preflight
+    from flows.pipeline.preflight import PipelineRefused, preflight
     from flows.versioning.graph import GraphError, stage_graph
 
     checks: tuple[tuple[str, Callable[[], object]], ...] = (

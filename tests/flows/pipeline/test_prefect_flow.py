@@ -18,7 +18,7 @@ import json, sys
 from pathlib import Path
 from flows import environment, services, versioning
 from flows.records.records import RunDescription, open_record
-from flows.running.runner import StageRunner
+from flows.running.dvc_repro import DvcRunner
 environment.prepare(offline=True)
 root = Path(sys.argv[1])
 result = {}
@@ -31,7 +31,7 @@ with services.embedded_prefect(root) as env:
         graph = versioning.stage_graph(root)
         record = open_record(root, RunDescription(kind="pipeline", name="pipeline"))
         stale = versioning.stale_stages(root, graph)
-        runner = StageRunner(root, graph, parent_record=record.record_id, stale=stale)
+        runner = DvcRunner(root, graph, parent_record=record.record_id, stale=stale)
         seen = []
         outcomes = build_flow(runner, lambda outcome: seen.append(outcome.name))()
         result[attempt] = {

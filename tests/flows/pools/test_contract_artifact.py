@@ -7,7 +7,7 @@ from pathlib import Path
 from flows.pools.contract_artifact import contracts_table
 from flows.pools.pipeline_artifacts import stage_records
 from flows.records.records import Record, RunDescription, RunResult, Status, open_record
-from flows.running.runner import StageOutcome
+from flows.running.stage_runner import StageOutcome
 from flows.tracking.uploader import Uploader
 
 

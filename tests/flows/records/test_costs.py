@@ -11,7 +11,8 @@ from components.settings.schema import load_settings
 from flows.pools.pipeline_artifacts import mlflow_pages, stage_rows
 from flows.records.costs import gpu_hours, pipeline_cost, with_cost
 from flows.records.records import RunResult
-from flows.running.runner import StageOutcome, StageRunner
+from flows.running.dvc_repro import DvcRunner
+from flows.running.stage_runner import StageOutcome
 from flows.versioning.graph import stage_graph
 
 
@@ -35,7 +36,7 @@ def test_a_stage_without_gpus_has_no_cost_metrics(root: Path) -> None:
 def test_the_table_has_a_row_per_stage_and_their_sum(toy: Path) -> None:
     graph = stage_graph(toy)
     graph["b"] = replace(graph["b"], meta=graph["b"].meta.model_copy(update={"gpus": 2}))
-    runner = StageRunner(toy, graph, parent_record=None, stale={})
+    runner = DvcRunner(toy, graph, parent_record=None, stale={})
     outcomes = {
         "b": StageOutcome("b", "ran", 1800.0, "trained"),
         "a": StageOutcome("a", "skipped", 0.0, "unchanged"),

@@ -29,8 +29,8 @@ from flows.remote.stage_messages import (
     read_request,
 )
 from flows.running.clone_lock import CloneBusy, clone_lock
-from flows.running.runner import StageOutcome
-from flows.running.scheduler import run_graph
+from flows.running.graph_walk import walk_graph
+from flows.running.stage_runner import StageOutcome
 from flows.versioning import graph as versioning
 
 
@@ -128,7 +128,7 @@ class Carrier:
 
 
 def run_all(root: Path, workers: list[Path]) -> dict[str, StageOutcome]:
-    return run_graph(Carrier(root, workers), lambda outcome: None)
+    return walk_graph(Carrier(root, workers), lambda outcome: None)
 
 
 def test_a_stage_gets_exactly_its_inputs_and_returns_its_lock_entry(

@@ -55,7 +55,7 @@ STAGE = """
 import os, sys
 from pathlib import Path
 from flows.running.clone_lock import stage_lock
-from flows.running.launcher import GuardedProcess
+from flows.running.guarded_process import GuardedProcess
 with stage_lock(Path(sys.argv[1]), "vae", lambda: False) as lock:
     print("has it", flush=True)
     quiet = os.open(os.devnull, os.O_WRONLY)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.running.execution import PARENT_RECORD
+from flows.running.recorded_stage import PARENT_RECORD
 
 SCRIPT = """
 import json, sys, types
@@ -21,7 +21,7 @@ from components.files.weight_folders import ComponentsMissing, WeightsMissing
 from components.images.decoding import ImageUndecodable
 from components.settings.bad_input import BadInput
 from components.settings.schema import SettingsError
-from flows.running.execution import run_stage
+from flows.running.recorded_stage import run_stage
 from flows.running.gpu_lock import GpusMissing
 from flows.stages.contract import StageFailed
 

@@ -1,6 +1,6 @@
-"""Run one stage in this process: settings, record, the stage module, one clear line on failure.
+"""One stage in this process, recorded: settings, GPUs, the stage module, a clear line on failure.
 
-This is what `ultraflux stage run NAME` does, and therefore what every scheduler does.
+This is what `ultraflux stage run NAME` does, and therefore what DVC does for every engine.
 Exit codes: 0 done; 2 bad input, settings or data (a retry cannot help); 1 anything else;
 130 interrupted.
 """
@@ -29,7 +29,7 @@ from flows.versioning.code_files import CODE, CodeChanges, code_path
 from flows.versioning.parameters import stage_parameters
 
 OUTCOME_FILE = "ULTRAFLUX_OUTCOME_FILE"
-"""Names a file in which the scheduler wants to read how the stage ended."""
+"""Names a file in which whoever asked for the stage wants to read how it ended."""
 PARENT_RECORD = "ULTRAFLUX_PARENT_RECORD"
 """Record id of the pipeline that runs this stage; without it the stage uploads its own record."""
 PREFECT_RUN = "ULTRAFLUX_PREFECT_FLOW_RUN"

@@ -1,16 +1,16 @@
-"""The pipeline without any server: stages in topological order, in parallel where cores allow."""
+"""The graph without any server: stages in topological order, side by side where cores allow."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from flows.running.runner import StageExecutor, StageOutcome
+from flows.running.stage_runner import StageOutcome, StageRunner, blocked
 
 Report = Callable[[StageOutcome], None]
 
 
-def run_graph(runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:
+def walk_graph(runner: StageRunner, report: Report) -> dict[str, StageOutcome]:
     """Run every stage of `runner.graph`; stages below a failed one are blocked, others go on.
 
     Args:
@@ -46,12 +46,7 @@ def run_graph(runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:
     return outcomes
 
 
-def blocked(name: str, blockers: list[str]) -> StageOutcome:
-    """Outcome of a stage whose inputs failed."""
-    return StageOutcome(name, "blocked", message=f"waits for {', '.join(blockers)}")
-
-
-def run_with_retries(runner: StageExecutor, name: str) -> StageOutcome:
+def run_with_retries(runner: StageRunner, name: str) -> StageOutcome:
     """Run a stage, again after a failure that a retry may cure, as often as its meta allows."""
     retries = runner.graph[name].meta.retries
     outcome = runner.run(name)
@@ -61,5 +56,5 @@ def run_with_retries(runner: StageExecutor, name: str) -> StageOutcome:
     return outcome
 
 
-def _decided(runner: StageExecutor, name: str, outcomes: dict[str, StageOutcome]) -> bool:
+def _decided(runner: StageRunner, name: str, outcomes: dict[str, StageOutcome]) -> bool:
     return all(upstream in outcomes for upstream in runner.graph[name].upstream)

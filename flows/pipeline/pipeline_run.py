@@ -1,4 +1,4 @@
-"""One pipeline run from start to end: preflight, record, engine, summary."""
+"""One run of the whole graph from start to end: preflight, record, engine, summary."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import yaml
 from components.files.weight_folders import file_digest
 from components.settings.schema import load_settings
 from flows import environment
+from flows.pipeline.preflight import PipelineRefused, preflight
 from flows.records.costs import pipeline_cost
 from flows.records.provenance import changes_since_commit, provenance_tags
 from flows.records.records import (
@@ -37,8 +38,9 @@ from flows.remote.remote_stage import code_commit
 from flows.remote.stage_messages import WorkerRefused
 from flows.running.clone_lock import clone_lock
 from flows.running.console import PipelineConsole
-from flows.running.runner import StageExecutor, StageOutcome, StageRunner, stopping_on_signals
-from flows.running.scheduler import Report, run_graph
+from flows.running.dvc_repro import DvcRunner
+from flows.running.graph_walk import Report, walk_graph
+from flows.running.stage_runner import StageOutcome, StageRunner, stopping_on_signals
 from flows.services.prefect_connection import connect_to_prefect
 from flows.tracking.uploader import UploaderProcess
 from flows.versioning import graph as versioning
@@ -47,18 +49,6 @@ from flows.versioning.parameters import flatten
 Engine = Literal["local", "prefect", "pools"]
 CHANGES_FILE = "changes.diff"
 """In a pipeline's record: tracked changes beyond its commit."""
-
-PHOTO_SOURCES = {
-    "folder": "photographs",
-    "urls": "CSV, JSONL or Parquet lists",
-    "webdataset": "tar archives",
-    "multiaspect": "JSON shards",
-}
-"""What `ingest.source` names, by `ingest.kind`."""
-
-
-class PipelineRefused(RuntimeError):
-    """The pipeline cannot start here; one line."""
 
 
 @dataclass(frozen=True)
@@ -73,42 +63,6 @@ class PipelineSummary:
     def ok(self) -> bool:
         """Whether every stage ran or was up to date."""
         return not self.interrupted and all(outcome.ok for outcome in self.outcomes.values())
-
-
-def preflight(root: Path) -> None:
-    """Check what would otherwise fail late.
-
-    Raises:
-        PipelineRefused: the photographs are missing, a folder that must be written cannot be, or a
-            cost cap has no prices.
-        SettingsError: params.yaml is not valid.
-    """
-    settings = load_settings(root / "params.yaml")
-    ingest = settings.ingest
-    if (missing := settings.caption.missing_prices()) is not None:
-        raise PipelineRefused(missing)
-    source = root / ingest.source
-    # `dvc freeze ingest`: the photographs may be gone, the image store holds them.
-    if not versioning.is_frozen(root, "ingest") and not (
-        source.is_dir() if ingest.kind == "folder" else source.exists()
-    ):
-        wanted = "folder" if ingest.kind == "folder" else "file or folder"
-        raise PipelineRefused(
-            f"ingest.source = {ingest.source}: no such {wanted} below {root}; set it in "
-            f"params.yaml to a {wanted} of {PHOTO_SOURCES[ingest.kind]}"
-        )
-    for name in ("data", "runs", ".dvc/tmp", ".dvc/cache"):
-        folder = root / name
-        probe = folder / f".writable-{os.getpid()}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except OSError as problem:
-            raise PipelineRefused(
-                f"{folder} cannot be written ({problem.strerror}): the pipeline keeps its results "
-                "there; fix the permissions, or clone to a folder of your own"
-            ) from None
 
 
 def run_pipeline(
@@ -166,7 +120,7 @@ def _run_pipeline(
     record = open_record(root, _description(root, engine))
     kept = _keep_sources(root, record)
     uploader = UploaderProcess(root)
-    runner: StageExecutor
+    runner: StageRunner
     if remote_data:
         remote_pool_runner = importlib.import_module("flows.pools.remote_pool_runner")
         runner = remote_pool_runner.RemotePoolRunner(
@@ -178,7 +132,7 @@ def _run_pipeline(
             root, graph, parent_record=record.record_id, stale=stale, force=force
         )
     else:
-        runner = StageRunner(
+        runner = DvcRunner(
             root,
             graph,
             parent_record=record.record_id,
@@ -243,9 +197,9 @@ def _stale_here_or_elsewhere(
     return stale
 
 
-def _run(engine: Engine, runner: StageExecutor, report: Report) -> dict[str, StageOutcome]:
+def _run(engine: Engine, runner: StageRunner, report: Report) -> dict[str, StageOutcome]:
     if engine not in {"prefect", "pools"}:
-        return run_graph(runner, report)
+        return walk_graph(runner, report)
     # Imported by name: Prefect costs seconds and reads its environment at import.
     pipeline = importlib.import_module("flows.pipeline.prefect_flow")
     return dict(pipeline.run_in_prefect(runner, report))

@@ -1,10 +1,10 @@
 """Run a command so that it dies with the process that asked for it.
 
-`python -m flows.running.launcher FD COMMAND...` leads a process group of its own, runs COMMAND in
-it and watches the read end FD of a pipe whose write end only the asking process holds. When that
-process ends, however it ends (kill -9 included), the pipe closes and the whole group is stopped:
-SIGTERM, then SIGKILL. A parent-death signal would not do: it follows the thread that forked, and it
-does not reach grandchildren such as the training process under `dvc`.
+This module, started as a program with `FD COMMAND...`, is the launcher: it leads a process group of
+its own, runs COMMAND in it and watches the read end FD of a pipe whose write end only the asking
+process holds. When that process ends, however it ends (kill -9 included), the pipe closes and the
+whole group is stopped: SIGTERM, then SIGKILL. A parent-death signal would not do: it follows the
+thread that forked, and it does not reach grandchildren such as the training process under `dvc`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class GuardedProcess:
         self.cwd = cwd
         read_end, write_end = os.pipe()
         os.set_inheritable(read_end, True)
+        # By its path: the command's folder may be a clone with other code, or none.
         launcher = Path(__file__).resolve()
         try:
             self._process = subprocess.Popen(
@@ -104,7 +105,7 @@ def _stop_group(child: subprocess.Popen[bytes]) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Entry point of the launcher process."""
     pipe, command = int(arguments[0]), list(arguments[1:])
-    # A scheduler that ignores SIGINT must not hand that on to training processes.
+    # An asking process that ignores SIGINT must not hand that on to training processes.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     child = subprocess.Popen(command, close_fds=True)
     child_fd = os.pidfd_open(child.pid)

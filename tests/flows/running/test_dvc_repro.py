@@ -14,16 +14,17 @@ import psutil
 import pytest
 
 from flows.records.records import RunDescription, open_record
-from flows.running.runner import CpuSlots, StageOutcome, StageRunner
-from flows.running.scheduler import run_graph
+from flows.running.dvc_repro import CpuSlots, DvcRunner
+from flows.running.graph_walk import walk_graph
+from flows.running.stage_runner import StageOutcome
 from flows.versioning import graph as versioning
 
 
-def runner_for(root: Path) -> StageRunner:
+def runner_for(root: Path) -> DvcRunner:
     graph = versioning.stage_graph(root)
     record = open_record(root, RunDescription(kind="pipeline", name="pipeline"))
     stale = versioning.stale_stages(root, graph)
-    return StageRunner(root, graph, parent_record=record.record_id, stale=stale)
+    return DvcRunner(root, graph, parent_record=record.record_id, stale=stale)
 
 
 def statuses(outcomes: dict[str, StageOutcome]) -> dict[str, str]:
@@ -32,27 +33,27 @@ def statuses(outcomes: dict[str, StageOutcome]) -> dict[str, str]:
 
 def test_the_second_run_skips_everything(toy: Path) -> None:
     seen: list[StageOutcome] = []
-    outcomes = run_graph(runner_for(toy), seen.append)
+    outcomes = walk_graph(runner_for(toy), seen.append)
     # Toy stages report no outcome of their own, so a run looks like a restore.
     assert all(outcome.ok for outcome in outcomes.values())
     assert len(seen) == 4
     assert (toy / "data" / "d").read_text() == (toy / "data" / "a").read_text() * 2 + (
         "photographs\n"
     )
-    assert set(statuses(run_graph(runner_for(toy), seen.append)).values()) == {"skipped"}
+    assert set(statuses(walk_graph(runner_for(toy), seen.append)).values()) == {"skipped"}
     assert (toy / "b.runs").read_text().count("run") == 1
 
 
 def test_a_failed_stage_is_retried_and_blocks_only_what_is_below(toy: Path) -> None:
     (toy / "b.fail").touch()
-    outcomes = run_graph(runner_for(toy), lambda outcome: None)
+    outcomes = walk_graph(runner_for(toy), lambda outcome: None)
     assert outcomes["b"].status == "failed"
     assert "b" in outcomes["b"].message
     assert outcomes["c"].ok
     assert outcomes["d"].status == "blocked"
     assert (toy / "b.runs").read_text().count("run") == 2
     (toy / "b.fail").unlink()
-    assert all(o.ok for o in run_graph(runner_for(toy), lambda outcome: None).values())
+    assert all(o.ok for o in walk_graph(runner_for(toy), lambda outcome: None).values())
 
 
 def test_stopping_ends_the_whole_process_group(toy: Path) -> None:
@@ -60,7 +61,7 @@ def test_stopping_ends_the_whole_process_group(toy: Path) -> None:
     runner = runner_for(toy)
     results: dict[str, StageOutcome] = {}
     thread = threading.Thread(
-        target=lambda: results.update(run_graph(runner, lambda outcome: None))
+        target=lambda: results.update(walk_graph(runner, lambda outcome: None))
     )
     thread.start()
     deadline = time.monotonic() + 60
@@ -78,12 +79,12 @@ DRIVER = """
 import sys
 from pathlib import Path
 from flows import versioning
-from flows.running.runner import StageRunner
-from flows.running.scheduler import run_graph
+from flows.running.dvc_repro import DvcRunner
+from flows.running.graph_walk import walk_graph
 root = Path(sys.argv[1])
 graph = versioning.stage_graph(root)
 stale = versioning.stale_stages(root, graph)
-run_graph(StageRunner(root, graph, parent_record="x", stale=stale), print)
+walk_graph(DvcRunner(root, graph, parent_record="x", stale=stale), print)
 """
 
 
@@ -111,7 +112,7 @@ def test_killing_the_scheduler_leaves_no_stage_process_and_a_rerun_finishes(
         time.sleep(0.1)
     assert _sleepers(toy) == []
     (toy / "b.hang").unlink()
-    assert all(o.ok for o in run_graph(runner_for(toy), lambda outcome: None).values())
+    assert all(o.ok for o in walk_graph(runner_for(toy), lambda outcome: None).values())
 
 
 @pytest.mark.parametrize("torn", ["", '{"write": {"'])
@@ -119,7 +120,7 @@ def test_a_table_of_busy_paths_torn_by_a_kill_stops_nothing(toy: Path, torn: str
     runner = runner_for(toy)
     # DVC rewrites this file in place: a kill between truncation and writing leaves it like this.
     (toy / ".dvc" / "tmp" / "rwlock").write_text(torn)
-    assert all(outcome.ok for outcome in run_graph(runner, lambda outcome: None).values())
+    assert all(outcome.ok for outcome in walk_graph(runner, lambda outcome: None).values())
     (toy / ".dvc" / "tmp" / "rwlock").write_text(torn)
     assert versioning.stale_stages(toy, versioning.stage_graph(toy)) == {}
 
@@ -184,13 +185,13 @@ def test_a_full_disk_under_the_dvc_cache_costs_no_result(toy: Path) -> None:
         (toy / "dvc.yaml").write_text(
             text.replace("cat data/a source > data/c", "yes | head -c 400000 > data/c")
         )
-        outcomes = run_graph(runner_for(toy), lambda outcome: None)
+        outcomes = walk_graph(runner_for(toy), lambda outcome: None)
         assert outcomes["c"].status == "failed"
         assert "No space left on device" in outcomes["c"].message
         assert outcomes["d"].status == "blocked"
         # Somebody makes room.
         subprocess.run(["mount", "-o", "remount,size=16m", str(small)], check=True)
-        outcomes = run_graph(runner_for(toy), lambda outcome: None)
+        outcomes = walk_graph(runner_for(toy), lambda outcome: None)
         assert all(outcome.ok for outcome in outcomes.values()), outcomes
         assert versioning.stale_stages(toy, versioning.stage_graph(toy)) == {}
         assert (toy / "data" / "c").stat().st_size == 400_000

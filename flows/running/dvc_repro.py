@@ -1,4 +1,4 @@
-"""Run one stage of the graph through DVC, for every scheduler alike.
+"""Run one stage of the graph in this clone, through DVC.
 
 `dvc --wait-for-lock repro -s NAME` in a guarded process group: DVC decides whether there is
 anything to do and restores from its run cache where it can; the stage itself reports through an
@@ -9,92 +9,26 @@ its result when another dvc process holds the repository lock for three seconds.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import tempfile
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import IO, Literal, Protocol
+from typing import IO
 
 from components.telemetry.progress import PROGRESS_FILE
 from flows.records.records import Record, read_json, records_dir
 from flows.running.clone_lock import stage_lock
-from flows.running.execution import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
 from flows.running.gpu_lock import WAITING_VARIABLE
-from flows.running.launcher import GuardedProcess
+from flows.running.guarded_process import GuardedProcess
+from flows.running.recorded_stage import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
 from flows.running.shared_turns import shared_turn
+from flows.running.stage_runner import OutcomeStatus, StageOutcome, interrupted
 from flows.versioning import graph as versioning
 
 TIMEOUT_STEP_S = 5.0
-OutcomeStatus = Literal["ran", "skipped", "failed", "refused", "blocked"]
-
-
-@dataclass(frozen=True)
-class StageOutcome:
-    """How one stage went."""
-
-    name: str
-    status: OutcomeStatus
-    seconds: float = 0.0
-    message: str = ""
-    log: Path | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether stages below may run."""
-        return self.status in {"ran", "skipped"}
-
-
-def interrupted(name: str) -> StageOutcome:
-    """The outcome of a stage that `stop` kept from running."""
-    return StageOutcome(name, "failed", message=f"{name}: interrupted")
-
-
-class StageError(RuntimeError):
-    """A stage did not finish."""
-
-    def __init__(self, outcome: StageOutcome) -> None:
-        super().__init__(outcome.message)
-        self.outcome = outcome
-
-    def __reduce__(self) -> tuple[type[StageError], tuple[StageOutcome]]:
-        """Prefect pickles exceptions; the default would pass the message to __init__."""
-        return (StageError, (self.outcome,))
-
-
-class StageExecutor(Protocol):
-    """What schedulers and the console ask of whoever runs stages."""
-
-    root: Path
-    graph: dict[str, versioning.StageNode]
-    stale: dict[str, str]
-
-    def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
-        """Run (or skip) one stage; never raises for a failing stage."""
-        ...
-
-    def stop(self) -> None:
-        """Stop every running stage; what they saved stays for the next run."""
-        ...
-
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called."""
-        ...
-
-    def running(self) -> list[str]:
-        """Names of the stages that run now."""
-        ...
-
-    def progress_file(self, name: str) -> Path:
-        """Where the running stage writes its position."""
-        ...
 
 
 class CpuSlots:
@@ -125,103 +59,8 @@ def progress_path(clone: Path, stage: str) -> Path:
     return clone / "runs" / "progress" / f"{stage}.json"
 
 
-class ProcessRunner(ABC):
-    """What runners have in common: they skip, know which processes run now, and stop them."""
-
-    def __init__(
-        self,
-        root: Path,
-        graph: dict[str, versioning.StageNode],
-        *,
-        stale: dict[str, str],
-        force: bool,
-        held: Sequence[int] = (),
-    ) -> None:
-        """Prepare for the stages of `graph`.
-
-        Args:
-            root: repository root.
-            graph: all stages.
-            stale: stages that need looking at, with reasons; others are skipped at once.
-            force: run stages even when nothing changed.
-            held: descriptor of the clone's lock, which the processes are to hold too.
-        """
-        self.root = root
-        self.graph = graph
-        self.stale = stale
-        self.force = force
-        self._held = tuple(held)
-        self._running: dict[str, GuardedProcess] = {}
-        # Reentrant: a signal handler calls `stop` in a thread that may hold it.
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._stopping = False
-
-    def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
-        """Run (or skip) one stage; never raises for a failing stage."""
-        if name not in self.stale and not self.force:
-            return StageOutcome(name, "skipped", message="unchanged")
-        return self._run(name, prefect_run)
-
-    @abstractmethod
-    def _run(self, name: str, prefect_run: str | None) -> StageOutcome:
-        """Run one stage that may have something to do."""
-
-    @contextmanager
-    def _process(
-        self,
-        name: str,
-        command: Sequence[str],
-        *,
-        cwd: Path,
-        env: Mapping[str, str],
-        output: IO[bytes],
-        lock: int | None = None,
-    ) -> Iterator[GuardedProcess | None]:
-        """A stage's process, which `stop` reaches while the block lasts; None after a `stop`.
-
-        It holds the descriptor `lock` beside those of the clone's.
-        """
-        held = self._held if lock is None else (*self._held, lock)
-        with self._lock:
-            process = None
-            if not self._stopping:
-                process = GuardedProcess(command, cwd=cwd, env=env, output=output, held=held)
-                self._running[name] = process
-        try:
-            yield process
-        finally:
-            with self._lock:
-                self._running.pop(name, None)
-
-    def progress_file(self, name: str) -> Path:
-        """Where the running stage writes its position."""
-        with self._lock:
-            process = self._running.get(name)
-        return progress_path(process.cwd if process else self.root, name)
-
-    def stop(self) -> None:
-        """Stop every running stage; what they saved stays for the next run."""
-        with self._lock:
-            self._stopping = True
-            running = list(self._running.values())
-            self._changed.notify_all()
-        for process in running:
-            process.stop()
-
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called."""
-        return self._stopping
-
-    def running(self) -> list[str]:
-        """Names of the stages that run now."""
-        with self._lock:
-            return sorted(self._running)
-
-
-class StageRunner(ProcessRunner):
-    """Runs stages of one pipeline run in this clone."""
+class DvcRunner:
+    """Runs stages of one pipeline run in this clone: skips, knows what runs now, and stops it."""
 
     def __init__(
         self,
@@ -234,21 +73,35 @@ class StageRunner(ProcessRunner):
         force: bool = False,
         held: Sequence[int] = (),
     ) -> None:
-        """As the base.
+        """Prepare for the stages of `graph`.
 
         Args:
             root: repository root.
             graph: all stages.
             parent_record: record id of the pipeline run; None for a stage on its own, which then
                 uploads its record itself.
-            stale: stages that need looking at, with reasons.
+            stale: stages that need looking at, with reasons; others are skipped at once.
             cpus: cores to hand out (default: all of this machine).
             force: run stages even when nothing changed.
-            held: descriptor of the clone's lock.
+            held: descriptor of the clone's lock, which the processes are to hold too.
         """
-        super().__init__(root, graph, stale=stale, force=force, held=held)
+        self.root = root
+        self.graph = graph
+        self.stale = stale
+        self.force = force
         self.parent_record = parent_record
+        self._held = tuple(held)
         self._slots = CpuSlots(cpus or os.cpu_count() or 1)
+        self._running: dict[str, GuardedProcess] = {}
+        # Reentrant: a signal handler calls `stop` in a thread that may hold it.
+        self._lock = threading.RLock()
+        self._stopping = False
+
+    def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
+        """Run (or skip) one stage; never raises for a failing stage."""
+        if name not in self.stale and not self.force:
+            return StageOutcome(name, "skipped", message="unchanged")
+        return self._run(name, prefect_run)
 
     def _run(self, name: str, prefect_run: str | None) -> StageOutcome:
         node = self.graph[name]
@@ -289,9 +142,7 @@ class StageRunner(ProcessRunner):
                 versioning.clear_torn_rwlock(self.root)
                 with (
                     log.open("wb") as output,
-                    self._process(
-                        name, command, cwd=self.root, env=env, output=output, lock=lock
-                    ) as process,
+                    self._process(name, command, env=env, output=output, lock=lock) as process,
                 ):
                     if process is None:
                         return interrupted(name)
@@ -312,6 +163,55 @@ class StageRunner(ProcessRunner):
             )
         message = f"{name}: {_last_error(log, code)} (log: {log.relative_to(self.root)})"
         return StageOutcome(name, "failed", seconds, message, log)
+
+    @contextmanager
+    def _process(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        output: IO[bytes],
+        lock: int,
+    ) -> Iterator[GuardedProcess | None]:
+        """A stage's process, which `stop` reaches while the block lasts; None after a `stop`.
+
+        It holds the descriptor `lock` beside those of the clone's.
+        """
+        with self._lock:
+            process = None
+            if not self._stopping:
+                process = GuardedProcess(
+                    command, cwd=self.root, env=env, output=output, held=(*self._held, lock)
+                )
+                self._running[name] = process
+        try:
+            yield process
+        finally:
+            with self._lock:
+                self._running.pop(name, None)
+
+    def progress_file(self, name: str) -> Path:
+        """Where the running stage writes its position."""
+        return progress_path(self.root, name)
+
+    def stop(self) -> None:
+        """Stop every running stage; what they saved stays for the next run."""
+        with self._lock:
+            self._stopping = True
+            running = list(self._running.values())
+        for process in running:
+            process.stop()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping
+
+    def running(self) -> list[str]:
+        """Names of the stages that run now."""
+        with self._lock:
+            return sorted(self._running)
 
     def _wait(self, process: GuardedProcess, timeout_min: float, waiting: Path) -> int:
         """Wait for the end; time in which the stage waits for a GPU does not count."""
@@ -335,28 +235,6 @@ class StageRunner(ProcessRunner):
             record = Record(folder)
             if record.run.parent == self.parent_record:
                 record.set_outputs(hashes)
-
-
-@contextmanager
-def stopping_on_signals(runner: StageExecutor) -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the running stages at once; what they saved stays.
-
-    Without this Prefect's task runner would wait for a stage to end, which may take days.
-    """
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        runner.stop()
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _last_error(log: Path, code: int) -> str:

@@ -1,0 +1,57 @@
+"""What would otherwise fail late, checked before anything starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from components.settings.schema import load_settings
+from flows.versioning import graph as versioning
+
+PHOTO_SOURCES = {
+    "folder": "photographs",
+    "urls": "CSV, JSONL or Parquet lists",
+    "webdataset": "tar archives",
+    "multiaspect": "JSON shards",
+}
+"""What `ingest.source` names, by `ingest.kind`."""
+
+
+class PipelineRefused(RuntimeError):
+    """The pipeline cannot start here; one line."""
+
+
+def preflight(root: Path) -> None:
+    """Check what would otherwise fail late.
+
+    Raises:
+        PipelineRefused: the photographs are missing, a folder that must be written cannot be, or a
+            cost cap has no prices.
+        SettingsError: params.yaml is not valid.
+    """
+    settings = load_settings(root / "params.yaml")
+    ingest = settings.ingest
+    if (missing := settings.caption.missing_prices()) is not None:
+        raise PipelineRefused(missing)
+    source = root / ingest.source
+    # `dvc freeze ingest`: the photographs may be gone, the image store holds them.
+    if not versioning.is_frozen(root, "ingest") and not (
+        source.is_dir() if ingest.kind == "folder" else source.exists()
+    ):
+        wanted = "folder" if ingest.kind == "folder" else "file or folder"
+        raise PipelineRefused(
+            f"ingest.source = {ingest.source}: no such {wanted} below {root}; set it in "
+            f"params.yaml to a {wanted} of {PHOTO_SOURCES[ingest.kind]}"
+        )
+    for name in ("data", "runs", ".dvc/tmp", ".dvc/cache"):
+        folder = root / name
+        probe = folder / f".writable-{os.getpid()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as problem:
+            raise PipelineRefused(
+                f"{folder} cannot be written ({problem.strerror}): the pipeline keeps its results "
+                "there; fix the permissions, or clone to a folder of your own"
+            ) from None
