@@ -1,7 +1,9 @@
 # make run   set up, run the whole pipeline on the bundled photographs, say where the report is
 # make test  set up, run the tests
 SHELL := /bin/bash
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The newest that is there and works: a version manager leaves commands that only print an error.
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,\
+  $(shell $(name) -c 'import ensurepip, sys, venv; 11 <= sys.version_info[1] <= 13 and print(sys.executable)' 2>/dev/null)))
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -21,9 +23,11 @@ help:
 setup: $(READY)
 
 $(READY): requirements.lock requirements-bootstrap.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-	  { echo "error: Python 3.11 is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1): set PYTHON=/path/to/python3.11"; exit 2; }
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+	  { echo "error: Python 3.11, 3.12 or 3.13 with its module venv is needed: set PYTHON=/path/to/python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "error: $(VENV) has $$($(BIN)/python --version 2>&1), and 3.11 to 3.13 is needed: \`make clean\`, then PYTHON=/path/to/python3.12"; exit 2; }
 	@echo "Installing the locked packages into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bootstrap.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
@@ -55,11 +59,16 @@ services-down: $(READY)
 	@$(BIN)/ultraflux down
 
 # Only for maintainers: resolve pyproject.toml anew.
-COMPILE = $(BIN)/uv pip compile -q pyproject.toml --python-platform x86_64-manylinux_2_28 \
-  --python-version 3.11 --generate-hashes --no-header --no-annotate
+COMPILE = $(BIN)/uv pip compile -q pyproject.toml --universal --upgrade --python-version 3.11 \
+  --generate-hashes --no-header --no-annotate
+# The lock is for the environments of [tool.uv] in pyproject.toml alone; uv would repeat their
+# markers on every line.
+MARKERS = implementation_name == 'cpython' and platform_machine == 'x86_64' and \
+  platform_python_implementation == 'CPython' and sys_platform == 'linux'
 lock: $(READY)
 	$(COMPILE) --extra dev -o requirements-dev.lock
 	$(COMPILE) -c requirements-dev.lock -o requirements.lock
+	sed -i -E "s/ and $(MARKERS)//; s/ ; python_full_version < '3\.14'( \\\\)$$/\1/" requirements*.lock
 
 clean:
 	@test ! -x $(BIN)/ultraflux || $(BIN)/ultraflux down
