@@ -141,3 +141,12 @@ def require_class(path: str | Path, subfolder: str | None, allowed: tuple[str, .
     found = json.loads(config.read_text()).get("_class_name")
     if found not in allowed:
         raise ValueError(f"{folder}: holds a {found}, expected {' or '.join(allowed)}")
+
+
+def class_name(folder: Path) -> str | None:
+    """`_class_name` in a folder's config.json; None where it does not say, or is no folder."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None

@@ -30,8 +30,9 @@ from components.telemetry.progress import track
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from components.models.f16_pipeline import F16Pipeline
     from components.models.loading.memory_modes import MemoryModes
-    from components.models.loading.released import AnyPipeline, ModelSources
+    from components.models.loading.released import ModelSources
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 KEY_CHUNK = "ultraflux_key"
@@ -185,7 +186,7 @@ def load_model(
     device: str,
     memory: MemoryModes,
     **options: Any,
-) -> AnyPipeline:
+) -> F16Pipeline:
     """A pipeline on its device, with text encoders unless they come first.
 
     Args:
@@ -260,7 +261,7 @@ def _fields(
 
 
 def generate_images(
-    load: Callable[[], AnyPipeline],
+    load: Callable[[], F16Pipeline],
     requests: Iterable[GenerationRequest],
     out_dir: Path,
     *,
@@ -332,7 +333,7 @@ def _batches(
 
 
 def paint_requests(
-    load: Callable[[], AnyPipeline],
+    load: Callable[[], F16Pipeline],
     load_encoders: Callable[[], Any] | None,
     requests: Sequence[GenerationRequest],
     sampler: SamplerSettings,
@@ -341,7 +342,7 @@ def paint_requests(
     """Each request with its picture, nothing saved; arguments as of `generate_images`."""
     import torch
 
-    from components.models.loading.text_families import family_of
+    from components.models.backbones import backbone_of, family_of
 
     length = sampler.max_sequence_length
     texts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -374,9 +375,11 @@ def paint_requests(
                 "negative_pooled_prompt_embeds": vector.expand(len(batch), -1).to(device),
             }
         if batch[0].image is not None:
-            if family.negative_prompt is not None:
+            backbone = backbone_of(pipeline.transformer)
+            if not backbone.takes_image:
                 raise ValueError(
-                    "image-to-image: SD3 makes images from text only; use Flux weights"
+                    f"image-to-image: {backbone.title} makes images from text only; use Flux "
+                    "weights"
                 )
             start = {
                 "image": [starting_image(r.image, r.height, r.width) for r in batch if r.image],

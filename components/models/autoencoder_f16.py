@@ -52,6 +52,7 @@ def phase_kernels(weight: Tensor) -> Tensor:
         odd = torch.cat((first + middle, last), dim)
         return torch.stack((even, odd))
 
+    # Rows and columns fold independently: nearest upsampling is separable, the kernel need not be.
     rows = fold(weight, 2)
     return torch.stack([fold(kernel, 3) for kernel in rows])
 
@@ -82,6 +83,8 @@ class UpsampledConv2d(nn.Conv2d):
         else:
             # One more source pixel above and to the left; the shift is cut out below.
             padded, rows, columns = F.pad(input, (2, 1, 2, 1)), height + 1, width + 1
+        # Folded at every call (9 numbers to 16 a filter pair, nothing beside the convolution), so
+        # that training moves the 3x3 weights, whose names and shapes every Flux folder has.
         kernels = phase_kernels(self.weight)
         phases = [
             F.conv2d(padded[:, :, p : p + rows + 1, q : q + columns + 1], kernels[p, q], self.bias)
@@ -155,10 +158,13 @@ class AutoencoderKLF16(AutoencoderKL):
             mid_block_add_attention=mid_block_add_attention,
         )
         if stride == 2:
+            # Stride and nothing else: with padding 1 the stem gives F8's result at even pixels.
             self.encoder.conv_in.stride = (2, 2)
             self.decoder.conv_out = UpsampledConv2d(
                 block_out_channels[0], out_channels, decode_mode
             )
+        # diffusers derives a tile's latents from the number of levels and misses the stride: tiles
+        # would not meet (the released class raises).
         self.set_tile_size(
             max(self.tile_multiple, sample_size // self.tile_multiple * self.tile_multiple)
         )
@@ -212,6 +218,7 @@ class AutoencoderKLF16(AutoencoderKL):
         return model
 
     def _encode(self, x: Tensor) -> Tensor:
+        # Strided convolutions would round such a size, and the decoder return another one.
         height, width = x.shape[-2:]
         if height % self.spatial_compression or width % self.spatial_compression:
             raise ValueError(

@@ -1,30 +1,96 @@
-"""What training asks of an architecture, and the packing of latents that the backbones share."""
+"""What the rest of the project asks of an architecture: the one class that a new one fills in.
+
+Training, sampling, planning, model cards and commands know latents (B, C, h, w), noise levels and
+two text tensors. How a transformer takes them (packed or not, with which scale of t, with a
+guidance input), where its weights come from and which text encoders belong to it is said here.
+
+No torch on import: commands and the settings read the registry of backbones. Whatever needs torch
+or diffusers is imported inside the method that uses it.
+
+Shape legend: B samples, C latent channels, h and w latent pixels (even), L text tokens, D and P
+widths of the text states and of the pooled text vector.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from einops import rearrange
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-from components.settings.models import TransformerSettings
+    from components.settings.models import TransformerSettings
+    from components.settings.section import Section
 
-# Noise level 1 as SD3's transformer is told it (the scheduler's num_train_timesteps).
-TIMESTEPS = 1000.0
+Shapes = dict[str, tuple[int, ...]]
+"""Tensors by name; -1 for sizes that are free."""
+
+
+@dataclass(frozen=True)
+class TextFamily:
+    """How a backbone's text becomes (states (B, L, D), pooled vectors (B, P))."""
+
+    folders: tuple[str, ...]
+    """Parts of the layout, tokenizers first; also the attributes of loaded encoders."""
+    negative_prompt: str | None
+    """What classifier-free guidance contrasts a prompt with; None: guidance is an input of the
+    transformer."""
+    build_tiny: Callable[..., Any]
+    load: Callable[..., Any]
+    encode: Callable[..., Any]
+    own_part: str | None = None
+    """The part that tells this family from all others, as a folder and as an attribute; None: it
+    is what remains when no other fits."""
+
+    def models(self, encoders: Any) -> list[Any]:
+        """The networks among loaded encoders."""
+        return [getattr(encoders, name) for name in self.folders if "tokenizer" not in name]
 
 
 class Backbone(ABC):
-    """One architecture behind the trainer."""
+    """One architecture."""
 
     name: ClassVar[str]
     """Value of `models.transformer.backbone`."""
+    title: ClassVar[str]
+    """In sentences."""
+    settings: ClassVar[type[Section] | None] = None
+    """Class of the section `models.transformer.NAME`; None: it has none of its own."""
     config_key: ClassVar[str]
     """Entry that the configurations of its models have and those of the others have not."""
     folder_classes: ClassVar[tuple[str, ...]]
     """Classes named in the config.json of folders that it loads."""
+    takes_image: ClassVar[bool] = False
+    """Whether its pipeline can start from an image."""
+
+    # Its published weights, for download commands and for plans where no folder is here.
+    repository: ClassVar[str]
+    """Hub repository with the folders transformer, tokenizer, text_encoder and so on."""
+    weights_folder: ClassVar[str]
+    """Where the download commands put it, below `weights/`."""
+    published_name: ClassVar[str]
+    """Of that model, in plans."""
+    published_config: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Its transformer/config.json, as far as a plan needs it."""
+    t5_part: ClassVar[str] = "text_encoder_2"
+    """Folder of T5; `text_encoder` is a CLIP."""
+    further_clips: ClassVar[tuple[Mapping[str, int], ...]] = ()
+    """Published config.json entries of every CLIP after the first. Where there are any, all CLIPs
+    project their pooled states, and the pooled vector is theirs in a row."""
+    clip_positions: ClassVar[int] = 0
+    """Positions of CLIP states that stand before T5's among the L text tokens."""
+
+    def download(self, part: str) -> str:
+        """The shell command that gets the weights of `part`, such as transformer."""
+        return (
+            f"hf download {self.repository} --include '{part}/*' "
+            f"--local-dir weights/{self.weights_folder}"
+        )
 
     @abstractmethod
     def build_tiny(
@@ -45,12 +111,38 @@ class Backbone(ABC):
 
     @abstractmethod
     def load(self, folder: Path, settings: TransformerSettings) -> Any:
-        """Transformer of a local diffusers folder, float32.
+        """Transformer of a local diffusers folder as training starts from it, float32.
 
         Raises:
             WeightsMissing: there is no model.
             ValueError: the folder holds another class.
         """
+
+    @abstractmethod
+    def load_released(self, path: Path, *, dtype: torch.dtype, rope_variant: Any) -> Any:
+        """Transformer for sampling, from a folder or file as it was published or exported.
+
+        Args:
+            path: folder, or a file where the backbone reads one.
+            dtype: of the weights.
+            rope_variant: of rotary positions instead of the configuration's; None: that one.
+
+        Returns:
+            Model in evaluation mode on the CPU.
+
+        Raises:
+            WeightsMissing: a file is not there.
+            WeightsBroken: unreadable files, or tensors missing, unknown or misshapen; names them.
+            ValueError: the folder holds another class, or has no positions to vary.
+        """
+
+    @abstractmethod
+    def text_family(self) -> TextFamily:
+        """Its text encoders: always the same object."""
+
+    @abstractmethod
+    def pipeline_class(self) -> Any:
+        """Subclass of `components.models.f16_pipeline.F16Pipeline`."""
 
     @abstractmethod
     def predict(
@@ -83,6 +175,18 @@ class Backbone(ABC):
     def shape(self, transformer: Any) -> tuple[int, int, int]:
         """(C, D, P) that the transformer is made for."""
 
+    @abstractmethod
+    def tensor_shapes(self, config: Mapping[str, Any]) -> tuple[Shapes, Shapes]:
+        """(inputs, outputs) of its forward pass by name, from a folder's config.json."""
+
+    @abstractmethod
+    def usage(self, config: Mapping[str, Any]) -> str:
+        """How a model card says that exported weights are loaded: Markdown sentences.
+
+        Args:
+            config: of the exported transformer.
+        """
+
     def check_size(self, transformer: Any, height: int, width: int) -> None:
         """Refuse latents of height x width that the transformer cannot place.
 
@@ -92,17 +196,26 @@ class Backbone(ABC):
         del transformer
         check_even(height, width)
 
+    def from_config(self, config: Mapping[str, Any], latent_hw: tuple[int, int]) -> Any:
+        """A transformer of a published configuration, for counting on the meta device.
 
-def pack_latents(latents_BChw: Tensor) -> Tensor:
-    """(B, C, h, w) to tokens (B, h/2 * w/2, 4 C), in FluxPipeline's order."""
-    return rearrange(latents_BChw, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+        Args:
+            config: diffusers configuration.
+            latent_hw: (h, w) that it must be able to place, whatever its position table holds.
 
+        Raises:
+            ValueError: the backbone's plans do not come this way.
+        """
+        del latent_hw
+        raise ValueError(
+            f"models.transformer.backbone {self.name}: no plan for the configuration of "
+            f"{config.get('_class_name', self.published_name)}"
+        )
 
-def unpack_latents(tokens_BNC: Tensor, tokens_h: int, tokens_w: int) -> Tensor:
-    """Inverse of `pack_latents`: (B, N, 4 C) to (B, C, 2 tokens_h, 2 tokens_w)."""
-    return rearrange(
-        tokens_BNC, "b (h w) (c p q) -> b c (h p) (w q)", h=tokens_h, w=tokens_w, p=2, q=2
-    )
+    def blocks(self, transformer: Any) -> tuple[int, int]:
+        """(number of alike blocks, width of the tokens between them), for activation memory."""
+        model = bare_model(transformer)
+        return len(model.transformer_blocks), int(model.inner_dim)
 
 
 def bare_model(transformer: Any) -> Any:

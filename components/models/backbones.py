@@ -1,24 +1,24 @@
-"""What training needs from a diffusion transformer, whatever its architecture.
+"""The registry of architectures, and which of them a model, a folder or a text encoder belongs to.
 
-The trainer, the validation and the loss know latents (B, C, h, w), noise levels and two text
-tensors. How a transformer takes them (packed or not, with which scale of t, with a guidance input)
-is the matter of its backbone here. Weights are exported with the transformer's own class, so what
-a backbone trains is what diffusers loads.
-
-Shape legend: B samples, C latent channels, h and w latent pixels (even), L text tokens, D and P
-widths of the text states and of the pooled text vector.
+A new backbone is a folder beside `sd3` with a subclass of `Backbone`, and its line in `BACKBONES`.
+No torch on import (see `components.models.backbone`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from components.models.backbone import Backbone, bare_model
+from components.files.weight_folders import class_name
+from components.models.backbone import Backbone, TextFamily, bare_model
 from components.models.flux_backbone import FluxBackbone
 from components.models.sd3.backbone import Sd3Backbone
 
+if TYPE_CHECKING:
+    from torch import nn
+
+# The first stands in where a folder does not say what it is: weights in one file are Flux'.
 BACKBONES: dict[str, Backbone] = {b.name: b for b in (FluxBackbone(), Sd3Backbone())}
 
 
@@ -36,6 +36,32 @@ def backbone_of(transformer: nn.Module) -> Backbone:
         f"transformer: a {type(model).__name__} belongs to none of the backbones "
         f"{', '.join(BACKBONES)}"
     )
+
+
+def backbone_of_class(name: str | None) -> Backbone | None:
+    """Backbone whose folders name the class `name`; None: there is none."""
+    return next((b for b in BACKBONES.values() if name in b.folder_classes), None)
+
+
+def backbone_in(path: Path) -> Backbone:
+    """Backbone whose transformer a folder or file holds; the first one where it does not say."""
+    return backbone_of_class(class_name(path)) or next(iter(BACKBONES.values()))
+
+
+def _families() -> list[TextFamily]:
+    """Families, those with a part of their own first: the others' parts may be among theirs."""
+    families = [backbone.text_family() for backbone in BACKBONES.values()]
+    return sorted(families, key=lambda family: family.own_part is None)
+
+
+def family_of(parts: Any) -> TextFamily:
+    """Family of loaded encoders, or of a pipeline."""
+    return next(f for f in _families() if f.own_part is None or hasattr(parts, f.own_part))
+
+
+def family_in(folder: Path) -> TextFamily:
+    """Family whose encoders a folder holds."""
+    return next(f for f in _families() if f.own_part is None or (folder / f.own_part).is_dir())
 
 
 def check_stores(

@@ -78,6 +78,7 @@ def _shard_shapes(index: Path, what: str, command: str) -> dict[str, tuple[int, 
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
         path = index.parent / shard
+        # An index is foreign data: "../" in it would read files outside the folder.
         if Path(shard).name != shard:
             raise WeightsBroken(f"{index}: shard {shard!r} is not a file name")
         if not path.is_file():
@@ -132,6 +133,7 @@ def check_folder(folder: Path, model: type[Any], what: str, **changes: Any) -> N
     """
     shapes = folder_shapes(folder, what, f"download {what} again")
     try:
+        # Names and shapes without storage: Flux' 12B parameters would take 48 GB.
         with torch.device("meta"):
             empty = model.from_config(model.load_config(folder), **changes)
     except (ValueError, TypeError, OSError) as problem:

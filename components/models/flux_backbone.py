@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from components.models.backbone import Backbone, Shapes, TextFamily, bare_model
 
-from components.models.backbone import Backbone, bare_model, pack_latents, unpack_latents
-from components.settings.models import TransformerSettings
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from components.settings.models import TransformerSettings
+
+_ROPE_NOTE = (
+    "Stock diffusers computes plain rotary positions: it gives other images beyond the window of "
+    "{window} tokens per axis."
+)
 
 
 class FluxBackbone(Backbone):
     """`UltraFluxTransformer2DModel`: packed latents, rotary positions, embedded guidance."""
 
     name = "flux"
+    title = "Flux"
     config_key = "guidance_embeds"
     folder_classes = ("UltraFluxTransformer2DModel", "FluxTransformer2DModel")
+    takes_image = True
+    repository = "black-forest-labs/FLUX.1-dev"
+    weights_folder = "FLUX.1-dev"
+    published_name = "FLUX.1-dev"
 
     def build_tiny(
         self,
@@ -46,6 +59,8 @@ class FluxBackbone(Backbone):
 
     def load(self, folder: Path, settings: TransformerSettings) -> Any:
         """Flux transformer with the rope of the settings."""
+        import torch
+
         from components.models.transformer import UltraFluxTransformer2DModel
 
         return UltraFluxTransformer2DModel.from_pretrained(
@@ -54,6 +69,24 @@ class FluxBackbone(Backbone):
             rope_variant=settings.rope_variant,
             rope_window=settings.rope_window,
         )
+
+    def load_released(self, path: Path, *, dtype: torch.dtype, rope_variant: Any) -> Any:
+        """A folder (ours or stock Flux, sharded or not), or one safetensors file."""
+        from components.models.loading.flux_transformer import load_transformer
+
+        return load_transformer(path, dtype=dtype, rope_variant=rope_variant)
+
+    def text_family(self) -> TextFamily:
+        """T5 and one CLIP."""
+        from components.models.text_encoders import FLUX_TEXT
+
+        return FLUX_TEXT
+
+    def pipeline_class(self) -> Any:
+        """FluxPipeline on an F16 grid."""
+        from components.models.pipeline import UltraFluxPipeline
+
+        return UltraFluxPipeline
 
     def predict(
         self,
@@ -67,6 +100,10 @@ class FluxBackbone(Backbone):
         dtype: torch.dtype,
     ) -> Tensor:
         """Velocity; a token is a 2x2 block of latents."""
+        import torch
+
+        from components.models.latent_tokens import pack_latents, unpack_latents
+
         height, width = noised.shape[-2:]
         grid = (height // 2, width // 2)
         takes_guidance = bool(bare_model(transformer).config.guidance_embeds)
@@ -76,6 +113,7 @@ class FluxBackbone(Backbone):
             pooled_projections=pooled.to(dtype),
             timestep=t,
             guidance=torch.full_like(t, guidance_scale) if takes_guidance else None,
+            # Named although None: diffusers looks the ids up to split them over ranks.
             img_ids=None,
             txt_ids=None,
             grid_hw=grid,
@@ -87,3 +125,37 @@ class FluxBackbone(Backbone):
         """(C, D, P); four latent pixels share a token."""
         config = bare_model(transformer).config
         return config.in_channels // 4, config.joint_attention_dim, config.pooled_projection_dim
+
+    def tensor_shapes(self, config: Mapping[str, Any]) -> tuple[Shapes, Shapes]:
+        """Packed latents with position ids, and guidance where it is embedded."""
+        channels = int(config["in_channels"])
+        given = int(config.get("out_channels") or channels)
+        inputs: Shapes = {
+            "hidden_states": (-1, -1, channels),
+            "encoder_hidden_states": (-1, -1, int(config["joint_attention_dim"])),
+            "pooled_projections": (-1, int(config["pooled_projection_dim"])),
+            "timestep": (-1,),
+            "img_ids": (-1, 3),
+            "txt_ids": (-1, 3),
+        }
+        if config.get("guidance_embeds"):
+            inputs["guidance"] = (-1,)
+        return inputs, {"sample": (-1, -1, given)}
+
+    def usage(self, config: Mapping[str, Any]) -> str:
+        """Our class loads it; stock diffusers too, with other positions unless they are plain."""
+        stock = (
+            "`diffusers.FluxTransformer2DModel.from_pretrained` gives equal outputs."
+            if config["rope_variant"] == "flux"
+            else _ROPE_NOTE.format(window=config["rope_window"])
+        )
+        return (
+            "`UltraFluxTransformer2DModel.from_pretrained` of `components.models.transformer` "
+            "loads this folder; `ultraflux generate --transformer FOLDER` samples from it. " + stock
+        )
+
+    def blocks(self, transformer: Any) -> tuple[int, int]:
+        """Both kinds of blocks: a single-stream block holds as many tokens as a double one."""
+        model = bare_model(transformer)
+        number = len(model.transformer_blocks) + len(model.single_transformer_blocks)
+        return number, int(model.inner_dim)

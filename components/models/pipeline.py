@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor
@@ -21,34 +22,9 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 # that are already imported and imports none itself, so these two imports are what makes
 # `from_pretrained` find them.
 from components.models.autoencoder_f16 import AutoencoderKLF16
-from components.models.text_encoders import TextEncoders
+from components.models.f16_pipeline import F16Pipeline
+from components.models.text_encoders import FOLDERS
 from components.models.transformer import UltraFluxTransformer2DModel
-
-SHIFT = 3.0
-Schedule: TypeAlias = Literal["static", "dynamic"]
-
-
-def build_scheduler(
-    shift: float = SHIFT, schedule: Schedule = "static"
-) -> FlowMatchEulerDiscreteScheduler:
-    """Sampling schedule sigma(u) = s u / (1 + (s - 1) u), u from 1 to 1/steps.
-
-    Args:
-        shift: s of the static schedule.
-        schedule: `static` is the released script's; `dynamic` is stock Flux', where s = exp(mu)
-            and mu grows linearly with the number of image tokens, from 0.5 at 256 to 1.15 at 4096
-            (and on: 3.23 at the 16,384 tokens of a 4096x4096 image).
-    """
-    if schedule == "static":
-        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
-    return FlowMatchEulerDiscreteScheduler(
-        shift=shift,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
 
 
 def remaining_steps(num_inference_steps: int, strength: float) -> int:
@@ -57,12 +33,11 @@ def remaining_steps(num_inference_steps: int, strength: float) -> int:
     return min(num_inference_steps, math.ceil(num_inference_steps * strength - 1e-9))
 
 
-class UltraFluxPipeline(FluxPipeline):
+class UltraFluxPipeline(F16Pipeline, FluxPipeline):
     """FluxPipeline for `AutoencoderKLF16` and `UltraFluxTransformer2DModel`.
 
-    Differences: latents are 8 * stride times smaller than the image, position ids stay float32,
-    the transformer is told the token grid, sizes that would be rounded silently are errors, and
-    every image has its own generator, so that it does not depend on its batch.
+    Differences: those of `F16Pipeline`, position ids stay float32, and the transformer is told the
+    token grid.
 
     Image-to-image runs in the same loop. Deviation from diffusers' FluxImg2ImgPipeline: the image's
     latents are the posterior's mode, so that the generator draws the same noise as for text alone
@@ -73,8 +48,10 @@ class UltraFluxPipeline(FluxPipeline):
 
     _optional_components: ClassVar[list[str]] = [
         *FluxPipeline._optional_components,
-        *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        *FOLDERS,
     ]
+    text_parts: ClassVar[tuple[str, ...]] = FOLDERS
+    channels_per_latent: ClassVar[int] = 4
 
     def __init__(
         self,
@@ -99,50 +76,7 @@ class UltraFluxPipeline(FluxPipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self.vae_scale_factor = int(vae.spatial_compression)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.size_multiple)
-
-    @property
-    def size_multiple(self) -> int:
-        """Image sizes must be multiples of this: a token is a 2x2 block of latents."""
-        return 2 * int(self.vae_scale_factor)
-
-    @classmethod
-    def from_components(
-        cls,
-        vae: AutoencoderKLF16,
-        transformer: UltraFluxTransformer2DModel,
-        encoders: TextEncoders | None = None,
-        *,
-        shift: float = SHIFT,
-        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
-    ) -> UltraFluxPipeline:
-        """Assemble a pipeline.
-
-        Args:
-            vae: autoencoder.
-            transformer: its in_channels must be 4 times the autoencoder's latent channels.
-            encoders: text components; None if only prompt embeddings will be passed.
-            shift: of the static schedule.
-            scheduler: instead of the static schedule.
-
-        Raises:
-            ValueError: channels do not fit.
-        """
-        if transformer.config.in_channels != 4 * vae.config.latent_channels:
-            raise ValueError(
-                f"transformer: in_channels {transformer.config.in_channels} must be 4 times the "
-                f"autoencoder's {vae.config.latent_channels} latent channels"
-            )
-        return cls(
-            scheduler=scheduler or build_scheduler(shift),
-            vae=vae,
-            transformer=transformer,
-            text_encoder=encoders.text_encoder if encoders else None,
-            tokenizer=encoders.tokenizer if encoders else None,
-            text_encoder_2=encoders.text_encoder_2 if encoders else None,
-            tokenizer_2=encoders.tokenizer_2 if encoders else None,
-        )
+        self._take_grid(vae)
 
     @staticmethod
     def _prepare_latent_image_ids(
@@ -202,17 +136,18 @@ class UltraFluxPipeline(FluxPipeline):
             ValueError: bad size or strength, a starting image of another size, or generators that
                 do not match the batch.
         """
-        check_image_size(height, width, self.size_multiple)
-        batch = batch_size(prompt, prompt_embeds) * int(kwargs.get("num_images_per_prompt", 1))
-        generators = one_generator_per_image(generator, batch)
+        repeats = int(kwargs.get("num_images_per_prompt", 1))
+        batch, generators = self._checked(height, width, prompt, prompt_embeds, repeats, generator)
         grid = (height // self.size_multiple, width // self.size_multiple)
         if image is not None:
             if latents is not None:
                 raise ValueError("latents: cannot be given beside image")
             clean = self._image_latents(image, height, width, batch)
-            steps = remaining_steps(num_inference_steps, _checked(strength))
+            steps = remaining_steps(num_inference_steps, _checked_strength(strength))
             if steps == 0:
                 return self._finish(clean, output_type)
+            # The whole schedule is laid out and its head cut off: a strength changes where sampling
+            # starts, never the noise levels that it passes.
             sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)[-steps:]
             latents = self._noised(clean, generators, grid, sigmas)
             kwargs |= {"sigmas": sigmas.tolist()}
@@ -245,6 +180,7 @@ class UltraFluxPipeline(FluxPipeline):
         if len(pixels) not in (1, batch):
             raise ValueError(f"image: expected 1 or {batch} images, got {len(pixels)}")
         pixels = pixels.to(get_module_execution_device(self.vae), self.vae.dtype)
+        # The mode draws nothing, so the generator is where text-to-image would have it.
         latents = self.vae.encode(pixels).latent_dist.mode().float()
         config = self.vae.config
         normal: Tensor = (latents - config.shift_factor) * config.scaling_factor
@@ -274,6 +210,8 @@ class UltraFluxPipeline(FluxPipeline):
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
+        # FluxPipeline sets the same timesteps again; done here first because the mix needs the
+        # shifted value of the first one.
         self.scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=mu, device=device)
         t = self.scheduler.sigmas[0].to(device)
         packed = self._pack_latents(clean.to(device), *clean.shape)
@@ -294,44 +232,7 @@ class UltraFluxPipeline(FluxPipeline):
         )
 
 
-def _checked(strength: float) -> float:
+def _checked_strength(strength: float) -> float:
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"strength: must be from 0 to 1, got {strength}")
     return strength
-
-
-def check_image_size(height: int, width: int, multiple: int) -> None:
-    """Sizes that a pipeline would round are errors.
-
-    Raises:
-        ValueError: an edge is not a positive multiple of `multiple` pixels.
-    """
-    for name, size in (("height", height), ("width", width)):
-        if size < multiple or size % multiple:
-            raise ValueError(f"{name}: must be a positive multiple of {multiple}, got {size}")
-
-
-def batch_size(prompt: str | list[str] | None, prompt_embeds: Tensor | None) -> int:
-    """Number of prompts, whichever way they are given."""
-    if prompt_embeds is not None:
-        return int(prompt_embeds.shape[0])
-    return len(prompt) if isinstance(prompt, list) else 1
-
-
-def one_generator_per_image(
-    generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
-) -> list[torch.Generator] | None:
-    """One generator for each image of a batch; None stays None.
-
-    Raises:
-        ValueError: another number of generators.
-    """
-    if generator is None:
-        return None
-    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
-    if len(generators) != batch:
-        raise ValueError(
-            f"generator: expected one per image, {batch}, got {len(generators)}; a shared one "
-            "would make each image depend on its batch"
-        )
-    return generators

@@ -50,6 +50,8 @@ def snap_to_window(frequencies: FloatArray, window: int, *, all_bands: bool) -> 
     Bands with less than one cycle keep their frequency unless `all_bands`, which raises them to
     one cycle (the paper's max(1, floor(r + 1/2))).
     """
+    # The released code rounds halves to even, the text's floor(r + 1/2) rounds them up: each
+    # variant keeps its own rule.
     cycles = window * frequencies / (2 * math.pi)
     rounded = np.floor(cycles + 0.5) if all_bands else np.round(cycles)
     snapped = 2 * math.pi * np.maximum(1.0, rounded) / window
@@ -64,6 +66,7 @@ def snapped_frequencies(
     if variant == "flux":
         return plain
     if variant == "official_prefix":
+        # Snapping wavelengths rounds 1/w, as if it were a frequency: wrong, and what v1 learned.
         return 1.0 / snap_to_window(1.0 / plain, window, all_bands=False)
     return snap_to_window(plain, window, all_bands=variant == "paper")
 
@@ -76,10 +79,13 @@ def _trained_share(
         dim * math.log(window / (cycles * 2 * math.pi)) / (2 * math.log(theta))
         for cycles in cycles_high_low
     ]
+    # Band k makes window / (2 pi theta^(2k/dim)) cycles: solved for k, then rounded outwards, as in
+    # the released code, so that the ramp contains both bounds.
     low = max(math.floor(indices[0]), 0)
     # A window of a few tokens puts both ends below band 0; the released code never meets that.
     high = float(max(min(math.ceil(indices[1]), dim - 1), low))
     if high == low:
+        # A step instead of a ramp, without dividing by zero; YaRN's own constant.
         high += 0.001
     ramp = (np.arange(dim // 2, dtype=np.float64) - low) / (high - low)
     return np.asarray(1.0 - np.clip(ramp, 0.0, 1.0), dtype=np.float64)
@@ -89,11 +95,14 @@ def _official_frequencies(
     dim: int, theta: float, window: int, scale: float, variant: RopeVariant
 ) -> FloatArray:
     """Released code: snap, blend linear and NTK scaling, then keep the fast bands unscaled."""
+    # Slow bands (less than a cycle in the window) were never seen to wrap: they are interpolated,
+    # w/s. Fast ones (over 16 cycles) tell neighbours apart and are left alone. NTK stands between.
     snapped = snapped_frequencies(dim, window=window, theta=theta, variant=variant)
     linear = snapped / scale
     # "The same exponents": the snapped spectrum re-based, w = theta^-e -> base^-e.
     base = theta * scale ** (dim / (dim - 2))
     ntk = snapped ** (math.log(base) / math.log(theta))
+    # Two ramps in sequence, as in the released code: linear to NTK, then the result to plain.
     keep_ntk = _trained_share(dim, theta, window, LINEAR_TO_NTK_CYCLES)
     scaled = linear * (1.0 - keep_ntk) + ntk * keep_ntk
     keep_plain = _trained_share(dim, theta, window, NTK_TO_PLAIN_CYCLES)
@@ -147,6 +156,8 @@ def axis_spectrum(
         scale = min(max(tokens / window, 1.0), PAPER_MAX_SCALE)
         return _paper_frequencies(dim, theta, window, scale), AMPLITUDE_SLOPE * math.log(scale) + 1
     if tokens <= window:
+        # Within the window the released code changes nothing, snapping included: an axis switches
+        # from Flux' positions to snapped ones at token 65, and on its own, whatever the other does.
         return plain_frequencies(dim, theta), 1.0
     scale = tokens / window
     frequencies = _official_frequencies(dim, theta, window, scale, variant)
@@ -186,6 +197,8 @@ class ResonanceRope2D(nn.Module):
         self.theta = float(theta)
         self.window = int(window)
         self.variant: RopeVariant = variant
+        # The caches below are plain attributes, not buffers: they must not enter a state dict
+        # (stock Flux folders have none) nor follow `.to(bfloat16)`.
         axis_spectrum(1, 4, window=self.window, variant=variant)  # rejects bad settings early
         self.grid_hw: tuple[int, int] | None = None
         self._axes: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = {}
@@ -227,6 +240,8 @@ class ResonanceRope2D(nn.Module):
         Returns:
             (cos, sin), each (S, sum(axes_dims)) float32.
         """
+        # Tables are looked up, never computed from ids: a phase is the same to the last bit whether
+        # the caller holds the whole image or a rank's part, and whatever dtype its ids have.
         rows = ids.long()
         parts = [
             tuple(table[rows[:, axis]] for table in self._axis_tables(axis, extent, ids.device))

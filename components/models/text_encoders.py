@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from components.files.weight_folders import WeightsMissing, resolve_folder
+from components.models.backbone import TextFamily
 from components.models.checkpoint_files import WeightsBroken, folder_shapes
 
 CLIP_CONTEXT = 77
@@ -72,6 +73,7 @@ def learn_merges(words: Counter[tuple[str, ...]], count: int) -> list[tuple[str,
                 pairs[pair] += occurrences
         if not pairs:
             break
+        # Most frequent first, then the smaller pair: the only order that every process agrees on.
         best, occurrences = min(pairs.items(), key=lambda item: (-item[1], item[0]))
         if occurrences < 2:
             break
@@ -110,6 +112,7 @@ def train_clip_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokeni
         Tokenizer with a context of 77.
     """
     empty = CLIPTokenizer()
+    # CLIP's own rules from an empty tokenizer: words are cut in training as they will be in use.
     normalizer = empty.backend_tokenizer.normalizer
     splitter = empty.backend_tokenizer.pre_tokenizer
     words: Counter[tuple[str, ...]] = Counter()
@@ -117,6 +120,7 @@ def train_clip_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokeni
         for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)):
             words[(*word[:-1], word[-1] + WORD_END)] += 1
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # All 256 bytes alone and at a word's end: every text is spelled without an unknown token.
     entries = [*alphabet, *(byte + WORD_END for byte in alphabet)]
     merges = learn_merges(words, max(0, vocab_size - len(entries) - 2))
     # Two merge orders can spell the same token; the vocabulary holds it once.
@@ -371,3 +375,12 @@ def encode_prompts(
     t5 = encoders.text_encoder_2(t5_tokens.to(t5_device))[0]
     pooled = encoders.text_encoder(clip_tokens.to(clip_device)).pooler_output
     return t5, pooled
+
+
+FLUX_TEXT = TextFamily(
+    folders=FOLDERS,
+    negative_prompt=None,
+    build_tiny=build_tiny_text_encoders,
+    load=load_text_encoders,
+    encode=encode_prompts,
+)

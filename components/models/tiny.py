@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from components.models.autoencoder_f16 import AutoencoderKLF16, DecodeMode
@@ -64,6 +63,7 @@ def synthetic_images(count: int, size_px: int, seed: int) -> Tensor:
     rng = np.random.Generator(np.random.PCG64(seed))
     fy, fx = np.fft.fftfreq(size_px)[:, None], np.fft.rfftfreq(size_px)[None, :]
     radius = np.hypot(fy, fx)
+    # The mean has no frequency; it gets the amplitude of the lowest one instead of infinity.
     radius[0, 0] = 1.0 / size_px
     noise = rng.standard_normal((count, 3, size_px, size_px))
     fields = np.fft.irfft2(np.fft.rfft2(noise) / radius, s=(size_px, size_px))
@@ -121,6 +121,7 @@ def _moments_that_fit(vae: AutoencoderKLF16) -> tuple[tuple[int, int, int], ...]
     """Leading moments that are independent on a patch and for which the widths leave room."""
     config = vae.config
     widths, groups = config.block_out_channels, config.norm_num_groups
+    # A group spends two channels on (K, -K); each further pair of channels carries one signal.
     pairs = groups * ((widths[-1] // groups - 2) // 2)
     room = max(0, min(config.latent_channels, *widths[:-1], pairs))
     # On n pixels, powers from n on are combinations of the lower ones.
@@ -208,6 +209,7 @@ def _set_readout(vae: AutoencoderKLF16, matrix: Tensor, offset: Tensor | None) -
     norm = encoder.conv_norm_out
     slots, _ = _pair_slots(norm.num_channels, norm.num_groups, signals)
     _zero(encoder.conv_out)
+    # The centre tap only: latents of a patch depend on no neighbour.
     encoder.conv_out.weight[:latent_channels, slots, 1, 1] = matrix.float()
     encoder.conv_out.weight[:latent_channels, [slot + 1 for slot in slots], 1, 1] = -matrix.float()
     if offset is not None:
@@ -276,6 +278,7 @@ def build_tiny_autoencoder(
             f"block_out_channels: {widths} needs two or more levels, each a multiple of "
             f"norm_num_groups {norm_num_groups}"
         )
+    # Forked: building a model must not move the random state of whoever builds it.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKLF16(
@@ -343,63 +346,6 @@ def build_tiny_transformer(
             axes_dims_rope=tuple(axes_dims_rope),
             rope_variant=rope_variant,
             rope_window=rope_window,
-        )
-    # adaLN-zero's output half: training starts from the mean prediction instead of noise.
-    _zero(model.proj_out)
-    model.eval()
-    return model
-
-
-def build_tiny_sd3_transformer(
-    *,
-    num_layers: int = 2,
-    num_attention_heads: int = 4,
-    attention_head_dim: int = 32,
-    joint_attention_dim: int = 64,
-    pooled_projection_dim: int = 64,
-    latent_channels: int = 16,
-    sample_size: int = 16,
-    pos_embed_max_size: int = 24,
-    seed: int = 0,
-) -> SD3Transformer2DModel:
-    """Random SD3 transformer whose first prediction is zero velocity.
-
-    Args:
-        num_layers: joint blocks.
-        num_attention_heads: heads.
-        attention_head_dim: channels of each.
-        joint_attention_dim: width of the joint text states.
-        pooled_projection_dim: width of the pooled text vector.
-        latent_channels: the autoencoder's.
-        sample_size: latent pixels over which the positions 0 to sample_size/2 are spread; SD3: 128.
-        pos_embed_max_size: side of the table of positions in 2x2 patches; SD3: 192.
-        seed: of the weights; the global random state is untouched.
-
-    Returns:
-        Model in evaluation mode, float32.
-
-    Raises:
-        ValueError: the channels do not divide into sines and cosines of two axes.
-    """
-    width = num_attention_heads * attention_head_dim
-    if width % 4:
-        raise ValueError(
-            f"attention_head_dim: {attention_head_dim} times {num_attention_heads} heads must be a "
-            "multiple of 4"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SD3Transformer2DModel(
-            sample_size=sample_size,
-            in_channels=latent_channels,
-            out_channels=latent_channels,
-            num_layers=num_layers,
-            attention_head_dim=attention_head_dim,
-            num_attention_heads=num_attention_heads,
-            joint_attention_dim=joint_attention_dim,
-            caption_projection_dim=width,
-            pooled_projection_dim=pooled_projection_dim,
-            pos_embed_max_size=pos_embed_max_size,
         )
     # adaLN-zero's output half: training starts from the mean prediction instead of noise.
     _zero(model.proj_out)

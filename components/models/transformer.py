@@ -85,6 +85,8 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
             guidance_embeds=guidance_embeds,
             axes_dims_rope=axes_dims_rope,
         )
+        # Built here and not assigned to a finished model: what is not in the constructor is not in
+        # config.json, and a reloaded model would silently have plain positions again.
         self.pos_embed = ResonanceRope2D(axes_dims_rope, rope_theta, rope_window, rope_variant)
         self._context_grid: tuple[int, int] | None = None
 
@@ -164,6 +166,7 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
             txt_ids = img_ids.new_zeros(encoder_hidden_states.shape[1], 3)
         elif txt_ids.ndim == 3:
             txt_ids = txt_ids[0]
+        # diffusers' forward calls pos_embed with ids alone; the extent reaches it this way.
         self.pos_embed.grid_hw = grid
         return super().forward(
             hidden_states=hidden_states,
@@ -171,6 +174,7 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
             pooled_projections=pooled_projections,
             timestep=timestep,
             img_ids=img_ids,
+            # They are joined to the image's ids, whose dtype must hold the grid exactly.
             txt_ids=txt_ids.to(img_ids.dtype),
             guidance=guidance,
             joint_attention_kwargs=joint_attention_kwargs,

@@ -2,7 +2,7 @@
 
 Nothing is computed and no memory is taken: tensors have shapes only, so the 12B network at 4096 px
 is counted on a laptop in seconds. This is the reference of the closed forms in `flops` and
-`memory_plan`, and the only route for backbones that have none (SD3).
+`memory_plan`, and the only route for backbones that have none.
 
 On the meta device `scaled_dot_product_attention` falls apart into two batched products, which are
 counted. Saved tensors are counted with the fused kernel in its place, because the products would
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from components.models.backbone import Backbone
 from components.models.backbones import BACKBONES
 from components.planning.flops import Flops
 from components.planning.model_shapes import FluxShape
@@ -42,41 +43,6 @@ def flux_on_meta(shape: FluxShape, dtype: torch.dtype = torch.bfloat16) -> Any:
         )
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-    return model.train()
-
-
-def sd3_on_meta(config: Mapping[str, Any], latent_hw: tuple[int, int]) -> Any:
-    """Diffusers' SD3 transformer without storage, its position table large enough."""
-    from diffusers import SD3Transformer2DModel
-
-    known = {key: value for key, value in config.items() if not key.startswith("_")}
-    patches = max(latent_hw) // int(known["patch_size"])
-    # The table is cut to the image, so its size changes no operation.
-    known["pos_embed_max_size"] = max(int(known["pos_embed_max_size"]), patches)
-    with torch.device("meta"):
-        model = SD3Transformer2DModel.from_config(known)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-    return model.train()
-
-
-def tiny_on_meta(
-    settings: TransformerSettings, widths: tuple[int, int], latent_channels: int
-) -> Any:
-    """The backbone's tiny transformer without storage.
-
-    Raises:
-        ValueError: the backbone is not known to the trainer.
-    """
-    if settings.backbone not in BACKBONES:
-        raise ValueError(
-            f"models.transformer.backbone {settings.backbone}: the trainer has "
-            f"{', '.join(BACKBONES)}"
-        )
-    with torch.device("meta"):
-        model = BACKBONES[settings.backbone].build_tiny(settings, widths, latent_channels, 0)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
     return model.train()
 
 
@@ -108,27 +74,25 @@ def flux_call(
     return call
 
 
-def sd3_call(
-    model: Any, latent_hw: tuple[int, int], text_tokens: int, batch: int = 1
+def backbone_call(
+    backbone: Backbone, model: Any, latent_hw: tuple[int, int], text_tokens: int, batch: int = 1
 ) -> Callable[[], Tensor]:
-    """A forward pass of an SD3 transformer on the meta device."""
-    config = model.config
+    """A forward pass of any backbone's transformer on the meta device."""
+    channels, text_width, pooled_width = backbone.shape(model)
     dtype = next(model.parameters()).dtype
 
     def call() -> Tensor:
         with torch.device("meta"):
-            latents = torch.empty(batch, config.in_channels, *latent_hw, dtype=dtype)
-            text = torch.empty(batch, text_tokens, config.joint_attention_dim, dtype=dtype)
-            pooled = torch.empty(batch, config.pooled_projection_dim, dtype=dtype)
-            t = torch.empty(batch)
-        output: Tensor = model(
-            hidden_states=latents,
-            encoder_hidden_states=text,
-            pooled_projections=pooled,
-            timestep=t,
-            return_dict=False,
-        )[0]
-        return output
+            return backbone.predict(
+                model,
+                torch.empty(batch, channels, *latent_hw, dtype=dtype),
+                torch.empty(batch),
+                torch.empty(batch, text_tokens, text_width, dtype=dtype),
+                torch.empty(batch, pooled_width, dtype=dtype),
+                # Its value changes no operation.
+                guidance_scale=1.0,
+                dtype=dtype,
+            )
 
     return call
 
@@ -223,10 +187,16 @@ def backbone_on_meta(
     widths: tuple[int, int],
     latent: tuple[int, int, int],
 ) -> Any:
-    """The transformer of `backbone_counts`, whose arguments these are."""
-    if config is None:
-        return tiny_on_meta(settings, widths, latent[0])
-    return sd3_on_meta(config, latent[1:])
+    """The transformer of `backbone_counts`, whose arguments these are, in training mode."""
+    backbone = BACKBONES[settings.backbone]
+    with torch.device("meta"):
+        if config is None:
+            model = backbone.build_tiny(settings, widths, latent[0], 0)
+        else:
+            model = backbone.from_config(config, latent[1:])
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model.train()
 
 
 def backbone_counts(
@@ -236,7 +206,7 @@ def backbone_counts(
     latent: tuple[int, int, int],
     text_tokens: int,
 ) -> tuple[int, Flops, int, tuple[int, int, int]]:
-    """Counts of a backbone that has no closed form (SD3), for one sample in bf16.
+    """Counts of a backbone that has no closed form, for one sample in bf16.
 
     Args:
         settings: names backbone and tiny shape.
@@ -249,11 +219,13 @@ def backbone_counts(
         (parameters, operations of forward and backward, bytes saved for the backward pass,
         (bytes of all blocks' inputs, bytes of all products' results, number of blocks)).
     """
+    backbone = BACKBONES[settings.backbone]
     model = backbone_on_meta(settings, config, widths, latent)
-    call = sd3_call(model, latent[1:], text_tokens)
-    blocks = len(model.transformer_blocks)
-    tokens = latent[1] * latent[2] // int(model.config.patch_size) ** 2 + text_tokens
-    inputs = 2 * blocks * tokens * int(model.inner_dim)
+    call = backbone_call(backbone, model, latent[1:], text_tokens)
+    blocks, width = backbone.blocks(model)
+    # Latents are taken in 2x2 patches.
+    tokens = latent[1] * latent[2] // 4 + text_tokens
+    inputs = 2 * blocks * tokens * width
     return (
         sum(parameter.numel() for parameter in model.parameters()),
         count(call),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from components.models.backbones import BACKBONES
 from components.settings.schema import Settings
 
 Shape = TypeVar("Shape")
@@ -126,7 +127,7 @@ class ClipShape:
     vocab_size: int = 49408
     max_position_embeddings: int = CLIP_TOKENS
     projection_dim: int | None = None
-    """Only of encoders with a text projection (SD3's)."""
+    """Only of encoders with a text projection."""
 
     @property
     def parameters(self) -> int:
@@ -135,24 +136,6 @@ class ClipShape:
         layer = 4 * (d + 1) * d + (d + 1) * mlp + (mlp + 1) * d + 4 * d
         tables = (self.vocab_size + self.max_position_embeddings) * d
         return tables + self.num_hidden_layers * layer + 2 * d + d * (self.projection_dim or 0)
-
-
-# SD3-medium's second CLIP (bigG); its first is CLIP-L with a projection.
-CLIP_BIG_G = ClipShape(1280, 5120, 32, projection_dim=1280)
-# transformer/config.json of stable-diffusion-3-medium-diffusers.
-SD3_MEDIUM: Mapping[str, Any] = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "out_channels": 16,
-    "pos_embed_max_size": 192,
-}
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -246,27 +229,33 @@ def networks(settings: Settings, root: Path) -> Networks:
     text = models.text_encoders
     folders = None if text.pretrained is None else f"{text.pretrained}/text_encoder"
     clip = configured("CLIP", folders, "CLIP-L")
-    t5_folder = "_3" if models.transformer.backbone == "sd3" else "_2"
-    t5 = configured("T5", folders and folders + t5_folder, "T5-XXL")
+    backbone = BACKBONES[models.transformer.backbone]
+    t5_folder = None if text.pretrained is None else f"{text.pretrained}/{backbone.t5_part}"
+    t5 = configured("T5", t5_folder, "T5-XXL")
     t5_shape = _tiny_t5(settings) if t5 is None else shape_from_config(T5Shape, t5, origin["T5"])
     clip_shape = (
         _tiny_clip(settings) if clip is None else shape_from_config(ClipShape, clip, origin["CLIP"])
     )
-    flux = models.transformer.backbone == "flux"
-    # Flux reads the pooled state itself; SD3 reads it through a projection of the same width.
-    projection = None if flux else clip_shape.hidden_size
+    # One CLIP gives its pooled state itself, several project theirs to the same width.
+    projection = clip_shape.hidden_size if backbone.further_clips else None
     clip_shape = replace(clip_shape, projection_dim=projection)
-    published = "FLUX.1-dev" if flux else "stable-diffusion-3-medium"
-    config = configured("transformer", models.transformer.pretrained, published)
-    second = () if flux else ((clip_shape if clip is None else CLIP_BIG_G),)
+    config = configured("transformer", models.transformer.pretrained, backbone.published_name)
+    further = tuple(
+        clip_shape if clip is None else shape_from_config(ClipShape, published)
+        for published in backbone.further_clips
+    )
+    # Flux alone has a closed form.
+    flux = backbone.name == "flux"
     return Networks(
         transformer=_flux(settings, config, autoencoder, t5_shape, clip_shape, origin)
         if flux
         else None,
-        transformer_config=None if flux or config is None else {**SD3_MEDIUM, **config},
+        transformer_config=None
+        if flux or config is None
+        else {**backbone.published_config, **config},
         autoencoder=autoencoder,
         t5=t5_shape,
-        clips=(clip_shape, *second),
+        clips=(clip_shape, *further),
         origin=origin,
     )
 
@@ -307,7 +296,7 @@ def _tiny_t5(settings: Settings) -> T5Shape:
 
 def _tiny_clip(settings: Settings) -> ClipShape:
     tiny = settings.models.text_encoders.tiny
-    # SD3's two CLIPs share the width of the pooled vector.
-    halves = 2 if settings.models.transformer.backbone == "sd3" else 1
-    width = tiny.clip_dim // halves
+    # Several CLIPs share the width of the pooled vector.
+    clips = 1 + len(BACKBONES[settings.models.transformer.backbone].further_clips)
+    width = tiny.clip_dim // clips
     return ClipShape(width, 2 * width, 2, tiny.vocab_size)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from components.models.backbones import BACKBONES
 from components.planning.flops import Flops, flux_flops
 from components.planning.memory import (
     ITEM_BYTES,
@@ -14,7 +15,7 @@ from components.planning.memory import (
     flux_activation_bytes,
     state_bytes,
 )
-from components.planning.model_shapes import CLIP_TOKENS, Networks
+from components.planning.model_shapes import Networks
 from components.settings.schema import Settings
 from components.settings.training import AdapterSettings, Checkpointing, DitStageSettings
 
@@ -41,13 +42,14 @@ class Transformer:
 
     @property
     def text_tokens(self) -> int:
-        """L; SD3 puts the CLIP tokens before T5's."""
-        length = self.settings.models.text_encoders.max_sequence_length
-        return length if self.networks.transformer else length + CLIP_TOKENS
+        """L: T5's, and the CLIP positions that the backbone puts before them."""
+        models = self.settings.models
+        before = BACKBONES[models.transformer.backbone].clip_positions
+        return before + models.text_encoders.max_sequence_length
 
     @property
     def pooled_width(self) -> int:
-        """P; SD3 joins the pooled vectors of its CLIPs."""
+        """P; the pooled vectors of several CLIPs stand in a row."""
         return sum(clip.projection_dim or clip.hidden_size for clip in self.networks.clips)
 
     def latent_hw(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Strict
 
-from components.settings.section import (
-    Count,
-    Ints,
-    Section,
-)
+from components.settings.open_section import OpenSection
+from components.settings.section import Count, Ints, Section
 
 
 class BucketsSettings(Section):
@@ -49,27 +46,6 @@ class TinyTransformer(Section):
     axes_dims_rope: Annotated[tuple[Count, Count, Count], Strict(False)]
 
 
-class TinySd3Transformer(Section):
-    """Shape of the random SD3 transformer."""
-
-    num_layers: Count
-    num_attention_heads: Count
-    attention_head_dim: Count
-    sample_size: Annotated[int, Field(ge=2, multiple_of=2)]
-    """Latent pixels over which the positions 0 to sample_size/2 are spread; SD3: 128."""
-    pos_embed_max_size: Count
-    """Side of the table of positions in 2x2 patches; SD3-2B: 192."""
-
-
-class Sd3Settings(Section):
-    """What the SD3 backbone has of its own."""
-
-    pos_embed_max_size: Count | None
-    """Continue the position table of `pretrained` to this many patches an edge (a patch is 32 px
-    with F16), for images beyond it; null: its own, and larger images are an error."""
-    tiny: TinySd3Transformer
-
-
 class ModelCardSettings(Section):
     """What only the owner of the weights can say in a model card."""
 
@@ -82,12 +58,15 @@ class ModelCardSettings(Section):
     """Hub repository of the weights that training began with."""
 
 
-class TransformerSettings(Section):
-    """The DiT."""
+class TransformerSettings(OpenSection):
+    """The DiT; what one backbone alone needs stands in a section of its name."""
 
-    backbone: Literal["flux", "sd3"]
-    """Architecture: Flux (UltraFlux), or SD3, Diffusion-4K's second one. The text encoders follow:
-    T5 and CLIP for Flux, T5 and two CLIPs for SD3."""
+    chosen_by: ClassVar[str] = "backbone"
+    table: ClassVar[str] = "components.models.backbones:BACKBONES"
+
+    backbone: str
+    """Architecture, a name of the registry of backbones; flux is UltraFlux'. The text encoders
+    follow it."""
     pretrained: str | None
     """Folder of a transformer of that architecture; None: a random tiny one."""
     rope_variant: Literal["official", "official_prefix", "paper", "flux"]
@@ -95,7 +74,7 @@ class TransformerSettings(Section):
     """Training window in tokens per axis; paper: 64."""
     card: ModelCardSettings
     tiny: TinyTransformer
-    sd3: Sd3Settings
+    """Of the backbone flux."""
 
 
 class TinyTextEncoders(Section):
@@ -103,7 +82,8 @@ class TinyTextEncoders(Section):
 
     t5_dim: Count
     clip_dim: Count
-    """Width of the pooled vector; SD3's two CLIPs have half of it each (even, at most t5_dim)."""
+    """Width of the pooled vector. Where a backbone has two CLIPs, each has half of it (then even,
+    at most t5_dim)."""
     vocab_size: Annotated[int, Field(ge=300)]
 
 
@@ -111,8 +91,8 @@ class TextEncodersSettings(Section):
     """T5 and CLIP."""
 
     pretrained: str | None
-    """FLUX.1-dev folder (tokenizer, tokenizer_2, text_encoder, text_encoder_2), or for the backbone
-    sd3 its folder (the same and tokenizer_3, text_encoder_3); None: `tiny`."""
+    """FLUX.1-dev folder (tokenizer, tokenizer_2, text_encoder, text_encoder_2), or for another
+    backbone the folder with its parts; None: `tiny`."""
     max_sequence_length: Annotated[int, Field(ge=8, le=512)]
     tiny: TinyTextEncoders
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from components.models.backbone import Shapes
+from components.models.backbones import backbone_of_class
+
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> tuple[Shapes, Shapes] | None:
@@ -25,23 +26,8 @@ def tensor_shapes(config: Mapping[str, Any]) -> tuple[Shapes, Shapes] | None:
     if kind.startswith("AutoencoderKL"):
         image = (-1, int(config["in_channels"]), -1, -1)
         return {"sample": image}, {"sample": (-1, int(config["out_channels"]), -1, -1)}
-    if kind.endswith(("FluxTransformer2DModel", "SD3Transformer2DModel", "Transformer2DModel")):
-        text = {
-            "encoder_hidden_states": (-1, -1, int(config["joint_attention_dim"])),
-            "pooled_projections": (-1, int(config["pooled_projection_dim"])),
-            "timestep": (-1,),
-        }
-        channels = int(config["in_channels"])
-        given = int(config.get("out_channels") or channels)
-        if "SD3" in kind:
-            latents = {"hidden_states": (-1, channels, -1, -1)}
-            return {**latents, **text}, {"sample": (-1, given, -1, -1)}
-        packed: Shapes = {"hidden_states": (-1, -1, channels), **text}
-        packed |= {"img_ids": (-1, 3), "txt_ids": (-1, 3)}
-        if config.get("guidance_embeds"):
-            packed["guidance"] = (-1,)
-        return packed, {"sample": (-1, -1, given)}
-    return None
+    backbone = backbone_of_class(kind)
+    return None if backbone is None else backbone.tensor_shapes(config)
 
 
 def signature_of(folder: Path) -> ModelSignature | None:

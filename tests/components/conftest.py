@@ -218,7 +218,8 @@ def make_corpus(tmp_path: Path) -> Callable[[int], Corpus]:
 def tiny_backbone() -> Callable[..., Any]:
     """`tiny_backbone("flux", num_layers=1)`: a random transformer with texts 16 wide."""
 
-    from components.models.tiny import build_tiny_sd3_transformer, build_tiny_transformer
+    from components.models.sd3.transformer import build_tiny_sd3_transformer
+    from components.models.tiny import build_tiny_transformer
 
     def flux(num_layers: int = 2) -> Any:
         return build_tiny_transformer(

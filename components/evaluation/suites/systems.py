@@ -8,7 +8,7 @@ A system is written NAME=SPEC; SPEC is one of
     trained                    the weights that this project's pipeline trained
     ultraflux:FOLDER           UltraFlux or FLUX.1-dev weights with F16 latents (`ultraflux
                                generate`'s layouts); what they lack is in weights/FLUX.1-dev
-    diffusers:FOLDER           any saved diffusers pipeline: Flux, SD3, Sana, PixArt-Sigma ...
+    diffusers:FOLDER           any saved diffusers pipeline: Flux, Sana, PixArt-Sigma ...
     vae:FOLDER                 an autoencoder, for the reconstruction suite
     a name of `PRESETS`        published weights below weights/
 
@@ -50,6 +50,7 @@ from components.generation.sampling import (
     paint_requests,
     sampler_settings,
 )
+from components.models.backbones import BACKBONES
 from components.telemetry.progress import track
 
 if TYPE_CHECKING:
@@ -344,15 +345,14 @@ PRESETS: dict[str, Preset] = {
         _hub("Owen777/UltraFlux-v1-1-Transformer", "UltraFlux-v1-1-Transformer"),
         transformer="UltraFlux-v1-1-Transformer",
     ),
-    "flux": Preset("diffusers", "FLUX.1-dev", _hub("black-forest-labs/FLUX.1-dev", "FLUX.1-dev")),
-    "sd3": Preset(
-        "diffusers",
-        "stable-diffusion-3-medium-diffusers",
-        _hub(
-            "stabilityai/stable-diffusion-3-medium-diffusers",
-            "stable-diffusion-3-medium-diffusers",
-        ),
-    ),
+    **{
+        backbone.name: Preset(
+            "diffusers",
+            backbone.repository.rpartition("/")[2],
+            _hub(backbone.repository, backbone.repository.rpartition("/")[2]),
+        )
+        for backbone in BACKBONES.values()
+    },
     "sana": Preset(
         "diffusers",
         "Sana_1600M_4Kpx_BF16_diffusers",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from components.models.loading.released import AnyPipeline
+    from components.models.f16_pipeline import F16Pipeline
 
 MEMORY_MODES = ("text-first", "model-offload", "vae-slicing", "vae-tiling")
 
@@ -50,7 +50,7 @@ def parse_memory(text: str) -> MemoryModes:
     )
 
 
-def place_pipeline(pipeline: AnyPipeline, modes: MemoryModes, device: str) -> None:
+def place_pipeline(pipeline: F16Pipeline, modes: MemoryModes, device: str) -> None:
     """Put a pipeline on a device the way the modes ask for.
 
     Args:

@@ -12,39 +12,35 @@ What it lacks comes from a base folder, usually FLUX.1-dev. Nothing is fetched.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from components.files.weight_folders import (
     PICKLED_SUFFIXES,
     ComponentsMissing,
     WeightsMissing,
+    class_name,
     file_digest,
     folder_digest,
     require_class,
 )
 from components.models.autoencoder_f16 import AutoencoderKLF16, DecodeMode
+from components.models.backbones import backbone_in, family_in, family_of
 from components.models.checkpoint_files import WeightsBroken, check_folder
-from components.models.loading.single_file import load_single_file
-from components.models.loading.text_families import family_in
-from components.models.pipeline import SHIFT, Schedule, UltraFluxPipeline, build_scheduler
+from components.models.f16_pipeline import SHIFT, F16Pipeline, Schedule, build_scheduler
+from components.models.loading.flux_transformer import TRANSFORMER_CLASSES
 from components.models.resonance_rope import RopeVariant
-from components.models.sd3.pipeline import StableDiffusion3F16Pipeline
-from components.models.sd3.text_encoders import Sd3TextEncoders
-from components.models.sd3.transformer import SD3_CLASS, load_sd3_transformer
-from components.models.text_encoders import FOLDERS, TextEncoders
-from components.models.transformer import UltraFluxTransformer2DModel
+from components.models.text_encoders import FOLDERS
 
 ULTRAFLUX, ULTRAFLUX_V11 = "Owen777/UltraFlux-v1", "Owen777/UltraFlux-v1-1-Transformer"
 FLUX = "black-forest-labs/FLUX.1-dev"
-TRANSFORMER_CLASSES = ("UltraFluxTransformer2DModel", "FluxTransformer2DModel")
 VAE_CLASSES = ("AutoencoderKLF16", "AutoencoderKL")
-AnyPipeline: TypeAlias = UltraFluxPipeline | StableDiffusion3F16Pipeline
 VAE_STRIDES: tuple[int, ...] = (1, 2)
 
 
@@ -71,14 +67,6 @@ def _holds(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("config.json", "tokenizer_config.json"))
 
 
-def _class_name(folder: Path) -> str | None:
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return found if isinstance(found, str) else None
-
-
 def find_sources(
     model: Path,
     *,
@@ -100,7 +88,7 @@ def find_sources(
         WeightsBroken: `model` is a file of pickled weights.
     """
     repository = model
-    if model.suffix in (".safetensors", *PICKLED_SUFFIXES) or _class_name(model) in (
+    if model.suffix in (".safetensors", *PICKLED_SUFFIXES) or class_name(model) in (
         TRANSFORMER_CLASSES
     ):
         transformer = transformer or model
@@ -162,31 +150,6 @@ def source_digests(sources: ModelSources) -> dict[str, str]:
     }
 
 
-def load_transformer(
-    path: Path, *, dtype: torch.dtype, rope_variant: RopeVariant | None = None
-) -> UltraFluxTransformer2DModel:
-    """A transformer from a folder (ours or stock Flux, sharded or not) or a single file.
-
-    Args:
-        path: folder or `.safetensors` file.
-        dtype: of the weights.
-        rope_variant: None: what our configuration says, `official` for stock configurations.
-
-    Raises:
-        WeightsMissing: a file is not there.
-        WeightsBroken: unreadable files, or tensors missing, unknown or misshapen; names them.
-        ValueError: the folder holds another class.
-    """
-    if path.is_file():
-        return load_single_file(path, dtype=dtype, rope_variant=rope_variant or "official")
-    require_class(path, None, TRANSFORMER_CLASSES)
-    changes = {"rope_variant": rope_variant} if rope_variant is not None else {}
-    check_folder(path, UltraFluxTransformer2DModel, "transformer")
-    return UltraFluxTransformer2DModel.from_pretrained(
-        path, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **changes
-    ).eval()
-
-
 def load_autoencoder(
     path: Path,
     *,
@@ -208,7 +171,7 @@ def load_autoencoder(
         ValueError: the folder holds another class.
     """
     require_class(path, None, VAE_CLASSES)
-    stock = _class_name(path) == "AutoencoderKL"
+    stock = class_name(path) == "AutoencoderKL"
     changes: dict[str, Any] = {"stride": stride, "decode_mode": decode_mode} if stock else {}
     check_folder(path, AutoencoderKLF16, "autoencoder", **changes)
     return AutoencoderKLF16.from_pretrained(
@@ -232,22 +195,22 @@ def load_pipeline(
     sources: ModelSources,
     *,
     dtype: torch.dtype,
-    encoders: TextEncoders | Sd3TextEncoders | None = None,
+    encoders: Any = None,
     with_encoders: bool = True,
     rope_variant: RopeVariant | None = None,
     stride: Literal[1, 2] = 2,
     decode_mode: DecodeMode = "official_partitioned",
     schedule: Schedule = "static",
     shift: float = SHIFT,
-) -> AnyPipeline:
-    """All parts as one pipeline on the CPU: SD3's for an SD3 transformer, else Flux'.
+) -> F16Pipeline:
+    """All parts as one pipeline on the CPU, that of the transformer's backbone.
 
     Args:
         sources: from `find_sources`.
         dtype: of all weights.
         encoders: text encoders that are loaded already.
         with_encoders: False leaves them out: the caller passes embeddings.
-        rope_variant: see `load_transformer`.
+        rope_variant: of the rotary positions; None: what the configuration says.
         stride: see `load_autoencoder`.
         decode_mode: see `load_autoencoder`.
         schedule: static (the released script) or dynamic (stock Flux).
@@ -260,31 +223,20 @@ def load_pipeline(
     """
     if encoders is None and with_encoders:
         encoders = family_in(sources.text_encoders).load(sources.text_encoders, dtype=dtype)
-    vae = load_autoencoder(sources.autoencoder, dtype=dtype, stride=stride, decode_mode=decode_mode)
-    scheduler = load_scheduler(sources, schedule=schedule, shift=shift)
-    is_sd3 = _class_name(sources.transformer) == SD3_CLASS
-    pipeline: AnyPipeline
-    if is_sd3 and (encoders is None or isinstance(encoders, Sd3TextEncoders)):
-        if rope_variant is not None:
-            raise ValueError(f"rope_variant: {rope_variant}: SD3 has no rotary positions")
-        pipeline = StableDiffusion3F16Pipeline.from_components(
-            vae,
-            load_sd3_transformer(sources.transformer, dtype=dtype),
-            encoders,
-            scheduler=scheduler,
-        )
-    elif not is_sd3 and (encoders is None or isinstance(encoders, TextEncoders)):
-        pipeline = UltraFluxPipeline.from_components(
-            vae,
-            load_transformer(sources.transformer, dtype=dtype, rope_variant=rope_variant),
-            encoders,
-            scheduler=scheduler,
-        )
-    else:
+    backbone = backbone_in(sources.transformer)
+    if encoders is not None and family_of(encoders) is not backbone.text_family():
         raise ValueError(
-            f"{sources.text_encoders}: does not hold the text encoders of {sources.transformer}, "
-            f"an {'SD3' if is_sd3 else 'Flux'} transformer"
+            f"{sources.text_encoders}: does not hold the text encoders of the {backbone.title} "
+            f"transformer {sources.transformer}"
         )
+    vae = load_autoencoder(sources.autoencoder, dtype=dtype, stride=stride, decode_mode=decode_mode)
+    pipeline: Any = backbone.pipeline_class().from_components(
+        vae,
+        backbone.load_released(sources.transformer, dtype=dtype, rope_variant=rope_variant),
+        encoders,
+        scheduler=load_scheduler(sources, schedule=schedule, shift=shift),
+    )
     # None: no bar of its own where stderr is not a terminal.
     pipeline.set_progress_bar_config(disable=None, leave=False)
-    return pipeline
+    made: F16Pipeline = pipeline
+    return made

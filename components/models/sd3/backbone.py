@@ -2,22 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
+from components.models.backbone import Backbone, Shapes, TextFamily, bare_model
+from components.models.sd3.settings import Sd3Settings
 
-from components.models.backbone import TIMESTEPS, Backbone, bare_model
-from components.settings.models import TransformerSettings
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from components.settings.models import TransformerSettings
+
+# Noise level 1 as the transformer is told it (the scheduler's num_train_timesteps).
+TIMESTEPS = 1000.0
 
 
 class Sd3Backbone(Backbone):
     """diffusers' SD3Transformer2DModel: plain latents, a table of positions, no guidance input."""
 
     name = "sd3"
+    title = "SD3"
+    settings = Sd3Settings
     config_key = "pos_embed_max_size"
     folder_classes = ("SD3Transformer2DModel",)
+    repository = "stabilityai/stable-diffusion-3-medium-diffusers"
+    weights_folder = "stable-diffusion-3-medium"
+    published_name = "stable-diffusion-3-medium"
+    published_config: ClassVar[Mapping[str, Any]] = {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "out_channels": 16,
+        "pos_embed_max_size": 192,
+    }
+    t5_part = "text_encoder_3"
+    # The first CLIP is CLIP-L, this is bigG.
+    further_clips = (
+        {
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_hidden_layers": 32,
+            "projection_dim": 1280,
+        },
+    )
+    # The context of both CLIPs, whose states stand side by side.
+    clip_positions = 77
 
     def build_tiny(
         self,
@@ -27,9 +64,9 @@ class Sd3Backbone(Backbone):
         seed: int,
     ) -> Any:
         """Random SD3 transformer of `transformer.sd3.tiny`."""
-        from components.models.tiny import build_tiny_sd3_transformer
+        from components.models.sd3.transformer import build_tiny_sd3_transformer
 
-        tiny = settings.sd3.tiny
+        tiny = settings.own(self.name, Sd3Settings).tiny
         return build_tiny_sd3_transformer(
             num_layers=tiny.num_layers,
             num_attention_heads=tiny.num_attention_heads,
@@ -44,13 +81,35 @@ class Sd3Backbone(Backbone):
 
     def load(self, folder: Path, settings: TransformerSettings) -> Any:
         """SD3 transformer with its table continued as the settings say."""
+        import torch
+
         from components.models.sd3.transformer import load_sd3_transformer
 
         return load_sd3_transformer(
             folder,
             dtype=torch.float32,
-            pos_embed_max_size=settings.sd3.pos_embed_max_size,
+            pos_embed_max_size=settings.own(self.name, Sd3Settings).pos_embed_max_size,
         )
+
+    def load_released(self, path: Path, *, dtype: torch.dtype, rope_variant: Any) -> Any:
+        """SD3 transformer with its own table."""
+        from components.models.sd3.transformer import load_sd3_transformer
+
+        if rope_variant is not None:
+            raise ValueError(f"rope_variant: {rope_variant}: SD3 has no rotary positions")
+        return load_sd3_transformer(path, dtype=dtype)
+
+    def text_family(self) -> TextFamily:
+        """T5 and two CLIPs."""
+        from components.models.sd3.text_encoders import SD3_TEXT
+
+        return SD3_TEXT
+
+    def pipeline_class(self) -> Any:
+        """StableDiffusion3Pipeline on an F16 grid."""
+        from components.models.sd3.pipeline import StableDiffusion3F16Pipeline
+
+        return StableDiffusion3F16Pipeline
 
     def predict(
         self,
@@ -79,9 +138,36 @@ class Sd3Backbone(Backbone):
         config = bare_model(transformer).config
         return config.in_channels, config.joint_attention_dim, config.pooled_projection_dim
 
+    def tensor_shapes(self, config: Mapping[str, Any]) -> tuple[Shapes, Shapes]:
+        """Latents that are not packed, and no guidance."""
+        channels = int(config["in_channels"])
+        given = int(config.get("out_channels") or channels)
+        inputs: Shapes = {
+            "hidden_states": (-1, channels, -1, -1),
+            "encoder_hidden_states": (-1, -1, int(config["joint_attention_dim"])),
+            "pooled_projections": (-1, int(config["pooled_projection_dim"])),
+            "timestep": (-1,),
+        }
+        return inputs, {"sample": (-1, given, -1, -1)}
+
+    def usage(self, config: Mapping[str, Any]) -> str:
+        """Stock diffusers loads what was trained: the class is its own."""
+        del config
+        return "`diffusers.SD3Transformer2DModel.from_pretrained` loads this folder."
+
     def check_size(self, transformer: Any, height: int, width: int) -> None:
         """Even edges within the table of positions."""
         from components.models.sd3.transformer import check_position_table
 
         super().check_size(transformer, height, width)
         check_position_table(bare_model(transformer), height, width)
+
+    def from_config(self, config: Mapping[str, Any], latent_hw: tuple[int, int]) -> Any:
+        """Diffusers' model, its table large enough for the latents."""
+        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
+        known = {key: value for key, value in config.items() if not key.startswith("_")}
+        patches = max(latent_hw) // int(known["patch_size"])
+        # The table is cut to the image, so its size changes no operation.
+        known["pos_embed_max_size"] = max(int(known["pos_embed_max_size"]), patches)
+        return SD3Transformer2DModel.from_config(known)

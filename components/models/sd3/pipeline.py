@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
     StableDiffusion3Pipeline,
 )
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 from transformers import (
     CLIPTextModelWithProjection,
@@ -21,23 +22,16 @@ from transformers import (
 )
 
 from components.models.autoencoder_f16 import AutoencoderKLF16
-from components.models.pipeline import (
-    SHIFT,
-    batch_size,
-    build_scheduler,
-    check_image_size,
-    one_generator_per_image,
-)
-from components.models.sd3.text_encoders import SD3_FOLDERS, Sd3TextEncoders
+from components.models.f16_pipeline import F16Pipeline
+from components.models.sd3.text_encoders import SD3_FOLDERS
 from components.models.sd3.transformer import check_position_table
 from components.models.text_encoders import CLIP_CONTEXT
 
 
-class StableDiffusion3F16Pipeline(StableDiffusion3Pipeline):
+class StableDiffusion3F16Pipeline(F16Pipeline, StableDiffusion3Pipeline):
     """StableDiffusion3Pipeline for `AutoencoderKLF16`.
 
-    Differences: latents are 8 * stride times smaller than the image, sizes that would be rounded
-    or that leave the table of positions are errors, and every image has its own generator.
+    Differences: those of `F16Pipeline`, and sizes that leave the table of positions are errors.
 
     Text components may be None when prompt embeddings are passed (with a guidance scale above 1
     also those of the negative prompt).
@@ -47,6 +41,8 @@ class StableDiffusion3F16Pipeline(StableDiffusion3Pipeline):
         *StableDiffusion3Pipeline._optional_components,
         *SD3_FOLDERS,
     ]
+    text_parts: ClassVar[tuple[str, ...]] = SD3_FOLDERS
+    channels_per_latent: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -75,47 +71,12 @@ class StableDiffusion3F16Pipeline(StableDiffusion3Pipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self.vae_scale_factor = int(vae.spatial_compression)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.size_multiple)
+        self._take_grid(vae)
 
     @property
     def size_multiple(self) -> int:
-        """Image sizes must be multiples of this: a token is a 2x2 patch of latents."""
+        """Image sizes must be multiples of this: the transformer cuts patches of its own size."""
         return int(self.patch_size) * int(self.vae_scale_factor)
-
-    @classmethod
-    def from_components(
-        cls,
-        vae: AutoencoderKLF16,
-        transformer: SD3Transformer2DModel,
-        encoders: Sd3TextEncoders | None = None,
-        *,
-        shift: float = SHIFT,
-        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
-    ) -> StableDiffusion3F16Pipeline:
-        """Assemble a pipeline.
-
-        Args:
-            vae: autoencoder.
-            transformer: of the autoencoder's latent channels.
-            encoders: text components; None if only prompt embeddings will be passed.
-            shift: of the static schedule; 3.0 is also SD3's own.
-            scheduler: instead of the static schedule.
-
-        Raises:
-            ValueError: channels do not fit.
-        """
-        if transformer.config.in_channels != vae.config.latent_channels:
-            raise ValueError(
-                f"transformer: in_channels {transformer.config.in_channels} must be the "
-                f"autoencoder's {vae.config.latent_channels} latent channels"
-            )
-        return cls(
-            scheduler=scheduler or build_scheduler(shift),
-            vae=vae,
-            transformer=transformer,
-            **{name: getattr(encoders, name, None) for name in SD3_FOLDERS},
-        )
 
     def __call__(
         self,
@@ -154,7 +115,8 @@ class StableDiffusion3F16Pipeline(StableDiffusion3Pipeline):
             ValueError: bad size, generators that do not match the batch, or guidance without
                 anything to contrast with.
         """
-        check_image_size(height, width, self.size_multiple)
+        repeats = int(kwargs.get("num_images_per_prompt", 1))
+        _, generators = self._checked(height, width, prompt, prompt_embeds, repeats, generator)
         factor = self.vae_scale_factor
         check_position_table(self.transformer, height // factor, width // factor)
         if prompt_embeds is not None:
@@ -169,8 +131,6 @@ class StableDiffusion3F16Pipeline(StableDiffusion3Pipeline):
                 f"guidance_scale: {guidance_scale} needs negative_prompt_embeds where there are no "
                 "text encoders; 1 does without"
             )
-        batch = batch_size(prompt, prompt_embeds) * int(kwargs.get("num_images_per_prompt", 1))
-        generators = one_generator_per_image(generator, batch)
         return super().__call__(
             prompt=prompt,
             height=height,

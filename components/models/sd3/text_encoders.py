@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from components.files.weight_folders import WeightsMissing
+from components.models.backbone import TextFamily
 from components.models.text_encoders import (
     load_encoder,
     tiny_clip_config,
@@ -164,6 +165,7 @@ def encode_sd3_prompts(
         (encoders.tokenizer_2, encoders.text_encoder_2),
     ):
         output = encoder(_tokens(tokenizer, encoder, prompts, context), output_hidden_states=True)
+        # The layer before the last, without its final norm, as SD3 was trained.
         states.append(output.hidden_states[-2])
         pooled.append(output.text_embeds)
     t5_tokens = _tokens(encoders.tokenizer_3, encoders.text_encoder_3, prompts, max_sequence_length)
@@ -184,3 +186,13 @@ def _tokens(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int) -
     )
     ids: Tensor = batch.input_ids.to(get_module_execution_device(encoder))
     return ids
+
+
+SD3_TEXT = TextFamily(
+    folders=SD3_FOLDERS,
+    negative_prompt="",
+    build_tiny=build_tiny_sd3_text_encoders,
+    load=load_sd3_text_encoders,
+    encode=encode_sd3_prompts,
+    own_part="text_encoder_3",
+)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from torch import nn
 
 from components.files.weight_folders import require_class
 from components.models.checkpoint_files import check_folder
@@ -51,6 +52,64 @@ def load_sd3_transformer(
     model.register_to_config(_name_or_path="")
     if pos_embed_max_size is not None:
         extend_position_table(model, pos_embed_max_size)
+    return model
+
+
+def build_tiny_sd3_transformer(
+    *,
+    num_layers: int = 2,
+    num_attention_heads: int = 4,
+    attention_head_dim: int = 32,
+    joint_attention_dim: int = 64,
+    pooled_projection_dim: int = 64,
+    latent_channels: int = 16,
+    sample_size: int = 16,
+    pos_embed_max_size: int = 24,
+    seed: int = 0,
+) -> SD3Transformer2DModel:
+    """Random SD3 transformer whose first prediction is zero velocity.
+
+    Args:
+        num_layers: joint blocks.
+        num_attention_heads: heads.
+        attention_head_dim: channels of each.
+        joint_attention_dim: width of the joint text states.
+        pooled_projection_dim: width of the pooled text vector.
+        latent_channels: the autoencoder's.
+        sample_size: latent pixels over which the positions 0 to sample_size/2 are spread; SD3: 128.
+        pos_embed_max_size: side of the table of positions in 2x2 patches; SD3: 192.
+        seed: of the weights; the global random state is untouched.
+
+    Returns:
+        Model in evaluation mode, float32.
+
+    Raises:
+        ValueError: the channels do not divide into sines and cosines of two axes.
+    """
+    width = num_attention_heads * attention_head_dim
+    if width % 4:
+        raise ValueError(
+            f"attention_head_dim: {attention_head_dim} times {num_attention_heads} heads must be a "
+            "multiple of 4"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SD3Transformer2DModel(
+            sample_size=sample_size,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            num_layers=num_layers,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            caption_projection_dim=width,
+            pooled_projection_dim=pooled_projection_dim,
+            pos_embed_max_size=pos_embed_max_size,
+        )
+    # adaLN-zero's output half: training starts from the mean prediction instead of noise.
+    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.proj_out.bias)
+    model.eval()
     return model
 
 

@@ -299,8 +299,8 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
     configuration = engine_configuration(
         settings, ranks.world_size, parameters, ranks.context_degree
     )
-    # The engine rounds buffers with the weights; SD3's table of positions must stay exact, since
-    # it is exported with them.
+    # The engine rounds buffers with the weights; a table of positions must stay exact, since it is
+    # exported with them.
     exact = {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
     if settings.zero_stage == 3:
         _divide_parameters(model, settings, configuration)

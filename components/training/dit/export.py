@@ -57,7 +57,7 @@ def save_transformer(
     with torch.device("meta"):
         model = type(module).from_config(config)
     state = {name: tensor.detach().cpu() for name, tensor in weights.items()}
-    # Buffers, such as SD3's table of positions, belong to the folder too.
+    # Buffers, such as a table of positions, belong to the folder too.
     for name, tensor in module.state_dict().items():
         if name not in state:
             state[name] = tensor.detach().cpu()

@@ -17,12 +17,6 @@ from components.settings.schema import Settings
 from components.settings.training import DitStageSettings
 
 WEIGHTS_NAMES = ("raw", "ema")
-TRANSFORMER_COMMANDS = {
-    "flux": "hf download black-forest-labs/FLUX.1-dev --include 'transformer/*' "
-    "--local-dir weights/FLUX.1-dev",
-    "sd3": "hf download stabilityai/stable-diffusion-3-medium-diffusers --include 'transformer/*' "
-    "--local-dir weights/stable-diffusion-3-medium",
-}
 
 
 class TrainingDiverged(RuntimeError):
@@ -154,7 +148,7 @@ def initial_weights(
     folder = resolve_folder(
         root / transformer.pretrained,
         f"{transformer.backbone} transformer",
-        TRANSFORMER_COMMANDS[transformer.backbone],
+        BACKBONES[transformer.backbone].download("transformer"),
     )
     return _of_backbone(folder, transformer.backbone)
 

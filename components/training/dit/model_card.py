@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from components.models.backbones import BACKBONES
 from components.training.dit.batch_plan import BatchPlan
 from components.training.dit.export import weights_checksums, weights_identity
 from components.training.dit.validation import NOISE_LEVELS, ValidationLoss
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
     from components.training.dit.job import DitJob
 
 _TITLES = {"raw": "trained weights", "ema": "exponential moving average of the weights"}
-_ROPE_NOTE = (
-    "Stock diffusers computes plain rotary positions: it gives other images beyond the window of "
-    "{window} tokens per axis."
-)
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def model_card(
         "## Validation\n",
         _validation_table(facts.validation, weights),
         "## Use\n",
-        _use(config),
+        BACKBONES[job.transformer.backbone].usage(config) + "\n",
         "## Files\n",
         "`sha256sum -c weights.sha256` checks the weights.\n",
     ]
@@ -193,20 +190,6 @@ def _validation_table(validation: Mapping[str, ValidationLoss], weights: str) ->
         f"| mean | {start.mean:.4f} | {last.mean:.4f} |\n",
     ]
     return "\n".join(lines)
-
-
-def _use(config: Mapping[str, Any]) -> str:
-    if "rope_variant" not in config:
-        return "`diffusers.SD3Transformer2DModel.from_pretrained` loads this folder.\n"
-    stock = (
-        "`diffusers.FluxTransformer2DModel.from_pretrained` gives equal outputs."
-        if config["rope_variant"] == "flux"
-        else _ROPE_NOTE.format(window=config["rope_window"])
-    )
-    return (
-        "`UltraFluxTransformer2DModel.from_pretrained` of `components.models.transformer` loads "
-        "this folder; `ultraflux generate --transformer FOLDER` samples from it. " + stock + "\n"
-    )
 
 
 def _rounded(value: float) -> float:

@@ -12,7 +12,8 @@ import pandas as pd
 
 from components.files.weight_folders import folder_digest
 from components.files.whole_files import whole_folder
-from components.models.loading.text_families import TEXT_FAMILIES, TextFamily
+from components.models.backbone import TextFamily
+from components.models.backbones import BACKBONES
 from components.settings.schema import Settings
 from components.training.encoding.encoder_workers import Placement, encoder_limits
 from components.training.encoding.text_workers import TextJob, embed_batches
@@ -27,8 +28,9 @@ def embed_captions(
     """Embed `caption_en` of all training and held-out images, and the empty prompt.
 
     Without a pretrained folder tiny encoders are built first, their tokenizers trained on the
-    training captions alone, and left in `destination/encoders/` in the layout of FLUX.1-dev or
-    SD3, where sampling finds them. Continues where a killed run with the same `state_dir` stopped.
+    training captions alone, and left in `destination/encoders/` in the layout of the published
+    weights, where sampling finds them. Continues where a killed run with the same `state_dir`
+    stopped.
 
     Args:
         settings: of the project.
@@ -45,7 +47,7 @@ def embed_captions(
     """
     rows = _captioned_rows(manifest)
     backbone = settings.models.transformer.backbone
-    family = TEXT_FAMILIES[backbone]
+    family = BACKBONES[backbone].text_family()
     folder = _encoder_folder(settings, rows, family, root, destination)
     # Before the digest: a missing part is named together with the command that gets it.
     family.load(folder)
@@ -116,7 +118,7 @@ def _encoder_digest(folder: Path, family: TextFamily) -> str:
 def _provenance(settings: Settings, digest: str) -> dict[str, Any]:
     """What the embeddings came from: encoders, padding, arithmetic, software."""
     return {
-        "encoders": list(TEXT_FAMILIES[settings.models.transformer.backbone].folders),
+        "encoders": list(BACKBONES[settings.models.transformer.backbone].text_family().folders),
         "encoder_digest": digest,
         "pretrained": settings.models.text_encoders.pretrained,
         "max_sequence_length": settings.models.text_encoders.max_sequence_length,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from components.engine.map_items import open_pool
 from components.engine.ordered_pool import EngineLimits, Failure
-from components.models.loading.text_families import TEXT_FAMILIES
+from components.models.backbones import BACKBONES
 from components.training.encoding.encoder_workers import Placement, own_device
 from components.training.stores.stored_tensors import StoreDtype
 from components.training.stores.text_store import EmbeddedPrompts, embedded_prompts
@@ -28,7 +28,7 @@ class TextJob:
     """Everything a worker needs to embed captions."""
 
     backbone: str
-    """Of `TEXT_FAMILIES`."""
+    """Of `BACKBONES`."""
     folder: str
     """Encoders and tokenizers."""
     max_sequence_length: int
@@ -38,7 +38,7 @@ class TextJob:
 
 @cache
 def _encoders(job: TextJob) -> Any:
-    family = TEXT_FAMILIES[job.backbone]
+    family = BACKBONES[job.backbone].text_family()
     encoders = family.load(Path(job.folder))
     for model in family.models(encoders):
         model.to(own_device(job.placement))
@@ -52,8 +52,10 @@ def embed_prompts(prompts: list[str], job: TextJob) -> EmbeddedPrompts:
 
     def encode(batch: list[str]) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            states: tuple[Tensor, Tensor] = TEXT_FAMILIES[job.backbone].encode(
-                _encoders(job), batch, job.max_sequence_length
+            states: tuple[Tensor, Tensor] = (
+                BACKBONES[job.backbone]
+                .text_family()
+                .encode(_encoders(job), batch, job.max_sequence_length)
             )
             return states
 

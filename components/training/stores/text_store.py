@@ -1,7 +1,7 @@
 """Text embeddings of a corpus: a sequence of states and a pooled CLIP vector per caption.
 
-The states (stored as `t5`) are T5's for Flux; for SD3 the two CLIPs' 77 positions stand before
-T5's, and the pooled vector is the two CLIPs' in a row (`components.models.sd3.text_encoders`).
+The states (stored as `t5`) are T5's for Flux; what stands before T5's for another backbone, and how
+several CLIPs share the pooled vector, its text encoders say (`Backbone.text_family`).
 
 Layout of a store folder: `index.parquet` (one row per image, the empty prompt under image id ""),
 `store.json` (provenance of the encoders) and shards `text-<number>.bin` of fixed-size records: the

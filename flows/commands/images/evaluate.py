@@ -18,9 +18,9 @@ EPILOG = """Suites: aesthetic-eval-4096, aesthetic-eval-2048, aspect-ratio, reco
 held-out, runtime, or a folder with metadata.jsonl (an object a line: file_name, text).
 
 Systems: NAME=SPEC, where SPEC is a folder of pictures; references; trained; ultraflux-v1,
-ultraflux-v1.1, flux, sd3, sana, pixart-sigma (folders below weights/); ultraflux:FOLDER;
-diffusers:FOLDER; vae:FOLDER; registry:MODEL@ALIAS or registry:MODEL/VERSION; or
-command:TEMPLATE.
+ultraflux-v1.1, sana, pixart-sigma or the name of a backbone, for its published weights (folders
+below weights/); ultraflux:FOLDER; diffusers:FOLDER; vae:FOLDER; registry:MODEL@ALIAS or
+registry:MODEL/VERSION; or command:TEMPLATE.
 
 Examples:
 

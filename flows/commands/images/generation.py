@@ -218,8 +218,8 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
         **{name: value for name, value in chosen.items() if value is not None},
     )
     requests = _requests(root, options, settings)
+    from components.models.backbones import family_in
     from components.models.loading.released import source_digests
-    from components.models.loading.text_families import family_in
 
     digests = source_digests(sources)
     # The key in the name: other settings or weights are another file, nothing is overwritten.

@@ -19,10 +19,6 @@ Verdict = Literal["ok", "warning", "problem"]
 MIN_DISK_GB, MIN_MEMORY_GB = 5.0, 8.0
 
 
-_REPOSITORIES = {
-    "flux": "black-forest-labs/FLUX.1-dev",
-    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
-}
 _PARTS = {
     "autoencoder": "'vae/*'",
     "transformer": "'transformer/*'",
@@ -208,6 +204,7 @@ def _photos(root: Path) -> Iterator[Finding]:
 
 
 def _weights(root: Path) -> Iterator[Finding]:
+    from components.models.backbones import BACKBONES
     from components.settings.schema import load_settings
 
     models = load_settings(root / "params.yaml").models
@@ -218,11 +215,11 @@ def _weights(root: Path) -> Iterator[Finding]:
         elif (root / folder).is_dir():
             yield Finding("weights", "ok", f"{name}: {folder}")
         else:
-            # The autoencoder is Flux's for both backbones.
+            # The autoencoder is Flux's for every backbone.
             backbone = "flux" if name == "autoencoder" else models.transformer.backbone
             # The setting names the part's folder, except for text encoders: there are several.
             into = folder if name == "text_encoders" else str(Path(folder).parent)
-            fix = f"hf download {_REPOSITORIES[backbone]} --include {_PARTS[name]} "
+            fix = f"hf download {BACKBONES[backbone].repository} --include {_PARTS[name]} "
             fix += f"--local-dir {into}"
             yield Finding("weights", "problem", f"{name}: {folder} is missing", fix)
 

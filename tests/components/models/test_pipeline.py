@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 
+from components.models.f16_pipeline import build_scheduler
 from components.models.loading.memory_modes import parse_memory, place_pipeline
-from components.models.pipeline import UltraFluxPipeline, build_scheduler, remaining_steps
+from components.models.pipeline import UltraFluxPipeline, remaining_steps
 from components.models.text_encoders import build_tiny_text_encoders, encode_prompts
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
 

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from components.models.autoencoder_f16 import AutoencoderKLF16
-from components.planning.counted_flops import count, flux_call, flux_on_meta, sd3_call, sd3_on_meta
+from components.models.backbones import BACKBONES
+from components.planning.counted_flops import backbone_call, count, flux_call, flux_on_meta
 from components.planning.flops import (
     Flops,
     clip_flops,
@@ -23,7 +24,6 @@ from components.planning.flops import (
     total,
 )
 from components.planning.model_shapes import (
-    SD3_MEDIUM,
     AutoencoderShape,
     ClipShape,
     FluxShape,
@@ -231,8 +231,10 @@ def test_flux_text_encoders_cost_what_torch_counts():
 
 
 def test_sd3_is_counted_on_the_meta_device_beyond_its_own_position_table():
-    model = sd3_on_meta(dict(SD3_MEDIUM, num_layers=2), (512, 64))
-    parts = [count(sd3_call(model, (512, 64), 333, batch)).model for batch in (1, 2)]
+    sd3 = BACKBONES["sd3"]
+    with torch.device("meta"):
+        model = sd3.from_config({**sd3.published_config, "num_layers": 2}, (512, 64))
+    parts = [count(backbone_call(sd3, model, (512, 64), 333, batch)).model for batch in (1, 2)]
     assert parts[0] > 0
     assert parts[1] == 2 * parts[0]
 

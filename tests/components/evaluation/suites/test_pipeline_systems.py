@@ -52,7 +52,7 @@ def save_sd3(folder: Path, texts: Path) -> None:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     from components.models.sd3.text_encoders import build_tiny_sd3_text_encoders
-    from components.models.tiny import build_tiny_sd3_transformer
+    from components.models.sd3.transformer import build_tiny_sd3_transformer
 
     encoders = build_tiny_sd3_text_encoders(texts, CAPTIONS)
     vae = AutoencoderKL(

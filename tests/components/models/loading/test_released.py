@@ -15,11 +15,11 @@ from torch import Tensor
 
 from components.files.weight_folders import ComponentsMissing, WeightsMissing
 from components.models.checkpoint_files import WeightsBroken
+from components.models.loading.flux_transformer import load_transformer
 from components.models.loading.released import (
     find_sources,
     load_autoencoder,
     load_pipeline,
-    load_transformer,
     source_digests,
 )
 from components.models.loading.single_file import convert_original, load_single_file

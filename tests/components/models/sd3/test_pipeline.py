@@ -10,8 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from components.files.weight_folders import WeightsMissing, folder_digest
+from components.models.backbones import BACKBONES, family_in, family_of
 from components.models.loading.released import ModelSources, load_pipeline, source_digests
-from components.models.loading.text_families import TEXT_FAMILIES, family_in, family_of
 from components.models.sd3.pipeline import StableDiffusion3F16Pipeline
 from components.models.sd3.text_encoders import (
     SD3_FOLDERS,
@@ -19,12 +19,9 @@ from components.models.sd3.text_encoders import (
     encode_sd3_prompts,
     load_sd3_text_encoders,
 )
+from components.models.sd3.transformer import build_tiny_sd3_transformer
 from components.models.text_encoders import build_tiny_text_encoders
-from components.models.tiny import (
-    build_tiny_autoencoder,
-    build_tiny_sd3_transformer,
-    build_tiny_transformer,
-)
+from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
 
 PROMPT = "A frozen lake under pale morning light."
 CAPTIONS = [PROMPT, "Red leaves."]
@@ -106,7 +103,7 @@ def test_building_twice_gives_the_same_bytes_and_loading_the_same_encoders(
         encode_sd3_prompts(built, [PROMPT], 8), encode_sd3_prompts(loaded, [PROMPT], 8), strict=True
     ):
         assert torch.equal(ours, theirs)
-    sd3 = TEXT_FAMILIES["sd3"]
+    sd3 = BACKBONES["sd3"].text_family()
     assert family_in(tmp_path) is family_of(loaded) is sd3
     assert len(sd3.models(loaded)) == 3
 

@@ -12,11 +12,12 @@ from diffusers import SD3Transformer2DModel
 from components.files.weight_folders import WeightsMissing
 from components.models.checkpoint_files import WeightsBroken
 from components.models.sd3.transformer import (
+    build_tiny_sd3_transformer,
     check_position_table,
     extend_position_table,
     load_sd3_transformer,
 )
-from components.models.tiny import build_tiny_sd3_transformer, build_tiny_transformer
+from components.models.tiny import build_tiny_transformer
 
 
 def small(**options: object) -> SD3Transformer2DModel:

@@ -14,7 +14,8 @@ import yaml
 from diffusers import FluxTransformer2DModel
 
 from components.models.resonance_rope import grid_ids
-from components.models.tiny import build_tiny_sd3_transformer, build_tiny_transformer
+from components.models.sd3.transformer import build_tiny_sd3_transformer
+from components.models.tiny import build_tiny_transformer
 from components.models.transformer import UltraFluxTransformer2DModel
 from components.training.dit.export import (
     save_transformer,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from components.models.backbone import pack_latents
+from components.models.latent_tokens import pack_latents
 from components.settings.objective import ObjectiveSettings, SnrHuberSettings
 from components.training.distributed.ranks import Ranks
 from components.training.dit.validation import NOISE_LEVELS, ValidationLoss, ValidationSet

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from components.models.backbone import pack_latents, unpack_latents
+from components.models.latent_tokens import pack_latents, unpack_latents
 from components.models.tiny import build_tiny_transformer
 from components.objectives.flow_matching import flow_matching_loss
 from components.objectives.objective import objective_loss
