@@ -18,12 +18,8 @@ from torch import Tensor
 
 from components.files.whole_files import whole_file
 from components.generation.contact_sheet import contact_sheet
-from components.models.autoencoder_f16 import AutoencoderKLF16
-from components.models.backbone import unpack_latents
 from components.models.backbones import backbone_of
-from components.models.loading.base_autoencoder import load_base_autoencoder
-from components.models.pipeline import UltraFluxPipeline
-from components.models.sd3.pipeline import StableDiffusion3F16Pipeline
+from components.models.latent_tokens import unpack_latents
 from components.settings.training import SampleSettings
 from components.training.distributed.ranks import Ranks
 from components.training.dit.curriculum import keyed_generator
@@ -32,6 +28,7 @@ from components.training.stores.latent_store import LatentStore
 from components.training.stores.text_store import EMPTY_PROMPT_ID, TextStore
 
 if TYPE_CHECKING:
+    from components.models.autoencoder_f16 import AutoencoderKLF16
     from components.training.dit.job import DitJob
 
 # Training draws at steps from 0 on, validation at -1 - level.
@@ -117,8 +114,7 @@ class SampleGrids:
         transformer.train()
 
     def _pipeline(self, transformer: Any) -> Any:
-        kinds = {"flux": UltraFluxPipeline, "sd3": StableDiffusion3F16Pipeline}
-        kind: Any = kinds[backbone_of(transformer).name]
+        kind = backbone_of(transformer).pipeline_class()
         pipeline = kind.from_components(self._autoencoder, transformer)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -132,7 +128,7 @@ class SampleGrids:
 
         text, pooled = embedding(name)
         contrast = {}
-        if isinstance(pipeline, StableDiffusion3F16Pipeline):
+        if backbone_of(pipeline.transformer).text_family().negative_prompt is not None:
             names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
             contrast = dict(zip(names, embedding(EMPTY_PROMPT_ID), strict=True))
         latents: Tensor = pipeline(
@@ -182,6 +178,10 @@ def grids_of_run(
     """
     if job.autoencoder is None or job.settings.samples.every is None:
         return None
+    # diffusers comes with peft, transformers and bitsandbytes: three quarters of what importing the
+    # trainer would cost. Only pictures and the transformer itself need it.
+    from components.models.loading.base_autoencoder import load_base_autoencoder
+
     return SampleGrids(
         job.settings.samples,
         load_base_autoencoder(job.autoencoder, job.seed),
