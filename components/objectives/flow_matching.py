@@ -52,6 +52,7 @@ def interpolate(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     Returns:
         (B, C, H, W) in the latents' dtype; exactly z at t = 0 and eps at t = 1.
     """
+    # bfloat16 has 8 bits: mixing in it would round the noise level to a few hundred values.
     time = expand_time(t, latents).float()
     return ((1.0 - time) * latents.float() + time * noise.float()).to(latents.dtype)
 
@@ -77,6 +78,7 @@ def flow_matching_loss(velocity: Tensor, latents: Tensor, noise: Tensor) -> Tens
     Returns:
         (B,) float32.
     """
+    # A small difference of numbers of order 1: in half precision it would drown in rounding.
     error = at_least_float32(velocity) - velocity_target(latents, noise)
     return error.square().flatten(1).mean(1)
 
@@ -110,7 +112,9 @@ def wavelet_flow_loss(
         raise ValueError(f"space: expected 'x0' or 'v', got {space!r}")
     error = at_least_float32(velocity) - velocity_target(latents, noise)
     if space == "x0":
+        # z_hat - z = (z_t - t v) - z = -t (v - v*): no second pass over latents and noise.
         error = -at_least_float32(expand_time(t, error)) * error
+    # A mean per band and not over all coefficients at once: the weights go in between.
     energies = [band.square().flatten(1).mean(1) for band in haar(error)]
     weights = torch.tensor(band_weights, dtype=error.dtype, device=error.device)
     return (torch.stack(energies, dim=1) * weights).mean(1)

@@ -52,13 +52,17 @@ def loss_and_gradient(
     """
     # In place where the tensor is this function's own: each new one costs page faults.
     residual = torch.sub(velocity, noise).add_(latents).mul_(-t)
+    # One division a sample instead of one a coefficient.
     curvature = threshold.pow(-2)
     total, slopes = velocity.new_zeros(velocity.shape[0]), []
     for band, weight in zip(haar(residual), band_weights, strict=True):
         square = band.square()
         root = (square * curvature).add_(1.0).sqrt_()
+        # The 1/2 is W^T's (`inverse_haar` divides by 2), taken in while the band is at hand.
         slopes.append((band / root).mul_(weight / 2))
+        # `square` and `root` are overwritten: neither is needed after this line.
         total = total + weight * square.div_(root.add_(1.0)).flatten(1).sum(1)
+    # W^T in two steps of four additions, written straight into the interleaved gradient.
     ll, lh, hl, hh = slopes
     top_left, top_right, low_left, low_right = ll + hl, ll - hl, lh + hh, lh - hh
     gradient = torch.empty_like(residual)
@@ -99,10 +103,13 @@ class _SnrHuber(torch.autograd.Function):
             settings.band_weights,
         )
         scale = time_weight(clamped, settings) / velocity[0].numel()
+        # The one latent-sized tensor that is kept; everything else of the gradient is a factor
+        # per sample.
         ctx.save_for_backward(slopes, -clamped * scale)
         ctx.dtype = velocity.dtype
         return scale * total
 
+    # The slopes are constants to autograd: a second derivative would be wrong, so it is an error.
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor, None, None, None, None, None]:

@@ -46,6 +46,8 @@ def haar(latents_BCHW: Tensor) -> Bands:
     low, high = top + bottom, top - bottom
     low_left, low_right = low[..., 0::2], low[..., 1::2]
     high_left, high_right = high[..., 0::2], high[..., 1::2]
+    # Each one-dimensional step divides by sqrt 2, so both together by 2: orthonormal. That makes
+    # energies of bands add up to that of the signal, and the inverse the transpose.
     return (
         (low_left + low_right) / 2,
         (high_left + high_right) / 2,
@@ -67,6 +69,7 @@ def inverse_haar(bands: Bands) -> Tensor:
     if not ll.shape == lh.shape == hl.shape == hh.shape:
         raise ValueError(f"bands: shapes differ, {[tuple(band.shape) for band in bands]}")
     out = ll.new_empty((*ll.shape[:-2], 2 * ll.shape[-2], 2 * ll.shape[-1]))
+    # The transpose of a symmetric 4x4 matrix: the same signs as in `haar`, a, b, c, d by rows.
     out[..., 0::2, 0::2] = (ll + lh + hl + hh) / 2
     out[..., 0::2, 1::2] = (ll + lh - hl - hh) / 2
     out[..., 1::2, 0::2] = (ll - lh + hl - hh) / 2

@@ -58,6 +58,7 @@ def gmsd(prediction: Tensor, target: Tensor) -> Tensor:
 
     Luma averaged over 2x2 pixels, Prewitt gradients, standard deviation of their similarity.
     """
+    # Prewitt's kernel and its transpose in one convolution of two output channels.
     kernel = prediction.new_tensor([[1.0, 0.0, -1.0]] * 3).float() / 3.0
     kernels = torch.stack((kernel, kernel.T))[:, None]
 
@@ -81,9 +82,11 @@ def _ssim_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     window = _gaussian_window(a)
 
     def smooth(x: Tensor) -> Tensor:
+        # A Gaussian is separable: 2 x 11 products a pixel instead of 121.
         return F.conv2d(F.conv2d(x, window.reshape(1, 1, -1, 1)), window.reshape(1, 1, 1, -1))
 
     mean_a, mean_b = smooth(a), smooth(b)
+    # E[x^2] - E[x]^2 in float32: luma lies in [0, 1], so the rounding is far below 0.03^2.
     var_a = smooth(a * a) - mean_a.square()
     var_b = smooth(b * b) - mean_b.square()
     covariance = smooth(a * b) - mean_a * mean_b
@@ -111,6 +114,7 @@ def ms_ssim(prediction: Tensor, target: Tensor) -> Tensor:
     result = torch.ones(a.shape[0], device=a.device)
     for scale, weight in enumerate(used):
         ssim, contrast = _ssim_terms(a, b)
+        # Brightness counts at the coarsest scale only (Wang et al. 2003).
         term = ssim if scale == scales - 1 else contrast
         # Anti-correlated structure is negative; its fractional power would be NaN.
         result = result * term.clamp(min=1e-4) ** (weight / sum(used) * sum(MS_SSIM_WEIGHTS))
@@ -128,6 +132,7 @@ class RandomVggDistance(nn.Module):
         super().__init__()
         stages: list[nn.Module] = []
         channels = 3
+        # Seeded and forked: the same network in every run, and training's own draws untouched.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for index, widths in enumerate(RANDOM_VGG_STAGES):
@@ -147,6 +152,8 @@ class RandomVggDistance(nn.Module):
         total = torch.zeros(a.shape[0], device=a.device)
         for stage in self.stages:
             a, b = stage(a), stage(b)
+            # Unit length at each pixel, as LPIPS does: else the layer with the largest activations
+            # decides alone. eps is large because a dead pixel's gradient grows with 1 / eps.
             difference = F.normalize(a, dim=1, eps=1e-4) - F.normalize(b, dim=1, eps=1e-4)
             total = total + difference.square().sum(1).flatten(1).mean(1)
         return total
@@ -166,6 +173,7 @@ def _verified_backbone(path: str | None, sha256: str | None) -> dict[str, Tensor
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != sha256.lower():
         raise WeightsMissing(name, file, LPIPS_COMMAND, f"its sha256 is {found}, not {sha256}")
+    # weights_only: the format is pickle, and unpickling runs code.
     state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     return state
 
@@ -189,6 +197,7 @@ def build_lpips(path: str | None, sha256: str | None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         # pnet_rand keeps it from fetching the backbone; the linear layers ship with the package.
         module = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    # The package cuts VGG into slices but keeps torchvision's layer numbers behind their names.
     slices = {key: state[f"features.{key.split('.', 1)[1]}"] for key in module.net.state_dict()}
     module.net.load_state_dict(slices)
     module.requires_grad_(False)

@@ -39,6 +39,7 @@ __all__ = [
 
 def _capped_log_snr(t: Tensor, gamma: float) -> Tensor:
     """Logarithm of min(SNR(t), gamma) for an already clamped t."""
+    # log((1 - t)^2 / t^2) = -2 logit(t). Capped as a logarithm: the ratio itself reaches 1e8.
     return (-2.0 * torch.logit(t)).clamp(max=math.log(gamma))
 
 
@@ -52,6 +53,8 @@ def huber_threshold(t: Tensor, settings: SnrHuberSettings) -> Tensor:
     Returns:
         (B,) float32 in [c_min, c_max]; c_max near the data, c_min near pure noise.
     """
+    # (min(SNR, gamma) / gamma)^alpha as exp(alpha log ratio), the ratio at most 1, so that c never
+    # passes c_max.
     log_ratio = _capped_log_snr(clamp_time(t), settings.gamma) - math.log(settings.gamma)
     blend = torch.exp(settings.alpha * log_ratio)
     return settings.c_min + (settings.c_max - settings.c_min) * blend
@@ -73,7 +76,10 @@ def time_weight(t: Tensor, settings: SnrHuberSettings) -> Tensor:
     """
     clamped = clamp_time(t)
     if settings.time_weight == "fm_exact":
+        # For c -> inf, rho is r^2 / 2 and r = t e: 2 / t^2 undoes both factors.
         return 2.0 / clamped.square()
+    # t / (1 - t) is exp(logit t): product and power become a sum of logarithms, which neither
+    # overflows nor gives 0 * inf at the end points.
     capped = _capped_log_snr(clamped, settings.gamma)
     return torch.exp(torch.logit(clamped) + settings.beta * capped)
 
@@ -90,6 +96,8 @@ def pseudo_huber(residual: Tensor, threshold: Tensor) -> Tensor:
     Returns:
         Same shape as `residual`, non-negative.
     """
+    # c^2 (sqrt(1 + x) - 1) subtracts two numbers close to 1: in float32 it is 0 for |r| < 3e-4 c.
+    # Multiplied by (sqrt(1 + x) + 1) / (sqrt(1 + x) + 1) the subtraction is gone.
     return residual.square() / (1.0 + torch.sqrt(1.0 + (residual / threshold).square()))
 
 
@@ -113,6 +121,7 @@ def snr_huber_band_losses(
     """
     clamped = clamp_time(t)
     error = at_least_float32(velocity) - velocity_target(latents, noise)
+    # The Haar transform is linear: W(z_hat) - W(z) = -t W(v - v*), one transform instead of two.
     residual = -expand_time(clamped, error) * error
     threshold = expand_time(huber_threshold(clamped, settings), error)
     bands = [pseudo_huber(band, threshold).flatten(1).mean(1) for band in haar(residual)]
