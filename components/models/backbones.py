@@ -28,6 +28,8 @@ def backbone_of(transformer: nn.Module) -> Backbone:
     Raises:
         ValueError: its configuration is that of no backbone.
     """
+    # By configuration, not by class: a model inside an engine, an adapter or a compiled wrapper is
+    # still asked for its own entries.
     model = bare_model(transformer)
     for backbone in BACKBONES.values():
         if hasattr(model.config, backbone.config_key):
@@ -94,5 +96,6 @@ def check_stores(
             f"pooled vectors of width {wanted[1]}, the text store has {widths[0]} and "
             f"{widths[1]}; use the text encoders that belong to it and run `text_embeddings` again"
         )
+    # Before the first step: a bucket that does not fit would else stop a run hours later.
     for height, width in sorted(set(sizes)):
         backbone.check_size(transformer, height, width)

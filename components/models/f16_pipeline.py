@@ -164,6 +164,8 @@ def one_generator_per_image(
     Raises:
         ValueError: another number of generators.
     """
+    # diffusers accepts one generator for a batch and draws from it in order, so that a picture
+    # would change with its place in the batch.
     if generator is None:
         return None
     generators = [generator] if isinstance(generator, torch.Generator) else list(generator)

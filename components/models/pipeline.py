@@ -144,6 +144,7 @@ class UltraFluxPipeline(F16Pipeline, FluxPipeline):
                 raise ValueError("latents: cannot be given beside image")
             clean = self._image_latents(image, height, width, batch)
             steps = remaining_steps(num_inference_steps, _checked_strength(strength))
+            # Strength 0 is no call of the loop, which would want at least one step.
             if steps == 0:
                 return self._finish(clean, output_type)
             # The whole schedule is laid out and its head cut off: a strength changes where sampling
@@ -152,6 +153,7 @@ class UltraFluxPipeline(F16Pipeline, FluxPipeline):
             latents = self._noised(clean, generators, grid, sigmas)
             kwargs |= {"sigmas": sigmas.tolist()}
             num_inference_steps = steps
+        # FluxPipeline's loop cannot pass `grid_hw`; reading it off the ids is a host copy a step.
         with self.transformer.grid_context(*grid):
             return super().__call__(
                 prompt=prompt,
@@ -215,6 +217,7 @@ class UltraFluxPipeline(F16Pipeline, FluxPipeline):
         self.scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=mu, device=device)
         t = self.scheduler.sigmas[0].to(device)
         packed = self._pack_latents(clean.to(device), *clean.shape)
+        # In float32, rounded once: FluxPipeline casts given latents to the embeddings' dtype.
         return (1 - t) * packed + t * noise.float()
 
     @torch.no_grad()

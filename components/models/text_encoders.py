@@ -226,6 +226,7 @@ def tiny_t5_config(tokenizer: T5TokenizerFast, width: int, num_layers: int) -> T
     return T5Config(
         vocab_size=len(tokenizer),
         d_model=width,
+        # T5 does not derive it from the width: its default is 64 a head.
         d_kv=width // _heads(width),
         d_ff=2 * width,
         num_layers=num_layers,

@@ -96,6 +96,7 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
 
         For callers that cannot pass `grid_hw` themselves, such as stock pipelines.
         """
+        # Restored, not cleared, so that contexts may nest.
         previous = self._context_grid
         self._context_grid = (tokens_h, tokens_w)
         try:

@@ -59,6 +59,7 @@ def load_base_autoencoder(
         )
         # diffusers records the folder; a saved copy must not depend on where it was loaded.
         autoencoder.register_to_config(_name_or_path="")
+    # Who trains the decoder switches its gradients on; nobody trains the encoder by accident.
     autoencoder.requires_grad_(False)
     return autoencoder.eval()
 
@@ -69,6 +70,7 @@ def encoder_digest(autoencoder: AutoencoderKLF16) -> str:
     Encoder weights by name, shape and bytes, and the configuration values stride, shift_factor and
     scaling_factor. Decoder post-training leaves it unchanged.
     """
+    # What the decoder is does not matter here: latents stay valid while it is trained.
     config = autoencoder.config
     described = f"{config.stride} {config.shift_factor} {config.scaling_factor}"
     return _digest(autoencoder, described, ("encoder.", "quant_conv."))
@@ -83,9 +85,11 @@ def autoencoder_digest(autoencoder: AutoencoderKLF16) -> str:
 def _digest(autoencoder: AutoencoderKLF16, described: str, prefixes: tuple[str, ...]) -> str:
     digest = hashlib.sha256(described.encode())
     state = autoencoder.state_dict()
+    # Sorted, and with shape and dtype before the bytes: no two different states write one stream.
     for name in sorted(state):
         if name.startswith(prefixes):
             tensor = state[name].detach().cpu().contiguous()
             digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            # As raw bytes: numpy has no bfloat16.
             digest.update(tensor.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

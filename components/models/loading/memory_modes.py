@@ -62,6 +62,8 @@ def place_pipeline(pipeline: F16Pipeline, modes: MemoryModes, device: str) -> No
         pipeline.vae.enable_slicing()
     if modes.vae_tiling:
         pipeline.vae.enable_tiling()
+    # Offloading places each network itself, just before it runs: moved to the device first, all of
+    # them would be there at once, which is what the mode is to avoid.
     if modes.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     else:

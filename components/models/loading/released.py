@@ -93,7 +93,9 @@ def find_sources(
     ):
         transformer = transformer or model
         repository = base or Path("weights/FLUX.1-dev")
+    # Without a base everything must be in the repository itself, as in FLUX.1-dev.
     fallback = base or repository
+    # Collected, not raised one by one: each would cost the user another download and another try.
     missing: list[WeightsMissing] = []
     chosen_transformer = transformer or repository / "transformer"
     if not (chosen_transformer.is_file() or _holds(chosen_transformer)):
@@ -171,6 +173,7 @@ def load_autoencoder(
         ValueError: the folder holds another class.
     """
     require_class(path, None, VAE_CLASSES)
+    # Our own folders say what they are; their stride and grid are what the decoder was trained for.
     stock = class_name(path) == "AutoencoderKL"
     changes: dict[str, Any] = {"stride": stride, "decode_mode": decode_mode} if stock else {}
     check_folder(path, AutoencoderKLF16, "autoencoder", **changes)
@@ -183,6 +186,7 @@ def load_scheduler(
     sources: ModelSources, *, schedule: Schedule, shift: float
 ) -> FlowMatchEulerDiscreteScheduler:
     """The sampling schedule; a folder's own values serve `dynamic`, as in stock Flux."""
+    # The static schedule is the released script's, whatever a folder's scheduler says.
     if schedule == "dynamic" and sources.scheduler is not None:
         loaded: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             sources.scheduler, local_files_only=True, use_dynamic_shifting=True

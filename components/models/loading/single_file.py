@@ -105,6 +105,7 @@ def convert_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if block is None:
             if module not in _RENAMED:
                 raise WeightsBroken(f"{name}: not a tensor of a Flux transformer")
+            # The last modulation alone: Flux has (shift, scale) there, diffusers (scale, shift).
             if module.startswith("final_layer.adaLN"):
                 shift, scale = tensor.chunk(2)
                 tensor = torch.cat((scale, shift))
@@ -113,6 +114,7 @@ def convert_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         is_double, part = block[1] == "double", block[3]
         target = f"{'' if is_double else 'single_'}transformer_blocks.{block[2]}."
         if part in _SPLIT:
+            # q, k and v in a row; in single blocks what is left over is the MLP's input.
             pieces = _SPLIT[part]
             width = len(tensor) // 3 if len(pieces) == 3 else _width(state)
             sizes = [width, width, width, len(tensor) - 3 * width][: len(pieces)]
@@ -173,6 +175,7 @@ def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "num_attention_heads": width // head_dim,
         "joint_attention_dim": joint_dim,
         "pooled_projection_dim": pooled_dim,
+        # Only distilled models (dev) have it; schnell's files are told apart by its absence.
         "guidance_embeds": any("guidance_embedder" in name for name in shapes),
         "axes_dims_rope": tuple(share * head_dim // shares for share in _AXIS_SHARES),
     }
@@ -194,6 +197,7 @@ def load_single_file(
     Raises:
         WeightsBroken: not safetensors, not a Flux transformer, or tensors missing or misshapen.
     """
+    # Before any tensor is read: a pickled or truncated file is named as such.
     file_shapes(path)
     state = without_prefix(load_file(path))
     try:

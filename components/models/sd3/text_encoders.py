@@ -94,6 +94,7 @@ def build_tiny_sd3_text_encoders(
     clip_tokenizer = train_clip_tokenizer(texts, vocab_size)
     t5_tokenizer = train_t5_tokenizer(texts, vocab_size)
     tokenizers = (clip_tokenizer, clip_tokenizer, t5_tokenizer)
+    # Both CLIPs of one width: SD3's differ, but the code paths are the same.
     clip_config = tiny_clip_config(clip_tokenizer, clip_dim // 2, num_layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -170,6 +171,7 @@ def encode_sd3_prompts(
         pooled.append(output.text_embeds)
     t5_tokens = _tokens(encoders.tokenizer_3, encoders.text_encoder_3, prompts, max_sequence_length)
     t5 = encoders.text_encoder_3(t5_tokens)[0]
+    # 768 + 1280 channels side by side, zeros up to T5's 4096 (SD3-medium).
     clip = torch.cat(states, dim=-1)
     clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
     return torch.cat([clip, t5], dim=1), torch.cat(pooled, dim=-1)

@@ -139,6 +139,8 @@ def extend_position_table(model: Any, size: int) -> None:
             f"pos_embed_max_size: {size} and the table's {old} must differ by an even number, "
             f"such as {size + 1}"
         )
+    # diffusers spreads base_size positions over the side of the table; a longer side at the old
+    # spacing goes beyond both ends instead of squeezing in.
     spacing = embed.base_size / old / embed.interpolation_scale
     positions = (torch.arange(size, dtype=torch.float32) - margin) * spacing
     # diffusers' order: the first half of the channels is the column's.
@@ -147,11 +149,13 @@ def extend_position_table(model: Any, size: int) -> None:
     table = flat.to(embed.pos_embed).reshape(size, size, width)
     stored = embed.pos_embed.reshape(old, old, width)
     centre = table[margin : margin + old, margin : margin + old]
+    # The formula must give back what is stored, or the continuation would not fit its edges.
     if float((centre - stored).abs().max()) > TABLE_TOLERANCE:
         raise ValueError(
             f"pos_embed_max_size: the stored table of {old} patches is not the sine-cosine table "
             "of its configuration and cannot be continued"
         )
+    # The stored values and not ours, which differ by the rounding of the stored precision.
     centre.copy_(stored)
     embed.register_buffer("pos_embed", table.reshape(1, size * size, width), persistent=True)
     embed.pos_embed_max_size = size
@@ -167,6 +171,7 @@ def check_position_table(model: Any, height: int, width: int) -> None:
     patch, size = int(model.config.patch_size), int(model.config.pos_embed_max_size)
     needed = max(height, width) // patch
     if needed > size:
+        # The sides must differ by an even number, or the centre would move by half a patch.
         enough = needed + (needed - size) % 2
         raise ValueError(
             f"latents of {height}x{width} need {needed} patches along an edge, SD3's table of "
