@@ -34,7 +34,8 @@ from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from components.diagnostics.figures import COLOURS, new_figure, save_figure
+from components.diagnostics.figures import COLOURS, save_figure
+from components.files.figures import new_figure
 from components.files.whole_files import write_bytes
 from components.images.aspect_buckets import Bucket, fit_to_bucket, nearest_bucket
 from components.images.decoding import read_rgb

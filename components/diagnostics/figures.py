@@ -22,16 +22,6 @@ COLOURS = {
 """One colour per RoPE variant, readable with the common colour-vision deficiencies."""
 
 
-def new_figure(width_in: float, height_in: float) -> Figure:
-    """An empty figure with a canvas of its own: pyplot would pick a backend for the process."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def save_figure(figure: Figure, folder: Path, name: str) -> tuple[Path, Path]:
     """Write `name.png` and `name.svg`, without dates or random ids in them.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from components.diagnostics.figures import new_figure
+from components.files.figures import new_figure
 from components.objectives.snr_huber import (
     SnrHuberSettings,
     huber_threshold,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from components.diagnostics.figures import COLOURS, new_figure
+from components.diagnostics.figures import COLOURS
+from components.files.figures import new_figure
 from components.models.resonance_rope import (
     ROPE_VARIANTS,
     FloatArray,

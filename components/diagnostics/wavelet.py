@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from components.diagnostics.figures import new_figure
+from components.files.figures import new_figure
 from components.objectives.haar import BAND_NAMES, haar
 
 if TYPE_CHECKING:

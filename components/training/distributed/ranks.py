@@ -295,6 +295,7 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
     # DeepSpeed asks this table only whether to compile a shared-memory collective; gloo does that
     # work. Reading the table would first probe every native operator with the compiler.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    # Buckets of the default size would cost a tiny model more memory than itself.
     parameters = sum(parameter.numel() for parameter in model.parameters())
     configuration = engine_configuration(
         settings, ranks.world_size, parameters, ranks.context_degree

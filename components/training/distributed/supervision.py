@@ -90,10 +90,12 @@ def launch(
         TrainingRefused: a failure that a retry would repeat.
         TrainingFailed: any other, after `runtime.max_restarts` restarts.
     """
+    # A folder for each launch: torchrun counts attempts from 0 again.
     logs = _new_logs_folder(state_dir)
     beats = logs / "beats"
     beats.mkdir()
     environment = {**os.environ, **training_environment(runtime.device, runtime.nodes == 1)}
+    # torchrun would set one thread a rank, and sums depend on the number.
     environment |= {"OMP_NUM_THREADS": str(runtime.torch_threads), HEARTBEATS: str(beats.resolve())}
     # torchrun would keep one store for all attempts, and restarted ranks would find the addresses
     # of their dead predecessors in it ("Gloo connectFullMesh failed: connection refused").
@@ -192,6 +194,7 @@ class _Supervised:
             # for all.
             moved = max([moved, *(path.stat().st_mtime for path in self._beats())])
             limit_s = self._runtime.collective_timeout_minutes * 60
+            # `seen` is 0 until torchrun has started ranks, and no attempt is killed twice.
             if seen and seen - 1 not in self._stalled and time.time() - moved > limit_s:
                 self._kill_ranks(seen - 1)
         reader.join()

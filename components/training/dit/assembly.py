@@ -232,6 +232,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         peak_tflops=job.runtime.peak_tflops,
         memory_every=settings.watch_every,
     )
+    # Last of the large things: its autoencoder waits on the host until a grid is drawn.
     grids = grids_of_run(job, data.latents, data.texts, validation.image_ids, ranks)
     metrics = MetricLog(job.metrics) if ranks.is_first else None
     return AssembledRun(

@@ -127,6 +127,7 @@ def _changes(before: PlanState, after: PlanState) -> list[str]:
     parts = []
     if before.batch_size and before.batch_size != after.batch_size:
         parts.append(f"global_batch_size {before.batch_size} is now {after.batch_size}")
+    # Checkpoints of older versions kept the digest alone.
     if not before.buckets:
         return parts
     resized, replaced = [], []
@@ -134,6 +135,7 @@ def _changes(before: PlanState, after: PlanState) -> list[str]:
         (old, old_digest), (new, new_digest) = (
             plan.buckets.get(bucket, (0, "")) for plan in (before, after)
         )
+        # Counts first: other ids in as many places are told by their digest only.
         if old != new:
             resized.append((bucket, int(old), int(new)))
         elif old_digest != new_digest:
@@ -253,6 +255,7 @@ class BatchPlan:
         """(bucket of every step of the epoch, how often that bucket came before in the epoch)."""
         buckets: Integers = np.repeat(np.arange(len(self._names)), self._batches_of)
         first_of = np.concatenate([[0], np.cumsum(self._batches_of)[:-1]])
+        # Counts 0, 1, 2, ... within each bucket's run of equal entries.
         visits: Integers = np.arange(len(buckets)) - np.repeat(first_of, self._batches_of)
         jitter = self._rng(_ORDER_STREAM, epoch).random(len(buckets))
         # Stable, so that equal times fall alike on every platform.

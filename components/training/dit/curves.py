@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from components.files.figures import new_figure
 from components.files.weight_folders import folder_digest
 from components.files.whole_files import whole_file, write_text
 from components.telemetry.metric_log import MetricLog
@@ -74,11 +75,13 @@ def headline_metrics(
         same restricted to `sigma_range` (`validation_loss_in_range_*`), the objective's own
         values, and `train_loss_first` / `_last` (means over a tenth of the steps).
     """
+    # Row 0 is the validation before the first step.
     measured = validations(rows)
     first = measured[0][2]
     raw = [losses for _, weights, losses in measured if weights == "raw"][-1]
     last = [losses for _, weights, losses in measured if weights == "ema"][-1]
     losses = history_table(rows)["loss"].to_numpy()
+    # Single steps scatter by their noise levels; a tenth of the run does not.
     tenth = max(1, len(losses) // 10)
     return {
         "validation_loss_first": first.mean,
@@ -96,13 +99,8 @@ def headline_metrics(
 
 def draw_curves(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
     """Training loss, validation loss, and first and last validation loss by noise level (PNG)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     history, measured = history_table(rows), validations(rows)
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    # The canvas of the figure itself: pyplot would pick a backend for the whole process.
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 3.8)
     training, validation, levels = figure.subplots(1, 3)
     training.plot(history["step"], history["loss"], linewidth=0.6, alpha=0.5, label="step")
     smooth = history["loss"].rolling(max(1, len(history) // 20), min_periods=1).mean()
@@ -120,6 +118,7 @@ def draw_curves(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> 
     levels.set(title="validation by noise level", xlabel="t (0 data, 1 noise)")
     levels.legend()
     figure.suptitle(title)
+    # Not `save_png`: this figure carries matplotlib's version, and its bytes are kept.
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
@@ -163,6 +162,7 @@ def _digests(job: DitJob) -> dict[str, str]:
         "text_embeddings.digest": TextStore(job.texts).digest,
         **{f"weights.{name}": folder_digest(job.export_dir / name) for name in WEIGHTS_NAMES},
     }
+    # Stage 2 trains on part of the store, so the store's digest does not say on how many.
     if job.train_slice is not None:
         found["train_slice.images"] = str(len(pd.read_parquet(job.train_slice)))
     return found

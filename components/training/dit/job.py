@@ -136,6 +136,7 @@ def initial_weights(
         StartUnusable: the stage is told to start from one before it and there is none, or the
             folder holds a transformer of another backbone.
     """
+    # The other two values name what the stage before has exported.
     if settings.initial_weights != "pretrained":
         if before is None:
             raise StartUnusable(
@@ -156,6 +157,8 @@ def initial_weights(
 def _of_backbone(folder: Path, backbone: str) -> Path:
     """The folder, if it holds a transformer of the backbone."""
     try:
+        # By the class in config.json: a folder of another backbone would fail at some missing
+        # weight.
         require_class(folder, None, BACKBONES[backbone].folder_classes)
     except ValueError as problem:
         raise StartUnusable(

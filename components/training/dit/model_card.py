@@ -91,6 +91,7 @@ def settings_digest(job: DitJob) -> str:
     values = {
         "objective": job.objective.model_dump(mode="json"),
         "seed": job.seed,
+        # Grids draw from generators of their own and change no weight.
         "stage": job.settings.model_dump(mode="json", exclude={"samples"}),
         "transformer": job.transformer.model_dump(mode="json", exclude={"pretrained", "card"}),
     }
@@ -178,6 +179,7 @@ def _summary(job: DitJob, facts: TrainingFacts, config: Mapping[str, Any]) -> st
 
 
 def _validation_table(validation: Mapping[str, ValidationLoss], weights: str) -> str:
+    # Both columns have the same images and noise, so a row compares weights alone.
     start, last = validation["start"], validation[weights]
     lines = [
         "Velocity error ||v - (eps - z)||^2 / N on held-out images with fixed noise.\n",
@@ -193,4 +195,5 @@ def _validation_table(validation: Mapping[str, ValidationLoss], weights: str) ->
 
 
 def _rounded(value: float) -> float:
+    # For people; validation.csv has all digits.
     return float(f"{value:.6g}")

@@ -67,6 +67,7 @@ class SampleGrids:
             ranks: this process.
         """
         self._settings, self._autoencoder, self._texts = settings, autoencoder, texts
+        # By id: the same prompts in every run on this corpus, whatever the order of the index.
         chosen = sorted(image_ids)[: settings.prompts]
         rows = latents.index.set_index("image_id").loc[chosen, ["latent_h", "latent_w"]]
         factor = int(autoencoder.spatial_compression)
@@ -142,6 +143,7 @@ class SampleGrids:
             output_type="latent",
             **contrast,
         ).images
+        # Flux pipelines return packed tokens, SD3's an image of latents.
         if latents.ndim == 3:
             multiple = pipeline.size_multiple
             latents = unpack_latents(latents, height // multiple, width // multiple)

@@ -59,6 +59,7 @@ class DataWait:
 
         It must fall below the limit before it is reported again.
         """
+        # A window, because a single long wait (a shard that is opened) is no bottleneck.
         self._steps.append((step_s, wait_s))
         was_long = self._is_long
         self._is_long = len(self._steps) == self._steps.maxlen and self.share > self._limit

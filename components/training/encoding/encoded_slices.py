@@ -55,6 +55,7 @@ def encode_slices(
     autoencoder = load_base_autoencoder(settings.models.autoencoder, settings.project.seed, root)
     if not items:
         raise ValueError("the slices are empty; relax the rules in `select` or add photos")
+    # Workers set the same number of threads, so a store does not tell who encoded it.
     with deterministic_torch(settings.runtime.torch_threads):
         return encode_corpus(
             items,
@@ -106,6 +107,7 @@ def _items(slices: Sequence[Path], root: Path) -> list[EncodingItem]:
 
 def _workers(settings: Settings, root: Path, state_dir: Path, digest: str) -> Workers | None:
     """Encoders elsewhere, where the settings want them."""
+    # None: the network is so small, or the machine so, that this process is quickest.
     limits = encoder_limits(settings, settings.models.autoencoder.pretrained)
     if limits is None:
         return None

@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from components.files.whole_files import whole_file, write_text
+from components.files.figures import new_figure, save_png
+from components.files.whole_files import write_text
 from components.objectives.haar import BAND_NAMES, haar
 from components.training.stores.latent_store import LatentStore
 
@@ -76,12 +77,7 @@ def summarise(store: LatentStore, bands: pd.DataFrame) -> dict[str, Any]:
 
 def draw_bands(bands: pd.DataFrame, path: Path) -> None:
     """Energy shares of the Haar bands, every image as a point and the mean as a bar (PNG)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-    # The canvas of the figure itself: pyplot would pick a backend for the whole process.
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.5, 3.6)
     axes = figure.subplots()
     positions = range(len(BAND_NAMES))
     axes.bar(positions, [bands[name].mean() for name in BAND_NAMES], color="lightsteelblue")
@@ -92,6 +88,4 @@ def draw_bands(bands: pd.DataFrame, path: Path) -> None:
     axes.set_xticks(list(positions), [name.upper() for name in BAND_NAMES])
     axes.set(title="Haar band energy of the latents", ylabel="share of energy", ylim=(0, 1))
     axes.legend()
-    with whole_file(path) as temporary:
-        # matplotlib would write its version into the file, and a new one would change the bytes.
-        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
+    save_png(figure, path)

@@ -72,6 +72,7 @@ def encoding_items(rows: pd.DataFrame, root: Path) -> list[EncodingItem]:
         )
         for row, original in zip(unique.to_dict("records"), originals, strict=True)
     ]
+    # The order decides batches and places in the shards, so it may not depend on the table's.
     return sorted(items, key=lambda item: (item.bucket, item.image_id))
 
 
@@ -219,6 +220,7 @@ def encode_corpus(
 
     def reject(reasons: Mapping[str, str]) -> None:
         rejected.update(reasons)
+        # At once, and not after days: a wrong path or a broken disk rejects nearly everything.
         if len(rejected) > allowed:
             first, reason = next(iter(rejected.items()))
             raise TooManyRejected(
@@ -235,6 +237,8 @@ def encode_corpus(
         with closing(results):  # type: ignore[type-var]
             for batch, result in zip(todo, shown, strict=True):
                 if isinstance(result, Failure):
+                    # Which photograph took the worker down is not known: each gets a batch of its
+                    # own later.
                     if len(batch) > 1:
                         lost += batch
                     else:

@@ -80,6 +80,7 @@ def embed_batches(
         for batch in plan:
             yield embed_prompts(batch, job)
         return
+    # Results come in the order of the plan, whichever worker is first.
     for result in open_pool(partial(embed_prompts, job=job), limits).map(plan):
         if isinstance(result, Failure):
             raise EmbeddingFailed(f"captions cannot be embedded: {result.message}")

@@ -55,6 +55,7 @@ def cut(parts: Sequence[Tensor], start: int, length: int, stored: int) -> Tensor
     """
     result = torch.zeros(stored, dtype=parts[0].dtype)
     offset = 0
+    # Only the parts that overlap are read; with memory mapping the others stay on the disk.
     for part in parts:
         low, high = max(start, offset), min(start + length, offset + part.numel())
         if low < high:

@@ -79,6 +79,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, shards: Iterable[WeightShard]) -> None:
         """Move towards `shards` (same names and elements as at construction)."""
+        # Read before `updates` moves: the first update uses n = 0.
         blend = 1.0 - self.current_decay()
         for shard in shards:
             average = self.shards[shard.name].values

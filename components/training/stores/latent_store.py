@@ -130,6 +130,7 @@ class LatentStore(RecordStore):
             (B, C, h, w); `out` where given.
         """
         rows = self._rows_of(image_ids)
+        # Records of one bucket have one size and stack; the plan asks for nothing else.
         shapes = np.unique(self._shapes[rows], axis=0)
         if len(shapes) != 1:
             raise ValueError(f"a batch of latents of {len(shapes)} shapes; one bucket at a time")
@@ -184,6 +185,7 @@ class LatentStoreWriter:
         """
         if len(images) != len(latents):
             raise ValueError(f"{len(images)} images, but {len(latents)} latents")
+        # A NaN in the store would show as a loss that is NaN, weeks later.
         for (image_id, _), latent in zip(images, latents, strict=True):
             if not bool(torch.isfinite(latent).all()):
                 raise ValueError(f"image {image_id}: its latent is not finite; check the encoder")

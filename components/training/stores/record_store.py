@@ -78,6 +78,7 @@ class RecordStore:
                 layout.
         """
         self.folder = folder
+        # Held as a whole, since every step looks up the samples of its batch.
         self.index, self.about = read_store(folder, self.kind)
         self._rows = IdTable(self.index["image_id"])
         self._reader = RecordReader(folder, Extents.of(self.index), verify=verify)
@@ -133,6 +134,7 @@ def read_store(folder: Path, kind: StoreKind) -> tuple[pd.DataFrame, dict[str, A
     if not path.exists():
         raise kind.incomplete(f"{folder}: no {INDEX_FILE}; run the stage `{kind.stage}` first")
     index = pd.read_parquet(path)
+    # An older layout is no store for this code; the stage makes it again.
     missing = [name for name in kind.columns if name not in index.columns]
     if missing or not (folder / STORE_FILE).exists():
         lacking = f"columns {missing} are missing" if missing else f"no {STORE_FILE}"

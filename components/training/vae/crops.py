@@ -124,6 +124,7 @@ class WorkingCopies:
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
         if photograph is None:
             photograph = int(rng.integers(len(self.arrays)))
+        # The draws stand in a fixed order: photograph, top, left, flip.
         height, width = self.arrays[photograph].shape[:2]
         top = int(rng.integers(height - self.crop_px + 1))
         left = int(rng.integers(width - self.crop_px + 1))

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from components.files.figures import new_figure, save_png
 from components.files.whole_files import whole_file, whole_folder, write_text
 from components.images.arrays import ImageArray
 from components.metrics.native.fidelity import ssim
@@ -29,6 +30,7 @@ def history_table(history: Sequence[dict[str, float]]) -> pd.DataFrame:
     """Columns step, loss, loss_<term>..., grad_norm, psnr_db; NaN where not measured."""
     table = pd.DataFrame(history)
     terms = sorted(name for name in table.columns if name.startswith("loss_"))
+    # Named one by one: durations and whatever else a history may get stay out of the file.
     columns = ["step", "loss", *terms, "grad_norm", "psnr_db"]
     return table.reindex(columns=columns).astype({"step": "int64"})
 
@@ -76,12 +78,7 @@ def _framed(image: ImageArray) -> ImageArray:
 
 def draw_curves(table: pd.DataFrame, path: Path) -> None:
     """Training loss (each step and rolling mean) and held-out PSNR, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    # The canvas of the figure itself: pyplot would pick a backend for the whole process.
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6)
     loss, psnr = figure.subplots(1, 2)
     loss.plot(table["step"], table["loss"], linewidth=0.6, alpha=0.5, label="step")
     smooth = table["loss"].rolling(max(1, len(table) // 20), min_periods=1).mean()
@@ -91,8 +88,7 @@ def draw_curves(table: pd.DataFrame, path: Path) -> None:
     measured = table.dropna(subset=["psnr_db"])
     psnr.plot(measured["step"], measured["psnr_db"], marker="o")
     psnr.set(title="PSNR on held-out crops", xlabel="step", ylabel="dB")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
+    save_png(figure, path)
 
 
 def export_training(

@@ -137,6 +137,7 @@ class _Run:
         self.loss = ReconstructionLoss(settings.loss).to(ranks.device)
 
     def save(self) -> None:
+        # All that a step depends on: crops are a function of the step, and nothing else is random.
         state = {
             "step": self.step,
             "decoder": self.decoder.state_dict(),
@@ -177,6 +178,7 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), MAX_GRAD_NORM)
         names = ["loss" if name == "total" else f"loss_{name}" for name in terms]
         values = torch.stack(list(terms.values()))
+        # Once a step for all terms together, on every rank alike.
         dist.all_reduce(values, op=dist.ReduceOp.SUM)
         self.ranks.beat()
         values /= self.ranks.world_size
