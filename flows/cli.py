@@ -153,15 +153,17 @@ def stage_list() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from flows.versioning.clone import Clone
     from flows.versioning.code_files import CODE
-    from flows.versioning.graph import GraphError, stage_graph, stale_stages
+    from flows.versioning.graph import GraphError
 
-    root = project_root()
+    clone = Clone(project_root())
     try:
-        graph = stage_graph(root)
+        with clone.opened():
+            graph = clone.graph()
+            stale = clone.stale(graph)
     except GraphError as problem:
         raise fail(str(problem)) from None
-    stale = stale_stages(root, graph)
     table = Table("stage", "after", "pool", "state")
     for name, node in graph.items():
         # Every stage stands after `code`.

@@ -2,7 +2,7 @@
 
 A tree is a detached Git worktree below `runs/ablate/`, so arms have the committed code; its
 `params.yaml` is that of the arm. Stages that arms share come from DVC's run cache. A tree that
-exists is gone on with, so an interrupted ablation is resumed by the same command.
+exists already is used again, so the same command resumes an interrupted ablation.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sweeps: sets of settings as pipeline runs, each in a working tree of its own over one DVC cache.
 
 Trees are made like those of ablations. Stages that sets share are computed once (see
-`flows.running.shared_turns`); a tree that exists is gone on with, so the same command resumes a
-sweep.
+`flows.running.shared_turns`); a tree that exists already is used again, so the same command resumes
+a sweep.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from components.settings.schema import load_settings
 from flows.history.run_evidence import StageRun, connect, finished_runs
 from flows.versioning import graph as versioning
-from flows.versioning.parameters import stage_parameters
+from flows.versioning.clone import Clone
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,17 +102,21 @@ def plan_operations(root: Path, *, mlflow: bool = True) -> OperationsPlan:
         versioning.GraphError, components.settings.schema.SettingsError: see there.
     """
     price = load_settings(root / "params.yaml").runtime.gpu_hour_price
-    graph = versioning.stage_graph(root)
-    stale = versioning.stale_stages(root, graph)
+    clone = Clone(root)
+    with clone.opened():
+        graph = clone.graph()
+        stale = clone.stale(graph)
+        actions = {name: _action(clone, node, stale) for name, node in graph.items()}
+    # The tracking server may be slow: nothing is held open while it is asked.
     client = connect(root)[0] if mlflow else None
-    lock = {name: versioning.lock_entry(root, name) or {} for name in graph}
-    runs = finished_runs(root, lock, client)
+    locked = clone.lock()
+    runs = finished_runs(root, {name: locked.get(name, {}) for name in graph}, client)
     stages = []
     for name, node in graph.items():
-        action = _action(root, node, stale)
+        action = actions[name]
         hours, basis = 0.0, ""
         if action in {"run", "may run"}:
-            hours, basis = duration(node, runs, stage_parameters(root, name))
+            hours, basis = duration(node, runs, clone.parameters(name))
         stages.append(
             StageForecast(name, action, stale.get(name, ""), hours, basis, node.meta.gpus)
         )
@@ -120,13 +124,13 @@ def plan_operations(root: Path, *, mlflow: bool = True) -> OperationsPlan:
     return OperationsPlan(tuple(stages), elapsed, price)
 
 
-def _action(root: Path, node: versioning.StageNode, stale: Mapping[str, str]) -> Action:
+def _action(clone: Clone, node: versioning.StageNode, stale: Mapping[str, str]) -> Action:
     if node.name not in stale:
         return "nothing"
     if any(above in stale for above in node.upstream):
         # Its own reason, such as changed code, stands whatever comes from above.
         return "may run" if stale[node.name].startswith("after ") else "run"
-    return "restore" if versioning.has_cached_result(root, node.name) else "run"
+    return "restore" if clone.has_cached_result(node.name) else "run"
 
 
 def duration(

@@ -44,6 +44,7 @@ from flows.running.stage_runner import StageOutcome, StageRunner, stopping_on_si
 from flows.services.prefect_connection import connect_to_prefect
 from flows.tracking.uploader import UploaderProcess
 from flows.versioning import graph as versioning
+from flows.versioning.clone import Clone
 from flows.versioning.parameters import flatten
 
 Engine = Literal["local", "prefect", "pools"]
@@ -96,11 +97,11 @@ def run_pipeline(
             held = stack.enter_context(clone_lock(root, print))
         except KeyboardInterrupt:
             return PipelineSummary({}, 0.0, interrupted=True)
-        return _run_pipeline(root, engine, force, held, until, cpus, remote_data)
+        return _run_pipeline(Clone(root), engine, force, held, until, cpus, remote_data)
 
 
 def _run_pipeline(
-    root: Path,
+    clone: Clone,
     engine: Engine,
     force: bool,
     held: int,
@@ -109,14 +110,16 @@ def _run_pipeline(
     remote_data: bool,
 ) -> PipelineSummary:
     """`run_pipeline` in a clone that is held."""
+    root = clone.root
     started = time.monotonic()
     settings = load_settings(root / "params.yaml")
     environment.prepare(offline=settings.runtime.offline)
-    graph = versioning.stages_until(root, until)
     if remote_data:
-        stale = _stale_here_or_elsewhere(root, graph, force=force)
+        graph, stale = _graph_and_stale_elsewhere(clone, until, force=force)
     else:
-        stale = versioning.stale_stages(root, graph)
+        with clone.opened():
+            graph = clone.graph(until)
+            stale = clone.stale(graph)
     record = open_record(root, _description(root, engine))
     kept = _keep_sources(root, record)
     uploader = UploaderProcess(root)
@@ -181,20 +184,23 @@ def _run_pipeline(
     return summary
 
 
-def _stale_here_or_elsewhere(
-    root: Path, graph: dict[str, versioning.StageNode], *, force: bool
-) -> dict[str, str]:
-    """What is stale on a clone that need not have the data; sends what workers may need of it."""
+def _graph_and_stale_elsewhere(
+    clone: Clone, until: str | None, *, force: bool
+) -> tuple[dict[str, versioning.StageNode], dict[str, str]]:
+    """Graph, and what is stale on a clone that need not have the data; sends what it has."""
     try:
         # Each worker checks its own clone against this commit: without one nothing can be asked.
-        code_commit(root)
-        configure(root)
-        stale = stale_without_data(root, graph)
+        code_commit(clone.root)
+        # It writes DVC's configuration, so it comes before the unit that reads it.
+        configure(clone.root)
+        with clone.opened():
+            graph = clone.graph(until)
+            stale = stale_without_data(clone.root, graph)
         if stale or force:
-            send_present_results(root, stale)
+            send_present_results(clone.root, stale)
     except (WorkerRefused, RemoteFailed) as problem:
         raise PipelineRefused(str(problem)) from None
-    return stale
+    return graph, stale
 
 
 def _run(engine: Engine, runner: StageRunner, report: Report) -> dict[str, StageOutcome]:

@@ -1,4 +1,4 @@
-"""A pipeline that no worker started hears of being cancelled in the Prefect UI.
+"""A pipeline that no worker started notices when it is cancelled in the Prefect UI.
 
 A worker stops the flow runs that it started. A pipeline in a terminal has nobody to do that: it has
 to look at its own state.

@@ -67,7 +67,7 @@ class RunDescription:
     """DVC hash by path of what a stage reads, code included."""
     started_ms: int = field(default_factory=lambda: int(time.time() * 1000))
     attempts: int = 1
-    """Starts under the same key: a run that was interrupted and gone on with has more."""
+    """Starts under the same key: an interrupted run that was resumed has more than one."""
     version: int = RECORD_VERSION
 
 

@@ -118,7 +118,7 @@ def watched(file: Path, folder: Path) -> Iterator[None]:
     """Sample into `file` every 10 s (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL) and at the end.
 
     Args:
-        file: metric file; a stage that is gone on with goes on counting its samples.
+        file: metric file; a resumed stage continues to count its samples.
         folder: whose file system's room is watched.
     """
     log = MetricLog(file)

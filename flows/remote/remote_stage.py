@@ -231,9 +231,9 @@ def stage_inputs(root: Path, name: str) -> list[str]:
     with versioning.open_repo(root) as repo:
         loaded = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
         paths = [str(dep.def_path) for dep in loaded.deps if not getattr(dep, "params", None)]
-    # Made of this clone's own code, which is the pipeline's.
-    paths = [path for path in paths if path != code_path(name)]
-    wanted = data_remote.tracked(root, paths)
+        # Made of this clone's own code, which is the pipeline's.
+        paths = [path for path in paths if path != code_path(name)]
+        wanted = data_remote.tracked(root, paths)
     absent = [path for path in paths if path not in wanted and not (root / path).exists()]
     if absent:
         raise WorkerRefused(

@@ -71,6 +71,7 @@ class _Place:
 
     def files(self) -> list[str]:
         """Paths below the folder."""
+        # Object stores cache listings, and other clones write here meanwhile.
         self.fs.fs.invalidate_cache()
         if not self.fs.exists(self.path):
             return []
@@ -137,6 +138,7 @@ class StateCopies:
         pointer = self.folder / CHECKPOINTS / LATEST
         here = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
         writer = max(named, key=lambda one: _order(named[one]), default=None)
+        # This clone may have worked on the stage itself: what it has is never replaced by less.
         if writer is None or _order(named[writer]) <= _order(here):
             return None
         checkpoint = named[writer]
@@ -148,6 +150,7 @@ class StateCopies:
         target = self.folder / CHECKPOINTS / checkpoint
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
+        # The pointer last: killed anywhere above, the clone still resumes from what it had.
         if (metrics := f"{writer}/{METRICS}") in files:
             place.get(metrics, self.folder / METRICS)
         place.get(f"{writer}/{CHECKPOINTS}/{LATEST}", pointer)

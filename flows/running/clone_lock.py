@@ -56,6 +56,7 @@ def clone_lock(
             else:
                 say(f"{busy}: waiting for {patience_s:.0f} s")
                 _take_within(descriptor, patience_s, busy)
+        # For people: the kernel's lock counts, not the number in the file.
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield descriptor

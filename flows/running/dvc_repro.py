@@ -42,6 +42,7 @@ class CpuSlots:
     @contextmanager
     def take(self, wanted: int) -> Iterator[None]:
         """Wait until `wanted` cores (at most all) are free and hold them."""
+        # A stage that wants more than the machine has gets all of it instead of waiting for ever.
         count = min(wanted, self._total)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= count)
@@ -153,9 +154,11 @@ class DvcRunner:
         progress.unlink(missing_ok=True)
         seconds = time.monotonic() - started
         if code == 0:
+            # DVC restored or skipped it when the stage's process said nothing.
             status: OutcomeStatus = "ran" if said else "skipped"
             message = said["message"] if said else "unchanged or restored from the DVC cache"
             return StageOutcome(name, status, seconds, message, log)
+        # Where the stage finished and `dvc` failed, saving its outputs went wrong (a full disk).
         if said and said["status"] != "finished":
             refused = said["status"] == "refused"
             return StageOutcome(

@@ -25,6 +25,7 @@ def walk_graph(runner: StageRunner, report: Report) -> dict[str, StageOutcome]:
     running: dict[Future[StageOutcome], str] = {}
     with ThreadPoolExecutor(max_workers=max(1, len(waiting))) as pool:
         try:
+            # Stages above decide, cores do not: a runner keeps a stage waiting until some are free.
             while waiting or running:
                 for name in [n for n in waiting if _decided(runner, n, outcomes)]:
                     waiting.remove(name)

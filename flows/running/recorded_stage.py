@@ -25,6 +25,7 @@ from flows.records.system_metrics import watched
 from flows.running.gpu_lock import gpus_for
 from flows.stages.contract import StageContext, StageFailed, StageResult, state_folder
 from flows.versioning import graph as versioning
+from flows.versioning.clone import Clone
 from flows.versioning.code_files import CODE, CodeChanges, code_path
 from flows.versioning.parameters import stage_parameters
 
@@ -141,9 +142,11 @@ def run_stage(name: str, root: Path) -> int:
     try:
         settings = load_settings(root / "params.yaml")
         _prepare(settings)
-        node = versioning.stage_node(root, name)
-        _refuse_other_code(root, name)
-        key, inputs = versioning.stage_identity(root, name)
+        clone = Clone(root)
+        with clone.opened():
+            node = clone.stage(name)
+            _refuse_other_code(root, name)
+            key, inputs = clone.identity(name)
         state_dir = state_folder(root, name, key)
         state_dir.mkdir(parents=True, exist_ok=True)
         record = open_record(root, _describe(root, node, key, inputs, state_dir))

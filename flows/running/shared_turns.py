@@ -34,6 +34,7 @@ def shared_turn(root: Path, stage: str, stopping: Callable[[], bool]) -> Iterato
         yield
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
+    # Equal keys mean equal inputs; trees that differ in this stage do not wait for each other.
     with (Path(folder) / f"{stage}-{versioning.stage_key(root, stage)[:16]}").open("w") as file:
         while not stopping():
             try:

@@ -1,8 +1,8 @@
 """Working trees of one clone: another commit or other settings, over one DVC cache.
 
 A tree is a detached Git worktree with a `params.yaml` of its own. Stages that trees share come
-from DVC's run cache. A tree that exists is brought up to date and gone on with, so what was
-interrupted there is resumed.
+from DVC's run cache. A tree that exists already is brought to the present commit and used again, so
+what was interrupted there is resumed.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def add_tree(root: Path, tree: Path, commit: str) -> None:
         TreeRefused: Git refuses, such as where there is a folder with files already.
     """
     tree.parent.mkdir(parents=True, exist_ok=True)
+    # A tree whose folder somebody deleted is still on Git's list, and its place would be refused.
     git(root, "worktree", "prune")
     git(root, "worktree", "add", "-q", "--detach", str(tree), commit)
 

@@ -2,8 +2,8 @@
 
 A stage module reads settings and the outputs of earlier stages, calls the library in `components`,
 writes its outputs under `data/<stage>/` and returns what is worth recording. It knows nothing of
-MLflow, DVC or Prefect: `running.execution` wraps it. Output bytes depend on inputs and settings
-only, so durations and dates never enter them.
+MLflow, DVC or Prefect: `flows.running.recorded_stage` wraps it. Output bytes depend on inputs and
+settings only, so durations and dates never enter them.
 """
 
 from __future__ import annotations

@@ -22,8 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flows.versioning.code_files import CODE, CodeChanges, code_path
 
-# dvc.Repo keeps per-process state that is not thread-safe.
-_REPO_LOCK = threading.Lock()
+# dvc.Repo keeps per-process state that is not thread-safe. Reentrant, because a unit of work
+# (`flows.versioning.clone`) asks several questions of one opened Repo.
+_REPO_LOCK = threading.RLock()
+_OPENED: dict[Path, Any] = {}
+"""By root, what the holder of the lock has open."""
 
 
 class StageMeta(BaseModel):
@@ -64,15 +67,24 @@ class GraphError(ValueError):
 
 @contextmanager
 def open_repo(root: Path) -> Iterator[Any]:
-    """DVC's view of the clone, for one thread at a time; waits for other dvc processes."""
+    """DVC's view of the clone, for one thread at a time; waits for other dvc processes.
+
+    An opening inside another one of the same clone shares it, and with it the state of dvc.yaml,
+    dvc.lock and DVC's configuration at the outer one's beginning.
+    """
     from dvc.repo import Repo
 
     with _REPO_LOCK:
+        place = root.resolve()
+        if place in _OPENED:
+            yield _OPENED[place]
+            return
         clear_torn_rwlock(root)
-        repo = Repo(str(root), _wait_for_lock=True)
+        repo = _OPENED[place] = Repo(str(root), _wait_for_lock=True)
         try:
             yield repo
         finally:
+            del _OPENED[place]
             repo.close()
 
 

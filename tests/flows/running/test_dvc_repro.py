@@ -78,7 +78,7 @@ def test_stopping_ends_the_whole_process_group(toy: Path) -> None:
 DRIVER = """
 import sys
 from pathlib import Path
-from flows import versioning
+from flows.versioning import graph as versioning
 from flows.running.dvc_repro import DvcRunner
 from flows.running.graph_walk import walk_graph
 root = Path(sys.argv[1])
