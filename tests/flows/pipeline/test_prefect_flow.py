@@ -16,9 +16,11 @@ from PIL import Image
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from flows import environment, services, versioning
+from flows import environment
 from flows.records.records import RunDescription, open_record
 from flows.running.dvc_repro import DvcRunner
+from flows.services import servers as services
+from flows.versioning import graph as versioning
 environment.prepare(offline=True)
 root = Path(sys.argv[1])
 result = {}
