@@ -157,7 +157,7 @@ from pathlib import Path
 from components.evaluation.measuring.evaluation_run import EvaluationRun, RunOptions, find_picture
 from components.evaluation.measuring.evaluation_run import open_metrics
 from components.evaluation.measuring.ledger import Ledger
-from components.metrics.registry import Picture
+from components.metrics.metric import Picture
 
 if __name__ == "__main__":
     folder, where = Path(sys.argv[1]), Path(sys.argv[2])
