@@ -1,1 +1,1 @@
-"""What a run leaves behind: records, provenance, lineage, comparison, registry."""
+"""What past runs tell: lineage, comparisons, forecasts, registered systems."""

@@ -1,1 +1,1 @@
-"""pipeline."""
+"""One run of the whole graph: checks before it, its record, and its Prefect flows."""

@@ -1,1 +1,1 @@
-"""Prefect deployments, work pools, workers, automations and artifacts."""
+"""What a Prefect server is told and shows: pools, deployments, automations, artifacts."""

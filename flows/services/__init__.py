@@ -1,1 +1,1 @@
-"""services."""
+"""Servers and workers of this machine: Prefect, MLflow, PostgreSQL."""

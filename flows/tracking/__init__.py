@@ -1,1 +1,1 @@
-"""tracking."""
+"""From records to MLflow: uploads, datasets, the model registry."""

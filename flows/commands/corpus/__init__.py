@@ -1,1 +1,1 @@
-"""corpus."""
+"""Commands about photographs: what is in the corpus, and what was measured."""

@@ -1,1 +1,1 @@
-"""images."""
+"""Commands that make pictures, measure them and report on them."""

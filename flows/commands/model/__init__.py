@@ -1,1 +1,1 @@
-"""model."""
+"""Commands about the method and its weights."""

@@ -1,1 +1,1 @@
-"""pipeline."""
+"""Commands about runs: plan, compare, trace, reproduce, sweep, submit."""

@@ -1,1 +1,1 @@
-"""services."""
+"""Commands about servers, workers and machines."""

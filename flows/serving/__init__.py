@@ -1,1 +1,0 @@
-"""The served tier: Prefect and MLflow on a PostgreSQL of the project's own."""
