@@ -18,11 +18,27 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from components.settings.section import Section
 
 Own = TypeVar("Own", bound=Section)
+
+
+class _DeclaredAndOwn:
+    """Fields by name as forms and messages list them, the sections of a table's entries included.
+
+    pydantic itself validates by its private list, which holds the declared fields alone.
+    """
+
+    def __get__(self, instance: object, owner: type[OpenSection]) -> dict[str, FieldInfo]:
+        own = {
+            name: FieldInfo(annotation=kind, default=None, description=kind.__doc__)
+            for name, kind in owner.known().items()
+            if kind is not None
+        }
+        return {**owner.__pydantic_fields__, **own}
 
 
 class OpenSection(Section):
@@ -36,6 +52,7 @@ class OpenSection(Section):
     table: ClassVar[str]
     """MODULE:ATTRIBUTE of a mapping from names to entries; an entry's `settings` is the class of
     its section, or None."""
+    model_fields: ClassVar[Any] = _DeclaredAndOwn()
 
     @classmethod
     def entries(cls) -> Mapping[str, Any]:
@@ -72,10 +89,10 @@ class OpenSection(Section):
         """Parse the sections of the table's entries; all problems of the section at once."""
         if not isinstance(values, Mapping):
             return handler(values)
-        known = cls.known()
+        known, declared = cls.known(), cls.__pydantic_fields__
         sections: dict[str, Section] = {}
         problems: list[InitErrorDetails] = []
-        for name in (key for key in values if key not in cls.model_fields):
+        for name in (key for key in values if key not in declared):
             kind = known.get(name)
             if kind is None:
                 problems.append(_problem("extra_forbidden", (name,), values[name]))
@@ -96,7 +113,7 @@ class OpenSection(Section):
                 lacking.add(chosen)
         problems += [_problem("missing", (name,), dict(values)) for name in sorted(lacking)]
         try:
-            fields = {key: value for key, value in values.items() if key in cls.model_fields}
+            fields = {key: value for key, value in values.items() if key in declared}
             section = handler({**fields, **sections})
         except ValidationError as failure:
             problems = [*_problems(failure, ()), *problems]

@@ -33,7 +33,6 @@ from components.settings.evaluation import (
 )
 from components.settings.models import BucketsSettings, ModelsSettings
 from components.settings.objective import ObjectiveSettings
-from components.settings.open_section import OpenSection
 from components.settings.runtime import ProjectSettings, RuntimeSettings
 from components.settings.section import Section
 from components.settings.training import DitStageSettings, LatentsSettings, VaeSettings
@@ -70,23 +69,17 @@ class Settings(Section):
     promote: PromoteSettings
 
 
-def _sections(model: type[BaseModel]) -> dict[str, Any]:
-    """Keys of a section, each with what its values are made of."""
-    keys: dict[str, Any] = {name: field.annotation for name, field in model.model_fields.items()}
-    if issubclass(model, OpenSection):
-        keys |= {name: own for name, own in model.known().items() if own is not None}
-    return keys
-
-
 def _nearest_key(location: tuple[str | int, ...]) -> str | None:
     """The known key closest to the last part of an unknown `location`."""
     model: type[BaseModel] = Settings
     for part in location[:-1]:
-        below = _sections(model).get(str(part))
-        if not (isinstance(below, type) and issubclass(below, BaseModel)):
+        field = model.model_fields.get(str(part))
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
             return None
-        model = below
-    close = difflib.get_close_matches(str(location[-1]), list(_sections(model)), n=1, cutoff=0.4)
+        model = field.annotation
+    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), n=1, cutoff=0.4)
     return close[0] if close else None
 
 
