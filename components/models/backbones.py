@@ -6,7 +6,7 @@ No torch on import (see `components.models.backbone`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,18 @@ def backbone_of(transformer: nn.Module) -> Backbone:
         f"transformer: a {type(model).__name__} belongs to none of the backbones "
         f"{', '.join(BACKBONES)}"
     )
+
+
+def backbone_of_config(config: Mapping[str, Any]) -> Backbone:
+    """Backbone of a model whose configuration this is.
+
+    Raises:
+        ValueError: it is that of no backbone.
+    """
+    for backbone in BACKBONES.values():
+        if backbone.config_key in config:
+            return backbone
+    raise ValueError(f"a configuration of none of the backbones {', '.join(BACKBONES)}")
 
 
 def backbone_of_class(name: str | None) -> Backbone | None:

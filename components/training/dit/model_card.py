@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from components.models.backbones import BACKBONES
+from components.models.backbones import backbone_of_config
 from components.training.dit.batch_plan import BatchPlan
 from components.training.dit.export import weights_checksums, weights_identity
 from components.training.dit.validation import NOISE_LEVELS, ValidationLoss
@@ -120,7 +120,7 @@ def model_card(
         "## Validation\n",
         _validation_table(facts.validation, weights),
         "## Use\n",
-        BACKBONES[job.transformer.backbone].usage(config) + "\n",
+        backbone_of_config(config).usage(config) + "\n",
         "## Files\n",
         "`sha256sum -c weights.sha256` checks the weights.\n",
     ]
