@@ -55,25 +55,37 @@ class _Evidence:
         return self.grouped.centre - float(self.draws[self.draws.size - may_exceed - 1]) * error
 
 
-def read_baseline(root: Path, settings: BaselineSettings) -> pd.DataFrame:
-    """Scores of the baseline.
+class BaselineUnusable(ValueError):
+    """The file of the baseline is missing, or is another one than named; one line."""
+
+
+def baseline_scores(root: Path, baseline: BaselineSettings | None) -> pd.DataFrame | None:
+    """Scores of the champion; None where the settings name no baseline.
+
+    The digest is compared because a baseline that was replaced in silence would move every verdict.
+
+    Args:
+        root: repository root.
+        baseline: `promote.baseline`.
 
     Raises:
-        ValueError: the file is missing, or is not the one whose digest the settings hold.
+        BaselineUnusable: the file is missing, or is not the one whose digest the settings hold.
     """
-    path = root / settings.scores
+    if baseline is None:
+        return None
+    path = root / baseline.scores
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise ValueError(
-            f"promote.baseline.scores = {settings.scores}: no such file; fetch it (git, dvc pull), "
+        raise BaselineUnusable(
+            f"promote.baseline.scores = {baseline.scores}: no such file; fetch it (git, dvc pull), "
             "or set promote.baseline to null"
         ) from None
     digest = hashlib.sha256(data).hexdigest()
-    if digest != settings.sha256:
-        raise ValueError(
-            f"{settings.scores} has sha256 {digest}, promote.baseline.sha256 says "
-            f"{settings.sha256}; restore the file, or set the new digest on purpose"
+    if digest != baseline.sha256:
+        raise BaselineUnusable(
+            f"{baseline.scores} has sha256 {digest}, promote.baseline.sha256 says "
+            f"{baseline.sha256}; restore the file, or set the new digest on purpose"
         )
     return pd.read_parquet(path)
 

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from components.evaluation.statistics.gate import decide
-from components.evaluation.statistics.non_inferiority import judge_non_inferiority, read_baseline
+from components.evaluation.statistics.non_inferiority import baseline_scores, judge_non_inferiority
 from components.evaluation.statistics.scores import Score, scores_table
 from components.settings.evaluation import BaselineSettings, NonInferioritySettings, PromoteSettings
 
@@ -169,8 +169,8 @@ def test_a_baseline_is_read_only_with_the_digest_that_the_settings_hold(tmp_path
     table.to_parquet(tmp_path / "b.parquet", index=False)
     digest = hashlib.sha256((tmp_path / "b.parquet").read_bytes()).hexdigest()
     good = BaselineSettings(scores="b.parquet", sha256=digest)
-    pd.testing.assert_frame_equal(read_baseline(tmp_path, good), table)
+    pd.testing.assert_frame_equal(baseline_scores(tmp_path, good), table)
     with pytest.raises(ValueError, match=r"b.parquet has sha256 .*restore the file"):
-        read_baseline(tmp_path, BaselineSettings(scores="b.parquet", sha256="0" * 64))
+        baseline_scores(tmp_path, BaselineSettings(scores="b.parquet", sha256="0" * 64))
     with pytest.raises(ValueError, match=r"promote.baseline.scores = c.parquet: no such file"):
-        read_baseline(tmp_path, BaselineSettings(scores="c.parquet", sha256=digest))
+        baseline_scores(tmp_path, BaselineSettings(scores="c.parquet", sha256=digest))

@@ -1,4 +1,4 @@
-"""What the evaluate stage measures: the library's numbers, each picture once."""
+"""What the pipeline measures of itself: the library's numbers, each picture once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from components.evaluation.measuring import pipeline_scores
 from components.evaluation.measuring.ledger import Ledger
 from components.evaluation.measuring.reconstruction import fidelity_metrics, reconstruct
 from components.evaluation.statistics import scores
@@ -19,10 +20,7 @@ from components.images.aspect_buckets import Bucket, fit_to_bucket
 from components.metrics.native.texture import texture_metrics
 from components.models.loading.base_autoencoder import load_base_autoencoder
 from components.models.tiny import build_tiny_autoencoder
-from components.settings.schema import parse_settings
-from components.telemetry.metric_log import MetricLog
-from flows.stages import evaluate
-from flows.stages.contract import StageContext
+from components.settings.schema import Settings, parse_settings
 from flows.versioning.setting_overrides import read_params
 
 SIZES = [[64, 96], [96, 64]]
@@ -50,15 +48,13 @@ def held_out(root: Path, count: int) -> pd.DataFrame:
 
 
 @pytest.fixture
-def context(root: Path, tmp_path: Path) -> StageContext:
+def settings(root: Path, tmp_path: Path) -> Settings:
     params = read_params(root)
     params["generate"]["sizes"] = SIZES
     params["evaluate"]["reconstruction_images"] = 1
-    settings = parse_settings(params)
     other = build_tiny_autoencoder(seed=5)
     other.save_pretrained(tmp_path / "data" / "vae" / "autoencoder")
-    log = MetricLog(tmp_path / "metrics.jsonl")
-    return StageContext("evaluate", settings, tmp_path, tmp_path / "state", log)
+    return parse_settings(params)
 
 
 def values_by(found: list[scores.Score]) -> dict[tuple[Any, ...], float | None]:
@@ -66,16 +62,15 @@ def values_by(found: list[scores.Score]) -> dict[tuple[Any, ...], float | None]:
 
 
 def test_photographs_have_the_numbers_of_the_library_and_are_measured_once(
-    context: StageContext,
+    settings: Settings, tmp_path: Path
 ) -> None:
-    rows = held_out(context.root, 2)
-    first = list(evaluate._photograph_scores(context, rows))
+    rows = held_out(tmp_path, 2)
+    first = list(pipeline_scores.photograph_scores(tmp_path, settings, rows))
     expected: dict[tuple[Any, ...], float | None] = {}
-    settings = context.settings
-    base = load_base_autoencoder(settings.models.autoencoder, settings.project.seed, context.root)
+    base = load_base_autoencoder(settings.models.autoencoder, settings.project.seed, tmp_path)
     trained = build_tiny_autoencoder(seed=5)
     for place, row in enumerate(rows.to_dict("records")):
-        photo = Image.open(context.root / row["uri"])
+        photo = Image.open(tmp_path / row["uri"])
         if place == 0:
             fitted = np.asarray(fit_to_bucket(photo, Bucket(64, 96)))
             for system, model in (
@@ -92,21 +87,21 @@ def test_photographs_have_the_numbers_of_the_library_and_are_measured_once(
 
     # Damaged bytes would be refused: what is known is not even read.
     for uri in rows["uri"]:
-        (context.root / uri).write_bytes(b"not a picture")
-    assert list(evaluate._photograph_scores(context, rows)) == first
+        (tmp_path / uri).write_bytes(b"not a picture")
+    assert list(pipeline_scores.photograph_scores(tmp_path, settings, rows)) == first
 
 
 def test_one_more_generated_picture_is_one_more_measurement(
-    context: StageContext, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = context.root / "data" / "generate"
+    folder = tmp_path / "data" / "generate"
     measured: list[tuple[int, ...]] = []
 
     def counted(rgb: np.ndarray[Any, Any]) -> dict[str, float | None]:
         measured.append(rgb.shape)
         return texture_metrics(rgb)
 
-    monkeypatch.setattr(evaluate, "texture_metrics", counted)
+    monkeypatch.setattr(pipeline_scores, "texture_metrics", counted)
 
     def generate(count: int) -> list[scores.Score]:
         lines = []
@@ -115,7 +110,7 @@ def test_one_more_generated_picture_is_one_more_measurement(
             record = {"file": f"{number}.png", "height": 80, "width": 120, "prompt": f"p{number}"}
             lines.append(json.dumps(record))
         (folder / "generations.jsonl").write_text("\n".join(lines) + "\n")
-        return list(evaluate._generated_scores(context))
+        return list(pipeline_scores.generated_scores(tmp_path))
 
     first = generate(2)
     assert len(measured) == 2
@@ -126,5 +121,5 @@ def test_one_more_generated_picture_is_one_more_measurement(
     assert generate(3)[: len(first)] == first
     assert len(measured) == 3
     # One merged file, as after any number of runs.
-    assert len(list((context.root / evaluate.LEDGER / "values").glob("part-*"))) == 1
-    assert Ledger(context.root / evaluate.LEDGER).table().num_rows == 3 * len(expected)
+    assert len(list((tmp_path / pipeline_scores.LEDGER / "values").glob("part-*"))) == 1
+    assert Ledger(tmp_path / pipeline_scores.LEDGER).table().num_rows == 3 * len(expected)

@@ -1,0 +1,125 @@
+"""Images from the captions of held-out photographs, every size, with the models just trained.
+
+images = generate_held_out(root, load_settings(root / "params.yaml"), finished=root / "drafts")
+images.write(root / "data" / "generate")
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from PIL import Image
+
+from components.files.whole_files import write_text
+from components.generation import sampling
+from components.generation.contact_sheet import contact_sheet
+from components.models.loading.memory_modes import MemoryModes
+from components.models.loading.released import source_digests
+from components.settings.schema import Settings
+
+HELD_OUT = Path("data", "slices", "eval.parquet")
+_CELL_PX = 320
+
+
+class NoCaptions(ValueError):
+    """No held-out image has a caption; one line."""
+
+
+@dataclass(frozen=True)
+class HeldOutImages:
+    """Finished images, and what they were made from."""
+
+    generations: list[sampling.Generation]
+    """In the order of prompts, then sizes."""
+    finished: Path
+    """Folder that holds the files."""
+    prompts: int
+    sizes: int
+    digests: dict[str, str]
+    """Model name to content digest."""
+
+    def write(self, folder: Path) -> dict[str, Path]:
+        """Write `images/*.png`, `generations.jsonl` and `grid.png`.
+
+        Args:
+            folder: exists; pictures of an earlier run in it go.
+
+        Returns:
+            Path by name.
+        """
+        images = folder / "images"
+        images.mkdir(exist_ok=True)
+        wanted = {generation.file for generation in self.generations}
+        for stale in images.iterdir():
+            if stale.name not in wanted:
+                stale.unlink()
+        for generation in self.generations:
+            shutil.copyfile(self.finished / generation.file, images / generation.file)
+        log, grid = folder / "generations.jsonl", folder / "grid.png"
+        lines = (
+            json.dumps(asdict(g), ensure_ascii=False, sort_keys=True) for g in self.generations
+        )
+        write_text(log, "".join(f"{line}\n" for line in lines))
+        pictures = [Image.open(images / generation.file) for generation in self.generations]
+        contact_sheet(pictures, columns=self.sizes, cell_px=_CELL_PX).save(grid)
+        return {"images": images, "generations.jsonl": log, "grid.png": grid}
+
+
+def generate_held_out(
+    root: Path, settings: Settings, *, finished: Path, description: str = "generate"
+) -> HeldOutImages:
+    """Make every image that is not finished yet.
+
+    Args:
+        root: repository root.
+        settings: all settings.
+        finished: folder of finished files, each with its key inside, so a killed run goes on
+            where it stopped.
+        description: for the progress bar.
+
+    Raises:
+        FileNotFoundError: the held-out table is missing.
+        NoCaptions: no held-out image has a caption.
+        WeightsMissing: a model has not been trained yet.
+    """
+    prompts = held_out_prompts(root, settings)
+    sources = sampling.model_sources(root, settings)
+    # Part of the result: another number of threads sums in another order, which moves pixels.
+    torch.set_num_threads(settings.runtime.torch_threads)
+    digests = source_digests(sources)
+    sampler = sampling.sampler_settings(settings)
+    sizes = settings.generate.sizes
+    generations = sampling.generate_images(
+        lambda: sampling.load_model(
+            sources, sampler, device=settings.runtime.device, memory=MemoryModes()
+        ),
+        sampling.make_requests(prompts, sizes, settings.generate.seed),
+        finished,
+        sampler=sampler,
+        digests=digests,
+        description=description,
+    )
+    return HeldOutImages(generations, finished, len(prompts), len(sizes), digests)
+
+
+def held_out_prompts(root: Path, settings: Settings) -> list[tuple[str, str]]:
+    """(image_id, English caption) of the first held-out images.
+
+    Raises:
+        FileNotFoundError: the held-out table is missing.
+        NoCaptions: no held-out image has a caption.
+    """
+    table = pd.read_parquet(root / HELD_OUT, columns=["image_id", "caption_en"])
+    table = table[table["caption_en"].notna() & (table["caption_en"] != "")]
+    chosen = table.head(settings.generate.prompts)
+    if chosen.empty:
+        raise NoCaptions(
+            f"{HELD_OUT.as_posix()} holds no captioned image to take a prompt from; raise "
+            "slices.eval_min_images or add photographs"
+        )
+    return list(zip(chosen["image_id"], chosen["caption_en"], strict=True))
