@@ -7,38 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.files.whole_files import whole_file, write_text
+from components.files.figures import BLUE, GREEN, ORANGE, PURPLE, save_png_and_svg
+from components.files.whole_files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PNG_DPI = 130
-COLOURS = {
-    "flux": "#4c72b0",
-    "official": "#dd8452",
-    "official_prefix": "#8172b3",
-    "paper": "#55a868",
-}
-"""One colour per RoPE variant, readable with the common colour-vision deficiencies."""
+COLOURS = {"flux": BLUE, "official": ORANGE, "official_prefix": PURPLE, "paper": GREEN}
+"""One colour per RoPE variant."""
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> tuple[Path, Path]:
-    """Write `name.png` and `name.svg`, without dates or random ids in them.
-
-    Returns:
-        (PNG, SVG).
-    """
-    import matplotlib as mpl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = (folder / f"{name}.png", folder / f"{name}.svg")
-    metadata: tuple[dict[str, Any], ...] = ({"Software": None}, {"Date": None})
-    # The salt names clip paths and markers; without one they are random.
-    with mpl.rc_context({"svg.hashsalt": name, "font.size": 10}):
-        for path, extra in zip(paths, metadata, strict=True):
-            with whole_file(path) as temporary:
-                figure.savefig(temporary, format=path.suffix[1:], dpi=PNG_DPI, metadata=extra)
-    return paths
+    """Write `name.png` and `name.svg`; returns both paths."""
+    return save_png_and_svg(figure, folder, name, dpi=PNG_DPI)
 
 
 def save_numbers(numbers: Mapping[str, Any], folder: Path, name: str) -> Path:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from components.files.figures import new_figure
+from components.files.figures import BLUE, ORANGE, RED, new_figure
 from components.objectives.snr_huber import (
     SnrHuberSettings,
     huber_threshold,
@@ -21,7 +21,7 @@ LEVELS = 1001
 TABLE_T = (0.0, 0.1, 0.3, 0.5, 0.541, 0.7, 0.9, 0.99, 1.0)
 ERRORS = (0.1, 1.0, 4.0)
 """Haar coefficients of the velocity error, in units of the latents' spread."""
-_COLOURS = ("#4c72b0", "#dd8452", "#c44e52")
+_COLOURS = (BLUE, ORANGE, RED)
 
 
 def objective_numbers(settings: SnrHuberSettings) -> dict[str, Any]:

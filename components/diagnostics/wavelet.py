@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from components.files.figures import new_figure
+from components.files.figures import BLUE, GREEN, ORANGE, RED, new_figure
 from components.objectives.haar import BAND_NAMES, haar
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ TAILS = (0.5, 1.0)
 """Thresholds whose exceedance the supplement states."""
 PUBLISHED_LL_SHARE = 0.874
 """Of 400 images of MultiAspect-4K-1M under the released F16 autoencoder."""
-_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52")
+_COLOURS = (BLUE, ORANGE, GREEN, RED)
 
 
 def wavelet_numbers(latents: Iterable[Tensor]) -> dict[str, Any]:

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from components.files.whole_files import whole_file
+from components.files.figures import KEPT, REJECTED, new_figure, save_png
 from components.settings.corpus import SelectSettings
 
-_KEPT_COLOUR = "#1b7f5c"
-_REJECTED_COLOUR = "#b3423a"
+_DPI = 110
 _MAX_POINTS = 20_000
 
 
@@ -24,14 +23,9 @@ def save_overview(table: pd.DataFrame, settings: SelectSettings, path: Path) -> 
         path: PNG, replaced when complete; no date or version inside, so equal tables give equal
             bytes.
     """
-    # The object interface draws without a display and without pyplot's global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     kept = table["kept"].eq(True).to_numpy()
-    groups = ((kept, _KEPT_COLOUR, "kept"), (~kept, _REJECTED_COLOUR, "rejected"))
-    figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    groups = ((kept, KEPT, "kept"), (~kept, REJECTED, "rejected"))
+    figure = new_figure(10, 4.2, dpi=_DPI)
     shapes, texture = figure.subplots(1, 2)
 
     ratios = np.log2(table["aspect_ratio"].to_numpy(dtype=float))
@@ -61,5 +55,4 @@ def save_overview(table: pd.DataFrame, settings: SelectSettings, path: Path) -> 
     texture.set_xlabel("flat fraction")
     texture.set_ylabel("entropy (bits)")
 
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+    save_png(figure, path, dpi=_DPI)

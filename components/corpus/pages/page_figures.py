@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,29 +9,19 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from components.files.figures import GROUPS, inline_svg, new_figure
 from components.files.page_templates import page_templates
 from components.files.whole_files import write_text
 
-COLOURS = ("#1b7f5c", "#b3423a", "#3f6fb5", "#9a6b00")
 _BINS = 40
 
 
 def _svg(figure: Any, salt: str) -> Markup:
-    """The figure without date, version or random ids, so that it can stand inside a page."""
-    import matplotlib as mpl
-
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :])
+    return Markup(inline_svg(figure, salt))
 
 
 def _axes() -> tuple[Any, Any]:
-    # The object interface draws without a display and without pyplot's global state.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    figure = new_figure(5.2, 2.9)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -59,7 +48,7 @@ def histogram(
     high = max(float(values.max()) for _, values in found)
     edges = np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
     figure, axes = _axes()
-    for (name, values), colour in zip(found, COLOURS, strict=False):
+    for (name, values), colour in zip(found, GROUPS, strict=False):
         shares = np.histogram(values, edges)[0] / len(values)
         axes.stairs(shares, edges, label=name, color=colour, fill=len(found) == 1)
     if logarithmic:
@@ -78,7 +67,7 @@ def bars(counts: Sequence[tuple[str, float]], label: str) -> Markup:
     figure, axes = _axes()
     figure.set_size_inches(5.2, 0.9 + 0.27 * len(counts))
     names = [name.replace("$", r"\$") for name, _ in counts]
-    axes.barh(range(len(counts)), [value for _, value in counts], color=COLOURS[0])
+    axes.barh(range(len(counts)), [value for _, value in counts], color=GROUPS[0])
     axes.set_yticks(range(len(counts)), names)
     axes.invert_yaxis()
     axes.set_xlabel(label)

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from components.files.figures import new_figure
+from components.files.figures import new_figure, save_png
 from components.files.weight_folders import folder_digest
-from components.files.whole_files import whole_file, write_text
+from components.files.whole_files import write_text
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.supervision import RankFailure, restarts
 from components.training.dit.job import WEIGHTS_NAMES, DitJob
@@ -118,9 +118,8 @@ def draw_curves(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> 
     levels.set(title="validation by noise level", xlabel="t (0 data, 1 noise)")
     levels.legend()
     figure.suptitle(title)
-    # Not `save_png`: this figure carries matplotlib's version, and its bytes are kept.
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    # Signed as in every training so far: a stage that is run again has to give the same bytes.
+    save_png(figure, path, signed=True)
 
 
 @dataclass(frozen=True)
