@@ -41,6 +41,7 @@ from components.engine.ordered_pool import (
     WorkersDoNotStart,
 )
 from components.engine.worker_pool import WorkerPool
+from components.files.install_hints import install_hint
 
 _BATCHES_PER_ACTOR = 2
 """One that is computed and one that waits, so that no actor idles while results travel."""
@@ -121,7 +122,7 @@ def connect(options: RayOptions) -> Any:
     except ImportError as problem:
         raise EngineUnavailable(
             f"runtime.engine is 'ray', but the package ray cannot be imported ({problem}): "
-            "pip install 'ultraflux-mlops[ray]', or set runtime.engine to local"
+            f"{install_hint('ray')}, or set runtime.engine to local"
         ) from None
     if ray.is_initialized():
         return ray

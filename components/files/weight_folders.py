@@ -61,7 +61,7 @@ def resolve_folder(path: str | Path | None, what: str, command: str) -> Path:
     Args:
         path: the folder; None means that the setting is empty.
         what: name of the weights for the message.
-        command: how to get them, such as "hf download black-forest-labs/FLUX.1-dev --include ...".
+        command: how to get them, such as `install_hints.download_command` writes it.
 
     Returns:
         The folder as given (not resolved: reports stay free of machine paths).

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.files.install_hints import download_command
 from components.files.weight_folders import PICKLED_SUFFIXES
 
 
@@ -102,6 +103,5 @@ def hub(
     also: tuple[Weights, ...] = (),
 ) -> Weights:
     """Weights in a hub repository, fetched with the hub's own client."""
-    wanted = "".join(f" {file}" for file in files)
-    command = f"hf download {repository}{wanted} --local-dir weights/{folder}"
+    command = download_command(repository, f"weights/{folder}", *files)
     return Weights(folder, size, license_name, command, repository, needs, also)

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from components.files.install_hints import download_command
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -87,9 +89,8 @@ class Backbone(ABC):
 
     def download(self, part: str) -> str:
         """The shell command that gets the weights of `part`, such as transformer."""
-        return (
-            f"hf download {self.repository} --include '{part}/*' "
-            f"--local-dir weights/{self.weights_folder}"
+        return download_command(
+            self.repository, f"weights/{self.weights_folder}", include=(f"{part}/*",)
         )
 
     @abstractmethod

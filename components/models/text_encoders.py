@@ -27,6 +27,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from components.files.install_hints import download_command
 from components.files.weight_folders import WeightsMissing, resolve_folder
 from components.models.backbone import TextFamily
 from components.models.checkpoint_files import WeightsBroken, folder_shapes
@@ -35,9 +36,10 @@ CLIP_CONTEXT = 77
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 FOLDERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-DOWNLOAD = (
-    "hf download black-forest-labs/FLUX.1-dev --include 'tokenizer*/*' 'text_encoder*/*' "
-    "--local-dir weights/FLUX.1-dev"
+DOWNLOAD = download_command(
+    "black-forest-labs/FLUX.1-dev",
+    "weights/FLUX.1-dev",
+    include=("tokenizer*/*", "text_encoder*/*"),
 )
 
 

@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from components.files.install_hints import install_hint
 from flows.services import postgres
 from flows.services import servers as services
 from flows.services.servers import Service, ServiceError
@@ -57,7 +58,7 @@ def up(root: Path, tier: ServedTier) -> list[Service]:
     if missing := missing_packages():
         raise ServiceError(
             f"the served tier needs {', '.join(missing)}: make services SERVED=1 installs them "
-            "as locked, or pip install 'ultraflux-mlops[serve]'"
+            f"as locked, or {install_hint('serve')}"
         )
     postgres.find_programs()
     with services.up_lock(root):

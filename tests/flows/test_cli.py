@@ -121,7 +121,8 @@ def test_doctor_names_the_command_for_each_missing_part_of_the_chosen_backbone(
         "autoencoder": "hf download black-forest-labs/FLUX.1-dev --include 'vae/*' "
         "--local-dir weights/FLUX.1-dev",
         "transformer": f"{sd3} 'transformer/*' --local-dir weights/sd3",
-        "text_encoders": f"{sd3} 'tokenizer*/*' 'text_encoder*/*' --local-dir weights/sd3",
+        "text_encoders": f"{sd3} 'tokenizer*/*' --include 'text_encoder*/*' "
+        "--local-dir weights/sd3",
     }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from components.files.install_hints import download_command, install_hint
 from components.files.weight_folders import WeightsMissing, resolve_folder
 
 NUDENET_SCORER = "nudenet-320n"
@@ -60,8 +61,8 @@ FACES = frozenset({"FACE_FEMALE", "FACE_MALE"})
 UNSAFE_LABELS = frozenset({"nsfw", "unsafe", "porn", "pornography", "hentai", "explicit", "nude"})
 """Labels of image classifiers whose probabilities add up to the score."""
 
-CLASSIFIER_COMMAND = (
-    "hf download Falconsai/nsfw_image_detection --local-dir weights/nsfw_image_detection"
+CLASSIFIER_COMMAND = download_command(
+    "Falconsai/nsfw_image_detection", "weights/nsfw_image_detection"
 )
 
 # The library's constants.
@@ -88,7 +89,7 @@ def nudenet_weights() -> Path:
         WeightsMissing: nudenet is not installed.
     """
     found = importlib.util.find_spec("nudenet")
-    command = "pip install 'ultraflux-mlops[nsfw]' (its wheel carries the AGPL-3.0 licence)"
+    command = f"{install_hint('nsfw')} (its wheel carries the AGPL-3.0 licence)"
     if found is None or found.origin is None:
         raise WeightsMissing("nudenet", "this Python environment", command, "not installed")
     path = Path(found.origin).parent / "320n.onnx"

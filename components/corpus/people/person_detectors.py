@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from components.corpus.people.nsfw import Detection
+from components.files.install_hints import download_command, install_hint
 from components.files.weight_folders import WeightsMissing, resolve_folder
 
 DetectorKind = Literal["owlv2", "rtdetr", "yoloe"]
@@ -23,9 +24,9 @@ FindPeople = Callable[[np.ndarray], list[Detection]]
 OWL_QUERY = "a photo of a person"
 
 _COMMANDS = {
-    "owlv2": "hf download google/owlv2-base-patch16-ensemble --local-dir weights/owlv2",
-    "rtdetr": "hf download PekingU/rtdetr_r50vd --local-dir weights/rtdetr",
-    "yoloe": "pip install 'ultraflux-mlops[people]' and fetch yoloe-11l-seg.pt from ultralytics",
+    "owlv2": download_command("google/owlv2-base-patch16-ensemble", "weights/owlv2"),
+    "rtdetr": download_command("PekingU/rtdetr_r50vd", "weights/rtdetr"),
+    "yoloe": f"{install_hint('people')} and fetch yoloe-11l-seg.pt from ultralytics",
 }
 
 
@@ -118,7 +119,7 @@ def _load_yoloe(file: Path, device: str, min_score: float) -> FindPeople:
         raise WeightsMissing(
             "ultralytics",
             "this Python environment",
-            "pip install 'ultraflux-mlops[people]' (ultralytics is AGPL-3.0: read its licence "
+            f"{install_hint('people')} (ultralytics is AGPL-3.0: read its licence "
             "before you use it in a product; owlv2 and rtdetr are Apache-2.0)",
             "not installed",
         ) from None

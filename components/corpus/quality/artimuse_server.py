@@ -35,10 +35,11 @@ from components.corpus.quality.scorer_protocol import (
     PROTOCOL,
     ScorerIdentity,
 )
+from components.files.install_hints import download_command
 from components.files.weight_folders import WeightsMissing, folder_digest, resolve_folder
 from components.images.decoding import ImageUndecodable, decode_rgb
 
-COMMAND = "hf download Thunderbolt215215/ArtiMuse --local-dir weights/ArtiMuse"
+COMMAND = download_command("Thunderbolt215215/ArtiMuse", "weights/ArtiMuse")
 
 Score = Callable[[np.ndarray], float]
 """(H, W, 3) uint8 RGB -> score."""

@@ -27,6 +27,7 @@ from components.corpus.quality.scorer import (
     score_schema,
 )
 from components.corpus.quality.scorers import Kind
+from components.files.install_hints import download_command, install_hint
 from components.files.weight_folders import WeightsMissing, folder_digest
 from components.images.decoding import decode_rgb
 
@@ -39,7 +40,7 @@ PROMPT = (
     "\nASSISTANT: The quality of the image is",
 )
 """What stands before and after the image (Q-Align's released code, task "quality")."""
-COMMAND = "hf download q-future/one-align --local-dir weights/one-align"
+COMMAND = download_command("q-future/one-align", "weights/one-align")
 
 # OpenAI CLIP's statistics.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -118,7 +119,7 @@ def _model_class() -> Any:
         raise WeightsMissing(
             "pyiqa",
             "this Python environment",
-            "pip install 'ultraflux-mlops[iqa]' (PolyForm-Noncommercial)",
+            f"{install_hint('iqa')} (PolyForm-Noncommercial)",
             str(problem),
         ) from None
 

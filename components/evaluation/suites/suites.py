@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from components.files.install_hints import download_command
 from components.generation.sampling import image_seed
 
 BENCHMARKS = Path("data/benchmarks")
 # The repository is the one that Diffusion-4K's README names; its scripts read eval/size_2048 and
 # eval/size_4096 in it. Its present file list was not seen.
-_DOWNLOAD = (
-    "hf download zhang0jhon/Aesthetic-4K --repo-type dataset --include 'eval/{part}/*' "
-    "--local-dir {parent}/Aesthetic-4K"
-)
+_REPOSITORY = "zhang0jhon/Aesthetic-4K"
 
 TEXT_TO_IMAGE_METRICS = (
     *("fid", "hpsv3", "pickscore", "artimuse", "clip_score", "qalign", "musiq"),
@@ -327,7 +325,12 @@ def load_suite(name: str, root: Path, *, data: Path | None = None, seed: int = 0
             places = (data, data)
         folder = next((p for p in places if (p / "metadata.jsonl").is_file()), None)
         if folder is None:
-            command = _DOWNLOAD.format(parent=BENCHMARKS, part=source.part)
+            command = download_command(
+                _REPOSITORY,
+                f"{BENCHMARKS}/Aesthetic-4K",
+                include=(f"eval/{source.part}/*",),
+                dataset=True,
+            )
             raise SuiteMissing(
                 f"suite {name}: no local copy at {places[0]} (metadata.jsonl); get it with: "
                 f"{command}"

@@ -38,6 +38,7 @@ from components.evaluation.suites.system import (
     is_finished,
     item_key,
 )
+from components.files.install_hints import download_command
 from components.files.weight_folders import WeightsMissing, folder_digest, resolve_folder
 from components.generation.image_metadata import save_with_metadata
 from components.generation.sampling import (
@@ -298,7 +299,7 @@ class AutoencoderSystem:
         from components.images.decoding import read_rgb
         from components.models.loading.released import load_autoencoder
 
-        command = "hf download Owen777/UltraFlux-v1 --include 'vae/*' --local-dir weights/UltraFlux"
+        command = download_command("Owen777/UltraFlux-v1", "weights/UltraFlux", include=("vae/*",))
         resolve_folder(self.folder, self.name, command)
         identity = {"weights": folder_digest(self.folder), "dtype": self.sampling.dtype}
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -332,7 +333,7 @@ class Preset:
 
 
 def _hub(repository: str, folder: str) -> str:
-    return f"hf download {repository} --local-dir weights/{folder}"
+    return download_command(repository, f"weights/{folder}")
 
 
 PRESETS: dict[str, Preset] = {

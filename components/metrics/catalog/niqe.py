@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from components.files.install_hints import download_command
 from components.metrics.metric import Metric
 from components.metrics.metric_card import MetricCard, MetricFamily
 from components.metrics.metric_weights import Weights
@@ -33,8 +34,9 @@ NIQE = MetricFamily(
                 "about 10 KB",
                 "University of Texas at Austin: any use, with its notice and citation; pyiqa's "
                 "copy is in a CC-BY-NC-SA-4.0 repository",
-                "hf download chaofengc/IQA-PyTorch-Weights niqe_modelparameters.mat --local-dir "
-                "weights/niqe",
+                download_command(
+                    "chaofengc/IQA-PyTorch-Weights", "weights/niqe", "niqe_modelparameters.mat"
+                ),
             ),
         ),
     ),

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
+from components.files.install_hints import download_command
 from components.files.weight_folders import resolve_folder
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.tiny import build_tiny_autoencoder
 from components.settings.models import AutoencoderSettings
 
-_GET_FLUX_VAE = (
-    "hf download black-forest-labs/FLUX.1-dev --include 'vae/*' --local-dir weights/FLUX.1-dev"
+_GET_FLUX_VAE = download_command(
+    "black-forest-labs/FLUX.1-dev", "weights/FLUX.1-dev", include=("vae/*",)
 )
 
 

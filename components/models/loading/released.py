@@ -21,6 +21,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+from components.files.install_hints import download_command
 from components.files.weight_folders import (
     PICKLED_SUFFIXES,
     ComponentsMissing,
@@ -55,12 +56,6 @@ class ModelSources:
     """Parent of the four folders of `text_encoders.FOLDERS`."""
     scheduler: Path | None = None
     """Folder with scheduler_config.json; None: Flux' values."""
-
-
-def download_command(repository: str, folder: str | None, into: Path | str) -> str:
-    """The shell command that gets one folder of a repository (all of it for None)."""
-    part = f" --include '{folder}/*'" if folder else ""
-    return f"hf download {repository}{part} --local-dir {into}"
 
 
 def _holds(folder: Path) -> bool:
@@ -108,14 +103,16 @@ def find_sources(
     candidates = [repository / "vae", fallback / "vae"]
     chosen_vae = autoencoder or next(filter(_holds, candidates), candidates[0])
     if not _holds(chosen_vae):
-        command = download_command(_repository_of(chosen_vae.parent), "vae", chosen_vae.parent)
+        command = download_command(
+            _repository_of(chosen_vae.parent), chosen_vae.parent, include=("vae/*",)
+        )
         missing.append(WeightsMissing("autoencoder (vae)", chosen_vae, command))
     # Encoders and tokenizers belong together: they come from one folder.
     whole = [root for root in (repository, fallback) if all(_holds(root / n) for n in FOLDERS)]
     encoders = whole[0] if whole else fallback
     for name in FOLDERS:
         if not _holds(encoders / name):
-            command = download_command(FLUX, name, base or "weights/FLUX.1-dev")
+            command = download_command(FLUX, base or "weights/FLUX.1-dev", include=(f"{name}/*",))
             missing.append(WeightsMissing(name, encoders / name, command))
     if missing:
         raise ComponentsMissing(missing)
@@ -130,12 +127,14 @@ def _repository_of(folder: Path) -> str:
 
 def _missing_transformer(path: Path, repository: Path, replacement: Path | None) -> WeightsMissing:
     if replacement is None:
-        command = download_command(_repository_of(repository), "transformer", repository)
+        command = download_command(
+            _repository_of(repository), repository, include=("transformer/*",)
+        )
         return WeightsMissing("transformer", path, command)
     if path.suffix == ".safetensors":
-        command = f"hf download {FLUX} {path.name} --local-dir {path.parent}"
+        command = download_command(FLUX, path.parent, path.name)
     else:
-        command = download_command(ULTRAFLUX_V11, None, path)
+        command = download_command(ULTRAFLUX_V11, path)
     return WeightsMissing("transformer", path, command)
 
 

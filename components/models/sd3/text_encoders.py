@@ -25,6 +25,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from components.files.install_hints import download_command
 from components.files.weight_folders import WeightsMissing
 from components.models.backbone import TextFamily
 from components.models.text_encoders import (
@@ -40,9 +41,10 @@ SD3_FOLDERS = (
     *("tokenizer", "tokenizer_2", "tokenizer_3"),
     *("text_encoder", "text_encoder_2", "text_encoder_3"),
 )
-SD3_DOWNLOAD = (
-    "hf download stabilityai/stable-diffusion-3-medium-diffusers --include 'tokenizer*/*' "
-    "'text_encoder*/*' --local-dir weights/stable-diffusion-3-medium"
+SD3_DOWNLOAD = download_command(
+    "stabilityai/stable-diffusion-3-medium-diffusers",
+    "weights/stable-diffusion-3-medium",
+    include=("tokenizer*/*", "text_encoder*/*"),
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from components.files.install_hints import install_hint
 from components.settings.training import DitStageSettings
 
 
@@ -32,7 +33,7 @@ def build_optimizer(
             from bitsandbytes.optim.adamw import AdamW8bit
         except ImportError:
             raise ValueError(
-                "optimizer 'adamw_8bit' needs bitsandbytes: pip install 'ultraflux-mlops[gpu]'"
+                f"optimizer 'adamw_8bit' needs bitsandbytes: {install_hint('gpu')}"
             ) from None
         optimizer: torch.optim.Optimizer = AdamW8bit(
             trained, lr=settings.learning_rate, weight_decay=settings.weight_decay

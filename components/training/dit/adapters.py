@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from components.files.install_hints import install_hint
 from components.settings.training import AdapterSettings
 from components.training.dit.export import Card, save_transformer
 
@@ -35,7 +36,7 @@ def add_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
     try:
         from peft import LoraConfig
     except ImportError:
-        raise ValueError("adapter needs peft: pip install 'ultraflux-mlops[lora]'") from None
+        raise ValueError(f"adapter needs peft: {install_hint()}") from None
 
     names = [name for name, _ in model.named_modules()]
     for target in settings.target_modules:

@@ -15,14 +15,16 @@ from typing import Literal
 
 import psutil
 
+from components.files.install_hints import download_command, install_hint
+
 Verdict = Literal["ok", "warning", "problem"]
 MIN_DISK_GB, MIN_MEMORY_GB = 5.0, 8.0
 
 
 _PARTS = {
-    "autoencoder": "'vae/*'",
-    "transformer": "'transformer/*'",
-    "text_encoders": "'tokenizer*/*' 'text_encoder*/*'",
+    "autoencoder": ("vae/*",),
+    "transformer": ("transformer/*",),
+    "text_encoders": ("tokenizer*/*", "text_encoder*/*"),
 }
 
 
@@ -119,7 +121,7 @@ def _packages(root: Path) -> Iterator[Finding]:
                 "extras",
                 "warning",
                 f"{module} is not installed (optional)",
-                f"pip install -e .[{extra}]",
+                install_hint(extra),
             )
 
 
@@ -132,7 +134,7 @@ def _engine(root: Path) -> Iterator[Finding]:
         return
     where = runtime.ray_address or "an instance on this machine"
     if importlib.util.find_spec("ray") is None:
-        yield Finding("engine", "problem", "runtime.engine: ray", "pip install -e .[ray]")
+        yield Finding("engine", "problem", "runtime.engine: ray", install_hint("ray"))
     else:
         yield Finding("engine", "ok", f"corpus: Ray, {where} (not contacted)")
 
@@ -150,7 +152,7 @@ def _training(root: Path) -> Iterator[Finding]:
         for setting, used, module, extra in needs:
             if used and importlib.util.find_spec(module) is None:
                 text = f"{name}.{setting} needs {module}, which is not installed"
-                yield Finding("training", "problem", text, f"pip install -e .[{extra}]")
+                yield Finding("training", "problem", text, install_hint(extra))
 
 
 def _programs(_root: Path) -> Iterator[Finding]:
@@ -219,8 +221,7 @@ def _weights(root: Path) -> Iterator[Finding]:
             backbone = "flux" if name == "autoencoder" else models.transformer.backbone
             # The setting names the part's folder, except for text encoders: there are several.
             into = folder if name == "text_encoders" else str(Path(folder).parent)
-            fix = f"hf download {BACKBONES[backbone].repository} --include {_PARTS[name]} "
-            fix += f"--local-dir {into}"
+            fix = download_command(BACKBONES[backbone].repository, into, include=_PARTS[name])
             yield Finding("weights", "problem", f"{name}: {folder} is missing", fix)
 
 

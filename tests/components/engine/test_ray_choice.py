@@ -105,7 +105,7 @@ def test_a_missing_package_is_one_error_that_names_the_extra(
             state_dir=tmp_path,
             limits=ON_RAY,
         )
-    assert "pip install 'ultraflux-mlops[ray]'" in str(caught.value)
+    assert "python -m pip install -e '.[ray]'" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -1,0 +1,121 @@
+"""Commands in messages are ones that pip and the hub's client accept; one module writes them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from huggingface_hub.cli import hf
+
+from components.files.install_hints import download_command, install_hint
+from components.metrics.cards import CARDS
+from components.metrics.weight_files import parts
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+COMMANDS = sorted(
+    {part.command for card in CARDS if card.weights is not None for part in parts(card.weights)}
+)
+
+
+def extras(root: Path) -> dict[str, list[str]]:
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found: dict[str, list[str]] = project["optional-dependencies"]
+    return found
+
+
+def calls(root: Path, function: str) -> Iterator[tuple[str, ast.Call]]:
+    """(file:line, call) of every call of a function of install_hints."""
+    for room in ("components", "flows"):
+        for path in sorted((root / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == function:
+                    yield f"{path.relative_to(root)}:{node.lineno}", node
+
+
+def understood(command: str) -> dict[str, Any]:
+    """What the hub's client makes of a command; nothing is fetched.
+
+    Raises:
+        click.UsageError: the client refuses it.
+    """
+    program, name, *words = shlex.split(command)
+    assert (program, name) == ("hf", "download")
+    group: Any = typer.main.get_command(hf.app)
+    context = group.commands["download"].make_context(name, words)
+    params: dict[str, Any] = context.params
+    return params
+
+
+def test_every_extra_has_a_hint_that_pip_reads_from_the_clone(root: Path) -> None:
+    for extra in extras(root):
+        *command, target = shlex.split(install_hint(extra))
+        assert command == ["python", "-m", "pip", "install", "-e"]
+        assert target == f".[{extra}]"
+
+
+def test_every_hint_names_an_extra_that_exists(root: Path) -> None:
+    known = extras(root)
+    named = {
+        argument.value: place
+        for place, call in calls(root, "install_hint")
+        for argument in call.args
+        if isinstance(argument, ast.Constant)
+    }
+    assert {extra: place for extra, place in named.items() if extra not in known} == {}
+    assert {"lora", "gpu", "nsfw", "people", "iqa", "ray", "serve"} <= named.keys()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("hf ")])
+def test_the_client_understands_every_command_of_the_registry(command: str) -> None:
+    params = understood(command)
+    assert REPOSITORY.fullmatch(params["repo_id"])
+    assert re.fullmatch(r"weights/[\w.-]+", params["local_dir"])
+    assert all(re.fullmatch(r"[\w./-]+\.\w+", name) for name in params["filenames"] or [])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("hf ")])
+def test_what_no_client_fetches_says_where_to_put_it(command: str) -> None:
+    assert re.match(r"(copy|curl -Lo) ", command)
+    assert " weights/" in command
+
+
+def test_several_patterns_are_several_options() -> None:
+    params = understood(
+        download_command("owner/model", "weights/model", include=("tokenizer*/*", "text*/*"))
+    )
+    assert params["include"] == ["tokenizer*/*", "text*/*"]
+    assert not params["filenames"]
+    data = understood(download_command("o/d", "weights/d", include=("a/*",), dataset=True))
+    assert str(getattr(data["repo_type"], "value", data["repo_type"])) == "dataset"
+    with pytest.raises(ValueError, match="name files, or give patterns"):
+        download_command("owner/model", "weights/model", "config.json", include=("a/*",))
+
+
+def test_repositories_are_written_as_the_hub_has_them(root: Path) -> None:
+    literal = {
+        place: call.args[0].value
+        for place, call in calls(root, "download_command")
+        if isinstance(call.args[0], ast.Constant)
+    }
+    assert len(literal) >= 8
+    assert [place for place, name in literal.items() if not REPOSITORY.fullmatch(name)] == []
+
+
+def test_no_other_module_writes_a_command_by_hand(root: Path) -> None:
+    written = re.compile(r"hf download |huggingface-cli|pip install|ultraflux-mlops\[")
+    offending = [
+        f"{path.relative_to(root)}:{number}"
+        for room in ("components", "flows")
+        for path in sorted((root / room).rglob("*.py"))
+        if path.name != "install_hints.py"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if written.search(line)
+    ]
+    assert offending == []
