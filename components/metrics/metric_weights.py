@@ -54,6 +54,7 @@ def _torch_cache() -> Path:
 def _snapshot(repository: str) -> Path | None:
     """The cached snapshot that the main branch last named."""
     folder = _hub_cache() / f"models--{repository.replace('/', '--')}"
+    # The branch's name first: older snapshots stay in the cache beside the one it points at.
     reference = folder / "refs" / "main"
     if not reference.is_file():
         return None
@@ -78,6 +79,7 @@ def _is_complete(place: Path, weights: Weights) -> bool:
         return False
     if not weights.holds_network:
         return True
+    # A download that was cut short leaves configuration files without any weights.
     suffixes = {".safetensors", *PICKLED_SUFFIXES}
     return any(file.suffix in suffixes for file in place.iterdir())
 

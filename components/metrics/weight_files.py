@@ -160,6 +160,8 @@ def trusted_files(metric: MetricCard, weights_dir: Path) -> tuple[tuple[Path, ..
     """
     assert metric.weights is not None
     every = parts(metric.weights)
+    # All are looked for before any is read: hashing 17 GB to learn that a tokenizer is missing
+    # would take minutes.
     for part in every:
         find(metric.name, part, weights_dir)
     found = [trusted_digest(metric.name, part, weights_dir) for part in every]

@@ -73,6 +73,8 @@ def bootstrap_mean(
         picks = generator.integers(0, array.size, size=(count, array.size))
         means.append(array[picks].mean(axis=1))
     tail = (1.0 - confidence) / 2.0
+    # Percentiles, not the studentised pivot: a table shows this interval from two pictures on,
+    # where there is no standard error worth dividing by. Tests take `mean_interval`.
     low, high = np.quantile(np.concatenate(means), [tail, 1.0 - tail])
     return Estimate(float(array.mean()), float(low), float(high), int(array.size), confidence)
 
@@ -128,6 +130,9 @@ class ClusterSums:
     def standard_error(self) -> float:
         """Of the mean: the linearised ratio estimator, s / sqrt(n) where every cluster is one."""
         k = self.clusters
+        # The mean is a ratio, sum over count, and clusters differ in size: the count varies with
+        # the draw as the sum does. Centred sums are that ratio's first-order residuals. k / (k - 1)
+        # because the centre was estimated from the same clusters.
         return float(np.sqrt(k / (k - 1) * np.square(self.sums).sum()) / self.sizes.sum())
 
 
@@ -178,6 +183,8 @@ def _resampled(
     generator = np.random.default_rng(seed)
     k = grouped.clusters
     sums, sizes = grouped.sums, grouped.sizes
+    # A draw's residual sum of squares, sum (s - m c)^2, needs its mean m, which is known only after
+    # the draw. Written out it is these five sums, so one pass over the picks is enough.
     moments = np.stack([sums, sizes, sums * sums, sums * sizes, sizes * sizes])
     rows = max(1, _CHUNK_VALUES // (len(moments) * k))
     means: list[npt.NDArray[np.float64]] = []
@@ -212,6 +219,8 @@ def studentised_draws(
             f"prompts or images, got {grouped.clusters}"
         )
     means, errors = _resampled(grouped, resamples, seed)
+    # Without spread the ratio is infinite on purpose: such a draw says that the tail was not
+    # explored, and must widen the interval instead of vanishing from it.
     with np.errstate(divide="ignore", invalid="ignore"):
         draws = np.where(means == 0.0, 0.0, means / errors)
     return np.sort(draws)
@@ -223,9 +232,12 @@ def _bca_levels(
     """Quantile levels corrected for bias and acceleration (Efron 1987, equation 6.8)."""
     from scipy.special import ndtr, ndtri
 
+    # Ties count half: with few clusters many draws hit the mean exactly, and counting them on one
+    # side would read as bias.
     below = (np.sum(means < 0.0) + np.sum(means <= 0.0)) / (2.0 * means.size)
     bias = ndtri(below)
     total, count = grouped.sums.sum(), grouped.sizes.sum()
+    # Skewness of the jackknife, leaving out whole clusters: the unit that is resampled.
     left_out = (total - grouped.sums) / (count - grouped.sizes)
     moved = left_out.mean() - left_out
     spread = np.square(moved).sum()
@@ -271,6 +283,8 @@ def mean_interval(
         low = high = 0.0
     elif method == "studentised":
         draws = studentised_draws(grouped, resamples=resamples, seed=seed)
+        # Nearest order statistics: interpolating next to an infinite draw would give NaN. The upper
+        # quantile gives the lower end, because the pivot is subtracted.
         upper, lower = np.quantile(draws, levels[::-1], method="nearest")
         low, high = -upper * grouped.standard_error, -lower * grouped.standard_error
     else:

@@ -90,10 +90,15 @@ def fit_bradley_terry(judged: Sequence[Judged]) -> BradleyTerry:
         expected, information = _curvature(design, parameters)
         gradient = design.T @ (score - expected) - parameters / _PRIOR_SD**2
         step = np.linalg.solve(information, gradient)
+        # At most two logits a step: far from the optimum a full Newton step overshoots into where
+        # the curvature is nearly zero, and never comes back.
         parameters += step * min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-300))
         if np.abs(step).max() < _TOLERANCE:
             break
     expected, information = _curvature(design, parameters)
+    # Sandwich: residuals are summed by prompt before they are squared, because both orders of a
+    # pair and all pairs of a prompt depend on the same pictures. P / (P - 1), and t with P - 1
+    # degrees of freedom: the sample's size is its number of prompts P, not of comparisons.
     scores = np.zeros((len(prompts), len(systems)))
     rows = np.array([prompts.index(one.prompt) for one in judged])
     np.add.at(scores, rows, design * (score - expected)[:, None])

@@ -35,7 +35,8 @@ def minimum_detectable_effect(
     """Smallest true mean difference that a comparison of this size and spread finds.
 
     Args:
-        differences: (n,) paired differences; their spread is used, never their mean.
+        differences: (n,) paired differences; their spread is used, never their mean (power at the
+            observed effect would only restate the p-value).
         clusters: (n,) labels as in `components.evaluation.statistics.bootstrap.cluster_sums`.
         power: chance of finding it, in (alpha, 1).
         alpha: two-sided significance level, in (0, 1).
@@ -54,7 +55,9 @@ def minimum_detectable_effect(
     error = grouped.standard_error
     if error == 0.0:
         return 0.0
+    # Degrees of freedom of prompts, not of pictures: pictures of one prompt repeat each other.
     df = grouped.clusters - 1
+    # In units of the standard error, so that one bracket serves metrics of any scale.
     high = 1.0
     while paired_power(high, 1.0, df, alpha) < power:
         high *= 2.0

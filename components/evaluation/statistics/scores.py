@@ -111,6 +111,7 @@ def set_value(rows: pd.DataFrame, metric: str) -> float | None:
     measured = rows[(rows["metric"] == metric) & rows["value"].notna()]
     if measured.empty:
         return None
+    # A mean of ratios would weigh a small picture like a large one; the papers divide the sums.
     if metric == "compression_ratio":
         pixels = measured["height"] * measured["width"]
         return set_compression_ratio(zip(measured["value"], pixels, strict=True))

@@ -42,6 +42,8 @@ def _check(reference: ImageArray, image: ImageArray) -> None:
 
 def _squared_error_sum(reference: ImageArray, image: ImageArray) -> float:
     """Sum of squared differences; exact, because 8-bit squares add up in int64."""
+    # int32 for the squares (at most 65,025), int64 for their sum: no rounding at any size, so the
+    # value does not depend on the order in which a machine adds.
     difference = reference.astype(np.int32) - image.astype(np.int32)
     return float(np.sum(difference * difference, dtype=np.int64))
 
@@ -143,6 +145,7 @@ def _ms_ssim_channel(reference: ImageArray, image: ImageArray) -> float:
             x, y = _halved(x), _halved(y)
         similarity, contrast = _similarity(x, y)
         is_last = scale == len(_MS_SSIM_EXPONENTS) - 1
+        # A negative mean has no real fractional power; the released code gives NaN there.
         product *= float(max(similarity if is_last else contrast, 0.0) ** exponent)
     return product
 
@@ -165,6 +168,8 @@ def _similarity(x: Plane, y: Plane, band_px: int = _BAND_PX) -> tuple[float, flo
         bottom = min(top + step, rows)
         band = slice(top, bottom + 2 * _SSIM_RADIUS)
         maps = _similarity_maps(x[band].astype(np.float64), y[band].astype(np.float64))
+        # Bands differ in height: each counts by its rows, and fsum adds the shares exactly, so the
+        # size of a band cannot move the mean.
         share = (bottom - top) / rows
         similarity.append(float(np.mean(maps[0])) * share)
         contrast.append(float(np.mean(maps[1])) * share)
@@ -182,6 +187,8 @@ def _similarity_maps(x: Plane, y: Plane) -> tuple[Plane, Plane]:
         return result
 
     mean_x, mean_y = smooth(x), smooth(y)
+    # Differences of nearly equal numbers where the picture is flat: float32 would lose all of their
+    # digits at 255^2, and the constants C1 and C2 are small.
     variance_x = smooth(x * x) - mean_x**2
     variance_y = smooth(y * y) - mean_y**2
     covariance = smooth(x * y) - mean_x * mean_y
