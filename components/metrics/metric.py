@@ -14,6 +14,8 @@ import numpy.typing as npt
 from components.images.arrays import ImageArray
 
 Features = npt.NDArray[np.float32]
+PooledDistance = Callable[[npt.NDArray[np.intp], npt.NDArray[np.intp]], float]
+"""Of two sets of row numbers of one pool of features."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,31 @@ class SetMetric(Protocol):
         ...
 
 
+@runtime_checkable
+class PooledSetMetric(SetMetric, Protocol):
+    """A set metric that knows a fast way to its distances between many subsets of one pool."""
+
+    def pooled(self, pool: Features) -> dict[str, PooledDistance]:
+        """The distances of `combine`, for tests that exchange pictures a thousand times.
+
+        Args:
+            pool: (n, d), rows of all sets.
+
+        Returns:
+            By id; numbers that are no distances (a spread) are left out.
+        """
+        ...
+
+
 Metric = ImageMetric | SetMetric
 
 
 @functools.lru_cache(maxsize=1)
 def _decoded(path: Path, _sha256: str | None) -> ImageArray:
-    """The last reference only: pair metrics of one picture come one after another."""
+    """The last reference only: pair metrics of one picture come one after another.
+
+    The digest is part of the key, so a file that was replaced is read again.
+    """
     from components.images.decoding import read_rgb
 
     return read_rgb(path).pixels

@@ -42,10 +42,12 @@ from components.evaluation.pages.suite_pictures import (
     PictureOptions,
     build_viewer,
 )
-from components.evaluation.statistics.comparison import Comparison, Refusal, compare_systems
+from components.evaluation.statistics.comparison import Comparison, Refusal
+from components.evaluation.statistics.set_comparison import SetComparison
 from components.evaluation.statistics.worst_cases import WorstCase, by_rank, worst_cases
+from components.evaluation.suites.against_baseline import against_baseline, verdict
 from components.evaluation.viewer import Viewer
-from components.metrics.cards import CARDS, card, status
+from components.metrics.cards import CARDS, status
 from components.metrics.metric_card import MetricCard
 from components.metrics.published import TABLES_OF_SUITE
 
@@ -75,6 +77,8 @@ class Evaluation:
     table: pd.DataFrame
     scores_sha256: str
     pictures: list[dict[str, str]]
+    set_comparisons: tuple[SetComparison, ...] = ()
+    """Of `ultraflux evaluate --baseline NAME`."""
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -138,6 +142,9 @@ def read_evaluation(folder: Path) -> Evaluation:
             table=table,
             scores_sha256=hashlib.sha256(scores).hexdigest(),
             pictures=[json.loads(line) for line in lines if line.strip()],
+            set_comparisons=tuple(
+                SetComparison(**one) for one in description.get("set_comparisons", ())
+            ),
         )
     except (OSError, KeyError, TypeError, ValueError) as problem:
         detail = f"{problem.strerror}" if isinstance(problem, OSError) else f"{problem}"
@@ -248,39 +255,30 @@ class Paired:
     system: str
     rows: tuple[tuple[Comparison, str], ...]
     """With "better", "worse" or an empty text."""
+    sets: tuple[tuple[SetComparison, float, str], ...]
+    """Distances to the reference set, with the corrected p-value and the same."""
     refusals: tuple[Refusal, ...]
-
-
-def _verdict(comparison: Comparison) -> str:
-    direction = card(comparison.metric).direction
-    if comparison.adjusted_p >= 0.05 or direction == "neither":
-        return ""
-    return "better" if (comparison.difference.mean > 0) == (direction == "higher") else "worse"
 
 
 def _paired(evaluation: Evaluation, baseline: str, options: ReportOptions) -> list[Paired]:
     prompts = {picture["item"]: picture["prompt"] for picture in evaluation.pictures}
-    # File names may differ between systems; the item is what pairs two pictures.
-    table = evaluation.table.assign(
-        image=evaluation.table["item"], prompt=evaluation.table["item"].map(prompts)
+    found = against_baseline(
+        evaluation.table.assign(prompt=evaluation.table["item"].map(prompts)),
+        evaluation.systems,
+        baseline,
+        evaluation.set_comparisons,
+        resamples=options.resamples,
+        seed=options.seed,
     )
-    by_system = {name: table[table["system"] == name] for name in evaluation.systems}
-    metrics = [c.id for c in evaluation.image_metrics]
-    found = []
-    for system in evaluation.systems:
-        if system == baseline:
-            continue
-        results = compare_systems(
-            by_system[baseline],
-            by_system[system],
-            metrics,
-            resamples=options.resamples,
-            seed=options.seed,
+    return [
+        Paired(
+            one.system,
+            tuple((c, verdict(c.metric, c.difference.mean, c.adjusted_p)) for c in one.comparisons),
+            tuple((s, p, verdict(s.metric, s.difference, p)) for s, p in one.sets),
+            one.refusals,
         )
-        comparisons = tuple((c, _verdict(c)) for c in results if isinstance(c, Comparison))
-        refusals = tuple(r for r in results if isinstance(r, Refusal))
-        found.append(Paired(system, comparisons, refusals))
-    return found
+        for one in found
+    ]
 
 
 def histograms(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ KEY = ["image", "height", "width"]
 CLUSTER_COLUMN = "prompt"
 """Where a row has one, pictures of a prompt form a cluster; else those of an image name."""
 _FEATURES_PER_PICTURE = 5
+"""Pictures per feature from which the bias of a Fréchet distance is small beside its spread."""
 
 
 class ComparisonInvalid(ValueError):
@@ -153,6 +154,8 @@ def paired_scores(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> Pai
             f"{metric}: {first.index[at][0]} is {values[0, at]:.6g} and {values[1, at]:.6g}; a "
             "value that is not finite in one system cannot be averaged away"
         )
+    # Undefined for both (a picture too small for the metric) says nothing about either and is
+    # counted; undefined for one only would bias the difference and was refused above.
     both = finite[0]
     labels = _clusters(metric, first, second)
     clusters = tuple(label for label, kept in zip(labels, both, strict=True) if kept)

@@ -39,8 +39,10 @@ class _Evidence:
         """One-sided, of the hypothesis that the candidate is worse by the margin or more."""
         error = self.grouped.standard_error
         room = self.grouped.centre + self.rule.margin
+        # Nothing varies: the sign of the room is certain, and p is as small as the draws allow.
         if error == 0.0:
             return 1.0 / (self.draws.size + 1) if room >= 0.0 else 1.0
+        # +1 in both: the observed sample is one of its own resamples, so p is never 0.
         above = self.draws.size - int(np.searchsorted(self.draws, room / error, side="left"))
         return (above + 1) / (self.draws.size + 1)
 
@@ -49,6 +51,8 @@ class _Evidence:
         error = self.grouped.standard_error
         if error == 0.0:
             return self.grouped.centre
+        # The order statistic whose own p-value is at the level, so bound and p-value never
+        # disagree; the factor keeps a product that is an integer from rounding to just below it.
         may_exceed = math.floor(level * (self.draws.size + 1) * (1.0 + 1e-12)) - 1
         if may_exceed < 0:
             return -math.inf
@@ -202,6 +206,8 @@ def _levels(
     """Rules with the level at which each is tested: Holm's steps stop at the first failure."""
     if settings.correction == "none":
         return [(index, settings.significance) for index in gathered]
+    # Holm: the smallest p-value is tested at alpha / m, the next at alpha / (m - 1), and from the
+    # first failure on the level stays. Ties go in the order of the settings.
     levels: list[tuple[int, float]] = []
     remaining = len(gathered)
     for index in sorted(gathered, key=lambda index: (gathered[index].p_value, index)):

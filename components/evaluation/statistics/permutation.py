@@ -53,6 +53,8 @@ def _signs(clusters: int, permutations: int, seed: int, exact: bool) -> npt.NDAr
 def _p_value(
     observed: float, values: npt.NDArray[np.float64], alternative: Alternative, exact: bool
 ) -> float:
+    # The pattern that swaps nothing and its mirror image have the observed value up to the order of
+    # summation; losing them would make p smaller than it can be.
     slack = _TOLERANCE * max(abs(observed), float(np.abs(values).max(initial=0.0)))
     if alternative == "two-sided":
         extreme = np.abs(values) >= abs(observed) - slack
@@ -98,9 +100,12 @@ def paired_permutation(
         raise ValueError(f"pairs need equal lengths, got {first.size} and {second.size}")
     grouped = cluster_sums(second - first, clusters)
     n = int(grouped.sizes.sum())
+    # Back from deviations to differences: signs are flipped about zero, the null hypothesis, and
+    # not about the mean.
     sums = grouped.sums + grouped.centre * grouped.sizes
     exact = grouped.clusters <= EXACT_CLUSTERS
     total = 2**grouped.clusters if exact else permutations
+    # Sums of clusters suffice: a pattern flips a cluster as a whole, so n does not matter here.
     swapped = _signs(grouped.clusters, total, seed, exact)
     rows = max(1, _CHUNK_VALUES // grouped.clusters)
     values = np.concatenate(
@@ -162,6 +167,8 @@ def set_distance_permutation(
         return float(value)
 
     observed = difference(np.zeros(n, dtype=bool))
+    # Enumerated where that costs no more than drawing: each value is two distances of whole sets,
+    # so the 2^16 of `EXACT_CLUSTERS` would take half an hour.
     exact = 2 ** len(numbers) <= permutations
     total = 2 ** len(numbers) if exact else permutations
     swaps = _signs(len(numbers), total, seed, exact)[:, codes]
@@ -186,6 +193,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     largest = 0.0
     ordered = sorted(p_values, key=lambda name: p_values[name])
     for rank, name in enumerate(ordered):
+        # Never below the step before: a metric cannot be significant where a clearer one is not.
         largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[name]))
         adjusted[name] = largest
     return {name: adjusted[name] for name in p_values}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from components.evaluation.measuring.compared_sets import compare_measured_sets
 from components.evaluation.measuring.evaluation_run import (
     EvaluationRun,
     Found,
@@ -29,6 +30,8 @@ from components.evaluation.measuring.evaluation_run import (
 from components.evaluation.measuring.ledger import Ledger
 from components.evaluation.statistics import scores
 from components.evaluation.statistics.bootstrap import bootstrap_mean
+from components.evaluation.statistics.comparison import Refusal
+from components.evaluation.statistics.set_comparison import SetComparison
 from components.evaluation.suites.suites import Suite, SuiteItem
 from components.evaluation.suites.system import System, SystemFailed
 from components.files.weight_folders import WeightsMissing
@@ -53,6 +56,10 @@ class SuiteResult:
     statistics: RunStatistics
     pictures: list[dict[str, str]] = field(default_factory=list)
     """For reports on this machine: system, item, path, sha256, prompt, reference."""
+    set_comparisons: list[SetComparison] = field(default_factory=list)
+    """Set metrics of each system against the baseline."""
+    set_refusals: dict[str, list[Refusal]] = field(default_factory=dict)
+    """By system: set metrics that could not be compared with the baseline."""
 
 
 def fitted_references(items: Sequence[SuiteItem], folder: Path) -> list[SuiteItem]:
@@ -95,6 +102,7 @@ def evaluate_suite(
     ledger: Ledger,
     options: RunOptions,
     out_dir: Path,
+    baseline: str | None = None,
     resamples: int = 1000,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
@@ -109,16 +117,20 @@ def evaluate_suite(
         ledger: of measurements; compacted at the end.
         options: of the measuring.
         out_dir: pictures that systems make go below it.
-        resamples: of the bootstrap intervals.
-        seed: of the bootstrap.
+        baseline: system that set metrics of the others are tested against; None: no test.
+        resamples: of the bootstrap intervals, and exchanges of the tests.
+        seed: of both.
         say: gets a line for a person now and then.
 
     Raises:
-        ValueError: two systems with one name.
+        ValueError: two systems with one name, or a baseline that is none of them.
         LedgerConflict: see `Ledger`.
     """
     if len({system.name for system in systems}) != len(systems):
         raise ValueError("--system: every system needs a name of its own")
+    names = [system.name for system in systems]
+    if baseline is not None and baseline not in names:
+        raise ValueError(f"--baseline {baseline}: the systems are {', '.join(names)}")
     run = EvaluationRun(opened, ledger, options)
     items: Sequence[SuiteItem] = suite.items
     if suite.is_reconstruction:
@@ -130,6 +142,7 @@ def evaluate_suite(
     metrics: dict[str, float] = {}
     failed: dict[str, str] = {}
     listed: list[dict[str, str]] = []
+    by_system: dict[str, dict[str, Picture]] = {}
     for system in systems:
         try:
             paths = system.pictures(items, out_dir / "images" / system.name)
@@ -155,6 +168,9 @@ def evaluate_suite(
                     "reference": str(item.reference or ""),
                 }
             )
+        by_system[system.name] = {
+            items[place].id: picture for place, picture in zip(good, pictures, strict=True)
+        }
         if _has_sets(opened):
             values, reasons = run.combine(pictures, theirs)
             metrics |= {f"{system.name}.{name}": value for name, value in values.items()}
@@ -162,9 +178,23 @@ def evaluate_suite(
     ledger.compact()
     table = _table(rows)
     metrics |= headline(table, resamples=resamples, seed=seed)
-    return SuiteResult(
+    result = SuiteResult(
         table, dict(sorted(metrics.items())), unavailable, failed, run.statistics, listed
     )
+    if baseline in by_system and _has_sets(opened):
+        for name in (name for name in by_system if name != baseline):
+            compared, refused = compare_measured_sets(
+                opened,
+                ledger,
+                (baseline, by_system[baseline]),
+                (name, by_system[name]),
+                references.all_pictures(),
+                permutations=resamples,
+                seed=seed,
+            )
+            result.set_comparisons += [one for one in compared if one.metric in reported]
+            result.set_refusals[name] = [one for one in refused if one.metric in reported]
+    return result
 
 
 def _has_sets(opened: OpenedMetrics) -> bool:
@@ -275,7 +305,7 @@ def write_result(result: SuiteResult, suite: Suite, out_dir: Path) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     with whole_file(out_dir / "scores.parquet") as temporary:
         result.table.to_parquet(temporary, index=False)
-    description: Mapping[str, Any] = {
+    description: dict[str, Any] = {
         "suite": suite.name,
         "protocol": suite.protocol,
         "items": len(suite.items),
@@ -283,6 +313,8 @@ def write_result(result: SuiteResult, suite: Suite, out_dir: Path) -> None:
         "unavailable": dict(sorted(result.unavailable.items())),
         "failed_systems": dict(sorted(result.failed_systems.items())),
     }
+    if result.set_comparisons:
+        description["set_comparisons"] = [asdict(one) for one in result.set_comparisons]
     write_text(out_dir / "metrics.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
     lines = [json.dumps(picture, ensure_ascii=False) for picture in result.pictures]
     write_text(out_dir / "pictures.jsonl", "\n".join(lines) + "\n")

@@ -11,8 +11,6 @@ Legend: x (n, d), y (m, d).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
@@ -73,19 +71,11 @@ def frechet_distance(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
     mean_x, mean_y = first.mean(axis=0), second.mean(axis=0)
     a = (first - mean_x) / np.sqrt(first.shape[0] - 1)
     b = (second - mean_y) / np.sqrt(second.shape[0] - 1)
+    # The nuclear norm only sees Gram matrices, so whichever side has more rows than features is
+    # replaced by its R factor first: patches number tens of thousands.
     cross = _nuclear_norm(_compact(a) @ _compact(b).T)
     difference = mean_x - mean_y
     return float(difference @ difference + np.vdot(a, a) + np.vdot(b, b) - 2.0 * cross)
-
-
-@dataclass(frozen=True)
-class PermutationTest:
-    """A statistic, and how often relabelling gives one at least as extreme."""
-
-    statistic: float
-    p_value: float
-    """(1 + resamples at least as extreme) / (1 + resamples); never 0."""
-    resamples: int
 
 
 class GramFrechet:
@@ -128,83 +118,6 @@ class GramFrechet:
         return float(means + trace_x + trace_y - 2.0 * nuclear)
 
 
-def _check_resamples(resamples: int) -> None:
-    if resamples < 1:
-        raise ValueError(f"resamples {resamples} must be at least 1")
-
-
-def frechet_permutation_test(
-    x: npt.ArrayLike, y: npt.ArrayLike, *, resamples: int, seed: int
-) -> PermutationTest:
-    """Whether two sets of independent pictures come from one distribution, by the distance.
-
-    Args:
-        x: (n, d).
-        y: (m, d).
-        resamples: relabellings of the pooled rows.
-        seed: of the relabelling.
-
-    Raises:
-        ValueError: as `frechet_distance`.
-    """
-    _check_resamples(resamples)
-    first, second = _two_sets(x, y)
-    distance = GramFrechet(np.concatenate([first, second]))
-    n, total = len(first), len(first) + len(second)
-    observed = distance(np.arange(n), np.arange(n, total))
-    generator = np.random.default_rng(seed)
-    extreme = 0
-    for _ in range(resamples):
-        order = generator.permutation(total)
-        extreme += distance(order[:n], order[n:]) >= observed
-    return PermutationTest(observed, (1 + extreme) / (1 + resamples), resamples)
-
-
-def paired_frechet_test(
-    ours: npt.ArrayLike,
-    theirs: npt.ArrayLike,
-    reference: npt.ArrayLike,
-    *,
-    resamples: int,
-    seed: int,
-) -> PermutationTest:
-    """Whether two systems differ in their distance to one reference; prompt by prompt.
-
-    The statistic is FD(ours, reference) - FD(theirs, reference); under the null hypothesis the two
-    pictures of a prompt may be swapped. Both distances have nearly the same bias, which the
-    difference removes. Two-sided.
-
-    Args:
-        ours: (n, d), row i is prompt i.
-        theirs: (n, d), the same prompts in the same order.
-        reference: (m, d).
-        resamples: random swaps.
-        seed: of the swaps.
-
-    Raises:
-        ValueError: different numbers of rows, or as `frechet_distance`.
-    """
-    _check_resamples(resamples)
-    first, second = _two_sets(ours, theirs)
-    if first.shape != second.shape:
-        raise ValueError(f"pairs need equal numbers of rows: {len(first)} and {len(second)}")
-    _, third = _two_sets(first, reference)
-    n = len(first)
-    distance = GramFrechet(np.concatenate([first, second, third]))
-    targets = np.arange(2 * n, 2 * n + len(third))
-    plain, other = np.arange(n), np.arange(n, 2 * n)
-
-    def difference(swap: npt.NDArray[np.bool_]) -> float:
-        a, b = np.where(swap, other, plain), np.where(swap, plain, other)
-        return distance(a, targets) - distance(b, targets)
-
-    observed = difference(np.zeros(n, bool))
-    generator = np.random.default_rng(seed)
-    swaps = generator.integers(0, 2, (resamples, n)).astype(bool)
-    extreme = sum(abs(difference(swap)) >= abs(observed) for swap in swaps)
-    return PermutationTest(observed, (1 + extreme) / (1 + resamples), resamples)
-
-
 def kernel_distance(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
     """Unbiased squared MMD under (x.y / d + 1)^3 (KID; Binkowski et al. 2018), over all rows.
 
@@ -229,9 +142,39 @@ def _kernel(x: Matrix, y: Matrix) -> Matrix:
 
 def _unbiased_mmd(within_x: Matrix, within_y: Matrix, cross: Matrix) -> float:
     n, m = cross.shape
+    # Without the diagonal: a picture's similarity to itself is what biases the plain estimate.
     own_x = (within_x.sum() - np.trace(within_x)) / (n * (n - 1))
     own_y = (within_y.sum() - np.trace(within_y)) / (m * (m - 1))
     return float(own_x + own_y - 2.0 * cross.mean())
+
+
+class GramKernel:
+    """Kernel distances between subsets of one pool of rows, from the pool's kernel matrix alone."""
+
+    def __init__(self, pool: npt.ArrayLike) -> None:
+        """Compute the kernel matrix.
+
+        Args:
+            pool: (N, d) rows of all sets.
+
+        Raises:
+            ValueError: as `frechet_distance`.
+        """
+        rows = _rows(pool, "pool")
+        self.kernel: Matrix = _kernel(rows, rows)
+
+    def __call__(self, first: npt.NDArray[np.intp], second: npt.NDArray[np.intp]) -> float:
+        """Distance of two subsets.
+
+        Args:
+            first: (n,) row numbers.
+            second: (m,) row numbers.
+        """
+        return _unbiased_mmd(
+            self.kernel[np.ix_(first, first)],
+            self.kernel[np.ix_(second, second)],
+            self.kernel[np.ix_(first, second)],
+        )
 
 
 def kernel_distance_spread(
@@ -264,6 +207,7 @@ def kernel_distance_spread(
             "sets need at least 4 rows"
         )
     generator = np.random.default_rng(seed)
+    # Without replacement: a picture drawn twice would bring the diagonal back in.
     values = []
     for _ in range(subsets):
         a = first[generator.choice(len(first), size, replace=False)]

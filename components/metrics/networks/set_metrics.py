@@ -6,8 +6,8 @@ network over a picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,8 @@ import torch
 
 from components.images.arrays import ImageArray
 from components.metrics.networks.frechet import (
+    GramFrechet,
+    GramKernel,
     frechet_distance,
     kernel_distance,
     kernel_distance_spread,
@@ -32,7 +34,7 @@ from components.metrics.networks.inception import (
 )
 
 if TYPE_CHECKING:
-    from components.metrics.metric import Picture
+    from components.metrics.metric import Picture, PooledDistance
 
 Features = npt.NDArray[np.float32]
 Preprocessing = Literal["noantialias", "clean", "patch299"]
@@ -55,6 +57,8 @@ class FeatureMetric:
     weights_digest: str | None
     extract: Callable[[ImageArray], Features]
     distances: Distances
+    pools: Mapping[str, Callable[[Features], PooledDistance]] = field(default_factory=dict)
+    """By id: prepares a pool of rows once for many distances between its subsets."""
 
     def features(self, rgb: ImageArray, picture: Picture) -> Features:
         """See `SetMetric.features`; the picture beyond its pixels is not used."""
@@ -63,6 +67,10 @@ class FeatureMetric:
     def combine(self, ours: Features, theirs: Features) -> dict[str, float]:
         """See `SetMetric.combine`."""
         return self.distances(ours, theirs)
+
+    def pooled(self, pool: Features) -> dict[str, PooledDistance]:
+        """See `PooledSetMetric.pooled`."""
+        return {metric_id: prepare(pool) for metric_id, prepare in self.pools.items()}
 
 
 def _kid(ours: Features, theirs: Features) -> tuple[float, float | None]:
@@ -139,13 +147,22 @@ def load_inception(file: Path) -> FidInception:
 def inception_metric(
     ids: tuple[str, ...], preprocessing: Preprocessing, distances: Distances
 ) -> Callable[[Path, str, str], FeatureMetric]:
-    """Opens a metric on the FID network: (file, digest, device) -> metric."""
+    """Opens a metric on the FID network: (file, digest, device) -> metric.
+
+    Args:
+        ids: a Fréchet distance, then perhaps a kernel distance and its spread.
+        preprocessing: how an image becomes 299 px.
+        distances: that yield the ids.
+    """
 
     def open_it(file: Path, digest: str, device: str) -> FeatureMetric:
         features = InceptionFeatures(load_inception(file), preprocessing, device)
         size = "" if preprocessing == "patch299" else f"-{INPUT_PX}"
         feature_id = f"inception2048/{preprocessing}{size}/v1"
-        return FeatureMetric(ids, feature_id, digest, features, distances)
+        # A third id is the spread, which is no distance.
+        prepare: tuple[Callable[[Features], PooledDistance], ...] = (GramFrechet, GramKernel)
+        pools = dict(zip(ids, prepare, strict=False))
+        return FeatureMetric(ids, feature_id, digest, features, distances, pools)
 
     return open_it
 
@@ -179,6 +196,7 @@ class DinoFeatures:
 def dino_metric(folder: Path, digest: str, device: str) -> FeatureMetric:
     """FD-DINOv2 on a local folder."""
     features = DinoFeatures(folder, device)
+    distances, pools = frechet_only("fd_dinov2"), {"fd_dinov2": GramFrechet}
     return FeatureMetric(
-        ("fd_dinov2",), "dinov2-cls/clean-224/v1", digest, features, frechet_only("fd_dinov2")
+        ("fd_dinov2",), "dinov2-cls/clean-224/v1", digest, features, distances, pools
     )

@@ -11,6 +11,8 @@ import typer
 from flows.commands.command_line import fail, project_root
 
 if TYPE_CHECKING:
+    from components.evaluation.statistics.comparison import Comparison
+    from components.evaluation.statistics.set_comparison import SetComparison
     from components.evaluation.suites.suite_scores import SuiteResult
     from components.evaluation.suites.suites import Suite
 
@@ -27,6 +29,8 @@ Examples:
   ultraflux evaluate data/benchmarks/mine --system photos=references --system mine=outputs/mine
 
   ultraflux evaluate aesthetic-eval-4096 --system ours=trained --system sana=sana --limit 8
+
+  ultraflux evaluate mine --system old=pictures/old --system new=pictures/new --baseline old
 
   ultraflux evaluate held-out --system champion=registry:ultraflux-transformer@champion
 
@@ -61,6 +65,10 @@ def evaluate(
     device: Annotated[
         str | None,
         typer.Option(help="cpu, cuda, or cuda:0,cuda:1 (a process each); default: settings."),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="System that the others are tested against, set metrics included."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Root of the pictures' seeds.")] = 0,
     steps: Annotated[
@@ -140,6 +148,7 @@ def evaluate(
             ledger=Ledger(ledger or root / "runs" / "ledger"),
             options=options,
             out_dir=folder,
+            baseline=baseline,
             resamples=settings.evaluate.bootstrap_resamples,
             seed=settings.project.seed,
         )
@@ -147,6 +156,8 @@ def evaluate(
     except (SettingsError, ValueError, WorkersDoNotStart) as problem:
         raise fail(str(problem)) from None
     _show(loaded, result, ids)
+    if baseline is not None:
+        _show_tests(result, baseline, settings.evaluate.bootstrap_resamples, settings.project.seed)
     did = statistics_of(result)
     seconds = time.monotonic() - started
     print(
@@ -245,6 +256,52 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
     errors = result.table[result.table["error"].notna()]
     for (name, error), rows in errors.groupby(["system", "error"]):
         console.print(f"no value: {name}: {len(rows)} ({error})", markup=False, soft_wrap=True)
+
+
+def _cells(
+    found: Comparison | SetComparison, difference: float, adjusted: float
+) -> tuple[str, ...]:
+    from components.evaluation.suites.against_baseline import verdict
+    from components.metrics.cards import card
+
+    metric = card(found.metric)
+    levels = (f"{value:.{metric.decimals}f}" for value in (found.before, found.after))
+    return (
+        metric.name,
+        *levels,
+        f"{difference:+.{metric.decimals}f}",
+        f"{found.p_value:.2g}",
+        f"{adjusted:.2g}",
+        verdict(found.metric, difference, adjusted) or "-",
+    )
+
+
+def _show_tests(result: SuiteResult, baseline: str, resamples: int, seed: int) -> None:
+    """A table per system against the baseline, and what could not be compared."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from components.evaluation.suites.against_baseline import against_baseline
+
+    systems = list(dict.fromkeys(picture["system"] for picture in result.pictures))
+    console = Console()
+    if baseline not in systems:
+        console.print(f"not compared: {baseline} has no pictures", markup=False, soft_wrap=True)
+        return
+    for one in against_baseline(
+        result.table, systems, baseline, result.set_comparisons, resamples=resamples, seed=seed
+    ):
+        table = Table(title=f"{one.system} against {baseline}", title_justify="left")
+        for name in ("metric", baseline, one.system, "difference", "p", "p, Holm", "at 5%"):
+            table.add_column(name, justify="left" if name == "metric" else "right")
+        for found in one.comparisons:
+            table.add_row(*_cells(found, found.difference.mean, found.adjusted_p))
+        for distance, adjusted in one.sets:
+            table.add_row(*_cells(distance, distance.difference, adjusted))
+        if table.row_count:
+            console.print(table)
+        for refusal in (*one.refusals, *result.set_refusals.get(one.system, ())):
+            console.print(f"not compared: {refusal.reason}", markup=False, soft_wrap=True)
 
 
 def _log(
