@@ -146,7 +146,7 @@ def _training(root: Path) -> Iterator[Finding]:
     for name in ("dit_stage1", "dit_stage2"):
         stage = getattr(settings, name)
         needs = (
-            ("adapter", stage.adapter is not None, "peft", "lora"),
+            ("adapter", stage.adapter is not None, "peft", None),
             ("optimizer: adamw_8bit", stage.optimizer == "adamw_8bit", "bitsandbytes", "gpu"),
         )
         for setting, used, module, extra in needs:

@@ -59,6 +59,7 @@ def test_every_extra_has_a_hint_that_pip_reads_from_the_clone(root: Path) -> Non
         *command, target = shlex.split(install_hint(extra))
         assert command == ["python", "-m", "pip", "install", "-e"]
         assert target == f".[{extra}]"
+    assert shlex.split(install_hint()) == ["python", "-m", "pip", "install", "-e", "."]
 
 
 def test_every_hint_names_an_extra_that_exists(root: Path) -> None:
@@ -70,7 +71,7 @@ def test_every_hint_names_an_extra_that_exists(root: Path) -> None:
         if isinstance(argument, ast.Constant)
     }
     assert {extra: place for extra, place in named.items() if extra not in known} == {}
-    assert {"lora", "gpu", "nsfw", "people", "iqa", "ray", "serve"} <= named.keys()
+    assert {"gpu", "nsfw", "people", "iqa", "ray", "serve"} <= named.keys()
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("hf ")])
