@@ -100,11 +100,6 @@ class ImageTable:
         """Distinct systems in order of appearance."""
         return tuple(dict.fromkeys(row.system for row in self.rows))
 
-    @property
-    def has_pictures(self) -> bool:
-        """Whether a row shows a thumbnail."""
-        return any(row.thumbnail for row in self.rows)
-
 
 def column_name(metric: str) -> str:
     """Name and arrow of a metric, as the papers print them."""

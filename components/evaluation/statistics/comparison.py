@@ -26,8 +26,6 @@ KEY = ["image", "height", "width"]
 """What a picture of one system must share with its partner."""
 CLUSTER_COLUMN = "prompt"
 """Where a row has one, pictures of a prompt form a cluster; else those of an image name."""
-_FEATURES_PER_PICTURE = 5
-"""Pictures per feature from which the bias of a Fréchet distance is small beside its spread."""
 
 
 class ComparisonInvalid(ValueError):
@@ -237,21 +235,3 @@ def compare_systems(
     return [
         replace(c, adjusted_p=adjusted[c.metric]) if isinstance(c, Comparison) else c for c in found
     ]
-
-
-def refuse_frechet_interval(metric: str, n: int, dimension: int) -> None:
-    """Refuse a bootstrap interval for a Fréchet distance of a small set.
-
-    At n = 195 and 2,048 features the distance is nearly all bias, and resampling adds more of it:
-    the interval does not even hold the point. With n of several times the features the bias is
-    small beside the spread (Heusel et al. 2017 ask for at least 10,000 pictures).
-
-    Raises:
-        ComparisonInvalid: n < 5 * dimension.
-    """
-    if n < _FEATURES_PER_PICTURE * dimension:
-        raise ComparisonInvalid(
-            f"{metric}: {n} pictures for {dimension} features; an interval of a Fréchet distance "
-            f"needs at least {_FEATURES_PER_PICTURE * dimension}; use KID for levels and "
-            "set_distance_permutation to compare two systems"
-        )

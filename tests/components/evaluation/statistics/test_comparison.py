@@ -12,7 +12,6 @@ from components.evaluation.statistics.comparison import (
     Refusal,
     compare_systems,
     paired_scores,
-    refuse_frechet_interval,
 )
 from components.evaluation.statistics.scores import Score, scores_table
 
@@ -101,9 +100,3 @@ def test_pictures_that_neither_system_can_measure_are_counted_and_left_out() -> 
         table.loc[table["image"] == "00.png", "value"] = float("nan")
     pairs = paired_scores(before, after, "psnr_db")
     assert (pairs.unmeasurable, pairs.differences.size) == (2, 22)
-
-
-def test_an_interval_of_fid_at_small_n_is_refused() -> None:
-    with pytest.raises(ComparisonInvalid, match=r"195 pictures for 2048 features.*10240; use KID"):
-        refuse_frechet_interval("fid", 195, 2048)
-    refuse_frechet_interval("fid", 10_240, 2048)
