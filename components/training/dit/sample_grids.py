@@ -143,7 +143,7 @@ class SampleGrids:
             output_type="latent",
             **contrast,
         ).images
-        # Flux pipelines return packed tokens, SD3's an image of latents.
+        # Some pipelines return packed tokens, others an image of latents.
         if latents.ndim == 3:
             multiple = pipeline.size_multiple
             latents = unpack_latents(latents, height // multiple, width // multiple)

@@ -205,7 +205,7 @@ def build_text_store(
         shard_mb: a shard takes no further record beyond this size in MiB.
         provenance: how the embeddings were made, JSON-able.
     """
-    # The empty prompt is what classifier-free guidance contrasts with (SD3).
+    # The empty prompt is what classifier-free guidance contrasts with.
     prompts = {EMPTY_PROMPT_ID: "", **captions}
     # One record per distinct caption, in the order of the smallest image id.
     distinct = list(dict.fromkeys(prompts[image_id] for image_id in sorted(prompts)))
