@@ -18,6 +18,7 @@ from components.corpus.quality.scorer import QUALITY_SCHEMA, DerivativeScorer, S
 from components.corpus.quality.scorers import Kind
 from components.engine.map_items import EngineLimits
 from components.images.decoding import decode_rgb
+from components.signals.appearance import laplacian_variance, opponent_colours
 from components.signals.flat_regions import grayscale
 
 QUALITY_SCORER = "classical-quality-v1"
@@ -43,7 +44,7 @@ def sharpness(gray: np.ndarray) -> float:
     Args:
         gray: (H, W) uint8.
     """
-    variance = float(cv2.Laplacian(gray, cv2.CV_64F).var())
+    variance = laplacian_variance(gray, borders=True)
     return variance / (variance + _LAPLACIAN_HALF)
 
 
@@ -80,11 +81,10 @@ def colourfulness_index(pixels: np.ndarray) -> float:
     Args:
         pixels: (H, W, 3) uint8, RGB.
     """
-    red, green, blue = np.moveaxis(pixels.astype(np.float64), -1, 0)
-    red_green = red - green
-    yellow_blue = (red + green) / 2 - blue
-    spread = np.sqrt(red_green.var() + yellow_blue.var())
-    return float(spread + 0.3 * np.hypot(red_green.mean(), yellow_blue.mean()))
+    colours = opponent_colours(pixels)
+    spread = np.sqrt(colours.red_green_variance + colours.yellow_blue_variance)
+    centre = np.hypot(colours.red_green_mean, colours.yellow_blue_mean)
+    return float(spread + 0.3 * centre)
 
 
 def rms_contrast(gray: np.ndarray) -> float:

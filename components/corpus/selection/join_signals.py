@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 
+from components.corpus.selection.bucket_columns import assign_buckets
 from components.corpus.selection.duplicates import mark_near_duplicates
+from components.images.aspect_buckets import buckets
 from components.settings.corpus import SelectSettings
+from components.settings.schema import Settings
 
 # What each stage measures; a table made with a model or measurement switched off has fewer columns.
 _SIGNALS = [
@@ -17,8 +20,6 @@ _SIGNALS = [
     "pdq_hash",
     "pdq_quality",
 ]
-
-
 _QUALITY = [
     "quality_score",
     "quality_scorer",
@@ -27,8 +28,6 @@ _QUALITY = [
     "aesthetic_scorer",
     "aesthetic_weights",
 ]
-
-
 _PEOPLE = [
     "person_count",
     "person_boxes",
@@ -42,7 +41,33 @@ _PEOPLE = [
 ]
 
 
-def _join(manifest: pd.DataFrame, other: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+def join_signals(
+    manifest: pd.DataFrame,
+    signals: pd.DataFrame,
+    quality: pd.DataFrame,
+    people: pd.DataFrame,
+    settings: Settings,
+) -> pd.DataFrame:
+    """Everything that `rules.select` judges by, one row per candidate.
+
+    Args:
+        manifest: of the stage `ingest`.
+        signals: of the stage of that name, as are `quality` and `people`; a row per distinct image.
+        quality: scores.
+        people: evidence of people, NSFW scores, channels.
+        settings: `select` for near duplicates, `buckets` for the training sizes.
+    """
+    table = _with_signals(manifest, signals)
+    table = _with_columns(table, quality, _QUALITY)
+    table = _with_columns(table, people, _PEOPLE)
+    # `qalign` is filled only by the model of that name: the paper's threshold means its scale.
+    is_qalign = table["quality_scorer"].str.lower().str.startswith(("qalign", "q-align"))
+    table["qalign"] = table["quality_score"].where(is_qalign.eq(True))
+    table = _with_near_duplicates(table, settings.select)
+    return assign_buckets(table, buckets(settings.buckets))
+
+
+def _with_columns(manifest: pd.DataFrame, other: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """Replace `columns` by those of `other`; duplicates of one image share its values."""
     columns = [column for column in columns if column in other]
     return manifest.drop(columns=columns).merge(
@@ -50,16 +75,17 @@ def _join(manifest: pd.DataFrame, other: pd.DataFrame, columns: list[str]) -> pd
     )
 
 
-def _signals(manifest: pd.DataFrame, signals: pd.DataFrame) -> pd.DataFrame:
+def _with_signals(manifest: pd.DataFrame, signals: pd.DataFrame) -> pd.DataFrame:
     """Add signals; `integrity` becomes the first complaint of header, decoder or engine."""
     found = signals.assign(decoded=signals["error"].fillna(signals["integrity"]))
-    joined = _join(manifest.assign(decoded=None), found, [*_SIGNALS, "decoded"])
+    joined = _with_columns(manifest.assign(decoded=None), found, [*_SIGNALS, "decoded"])
+    # A file with a bad header was never decoded: the header's complaint stands.
     header_is_fine = joined["integrity"] == "ok"
     joined["integrity"] = joined["integrity"].where(~header_is_fine, joined["decoded"])
     return joined.drop(columns="decoded")
 
 
-def _near_duplicates(manifest: pd.DataFrame, settings: SelectSettings) -> pd.DataFrame:
+def _with_near_duplicates(manifest: pd.DataFrame, settings: SelectSettings) -> pd.DataFrame:
     """Add near_duplicate_of where hashes were computed and the rule is on."""
     distance = settings.near_duplicate_distance
     if distance is None or manifest["pdq_hash"].isna().all():

@@ -350,3 +350,18 @@ def count_by_reason(table: pd.DataFrame) -> dict[str, int]:
         "kept": int(table["kept"].sum()),
         **{f"rejected_{reason}": int(counts.get(reason, 0)) for reason in REASONS},
     }
+
+
+def why_nothing_is_kept(counts: dict[str, int]) -> str:
+    """One line: what rejected everything, and which setting decides it.
+
+    Args:
+        counts: of `count_by_reason`.
+    """
+    rejected = {reason: counts[f"rejected_{reason}"] for reason in REASONS}
+    listed = ", ".join(f"{reason} {number}" for reason, number in rejected.items() if number)
+    strictest = max(rejected, key=lambda reason: rejected[reason])
+    return (
+        f"none of {counts['candidates']} candidates passes ({listed}); "
+        f"look at {SETTING_OF[strictest]} first"
+    )

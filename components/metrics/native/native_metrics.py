@@ -16,7 +16,8 @@ from components.metrics.native.fidelity import (
     psnr_db,
     ssim,
 )
-from components.metrics.native.texture import FLAT_PATCH_PX, colourfulness, laplacian_variance
+from components.metrics.native.texture import FLAT_PATCH_PX, colourfulness
+from components.signals.appearance import laplacian_variance
 from components.signals.flat_regions import grayscale
 from components.signals.fused_texture import fused_texture
 from components.signals.glcm import glcm_measures
@@ -62,7 +63,7 @@ def appearance_metrics(rgb: ImageArray) -> dict[str, float | None]:
     """
     _check(rgb)
     return {
-        "laplacian_variance": laplacian_variance(grayscale(rgb)),
+        "laplacian_variance": laplacian_variance(grayscale(rgb), borders=False),
         "colourfulness": colourfulness(rgb),
     }
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from components.images.arrays import ImageArray
+from components.signals.appearance import laplacian_variance, opponent_colours
 from components.signals.compression import jpeg95_ratio
 from components.signals.entropy import entropy_bits
 from components.signals.flat_regions import flat_fraction, grayscale
@@ -26,19 +27,6 @@ TEXTURE_IDS = (
 """What `texture_metrics` yields, in its order."""
 
 
-def laplacian_variance(gray: ImageArray) -> float:
-    """Variance of the 4-neighbour Laplacian over the interior pixels (Pech-Pacheco et al. 2000).
-
-    Args:
-        gray: uint8 (H, W), both edges at least 3 px.
-    """
-    if gray.ndim != 2 or min(gray.shape) < 3:
-        raise ValueError(f"gray must be (H, W) with edges of at least 3 px, got {gray.shape}")
-    g = gray.astype(np.int32)
-    laplacian = g[:-2, 1:-1] + g[2:, 1:-1] + g[1:-1, :-2] + g[1:-1, 2:] - 4 * g[1:-1, 1:-1]
-    return float(np.var(laplacian, dtype=np.float64))
-
-
 def colourfulness(rgb: ImageArray) -> float:
     """Hasler and Süsstrunk 2003: spread plus 0.3 times the mean of the opponent colours.
 
@@ -48,13 +36,11 @@ def colourfulness(rgb: ImageArray) -> float:
     Returns:
         0 for a grey image; about 15 to 110 for photographs.
     """
-    channels = rgb.astype(np.int32)
-    red, green, blue = channels[..., 0], channels[..., 1], channels[..., 2]
-    red_green = (red - green).astype(np.float64)
-    yellow_blue = 0.5 * (red + green) - blue
-    spread = math.hypot(float(red_green.std()), float(yellow_blue.std()))
-    centre = math.hypot(float(red_green.mean()), float(yellow_blue.mean()))
-    return spread + 0.3 * centre
+    colours = opponent_colours(rgb)
+    spread = math.hypot(
+        math.sqrt(colours.red_green_variance), math.sqrt(colours.yellow_blue_variance)
+    )
+    return spread + 0.3 * math.hypot(colours.red_green_mean, colours.yellow_blue_mean)
 
 
 def set_compression_ratio(ratios_and_pixels: Iterable[tuple[float, int]]) -> float:
@@ -90,6 +76,6 @@ def texture_metrics(rgb: ImageArray) -> dict[str, float | None]:
         "compression_ratio": jpeg95_ratio([rgb]),
         "entropy_bits": entropy_bits(gray),
         "flat_fraction": flat_fraction(gray, patch_px=FLAT_PATCH_PX) if has_patch else None,
-        "laplacian_variance": laplacian_variance(gray),
+        "laplacian_variance": laplacian_variance(gray, borders=False),
         "colourfulness": colourfulness(rgb),
     }

@@ -6,15 +6,23 @@ import importlib
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from components.corpus.candidate_signals import measure_candidates
+from components.corpus.captions.captioning import caption_photographs
+from components.corpus.manifest import read_table, write_table
+from components.corpus.people.looking import look_for_people
 from components.corpus.quality.scoring import score_photographs
+from components.corpus.selection.join_signals import join_signals
+from components.corpus.selection.rules import select
+from components.corpus.sources.collect import collect
 from components.settings.schema import Settings, load_settings, parse_settings
 from components.telemetry.metric_log import MetricLog
 from flows.stages.contract import StageContext
 
 ROOT = Path(__file__).parents[3]
-STAGES = ("ingest", "signals", "quality")
+STAGES = ("ingest", "signals", "quality", "people", "select", "caption")
 PHOTOGRAPHS = ("ng-32703", "galen-crout-175291", "white-and-multicolored-portrait-3x4")
 
 
@@ -47,8 +55,54 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def equal(project: Path, stage: str, file: Path) -> bool:
+    return file.read_bytes() == (project / "data" / stage / file.name).read_bytes()
+
+
+def test_ingest(project: Path, tmp_path: Path) -> None:
+    found = collect(SETTINGS.ingest, tmp_path, root=project, state_dir=tmp_path / "state")
+    assert found.candidates == len(PHOTOGRAPHS)
+    for name in ("manifest", "losses", "unknown_columns"):
+        assert equal(project, "ingest", tmp_path / f"{name}.parquet")
+    assert equal(project, "ingest", tmp_path / "coverage.json")
+
+
+def test_signals(project: Path, tmp_path: Path) -> None:
+    manifest = read_table(project / "data" / "ingest" / "manifest.parquet")
+    measure_candidates(manifest, tmp_path, SETTINGS, root=project, state_dir=tmp_path / "state")
+    assert equal(project, "signals", tmp_path / "signals.parquet")
+    assert equal(project, "signals", tmp_path / "derivatives.parquet")
+
+
 def test_quality(project: Path, tmp_path: Path) -> None:
     derivatives = project / "data" / "signals" / "derivatives.parquet"
     score_photographs(derivatives, tmp_path / "quality.parquet", SETTINGS, state_dir=tmp_path)
-    stage = project / "data" / "quality" / "quality.parquet"
-    assert (tmp_path / "quality.parquet").read_bytes() == stage.read_bytes()
+    assert equal(project, "quality", tmp_path / "quality.parquet")
+
+
+def test_people(project: Path, tmp_path: Path) -> None:
+    manifest = read_table(project / "data" / "ingest" / "manifest.parquet")
+    derivatives = project / "data" / "signals" / "derivatives.parquet"
+    path = tmp_path / "people.parquet"
+    look_for_people(derivatives, manifest, path, SETTINGS, state_dir=tmp_path)
+    assert equal(project, "people", path)
+
+
+def test_select(project: Path, tmp_path: Path) -> None:
+    manifest = read_table(project / "data" / "ingest" / "manifest.parquet")
+    measured = (
+        pq.read_table(project / "data" / stage / f"{stage}.parquet").to_pandas()
+        for stage in ("signals", "quality", "people")
+    )
+    table = join_signals(manifest, *measured, SETTINGS)
+    selected = select(table, SETTINGS.select, SETTINGS.project.seed)
+    write_table(selected, tmp_path / "manifest.parquet")
+    assert equal(project, "select", tmp_path / "manifest.parquet")
+
+
+def test_caption(project: Path, tmp_path: Path) -> None:
+    selected = read_table(project / "data" / "select" / "manifest.parquet")
+    derivatives = project / "data" / "signals" / "derivatives.parquet"
+    captioned = caption_photographs(selected, derivatives, SETTINGS, root=project)
+    write_table(captioned.manifest, tmp_path / "manifest.parquet")
+    assert equal(project, "caption", tmp_path / "manifest.parquet")

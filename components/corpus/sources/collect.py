@@ -1,0 +1,188 @@
+"""A source's candidates, brought in and counted: from disk, from archives or from the web.
+
+At a prompt, without the stage::
+
+    settings = load_settings(Path("params.yaml")).ingest
+    collected = collect(settings, Path("mine"), root=Path(), state_dir=Path("runs/mine"))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from components.corpus.manifest import write_table
+from components.corpus.sources.download_journal import DownloadJournal
+from components.corpus.sources.downloader import Downloader, DownloadProgress
+from components.corpus.sources.folder import scan_folder
+from components.corpus.sources.ingest_tables import (
+    pending_keys,
+    table_coverage,
+    write_candidates,
+    write_empty_side_tables,
+    write_ingest_tables,
+)
+from components.corpus.sources.multiaspect import read_metadata_shards
+from components.corpus.sources.originals import prune_originals
+from components.corpus.sources.record_fields import Coverage
+from components.corpus.sources.url_lists import read_url_lists
+from components.corpus.sources.webdataset import read_webdataset
+from components.files.whole_files import write_text
+from components.images.image_store import FOLDER, ImageStore
+from components.settings.corpus import DownloadSettings, IngestSettings
+from components.telemetry.progress import track
+
+ORIGINALS = "data/ingest/originals"
+"""What `uri` of a fetched or unpacked original begins with in the pipeline's manifest."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Exact accounting: candidates == kept + sum of losses."""
+
+    candidates: int
+    kept: int
+    unreadable: int
+    """Kept rows whose header or bytes cannot be used."""
+    duplicates: int
+    megapixels: float
+    losses: dict[str, int] = field(default_factory=dict)
+    """By cause, sorted; a folder loses nothing."""
+
+    @property
+    def described_losses(self) -> str:
+        """Such as "gone 3, too_small 1"."""
+        return ", ".join(f"{cause} {number}" for cause, number in self.losses.items())
+
+
+def collect(
+    settings: IngestSettings,
+    folder: Path,
+    *,
+    root: Path,
+    state_dir: Path,
+    originals_uri: str = ORIGINALS,
+) -> Collected:
+    """Write the manifest of a source's candidates, and what is lost or unknown beside it.
+
+    `folder` gets manifest.parquet (a row per candidate that is there), losses.parquet (one per
+    candidate that is not), unknown_columns.parquet, coverage.json, and originals/: fetched or
+    unpacked bytes, empty for a folder of photographs, which stay where they are.
+
+    Args:
+        settings: the source.
+        folder: output, created.
+        root: where relative paths start; `runs/downloads` below it keeps what addresses gave.
+        state_dir: survives kills.
+        originals_uri: what the manifest calls `folder`/originals.
+
+    Raises:
+        ValueError: no usable source, or not one of its candidates could be had; one line.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings.kind == "folder":
+        return _scan(settings, folder, root)
+    return _collect_records(settings, folder, root, state_dir, originals_uri)
+
+
+def _scan(settings: IngestSettings, folder: Path, root: Path) -> Collected:
+    manifest = scan_folder(settings, root)
+    write_table(manifest, folder / "manifest.parquet")
+    write_empty_side_tables(folder)
+    _write_coverage(table_coverage(manifest), folder)
+    # Of an earlier run over another kind of source: the manifest names none of them any more.
+    prune_originals(folder / "originals", keep=())
+    return Collected(
+        candidates=len(manifest),
+        kept=len(manifest),
+        unreadable=int((manifest["integrity"] != "ok").sum()),
+        duplicates=int(manifest["duplicate_of"].notna().sum()),
+        megapixels=float(manifest["megapixels"].sum()) if "megapixels" in manifest else 0.0,
+    )
+
+
+def _collect_records(
+    settings: IngestSettings, folder: Path, root: Path, state_dir: Path, originals_uri: str
+) -> Collected:
+    """Read records, get their images, write the tables."""
+    source = root / settings.source
+    originals = folder / "originals"
+    candidates = state_dir / "candidates.parquet"
+    from_web = settings.kind in ("urls", "multiaspect")
+    # What an address gave outlives changes of settings and code; archives are read again.
+    journal_dir = root / "runs" / "downloads" if from_web else state_dir
+    with DownloadJournal(
+        journal_dir / "journal.sqlite", _fingerprint(settings.download)
+    ) as journal:
+        if settings.kind == "urls":
+            records = read_url_lists(source, settings.source)
+        elif settings.kind == "multiaspect":
+            records = read_metadata_shards(source, settings.source)
+        else:
+            records = read_webdataset(
+                source, settings.source, originals, journal, settings.download
+            )
+        coverage = write_candidates(
+            track(records, "ingest: records"), candidates, keyed_by_url=from_web
+        )
+        if from_web:
+            _download(settings.download, candidates, originals, journal, root)
+        counts = write_ingest_tables(candidates, journal, folder, originals_uri, settings)
+    # After the tables: until then a killed run would lose bytes that a row may still point at.
+    prune_originals(originals, counts.originals)
+    _write_coverage(coverage, folder)
+    losses = counts.losses
+    collected = Collected(
+        candidates=counts.candidates,
+        kept=counts.kept,
+        unreadable=counts.unreadable,
+        duplicates=sum(losses.get(name, 0) for name in ("duplicate_url", "duplicate_bytes")),
+        megapixels=counts.megapixels,
+        losses=losses,
+    )
+    if counts.kept == 0:
+        raise ValueError(
+            f"none of {counts.candidates} candidates of {settings.source} could be had "
+            f"({collected.described_losses}); data/ingest/losses.parquet lists each"
+        )
+    return collected
+
+
+def _download(
+    settings: DownloadSettings,
+    candidates: Path,
+    originals: Path,
+    journal: DownloadJournal,
+    root: Path,
+) -> None:
+    packed = ImageStore(root / FOLDER)
+    pending = pending_keys(candidates, journal, originals, packed)
+    state = DownloadProgress(0, len(pending), 0, 0, 0.0)
+
+    def note() -> str:
+        return f"{state.images_per_s:.1f} images/s, {state.mb_per_s:.1f} MB/s, {state.kept} kept"
+
+    bar: Iterator[int] = track(range(len(pending)), "ingest: downloads", note=note)
+    # The first step of a bar stands for work begun, the next ones for work done.
+    next(bar, None)
+
+    def report(progress: DownloadProgress) -> None:
+        nonlocal state
+        state = progress
+        next(bar, None)
+
+    Downloader(settings, originals).run(pending, journal, report)
+
+
+def _fingerprint(settings: DownloadSettings) -> str:
+    """Names the settings in the journal: a failure under others may be none under these."""
+    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _write_coverage(coverage: Coverage, folder: Path) -> None:
+    text = json.dumps(coverage.report(), indent=2, ensure_ascii=False)
+    write_text(folder / "coverage.json", text + "\n")
