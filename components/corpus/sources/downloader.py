@@ -80,11 +80,6 @@ class DownloadProgress:
         """Received megabytes (10^6 bytes) per second, discarded ones included."""
         return self.received_bytes / 1e6 / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds to go at this rate; None before the first outcome."""
-        return (self.total - self.done) / self.images_per_s if self.done else None
-
 
 def forbidden_by_robots(values: Sequence[str], user_agent: str) -> str | None:
     """The first X-Robots-Tag directive that keeps the image out of a corpus, or None.
