@@ -144,8 +144,11 @@ def map_items(
     chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
     shards = [state_dir / f"{stage}-{_fingerprint(stage, key, chunk)}.parquet" for chunk in chunks]
     pending = [index for index, shard in enumerate(shards) if not shard.exists()]
+    # No worker starts for a finished corpus: spawning and loading cost seconds to minutes.
     if not pending:
         return shards
+    # A shard's name is the fingerprint of its ids, settings and code, so a shard or journal that is
+    # there was made of exactly these: nothing inside has to be compared.
     journals = {index: ShardJournal(shards[index]) for index in pending}
     known = {index: journal.read() for index, journal in journals.items()}
     places: dict[int, tuple[int, int]] = {}
@@ -154,6 +157,8 @@ def map_items(
         given = 0
         for number, payload in enumerate(payloads):
             index, place = divmod(number, size)
+            # Payloads of finished items are read past, never sent: order and count stay those of
+            # `ids`.
             if index in known and place not in known[index]:
                 places[given] = (index, place)
                 given += 1
@@ -187,6 +192,8 @@ def map_items(
                 rows.append(_row(stage, schema, image_id, result))
                 if done is None:
                     throughput.see(rows[-1])
+            # A shard is written whole or not at all: one row that is missing for a reason outside
+            # it would be taken for a verdict on the picture by the next run.
             if not failed.keys() & set(chunks[index]):
                 write_parquet(pa.Table.from_pylist(rows, schema=schema), shards[index])
                 journals[index].remove()

@@ -163,6 +163,8 @@ class OrderedPool(ABC):
         window = self._window()
         try:
             while True:
+                # Bounded by what is not yielded, not by what is not done: one slow item at the
+                # front must not let a million finished results pile up behind it.
                 while not exhausted and read - yielded < window:
                     following = next(source, None)
                     if following is None:
@@ -188,6 +190,7 @@ class OrderedPool(ABC):
         if isinstance(answer, Failure):
             item.attempts_left -= 1
             if item.attempts_left > 0:
+                # In front, since everything behind it waits for its turn in the order.
                 queue.appendleft(item)
                 return
         self._keep(item, answer, done)

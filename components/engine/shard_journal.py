@@ -23,6 +23,7 @@ class ShardJournal:
         if not self._path.exists():
             return {}
         data = self._path.read_bytes()
+        # A kill may have cut the last line; what is appended next must not continue it.
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             with self._path.open("r+b") as file:
@@ -31,6 +32,8 @@ class ShardJournal:
 
     def add(self, place: int, row: dict[str, Any]) -> None:
         """Append a row of JSON-able values; floats come back bit for bit."""
+        # Opened for each line: closing hands the line to the kernel, which outlives a killed
+        # process.
         with self._path.open("ab") as file:
             file.write(json.dumps([place, row]).encode() + b"\n")
 

@@ -44,6 +44,8 @@ _MALLOC_KEEPS_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_TOP_PAD_": str(2**26),
 }
+# Enough that workers stay busy while the item at the front of the order takes several times as
+# long as the others; each payload and result in flight costs memory in the parent.
 _IN_FLIGHT_PER_WORKER = 4
 
 
@@ -80,6 +82,7 @@ def _limit_threads() -> None:
 
 
 def _limit_memory(memory_mb: int) -> None:
+    # From what is held now, not from zero: libraries reserve GiB of address space on import.
     held_pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = held_pages * resource.getpagesize() + memory_mb * 2**20
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -132,6 +135,7 @@ class _Worker:
         )
         with _environment_for_workers():
             self.process.start()
+        # Else this process would hold the worker's end open and never see it close.
         theirs.close()
         self.is_ready = False
         self.item: Item | None = None
@@ -171,6 +175,7 @@ class _Worker:
 
     def stop(self) -> None:
         """End the process at once."""
+        # Not terminate: no library that hangs can catch or block this.
         self.process.kill()
         self.process.join()
 

@@ -21,6 +21,7 @@ def jpeg95_bytes(pixels: np.ndarray) -> int:
     Raises:
         ValueError: an edge too long for JPEG.
     """
+    # libjpeg's own limit, below the 65535 that the format's 16 bits allow.
     if max(pixels.shape[:2]) > 65500:
         raise ValueError(f"{pixels.shape[0]}x{pixels.shape[1]}: JPEG edges end at 65500 pixels")
     buffer = io.BytesIO()

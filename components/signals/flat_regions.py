@@ -9,9 +9,6 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-# cv2.cvtColor's 8-bit RGB2GRAY weights (0.299, 0.587, 0.114) in 15-bit fixed point.
-_GRAY_WEIGHTS = (9798, 19235, 3735)
-
 # The fast variance differs from the reference by less than 0.01 (float32 roots); within this
 # distance of the threshold the reference decides.
 _UNCERTAIN_VARIANCE = 0.5
@@ -19,6 +16,9 @@ _UNCERTAIN_VARIANCE = 0.5
 
 def grayscale(pixels: np.ndarray) -> np.ndarray:
     """OpenCV's 8-bit gray, (9798 R + 19235 G + 3735 B + 2^14) >> 15.
+
+    The weights are 0.299, 0.587 and 0.114 in 15-bit fixed point. A JPEG's own luma plane is not the
+    same: flatness would change on a quarter of the images.
 
     Args:
         pixels: (H, W, 3) uint8, RGB.

@@ -81,6 +81,8 @@ def fused_texture(
     from components.signals.texture_kernels import gray_histogram_sobel
 
     gray = (scratch or Scratch()).take("gray", (height, width))
+    # Four tables: neighbouring pixels often share a level, and a counter that was just stored is
+    # read again only when its store has finished.
     tables = np.zeros((4, 256), np.uint32)
     squares = np.zeros((height // patch_px, width // patch_px), np.int64)
     roots = np.zeros(squares.shape)
@@ -101,6 +103,8 @@ def fused_texture(
     )
     mean = roots / patch_px**2
     variances = squares / patch_px**2 - mean**2
+    # The loop's float32 roots decide no patch that they could decide wrongly: within the bound of
+    # their error the reference is asked, so that every verdict is the released tool's.
     uncertain = np.argwhere(
         np.abs(variances - flat_variance) <= certain_distance(mean, patch_px)
     ).tolist()

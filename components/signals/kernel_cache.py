@@ -70,6 +70,8 @@ def cached(kernel: Kernel) -> Kernel:
     """Let a numba function load its machine code from `cache_folder` and leave it there."""
     settings: Any = numba.config
     previous = settings.CACHE_LOCATOR_CLASSES
+    # numba reads the setting when caching is enabled; put back at once, other people's kernels
+    # keep their own rule.
     settings.CACHE_LOCATOR_CLASSES = f"{__name__}.{ContentLocator.__name__}"
     try:
         # RuntimeError: no locator, the folder is not writable.

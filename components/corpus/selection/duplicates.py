@@ -67,6 +67,7 @@ def _popcount(word: np.uint64) -> np.uint64:
 @numba.njit(cache=True)
 def _root(parent: np.ndarray, node: int) -> int:
     while parent[node] != node:
+        # Path halving: later walks are short, and nothing recurses inside compiled code.
         parent[node] = parent[parent[node]]
         node = parent[node]
     return node
@@ -112,6 +113,8 @@ def _join_chunk(
                     distance += _popcount(c ^ words[right, 2]) + _popcount(d ^ words[right, 3])
                     if distance <= max_distance:
                         one, two = _root(parent, order[left]), _root(parent, order[right])
+                        # The smaller root wins, so that a group's name does not depend on the order
+                        # of the pairs.
                         parent[max(one, two)] = min(one, two)
 
 
@@ -156,8 +159,10 @@ def near_duplicate_groups(words: np.ndarray, max_distance: int) -> np.ndarray:
     distinct_of = np.cumsum(is_new) - 1
     distinct = np.ascontiguousarray(ordered[is_new])
 
+    # Distances are taken of the hashes as they are; only the choice of buckets sees spread bits.
     bits = np.unpackbits(distinct.view(np.uint8), axis=1)
     spread = np.ascontiguousarray(np.packbits(bits[:, _SPREAD], axis=1))
+    # Eight times the hashes: 256 MB for a million of them.
     del bits
     chunks = spread.view(np.uint16)
     parent = np.arange(len(distinct))

@@ -127,6 +127,7 @@ def _top_threshold(scores: np.ndarray, top_fraction: float) -> float:
     known = scores[~np.isnan(scores)]
     if not len(known):
         return math.nan
+    # A share of all that passed so far: those without a score count, though they get no place.
     inside = min(len(known), max(1, math.ceil(top_fraction * len(scores))))
     return float(np.partition(known, len(known) - inside)[len(known) - inside])
 
@@ -166,6 +167,8 @@ def _reject_near_duplicates(table: pd.DataFrame, verdicts: _Verdicts) -> None:
     """Keep one passing image per cluster: its keeper, else the one with most pixels, then by id."""
     if "near_duplicate_of" not in table or not table["near_duplicate_of"].notna().any():
         return
+    # The keeper was chosen before the rules ran and may have failed one: then the cluster must not
+    # be lost with it.
     keeper = table["near_duplicate_of"].fillna(table["image_id"])
     involved = keeper.isin(table["near_duplicate_of"].dropna().unique())
     rows = np.flatnonzero(involved.to_numpy() & verdicts.passing)
@@ -192,6 +195,7 @@ def _reject_by_aesthetic(
     if own is not None:
         channels = [(~human, settings.aesthetic_top_fraction), (human, own)]
     scores = _numbers(table, "aesthetic")
+    # Taken once: what one channel loses must not move the other's threshold.
     before = verdicts.passing
     for rows, fraction in channels:
         if fraction < 1.0:
@@ -227,6 +231,7 @@ def _reject_by_quota(
     """
     ratios = _numbers(table, "width") / _numbers(table, "height")
     shape = np.full(len(table), len(settings.aspect_quotas))
+    # Backwards, so that the first quota an image fits is the one that stays written.
     for position, quota in reversed(list(enumerate(settings.aspect_quotas))):
         shape[(ratios >= quota.min_ratio) & (ratios < quota.max_ratio)] = position
     shapes = [Share(q.name, q.min_share, q.max_share) for q in settings.aspect_quotas]

@@ -38,6 +38,7 @@ def split(table: pd.DataFrame, settings: SlicesSettings, seed: int) -> pd.Series
         "train", "eval", or None for rows that are not kept.
     """
     rows = np.flatnonzero(table["kept"].eq(True).to_numpy(dtype=bool))
+    # By image, not by position: a corpus that grows keeps its held-out images held out.
     draws = uniform_draws(seed, table["image_id"].iloc[rows].tolist())
     held_out = max(round(settings.eval_fraction * len(rows)), settings.eval_min_images)
     result = np.full(len(table), None, dtype=object)
