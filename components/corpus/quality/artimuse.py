@@ -17,6 +17,7 @@ import numpy as np
 from components.corpus.derivatives import Derivative
 from components.corpus.quality import expectation, scorer_protocol
 from components.corpus.quality.expectation import expected_value
+from components.corpus.quality.kinds import Kind
 from components.corpus.quality.scorer import (
     DerivativeScorer,
     ScoringJob,
@@ -31,7 +32,6 @@ from components.corpus.quality.scorer_protocol import (
     ScorerIdentity,
     ScorerUnavailable,
 )
-from components.corpus.quality.scorers import Kind
 
 SCORE_TOKENS = tuple(
     first + ascii_lowercase[offset]

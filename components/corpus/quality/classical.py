@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 
 from components.corpus.derivatives import Derivative
+from components.corpus.quality.kinds import Kind
 from components.corpus.quality.scorer import QUALITY_SCHEMA, DerivativeScorer, ScoringJob
-from components.corpus.quality.scorers import Kind
 from components.engine.map_items import EngineLimits
 from components.images.decoding import decode_rgb
 from components.signals.appearance import laplacian_variance, opponent_colours

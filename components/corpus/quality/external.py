@@ -6,8 +6,8 @@ import pandas as pd
 
 from components.corpus.derivatives import derivative_ids
 from components.corpus.external_scores import read_external_scores
-from components.corpus.quality.scorer import SCORE_COLUMN, ScoringJob
-from components.corpus.quality.scorers import Kind
+from components.corpus.quality.kinds import SCORE_COLUMN, Kind
+from components.corpus.quality.scorer import ScoringJob
 
 
 def open_scorer(job: ScoringJob, kind: Kind) -> pd.DataFrame:

@@ -19,6 +19,7 @@ import numpy as np
 from components.corpus.derivatives import Derivative
 from components.corpus.quality import expectation
 from components.corpus.quality.expectation import expected_value
+from components.corpus.quality.kinds import Kind
 from components.corpus.quality.scorer import (
     DerivativeScorer,
     ScoringJob,
@@ -26,7 +27,6 @@ from components.corpus.quality.scorer import (
     score_row,
     score_schema,
 )
-from components.corpus.quality.scorers import Kind
 from components.files.install_hints import download_command, install_hint
 from components.files.weight_folders import WeightsMissing, folder_digest
 from components.images.decoding import decode_rgb

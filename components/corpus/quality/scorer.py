@@ -17,12 +17,9 @@ import pandas as pd
 import pyarrow as pa
 
 from components.corpus.derivatives import Derivative
-from components.corpus.quality.scorers import Kind
+from components.corpus.quality.kinds import SCORE_COLUMN, Kind
 from components.engine.map_items import EngineLimits
 from components.settings.schema import Settings
-
-SCORE_COLUMN: Mapping[Kind, str] = {"quality": "quality_score", "aesthetic": "aesthetic"}
-"""Where a kind's number stands; its scorer and weights are `<kind>_scorer` and `<kind>_weights`."""
 
 QUALITY_SCHEMA = pa.schema(
     [

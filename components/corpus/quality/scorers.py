@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from components.corpus.quality.kinds import Kind
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from components.corpus.quality.scorer import DerivativeScorer, Opened, ScoringJob
     from components.settings.corpus import QualitySettings
     from components.settings.section import Section
-
-Kind = Literal["quality", "aesthetic"]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from components.corpus.derivatives import score_derivatives
 from components.corpus.manifest import to_arrow
+from components.corpus.quality.kinds import Kind
 from components.corpus.quality.scorer import (
     QUALITY_SCHEMA,
     DerivativeScorer,
@@ -23,7 +24,7 @@ from components.corpus.quality.scorer import (
     ScoringJob,
 )
 from components.corpus.quality.scorer_protocol import ScorerUnavailable
-from components.corpus.quality.scorers import SCORERS, Kind, chosen_scorers
+from components.corpus.quality.scorers import SCORERS, chosen_scorers
 from components.engine.map_items import ItemsFailed
 from components.files.parquet_files import write_parquet
 from components.files.weight_folders import WeightsMissing
