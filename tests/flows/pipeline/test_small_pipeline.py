@@ -1,11 +1,12 @@
-"""All sixteen stages on real photographs with a few training steps each, through every door."""
+"""All stages on real photographs with a few training steps each, through every door."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_every_stage_ran_and_the_second_run_skips_them_all(project: Path) -> Non
     done = ultraflux(project, "run")
     assert done.returncode == 0, done.stderr
     marks = [line.split()[0] for line in done.stdout.splitlines() if line[:7].strip()]
-    assert marks.count("same") == len(graph) == 16
+    assert marks.count("same") == len(graph) == 17
     # `dvc repro` sees the same state: nothing to do, not a byte of the lock changed.
     subprocess.run(["dvc", "repro", "-q"], cwd=project, check=True, timeout=300)
     assert (project / "dvc.lock").read_bytes() == before
@@ -160,7 +161,7 @@ def test_a_run_is_reproduced_with_equal_outputs_restored_and_computed_again(proj
     found = json.loads(done.stdout)
     assert found["warnings"] == []
     how = {one["stage"]: one["how"] for one in found["stages"] if one["verdict"] == "equal"}
-    assert len(how) == 16
+    assert len(how) == 17
     assert {stage for stage, made in how.items() if made == "computed"} == {"select", "slices"}
     for path, data in before.items():
         assert (Path(found["tree"]) / path.relative_to(project)).read_bytes() == data
@@ -235,6 +236,118 @@ def test_dvc_plots_show_curves_without_gaps_and_pictures(project: Path, tmp_path
         assert plots[f"data/{stage}/history.csv"]
         assert '"aggregate": "mean"' in json.dumps(plots[f"data/{stage}/validation.csv"])
     assert {entry["type"] for entry in plots["data/generate/grid.png"]} == {"image"}
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.fixture
+def edited(project: Path) -> Iterator[Path]:
+    """The project, whose code and lock are brought back afterwards."""
+    lock = (project / "dvc.lock").read_bytes()
+    yield project
+    subprocess.run(["git", "reset", "-q", "--hard"], cwd=project, check=True)
+    (project / "dvc.lock").write_bytes(lock)
+    subprocess.run(["dvc", "checkout", "-q", "data/code"], cwd=project, check=True)
+
+
+def stale(project: Path) -> dict[str, str]:
+    return versioning.stale_stages(project, versioning.stage_graph(project))
+
+
+def run_own_code(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """As `ultraflux`, with the clone's own code rather than that of the installed one."""
+    return subprocess.run(
+        ["ultraflux", *arguments],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(project)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_a_comment_a_docstring_and_a_renamed_module_make_nothing_stale(edited: Path) -> None:
+    library = edited / "components"
+    edit(library / "files/whole_files.py", "from __future__", "# A comment.\nfrom __future__")
+    edit(library / "objectives/haar.py", '"""One-level', '"""The one-level')
+    (library / "images/pixel_range.py").rename(library / "images/value_range.py")
+    for path in library.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("images.pixel_range", "images.value_range"), encoding="utf-8")
+    assert stale(edited) == {}
+    listed = run_own_code(edited, "stage", "list")
+    assert listed.stdout.count("up to date") == 17, listed.stderr
+    # DVC looks at files: it runs `code`, whose outputs are the same bytes, and nothing after it.
+    done = subprocess.run(
+        ["dvc", "repro"],
+        cwd=edited,
+        env=os.environ | {"PYTHONPATH": str(edited)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Running stage") == 1
+    assert "Running stage 'code'" in done.stdout
+
+
+def test_a_changed_constant_makes_its_closure_stale_until_a_person_vouches(edited: Path) -> None:
+    path = edited / "components/objectives/flow_matching.py"
+    edit(path, "TIME_EPSILON = 1e-4", "TIME_EPSILON = 2e-4")
+    training = ("dit_stage1", "dit_stage2")
+    reasons = stale(edited)
+    assert set(reasons) == {"code", *training, "generate", "evaluate", "promote"}
+    for name in training:
+        assert reasons[name] == "its code: components.objectives.flow_matching"
+        assert reasons["generate"] == "after dit_stage2"
+    refused = run_own_code(edited, "stage", "run", "dit_stage1")
+    assert refused.returncode == 2
+    assert "is not of this code (its code: components.objectives.flow_matching)" in refused.stderr
+    # The installed code is the old one: run in its place it would make the old results.
+    outputs = {name: versioning.lock_entry(edited, name)["outs"] for name in training}
+    why = "only t below 2e-4 differs, and no step drew one"
+    done = run_own_code(edited, "stage", "accept", *training, "--why", why)
+    assert done.returncode == 0, done.stderr
+    assert stale(edited) == {}
+    assert {name: versioning.lock_entry(edited, name)["outs"] for name in training} == outputs
+    again = run_own_code(edited, "stage", "accept", "dit_stage1", "--why", why)
+    assert again.returncode == 2
+    assert "nothing to accept" in again.stderr
+    picture = sorted((edited / "data/generate/images").glob("*.png"))[0]
+    assert why in run_own_code(edited, "lineage", str(picture), "--json").stdout
+    assert run_own_code(edited, "sync").returncode == 0
+    kinds = {run["tags"]["ultraflux.kind"] for run in tracked(edited) if why in str(run)}
+    assert kinds == {"acceptance", "stage"}
+
+
+def tracked(project: Path) -> list[dict[str, Any]]:
+    from mlflow import MlflowClient
+
+    from flows.tracking.uploader import tracking_uri, use_store
+
+    use_store(tracking_uri(project))
+    client = MlflowClient(tracking_uri(project))
+    experiment = client.get_experiment_by_name("ultraflux")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    return [{"name": run.info.run_name, "tags": run.data.tags} for run in runs]
+
+
+def test_other_changes_cannot_be_accepted(edited: Path) -> None:
+    edit(edited / "params.yaml", "min_entropy_bits: 7.0", "min_entropy_bits: 6.9")
+    done = run_own_code(edited, "stage", "accept", "select", "--why", "it is close")
+    assert done.returncode == 2
+    assert "nothing to accept" in done.stderr
+    with (edited / "components/corpus/selection/rules.py").open("a", encoding="utf-8") as file:
+        file.write("\n_UNUSED = 1\n")
+    done = run_own_code(edited, "stage", "accept", "select", "--why", "it is close")
+    assert done.returncode == 2
+    assert "more than its code has changed" in done.stderr
+    assert "min_entropy_bits" in done.stderr
 
 
 @pytest.mark.slow
