@@ -6,8 +6,8 @@ modules' fingerprints, and the local names of imported modules by their order of
 a reformatting, a moved or a renamed module leave the fingerprint as it is, and a changed constant
 changes it in every module that can reach the constant, and in no other.
 
-A string that is the dotted name of one of our modules counts as an import of it: workers are
-started by `python -m NAME`, and tables name what they load when it is needed.
+A string that is the dotted name of one of our modules, alone or as `MODULE:ATTRIBUTE`, counts as an
+import of it: workers are started by `python -m NAME`, and tables name what they load when needed.
 """
 
 from __future__ import annotations
@@ -309,8 +309,9 @@ class _Reader:
         if isinstance(value, str):
             if value == TEMPLATES:
                 self.renders = True
-            if value in self._modules and "." in value:
-                yield self._place(value)
+            module, colon, rest = value.partition(":")
+            if module in self._modules and "." in module:
+                yield f"{self._place(module)}{colon}{rest}"
                 return
         yield f"{type(value).__name__} {value!r}"
 

@@ -196,6 +196,16 @@ def test_moved_and_renamed_modules_are_the_same_code(project: Path, old: str, ne
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("text", ["components.worker", "components.worker:A"])
+def test_a_string_that_names_a_module_counts_as_its_import(project: Path, text: str) -> None:
+    stage = project / "flows/stages/started.py"
+    stage.write_text(stage.read_text().replace("components.worker", text))
+    edit = replace(project / "components/worker.py", "print(A)", "print(-A)")
+    assert changed(project, edit) == {"started"}
+    moved = lambda: move(project, "components/worker.py", "components/started/by_name.py")  # noqa: E731
+    assert changed(project, moved) == set()
+
+
 def test_a_package_that_runs_code_counts_and_an_empty_one_does_not(project: Path) -> None:
     path = project / "components/maths/__init__.py"
     assert changed(project, lambda: path.write_text("")) == set()

@@ -250,6 +250,7 @@ def edited(project: Path) -> Iterator[Path]:
     lock = (project / "dvc.lock").read_bytes()
     yield project
     subprocess.run(["git", "reset", "-q", "--hard"], cwd=project, check=True)
+    subprocess.run(["git", "clean", "-q", "-f", "components", "flows"], cwd=project, check=True)
     (project / "dvc.lock").write_bytes(lock)
     subprocess.run(["dvc", "checkout", "-q", "data/code"], cwd=project, check=True)
 
