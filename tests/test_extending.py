@@ -57,7 +57,9 @@ def follow(title: str, project: Path) -> str:
         elif step["old"]:
             path = project / step["old"]
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            at = next(n for n, line in enumerate(lines) if step["line"] in line)
+            found = [n for n, line in enumerate(lines) if step["line"] in line]
+            assert found, f"{step['old']} has no line {step['line']!r}"
+            at = found[0]
             lines[at : at + 1] = [text] if step["how"] == "instead of" else [lines[at], text]
             path.write_text("".join(lines), encoding="utf-8")
         else:
