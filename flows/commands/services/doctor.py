@@ -78,9 +78,11 @@ def print_findings(findings: list[Finding]) -> int:
 
 
 def _python(_root: Path) -> Iterator[Finding]:
-    good = sys.version_info[:2] == (3, 11)
+    good = (3, 11) <= sys.version_info[:2] <= (3, 13)
     version = ".".join(map(str, sys.version_info[:3]))
-    yield Finding("python", "ok" if good else "problem", version, "" if good else "use Python 3.11")
+    yield Finding(
+        "python", "ok" if good else "problem", version, "" if good else "use Python 3.11 to 3.13"
+    )
 
 
 def _machine(root: Path) -> Iterator[Finding]:
