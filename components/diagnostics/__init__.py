@@ -1,1 +1,1 @@
-"""diagnostics."""
+"""Figures and numbers that show what the method does."""

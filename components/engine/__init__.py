@@ -1,1 +1,1 @@
-"""engine."""
+"""One function over many untrusted items: workers, journals, quarantine."""

@@ -1,1 +1,1 @@
-"""images."""
+"""What a picture is: decoding, sizes, storage, value ranges."""

@@ -1,1 +1,1 @@
-"""planning."""
+"""What a settings file costs before anyone pays for it: operations, memory, disk, hours."""

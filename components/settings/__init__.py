@@ -1,1 +1,1 @@
-"""settings."""
+"""Every value of params.yaml: typed, bounded, documented."""

@@ -1,1 +1,1 @@
-"""signals."""
+"""Classical signals of a photograph, with the semantics of the published tools."""

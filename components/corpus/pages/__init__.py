@@ -1,1 +1,1 @@
-"""pages."""
+"""Pages and figures about a corpus: datasheet, differences, drift."""

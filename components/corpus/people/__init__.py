@@ -1,1 +1,1 @@
-"""people."""
+"""Evidence of people, and what is not safe for work."""

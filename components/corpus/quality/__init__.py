@@ -1,1 +1,1 @@
-"""quality."""
+"""How good a photograph is: the table of scorers, and what each of them computes."""

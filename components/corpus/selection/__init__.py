@@ -1,1 +1,1 @@
-"""selection."""
+"""From the table of signals to kept rows and training slices."""

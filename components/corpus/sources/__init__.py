@@ -1,1 +1,1 @@
-"""sources."""
+"""Where candidates come from: folders, lists of addresses, archives, published metadata."""

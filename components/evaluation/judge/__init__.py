@@ -1,1 +1,1 @@
-"""judge."""
+"""Pairwise preference by a vision-language model."""

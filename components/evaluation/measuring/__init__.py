@@ -1,1 +1,1 @@
-"""measuring."""
+"""Numbers of pictures, measured once and kept by content."""

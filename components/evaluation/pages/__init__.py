@@ -1,1 +1,1 @@
-"""pages."""
+"""Self-contained pages about a run and about an evaluation."""

@@ -1,1 +1,1 @@
-"""statistics."""
+"""From numbers to decisions: intervals, tests, power, the gate."""

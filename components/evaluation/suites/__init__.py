@@ -1,1 +1,1 @@
-"""suites."""
+"""Benchmark suites, and the systems that are measured on them."""

@@ -1,1 +1,1 @@
-"""native."""
+"""Metrics that need no weights, computed on native pixels."""

@@ -1,1 +1,1 @@
-"""networks."""
+"""Metrics that need a network: its preprocessing, its weights, its number."""

@@ -1,1 +1,1 @@
-"""loading."""
+"""Loading weights in the layouts in which they are published."""
