@@ -230,6 +230,7 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
     locked = read_lock(root)
     code = CodeChanges(root)
     code_differs = CODE in graph and (CODE not in locked or bool(status.get(CODE)))
+    frozen = {name for name, stage in read_stages(root).items() if stage.get("frozen")}
     for name, node in graph.items():
         if name not in locked:
             reasons[name] = "never run"
@@ -238,7 +239,7 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
         if name == CODE:
             # DVC calls it changed for a comment too.
             changes = changes if changes and not code.written() else []
-        elif code_differs or _names(changes, code_path(name)):
+        elif name not in frozen and (code_differs or _names(changes, code_path(name))):
             # By what the code means now, whatever the file in the workspace says.
             changes = _without(changes, code_path(name))
             changed = code.since(name, locked[name], cache)
