@@ -38,6 +38,7 @@ def expand_time(t: Tensor, like: Tensor) -> Tensor:
         raise ValueError(
             f"t: expected one time per sample, shape ({like.shape[0]},), got {tuple(t.shape)}"
         )
+    # Checked, not broadcast: a t of shape (1,) would silently give the whole batch one noise level.
     return t.reshape(-1, *(1,) * (like.ndim - 1))
 
 
@@ -64,6 +65,7 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
 
 def predict_data(noised: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
     """Data prediction z_hat = z_t - t v, in float32."""
+    # z_t - t v = (1 - t) z + t eps - t (eps - z) = z for the true velocity, at every t.
     return noised.float() - expand_time(t, noised).float() * velocity.float()
 
 
@@ -110,6 +112,7 @@ def wavelet_flow_loss(
     """
     if space not in ("x0", "v"):
         raise ValueError(f"space: expected 'x0' or 'v', got {space!r}")
+    # The four bands have equally many coefficients, so the mean of band means is the mean over all.
     error = at_least_float32(velocity) - velocity_target(latents, noise)
     if space == "x0":
         # z_hat - z = (z_t - t v) - z = -t (v - v*): no second pass over latents and noise.

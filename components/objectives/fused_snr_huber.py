@@ -51,6 +51,7 @@ def loss_and_gradient(
         (sum (B,), slopes (B, C, H, W)); times -t omega / N the slopes are the loss's gradient.
     """
     # In place where the tensor is this function's own: each new one costs page faults.
+    # v - v* = v - (eps - z) = v - eps + z, and W is linear: -t is applied before the transform.
     residual = torch.sub(velocity, noise).add_(latents).mul_(-t)
     # One division a sample instead of one a coefficient.
     curvature = threshold.pow(-2)
@@ -92,6 +93,7 @@ class _SnrHuber(torch.autograd.Function):
         settings: SnrHuberSettings,
         kernel: LossAndGradient,
     ) -> Tensor:
+        # Everything inside runs without autograd: `backward` is the only source of this gradient.
         clamped = clamp_time(t)
         wide = at_least_float32(velocity)
         total, slopes = kernel(
@@ -106,6 +108,8 @@ class _SnrHuber(torch.autograd.Function):
         # The one latent-sized tensor that is kept; everything else of the gradient is a factor
         # per sample.
         ctx.save_for_backward(slopes, -clamped * scale)
+        # -t is the derivative of the residual in the velocity; the kernel leaves it to the sample
+        # factor.
         ctx.dtype = velocity.dtype
         return scale * total
 
@@ -145,6 +149,7 @@ def fused_snr_huber_loss(
     Raises:
         ValueError: odd latent size, or t is not (B,).
     """
+    # Plain by default: on a CPU the compiled one was slower (docs/decisions.md, "fused SNR-HW").
     kernel = _compiled() if compiled else loss_and_gradient
     loss: Tensor = _SnrHuber.apply(velocity, latents, noise, t, settings, kernel)  # type: ignore[no-untyped-call]
     return loss

@@ -36,6 +36,7 @@ def haar(latents_BCHW: Tensor) -> Bands:
             f"latents: the Haar transform needs (..., H, W), got {tuple(latents_BCHW.shape)}"
         )
     height, width = latents_BCHW.shape[-2:]
+    # Refused, not padded: a padded row would enter the loss as coefficients that no image has.
     if height % 2 or width % 2 or not height or not width:
         raise ValueError(
             f"latents: the Haar transform needs an even height and width, got {height}x{width}; "

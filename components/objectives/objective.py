@@ -34,6 +34,8 @@ class Objective:
 def _snr_huber(
     velocity: Tensor, latents: Tensor, noise: Tensor, t: Tensor, settings: ObjectiveSettings
 ) -> Tensor:
+    # The fused one trains; the plain expression is its reference in the tests and gives band
+    # losses.
     from components.objectives.fused_snr_huber import fused_snr_huber_loss
 
     return fused_snr_huber_loss(velocity, latents, noise, t, settings.snr_huber)
@@ -60,6 +62,8 @@ def _flow_matching(
 ) -> Tensor:
     from components.objectives.flow_matching import flow_matching_loss
 
+    # Every objective has one signature, so that the trainer calls the table without knowing the
+    # row.
     del t, settings
     return flow_matching_loss(velocity, latents, noise)
 
@@ -86,4 +90,5 @@ def objective_loss(
     Returns:
         (B,) float32.
     """
+    # The name was checked when the settings were read; a wrong one cannot come this far.
     return OBJECTIVES[settings.kind].loss(velocity, latents, noise, t, settings)

@@ -44,11 +44,13 @@ LPIPS_COMMAND = (
 def luma(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] to (B, 1, H, W) in [0, 1]."""
     weights = images.new_tensor(LUMA).reshape(1, 3, 1, 1)
+    # GMSD's and SSIM's constants below are defined on this range.
     return ((images + 1.0) / 2.0 * weights).sum(1, keepdim=True)
 
 
 def wavelet_l1(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute error of one-level Haar coefficients; scalar."""
+    # The transform is linear: one of the difference instead of two.
     bands = haar(prediction.float() - target.float())
     return torch.stack([band.abs().mean() for band in bands]).mean()
 
@@ -64,10 +66,13 @@ def gmsd(prediction: Tensor, target: Tensor) -> Tensor:
 
     def magnitude(images: Tensor) -> Tensor:
         gradients = F.conv2d(F.avg_pool2d(luma(images.float()), 2), kernels, padding=1)
+        # Flat patches have zero gradients, where a bare square root has an infinite derivative.
         return torch.sqrt(gradients.square().sum(1) + ROOT_EPSILON)
 
     a, b = magnitude(prediction), magnitude(target)
     similarity = (2 * a * b + GMSD_CONSTANT) / (a.square() + b.square() + GMSD_CONSTANT)
+    # Population variance, as the deviation over all pixels is defined; equal images give 1e-4, not
+    # 0.
     return torch.sqrt(similarity.flatten(1).var(1, correction=0) + ROOT_EPSILON)
 
 
@@ -85,6 +90,7 @@ def _ssim_terms(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         # A Gaussian is separable: 2 x 11 products a pixel instead of 121.
         return F.conv2d(F.conv2d(x, window.reshape(1, 1, -1, 1)), window.reshape(1, 1, 1, -1))
 
+    # Valid convolution: only windows that lie wholly inside the image count, as in scikit-image.
     mean_a, mean_b = smooth(a), smooth(b)
     # E[x^2] - E[x]^2 in float32: luma lies in [0, 1], so the rounding is far below 0.03^2.
     var_a = smooth(a * a) - mean_a.square()
@@ -107,6 +113,7 @@ def ms_ssim(prediction: Tensor, target: Tensor) -> Tensor:
     a, b = luma(prediction.float()), luma(target.float())
     if min(a.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"images: MS-SSIM needs at least {SSIM_WINDOW} px, got {a.shape[-2:]}")
+    # A scale halves the edge: the next one is used only where the window still fits into it.
     scales = 1
     while scales < len(MS_SSIM_WEIGHTS) and min(a.shape[-2:]) >> scales >= SSIM_WINDOW:
         scales += 1
@@ -167,6 +174,7 @@ def _verified_backbone(path: str | None, sha256: str | None) -> dict[str, Tensor
     file = Path(path).expanduser()
     if not file.is_file():
         raise WeightsMissing(name, file, LPIPS_COMMAND)
+    # An unverified backbone would print numbers named LPIPS that are not: no hash is no permission.
     if not sha256:
         raise WeightsMissing(name, file, LPIPS_COMMAND, "lpips_sha256 not set, cannot verify it")
     with file.open("rb") as stream:
@@ -262,5 +270,6 @@ class ReconstructionLoss(nn.Module):
         if self.settings.perceptual_kind != "none":
             terms[self.perceptual_name] = self._perceptual_distance(prediction, target)
             total = total + self.settings.perceptual * terms[self.perceptual_name]
+        # The terms stay unweighted, so that curves of runs with other weights can be compared.
         terms["total"] = total
         return terms
