@@ -87,6 +87,7 @@ class UpsampledConv2d(nn.Conv2d):
         # that training moves the 3x3 weights, whose names and shapes every Flux folder has.
         kernels = phase_kernels(self.weight)
         phases = [
+            # Phase p of the outputs starts one source pixel later; both read 2x2 windows.
             F.conv2d(padded[:, :, p : p + rows + 1, q : q + columns + 1], kernels[p, q], self.bias)
             for p in (0, 1)
             for q in (0, 1)
@@ -131,6 +132,7 @@ class AutoencoderKLF16(AutoencoderKL):
         stride: int = 2,
         decode_mode: DecodeMode = "aligned",
     ) -> None:
+        # Any other number would silently leave an F8: only 2 changes layers below.
         if stride not in (1, 2):
             raise ValueError(f"stride: expected 1 or 2, got {stride}")
         if decode_mode not in DECODE_MODES:
@@ -160,11 +162,15 @@ class AutoencoderKLF16(AutoencoderKL):
         if stride == 2:
             # Stride and nothing else: with padding 1 the stem gives F8's result at even pixels.
             self.encoder.conv_in.stride = (2, 2)
+            # Only the class changes; names and shapes stay, so that F8 state dicts load without
+            # conversion.
             self.decoder.conv_out = UpsampledConv2d(
                 block_out_channels[0], out_channels, decode_mode
             )
         # diffusers derives a tile's latents from the number of levels and misses the stride: tiles
         # would not meet (the released class raises).
+        # Rounded down to a size that has whole latents in its overlap, whatever sample_size a stock
+        # folder has.
         self.set_tile_size(
             max(self.tile_multiple, sample_size // self.tile_multiple * self.tile_multiple)
         )
@@ -193,6 +199,8 @@ class AutoencoderKLF16(AutoencoderKL):
             raise ValueError(
                 f"tile_px: expected a positive multiple of {self.tile_multiple}, got {tile_px}"
             )
+        # Both sizes together: diffusers cuts images by the first, latents by the second, and blends
+        # over the overlap that follows from each.
         self.tile_sample_min_size = tile_px
         self.tile_latent_min_size = tile_px // self.spatial_compression
         self.tile_overlap_factor = 0.25
@@ -212,6 +220,8 @@ class AutoencoderKLF16(AutoencoderKL):
             kwargs.get("subfolder"),
             ("AutoencoderKLF16", "AutoencoderKL"),
         )
+        # The configuration of an F8 folder has no stride, so the constructor's default makes it
+        # F16.
         model: AutoencoderKLF16 = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         # diffusers records the folder in the configuration; saved bytes must not depend on it.
         model.register_to_config(_name_or_path="")

@@ -51,6 +51,7 @@ class TextFamily:
 
     def models(self, encoders: Any) -> list[Any]:
         """The networks among loaded encoders."""
+        # Tokenizers stand in the same layout and take no memory on a device.
         return [getattr(encoders, name) for name in self.folders if "tokenizer" not in name]
 
 
@@ -194,6 +195,8 @@ class Backbone(ABC):
         Raises:
             ValueError: an edge is odd, or beyond the position table.
         """
+        # Asked before training: an odd edge leaves half a patch, and the first such batch would
+        # stop a run that had long begun.
         del transformer
         check_even(height, width)
 
@@ -207,6 +210,7 @@ class Backbone(ABC):
         Raises:
             ValueError: the backbone's plans do not come this way.
         """
+        # Backbones with a closed form (Flux) are planned from it and need no model.
         del latent_hw
         raise ValueError(
             f"models.transformer.backbone {self.name}: no plan for the configuration of "

@@ -46,6 +46,7 @@ def backbone_of_config(config: Mapping[str, Any]) -> Backbone:
     Raises:
         ValueError: it is that of no backbone.
     """
+    # A key that the others lack, not `_class_name`: stock and own classes share it.
     for backbone in BACKBONES.values():
         if backbone.config_key in config:
             return backbone
@@ -59,6 +60,7 @@ def backbone_of_class(name: str | None) -> Backbone | None:
 
 def backbone_in(path: Path) -> Backbone:
     """Backbone whose transformer a folder or file holds; the first one where it does not say."""
+    # class_name is None for a single file.
     return backbone_of_class(class_name(path)) or next(iter(BACKBONES.values()))
 
 

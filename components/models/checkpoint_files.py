@@ -37,6 +37,7 @@ def file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             f"{path}: pickled weights can run code and are not loaded; get the .safetensors file"
         )
     try:
+        # get_slice knows shapes from the header; get_tensor would read the weights.
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as problem:
@@ -60,6 +61,7 @@ def folder_shapes(folder: Path, what: str, command: str) -> dict[str, tuple[int,
     """
     # Variants such as diffusion_pytorch_model.fp16.safetensors are not what from_pretrained reads.
     names = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+    # The index comes first, as in diffusers: where both are there, the shards are what is loaded.
     for name in names:
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -84,9 +86,11 @@ def _shard_shapes(index: Path, what: str, command: str) -> dict[str, tuple[int, 
         if not path.is_file():
             raise WeightsMissing(what, path, command, "named by the index of shards")
         held = file_shapes(path)
+        # A shard of another model may have the same file name and be readable.
         absent = [name for name, place in places.items() if place == shard and name not in held]
         if absent:
             raise WeightsBroken(f"{path}: the index expects {_listed(absent)}; download it again")
+        # What a shard holds beyond the index is taken too, so that it is named as unknown later.
         shapes |= held
     return shapes
 
@@ -102,6 +106,7 @@ def require_shapes(needed: Shapes, found: Shapes, where: str | Path) -> None:
     Raises:
         WeightsBroken: tensors are missing, unknown, or have another shape; names the first few.
     """
+    # All kinds of problems in one message: they tell a wrong model from a damaged one.
     problems = []
     if missing := [name for name in needed if name not in found]:
         problems.append(f"{len(missing)} tensors are missing ({_listed(missing)})")

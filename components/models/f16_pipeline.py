@@ -14,6 +14,7 @@ from torch import Tensor
 
 from components.models.autoencoder_f16 import AutoencoderKLF16
 
+# The released script's schedule bit for bit; its `time_shift = 4` is read by nothing.
 SHIFT = 3.0
 Schedule: TypeAlias = Literal["static", "dynamic"]
 
@@ -29,10 +30,12 @@ def build_scheduler(
             and mu grows linearly with the number of image tokens, from 0.5 at 256 to 1.15 at 4096
             (and on: 3.23 at the 16,384 tokens of a 4096x4096 image).
     """
+    # Nothing but the shift: terminal or Karras variants would change the released noise levels.
     if schedule == "static":
         return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
     return FlowMatchEulerDiscreteScheduler(
         shift=shift,
+        # FLUX.1-dev's four numbers; the line goes on beyond 4096 tokens without a cap.
         use_dynamic_shifting=True,
         base_shift=0.5,
         max_shift=1.15,
@@ -73,6 +76,8 @@ class F16Pipeline(_Mixable):
         It counts downsamplers and so misses the stride of the stem.
         """
         self.vae_scale_factor = int(vae.spatial_compression)
+        # Its multiple is a token's, not a latent's: else it would let a size through that cannot be
+        # packed.
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.size_multiple)
 
     @property
@@ -103,12 +108,14 @@ class F16Pipeline(_Mixable):
             ValueError: channels do not fit.
         """
         per_latent, channels = cls.channels_per_latent, vae.config.latent_channels
+        # Said here in words: the first matrix product would only name two sizes.
         if transformer.config.in_channels != per_latent * channels:
             times = f"{per_latent} times " if per_latent > 1 else ""
             raise ValueError(
                 f"transformer: in_channels {transformer.config.in_channels} must be {times}the "
                 f"autoencoder's {channels} latent channels"
             )
+        # From any object with these names; missing ones become None, as when embeddings are passed.
         parts = {name: getattr(encoders, name, None) for name in cls.text_parts}
         make: Any = cls
         made: Self = make(

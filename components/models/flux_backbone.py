@@ -50,7 +50,9 @@ class FluxBackbone(Backbone):
             axes_dims_rope=tiny.axes_dims_rope,
             joint_attention_dim=widths[0],
             pooled_projection_dim=widths[1],
+            # A token is a 2x2 block, packed before the transformer.
             in_channels=4 * latent_channels,
+            # As FLUX.1-dev, so that a tiny run goes through the guidance input too.
             guidance_embeds=True,
             rope_variant=settings.rope_variant,
             rope_window=settings.rope_window,
@@ -66,6 +68,7 @@ class FluxBackbone(Backbone):
         return UltraFluxTransformer2DModel.from_pretrained(
             folder,
             torch_dtype=torch.float32,
+            # Passed explicitly: a stock folder's configuration has no rope entries.
             rope_variant=settings.rope_variant,
             rope_window=settings.rope_window,
         )
@@ -104,13 +107,17 @@ class FluxBackbone(Backbone):
 
         from components.models.latent_tokens import pack_latents, unpack_latents
 
+        # Extent from the tensor, so a batch of any bucket needs no further argument.
         height, width = noised.shape[-2:]
         grid = (height // 2, width // 2)
+        # A model without the embedder rejects the argument's value, one with it needs a value.
         takes_guidance = bool(bare_model(transformer).config.guidance_embeds)
         tokens = transformer(
             hidden_states=pack_latents(noised).to(dtype),
             encoder_hidden_states=text.to(dtype),
             pooled_projections=pooled.to(dtype),
+            # t in [0, 1]: the model rounds it to its weights' dtype, then multiplies by 1000
+            # itself.
             timestep=t,
             guidance=torch.full_like(t, guidance_scale) if takes_guidance else None,
             # Named although None: diffusers looks the ids up to split them over ranks.
@@ -119,6 +126,7 @@ class FluxBackbone(Backbone):
             grid_hw=grid,
             return_dict=False,
         )[0]
+        # float32 from here on: losses and the sampler's sums take small differences.
         return unpack_latents(tokens, *grid).float()
 
     def shape(self, transformer: Any) -> tuple[int, int, int]:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 def pack_latents(latents_BChw: Tensor) -> Tensor:
     """(B, C, h, w) to tokens (B, h/2 * w/2, 4 C), row by row, channels outermost in a token."""
+    # The order is part of the weights' meaning: the embedder's columns belong to (c, p, q) in this
+    # order.
     return rearrange(latents_BChw, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
 
 

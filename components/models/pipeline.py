@@ -46,6 +46,7 @@ class UltraFluxPipeline(F16Pipeline, FluxPipeline):
     Text components may be None when prompt embeddings are passed.
     """
 
+    # Optional for diffusers: None is saved and loads again as None.
     _optional_components: ClassVar[list[str]] = [
         *FluxPipeline._optional_components,
         *FOLDERS,
@@ -76,6 +77,7 @@ class UltraFluxPipeline(F16Pipeline, FluxPipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
+        # After the constructor, which sets its own grid of 8 px.
         self._take_grid(vae)
 
     @staticmethod
@@ -201,10 +203,12 @@ class UltraFluxPipeline(F16Pipeline, FluxPipeline):
         """
         device, (batch, channels) = self._execution_device, clean.shape[:2]
         height, width = (self.size_multiple * tokens for tokens in grid)
+        # In the dtype in which text-to-image draws, since the numbers drawn depend on it.
         noise, _ = self.prepare_latents(
             batch, channels, height, width, self.transformer.dtype, device, generators
         )
         config = self.scheduler.config
+        # As FluxPipeline computes it, for the dynamic schedule; the static one ignores mu.
         mu = calculate_shift(
             grid[0] * grid[1],
             config.get("base_image_seq_len", 256),
@@ -216,6 +220,7 @@ class UltraFluxPipeline(F16Pipeline, FluxPipeline):
         # shifted value of the first one.
         self.scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=mu, device=device)
         t = self.scheduler.sigmas[0].to(device)
+        # Mixed as tokens: the noise comes packed from `prepare_latents`.
         packed = self._pack_latents(clean.to(device), *clean.shape)
         # In float32, rounded once: FluxPipeline casts given latents to the embeddings' dtype.
         return (1 - t) * packed + t * noise.float()
@@ -226,6 +231,7 @@ class UltraFluxPipeline(F16Pipeline, FluxPipeline):
         if output_type == "latent":
             return FluxPipelineOutput(images=self._pack_latents(latents, *latents.shape))
         config = self.vae.config
+        # What FluxPipeline does after its last step.
         raw = latents / config.scaling_factor + config.shift_factor
         device = get_module_execution_device(self.vae)
         decoded = self.vae.decode(raw.to(device, self.vae.dtype), return_dict=False)[0]

@@ -40,6 +40,7 @@ AMPLITUDE_SLOPE = 0.1
 
 def plain_frequencies(dim: int, theta: float) -> FloatArray:
     """Standard rotary frequencies theta^(-2k/dim), k = 0 .. dim/2 - 1."""
+    # float64 throughout: the tables are cast to float32 once, after the last product.
     exponents: FloatArray = np.arange(0, dim, 2, dtype=np.float64) / dim
     return np.asarray(1.0 / theta**exponents, dtype=np.float64)
 
@@ -100,6 +101,7 @@ def _official_frequencies(
     snapped = snapped_frequencies(dim, window=window, theta=theta, variant=variant)
     linear = snapped / scale
     # "The same exponents": the snapped spectrum re-based, w = theta^-e -> base^-e.
+    # This base slows the slowest plain band by exactly s and leaves the fastest as it is.
     base = theta * scale ** (dim / (dim - 2))
     ntk = snapped ** (math.log(base) / math.log(theta))
     # Two ramps in sequence, as in the released code: linear to NTK, then the result to plain.
@@ -112,6 +114,8 @@ def _official_frequencies(
 def _paper_frequencies(dim: int, theta: float, window: int, scale: float) -> FloatArray:
     """Text's formulas: snap every band, ramp between w/s and w by its whole cycles."""
     snapped = snapped_frequencies(dim, window=window, theta=theta, variant="paper")
+    # Whole numbers of at least one after snapping, so the ramp has two values: 1/2 at one cycle and
+    # 1 from two on.
     cycles = window * snapped / (2 * math.pi)
     high, low = LINEAR_TO_NTK_CYCLES
     keep = np.clip((cycles - low) / (high - low), 0.0, 1.0)
@@ -159,6 +163,8 @@ def axis_spectrum(
         # Within the window the released code changes nothing, snapping included: an axis switches
         # from Flux' positions to snapped ones at token 65, and on its own, whatever the other does.
         return plain_frequencies(dim, theta), 1.0
+    # The amplitude multiplies cos and sin of queries and of keys, so attention logits grow by its
+    # square: YaRN's temperature, which sharpens a softmax over more tokens.
     scale = tokens / window
     frequencies = _official_frequencies(dim, theta, window, scale, variant)
     return frequencies, AMPLITUDE_SLOPE * math.log(scale) + 1
@@ -200,6 +206,8 @@ class ResonanceRope2D(nn.Module):
         # The caches below are plain attributes, not buffers: they must not enter a state dict
         # (stock Flux folders have none) nor follow `.to(bfloat16)`.
         axis_spectrum(1, 4, window=self.window, variant=variant)  # rejects bad settings early
+        # Set by the transformer before each forward pass: diffusers calls this module with ids
+        # alone.
         self.grid_hw: tuple[int, int] | None = None
         self._axes: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = {}
         self._tables: dict[tuple[int, int, int, str], tuple[Tensor, Tensor]] = {}
@@ -222,6 +230,8 @@ class ResonanceRope2D(nn.Module):
             (cos, sin), each (text_len + tokens_h * tokens_w, sum(axes_dims)) float32, every value
             twice in a row. Cached per argument tuple; treat as read-only.
         """
+        # Plain ints and a string: a key must not hold tensors, nor depend on how the device was
+        # written.
         key = (int(text_len), int(tokens_h), int(tokens_w), str(torch.device(device)))
         if key not in self._tables:
             image_ids = grid_ids(key[1], key[2], device=device)
@@ -282,6 +292,7 @@ class ResonanceRope2D(nn.Module):
         # Phases in float64: at position 400 float32 would lose 2e-5 rad in the fastest band.
         phases = torch.outer(positions, torch.from_numpy(frequencies))
         return (
+            # Neighbouring channels are a rotated pair in Flux, so each phase stands twice in a row.
             (phases.cos() * amplitude).float().repeat_interleave(2, dim=1).to(device),
             (phases.sin() * amplitude).float().repeat_interleave(2, dim=1).to(device),
         )

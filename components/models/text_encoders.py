@@ -34,7 +34,9 @@ from components.models.checkpoint_files import WeightsBroken, folder_shapes
 
 CLIP_CONTEXT = 77
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+# CLIP marks the end of a word in its last symbol, so "cat" alone and in "category" differ.
 WORD_END = "</w>"
+# Tokenizers first: loaders look for the first half before they open any weights.
 FOLDERS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 DOWNLOAD = download_command(
     "black-forest-labs/FLUX.1-dev",
@@ -66,9 +68,12 @@ def learn_merges(words: Counter[tuple[str, ...]], count: int) -> list[tuple[str,
     Returns:
         Merges in order.
     """
+    # Distinct words with their counts: a corpus repeats its words, so a merge visits each once.
     current = dict(words)
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
+        # Counted anew after every merge: slower than updating, and nothing to get wrong at tiny
+        # sizes.
         pairs: Counter[tuple[str, str]] = Counter()
         for symbols, occurrences in current.items():
             for pair in pairwise(symbols):
@@ -77,6 +82,7 @@ def learn_merges(words: Counter[tuple[str, ...]], count: int) -> list[tuple[str,
             break
         # Most frequent first, then the smaller pair: the only order that every process agrees on.
         best, occurrences = min(pairs.items(), key=lambda item: (-item[1], item[0]))
+        # A pair that occurs once would only spell one word of the training text.
         if occurrences < 2:
             break
         merges.append(best)
@@ -89,11 +95,14 @@ def learn_merges(words: Counter[tuple[str, ...]], count: int) -> list[tuple[str,
 
 
 def _apply_merge(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    # Most words do not hold the pair; the tuple itself is returned for them.
     if pair[0] not in symbols:
         return symbols
     out: list[str] = []
     index = 0
     while index < len(symbols):
+        # From left to right without overlap, as the tokenizer applies merges: "aaa" gives "aa",
+        # "a".
         if symbols[index : index + 2] == pair:
             out.append(pair[0] + pair[1])
             index += 2
@@ -121,9 +130,11 @@ def train_clip_tokenizer(captions: Sequence[str], vocab_size: int) -> CLIPTokeni
     for caption in captions:
         for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)):
             words[(*word[:-1], word[-1] + WORD_END)] += 1
+    # Sorted: the library returns it in no fixed order, and ids must not depend on the process.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # All 256 bytes alone and at a word's end: every text is spelled without an unknown token.
     entries = [*alphabet, *(byte + WORD_END for byte in alphabet)]
+    # Two for the special tokens, which stand last, as in CLIP.
     merges = learn_merges(words, max(0, vocab_size - len(entries) - 2))
     # Two merge orders can spell the same token; the vocabulary holds it once.
     entries = list(dict.fromkeys([*entries, *(a + b for a, b in merges)]))
@@ -149,13 +160,18 @@ def train_t5_tokenizer(captions: Sequence[str], vocab_size: int) -> T5TokenizerF
         sentence_iterator=iter(captions),
         model_writer=model,
         model_type="unigram",
+        # sentencepiece refuses a vocabulary that cannot hold every character and its own control
+        # symbols.
         vocab_size=max(vocab_size, characters + 16),
+        # A short text cannot fill the wanted size; without this it would be an error.
         hard_vocab_limit=False,
         character_coverage=1.0,
+        # Text is taken as it is: captions may be Chinese, and NFKC would change their punctuation.
         normalization_rule_name="identity",
         pad_id=0,
         eos_id=1,
         unk_id=2,
+        # T5 has no start token.
         bos_id=-1,
         # One thread: the sums of its EM steps, and so the scores, depend on the split.
         num_threads=1,
@@ -163,6 +179,7 @@ def train_t5_tokenizer(captions: Sequence[str], vocab_size: int) -> T5TokenizerF
     )
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+    # Sentinels belong to T5's pre-training; an encoder of prompts never sees one.
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
@@ -218,6 +235,8 @@ def tiny_clip_config(tokenizer: CLIPTokenizer, width: int, num_layers: int) -> C
         num_attention_heads=_heads(width),
         max_position_embeddings=CLIP_CONTEXT,
         bos_token_id=tokenizer.bos_token_id,
+        # transformers pools at the first token with this id: another one would pool at the wrong
+        # place.
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -233,7 +252,9 @@ def tiny_t5_config(tokenizer: T5TokenizerFast, width: int, num_layers: int) -> T
         d_ff=2 * width,
         num_layers=num_layers,
         num_heads=_heads(width),
+        # As T5 v1.1, which Flux uses; the planner's closed form counts the gate's third matrix.
         feed_forward_proj="gated-gelu",
+        # Embeddings must be the same every time, whatever mode somebody leaves the encoder in.
         dropout_rate=0.0,
         pad_token_id=0,
         eos_token_id=1,
@@ -267,6 +288,8 @@ def build_tiny_text_encoders(
     clip_tokenizer, t5_tokenizer = train_tokenizers(captions, out_dir, vocab_size=vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # CLIP before T5: both draw from one seeded stream, so the order is part of the seed's
+        # meaning.
         clip = CLIPTextModel(tiny_clip_config(clip_tokenizer, clip_dim, num_layers)).eval()
         t5 = T5EncoderModel(tiny_t5_config(t5_tokenizer, t5_dim, num_layers)).eval()
     clip.save_pretrained(Path(out_dir) / "text_encoder")
@@ -323,6 +346,7 @@ def load_encoder(kind: Any, path: Path, what: str, command: str, dtype: torch.dt
         WeightsBroken: a file cannot be read, or does not hold the encoder's tensors.
     """
     folder = resolve_folder(path, what, command)
+    # For what it refuses (pickled, truncated or missing shards); encoders' names are checked below.
     folder_shapes(folder, what, command)
     try:
         model, report = kind.from_pretrained(
@@ -334,6 +358,7 @@ def load_encoder(kind: Any, path: Path, what: str, command: str, dtype: torch.dt
         )
     except RuntimeError as problem:
         raise WeightsBroken(f"{folder}: {' '.join(str(problem).split())[:300]}") from None
+    # Only what the encoder would lack counts: a file may hold more than this class reads.
     for kind_of_problem in ("missing_keys", "mismatched_keys"):
         if lost := sorted(str(key) for key in report[kind_of_problem]):
             names = ", ".join(lost[:3])
@@ -358,6 +383,7 @@ def encode_prompts(
         (T5 embeddings (B, L, D), pooled CLIP embedding (B, P)), in the encoders' dtypes.
     """
     texts = list(prompts)
+    # Padded to the full length and not trimmed: another number of positions is another embedding.
     t5_tokens = encoders.tokenizer_2(
         texts,
         padding="max_length",

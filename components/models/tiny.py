@@ -60,6 +60,7 @@ def synthetic_images(count: int, size_px: int, seed: int) -> Tensor:
     Returns:
         (count, 3, size_px, size_px) float32, luma spread about 0.5, clipped to [-1, 1].
     """
+    # NumPy names its generator: the calibration must not change with torch's default one.
     rng = np.random.Generator(np.random.PCG64(seed))
     fy, fx = np.fft.fftfreq(size_px)[:, None], np.fft.rfftfreq(size_px)[None, :]
     radius = np.hypot(fy, fx)
@@ -67,6 +68,7 @@ def synthetic_images(count: int, size_px: int, seed: int) -> Tensor:
     radius[0, 0] = 1.0 / size_px
     noise = rng.standard_normal((count, 3, size_px, size_px))
     fields = np.fft.irfft2(np.fft.rfft2(noise) / radius, s=(size_px, size_px))
+    # Each field alone has spread 1, so the colour spreads below are exact for every image.
     fields /= fields.std(axis=(2, 3), keepdims=True)
     # Luma spread 0.5 a channel; chroma a third of it, as in photographs.
     spread = 0.5 * math.sqrt(3) * np.array([1.0, 0.35, 0.25])[:, None, None]
@@ -80,15 +82,18 @@ def _parent_weight(parent: tuple[int, int, int], child: tuple[int, int, int]) ->
 
     With coordinates in [-1, 1], a child's u is the parent's U = (u + s) / 2, s = -1 or 1.
     """
+    # Colours do not mix: they were made orthonormal in the stem.
     if parent[0] != child[0]:
         return torch.zeros(2, 2, dtype=torch.float64)
 
     def axis(power: int, k: int) -> Tensor:
         if k > power:
+            # A child's higher power never enters a lower one of its parent.
             return torch.zeros(2, dtype=torch.float64)
         shifts = torch.tensor([-1.0, 1.0], dtype=torch.float64)
         return shifts.pow(power - k) * (math.comb(power, k) / 2**power)
 
+    # (u + s)^p expands into children's powers; 1/4 makes a parent the mean over four children.
     return torch.outer(axis(parent[1], child[1]), axis(parent[2], child[2])) / 4
 
 
@@ -108,6 +113,7 @@ def _zero(module: Any) -> None:
 
 def _pass_through(resnet: Any) -> None:
     """Make a residual block the identity on the channels that it keeps."""
+    # conv2 ends the branch: with it at zero, whatever norms and conv1 do is multiplied by zero.
     _zero(resnet.conv2)
     shortcut = resnet.conv_shortcut
     if shortcut is not None:
@@ -127,6 +133,7 @@ def _moments_that_fit(vae: AutoencoderKLF16) -> tuple[tuple[int, int, int], ...]
     # On n pixels, powers from n on are combinations of the lower ones.
     patch = vae.spatial_compression
     independent = [moment for moment in MOMENTS if max(moment[1:]) < patch]
+    # A prefix: what a moment needs of its children stands before it in MOMENTS.
     return tuple(independent[:room])
 
 
@@ -146,6 +153,7 @@ def _make_encoder_linear(vae: AutoencoderKLF16, moments: Sequence[tuple[int, int
                 encoder.conv_in.weight[index, :, 1, 1] = OPPONENT_COLOURS[colour].float()
             continue
         # Padding 1 at stride 2: kernel entries 1 and 2 lie on pixels 2i and 2i + 1.
+        # Of a child's constant moment alone: a pixel has no higher ones.
         corner = _parent_weight((colour, row, column), (colour, 0, 0))
         block = torch.einsum("c,hw->chw", OPPONENT_COLOURS[colour], corner)
         encoder.conv_in.weight[index, :, 1:, 1:] = block.float()
@@ -171,6 +179,7 @@ def _make_encoder_linear(vae: AutoencoderKLF16, moments: Sequence[tuple[int, int
 def _pair_slots(channels: int, groups: int, signals: int) -> tuple[list[int], list[int]]:
     """Channel of each signal's x (its -x is next), and of each group's K (its -K is next)."""
     size = channels // groups
+    # Signals go to the groups in turn, so that none holds all the strong ones.
     slots = [group * size + 2 * pair for pair in range((size - 2) // 2) for group in range(groups)]
     return slots[:signals], [group * size + size - 2 for group in range(groups)]
 
@@ -236,6 +245,8 @@ def _calibrate(vae: AutoencoderKLF16, signals: int, seed: int) -> None:
         matrix = torch.cat([(-1.0) ** k * whiten for k in range(repeats)])[:latent_channels]
         _set_readout(vae, matrix, -matrix @ centre)
     latents = vae.encode(images).latent_dist.mode().double()
+    # Rounded, so that the last bits of another machine's sums do not change config.json; + 0.0
+    # turns -0.0 into 0.0.
     vae.register_to_config(
         shift_factor=round(float(latents.mean()), 6) + 0.0,
         scaling_factor=round(float(1.0 / latents.std()), 6),

@@ -36,6 +36,7 @@ def grid_of_ids(img_ids: Tensor) -> tuple[int, int]:
     Copies two numbers to the host, so it is kept out of compiled graphs; pass `grid_hw` to avoid
     it. Ids of a part of the image (context parallelism) would give the wrong extent.
     """
+    # Ids count from 0 on each axis, so the highest is the extent less one.
     highest = img_ids.amax(dim=0)[1:].tolist()
     return int(highest[0]) + 1, int(highest[1]) + 1
 
@@ -88,6 +89,7 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
         # Built here and not assigned to a finished model: what is not in the constructor is not in
         # config.json, and a reloaded model would silently have plain positions again.
         self.pos_embed = ResonanceRope2D(axes_dims_rope, rope_theta, rope_window, rope_variant)
+        # Not configuration: it is the state of a call and must not be saved.
         self._context_grid: tuple[int, int] | None = None
 
     @contextmanager
@@ -148,6 +150,7 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
             ValueError: neither grid nor ids, they do not match the tokens, or ids of a dtype that
                 cannot hold the grid's positions exactly.
         """
+        # The argument wins: whoever passes it knows this batch, a context is only the surroundings.
         grid = grid_hw or self._context_grid
         if img_ids is None:
             if grid is None:
@@ -162,8 +165,11 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
                     "grid_hw: pass it, because a rank sees the ids of a part of the image only"
                 )
             grid = grid_of_ids(img_ids)
+        # Named here: the attention would only speak of two sizes that differ.
         _check_ids(img_ids, hidden_states.shape[1], grid)
         if txt_ids is None:
+            # As many as this rank holds: under context parallelism the text is split before
+            # `forward` too.
             txt_ids = img_ids.new_zeros(encoder_hidden_states.shape[1], 3)
         elif txt_ids.ndim == 3:
             txt_ids = txt_ids[0]
@@ -198,6 +204,8 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
         if config is None:
             return ids
         if config.ulysses_anything or config.ring_anything:
+            # Uneven shares: the first ranks get one row more, as diffusers' own split of the
+            # tokens.
             parts = ids.tensor_split(config._flattened_mesh.size(), dim=0)
             return parts[dist.get_rank(config._flattened_mesh.get_group())]
         return EquipartitionSharder.shard(ids, 0, config._flattened_mesh)
@@ -230,6 +238,7 @@ class UltraFluxTransformer2DModel(FluxTransformer2DModel):
 def _check_ids(img_ids: Tensor, tokens: int, grid: tuple[int, int]) -> None:
     if img_ids.shape[0] != tokens:
         raise ValueError(f"img_ids: {img_ids.shape[0]} positions for {tokens} image tokens")
+    # Rounded ids give neighbouring rows or columns one position, and nothing fails.
     limit = EXACT_INTEGERS.get(img_ids.dtype)
     if limit is not None and max(grid) > limit + 1:
         raise ValueError(

@@ -55,6 +55,8 @@ def load_base_autoencoder(
             folder,
             stride=settings.stride,
             decode_mode=settings.decode_mode,
+            # Whatever the folder's dtype: the decoder is trained in float32, and the digest covers
+            # the bytes.
             torch_dtype=torch.float32,
             local_files_only=True,
         )
@@ -79,6 +81,7 @@ def encoder_digest(autoencoder: AutoencoderKLF16) -> str:
 
 def autoencoder_digest(autoencoder: AutoencoderKLF16) -> str:
     """Sha256 of everything that determines a reconstruction: all weights and the configuration."""
+    # Private entries name versions and folders, which change no pixel.
     config = {k: v for k, v in autoencoder.config.items() if not k.startswith("_")}
     return _digest(autoencoder, json.dumps(config, sort_keys=True, default=str), ("",))
 

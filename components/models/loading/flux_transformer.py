@@ -33,7 +33,9 @@ def load_transformer(
     if path.is_file():
         return load_single_file(path, dtype=dtype, rope_variant=rope_variant or "official")
     require_class(path, None, TRANSFORMER_CLASSES)
+    # Passed only where asked for: a value would replace what an exported folder was trained with.
     changes = {"rope_variant": rope_variant} if rope_variant is not None else {}
+    # Before from_pretrained, which only warns about tensors that it does not find.
     check_folder(path, UltraFluxTransformer2DModel, "transformer")
     return UltraFluxTransformer2DModel.from_pretrained(
         path, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **changes

@@ -35,6 +35,7 @@ def parse_memory(text: str) -> MemoryModes:
     Raises:
         ValueError: an unknown mode.
     """
+    # A set: the order of modes means nothing, and "none" beside others adds nothing.
     names = {name.strip() for name in text.split(",")} - {"", "none"}
     unknown = sorted(names - set(MEMORY_MODES))
     if unknown:

@@ -82,6 +82,7 @@ def find_sources(
             gets it.
         WeightsBroken: `model` is a file of pickled weights.
     """
+    # A file or a transformer's own folder is only a transformer; the rest comes from the base.
     repository = model
     if model.suffix in (".safetensors", *PICKLED_SUFFIXES) or class_name(model) in (
         TRANSFORMER_CLASSES
@@ -100,6 +101,7 @@ def find_sources(
             f"{chosen_transformer}: pickled weights can run code and are not loaded; get the "
             ".safetensors file"
         )
+    # The model's own autoencoder first: UltraFlux' F16 decoder is not the base's F8.
     candidates = [repository / "vae", fallback / "vae"]
     chosen_vae = autoencoder or next(filter(_holds, candidates), candidates[0])
     if not _holds(chosen_vae):
@@ -116,12 +118,14 @@ def find_sources(
             missing.append(WeightsMissing(name, encoders / name, command))
     if missing:
         raise ComponentsMissing(missing)
+    # Never missing: without a folder Flux' values are built in.
     schedules = (root / "scheduler" for root in (repository, fallback))
     scheduler = next((s for s in schedules if (s / "scheduler_config.json").is_file()), None)
     return ModelSources(chosen_transformer, chosen_vae, encoders, scheduler)
 
 
 def _repository_of(folder: Path) -> str:
+    # Folders are named after repositories by the download commands, so the name tells which one.
     return FLUX if "flux.1" in folder.name.lower() else ULTRAFLUX
 
 
@@ -226,6 +230,7 @@ def load_pipeline(
     """
     if encoders is None and with_encoders:
         encoders = family_in(sources.text_encoders).load(sources.text_encoders, dtype=dtype)
+    # Compared before gigabytes of transformer are read.
     backbone = backbone_in(sources.transformer)
     if encoders is not None and family_of(encoders) is not backbone.text_family():
         raise ValueError(

@@ -73,6 +73,8 @@ def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict without what collections put before the transformer's keys."""
     for prefix in _PREFIXES:
         if any(name.startswith(prefix) for name in state):
+            # Keys without it belong to other networks of an all-in-one file (autoencoder, text
+            # encoders).
             return {
                 name.removeprefix(prefix): tensor
                 for name, tensor in state.items()
@@ -103,6 +105,7 @@ def convert_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module, _, kind = name.rpartition(".")
         block = _BLOCK.fullmatch(module)
         if block is None:
+            # Refused, not skipped: an unknown key means another architecture or an adapter.
             if module not in _RENAMED:
                 raise WeightsBroken(f"{name}: not a tensor of a Flux transformer")
             # The last modulation alone: Flux has (shift, scale) there, diffusers (scale, shift).
@@ -116,6 +119,7 @@ def convert_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if part in _SPLIT:
             # q, k and v in a row; in single blocks what is left over is the MLP's input.
             pieces = _SPLIT[part]
+            # Single blocks' fourth piece has no fixed ratio, so q, k and v are measured elsewhere.
             width = len(tensor) // 3 if len(pieces) == 3 else _width(state)
             sizes = [width, width, width, len(tensor) - 3 * width][: len(pieces)]
             for piece, values in zip(pieces, tensor.split(sizes), strict=True):
@@ -150,6 +154,7 @@ def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     def count(prefix: str) -> int:
         pattern = re.compile(rf"{prefix}\.(\d+)\.")
         numbers = [int(match[1]) for name in shapes if (match := pattern.match(name))]
+        # Highest number and not how many: a gap in the blocks is then a missing tensor by name.
         return max(numbers, default=-1) + 1
 
     try:
@@ -163,11 +168,13 @@ def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         raise WeightsBroken(
             f"{problem} is missing or has another rank: not a Flux transformer"
         ) from None
+    # Each axis needs an even number of channels, which rotate in pairs.
     shares = sum(_AXIS_SHARES)
     if head_dim % (2 * shares) or width % head_dim:
         raise WeightsBroken(f"heads of {head_dim} channels at width {width} are not Flux's layout")
     return {
         "in_channels": in_channels,
+        # None as in published configurations, so that a saved copy has the same config.json.
         "out_channels": None if out_channels == in_channels else out_channels,
         "num_layers": count("transformer_blocks"),
         "num_single_layers": count("single_transformer_blocks"),
@@ -214,5 +221,6 @@ def load_single_file(
     require_shapes(needed, shapes, path)
     # Contiguous: pieces of one matrix would keep the whole matrix alive when it is cast or saved.
     weights = {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
+    # Assigned, because there is no storage to copy into.
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()

@@ -30,6 +30,7 @@ class Sd3Backbone(Backbone):
     repository = "stabilityai/stable-diffusion-3-medium-diffusers"
     weights_folder = "stable-diffusion-3-medium"
     published_name = "stable-diffusion-3-medium"
+    # SD3-medium's values; plans use them where no folder is here, loading never does.
     published_config: ClassVar[Mapping[str, Any]] = {
         "sample_size": 128,
         "patch_size": 2,
@@ -95,6 +96,7 @@ class Sd3Backbone(Backbone):
         """SD3 transformer with its own table."""
         from components.models.sd3.transformer import load_sd3_transformer
 
+        # Refused, not ignored: a sampled picture would claim a variant that it does not have.
         if rope_variant is not None:
             raise ValueError(f"rope_variant: {rope_variant}: SD3 has no rotary positions")
         return load_sd3_transformer(path, dtype=dtype)
@@ -123,11 +125,14 @@ class Sd3Backbone(Backbone):
         dtype: torch.dtype,
     ) -> Tensor:
         """Velocity; SD3 counts noise levels in thousandths."""
+        # Trained without guidance input; sampling contrasts with the empty prompt instead.
         del guidance_scale
         velocity: Tensor = transformer(
             hidden_states=noised.to(dtype),
             encoder_hidden_states=text.to(dtype),
             pooled_projections=pooled.to(dtype),
+            # Multiplied in float32: diffusers' SD3 expects 0 to 1000 and, unlike its Flux, scales
+            # nothing.
             timestep=t * TIMESTEPS,
             return_dict=False,
         )[0]
@@ -159,6 +164,7 @@ class Sd3Backbone(Backbone):
         """Even edges within the table of positions."""
         from components.models.sd3.transformer import check_position_table
 
+        # Both: an even edge can lie beyond the table, and an odd one within it.
         super().check_size(transformer, height, width)
         check_position_table(bare_model(transformer), height, width)
 
@@ -166,6 +172,7 @@ class Sd3Backbone(Backbone):
         """Diffusers' model, its table large enough for the latents."""
         from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
+        # Private entries (class and version) are no arguments of the constructor.
         known = {key: value for key, value in config.items() if not key.startswith("_")}
         patches = max(latent_hw) // int(known["patch_size"])
         # The table is cut to the image, so its size changes no operation.

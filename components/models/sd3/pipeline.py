@@ -37,11 +37,13 @@ class StableDiffusion3F16Pipeline(F16Pipeline, StableDiffusion3Pipeline):
     also those of the negative prompt).
     """
 
+    # Optional for diffusers: None is saved and loads again as None.
     _optional_components: ClassVar[list[str]] = [
         *StableDiffusion3Pipeline._optional_components,
         *SD3_FOLDERS,
     ]
     text_parts: ClassVar[tuple[str, ...]] = SD3_FOLDERS
+    # SD3 cuts its 2x2 patches inside the transformer, Flux before it.
     channels_per_latent: ClassVar[int] = 1
 
     def __init__(
@@ -71,6 +73,7 @@ class StableDiffusion3F16Pipeline(F16Pipeline, StableDiffusion3Pipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
+        # After the constructor, which sets its own grid of 8 px.
         self._take_grid(vae)
 
     @property
@@ -118,11 +121,14 @@ class StableDiffusion3F16Pipeline(F16Pipeline, StableDiffusion3Pipeline):
         repeats = int(kwargs.get("num_images_per_prompt", 1))
         _, generators = self._checked(height, width, prompt, prompt_embeds, repeats, generator)
         factor = self.vae_scale_factor
+        # Before sampling: diffusers would raise in the first step, after the text was encoded.
         check_position_table(self.transformer, height // factor, width // factor)
         if prompt_embeds is not None:
             # The negative prompt is embedded to the same length.
             max_sequence_length = prompt_embeds.shape[1] - CLIP_CONTEXT
         if (
+            # diffusers turns classifier-free guidance on above 1 and would then fail inside the
+            # encoder call.
             guidance_scale > 1
             and self.text_encoder is None
             and kwargs.get("negative_prompt_embeds") is None

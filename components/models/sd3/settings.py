@@ -15,6 +15,7 @@ class TinySd3Transformer(Section):
     num_layers: Count
     num_attention_heads: Count
     attention_head_dim: Count
+    # Together with the table's side it sets the spacing of positions, not a size of images.
     sample_size: Annotated[int, Field(ge=2, multiple_of=2)]
     """Latent pixels over which the positions 0 to sample_size/2 are spread; SD3: 128."""
     pos_embed_max_size: Count

@@ -37,6 +37,7 @@ from components.models.text_encoders import (
     training_text,
 )
 
+# Tokenizers first, like `FOLDERS`; the order is also that of `Sd3TextEncoders`' fields.
 SD3_FOLDERS = (
     *("tokenizer", "tokenizer_2", "tokenizer_3"),
     *("text_encoder", "text_encoder_2", "text_encoder_3"),
@@ -95,11 +96,13 @@ def build_tiny_sd3_text_encoders(
     root, texts = Path(out_dir), training_text(captions)
     clip_tokenizer = train_clip_tokenizer(texts, vocab_size)
     t5_tokenizer = train_t5_tokenizer(texts, vocab_size)
+    # Both of SD3's CLIPs have one vocabulary.
     tokenizers = (clip_tokenizer, clip_tokenizer, t5_tokenizer)
     # Both CLIPs of one width: SD3's differ, but the code paths are the same.
     clip_config = tiny_clip_config(clip_tokenizer, clip_dim // 2, num_layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # All three from one seeded stream: their order is part of the seed's meaning.
         encoders = (
             CLIPTextModelWithProjection(clip_config).eval(),
             CLIPTextModelWithProjection(clip_config).eval(),
@@ -170,12 +173,15 @@ def encode_sd3_prompts(
         output = encoder(_tokens(tokenizer, encoder, prompts, context), output_hidden_states=True)
         # The layer before the last, without its final norm, as SD3 was trained.
         states.append(output.hidden_states[-2])
+        # The projected state of the end token; the unprojected one has another meaning for the
+        # model.
         pooled.append(output.text_embeds)
     t5_tokens = _tokens(encoders.tokenizer_3, encoders.text_encoder_3, prompts, max_sequence_length)
     t5 = encoders.text_encoder_3(t5_tokens)[0]
     # 768 + 1280 channels side by side, zeros up to T5's 4096 (SD3-medium).
     clip = torch.cat(states, dim=-1)
     clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+    # CLIPs before T5: the pipeline takes 77 off this length to find T5's.
     return torch.cat([clip, t5], dim=1), torch.cat(pooled, dim=-1)
 
 
@@ -194,6 +200,7 @@ def _tokens(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int) -
 
 SD3_TEXT = TextFamily(
     folders=SD3_FOLDERS,
+    # No guidance input, so guidance contrasts with the empty prompt.
     negative_prompt="",
     build_tiny=build_tiny_sd3_text_encoders,
     load=load_sd3_text_encoders,

@@ -102,6 +102,7 @@ def build_tiny_sd3_transformer(
             attention_head_dim=attention_head_dim,
             num_attention_heads=num_attention_heads,
             joint_attention_dim=joint_attention_dim,
+            # SD3 projects the text straight to the width of its blocks.
             caption_projection_dim=width,
             pooled_projection_dim=pooled_projection_dim,
             pos_embed_max_size=pos_embed_max_size,
@@ -142,6 +143,7 @@ def extend_position_table(model: Any, size: int) -> None:
     # diffusers spreads base_size positions over the side of the table; a longer side at the old
     # spacing goes beyond both ends instead of squeezing in.
     spacing = embed.base_size / old / embed.interpolation_scale
+    # Negative before the stored table's first patch, so that the centre's numbers stay.
     positions = (torch.arange(size, dtype=torch.float32) - margin) * spacing
     # diffusers' order: the first half of the channels is the column's.
     grid = torch.stack(torch.meshgrid(positions, positions, indexing="xy"))
@@ -157,6 +159,7 @@ def extend_position_table(model: Any, size: int) -> None:
         )
     # The stored values and not ours, which differ by the rounding of the stored precision.
     centre.copy_(stored)
+    # Persistent and in the configuration: stock diffusers then loads it without knowing of us.
     embed.register_buffer("pos_embed", table.reshape(1, size * size, width), persistent=True)
     embed.pos_embed_max_size = size
     model.register_to_config(pos_embed_max_size=size)
@@ -168,6 +171,7 @@ def check_position_table(model: Any, height: int, width: int) -> None:
     Raises:
         ValueError: they do not; names the setting that enlarges the table.
     """
+    # The table is square, so the longer edge decides.
     patch, size = int(model.config.patch_size), int(model.config.pos_embed_max_size)
     needed = max(height, width) // patch
     if needed > size:
