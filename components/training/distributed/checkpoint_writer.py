@@ -44,11 +44,14 @@ class CheckpointWriter:
         self.wait()
         # Copies may share their buffers with the next checkpoint, hence one in flight (`wait`
         # above).
+        # A list now: an iterator would be asked by the thread, when training has already gone on.
         todo = list(writes)
         if not self._in_background:
+            # The same path as in the thread, so that both ways fail alike.
             self._write(opened, todo)
             self.check()
             return
+        # A daemon: a process that ends without `close` must not hang on a rank that is gone.
         self._thread = threading.Thread(
             target=self._write, args=(opened, todo), daemon=True, name="checkpoint-writer"
         )
@@ -88,6 +91,7 @@ class CheckpointWriter:
         try:
             for write in writes:
                 write()
+            # Last: this rank's mark promises that all of its files are written.
             self._store.finish(opened, self._abandoned.is_set)
         except Exception as problem:
             # Kept for the training thread; an exception of this one would only be printed.
@@ -97,6 +101,7 @@ class CheckpointWriter:
             except OSError as second:
                 # On a full disk the mark cannot be written either; this rank's exit says it.
                 reason = f"{reason}; {_reason(second)}"
+            # What a reader of the message asks first is how much is lost.
             newest = self._store.latest()
             kept = f"the checkpoint of step {newest[0]} is whole" if newest else "there is none yet"
             what_to_do = "make room and run again" if no_room(reason) else "run again to go on"
@@ -105,11 +110,14 @@ class CheckpointWriter:
                 f"{self._store.folder}: the checkpoint of step {opened.step} could not be written "
                 f"({reason}); {kept}, {what_to_do}"
             )
+            # By hand, because this one is raised later and in another thread, where `from` has no
+            # place.
             self._problem.__cause__ = problem
 
 
 def _reason(problem: BaseException) -> str:
     """The system's own words where a library wrapped them into something vaguer."""
+    # `no_room` knows a full disk by the system's words, so they must not stay under a wrapper.
     current: BaseException | None = problem
     while current is not None:
         if isinstance(current, OSError) and current.strerror:

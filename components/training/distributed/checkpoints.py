@@ -25,7 +25,9 @@ from components.files.whole_files import flush, write_bytes, write_text
 CONTENTS_FILE = "contents.json"
 """Written last inside a checkpoint: format version, step, and the size of every file."""
 LATEST_FILE = "latest"
+# A folder of another format is no checkpoint for this code and is passed over.
 _FORMAT = 1
+# Neither begins with `step-`: what a kill leaves under these names is never loaded.
 _WRITING = ".writing-"
 _DROPPED = ".dropped-"
 # One empty file per rank whose part is on disk; a text where the rank failed. Not in the contents.
@@ -77,6 +79,7 @@ def _flush_tree(folder: Path) -> None:
     for path in _files(folder):
         if not path.name.lstrip(".").startswith((_DONE[1:], _FAILED[1:])):
             flush(path)
+    # A file's name lies in its folder, which has to be flushed for itself.
     for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
         flush(path)
 
@@ -148,7 +151,9 @@ class CheckpointStore:
         aside = self.folder / f"{_WRITING}{step:08d}"
         if self._rank == 0:
             self._remove_leftovers()
+            # Fails where the folder is left over: files of two checkpoints must never mix.
             aside.mkdir()
+        # When this returns, `latest` gives the same answer on every rank and not on rank 0 alone.
         self._barrier()
         final = self._unused_name(step)
         # Nobody may rename before everybody has computed the name.
@@ -170,6 +175,7 @@ class CheckpointStore:
         # A rank on another node can flush only what it wrote itself, so every rank flushes.
         _flush_tree(opened.aside)
         if self._world_size > 1:
+            # Empty, since its name says all; durable, since rank 0 commits on its word.
             write_bytes(
                 opened.aside / f"{_DONE}{self._rank:05d}", b"", durable=True, contended=True
             )
@@ -233,6 +239,8 @@ class CheckpointStore:
 
     def _unused_name(self, step: int) -> Path:
         """`step-00000040`, or with a repeat number where that step was saved before."""
+        # A name of its own, since a rename onto a folder with files fails, and removing the old one
+        # first would leave a moment without either.
         name = f"step-{step:08d}"
         repeat = 0
         while (candidate := self.folder / (f"{name}.{repeat}" if repeat else name)).exists():
@@ -256,6 +264,8 @@ class CheckpointStore:
 
     def _drop_old(self, step: int, newest: Path) -> None:
         """Retention: the newest `keep`; steps beyond `step` belong to an abandoned continuation."""
+        # Steps beyond this one were saved by a run that was later put back. If they stayed,
+        # `latest` would choose them, as the highest, once its pointer is lost.
         others = [item for item in self._complete() if item[1] != newest]
         older = sorted(
             (item for item in others if item[0] < step), key=lambda item: (item[0], item[1].name)
@@ -273,6 +283,7 @@ class CheckpointStore:
         for path in self.folder.iterdir():
             if path.name.startswith((_WRITING, _DROPPED)):
                 shutil.rmtree(path)
+            # A contended write uses a temporary name of its process, which no later one takes over.
             elif path.name.startswith(f".{LATEST_FILE}."):
                 path.unlink()
 

@@ -50,4 +50,5 @@ def offload_configuration(settings: DitStageSettings) -> dict[str, Any]:
     """
     if settings.offload_optimizer == "none":
         return {}
+    # Page-locked memory is a service of CUDA; without a GPU there is nothing to copy to.
     return {"offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}

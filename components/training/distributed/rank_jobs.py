@@ -58,6 +58,7 @@ def run_in_ranks(job: J, worker: str, share: Callable[[J], None]) -> None:
         return
     job.state_dir.mkdir(parents=True, exist_ok=True)
     path = job.state_dir / JOB_FILE
+    # A file and no command line: a job may list every photograph of a slice.
     write_text(path, job.model_dump_json(indent=1))
     launch(worker, [str(path.resolve())], job.runtime, job.state_dir)
 
@@ -73,10 +74,12 @@ def rank_main(
         share: one process's part of the job.
         lasting: failures that another attempt would only repeat.
     """
+    # Before anything that takes long: from here on no rank outlives its launcher.
     exit_with_parent()
     text = Path(sys.argv[1]).read_text(encoding="utf-8")
     # Not strict: in JSON a path is a string and a tuple a list.
     job = kind.model_validate_json(text, strict=False)
+    # Outside `reporting_failures`: this process is a launcher and has no rank to report for.
     if _JOIN in sys.argv:
         launch(worker, sys.argv[1:2], job.runtime, job.state_dir, joins=True)
         return

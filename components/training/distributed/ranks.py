@@ -54,6 +54,7 @@ class Ranks:
     device: torch.device
     beat: Callable[[], None] = _no_beat
     """Called after every meeting with the other ranks."""
+    # Neighbouring numbers are, as a rule, processes of one node, where exchanging tokens is cheap.
     context_degree: int = 1
     """So many neighbouring ranks work on the same samples (`sharded.context_parallel`);
     divides `world_size`."""
@@ -124,6 +125,7 @@ def training_environment(device: Device, ranks_on_this_host_only: bool = True) -
     if device == "cuda":
         # cuBLAS is deterministic only with a fixed workspace.
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    # The interface is "lo" on Linux and "lo0" on macOS.
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if ranks_on_this_host_only and loopback:
         environment["GLOO_SOCKET_IFNAME"] = loopback[0]
@@ -161,6 +163,7 @@ def open_ranks(
         context_degree: so many neighbouring ranks share each sample.
     """
     for name, value in training_environment(device).items():
+        # What a launcher has set stays.
         os.environ.setdefault(name, value)
     # DeepSpeed insists on a local rank even where nothing was launched.
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -168,6 +171,7 @@ def open_ranks(
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
+        # Before the group is made: NCCL takes the device that is current.
         torch.cuda.set_device(local_rank)
     store = dist.HashStore() if world_size == 1 else None  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -219,8 +223,11 @@ def exit_with_parent() -> None:
     torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def watch() -> None:
+        # Nothing is ever sent. The read returns when the last writing end is closed, which the
+        # system does however the launcher ended.
         while os.read(0, 4096):
             pass
+        # Asked again, since after torchrun's end its number may be another process's.
         if torchrun is not None and os.getppid() == torchrun:
             os.kill(torchrun, signal.SIGTERM)
         # `sys.exit` would end this thread only, and the main one may stand in a collective.
@@ -317,6 +324,7 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
         _clip_with_norm(engine, settings.max_grad_norm)
     for name, values in exact.items():
         owner, _, leaf = name.rpartition(".")
+        # Replaced and not copied into: the engine's buffer has the dtype that rounds.
         setattr(engine.module.get_submodule(owner), leaf, values.to(ranks.device))
     return engine
 
@@ -339,6 +347,7 @@ def _clip_with_norm(engine: Any, max_norm: float) -> None:
 
     def clip() -> None:
         norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm)
+        # Where `get_global_grad_norm` looks; a ZeRO optimizer would have set it.
         engine._global_grad_norm = float(norm)
 
     engine.clip_fp32_gradients = clip

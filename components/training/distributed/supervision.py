@@ -32,7 +32,9 @@ from components.training.distributed.ranks import HEARTBEATS, training_environme
 
 RESTARTS_FILE = "restarts.jsonl"
 LOGS_FOLDER = "ranks"
+# torchrun sets it for every rank and reads the file when the rank has failed.
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+# The only trace of a rank that a signal ended: it wrote no report.
 _FAILED = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 # Of lines that a rank wrote, as opposed to torchrun's own.
 _ROLE = "rank"
@@ -108,9 +110,12 @@ def launch(
     process = subprocess.Popen(
         [*torchrun_command(runtime, logs), "--module", module, *arguments],
         env=environment,
+        # The ranks inherit the reading end; the system closes ours however this process ends.
         stdin=subprocess.PIPE,
+        # Read line by line, because torchrun's own words and the ranks' come through it together.
         stderr=subprocess.PIPE,
     )
+    # All nodes restart together; one list is enough, and the first node keeps it.
     restarts_file = logs / RESTARTS_FILE if joins else state_dir / RESTARTS_FILE
     supervised = _Supervised(process, logs, runtime, restarts_file)
     try:
@@ -133,6 +138,8 @@ def launch(
 def torchrun_command(runtime: RuntimeSettings, logs: Path) -> list[str]:
     """The launcher's command line up to the module."""
     if runtime.nodes == 1:
+        # Port 0 is any free one, so two runs on a machine do not meet. Without an address torchrun
+        # looks up the host's own name, which need not resolve.
         where = ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     else:
         where = [f"--rdzv-endpoint={runtime.rendezvous_endpoint}", "--rdzv-id=ultraflux"]
@@ -142,7 +149,9 @@ def torchrun_command(runtime: RuntimeSettings, logs: Path) -> list[str]:
         f"--nproc-per-node={runtime.processes}",
         f"--max-restarts={runtime.max_restarts}",
         f"--log-dir={logs}",
+        # 3: standard output and standard error, each to the terminal and to a file of the rank.
         "--tee=3",
+        # Stands before every line of a rank, which `_FROM_RANK` recognises.
         f"--role={_ROLE}",
     ]
 
@@ -184,6 +193,7 @@ class _Supervised:
         assert self._process.stderr is not None
         reader = threading.Thread(target=self._read, args=(self._process.stderr,), daemon=True)
         reader.start()
+        # Wall clock, because it is compared with the time of change of files.
         seen, moved = self.attempts(), time.time()
         while self._process.poll() is None:
             time.sleep(_POLL_S)
@@ -197,11 +207,13 @@ class _Supervised:
             # `seen` is 0 until torchrun has started ranks, and no attempt is killed twice.
             if seen and seen - 1 not in self._stalled and time.time() - moved > limit_s:
                 self._kill_ranks(seen - 1)
+        # torchrun's last words, which name the failure, may still be in the pipe.
         reader.join()
         return self._process.returncode
 
     def attempts(self) -> int:
         """How often torchrun has started the ranks."""
+        # Its folders are the only sign of a restart that torchrun gives to the outside.
         return len(list(self._logs.glob("*/attempt_*")))
 
     def last_failure(self) -> RankFailure:
@@ -215,15 +227,19 @@ class _Supervised:
         for _, failure in reports:
             if failure.is_lasting:
                 return failure
+        # Before the exit codes: the SIGKILL that they show was ours.
         if attempt in self._stalled:
             return RankFailure(attempt, None, self._stalled[attempt])
         if 0 <= attempt < len(self._exits):
             code, local_rank = self._exits[attempt]
+            # Before the reports: a killed rank wrote none, and those of the others name only the
+            # collective that it left.
             if code < 0:
                 return self._at(attempt, local_rank, f"ended by {_signal_name(-code)}")
         if reports:
             return reports[0][1]
         if 0 <= attempt < len(self._exits):
+            # It ended before `reporting_failures` was entered, such as in an import.
             words = self._last_line(attempt, local_rank)
             return self._at(attempt, local_rank, f"exit {code}: {words}")
         return RankFailure(attempt, None, f"torchrun: {_last_line(self._logs / 'torchrun.log')}")

@@ -57,6 +57,8 @@ def _store(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> Checkpo
 
 
 # The blocks have no dropout, so the state of the random generators need not be kept.
+# Not the re-entrant form: it needs an input that requires a gradient, which the first block of a
+# frozen base does not get, and it takes no policy.
 _CHECKPOINTS: dict[str, Callable[..., Any]] = {
     "blocks": partial(checkpoint, use_reentrant=False, preserve_rng_state=False),
     "selective": partial(

@@ -35,6 +35,7 @@ def context_parallel_problem(
         text_tokens: text tokens of a sample; they are divided apart from the image's.
         buckets: (name, image tokens) of the aspect-ratio buckets.
     """
+    # The all-to-all exchanges parts of the tokens for parts of the heads: both must divide evenly.
     parts = [(f"the transformer has {heads} attention heads", heads)]
     parts.append((f"a sample has {text_tokens} text tokens", text_tokens))
     parts += [(f"bucket {name} has {tokens} image tokens", tokens) for name, tokens in buckets]
@@ -84,6 +85,7 @@ def enable_context_parallel(model: Any, ranks: Ranks) -> None:
     from diffusers.hooks.context_parallel import apply_context_parallel
 
     degree = ranks.context_degree
+    # The last axis counts fastest: a group is `degree` neighbours, as in `Ranks.data_rank`.
     mesh = init_device_mesh(
         ranks.device.type, (ranks.data_world_size, 1, degree), mesh_dim_names=("data", *_AXES)
     )
@@ -97,4 +99,5 @@ def enable_context_parallel(model: Any, ranks: Ranks) -> None:
         processor: Any = getattr(module, "processor", None)
         if hasattr(processor, "_parallel_config"):
             processor._parallel_config = config
+    # Last: its hooks divide what enters the model and gather what leaves it.
     apply_context_parallel(model, context, model._cp_plan)

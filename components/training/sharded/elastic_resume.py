@@ -79,20 +79,24 @@ def repartition(
     """
     weights, moments = [], {}
     for group in range(len(here[WEIGHTS])):
+        # Old padding lies at the end of the joined vector and has another length now.
         lean_parts = [_without_padding(state, group) for state in saved]
         sizes = [part.numel() for part in lean_parts]
         padding = int(here[PADDINGS][group])
         # Some DeepSpeed optimizers store the weights with their padding, some without.
         stored = here[WEIGHTS][group].numel()
+        # With padding all ranks' runs are of one length, which tells where this one starts.
         whole = stored if _is_padded(saved[0]) else stored + padding
         weights.append(cut(lean_parts, rank * whole, whole, stored))
         # ZeRO has one flat parameter a group, under one name in every file.
         name = saved[0][OPTIMIZER]["param_groups"][group]["params"][0]
+        # An optimizer that has not stepped has no state yet.
         states = [state[OPTIMIZER]["state"].get(name, {}) for state in saved]
         moments[name] = {
             key: _moment([state[key] for state in states], sizes, rank * whole, whole, key)
             for key in states[0]
         }
+    # What is not replaced below describes how this rank is cut now.
     result = dict(here)
     result[WEIGHTS] = weights
     groups = saved[0][OPTIMIZER]["param_groups"]
@@ -117,6 +121,7 @@ def _moment(parts: Sequence[Any], sizes: Sequence[int], start: int, whole: int, 
     # Step counters and the like are equal on all ranks.
     if not isinstance(first, Tensor) or first.dim() == 0:
         return first
+    # The scales of 8-bit moments stand for a block each: cut elsewhere they mean nothing.
     if any(part.dim() != 1 or part.numel() < size for part, size in zip(parts, sizes, strict=True)):
         raise WorldSizeUnsupported(
             f"optimizer state {key} has not one value per weight, so this checkpoint can only be "

@@ -100,6 +100,7 @@ class WeightAverage:
         # A rank has no part of most parameters; empty parts are not written.
         held = {name: shard for name, shard in self.shards.items() if shard.values.numel()}
         layout = {name: [shard.start, *shard.shape] for name, shard in held.items()}
+        # A name that none of the engine's files has, so that neither takes the other's memory.
         values = copies.take(FILES, {name: shard.values for name, shard in held.items()})
         return partial(
             save_file,
@@ -120,6 +121,7 @@ class WeightAverage:
             different = sorted(set(expected.items()) ^ set(stored.shapes.items()))[:4]
             raise ValueError(f"stored average does not fit the model; it differs in {different}")
         for name, shard in self.shards.items():
+            # In place, so the average stays on the device where it was put.
             shard.values.copy_(stored.read(name, shard.start, shard.values.numel()))
         self.updates = updates
 
@@ -130,6 +132,7 @@ class WeightAverage:
         The undo is bit-exact. What is set aside meanwhile is this rank's share only.
         """
         parameters = dict(module.named_parameters())
+        # Averaged parameters only: frozen weights are the same in both and are not touched.
         kept = {n: model_values(parameters[n], shard) for n, shard in self.shards.items()}
         try:
             self._write(module, parameters, self.shards)
@@ -173,6 +176,8 @@ class _StoredAverage:
             if low < high:
                 result[low - start : high - start] = part[low - part_start : high - part_start]
                 found += high - low
+        # Overlaps are impossible (`master_shards`), so the count alone tells that something is
+        # missing.
         if found != count:
             raise ValueError(
                 f"stored average: {count - found} of {count} elements of {name} "

@@ -48,6 +48,7 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
         self._engine = engine
         self._ranks = ranks
         self._copies = copies
+        # Until the model's file says otherwise, which DeepSpeed loads before the optimizer's.
         self._saved_by = ranks.world_size
         self._writes: list[Callable[[], None]] = []
 
@@ -58,6 +59,7 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
     def save(self, state_dict: Any, path: str) -> None:
         """Copy one file's content."""
         file = Path(path)
+        # By the name alone, which is the same in every checkpoint, so that memory is used again.
         copied = self._copies.take(file.name, state_dict)
         self._writes.append(partial(write_state, copied, file))
 
@@ -72,6 +74,7 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
             # DeepSpeed asks for the file of this rank, which may not exist: all old ones are cut
             # anew.
             files = rank_files(file, self._saved_by)
+            # Mapped, because every rank opens the files of all old ranks and needs a part of each.
             states = [read_state(other, mmap=True)[_OPTIMIZER_KEY] for other in files]
             here = self._engine.optimizer.state_dict()
             return {_OPTIMIZER_KEY: repartition(states, here, self._ranks.rank)}
@@ -134,6 +137,7 @@ def engine_writes(engine: Any, folder: Path, tag: str) -> list[Callable[[], None
     engine.save_checkpoint(
         str(folder),
         tag=tag,
+        # The store moves its own pointer once all files are there; DeepSpeed would move one now.
         save_latest=False,
         exclude_frozen_parameters=not engine.zero_optimization_partition_weights(),
     )
@@ -153,6 +157,7 @@ def load_engine(engine: Any, folder: Path, tag: str) -> None:
         ValueError: the trained weights are not those of this network.
     """
     whole = engine.zero_optimization_partition_weights()
+    # ZeRO-3 leaves no weights out, so there is nothing to forgive.
     load = None if whole else _load_trained
     engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=load)
 

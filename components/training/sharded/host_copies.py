@@ -42,6 +42,8 @@ class HostCopies:
 
         def host(tensor: Tensor) -> Tensor:
             if id(tensor) not in taken:
+                # Buffers are matched by order of appearance: a state has the same layout at every
+                # save.
                 number = len(taken)
                 old = before[number] if number < len(before) else None
                 taken[id(tensor)] = (tensor, _copy_into(old, tensor))
@@ -57,6 +59,7 @@ class HostCopies:
         if not torch.cuda.is_available():
             return lambda: None
         event = torch.cuda.Event()
+        # Queued behind the copies, on the stream that makes them.
         event.record()
         return event.synchronize
 
@@ -74,9 +77,12 @@ def _walk(value: Any, host: Callable[[Tensor], Tensor]) -> Any:
     """`value` with every tensor replaced by `host(tensor)` and nothing shared that can change."""
     if isinstance(value, Tensor):
         return host(value)
+    # The class is kept because it is part of the pickled file.
     if isinstance(value, dict):
         items = ((key, _walk(item, host)) for key, item in value.items())
         return OrderedDict(items) if isinstance(value, OrderedDict) else dict(items)
+    # Exactly these two: a named tuple is not built from one iterable.
     if type(value) in (list, tuple):
         return type(value)(_walk(item, host) for item in value)
+    # Anything else, such as a loss scaler, goes on changing while the file is written.
     return value if isinstance(value, _PLAIN) else copy.deepcopy(value)

@@ -92,12 +92,14 @@ class RunCheckpoints:
         folder = opened.aside
         writes = engine_snapshot.engine_writes(self._engine, folder, ENGINE_FOLDER)
         writes.append(self._average.take_write(folder, self._copies))
+        # These are the same on every rank.
         if self._ranks.is_first:
             state = {
                 "plan": dict(plan),
                 "ema_updates": self._average.updates,
                 "processes": self._ranks.world_size,
             }
+            # Made now and written later: the counters go on with training.
             text = json.dumps(state, indent=1)
             writes.append(lambda: write_text(folder / STATE_FILE, text, durable=True))
         # On CUDA the copies are only queued so far: the writer waits for them before it reads.

@@ -54,6 +54,7 @@ def _master_shard(name: str, parameter: Any, ranks: Ranks) -> WeightShard:
 
         shape = tuple(parameter.ds_shape)
         padded = safe_get_local_fp32_param(parameter)
+        # A small parameter may end before the parts of the last ranks begin; theirs are empty.
         start = min(ranks.rank * padded.numel(), math.prod(shape))
         # The last ranks' parts are padded to the common length.
         count = min(padded.numel(), math.prod(shape) - start)
@@ -66,6 +67,7 @@ def _master_shard(name: str, parameter: Any, ranks: Ranks) -> WeightShard:
         if mapping is None:
             return WeightShard(name, shape, 0, torch.empty(0, device=ranks.device))
         start = mapping.lp_fragment_address.start
+        # A view, so that the average reads the masters without a copy of them.
         return WeightShard(name, shape, start, mapping.hp_fragment.detach())
     # No ZeRO: everyone has all of it, and averages an equal part.
     part = math.ceil(parameter.numel() / ranks.world_size)
@@ -91,6 +93,7 @@ def assemble(shard: WeightShard, ranks: Ranks) -> Tensor:
     whole = torch.zeros(count, dtype=torch.float32, device=ranks.device)
     whole[shard.start : shard.start + shard.values.numel()] = shard.values
     # Collective: every rank comes here for every parameter, in the model's order.
+    # As integers: added as floats, -0.0 + 0.0 would become 0.0.
     dist.all_reduce(whole.view(torch.int32))
     return whole.reshape(shard.shape)
 
@@ -98,8 +101,10 @@ def assemble(shard: WeightShard, ranks: Ranks) -> Tensor:
 def model_values(parameter: Any, like: WeightShard) -> WeightShard:
     """The values that the model computes with, for the same elements as `like` (a copy)."""
     stored = parameter.ds_tensor.data if is_partitioned(parameter) else parameter.detach().flatten()
+    # ZeRO 3 holds this rank's elements only, so they start at 0.
     first = 0 if is_partitioned(parameter) else like.start
     mine = stored[first : first + like.values.numel()]
+    # A copy, since the storage is about to be overwritten.
     return WeightShard(like.name, like.shape, like.start, mine.clone())
 
 
@@ -125,5 +130,6 @@ def release_gathered(module: nn.Module) -> None:
     parameter: Any
     for parameter in module.parameters():
         if is_partitioned(parameter):
+            # Every parameter names the same optimizer: once is enough.
             parameter._z3_optimizer.empty_partition_cache()
             return
