@@ -40,6 +40,8 @@ def add_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
 
     names = [name for name, _ in model.named_modules()]
     for target in settings.target_modules:
+        # The same rule by which peft matches names; peft itself is content when one of them
+        # matches.
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ValueError(
                 f"adapter.target_modules: {type(model).__name__} has no layer {target!r}; "
@@ -49,6 +51,7 @@ def add_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
     model.requires_grad_(False)
     # Equal factors on every rank, and no trace in the caller's random state.
     with torch.random.fork_rng(devices=[]):
+        # peft draws A from the global generator; there is no generator to hand over.
         torch.manual_seed(seed)
         model.add_adapter(
             LoraConfig(
@@ -69,6 +72,7 @@ def adapter_parameters(model: Any, settings: AdapterSettings) -> int:
     Raises:
         ValueError: as `add_adapter`.
     """
+    # Sizes only: the planner asks this of networks that do not fit into its memory.
     with torch.device("meta"):
         add_adapter(model, settings, seed=0)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -110,8 +114,10 @@ def save_adapted(
     base.load_state_dict(dict(factors), strict=False)
     # Before the merge, which consumes the factors.
     alone, described = _stock_layout(base)
+    # Fused, then the layers taken out again: the folder must load where nobody has peft.
     base.fuse_lora()
     base.unload_lora()
+    # As a fresh model has it: frozen is how it was trained, not what it is.
     base.requires_grad_(True)
 
     def save_alone(aside: Path) -> None:

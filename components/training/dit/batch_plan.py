@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from components.training.stores.sample_ids import id_array
 
+# Raised by whoever changes which samples meet at a step: a resumed run must notice.
 PLAN_VERSION = 2
 _SHOWN_BUCKETS = 5
 # Distinguishes the two kinds of random stream made from the same seed and epoch.
@@ -54,6 +55,7 @@ class PlanState:
     step: int
     plan_version: int
     index_digest: str
+    # Fields with a default came later; a checkpoint without them is read all the same.
     batch_size: int = 0
     """0: not recorded."""
     buckets: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
@@ -81,6 +83,7 @@ class GlobalBatch:
             ValueError: the batch does not divide by `world_size`, or there is no such rank.
         """
         total = len(self.sample_ids)
+        # Uneven shares would weigh samples differently, since ZeRO averages over ranks.
         if total % world_size:
             raise ValueError(
                 f"global_batch_size {total} must be a multiple of the {world_size} processes"
@@ -104,6 +107,7 @@ def _digest(buckets: Mapping[str, Ids], batch_size: int) -> str:
     """SHA-256 of everything besides the seed that decides the batches."""
     digest = hashlib.sha256(f"batch_size={batch_size}\n".encode())
     for bucket, sample_ids in buckets.items():
+        # The count stands before the ids, so that no id can pass for the next bucket's name.
         digest.update(f"{bucket}\t{len(sample_ids)}\n".encode())
         digest.update(_lines(sample_ids))
     return digest.hexdigest()
@@ -156,6 +160,8 @@ def _occurrences(sample_ids: Sequence[str]) -> tuple[int, ...]:
     seen: dict[str, int] = {}
     counts = []
     for sample_id in sample_ids:
+        # Position in the global batch decides, not in a rank's share: noise is the same on any
+        # split.
         counts.append(seen.get(sample_id, 0))
         seen[sample_id] = counts[-1] + 1
     return tuple(counts)
@@ -207,6 +213,7 @@ class BatchPlan:
         """
         if step < 0:
             raise ValueError(f"step {step} must be at least 0")
+        # Nothing is carried from step to step: a resumed run asks for its step directly.
         epoch, position = divmod(step, self.steps_per_epoch)
         order, visits = self._epoch_order(epoch)
         bucket = int(order[position])
@@ -216,6 +223,8 @@ class BatchPlan:
     def state(self, step: int) -> PlanState:
         """State to store in a checkpoint written after `step` steps."""
         buckets: dict[str, Sequence[int | str]] = {
+            # Shortened: it only has to tell two states of one bucket apart, and stands in every
+            # checkpoint.
             bucket: [len(ids), hashlib.sha256(_lines(ids)).hexdigest()[:16]]
             for bucket, ids in self._samples.items()
         }
@@ -257,12 +266,15 @@ class BatchPlan:
         first_of = np.concatenate([[0], np.cumsum(self._batches_of)[:-1]])
         # Counts 0, 1, 2, ... within each bucket's run of equal entries.
         visits: Integers = np.arange(len(buckets)) - np.repeat(first_of, self._batches_of)
+        # One number for every batch, in bucket order, so that the draw does not depend on the
+        # result.
         jitter = self._rng(_ORDER_STREAM, epoch).random(len(buckets))
         # Stable, so that equal times fall alike on every platform.
         order = np.argsort((visits + jitter) / self._batches_of[buckets], kind="stable")
         return buckets[order], visits[order]
 
     def _make_shuffle(self, epoch: int, bucket: int, walk: int) -> Integers:
+        # Epoch and walk in the key: walk 0 of the next epoch is another shuffle.
         size = len(self._samples[self._names[bucket]])
         return self._rng(_SHUFFLE_STREAM, epoch, bucket, walk).permutation(size)
 

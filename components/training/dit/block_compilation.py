@@ -32,8 +32,10 @@ def compilation_problem(stage: DitStageSettings, runtime: RuntimeSettings) -> st
     """Why `stage` cannot be compiled, in one line; None: it can, or is not to be."""
     if runtime.compile == "none":
         return None
+    # ZeRO 3 gathers weights by hooks inside the block.
     if stage.zero_stage == 3:
         return f"{_SETTING}: weights divided by zero_stage 3 cannot be compiled; use zero_stage 2"
+    # Its policy decides operator by operator, and sees none inside compiled code.
     if stage.gradient_checkpointing == "selective":
         return (
             f"{_SETTING}: gradient_checkpointing 'selective' cannot see into compiled blocks; use "
@@ -59,6 +61,7 @@ def check_compilation(stage: DitStageSettings, runtime: RuntimeSettings) -> None
         from torch._inductor.exc import InvalidCxxCompiler
 
         try:
+            # Asked now: otherwise the lack would show at the first step, after the model is loaded.
             get_cpp_compiler()
         except InvalidCxxCompiler:
             raise ValueError(
@@ -77,6 +80,8 @@ def compile_blocks(model: Any) -> None:
     """
     for name in ("transformer_blocks", "single_transformer_blocks"):
         for block in getattr(model, name, ()):
+            # In place. `torch.compile(block)` would wrap it, and every weight's name would get a
+            # prefix that no export or adapter expects.
             block.compile(dynamic=True)
 
 
@@ -97,8 +102,11 @@ def compile_for_buckets(
     # which DeepSpeed collects gradients.
     first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
     with _one_graph_of_a_kind():
+        # The order is part of the contract: the sizes seen first become hints of the code.
         for batch in batches:
             velocity = predict_velocity(model, batch, guidance_scale, dtype)
+            # Backward too: it is compiled when it first runs, and must not be by the first real
+            # batch.
             torch.autograd.grad(velocity.sum(), first)
 
 
@@ -108,6 +116,7 @@ def _one_graph_of_a_kind() -> Iterator[None]:
     from torch.fx.experimental import _config as shapes
 
     patch: Any = shapes.patch  # type: ignore[attr-defined]
+    # Without `deterministic`, kernels would be chosen by timing, and so differ from run to run.
     with patch(use_duck_shape=False), inductor.patch(deterministic=True):
         yield
 
@@ -115,5 +124,6 @@ def _one_graph_of_a_kind() -> Iterator[None]:
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Run compiled blocks as plain Python inside."""
+    # Nothing is thrown away: the graphs are there again after the block.
     with torch.compiler.set_stance("force_eager"):
         yield

@@ -45,6 +45,7 @@ def density_cdf(t: Tensor, density: TimestepDensity) -> Tensor:
 
 def density_quantile(probability: Tensor, density: TimestepDensity) -> Tensor:
     """Inverse of `density_cdf`: probability in [0, 1] to t in [0, 1], float64."""
+    # float64 because the tails are what float32 loses: 1 - p near 1 has few bits left.
     p = probability.double()
     if density == "uniform":
         return p
@@ -76,6 +77,8 @@ def restricted_time(
     low, high = sigma_range
     if not 0.0 <= low < high <= 1.0:
         raise ValueError(f"sigma_range [{low}, {high}] must be increasing inside [0, 1]")
+    # Only the two ends go through the CDF; draws go through its inverse, so none is ever rejected
+    # and each costs exactly one uniform number.
     bounds = density_cdf(torch.tensor([low, high], dtype=torch.float64), density)
     probability = bounds[0] + uniform.double() * (bounds[1] - bounds[0])
     # The clamp only takes back rounding of the last digit at the two ends.

@@ -22,6 +22,7 @@ _GB = 10**9
 
 def weights_checksums(folder: Path) -> str:
     """A line `sha256  name` for each safetensors file, sorted by name, as sha256sum reads them."""
+    # Only the weights: the card would otherwise contain a hash of itself.
     files = sorted(folder.glob("*.safetensors"))
     return "".join(f"{file_digest(file)}  {file.name}\n" for file in files)
 
@@ -66,6 +67,7 @@ def save_transformer(
         model.save_pretrained(aside, max_shard_size=int(max_shard_gb * _GB))
         if beside is not None:
             beside(aside)
+        # After all weights are there, and before the card, which names them.
         checksums = weights_checksums(aside)
         (aside / CHECKSUM_FILE).write_text(checksums, encoding="utf-8")
         (aside / CARD_FILE).write_text(card(config, checksums), encoding="utf-8")

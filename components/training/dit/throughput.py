@@ -18,6 +18,7 @@ from components.training.dit.velocity import NoisedBatch, predict_velocity
 
 WAIT_WARNING = "data_wait_warning"
 """1 in the row of the step at which waiting for data became too long."""
+# Left out where two logs are compared for equality.
 MACHINE_METRICS = frozenset(
     {
         "images_per_s",
@@ -62,6 +63,7 @@ class DataWait:
         # A window, because a single long wait (a shard that is opened) is no bottleneck.
         self._steps.append((step_s, wait_s))
         was_long = self._is_long
+        # Not before the window is full: two or three steps say nothing about the disk.
         self._is_long = len(self._steps) == self._steps.maxlen and self.share > self._limit
         return self._is_long and not was_long
 
@@ -92,6 +94,7 @@ class Throughput:
         self._name, self._transformer = name, transformer
         self._images, self._world_size = images_per_step, world_size
         self._peak_tflops, self._memory_every = peak_tflops, memory_every
+        # By size, since buckets differ in tokens and attention is quadratic in them.
         self._flops: dict[tuple[int, ...], int] = {}
         self._wait = DataWait()
         self._is_first_step = True
@@ -107,6 +110,7 @@ class Throughput:
             wait_s: of that, until its batch was there.
             batch: a micro batch of it; all have its size.
         """
+        # Per device, so that it can be held against the device's own peak.
         tflops = self._flops_per_image(batch) * self._images / step_s / self._world_size / 1e12
         values = {
             "images_per_s": self._images / step_s,
@@ -115,6 +119,7 @@ class Throughput:
             "model_tflops_per_s": tflops,
         }
         if self._peak_tflops is not None:
+            # Recomputed activations are not counted: with checkpointing MFU falls, as it should.
             values["mfu"] = tflops / self._peak_tflops
         # Nothing can be loaded ahead of the first step of a process.
         if not self._is_first_step and self._wait.add(step_s, wait_s):
@@ -127,6 +132,7 @@ class Throughput:
             )
         self._is_first_step = False
         values["data_wait_share"] = self._wait.share
+        # Not at every step: asking the system for a process's memory is a call of its own.
         if step % self._memory_every == 0:
             values |= memory_gib(batch_device(self._transformer))
         return values
@@ -164,6 +170,7 @@ def model_flops(transformer: Any, batch: NoisedBatch) -> int:
         transformer: the bare model; its class and configuration are used.
         batch: gives the sizes.
     """
+    # Entries with an underscore are diffusers' own notes and no arguments.
     config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
     with torch.device("meta"):
         model = type(transformer).from_config(config)
@@ -175,6 +182,8 @@ def model_flops(transformer: Any, batch: NoisedBatch) -> int:
             for x in (batch.latents, batch.noise, batch.t, batch.text, batch.pooled)
         ),
     )
+    # The architecture as it is published: adapters, compilation and checkpointing are not in it, so
+    # numbers of differently configured runs can be compared.
     with FlopCounterMode(display=False) as counter:
         predict_velocity(model, one, 1.0, torch.float32).sum().backward()
     return int(counter.get_total_flops())

@@ -39,10 +39,12 @@ def learning_rate(step: int, settings: DitStageSettings) -> float:
 
     `cosine` falls to zero at the last step.
     """
+    # Counted from 1: at 0 the first step would change nothing.
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
         return settings.learning_rate
+    # Never zero, even where the whole stage is warm-up.
     remaining = max(1, settings.steps - settings.warmup_steps)
     progress = (step - settings.warmup_steps) / remaining
     return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -50,6 +52,7 @@ def learning_rate(step: int, settings: DitStageSettings) -> float:
 
 def band_losses(t: Tensor, losses: Tensor) -> dict[str, float]:
     """Mean training loss in each of eight equal noise bands that occur in the batch."""
+    # t = 1 belongs to the last band, not to a ninth.
     bands = (t * LEVELS).long().clamp(0, LEVELS - 1)
     return {
         f"loss_band_{band}": float(losses[bands == band].double().mean())
@@ -91,11 +94,16 @@ class DitTrainer:
 
     def run(self) -> None:
         """All remaining steps, with what is due after each."""
+        # Only a fresh start: a resumed run has this row in its log, and the headline's "first"
+        # reads it.
         if self.step == 0:
             self._validate("")
+        # One thread and one step ahead hide the reading; more would only hold more memory, since
+        # `record_reader` keeps the disk's queue full by itself.
         with ThreadPoolExecutor(1, "batches") as loader:
             batches = self._prefetch(loader)
             for step in self._shown(range(self.step, self.settings.steps)):
+                # The clock runs over the wait as well: a step is what passes between two updates.
                 begin = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - begin
@@ -107,6 +115,8 @@ class DitTrainer:
                     self._progress = (
                         f"loss {values['loss']:.4f}, {values['images_per_s']:.3g} images/s"
                     )
+                # Before validation and checkpoint: a step must be in the log when a checkpoint
+                # includes it.
                 self._log(values)
                 self._validate_and_save()
 
@@ -126,6 +136,7 @@ class DitTrainer:
         """What is due after the step just done."""
         # A failure of the writing thread ends the run here, at most one step late.
         self.parts.checkpoints.writer.check()
+        # The last step is always validated, averaged and saved, whatever the intervals are.
         last = self.step == self.settings.steps
         if last or self.step % self.settings.validate_every == 0:
             self._validate("")
@@ -138,6 +149,8 @@ class DitTrainer:
                 if last:
                     self._validate("_ema")
                 if grids is not None:
+                    # Its batches have other sizes, for which compiled blocks would get further
+                    # graphs.
                     with self.parts.uncompiled():
                         grids.draw(self.engine.module, self.step)
         # After validation: a run that goes on from this checkpoint does not validate again.
@@ -149,10 +162,12 @@ class DitTrainer:
 
     def _prefetch(self, loader: ThreadPoolExecutor) -> Iterator[list[NoisedBatch]]:
         """Micro batches of the coming steps, one step ahead of the optimizer."""
+        # Resumed after the last step: only the export is left to do.
         if self.step >= self.settings.steps:
             return
         coming = loader.submit(self._load, self.step)
         for step in range(self.step, self.settings.steps):
+            # An error of the loading thread is raised here, in training's own thread.
             ready = coming.result()
             if step + 1 < self.settings.steps:
                 coming = loader.submit(self._load, step + 1)
@@ -172,6 +187,7 @@ class DitTrainer:
         rows = []
         for number, host_batch in enumerate(batches):
             batch = host_batch.to(self.ranks.device)
+            # Through the engine and not the bare module: DeepSpeed hooks into this forward pass.
             velocity = predict_velocity(
                 self.engine, batch, self.settings.guidance_scale, self.parts.dtype
             )
@@ -180,8 +196,10 @@ class DitTrainer:
             )
             # Ranks that share a sample hold parts of its gradient, and ZeRO averages over them.
             self.engine.backward(self.ranks.context_degree * per_sample.mean())
+            # Kept on the device until the end of the step: reading a number would wait for the GPU.
             columns = [batch.t, per_sample.detach().float()]
             if watched:
+                # Only at watched steps, since it transforms a whole latent once more.
                 columns += band_errors(velocity.detach(), batch)
             rows.append(torch.stack(columns))
             if number == len(batches) - 1:
@@ -193,11 +211,16 @@ class DitTrainer:
                     self._diverged(step, batches, "loss")
             # Called per micro batch; DeepSpeed updates at the last one of the step.
             self.engine.step()
+        # After the step, because DeepSpeed measures the norm when it clips. None means that there
+        # was nothing to measure.
         norm = float(self.engine.get_global_grad_norm() or 0.0)
+        # The update may have happened by now, but nothing of this step is saved.
         if not math.isfinite(norm):
             self._diverged(step, batches, "gradient norm")
+        # Of the masters: the engine's own weights are rounded.
         self.average.update(master_shards(self.engine, self.ranks))
         return {
+            # In float64 over all samples: how they were divided leaves no trace in the mean.
             "loss": float(loss.double().mean()),
             "grad_norm": norm,
             "lr": rate,
@@ -214,6 +237,7 @@ class DitTrainer:
         folder = self.job.state_dir / "diverged" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         for number, batch in enumerate(batches):
+            # A file for each rank: any of them may hold the sample that is at fault.
             name = f"rank{self.ranks.rank}-micro{number}.safetensors"
             ids = json.dumps(batch.sample_ids)
             save_file(batch.tensors(), folder / name, metadata={"sample_ids": ids})
@@ -252,6 +276,7 @@ def export_weights(parts: AssembledRun) -> None:
     job, ranks, data = parts.job, parts.ranks, parts.data
     # From the float32 masters: the engine's own weights are rounded to bfloat16.
     masters = ((s.name, assemble(s, ranks)) for s in master_shards(parts.engine, ranks))
+    # The first rank alone has a log, and alone writes folders.
     facts = (
         facts_of_run(job, data.plan, data.latents, data.texts, parts.metrics.rows())
         if parts.metrics is not None

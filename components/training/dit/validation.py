@@ -23,6 +23,7 @@ from components.training.dit.velocity import NoisedBatch, predict_velocity
 from components.training.stores.latent_store import LatentStore
 from components.training.stores.text_store import TextStore
 
+# Also the number of noise bands in the training log, so that both can be laid side by side.
 LEVELS = 8
 # Midpoints of eight equal parts of (0, 1): the mean over them is the midpoint rule for the
 # integral over t.
@@ -46,6 +47,7 @@ class ValidationLoss:
     def mean_within(self, sigma_range: tuple[float, float]) -> float:
         """Mean velocity error over the levels inside `sigma_range` (NaN when there is none)."""
         low, high = sigma_range
+        # A stage that trains on part of the range is judged on that part.
         inside = [
             loss
             for level, loss in zip(NOISE_LEVELS, self.velocity, strict=True)
@@ -104,6 +106,7 @@ class ValidationSet:
         if not image_ids:
             raise ValueError("validation: there is no held-out image (split 'eval')")
         self._latents, self._texts = latents, texts
+        # Sorted, so that images fall to ranks in the same way whatever order the index has.
         self.image_ids = sorted(image_ids)
         self._repeats, self._batch_size, self._seed = repeats, batch_size, seed
 
@@ -111,6 +114,8 @@ class ValidationSet:
         return [(level, repeat) for level in range(LEVELS) for repeat in range(self._repeats)]
 
     def _batch(self, image_id: str, draws: Sequence[tuple[int, int]]) -> NoisedBatch:
+        # Read anew each time: a held-out set of 4096 px latents in memory would cost training its
+        # room.
         latents = self._latents.read(image_id)
         text, pooled = self._texts.read(image_id)
         noise = [
@@ -152,11 +157,13 @@ class ValidationSet:
         mine: dict[tuple[int, str, int], tuple[float, float]] = {}
         draws = self._draws()
         count = len(self.image_ids)
+        # Every rank makes the same number of turns, and so the same number of forward passes.
         for first in range(0, count, ranks.data_world_size):
             # In the last round a rank without an image repeats one: with ZeRO 3 every forward
             # pass is collective.
             image_id = self.image_ids[(first + ranks.data_rank) % count]
             for start in range(0, len(draws), self._batch_size):
+                # No larger than a training batch, for which the memory is known to suffice.
                 part = draws[start : start + self._batch_size]
                 batch = self._batch(image_id, part).to(ranks.device)
                 velocity = predict_velocity(transformer, batch, guidance_scale, dtype)
@@ -165,6 +172,7 @@ class ValidationSet:
                     objective, velocity, batch.latents, batch.noise, batch.t
                 ).tolist()
                 for (level, repeat), a, b in zip(part, plain, own, strict=True):
+                    # Keyed, so that the image which a rank repeated counts once.
                     mine[level, image_id, repeat] = (a, b)
                 # A validation of a large network takes longer than a rank may stand still.
                 ranks.beat()

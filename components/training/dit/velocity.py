@@ -43,7 +43,10 @@ class NoisedBatch:
         Copies from page-locked memory do not wait.
         """
         parts = (self.latents, self.noise, self.t, self.text, self.pooled)
+        # All copies are queued before anything waits for one.
         latents, *rest = (part.to(device, non_blocking=True) for part in parts)
+        # Widened after the copy, so that stored bfloat16 travels as such. Texts stay as they are:
+        # the model casts them.
         return NoisedBatch(self.sample_ids, latents.float(), *rest)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -69,6 +72,7 @@ def predict_velocity(
     Raises:
         ValueError: the latents' height or width is odd, or the class has no backbone.
     """
+    # A token is a 2x2 block of latents: said here, before a reshape fails deep in the model.
     check_even(*batch.latents.shape[-2:])
     # t stays float32: bfloat16 would round it to steps of 1/256 between 1/2 and 1.
     return backbone_of(transformer).predict(

@@ -20,6 +20,7 @@ from components.training.dit.job import DitJob, TrainingDiverged
 from components.training.dit.trainer import train
 
 WORKER = "components.training.dit.worker"
+# Everything else is restarted, such as a lost connection or a killed rank.
 LASTING = (TrainingDiverged, DiskFull, WeightsMissing, ValueError, LookupError, PermissionError)
 """Failures that another attempt would only repeat."""
 
