@@ -64,6 +64,7 @@ def _shard_rows(items: int) -> int:
 
 
 def _fingerprint(stage: str, key: Mapping[str, Any], ids: Sequence[str]) -> str:
+    # Sorted keys: the order in which settings were read is no other run.
     text = json.dumps([stage, dict(key), list(ids)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -72,6 +73,7 @@ def _row(stage: str, schema: pa.Schema, image_id: str, result: Row | Failure) ->
     """The finished row of one item."""
     if isinstance(result, Failure):
         return {"image_id": image_id, "error": f"quarantined: {result.message}"}
+    # pyarrow drops keys that its schema lacks, without a word.
     unknown = sorted(set(result) - set(schema.names))
     if unknown:
         raise ValueError(f"{stage}: row keys {unknown} are not in the schema")
@@ -85,6 +87,7 @@ def _is_outside(failure: Failure, reasons: Sequence[type[Exception]]) -> bool:
 def _raise_failed(failed: Mapping[str, str], state_dir: Path, kept: int, total: int) -> None:
     lines = [json.dumps({"image_id": name, "error": text}) for name, text in failed.items()]
     write_text(state_dir / FAILED_FILE, "\n".join(lines) + "\n")
+    # Without the class's name, which says nothing to who reads one line.
     _, _, first = next(iter(failed.values())).partition(": ")
     raise ItemsFailed(
         f"{len(failed)} of {total} items failed ({first}); {kept} finished ones are kept, run the "
@@ -139,6 +142,7 @@ def map_items(
         ItemsFailed: one of `outside` was raised.
     """
     state_dir.mkdir(parents=True, exist_ok=True)
+    # Of an earlier run: what failed then may pass now.
     (state_dir / FAILED_FILE).unlink(missing_ok=True)
     size = _shard_rows(len(ids))
     chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
@@ -171,10 +175,13 @@ def map_items(
     def keep(given: int, result: Any) -> None:
         nonlocal kept
         index, place = places.pop(given)
+        # A failure is not kept: the next run gives the item all its attempts again.
         if keep_items and not isinstance(result, Failure):
             journals[index].add(place, result)
             kept += 1
 
+    # `keep` runs as results arrive, the loop below in their order: the journal must not wait for
+    # it.
     results = open_pool(function, limits).map(todo(), keep)
     throughput = Throughput(pending=len(ids) - at_start)
     tracked = track(results, stage, total=len(ids), initial=at_start, note=throughput.note)

@@ -53,6 +53,7 @@ class EngineLimits:
             address=runtime.ray_address,
             actors=runtime.actors,
             gpus_per_actor=0.0,
+            # Every actor takes one CPU of the instance: fewer would leave actors waiting for ever.
             local_cpus=max(runtime.workers, runtime.actors or 1),
         )
         return cls(
@@ -106,8 +107,10 @@ class Failure:
     @classmethod
     def of(cls, problem: BaseException) -> Failure:
         """What an exception says, on one line."""
+        # No traceback: paths and line numbers differ between machines, and rows must not.
         detail = " ".join(str(problem).split())
         message = f"{type(problem).__name__}: {detail}".rstrip(": ")
+        # Names travel where classes cannot: unpickling the exception could fail in the parent.
         return cls(message, tuple(map(_full_name, type(problem).__mro__)))
 
 
@@ -157,6 +160,7 @@ class OrderedPool(ABC):
             self._on_result = on_result
         source = enumerate(payloads)
         queue: deque[Item] = deque()
+        # Answers that came before their turn.
         done: dict[int, Any] = {}
         yielded = read = 0
         exhausted = finished = False
@@ -174,12 +178,15 @@ class OrderedPool(ABC):
                         read += 1
                 if yielded in done:
                     result = done.pop(yielded)
+                    # Before the yield: a consumer that stops here has taken this result.
                     yielded += 1
                     yield result
                 elif exhausted and yielded == read:
                     break
                 else:
                     self._step(queue, done, open_items=read - yielded - len(done))
+            # Reached only by running out of payloads; a generator that its consumer closes leaves
+            # through `finally` alone.
             finished = True
         finally:
             # On Ctrl-C or an error whatever is running is dropped.
@@ -188,6 +195,8 @@ class OrderedPool(ABC):
     def _finish(self, item: Item, answer: Any, queue: deque[Item], done: dict[int, Any]) -> None:
         """Keep an answer, or queue the item again while it has attempts left."""
         if isinstance(answer, Failure):
+            # Crashes, timeouts and exceptions cost the same: which of them it was may differ from
+            # one attempt to the next.
             item.attempts_left -= 1
             if item.attempts_left > 0:
                 # In front, since everything behind it waits for its turn in the order.
@@ -197,6 +206,7 @@ class OrderedPool(ABC):
 
     def _keep(self, item: Item, answer: Any, done: dict[int, Any]) -> None:
         """Take an answer that stands."""
+        # At once, not in its turn: a journal wants it on disk before anything can be killed.
         self._on_result(item.index, answer)
         done[item.index] = answer
 

@@ -68,12 +68,14 @@ def installation_digest() -> str:
         digest.update(f"{name}=={importlib.metadata.version(name)}\n".encode())
     root = Path(__file__).resolve().parents[1]
     for path in sorted(root.rglob("*.py")):
+        # Relative paths: two machines may keep the same commit in different folders.
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
 def _prepare_own_instance() -> None:
     """Keep an instance of our own on the loopback and under a token that nobody else has."""
+    # The loopback is no protection by itself: other accounts of the machine reach it too.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -84,6 +86,7 @@ def _prepare_own_instance() -> None:
 
 def _start_own_instance(ray: Any, cpus: int) -> None:
     ray.init(
+        # Never a cluster that RAY_ADDRESS or an earlier `ray start` offers: this one is ours.
         address="local",
         num_cpus=cpus,
         object_store_memory=_OBJECT_STORE_BYTES,
@@ -100,6 +103,7 @@ def _knock(address: str) -> None:
     Raises:
         OSError: nothing answers there.
     """
+    # Ray finds the address of "auto" itself; there is nothing to knock at.
     if address != "auto":
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()
@@ -124,6 +128,7 @@ def connect(options: RayOptions) -> Any:
             f"runtime.engine is 'ray', but the package ray cannot be imported ({problem}): "
             f"{install_hint('ray')}, or set runtime.engine to local"
         ) from None
+    # A process has one connection; several pools of one run share it.
     if ray.is_initialized():
         return ray
     if options.address is None:
@@ -169,6 +174,7 @@ class _PickledCall:
     def __init__(self, pickled: bytes) -> None:
         self._pickled = pickled
 
+    # In the worker process, at first use: the actor never imports what the function needs.
     @cached_property
     def _function(self) -> Callable[[Any], Any]:
         function: Callable[[Any], Any] = pickle.loads(self._pickled)
@@ -186,10 +192,12 @@ class _Host:
     """Body of an actor: one worker process that outlives its batches."""
 
     def __init__(self, pickled: bytes, limits: EngineLimits, search_path: list[str]) -> None:
+        # Ray starts its processes elsewhere; a spawned process takes its search path from this one.
         sys.path += [folder for folder in search_path if folder not in sys.path]
         # A spawned process imports the main module of its parent: here Ray's own script, and with
         # it all of Ray.
         sys.modules["__main__"].__file__ = None
+        # The actor is the unit of parallelism: Ray has counted one CPU for it.
         limits = replace(limits, workers=1)
         self._pool = WorkerPool(_PickledCall(pickled), limits, keep_workers=True)
 
@@ -226,6 +234,8 @@ class _Actor:
         """Whether a batch that begins with `item` may be sent now."""
         if self.starting is not None:
             return False
+        # A suspect waits for an empty actor and nothing joins it: if it is lost there, it alone is
+        # to blame.
         if item.is_suspect:
             return not self.batches
         has_suspect = any(one.is_suspect for _, items in self.batches for one in items)
@@ -271,26 +281,32 @@ class RayPool(OrderedPool):
         actor_class = self._ray.remote(_Host).options(
             num_cpus=1,
             num_gpus=options.gpus_per_actor,
+            # Attempts are counted here. An item that kills its actor would kill each restarted one.
             max_restarts=0,
             max_task_retries=0,
+            # Over machines first: Ray's default fills one before it takes the next.
             scheduling_strategy="SPREAD",
         )
         self._start: Callable[[], Any] = lambda: actor_class.remote(*arguments)
+        # Of this machine; every actor has to answer with the same before it gets an item.
         self._installation = installation_digest()
         self._actors: list[_Actor] = []
         self._failed_starts = 0
         self._first_start_by = float("inf")
 
     def _window(self) -> int:
+        # Twice what the actors hold, so that a slow item at the front leaves them work.
         return 2 * self._wanted * _BATCHES_PER_ACTOR * self._batch_items
 
     def _step(self, queue: deque[Item], done: dict[int, Any], open_items: int) -> None:
+        # Also when all of them were lost: then the cluster has to show again that it has room.
         if not self._actors:
             self._first_start_by = time.monotonic() + _START_TIMEOUT_S
         while len(self._actors) < min(self._wanted, open_items):
             handle = self._start()
             self._actors.append(_Actor(handle, starting=handle.installation.remote()))
         self._send(queue)
+        # Heads alone: an actor computes in order, so what is behind cannot be ready first.
         waiting = {actor.head: actor for actor in self._actors if actor.head is not None}
         until = min(self._first_start_by, *(actor.deadline for actor in self._actors))
         pause = None if until == float("inf") else max(0.0, until - time.monotonic())
@@ -302,6 +318,7 @@ class RayPool(OrderedPool):
 
     def _send(self, queue: deque[Item]) -> None:
         """Fill actors evenly, those with less to do first."""
+        # Smaller batches towards the end, so that the last items keep every actor busy.
         share = len(queue) // (_BATCHES_PER_ACTOR * len(self._actors))
         share = max(1, min(self._batch_items, share))
         while queue:
@@ -322,6 +339,8 @@ class RayPool(OrderedPool):
         """Set the time by which its next answer must be there."""
         actor.deadline = float("inf")
         if actor.batches:
+            # The worker process inside enforces the limits; this is for a machine that fell silent,
+            # so it allows what the worst batch may take.
             attempts = len(actor.batches[0][1]) * (self._limits.retries + 1)
             actor.deadline = time.monotonic() + _SLACK_S + attempts * self._limits.timeout_s
 
@@ -332,6 +351,7 @@ class RayPool(OrderedPool):
         exceptions = self._ray.exceptions
         try:
             answer = self._ray.get(reference)
+        # Before RayError, which is its base: a mistake in our code is no lost machine.
         except exceptions.RayTaskError as problem:
             # Raised by our own code in the actor, not by an item.
             raise problem.cause from None
@@ -340,6 +360,8 @@ class RayPool(OrderedPool):
             return
         if actor.starting is not None:
             self._check_installation(answer)
+            # In a row only, and only until one has started: from then on the cluster has shown that
+            # it works.
             self._failed_starts, self._first_start_by = 0, float("inf")
             actor.starting = None
             return
@@ -389,12 +411,14 @@ class RayPool(OrderedPool):
         if len(items) == 1:
             self._finish(items[0], Failure("the actor or its machine was lost"), queue, done)
         else:
+            # In front and in their order: everything else waits for their turn.
             queue.extendleft(reversed(items))
         for item in items:
             item.is_suspect = True
 
     def _end(self, finished: bool) -> None:
         if finished:
+            # Worker processes end by themselves if they can; what takes longer dies with its actor.
             closing = [actor.handle.close.remote() for actor in self._actors]
             if closing:
                 self._ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)

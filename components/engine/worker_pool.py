@@ -36,6 +36,7 @@ from components.engine.ordered_pool import (
 
 __all__ = ["EngineLimits", "Failure", "WorkerPool", "WorkersDoNotStart"]
 
+# One death at start may be the kernel's memory killer; several in a row are the function's.
 _START_ATTEMPTS = 3
 # The C library returns freed image buffers to the kernel, which then clears the same pages for the
 # next image: much of a 4K decode. Read once, when a process starts.
@@ -54,8 +55,11 @@ def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
+    # The parent's sentinel fires however it ended. A daemon flag does not: it takes an orderly
+    # exit.
     def watch() -> None:
         wait([parent.sentinel])
+        # Not sys.exit, which in a thread would end the thread.
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -69,12 +73,14 @@ def _environment_for_workers() -> Generator[None, None, None]:
     try:
         yield
     finally:
+        # The environment belongs to the whole process: its other children must not inherit this.
         for name in added:
             os.environ.pop(name, None)
 
 
 def _limit_threads() -> None:
     """One thread per worker: the pool is the parallelism."""
+    # Only what the function has imported: importing a library to limit it would cost its seconds.
     if "cv2" in sys.modules:
         sys.modules["cv2"].setNumThreads(1)
     if "torch" in sys.modules:
@@ -85,6 +91,8 @@ def _limit_memory(memory_mb: int) -> None:
     # From what is held now, not from zero: libraries reserve GiB of address space on import.
     held_pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = held_pages * resource.getpagesize() + memory_mb * 2**20
+    # The soft limit: an allocation fails with MemoryError, which says what happened, before the
+    # kernel's killer ends the process and says nothing.
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
@@ -94,6 +102,8 @@ def _limit_memory(memory_mb: int) -> None:
 def _attempt(function: Callable[[Any], Any], payload: Any, memory_mb: int) -> bytes:
     """Pickled result or `Failure`."""
     try:
+        # Pickled inside the try: a result that cannot travel is the item's failure, not the
+        # worker's.
         return pickle.dumps(function(payload))
     except MemoryError:
         failure = Failure(f"more than {memory_mb} MiB needed")
@@ -116,10 +126,12 @@ def _serve(connection: Connection, pickled_function: bytes, memory_mb: int) -> N
     _limit_threads()
     _limit_memory(memory_mb)
     try:
+        # Says "ready": what an item may cost is counted from here.
         connection.send_bytes(pickle.dumps(None))
         while True:
             payload = connection.recv()
             connection.send_bytes(_attempt(function, payload, memory_mb))
+    # The parent has closed the pipe: nothing more will come.
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
@@ -138,6 +150,7 @@ class _Worker:
         # Else this process would hold the worker's end open and never see it close.
         theirs.close()
         self.is_ready = False
+        # At most one, so that a death has one suspect.
         self.item: Item | None = None
         self.timeout_s = self.deadline = float("inf")
 
@@ -162,6 +175,7 @@ class _Worker:
             # It may have answered between the poll and its end.
             if self.connection.poll():
                 return ...
+        # Reaps it: the exit code is not known before.
         self.process.join()
         code = self.process.exitcode
         assert code is not None
@@ -181,6 +195,7 @@ class _Worker:
 
     def close(self) -> None:
         """Let an idle process end by itself."""
+        # The worker reads the end of the pipe and returns; a library's exit handler may hang.
         self.connection.close()
         self.process.join(timeout=5)
         self.stop()
@@ -234,14 +249,19 @@ class WorkerPool(OrderedPool):
                 # It died idle (the kernel's memory killer, say): no item is to blame.
                 worker.connection.close()
                 self._workers.remove(worker)
+        # Replaces the dead too; for the last few items no worker starts that would find nothing to
+        # do.
         while len(self._workers) < min(self._limits.workers, open_items):
             self._workers.append(_Worker(self._function, self._limits.memory_mb))
         for worker in self._workers:
             if worker.is_ready and worker.item is None and queue:
                 worker.give(queue.popleft(), self._limits.timeout_s)
+        # One wait for answers, deaths and the next deadline: nothing here polls.
         earliest = min(worker.deadline for worker in self._workers)
         events: list[Any] = []
         for worker in self._workers:
+            # The sentinel as well: a child of the worker may hold its end of the pipe open after
+            # its death.
             events += [worker.connection, worker.process.sentinel]
         pause = None if earliest == float("inf") else max(0.0, earliest - time.monotonic())
         wait(events, pause)

@@ -102,6 +102,8 @@ def paired_difference(
     first, second = _finite(before), _finite(after)
     if first.shape != second.shape:
         raise ValueError(f"pairs need equal lengths, got {first.size} and {second.size}")
+    # Differences first: what both pictures share, such as a hard prompt, cancels in each pair. Two
+    # intervals of two means would keep it and hide a small gain.
     return bootstrap_mean(second - first, resamples=resamples, seed=seed, confidence=confidence)
 
 
@@ -152,9 +154,11 @@ def cluster_sums(
     array = _finite(values)
     centre = float(array.mean())
     if clusters is None:
+        # Deviations, since squares of values far from zero would lose the spread to rounding.
         return ClusterSums(centre, array - centre, np.ones_like(array))
     if len(clusters) != array.size:
         raise ValueError(f"{array.size} values need as many cluster labels, got {len(clusters)}")
+    # By first appearance: labels need no order, and draws depend on the rows' order alone.
     numbers: dict[object, int] = {}
     codes = np.array([numbers.setdefault(label, len(numbers)) for label in clusters])
     if len(numbers) < 2:
@@ -192,6 +196,7 @@ def _resampled(
     for start in range(0, resamples, rows):
         picks = generator.integers(0, k, size=(min(rows, resamples - start), k))
         total, count, squares, products, counts = moments[:, picks].sum(axis=2)
+        # A ratio again: a draw that hits large clusters holds more values.
         mean = total / count
         # A draw that hits the mean is a tie; rounding must not decide its side.
         mean = np.where(np.abs(mean) <= 1e-12 * np.abs(sums).max(), 0.0, mean)
@@ -199,6 +204,8 @@ def _resampled(
         # A draw of one repeated cluster has no spread; what rounding leaves is not one.
         spread = np.where(spread <= 1e-12 * squares, 0.0, spread)
         means.append(mean)
+        # `standard_error` of the draw's own clusters: dividing by it, not by the sample's, is what
+        # makes the statistic a pivot.
         errors.append(np.sqrt(k / (k - 1) * spread) / count)
     return np.concatenate(means), np.concatenate(errors)
 
@@ -223,6 +230,7 @@ def studentised_draws(
     # explored, and must widen the interval instead of vanishing from it.
     with np.errstate(divide="ignore", invalid="ignore"):
         draws = np.where(means == 0.0, 0.0, means / errors)
+    # Sorted, since bounds and p-values both look for order statistics.
     return np.sort(draws)
 
 
@@ -235,6 +243,7 @@ def _bca_levels(
     # Ties count half: with few clusters many draws hit the mean exactly, and counting them on one
     # side would read as bias.
     below = (np.sum(means < 0.0) + np.sum(means <= 0.0)) / (2.0 * means.size)
+    # Both corrections are in units of the normal scale; 0 and 0 give the percentile interval back.
     bias = ndtri(below)
     total, count = grouped.sums.sum(), grouped.sizes.sum()
     # Skewness of the jackknife, leaving out whole clusters: the unit that is resampled.

@@ -85,18 +85,21 @@ def _one_system(table: pd.DataFrame, metric: str, name: str) -> pd.DataFrame:
     rows = table[table["metric"] == metric]
     if rows.empty:
         raise ComparisonInvalid(f"{metric}: {name} has no rows; measure it there first")
+    # A second row of a picture would shift every later pair, since pairs go by position.
     twice = rows[rows.duplicated(KEY)]
     if not twice.empty:
         raise ComparisonInvalid(
             f"{metric}: {name} has two rows of {twice.iloc[0]['image']} at the same size; keep one "
             "(several systems in one table? select one first)"
         )
+    # Sorted here, because from here on row i of one table belongs to row i of the other.
     return rows.set_index(KEY).sort_index()
 
 
 def _clusters(metric: str, first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
     """Prompt of each pair, from whichever table knows it; else the image name."""
     images = first.index.get_level_values(0)
+    # One of the tables may be older than the column, or hold pictures without a prompt.
     known: list[list[str | None]] = [
         [text if isinstance(text, str) else None for text in table[CLUSTER_COLUMN]]
         if CLUSTER_COLUMN in table
@@ -105,6 +108,7 @@ def _clusters(metric: str, first: pd.DataFrame, second: pd.DataFrame) -> list[st
     ]
     labels = []
     for image, ours, theirs in zip(images, *known, strict=True):
+        # A name alone is no identity: the same file name from two prompts is no pair.
         if ours is not None and theirs is not None and ours != theirs:
             raise ComparisonInvalid(
                 f"{metric}: {image} was made from another prompt in one system; compare the same "
@@ -132,11 +136,13 @@ def paired_scores(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> Pai
     """
     first = _one_system(before, metric, "the first system")
     second = _one_system(after, metric, "the second system")
+    # Two protocols are two metrics under one name (FID with and without antialiasing).
     protocols = sorted({*first["protocol"], *second["protocol"]})
     if len(protocols) > 1:
         raise ComparisonInvalid(
             f"{metric}: protocols {' and '.join(protocols)} do not compare; measure both anew"
         )
+    # Not the intersection: a system that fails on its hard pictures would gain by it.
     alone = sorted(set(first.index) ^ set(second.index))
     if alone:
         image, height, width = alone[0]
@@ -146,6 +152,7 @@ def paired_scores(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> Pai
         )
     values = np.stack([first["value"].to_numpy(float), second["value"].to_numpy(float)])
     finite = np.isfinite(values)
+    # Infinite on both sides is refused too (PSNR of equal pictures): inf - inf is no difference.
     if np.isinf(values).any() or (finite[0] != finite[1]).any():
         at = int(np.flatnonzero(np.isinf(values).any(axis=0) | (finite[0] != finite[1]))[0])
         raise ComparisonInvalid(
@@ -170,6 +177,7 @@ def difference_estimate(
     Raises:
         ComparisonInvalid: fewer independent prompts than such an interval needs.
     """
+    # Prompts count, not pictures: ten seeds of one prompt are one observation of it.
     independent = len(set(pairs.clusters))
     if independent < FEWEST_STUDENTISED_CLUSTERS:
         raise ComparisonInvalid(
@@ -206,6 +214,7 @@ def compare_systems(
     """
     found: list[Comparison | Refusal] = []
     for metric in metrics:
+        # An unknown id is the caller's mistake and raises; what the data does not allow is refused.
         card(metric)
         try:
             pairs = paired_scores(before, after, metric)
@@ -213,8 +222,11 @@ def compare_systems(
                 pairs, resamples=resamples, seed=seed, confidence=confidence
             )
         except ComparisonInvalid as problem:
+            # A refusal is a result: the other metrics still get their numbers.
             found.append(Refusal(metric, str(problem)))
             continue
+        # Another method than the interval on purpose: the p-value is exact at any distribution, the
+        # interval gives the size. Near the border the two may disagree.
         test = paired_permutation(
             pairs.before, pairs.after, permutations=resamples, seed=seed, clusters=pairs.clusters
         )
@@ -226,11 +238,13 @@ def compare_systems(
                 float(pairs.after.mean()),
                 difference,
                 test.p_value,
+                # Holm needs all p-values first; this one is replaced below.
                 test.p_value,
                 minimum_detectable_effect(pairs.differences, clusters=pairs.clusters),
                 pairs.unmeasurable,
             )
         )
+    # Refused metrics are no tests, so they cost the others nothing.
     adjusted = holm({c.metric: c.p_value for c in found if isinstance(c, Comparison)})
     return [
         replace(c, adjusted_p=adjusted[c.metric]) if isinstance(c, Comparison) else c for c in found

@@ -16,6 +16,7 @@ import pandas as pd
 from components.evaluation.statistics.non_inferiority import judge_non_inferiority, rule_name
 from components.settings.evaluation import PromoteSettings
 
+# Gains, not absolute levels: levels depend on the profile's models and sizes.
 RULES: tuple[tuple[str, str], ...] = (
     ("vae_psnr_gain_db", "min_vae_psnr_gain_db"),
     ("validation_loss_drop", "min_validation_loss_drop"),
@@ -24,6 +25,7 @@ RULES: tuple[tuple[str, str], ...] = (
 
 
 def _judge(metric: str, value: float | None, threshold: float) -> dict[str, Any]:
+    # Infinity would pass any bound, and NaN is no JSON: neither is a measurement.
     measured = value is not None and math.isfinite(value)
     margin = float(value) - threshold if measured and value is not None else None
     return {
@@ -63,22 +65,29 @@ def decide(
         a baseline.
     """
     rules = [
+        # `get`: a number that was never written fails its rule; a KeyError would leave no decision.
         _judge(metric, metrics.get(metric), float(getattr(settings, bound)))
         for metric, bound in RULES
     ]
     if baseline is not None:
+        # A baseline with nothing to hold against it must not pass for "no baseline".
         if candidate is None:
             raise ValueError("a baseline needs the candidate's scores table beside it")
         rules += judge_non_inferiority(baseline, candidate, settings, seed)
     return {
+        # All rules were judged before, also after one had failed: whoever repairs the model wants
+        # every reason at once.
         "promoted": all(rule["passed"] for rule in rules),
         "alias": settings.alias,
         "rules": rules,
+        # The digest and no path or date: equal inputs must give equal bytes.
         "baseline": None
         if baseline is None or settings.baseline is None
         else settings.baseline.sha256,
+        # Named, not failed: else no first champion, hence no baseline, could ever exist.
         "not_compared": []
         if baseline is not None
         else [rule_name(rule) for rule in settings.non_inferiority],
+        # Sorted: the bytes must not depend on the order in which a caller filled a mapping.
         "digests": dict(sorted((digests or {}).items())),
     }

@@ -43,6 +43,7 @@ class _Evidence:
         if error == 0.0:
             return 1.0 / (self.draws.size + 1) if room >= 0.0 else 1.0
         # +1 in both: the observed sample is one of its own resamples, so p is never 0.
+        # "left": a draw that equals the observed room counts against the candidate.
         above = self.draws.size - int(np.searchsorted(self.draws, room / error, side="left"))
         return (above + 1) / (self.draws.size + 1)
 
@@ -54,8 +55,11 @@ class _Evidence:
         # The order statistic whose own p-value is at the level, so bound and p-value never
         # disagree; the factor keeps a product that is an integer from rounding to just below it.
         may_exceed = math.floor(level * (self.draws.size + 1) * (1.0 + 1e-12)) - 1
+        # With so few draws no p-value is as small as the level: nothing can be shown.
         if may_exceed < 0:
             return -math.inf
+        # The pivot is subtracted, so its upper tail gives the lower end. Where that draw is
+        # infinite the bound is too, and the rule fails.
         return self.grouped.centre - float(self.draws[self.draws.size - may_exceed - 1]) * error
 
 
@@ -114,16 +118,22 @@ def _gather(
         candidate[candidate["system"] == rule.system],
         rule.metric,
     )
+    # From here on larger is better: one bound and one positive margin serve both directions.
     improvement = pairs.differences if direction == "higher" else -pairs.differences
     try:
         grouped = cluster_sums(improvement, pairs.clusters)
+        # One seed for all rules: over the same prompts they see the same draws, so that two rules
+        # never differ by the luck of resampling.
         draws = studentised_draws(grouped, resamples=settings.resamples, seed=seed)
+    # Too few prompts, as a rule. That fails like a loss: no evidence promotes nothing.
     except ValueError as problem:
         raise ComparisonInvalid(f"{rule.metric}: {problem}") from None
     return _Evidence(
         rule,
         grouped,
         draws,
+        # Reported, never decided by: it tells a model that is worse from a comparison too small to
+        # show that it is not.
         minimum_detectable_effect(improvement, clusters=pairs.clusters),
     )
 
@@ -143,6 +153,7 @@ def _refused(rule: NonInferioritySettings, reason: str) -> dict[str, Any]:
 def _judged(evidence: _Evidence, level: float) -> dict[str, Any]:
     bound = evidence.lower_bound(level)
     finite = math.isfinite(bound)
+    # Equality passes, as it does in the p-value: the two must never give two answers.
     passed = finite and bound >= -evidence.rule.margin
     n = int(evidence.grouped.sizes.sum())
     if not finite:
@@ -158,6 +169,7 @@ def _judged(evidence: _Evidence, level: float) -> dict[str, Any]:
     return {
         "name": rule_name(evidence.rule),
         "kind": "non_inferiority",
+        # JSON has no infinity.
         "value": bound if finite else None,
         "threshold": -evidence.rule.margin,
         "passed": passed,
@@ -194,9 +206,12 @@ def judge_non_inferiority(
         try:
             gathered[index] = _gather(rule, baseline, candidate, settings, seed)
         except ComparisonInvalid as problem:
+            # Kept out of Holm's count: it fails at any level, so it must not make the others
+            # harder.
             judged[index] = _refused(rule, str(problem))
     for index, level in _levels(gathered, settings):
         judged[index] = _judged(gathered[index], level)
+    # Holm's order is by p-value; a reader expects that of the settings.
     return [judged[index] for index in sorted(judged)]
 
 
@@ -205,6 +220,8 @@ def _levels(
 ) -> Sequence[tuple[int, float]]:
     """Rules with the level at which each is tested: Holm's steps stop at the first failure."""
     if settings.correction == "none":
+        # Valid for the decision as it stands: promotion asks that all rules hold, and a conjunction
+        # of tests at alpha errs at most with alpha.
         return [(index, settings.significance) for index in gathered]
     # Holm: the smallest p-value is tested at alpha / m, the next at alpha / (m - 1), and from the
     # first failure on the level stays. Ties go in the order of the settings.

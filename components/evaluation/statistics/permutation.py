@@ -43,9 +43,12 @@ class PermutationResult:
 def _signs(clusters: int, permutations: int, seed: int, exact: bool) -> npt.NDArray[np.bool_]:
     """(permutations, clusters); True: the pair is swapped."""
     if exact:
+        # Pattern 0 swaps nothing, so an exact p counts the observed value and is never 0.
         patterns = np.arange(2**clusters, dtype=np.uint32)
+        # Column c is bit c of the pattern's number: each of the 2^k patterns stands once.
         bits = np.arange(clusters, dtype=np.uint32)
         return ((patterns[:, None] >> bits) & 1).astype(bool)
+    # A byte for each sign; int64 would take eight.
     drawn = np.random.default_rng(seed).integers(0, 2, (permutations, clusters), dtype=np.int8)
     return drawn.astype(bool)
 
@@ -56,6 +59,8 @@ def _p_value(
     # The pattern that swaps nothing and its mirror image have the observed value up to the order of
     # summation; losing them would make p smaller than it can be.
     slack = _TOLERANCE * max(abs(observed), float(np.abs(values).max(initial=0.0)))
+    # Absolute values hold both tails: flipping all signs mirrors every value, so nothing is
+    # doubled.
     if alternative == "two-sided":
         extreme = np.abs(values) >= abs(observed) - slack
     elif alternative == "greater":
@@ -63,6 +68,7 @@ def _p_value(
     else:
         extreme = values <= observed + slack
     count = int(np.count_nonzero(extreme))
+    # Drawn patterns may miss the observed one, so it is counted in.
     return count / values.size if exact else (count + 1) / (values.size + 1)
 
 
@@ -103,6 +109,7 @@ def paired_permutation(
     # Back from deviations to differences: signs are flipped about zero, the null hypothesis, and
     # not about the mean.
     sums = grouped.sums + grouped.centre * grouped.sizes
+    # Enumerating costs one sum per pattern, so it is taken wherever patterns fit into memory.
     exact = grouped.clusters <= EXACT_CLUSTERS
     total = 2**grouped.clusters if exact else permutations
     # Sums of clusters suffice: a pattern flips a cluster as a whole, so n does not matter here.
@@ -162,15 +169,18 @@ def set_distance_permutation(
     def difference(swap: npt.NDArray[np.bool_]) -> float:
         first = np.where(swap, rows + n, rows)
         value = distance(first) - distance(np.where(swap, rows, rows + n))
+        # NaN compares as not extreme: it would make p smaller without a sound.
         if not np.isfinite(value):
             raise ValueError(f"the distance of a set is not finite ({value})")
         return float(value)
 
+    # Through the same function as the others, so that its rounding is theirs.
     observed = difference(np.zeros(n, dtype=bool))
     # Enumerated where that costs no more than drawing: each value is two distances of whole sets,
     # so the 2^16 of `EXACT_CLUSTERS` would take half an hour.
     exact = 2 ** len(numbers) <= permutations
     total = 2 ** len(numbers) if exact else permutations
+    # `codes` repeats a cluster's sign for each of its pictures: a prompt moves as a whole.
     swaps = _signs(len(numbers), total, seed, exact)[:, codes]
     values = np.array([difference(swap) for swap in swaps])
     p = _p_value(observed, values, alternative, exact)
@@ -191,6 +201,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
             raise ValueError(f"p-value of {name} is {p}: expected a number in [0, 1]")
     adjusted: dict[str, float] = {}
     largest = 0.0
+    # Ties need no rule: the running maximum gives equal p-values equal results.
     ordered = sorted(p_values, key=lambda name: p_values[name])
     for rank, name in enumerate(ordered):
         # Never below the step before: a metric cannot be significant where a clearer one is not.

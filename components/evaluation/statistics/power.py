@@ -22,6 +22,8 @@ def paired_power(effect: float, standard_error: float, df: int, alpha: float) ->
 
     critical = t.ppf(1.0 - alpha / 2.0, df)
     shift = abs(effect) / standard_error
+    # The far tail too: at small effects a finding in the wrong direction is a finding, and power
+    # must tend to alpha there.
     return float(nct.sf(critical, df, shift) + nct.cdf(-critical, df, shift))
 
 
@@ -58,6 +60,8 @@ def minimum_detectable_effect(
     # Degrees of freedom of prompts, not of pictures: pictures of one prompt repeat each other.
     df = grouped.clusters - 1
     # In units of the standard error, so that one bracket serves metrics of any scale.
+    # Power rises with the effect from alpha at 0, which is below the wanted one: doubling ends, and
+    # the root is bracketed.
     high = 1.0
     while paired_power(high, 1.0, df, alpha) < power:
         high *= 2.0

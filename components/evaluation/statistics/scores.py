@@ -56,14 +56,18 @@ def image_scores(
 
 def text_column(values: pd.Series[Any]) -> pd.Series[Any]:
     """Texts with None where there is none, one type however many are missing."""
+    # A column of None alone would be written as Parquet's null type, which cannot be joined with a
+    # table that has texts.
     return values.astype("str").where(values.notna(), None)
 
 
 def scores_table(scores: Iterable[Score]) -> pd.DataFrame:
     """All rows in a fixed order: system, image, size, metric; a missing value is NaN."""
+    # Columns are named, so that an empty table has them too.
     table = pd.DataFrame([asdict(score) for score in scores], columns=list(COLUMNS))
     table["value"] = table["value"].astype("float64")
     table["prompt"] = text_column(table["prompt"])
+    # The order is part of the stage's output: DVC compares its bytes.
     return table.sort_values(
         ["system", "image", "height", "width", "metric"], kind="stable", ignore_index=True
     )
@@ -72,6 +76,8 @@ def scores_table(scores: Iterable[Score]) -> pd.DataFrame:
 def values_of(table: pd.DataFrame, system: str, metric: str) -> pd.DataFrame:
     """Finite rows of one system and metric."""
     rows = table[(table["system"] == system) & (table["metric"] == metric)]
+    # NaN is a picture too small for the metric, infinity a PSNR of equal pictures; neither has a
+    # place in a mean. Callers count what is left.
     finite: pd.DataFrame = rows.loc[np.isfinite(rows["value"].to_numpy(dtype=np.float64))]
     return finite
 
@@ -90,6 +96,8 @@ def _pairs(table: pd.DataFrame, metric: str) -> tuple[list[float], list[float]]:
     """(before, after) of the images that both reconstructions have, in order of image."""
     before = values_of(table, RECONSTRUCTION_BEFORE, metric).set_index("image")["value"]
     after = values_of(table, RECONSTRUCTION_AFTER, metric).set_index("image")["value"]
+    # A picture without a finite value on one side leaves both, so that a gain is of the same
+    # pictures.
     shared = sorted(set(before.index) & set(after.index))
     return before.loc[shared].to_list(), after.loc[shared].to_list()
 
@@ -101,6 +109,7 @@ def reconstruction_gain(
     before, after = _pairs(table, metric)
     if not before:
         return None
+    # A number without an interval, never one with an interval of width zero.
     if len(before) == 1:
         return after[0] - before[0]
     return paired_difference(before, after, resamples=resamples, seed=seed)
@@ -124,12 +133,15 @@ def headline_metrics(table: pd.DataFrame, *, resamples: int, seed: int) -> dict[
     for system in sorted(set(table["system"])):
         rows = table[table["system"] == system]
         for metric in sorted(set(rows["metric"])):
+            # Left out where not finite: JSON has no NaN, and an absent number fails the gate.
             value = set_value(rows, metric)
             if value is not None and math.isfinite(value):
                 out[f"{system}_{metric}"] = value
+        # A picture has a row for each metric, and one name may occur at several sizes.
         out[f"{system}_images"] = float(
             rows[["image", "height", "width"]].drop_duplicates().shape[0]
         )
+    # The gate reads `vae_psnr_gain_db`; a unit stands last in a name, also in this one.
     for metric in ("psnr_db", "ssim", "nmse"):
         name = "vae_psnr_gain_db" if metric == "psnr_db" else f"vae_{metric}_gain"
         gain = reconstruction_gain(table, metric, resamples=resamples, seed=seed)
@@ -137,4 +149,5 @@ def headline_metrics(table: pd.DataFrame, *, resamples: int, seed: int) -> dict[
             out[name] = gain
         elif gain is not None:
             out |= {name: gain.mean, f"{name}_low": gain.low, f"{name}_high": gain.high}
+    # Sorted, since metrics.json is compared byte by byte.
     return dict(sorted(out.items()))

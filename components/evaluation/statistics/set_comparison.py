@@ -85,9 +85,11 @@ def paired_set_test(
     """
     if len(before) != len(after):
         raise ValueError(f"pairs need equal numbers, got {len(before)} and {len(after)} pictures")
+    # `after` first: the statistic of `set_distance_permutation` is first minus second.
     pictures = [*after, *before]
 
     def of(chosen: Rows) -> float:
+        # A picture's patches move together: they are one observation.
         return distance(np.concatenate([pictures[place] for place in chosen]), reference)
 
     return set_distance_permutation(
@@ -123,20 +125,24 @@ def compare_sets(
     blocks = [*before, *after, reference]
     ends = np.cumsum([len(block) for block in blocks])
     total = int(ends[-1])
+    # Before anything of that size is allocated.
     if total > MOST_ROWS:
         raise SetsTooLarge(
             f"{total} rows of features are more than the {MOST_ROWS} whose products a permutation "
             "test can hold; compare fewer pictures (--limit)"
         )
+    # Where each picture's rows lie in the pool; none for a picture without a full patch.
     rows = np.split(np.arange(total), ends[:-1])
     ours, theirs, target = rows[: len(before)], rows[len(before) : -1], rows[-1]
     pool = np.concatenate(blocks)
     found = {}
     for metric_id, pooled in _distances(metric, pool).items():
+        # Everything below is look-ups in the pool's matrix: a relabelling costs nothing of width d.
         first = pooled(np.concatenate(ours), target)
         test = paired_set_test(
             pooled, ours, theirs, target, permutations=permutations, seed=seed, clusters=clusters
         )
+        # The second distance is not computed again: the statistic is its difference to the first.
         found[metric_id] = (first, first + test.statistic, test)
     return found
 
@@ -145,6 +151,7 @@ def _distances(metric: SetMetric, pool: Features) -> dict[str, PooledDistance]:
     if isinstance(metric, PooledSetMetric):
         return metric.pooled(pool)
 
+    # A function, not a lambda in the loop: each has to keep its own id.
     def by_combining(metric_id: str) -> PooledDistance:
         return lambda first, second: metric.combine(pool[first], pool[second])[metric_id]
 

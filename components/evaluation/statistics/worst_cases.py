@@ -48,10 +48,12 @@ def worst_cases(
         ours, theirs = (
             rows[rows["system"] == name].set_index("item")["value"] for name in (system, baseline)
         )
+        # By item, because the sort below is stable: equal losses come in a fixed order.
         shared = sorted(set(ours.index) & set(theirs.index))
         found = []
         for item in shared:
             value, reference = float(ours.loc[item]), float(theirs.loc[item])
+            # Positive means worse in either direction, so one rule ranks all metrics.
             loss = reference - value if direction == "higher" else value - reference
             # An infinite PSNR (equal pictures) has no finite loss to rank.
             if 0.0 < loss < float("inf"):
@@ -69,8 +71,10 @@ def by_rank(cases: Sequence[WorstCase]) -> list[WorstCase]:
         group = f"{case.system}/{case.metric}"
         rank = seen.get(group, 0)
         seen[group] = rank + 1
+        # The order given breaks ties between metrics of one rank; cases have no order of their own.
         ranked.append((rank, order, case))
     once: dict[tuple[str, str], WorstCase] = {}
     for _, _, case in sorted(ranked, key=lambda entry: entry[:2]):
+        # The first stays: a picture is shown for the metric on which it ranks worst.
         once.setdefault((case.system, case.item), case)
     return list(once.values())
