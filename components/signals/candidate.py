@@ -83,6 +83,7 @@ _per_thread = threading.local()
 
 def _scratch() -> Scratch:
     """This thread's decode and gray buffers; nothing that a function here returns is a view."""
+    # Never one for the process: another thread would decode into it while this one measures.
     if not hasattr(_per_thread, "scratch"):
         _per_thread.scratch = Scratch()
     scratch: Scratch = _per_thread.scratch
@@ -135,10 +136,12 @@ def measure_candidate(candidate: Candidate) -> dict[str, Any]:
         data = candidate.path.read_bytes()
         decoded = decode_rgb(data, max_megapixels=candidate.max_megapixels, scratch=_scratch())
     except OSError as problem:
+        # Without the path that the full text holds: rows must not depend on the machine.
         return {"integrity": f"{UNREAD}: {problem.strerror}"}
     except ImageUndecodable as problem:
         return {"integrity": str(problem)}
     texture = _texture(decoded.pixels, candidate)
+    # `texture.gray` is scratch: read to the end here, and nothing returned points into it.
     glcm = glcm_measures(texture.gray) if candidate.glcm else None
     score, entropy = glcm or (None, None)
     hash_hex, hash_quality = pdq(texture.gray) or (None, None)
@@ -152,6 +155,7 @@ def measure_candidate(candidate: Candidate) -> dict[str, Any]:
         "entropy_bits": texture.entropy_bits,
         "glcm_score": score,
         "glcm_entropy_bits": entropy,
+        # From the file's own tables, so null for other formats.
         "jpeg_quality": jpeg_quality(decoded.quantization) if decoded.quantization else None,
         "pdq_hash": hash_hex,
         "pdq_quality": hash_quality,
@@ -175,6 +179,8 @@ def prepare_worker() -> None:
     # Every branch that a photograph can take is taken once: a kernel compiled inside an item would
     # count against its time and memory.
     glcm_measures(gray)
+    # Large enough for `pdq` to shrink by 3: a factor of 2 is OpenCV's, and would leave `box_means`
+    # uncompiled.
     pdq(np.tile(gray, (8, 8)))
     _encoded(noise)
 
@@ -200,6 +206,7 @@ def measure_image(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> dict
     texture = fused_texture(decoded.pixels)
     row |= {"width": decoded.header.width, "height": decoded.header.height}
     row |= {"entropy_bits": texture.entropy_bits, "flat_fraction": texture.flat_fraction}
+    # A damaged file is measured as far as it decodes, and says so.
     errors = [] if decoded.integrity == "ok" else [f"damaged: {decoded.integrity}"]
     glcm = glcm_measures(texture.gray)
     if glcm is None:

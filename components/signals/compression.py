@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 JPEG_QUALITY = 95
+# Said, not left to a default: the size depends on it.
 _CHROMA_SUBSAMPLING = "4:2:0"
 
 

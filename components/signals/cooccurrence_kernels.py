@@ -31,6 +31,7 @@ def _merge(tables: np.ndarray, merged: np.ndarray) -> None:
     third, fourth = tables[2, : merged.size], tables[3, : merged.size]
     for pair in range(merged.size):
         merged[pair] = np.uint32(first[pair] + second[pair] + third[pair] + fourth[pair])
+        # Cleared in passing, while the cells are in cache.
         first[pair] = 0
         second[pair] = 0
         third[pair] = 0
@@ -65,6 +66,7 @@ def _entropy_of_frequencies(frequencies: np.ndarray, seen: np.ndarray, distinct:
         frequency = float(frequencies[seen[index]])
         frequencies[seen[index]] = 0
         total += frequency * np.log2(frequency)
+    # -sum f/N log2 f/N with N = 2^16 cells, log2 N taken out of the sum.
     return 16.0 - total / 65536.0
 
 
@@ -87,16 +89,19 @@ def patch_entropies(
         count_log_count: (4097,) float64, c log2 c, and 0 for 0.
         values: how many distinct values there are.
     """
+    # The top-left square alone, as the released script crops.
     edge = min(gray.shape[0], gray.shape[1])
     # Flat and with room for the longest offset: a slice per offset instead of one per row, whose
     # reference counting would take longer than its pixels.
     high = np.empty(PATCH_PX * PATCH_PX, np.uint16)
     low = np.zeros(PATCH_PX * PATCH_PX + PATCH_PX, np.uint16)
     codes = np.empty(PATCH_PX * PATCH_PX, np.uint16)
+    # One cell more than pairs, for those that wrap around an edge.
     tables = np.zeros((4, PAIRS + 1), np.uint32)
     merged = np.empty(PAIRS, np.uint32)
     often = np.zeros(PAIRS + 1, np.int64)
     seen_counts = np.empty(PAIRS + 1, np.int64)
+    # Cleared by whoever reads them, cell by cell: most of these cells are never touched.
     frequencies = np.zeros(values, np.int64)
     seen_values = np.empty(values, np.int64)
     score = 0.0
@@ -127,6 +132,7 @@ def patch_entropies(
                 down, across, weight, values_row = offsets[index]
                 width = PATCH_PX - abs(across)
                 joined = codes[: PATCH_PX * (PATCH_PX - down)]
+                # In flat memory a step (down, across) is one shift, across to the left included.
                 shift = PATCH_PX * down + across
                 _join(high[: joined.size], low[shift : shift + joined.size], joined)
                 # Pairs that wrap around an edge are counted in a cell beyond the last pair.
@@ -135,6 +141,7 @@ def patch_entropies(
                     for x in range(wrapped, wrapped + abs(across)):
                         joined[PATCH_PX * y + x] = np.uint16(size)
                 count_in_four(joined, tables)
+                # Forgotten before it can be merged.
                 tables[:, size] = 0
                 _merge(tables, merged[:size])
                 distinct = _occurrences(merged[:size], often, seen_counts)
@@ -145,13 +152,19 @@ def patch_entropies(
                     count = seen_counts[position]
                     cells = often[count]
                     often[count] = 0
+                    # Cells, not pairs: both entropies ask how many cells of the matrix hold this
+                    # count.
                     occurring += cells
                     sum_of_logs += cells * count_log_count[count]
                     value = value_ids[values_row, count]
                     if frequencies[value] == 0:
                         seen_values[distinct_values] = value
                         distinct_values += 1
+                    # `weight`: diagonal offsets round together, so some of the 16 matrices are the
+                    # same one.
                     frequencies[value] += weight * cells
+                # Pairs that never occur are values too (0): the released entropy is that of the
+                # whole array.
                 zero = value_ids[values_row, 0]
                 if occurring < PAIRS:
                     if frequencies[zero] == 0:

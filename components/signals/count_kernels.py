@@ -17,9 +17,11 @@ def count_in_four(values: np.ndarray, tables: np.ndarray) -> None:
     whole = values.size // 4
     for block in range(whole):
         x = 4 * block
+        # An explicit uint32, or numba would add in 64 bits.
         tables[0, values[x]] += np.uint32(1)
         tables[1, values[x + 1]] += np.uint32(1)
         tables[2, values[x + 2]] += np.uint32(1)
         tables[3, values[x + 3]] += np.uint32(1)
+    # At most three are left; the tables are summed, so any of them may take these.
     for x in range(4 * whole, values.size):
         tables[0, values[x]] += np.uint32(1)

@@ -37,6 +37,8 @@ def sobel_variance(patch: np.ndarray) -> float:
     Args:
         patch: (h, w) uint8.
     """
+    # OpenCV's default border is REFLECT_101. A numpy slice reaches it as an image of its own, so
+    # nothing outside the patch is seen.
     gradient_x = cv2.Sobel(patch, cv2.CV_64F, 1, 0, ksize=3)
     gradient_y = cv2.Sobel(patch, cv2.CV_64F, 0, 1, ksize=3)
     return float(np.var(np.sqrt(gradient_x**2 + gradient_y**2)))
@@ -44,6 +46,7 @@ def sobel_variance(patch: np.ndarray) -> float:
 
 def _fast_sobel_variance(patch: np.ndarray) -> float:
     """E[m^2] - E[m]^2 with exact integer squares; the root is float32, the sums are exact."""
+    # 16 bits hold a gradient of up to 1020, not its square.
     gradient_x = cv2.Sobel(patch, cv2.CV_16S, 1, 0, ksize=3).astype(np.int32)
     gradient_y = cv2.Sobel(patch, cv2.CV_16S, 0, 1, ksize=3).astype(np.int32)
     squares = gradient_x * gradient_x + gradient_y * gradient_y
@@ -55,6 +58,7 @@ def _is_flat(patch: np.ndarray, flat_variance: float) -> bool:
     variance = _fast_sobel_variance(patch)
     if abs(variance - flat_variance) < _UNCERTAIN_VARIANCE:
         variance = sobel_variance(patch)
+    # Strict, as the released tool compares.
     return variance < flat_variance
 
 

@@ -86,6 +86,7 @@ def fused_texture(
     tables = np.zeros((4, 256), np.uint32)
     squares = np.zeros((height // patch_px, width // patch_px), np.int64)
     roots = np.zeros(squares.shape)
+    # Beyond it the pass's 16-bit column sums would overflow; `box_reduced` has wider ones.
     is_reduced_here = 1 < reduced_by <= MAX_FACTOR_16_BITS
     size = (-(-height // reduced_by), -(-width // reduced_by)) if is_reduced_here else (0, 0)
     means = np.empty((size[0], 3 * size[1]), np.uint8)
@@ -101,6 +102,8 @@ def fused_texture(
         np.zeros(3 * width if is_reduced_here else 0, np.uint16),
         means,
     )
+    # The difference of two large numbers, of which one is exact: only the mean's error counts, and
+    # `certain_distance` bounds that.
     mean = roots / patch_px**2
     variances = squares / patch_px**2 - mean**2
     # The loop's float32 roots decide no patch that they could decide wrongly: within the bound of

@@ -44,8 +44,11 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         ],
         np.int64,
     )
+    # All counts that a matrix can hold: values are compared as fractions, so equal ones of
+    # different offsets fall together.
     counts = np.arange(LEVELS * LEVELS + 1)
     values, index = np.unique(counts / np.array(classes)[:, None], return_inverse=True)
+    # 0 log 0 is 0 here, as in every entropy.
     logs = counts * np.log2(np.maximum(counts, 1))
     return offsets, index.reshape(len(classes), -1).astype(np.int32), logs, values.size
 

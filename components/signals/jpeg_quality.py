@@ -32,7 +32,9 @@ def _standard_tables() -> np.ndarray:
 def _tables_by_quality() -> np.ndarray:
     """(100, 2, 64) int64: the library's tables for quality 1 to 100, 8-bit steps."""
     quality = np.arange(1, 101)
+    # The library's own scaling with its integer divisions: rounding is part of the tables.
     percent = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)[:, None, None]
+    # At least 1: a step of 0 cannot be divided by. At most 255: baseline JPEG has 8-bit steps.
     tables: np.ndarray = np.clip((_standard_tables() * percent + 50) // 100, 1, 255)
     return tables
 
@@ -46,6 +48,7 @@ def jpeg_quality(quantization: dict[int, list[int]]) -> int | None:
     Returns:
         1 to 100 (the lowest of equally near ones), or None without a usable table.
     """
+    # Of whatever is there: a gray JPEG has no chroma table.
     numbers = [number for number in (0, 1) if len(quantization.get(number, ())) == 64]
     if not numbers:
         return None

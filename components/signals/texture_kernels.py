@@ -25,6 +25,7 @@ def _gray_row(pixels: np.ndarray, gray: np.ndarray) -> None:
         red = np.int32(pixels[3 * x])
         green = np.int32(pixels[3 * x + 1])
         blue = np.int32(pixels[3 * x + 2])
+        # The weights add up to 2^15: the sum stays below 2^23, and white stays 255.
         weighted = np.int32(9798 * red + 19235 * green + 3735 * blue + 16384)
         gray[x] = np.uint8(weighted >> 15)
 
@@ -35,6 +36,7 @@ def _vertical_row(
 ) -> None:
     """Vertical halves of the separable 3x3 Sobel: (1, 2, 1) and (-1, 0, 1), exact in float32."""
     for x in range(row.size):
+        # Once for the whole row of the image: patches differ at their left and right ends alone.
         top = np.float32(above[x])
         bottom = np.float32(below[x])
         middle = np.float32(row[x])
@@ -61,6 +63,7 @@ def _magnitude_row(smooth: np.ndarray, slope: np.ndarray) -> tuple[np.int32, np.
         across = smooth_right[x] - smooth_left[x]
         down = left[x] + middle[x] + middle[x] + right[x]
         square = across * across + down * down
+        # int32 said twice: widened to 64 bits the sum would use half of the lanes.
         squares = np.int32(squares + np.int32(square))
         roots += np.sqrt(square)
     return squares, roots
@@ -91,6 +94,7 @@ def _block_means(
     # Multiplying by a rounded-up 2^40 / (2 area) is the exact division while 1024 area^2 fits.
     whole = width // factor if area <= 32768 else 0
     reciprocal = np.uint64(((1 << 40) + 2 * area - 1) // (2 * area))
+    # The usual rounding of total / area, both doubled so that a half needs no fraction.
     half = np.uint64(area)
     for block in range(whole):
         first = block * factor * channels
@@ -101,6 +105,7 @@ def _block_means(
             means[block * channels + channel] = np.uint8(
                 ((np.uint64(total) << np.uint64(1)) + half) * reciprocal >> np.uint64(40)
             )
+    # The partial block at the end, and all of them where the reciprocal is not exact.
     for block in range(whole, means.size // channels):
         left = block * factor
         right = min(left + factor, width)
@@ -110,6 +115,7 @@ def _block_means(
             for x in range(left, right):
                 rest += int(sums[channels * x + channel])
             means[block * channels + channel] = np.uint8((2 * rest + area) // (2 * area))
+    # Callers add the next rows without clearing.
     sums[:] = 0
 
 
@@ -168,6 +174,7 @@ def gray_histogram_sobel(
     patch_rows, patch_columns = squares.shape
     smooth, slope = halves[0], halves[1]
     added = 0
+    # One more than there are patches: rows below the last patch count for histogram and means.
     for band in range(patch_rows + 1):
         top = band * patch_px
         bottom = min(top + patch_px, height)
@@ -177,11 +184,13 @@ def gray_histogram_sobel(
             if factor > 0:
                 _add_row(pixels[y], sums)
                 added += 1
+                # Blocks do not follow bands: one may begin in this band and end in the next.
                 if added == factor or y == height - 1:
                     _block_means(sums, 3, factor, added, means[y // factor])
                     added = 0
         if band == patch_rows:
             break
+        # A second run over the band, since a row's gradient needs the gray of the row below it.
         for y in range(top, bottom):
             # REFLECT_101 inside the patch: row -1 is row 1, row P is row P - 2.
             above = gray[y - 1] if y > top else gray[top + 1]
@@ -191,5 +200,6 @@ def gray_histogram_sobel(
                 left = column * patch_px
                 right = left + patch_px
                 row_squares, row_roots = _magnitude_row(smooth[left:right], slope[left:right])
+                # 64 bits from here: 32 are enough for one row of a patch, not for all of them.
                 squares[band, column] += row_squares
                 roots[band, column] += row_roots
