@@ -77,6 +77,7 @@ def nmse(reference: ImageArray, image: ImageArray) -> float:
         0 for identical images, lower is closer; infinite for a black reference with any error.
     """
     _check(reference, image)
+    # Integers here too, for the same reason as in `_squared_error_sum`.
     energy = float(np.sum(np.square(reference.astype(np.int32)), dtype=np.int64))
     error = _squared_error_sum(reference, image)
     if energy == 0.0:
@@ -143,6 +144,7 @@ def _ms_ssim_channel(reference: ImageArray, image: ImageArray) -> float:
     for scale, exponent in enumerate(_MS_SSIM_EXPONENTS):
         if scale:
             x, y = _halved(x), _halved(y)
+        # Luminance is compared at the last scale only, where it is the whole SSIM.
         similarity, contrast = _similarity(x, y)
         is_last = scale == len(_MS_SSIM_EXPONENTS) - 1
         # A negative mean has no real fractional power; the released code gives NaN there.
@@ -152,6 +154,7 @@ def _ms_ssim_channel(reference: ImageArray, image: ImageArray) -> float:
 
 def _halved(plane: Plane) -> Plane:
     """Mean of 2x2 pixels, (h // 2, w // 2) float64."""
+    # An odd row or column has no partner to be averaged with.
     even = plane[: plane.shape[0] // 2 * 2, : plane.shape[1] // 2 * 2]
     rows = np.add(even[::2], even[1::2], dtype=np.float64)
     halved: Plane = (rows[:, ::2] + rows[:, 1::2]) / 4.0
@@ -179,6 +182,7 @@ def _similarity(x: Plane, y: Plane, band_px: int = _BAND_PX) -> tuple[float, flo
 def _similarity_maps(x: Plane, y: Plane) -> tuple[Plane, Plane]:
     """SSIM and contrast-structure of every window, (H - 10, W - 10) float64."""
     window = _gaussian_window()
+    # Windows that reach over the border are cut away, so the filter's rule there is never seen.
     inside = (slice(_SSIM_RADIUS, -_SSIM_RADIUS),) * 2
 
     def smooth(array: Plane) -> Plane:

@@ -35,6 +35,8 @@ def fused_metrics(rgb: ImageArray) -> dict[str, float | None]:
         rgb: uint8 (H, W, 3).
     """
     _check(rgb)
+    # Without a full patch the kernel says 0.0, the corpus rule's "nothing is flat". As a metric
+    # that would read as detail everywhere, so it becomes None.
     measured = fused_texture(rgb, patch_px=FLAT_PATCH_PX)
     has_patch = min(rgb.shape[:2]) >= FLAT_PATCH_PX
     return {
@@ -52,6 +54,7 @@ def glcm_metrics(rgb: ImageArray) -> dict[str, float | None]:
     _check(rgb)
     measured = glcm_measures(grayscale(rgb))
     score, bits = (None, None) if measured is None else measured
+    # Both come out of one count of pairs; a caller that wants one gets the other for nothing.
     return {"glcm_score": score, "glcm_entropy_bits": bits}
 
 
@@ -78,6 +81,7 @@ def pair_metrics(reference: ImageArray, image: ImageArray) -> dict[str, float | 
     Raises:
         ValueError: different shapes.
     """
+    # The two that need a window are None below it; the other two hold at any size.
     edge = min(reference.shape[:2])
     return {
         "psnr_db": psnr_db(reference, image),

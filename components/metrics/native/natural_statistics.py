@@ -52,6 +52,7 @@ def normalised(gray: Plane) -> Plane:
         return np.asarray(filtered, np.float64)
 
     mean = local(gray)
+    # Rounding may leave a flat patch slightly below 0; released code takes the absolute value.
     variance = np.abs(local(gray**2) - mean**2)
     return (gray - mean) / (np.sqrt(variance + np.finfo(np.float64).eps) + 1.0)
 
@@ -68,5 +69,6 @@ def blocks(values: Plane, edge_px: int) -> Plane:
     """
     rows, columns = (length // edge_px for length in values.shape)
     cut = values[: rows * edge_px, : columns * edge_px]
+    # The swap brings each block's pixels together; reshaping alone would mix neighbours.
     tiled = cut.reshape(rows, edge_px, columns, edge_px).swapaxes(1, 2)
     return tiled.reshape(-1, edge_px, edge_px)

@@ -35,6 +35,7 @@ _TAP_DISTANCES = np.abs(np.arange(-3, 5) - 0.5) / 2.0
 @cache
 def _shapes() -> tuple[Plane, Plane]:
     """(exponents, E|x|^2 / E x^2 of a generalised Gaussian with each), both rising."""
+    # The released grid: exponents come in steps of 0.001, and the score depends on them.
     exponents = np.arange(200, 10_001) / 1000.0
     ratios = np.exp(2 * gammaln(2 / exponents) - gammaln(1 / exponents) - gammaln(3 / exponents))
     return exponents, ratios
@@ -51,6 +52,7 @@ def asymmetric_gaussian(values: Plane) -> tuple[Plane, Plane, Plane]:
     """
     exponents, ratios = _shapes()
     axes = (1, 2)
+    # Zeros belong to neither side, as released.
     left, right = values < 0, values > 0
     with np.errstate(divide="ignore", invalid="ignore"):
         left_rms = np.sqrt((values**2 * left).sum(axes) / left.sum(axes))
@@ -58,6 +60,8 @@ def asymmetric_gaussian(values: Plane) -> tuple[Plane, Plane, Plane]:
         skew = left_rms / right_rms
         ratio = np.abs(values).mean(axes) ** 2 / (values**2).mean(axes)
         ratio = ratio * (skew**3 + 1) * (skew + 1) / (skew**2 + 1) ** 2
+    # The nearest grid point by bisection, because ratios rise with the exponent; of two equally
+    # near ones the first, as argmin would find.
     above = np.clip(np.searchsorted(ratios, ratio), 1, len(ratios) - 1)
     nearest = above - (ratio - ratios[above - 1] <= ratios[above] - ratio)
     exponent = exponents[nearest]
@@ -92,6 +96,7 @@ def halved(gray: Plane) -> Plane:
     """
     near, far = _TAP_DISTANCES <= 1, _TAP_DISTANCES > 1
     x = _TAP_DISTANCES
+    # Keys' cubic with a = -0.5, on distances halved for antialiasing.
     weights = near * (1.5 * x**3 - 2.5 * x**2 + 1) + far * (-0.5 * x**3 + 2.5 * x**2 - 4 * x + 2)
     weights = weights / weights.sum()
 
@@ -103,6 +108,7 @@ def halved(gray: Plane) -> Plane:
             start=np.zeros((count // 2, values.shape[1])),
         )
 
+    # Separable: rows, then the same on the transposed.
     return along_rows(along_rows(gray).T).T
 
 
@@ -117,16 +123,19 @@ def niqe(rgb: ImageArray, mean: Plane, covariance: Plane) -> float | None:
     rows, columns = (length // BLOCK_PX for length in rgb.shape[:2])
     if rows * columns < 2:
         return None
+    # Cut to full blocks first, so that a block of the half scale is the same piece of picture.
     gray = np.rint(luma(rgb[: rows * BLOCK_PX, : columns * BLOCK_PX]) * 255.0)
     scales = ((gray, BLOCK_PX), (halved(gray), BLOCK_PX // 2))
     features = np.concatenate(
         [block_features(blocks(normalised(plane), edge)) for plane, edge in scales], axis=1
     )
+    # A block without values on one side (a flat one) has no fit.
     whole = features[~np.isnan(features).any(axis=1)]
     if len(whole) < 2:
         return None
     # As released: the mean over what each feature has, the covariance over blocks that have all.
     difference = np.nanmean(features, axis=0) - mean
+    # A pseudo-inverse: few blocks give a covariance of low rank.
     pooled = np.linalg.pinv((covariance + np.cov(whole, rowvar=False)) / 2)
     return float(np.sqrt(difference @ pooled @ difference))
 

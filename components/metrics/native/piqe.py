@@ -29,6 +29,7 @@ _SURROUND = [column for column in range(BLOCK_PX) if column not in (7, 9)]
 def _has_smooth_edge(tiles: Plane) -> npt.NDArray[np.bool_]:
     """(N,): some piece of an edge of the block varies less than `SMOOTH_DEVIATION`."""
     edges = np.stack([tiles[:, 0], tiles[:, -1], tiles[:, :, 0], tiles[:, :, -1]], axis=1)
+    # ddof=1 here and below: MATLAB divides by n - 1.
     deviations = sliding_window_view(edges, SEGMENT_PX, axis=2).std(axis=3, ddof=1)
     return (deviations < SMOOTH_DEVIATION).any(axis=(1, 2))
 
@@ -43,6 +44,8 @@ def _is_noisy(tiles: Plane, deviation: Plane) -> npt.NDArray[np.bool_]:
     centre = tiles[:, :, _CENTRE].std(axis=(1, 2), ddof=1)
     surround = tiles[:, :, _SURROUND].std(axis=(1, 2), ddof=1)
     with np.errstate(divide="ignore", invalid="ignore"):
+        # A flat surround divides by 0: NaN becomes 0 and infinity the largest float, so that beta
+        # stays a number.
         ratio = np.nan_to_num(centre / surround)
         beta = np.abs(deviation - ratio) / np.maximum(deviation, ratio)
     return deviation > 2 * beta
@@ -58,13 +61,16 @@ def piqe(rgb: ImageArray) -> float | None:
     brightest = float(gray.max())
     if min(gray.shape) < BLOCK_PX or brightest == 0.0:
         return None
+    # By the picture's own maximum, as released: a dark picture is judged as if it were bright.
     scaled = np.rint(255.0 * (gray / brightest))
     missing = [-length % BLOCK_PX for length in scaled.shape]
     padded = np.pad(scaled, [(0, length) for length in missing], mode="symmetric")
     tiles = blocks(normalised(padded), BLOCK_PX)
     variance = tiles.var(axis=(1, 2), ddof=1)
     active = variance > ACTIVE_VARIANCE
+    # Blocks that vary little count more as compressed, those that vary much as noisy.
     artefacts = _has_smooth_edge(tiles) * (1 - variance)
     noise = _is_noisy(tiles, np.sqrt(variance)) * variance
     distortion = float((active * (artefacts + noise)).sum())
+    # The constants decide for a picture without a detailed block: 100, the worst.
     return (distortion + 1.0) / (float(active.sum()) + 1.0) * 100.0

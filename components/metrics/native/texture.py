@@ -51,7 +51,9 @@ def set_compression_ratio(ratios_and_pixels: Iterable[tuple[float, int]]) -> flo
     """
     pairs = list(ratios_and_pixels)
     raw = sum(3.0 * pixels for _, pixels in pairs)
+    # Back from each ratio to its bytes, because the set's number is sum over sum.
     compressed = sum(3.0 * pixels / ratio for ratio, pixels in pairs)
+    # No pairs: a ratio of nothing.
     if compressed <= 0.0:
         raise ValueError("a set compression ratio needs at least one image")
     return raw / compressed
@@ -75,6 +77,7 @@ def texture_metrics(rgb: ImageArray) -> dict[str, float | None]:
         "glcm_score": None if glcm is None else glcm[0],
         "compression_ratio": jpeg95_ratio([rgb]),
         "entropy_bits": entropy_bits(gray),
+        # `flat_fraction` says 0.0 where no patch fits, which here would read as "all detail".
         "flat_fraction": flat_fraction(gray, patch_px=FLAT_PATCH_PX) if has_patch else None,
         "laplacian_variance": laplacian_variance(gray, borders=False),
         "colourfulness": colourfulness(rgb),

@@ -47,10 +47,12 @@ class ClipEncoder:
         loaded: Any = CLIPModel.from_pretrained(
             folder, local_files_only=True, output_loading_info=True
         )
+        # transformers only warns about parameters that it leaves random.
         model, report = loaded
         absent = sorted(report["missing_keys"])
         if absent:
             raise ValueError(f"{folder}: {len(absent)} parameters have no weights, as {absent[0]}")
+        # Checkpoints come in half precision too; a score must not depend on that.
         self.model = model.float().to(device).eval()
         self.device = device
         self.tokenizer: Any = CLIPTokenizerFast.from_pretrained(
@@ -74,6 +76,7 @@ class ClipEncoder:
         # As a PIL image: the released scorers decode with PIL and so resize 8-bit pixels.
         pixels = self.processor(images=Image.fromarray(rgb), return_tensors="pt")["pixel_values"]
         pooled = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
+        # Of length 1, so that a product of two is their cosine.
         return F.normalize(self.model.visual_projection(pooled)[0], dim=0)
 
     @torch.inference_mode()
@@ -83,6 +86,7 @@ class ClipEncoder:
         Args:
             prompt: any length.
         """
+        # The model's own window: a longer text would ask for positions that it has not learnt.
         window = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompt, truncation=True, max_length=window, return_tensors="pt")
         pooled = self.model.text_model(**tokens.to(self.device)).pooler_output
@@ -115,6 +119,7 @@ class PromptMetric:
 
         text = self._encoder.text(prompt_of(picture))
         cosine = float(self._encoder.image(rgb) @ text)
+        # Clipped at 0 as torchmetrics has it; the logit is not, since only differences of it count.
         if self._scale == "cosine":
             return {self.ids[0]: max(100.0 * cosine, 0.0)}
         return {self.ids[0]: float(self._encoder.model.logit_scale.detach().exp()) * cosine}
@@ -163,6 +168,7 @@ class AestheticMetric:
         self.weights_digest = digest
         self._encoder = encoder
         self._head = AestheticHead(encoder.model.config.projection_dim)
+        # Strict: the width comes from the encoder, so a head of another CLIP is refused.
         self._head.load_state_dict(dict(head))
         self._head.to(encoder.device)
 

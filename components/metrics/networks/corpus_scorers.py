@@ -32,8 +32,10 @@ def open_musiq(file: Path, digest: str, device: str) -> MusiqMetric:
     from components.metrics.networks.musiq import MusiqMetric
 
     state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    # The published file wraps its parameters; one saved from a network does not.
     state = state.get("params", state)
     try:
+        # "module." is what training on several GPUs leaves in the names.
         return MusiqMetric(
             {key.removeprefix("module."): value for key, value in state.items()}, digest, device
         )
@@ -78,6 +80,8 @@ class ArtiMuseMetric:
         """
         self.ids = ("artimuse",)
         self._client = client
+        # Asked once and sent with each picture: a server restarted with other weights is an error,
+        # not another row of the same metric.
         self._identity = client.identity()
         self.weights_digest = self._identity.weights
 
@@ -91,6 +95,7 @@ class ArtiMuseMetric:
         from PIL import Image
 
         buffer = io.BytesIO()
+        # Chroma in full: 4:2:0 would blur colour before the scorer sees it.
         Image.fromarray(rgb).save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
         return {"artimuse": self._client.score(buffer.getvalue(), self._identity)}
 

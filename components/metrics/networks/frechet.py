@@ -41,6 +41,7 @@ def _two_sets(x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Matrix, Matrix]:
 
 
 def _nuclear_norm(matrix: Matrix) -> float:
+    # May be overwritten: callers pass products that nobody else holds.
     values = scipy.linalg.svd(matrix, compute_uv=False, check_finite=False, overwrite_a=True)
     return float(values.sum())
 
@@ -50,6 +51,7 @@ def _compact(centred: Matrix) -> Matrix:
     if centred.shape[0] <= centred.shape[1]:
         return centred
     (upper,) = scipy.linalg.qr(centred, mode="r", check_finite=False)[:1]
+    # Below row d the factor is zero.
     square: Matrix = upper[: centred.shape[1]]
     return square
 
@@ -69,12 +71,14 @@ def frechet_distance(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
     """
     first, second = _two_sets(x, y)
     mean_x, mean_y = first.mean(axis=0), second.mean(axis=0)
+    # Divided here, so that the squared entries add up to the covariance's trace.
     a = (first - mean_x) / np.sqrt(first.shape[0] - 1)
     b = (second - mean_y) / np.sqrt(second.shape[0] - 1)
     # The nuclear norm only sees Gram matrices, so whichever side has more rows than features is
     # replaced by its R factor first: patches number tens of thousands.
     cross = _nuclear_norm(_compact(a) @ _compact(b).T)
     difference = mean_x - mean_y
+    # Traces are sums of squares of the scaled rows; the covariances themselves are never formed.
     return float(difference @ difference + np.vdot(a, a) + np.vdot(b, b) - 2.0 * cross)
 
 
@@ -110,9 +114,11 @@ class GramFrechet:
         within_x = self.gram[np.ix_(first, first)]
         within_y = self.gram[np.ix_(second, second)]
         cross = self.gram[np.ix_(first, second)]
+        # ||m1 - m2||^2 out of inner products: the mean of a block is that of the products.
         means = within_x.mean() + within_y.mean() - 2.0 * cross.mean()
         trace_x = (np.trace(within_x) - n * within_x.mean()) / (n - 1)
         trace_y = (np.trace(within_y) - m * within_y.mean()) / (m - 1)
+        # Each subset about its own mean; the pool's, above, is for digits alone.
         centred = cross - cross.mean(axis=0) - cross.mean(axis=1, keepdims=True) + cross.mean()
         nuclear = _nuclear_norm(centred) / np.sqrt((n - 1) * (m - 1))
         return float(means + trace_x + trace_y - 2.0 * nuclear)
@@ -136,6 +142,7 @@ def kernel_distance(x: npt.ArrayLike, y: npt.ArrayLike) -> float:
 
 
 def _kernel(x: Matrix, y: Matrix) -> Matrix:
+    # Divided by the width, so that one kernel serves features of any size.
     kernel: Matrix = (x @ y.T / x.shape[1] + 1.0) ** 3
     return kernel
 
@@ -206,6 +213,7 @@ def kernel_distance_spread(
             f"{subsets} subsets of {size} rows: at least 2 of 2 rows, at most {smaller} rows; "
             "sets need at least 4 rows"
         )
+    # A fixed seed by default: the spread is printed beside a protocol id and must not vary.
     generator = np.random.default_rng(seed)
     # Without replacement: a picture drawn twice would bring the diagonal back in.
     values = []

@@ -53,6 +53,7 @@ def reward_head(width: int) -> nn.Sequential:
 
 def backbone_key(key: str) -> str:
     """A checkpoint's parameter name as `Qwen2VLModel` of transformers 5 has it."""
+    # The first that changes a name wins: "model.visual." must not become a language model's.
     for pattern, replacement in _RENAMED:
         renamed = pattern.sub(replacement, key)
         if renamed != key:
@@ -72,6 +73,7 @@ def fitted(rgb: ImageArray) -> Any:
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+    # Equal bounds, so that small pictures are enlarged as well: all have nearly as many tokens.
     height, width = smart_resize(*rgb.shape[:2], factor=28, min_pixels=PIXELS, max_pixels=PIXELS)
     return Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -95,14 +97,18 @@ class HpsV3:
 
         self._device = device
         self._tokenizer: Any = Qwen2Tokenizer.from_pretrained(base, local_files_only=True)
+        # One token more than Qwen's; its embedding is the last row of the released table.
         self._tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
         self._reward_id = int(self._tokenizer.convert_tokens_to_ids(REWARD_TOKEN))
+        # `fitted` has resized already, with the filter of the release.
         self._processor: Any = Qwen2VLImageProcessor(do_resize=False)
         state = load_file(checkpoint)
         config: Any = Qwen2VLConfig.from_pretrained(base, local_files_only=True)
         # The release cut the embedding to the tokens that there are.
         config.text_config.vocab_size = len(self._tokenizer)
+        # Taken out first: the backbone would call the head's parameters unknown.
         head = {key: state.pop(key) for key in list(state) if key.startswith(_HEAD)}
+        # The reward is read off hidden states; no word is ever predicted.
         state.pop("lm_head.weight", None)
         loaded: Any = Qwen2VLModel.from_pretrained(
             None,
@@ -110,6 +116,7 @@ class HpsV3:
             state_dict={backbone_key(key): value for key, value in state.items()},
             dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32,
             output_loading_info=True,
+            # Reported instead of raised, so that the refusal below names the parameter.
             ignore_mismatched_sizes=True,
         )
         model, report = loaded
@@ -137,10 +144,12 @@ class HpsV3:
         """
         pixels = self._processor(images=[fitted(rgb)], return_tensors="pt")
         grid = pixels["image_grid_thw"]
+        # Patches are merged before the language model sees them, so the text holds fewer places.
         image_tokens = int(grid.prod()) // self._processor.merge_size**2
         text = conversation(prompt, image_tokens)
         ids: Tensor = self._tokenizer(text, return_tensors="pt")["input_ids"]
         image_id = self._tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        # A prompt with one of them would shift where the picture is put or the score is read.
         for token_id, wanted in ((self._reward_id, 1), (image_id, image_tokens)):
             if int((ids == token_id).sum()) != wanted:
                 token = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -163,8 +172,10 @@ class HpsV3:
         states = model.get_input_embeddings()(ids)
         seen = torch.cat(list(model.get_image_features(patches, grid).pooler_output)).to(states)
         is_image = (ids == model.config.image_token_id)[..., None].expand_as(states)
+        # In order of position: the picture's tokens fill their places from left to right.
         states = states.masked_scatter(is_image, seen)
         hidden = model.language_model(inputs_embeds=states, use_cache=False).last_hidden_state
+        # float32, in which the head was released; states are bfloat16 on a GPU.
         mean, log_deviation = self._head(hidden[ids == self._reward_id].float())[0].tolist()
         return mean, math.exp(log_deviation)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 REWARD_TOKEN = "<|Reward|>"
 IMAGE_TOKEN = "<|image_pad|>"
 
+# Empty entries are blank lines, the first one included. Spaces before line ends are part of what
+# the weights saw.
 _PARAGRAPHS = (
     "",
     "You are tasked with evaluating a generated image based on Visual Quality and Text Alignment "
@@ -59,6 +61,7 @@ def conversation(prompt: str, image_tokens: int) -> str:
         prompt: what the picture was made from.
         image_tokens: how many the picture takes.
     """
+    # Three line breaks after the prompt, as the release formats it.
     instruction = "\n".join((*_PARAGRAPHS, f"Textual prompt - {prompt}", "", "", ""))
     picture = f"<|vision_start|>{IMAGE_TOKEN * image_tokens}<|vision_end|>"
     # Qwen2-VL's published chat template, written out for one question.

@@ -36,6 +36,8 @@ _TRUNK = (
 )
 
 
+# TensorFlow's average pool leaves padding out of the count; torchvision's blocks count it, which
+# moves every feature. So their forward passes are written again here.
 def _average(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 
@@ -59,12 +61,14 @@ class _BlockC(InceptionC):
 class _BlockE(InceptionE):
     def __init__(self, channels: int, *, maximum: bool) -> None:
         super().__init__(channels)
+        # The known oddity of the FID graph: its last block pools the maximum.
         self.maximum = maximum
 
     def forward(self, x: Tensor) -> Tensor:
         short = self.branch3x3_1(x)
         long = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.maximum else _average(x)
+        # In this order: the channels of the 2048 features depend on it.
         branches = [
             self.branch1x1(x),
             self.branch3x3_2a(short),
@@ -81,6 +85,8 @@ class FidInception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # 1008 classes and no auxiliary head: the file's names then fit without a translation.
+        # Random weights would be replaced, so none are drawn.
         net = Inception3(num_classes=_CLASSES, aux_logits=False, init_weights=False)
         net.Mixed_5b = _BlockA(192, 32)
         net.Mixed_5c = _BlockA(256, 64)
@@ -101,6 +107,7 @@ class FidInception(nn.Module):
         Returns:
             (B, 2048).
         """
+        # Module by module, since Inception3's own forward goes on to logits.
         for name in _TRUNK:
             x = getattr(self.net, name)(x)
         return x.mean((2, 3))
@@ -109,11 +116,13 @@ class FidInception(nn.Module):
 def normalised(pixels_HWC: npt.NDArray[np.float32]) -> Tensor:
     """(H, W, 3) in 0..255 to (1, 3, H, W): (x - 128) / 128, as the FID network was trained."""
     values = torch.from_numpy(np.ascontiguousarray(pixels_HWC, dtype=np.float32))
+    # 128 and not 127.5: white is 0.992, as in the original graph.
     return ((values - 128.0) / 128.0).permute(2, 0, 1)[None]
 
 
 def _taps(length: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], ImageWeights]:
     """TensorFlow 1's bilinear taps: position i reads i * length / 299, not a pixel's centre."""
+    # float32 as TensorFlow has it: in float64 a tap could fall on another pixel.
     scale = np.float32(length) / np.float32(INPUT_PX)
     position = np.arange(INPUT_PX, dtype=np.float32) * scale
     low = np.floor(position).astype(np.intp)
@@ -138,6 +147,7 @@ def bilinear_without_antialias(rgb: ImageArray) -> npt.NDArray[np.float32]:
     left, right, across = _taps(rgb.shape[1])
     across = across[None, :, None]
 
+    # Four reads per output pixel: a 4096 px picture never becomes floats as a whole.
     def row(rows: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
         near = rgb[np.ix_(rows, left)].astype(np.float32)
         far = rgb[np.ix_(rows, right)].astype(np.float32)
@@ -179,6 +189,7 @@ def grid_patches(rgb: ImageArray) -> list[ImageArray]:
         rgb: uint8 (H, W, 3); 4096 x 4096 gives 13 x 13 patches and a margin of 104 px.
     """
     counts = [edge // INPUT_PX for edge in rgb.shape[:2]]
+    # Centred, so that what is left out is the same on both sides.
     offsets = [(edge - n * INPUT_PX) // 2 for edge, n in zip(rgb.shape[:2], counts, strict=True)]
     return [
         rgb[y : y + INPUT_PX, x : x + INPUT_PX]

@@ -106,10 +106,12 @@ class Lpips(nn.Module):
             raise ValueError(f"tile_px {tile_px} must be a positive multiple of {MAX_STRIDE_PX}")
         layout = LAYOUTS[backbone]
         features = _features(backbone)
+        # Each stage goes on from the one before, so all five maps cost one pass.
         bounds = (0, *layout.cuts)
         self.stages = nn.ModuleList(
             nn.Sequential(*features[start:stop]) for start, stop in pairwise(bounds)
         )
+        # The last convolution before a cut says how many channels its map has.
         widths = [
             next(m.out_channels for m in reversed(list(stage)) if isinstance(m, nn.Conv2d))
             for stage in self.stages
@@ -140,6 +142,7 @@ class Lpips(nn.Module):
                         _copy(layer.weight, backbone, f"features.{index}.weight")
                         assert layer.bias is not None
                         _copy(layer.bias, backbone, f"features.{index}.bias")
+                    # Counts layers without weights too, as torchvision numbers them.
                     index += 1
             for number, head in enumerate(self.heads):
                 _copy(head, heads, f"lin{number}.model.1.weight")
@@ -155,6 +158,8 @@ class Lpips(nn.Module):
                         v[0] if isinstance(v, tuple) else v
                         for v in (layer.kernel_size, layer.stride, layer.padding)
                     )
+                    # The layers' own formula with its floor: the number of positions divides the
+                    # sum, and for AlexNet it is no quotient of size and stride.
                     size_px = (size_px + 2 * int(padding) - int(kernel)) // int(stride) + 1
             edges.append(size_px)
         return edges
@@ -166,10 +171,13 @@ class Lpips(nn.Module):
         for start in starts:
             stop = start + self.tile_px
             is_last = stop >= size_px
+            # Start and halo are multiples of the largest stride, so a tile's positions are the
+            # whole image's; whatever zero padding spoils at its inner edges lies in the halo.
             first = max(0, start - self.layout.halo_px)
             pixels = slice(first, min(size_px, stop + self.layout.halo_px))
             owned = []
             for stride, length in zip(self.layout.strides_px, maps, strict=True):
+                # Maps are not exactly size / stride; the last tile owns what is left over.
                 end = length if is_last else min(length, stop // stride)
                 owned.append(
                     slice(min(start // stride, end) - first // stride, end - first // stride)
@@ -198,12 +206,15 @@ class Lpips(nn.Module):
         height, width = image.shape[:2]
         if min(height, width) < MIN_EDGE_PX:
             raise ValueError(f"LPIPS needs edges of at least {MIN_EDGE_PX} px, got {height, width}")
+        # Sums and counts, divided once at the end: a mean of tiles' means would weigh partial tiles
+        # like full ones.
         sums = np.zeros(len(self.stages))
         for rows, own_rows in self._spans(height):
             for columns, own_columns in self._spans(width):
                 a, b = self._scaled(reference[rows, columns]), self._scaled(image[rows, columns])
                 for cut, stage in enumerate(self.stages):
                     a, b = stage(a), stage(b)
+                    # Cut here only: the next stage needs the halo.
                     window = (..., own_rows[cut], own_columns[cut])
                     sums[cut] += self._weighted_sum(a[window], b[window], self.heads[cut])
         counts = np.multiply(self._map_edges(height), self._map_edges(width))
@@ -212,11 +223,16 @@ class Lpips(nn.Module):
     @staticmethod
     def _weighted_sum(a: Tensor, b: Tensor, head: Tensor) -> float:
         """Sum over positions of w . (a / |a| - b / |b|)^2, accumulated in float64."""
+        # The last tile may own no position of a coarse map.
         if a.numel() == 0:
             return 0.0
+        # The epsilon stands beside the norm, not under the root, as released.
         a = a / (a.square().sum(1, keepdim=True).sqrt() + _NORM_EPSILON)
         b = b / (b.square().sum(1, keepdim=True).sqrt() + _NORM_EPSILON)
+        # The released 1x1 convolution, which has no bias.
         weighted = torch.einsum("bchw,c->bhw", (a - b).square(), head)
+        # VGG's first map of a 4096 px picture has 16.8 million positions: float32 would lose the
+        # small ones.
         return float(weighted.sum(dtype=torch.float64))
 
 
@@ -224,6 +240,7 @@ def _copy(target: Tensor, state: Mapping[str, Tensor], key: str) -> None:
     if key not in state:
         raise ValueError(f"no tensor {key} in the file")
     source = state[key]
+    # By number of values: the heads' file keeps them as (1, C, 1, 1).
     if source.numel() != target.numel():
         raise ValueError(f"{key} is {tuple(source.shape)}, expected {tuple(target.shape)}")
     target.copy_(source.reshape(target.shape))
@@ -251,6 +268,7 @@ class LpipsMetric:
         """
         self.ids = (metric_id,)
         self.weights_digest = digest
+        # `weights_only`: the files are pickles from elsewhere.
         states: list[dict[str, Any]] = [
             torch.load(file, map_location="cpu", weights_only=True) for file in files
         ]

@@ -50,7 +50,9 @@ class _StandardisedConvolution(nn.Conv2d):
     """Weights with mean 0 and deviation 1 per output channel; TensorFlow's padding."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # At each call, not folded in at loading: the checkpoint's parameters stay as they are.
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        # torch's deviation, with n - 1; the other one changes every score.
         weight = weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5)
         kernel, stride = int(self.kernel_size[0]), int(self.stride[0])
         return F.conv2d(_same_padding(x, kernel, stride), weight, None, stride)
@@ -87,6 +89,7 @@ class _Attention(nn.Module):
             projection(x_BLD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
+        # No mask: without padding tokens every token is a piece of the picture.
         attended = F.scaled_dot_product_attention(q, k, v)
         mixed: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return mixed
@@ -120,12 +123,14 @@ class _Table(nn.Module):
 
     def __init__(self, name: str, *shape: int) -> None:
         super().__init__()
+        # Under a dynamic name, so that the public state dict loads without a map.
         self.register_parameter(name, nn.Parameter(0.02 * torch.randn(*shape)))
 
 
 class _Encoder(nn.Module):
     def __init__(self, width: int, hidden: int, heads: int, layers: int) -> None:
         super().__init__()
+        # One table of 10 x 10 cells for grids of any size: positions are hashed onto it.
         self.posembed_input = _Table("position_emb", 1, POSITION_GRID**2, width)
         self.scaleembed_input = _Table("scale_emb", len(LONGER_EDGES_PX) + 1, width)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
@@ -137,6 +142,7 @@ class _Encoder(nn.Module):
     def forward(self, tokens_BLD: Tensor, positions_L: Tensor, scales_L: Tensor) -> Tensor:
         places = self.posembed_input.get_parameter("position_emb")[0, positions_L]
         levels = self.scaleembed_input.get_parameter("scale_emb")[scales_L]
+        # The class token stands first, without place or scale; the head reads position 0.
         x = torch.cat([self.cls, tokens_BLD + places + levels], dim=1)
         for block in self.transformer.values():
             x = block(x)
@@ -192,6 +198,8 @@ class Musiq(nn.Module):
         grid = padded[0].unfold(1, PATCH_PX, PATCH_PX).unfold(2, PATCH_PX, PATCH_PX)
         rows, columns = grid.shape[1:3]
         patches = grid.permute(1, 2, 0, 3, 4).flatten(0, 1)
+        # A 4096 px picture has 32 such blocks; normalisation is per patch, so blocks change
+        # nothing.
         tokens = torch.cat([self._stem(part) for part in patches.split(STEM_PATCHES)])
         return tokens, _hashed_positions(rows, columns).to(tokens.device)
 
@@ -204,16 +212,19 @@ class Musiq(nn.Module):
         Returns:
             (), about 0 to 100 with the published weights.
         """
+        # To [-1, 1] before resizing and padding: a padded zero is then mid-gray, as trained.
         image = (image_BCHW - 0.5) * 2.0
         height, width = image.shape[-2:]
         scales = []
         for edge in LONGER_EDGES_PX:
             ratio = edge / max(height, width)
+            # At least one pixel, also of a picture that is all edge.
             size = (max(1, round(height * ratio)), max(1, round(width * ratio)))
             # Without antialiasing: the weights' scores are published with this resize.
             scales.append(F.interpolate(image, size, mode="bicubic", align_corners=False))
         parts = [self._tokens(scale) for scale in (*scales, image)]
         lengths = torch.tensor([len(tokens) for tokens, _ in parts], device=image.device)
+        # Row k of the scale table was learnt for part k: small to native, never reordered.
         scale_ids = torch.arange(len(parts), device=image.device).repeat_interleave(lengths)
         encoded = self.transformer_encoder(
             torch.cat([tokens for tokens, _ in parts])[None],
@@ -242,12 +253,14 @@ class MusiqMetric:
         self.weights_digest = digest
         self._device = device
         self._network = Musiq()
+        # Strict: a checkpoint with another head must not be half loaded.
         self._network.load_state_dict(dict(state))
         self._network.to(device)
 
     @torch.inference_mode()
     def measure(self, rgb: ImageArray, picture: Picture) -> dict[str, float | None]:
         """See `ImageMetric.measure`; the picture beyond its pixels is not used."""
+        # A copy: decoders may hand out read-only arrays, which torch does not support.
         pixels = torch.from_numpy(np.array(rgb, copy=True)).to(self._device)
         image = pixels.permute(2, 0, 1)[None].float() / 255.0
         return {"musiq": float(self._network(image))}

@@ -70,10 +70,12 @@ class FeatureMetric:
 
     def pooled(self, pool: Features) -> dict[str, PooledDistance]:
         """See `PooledSetMetric.pooled`."""
+        # Each prepares its own matrix of the pool: Gram for Fréchet, kernel for KID.
         return {metric_id: prepare(pool) for metric_id, prepare in self.pools.items()}
 
 
 def _kid(ours: Features, theirs: Features) -> tuple[float, float | None]:
+    # Below four rows two halves hold one row each, which has no unbiased estimate.
     spread = None
     if min(len(ours), len(theirs)) >= _MIN_KID_ROWS:
         spread = kernel_distance_spread(ours, theirs)[1]
@@ -114,15 +116,18 @@ class InceptionFeatures:
     @torch.inference_mode()
     def __call__(self, rgb: ImageArray) -> Features:
         """(k, 2048): one row, or one per patch (none for an image without a full patch)."""
+        # Each of the three is a protocol of its own: they see different pictures at 4096 px.
         if self._preprocessing == "noantialias":
             inputs = [bilinear_without_antialias(rgb)]
         elif self._preprocessing == "clean":
             inputs = [clean_resize(rgb)]
         else:
             inputs = [patch.astype(np.float32) for patch in grid_patches(rgb)]
+        # An empty block first: an image without a full patch has no rows, and that is no error.
         rows = [np.zeros((0, FEATURES), np.float32)]
         for start in range(0, len(inputs), _PATCHES_AT_ONCE):
             batch = torch.cat([normalised(x) for x in inputs[start : start + _PATCHES_AT_ONCE]])
+            # float32 on the CPU, whatever the device: these are stored and read elsewhere.
             rows.append(self._network(batch.to(self._device)).float().cpu().numpy())
         return np.concatenate(rows)
 
@@ -135,6 +140,7 @@ def load_inception(file: Path) -> FidInception:
     """
     network = FidInception()
     state = torch.load(file, map_location="cpu", weights_only=True)
+    # Not strict, because of the counters; what else is missing is refused below.
     found = network.net.load_state_dict(state, strict=False)
     # The counters of batches are not in the file and not used.
     missing = [key for key in found.missing_keys if not key.endswith("num_batches_tracked")]
@@ -158,6 +164,8 @@ def inception_metric(
     def open_it(file: Path, digest: str, device: str) -> FeatureMetric:
         features = InceptionFeatures(load_inception(file), preprocessing, device)
         size = "" if preprocessing == "patch299" else f"-{INPUT_PX}"
+        # The key of stored features. Whoever changes the preprocessing has to change it, or old
+        # rows are read as new ones.
         feature_id = f"inception2048/{preprocessing}{size}/v1"
         # A third id is the spread, which is no distance.
         prepare: tuple[Callable[[Features], PooledDistance], ...] = (GramFrechet, GramKernel)
@@ -186,9 +194,11 @@ class DinoFeatures:
     @torch.inference_mode()
     def __call__(self, rgb: ImageArray) -> Features:
         """(1, d)."""
+        # Antialiased like `clean`: at 4096 px plain taps would read 4 of 334 pixels.
         small = (clean_resize(rgb, DINO_INPUT_PX) / 255.0 - _IMAGENET_MEAN) / _IMAGENET_STD
         pixels = torch.from_numpy(np.ascontiguousarray(small.transpose(2, 0, 1)[None]))
         output = self._network(pixel_values=pixels.to(self._device, torch.float32))
+        # Token 0 is the class token, after the last norm.
         rows: Features = output.last_hidden_state[:, 0].float().cpu().numpy()
         return rows
 
