@@ -13,6 +13,7 @@ _CHUNK = 65_536
 
 def _nearest(height: np.ndarray, width: np.ndarray, buckets: tuple[Bucket, ...]) -> np.ndarray:
     """Positions of the nearest buckets; equals `aspect_buckets.nearest_bucket` row by row."""
+    # In logarithms 2:1 and 1:2 are equally far from a square.
     ratios = np.log([bucket.aspect_ratio for bucket in buckets])
     positions = np.empty(len(height), dtype=np.int64)
     for start in range(0, len(height), _CHUNK):
@@ -30,6 +31,7 @@ def assign_buckets(table: pd.DataFrame, buckets: tuple[Bucket, ...]) -> pd.DataF
     """
     height = table["height"].astype(float).to_numpy()
     width = table["width"].astype(float).to_numpy()
+    # A broken header has no size; such a row has no bucket, and `integrity` rejects it.
     known = (height >= 1) & (width >= 1)
     nearest = _nearest(np.floor(height[known]), np.floor(width[known]), buckets)
     names = np.full(len(table), None, dtype=object)

@@ -27,4 +27,5 @@ def uniform_draws(seed: int, image_ids: Iterable[str], purpose: str = "") -> np.
         state = start.copy()
         state.update(image_id.encode())
         digests += state.digest()[:8]
+    # 53 bits are what a float64 holds; all 64 would now and then round up to 1.0.
     return (np.frombuffer(bytes(digests), dtype=">u8") >> np.uint64(11)) * 2.0**-53

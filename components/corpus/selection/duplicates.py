@@ -50,6 +50,7 @@ def hashes_to_words(hashes: pd.Series) -> np.ndarray:
         raw = bytes.fromhex("".join(hashes))
     except ValueError as problem:
         raise ValueError(f"pdq_hash: not hexadecimal: {problem}") from None
+    # Byte order does not matter: distances count bits, wherever they stand.
     return np.frombuffer(raw, np.uint64).reshape(-1, 4)
 
 
@@ -104,6 +105,7 @@ def _join_chunk(
             for left in range(first, last):
                 a, b = words[left, 0], words[left, 1]
                 c, d = words[left, 2], words[left, 3]
+                # Inside a bucket every pair once, and none with itself.
                 begin = left + 1 if other == key else starts[other]
                 for right in range(begin, starts[other + 1]):
                     distance = _popcount(a ^ words[right, 0]) + _popcount(b ^ words[right, 1])
@@ -167,6 +169,7 @@ def near_duplicate_groups(words: np.ndarray, max_distance: int) -> np.ndarray:
     chunks = spread.view(np.uint16)
     parent = np.arange(len(distinct))
     masks = _masks(max_distance)
+    # A pair may be found in several passes; joining it again changes nothing.
     for chunk in range(_CHUNKS):
         keys = chunks[:, chunk]
         order = np.argsort(keys, kind="stable")
@@ -176,6 +179,7 @@ def near_duplicate_groups(words: np.ndarray, max_distance: int) -> np.ndarray:
 
     group_of_distinct = _roots(parent)[distinct_of]
     first = np.full(len(distinct), len(words), np.int64)
+    # Back to the caller's order, in which a group is named by its first member.
     np.minimum.at(first, group_of_distinct, by_value)
     groups = np.empty(len(words), np.int64)
     groups[by_value] = first[group_of_distinct]
@@ -199,6 +203,7 @@ def image_url_key(url: str) -> str:
     """
     url = url.strip()
     try:
+        # Both lines may raise: a port is checked only when it is read.
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
@@ -208,6 +213,7 @@ def image_url_key(url: str) -> str:
     host = parts.hostname.rstrip(".")
     if port is not None and port != _DEFAULT_PORTS[parts.scheme.lower()]:
         host = f"{host}:{port}"
+    # Trackers change nothing that is downloaded, and order means nothing to most servers.
     query = sorted(
         (name, value)
         for name, value in parse_qsl(parts.query, keep_blank_values=True)
@@ -223,6 +229,7 @@ def _merge(groups: np.ndarray, labels: np.ndarray) -> np.ndarray:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
+    # The labels' groups are chained to their first row; components of the union do the rest.
     count = len(groups)
     rows = np.flatnonzero(labels >= 0)
     first = pd.Series(rows).groupby(labels[rows]).transform("min").to_numpy()
@@ -269,13 +276,16 @@ def mark_near_duplicates(
     hashed = np.flatnonzero(is_hashed)
     words = np.zeros((len(images), 4), np.uint64)
     words[hashed] = hashes_to_words(images["pdq_hash"].iloc[hashed])
+    # Alone until proven otherwise, so that pictures without a usable hash stay.
     groups = np.arange(len(images))
     groups[hashed] = hashed[near_duplicate_groups(words[hashed], max_distance)]
     if "image_url" in images and images["image_url"].notna().any():
         urls = images["image_url"].map(image_url_key, na_action="ignore")
+        # factorize gives -1 to rows without a URL: they must not form a group of their own.
         groups = _merge(groups, pd.factorize(urls)[0])
 
     quality = images.get("quality_score", np.nan)
+    # image_id is the last key: no tie is left to the order of the rows.
     ranked = pd.DataFrame(
         {
             "group": groups,
@@ -291,6 +301,7 @@ def mark_near_duplicates(
     keeper = pd.Series(ranked.index, index=ranked.index).groupby(ranked["group"]).transform("first")
     keepers = keeper.sort_index().to_numpy()
     is_copy = keepers != np.arange(len(images))
+    # A distance only where both hashes mean something.
     is_compared = is_copy & is_hashed.to_numpy() & is_hashed.to_numpy()[keepers]
     marked = pd.DataFrame(
         {
@@ -301,6 +312,7 @@ def mark_near_duplicates(
     )
     marked["duplicate_of"] = marked["duplicate_of"].astype(object).where(is_copy, None)
     marked["duplicate_distance"] = marked["duplicate_distance"].where(is_compared)
+    # Rows that took no part come back too: the caller maps by image_id.
     everyone = table[["image_id"]].drop_duplicates()
     merged = everyone.merge(marked, on="image_id", how="left").reset_index(drop=True)
     merged["duplicate_of"] = merged["duplicate_of"].astype(object)

@@ -77,6 +77,7 @@ def _with_columns(manifest: pd.DataFrame, other: pd.DataFrame, columns: list[str
 
 def _with_signals(manifest: pd.DataFrame, signals: pd.DataFrame) -> pd.DataFrame:
     """Add signals; `integrity` becomes the first complaint of header, decoder or engine."""
+    # What the engine says (a crash, a timeout) stands for a decoder that gave no answer.
     found = signals.assign(decoded=signals["error"].fillna(signals["integrity"]))
     joined = _with_columns(manifest.assign(decoded=None), found, [*_SIGNALS, "decoded"])
     # A file with a bad header was never decoded: the header's complaint stands.
@@ -95,5 +96,6 @@ def _with_near_duplicates(manifest: pd.DataFrame, settings: SelectSettings) -> p
     marked = mark_near_duplicates(
         distinct, max_distance=distance, min_quality=settings.near_duplicate_min_quality
     )
+    # Mapped by image_id: every row of an image gets its keeper, exact copies included.
     keeper = marked.set_index("image_id")["duplicate_of"]
     return manifest.assign(near_duplicate_of=manifest["image_id"].map(keeper))

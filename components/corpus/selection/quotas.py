@@ -37,7 +37,9 @@ def _largest_remainder(wanted: np.ndarray, total: int, capacity: np.ndarray) -> 
     """
     floor = np.minimum(np.floor(wanted + _ROUNDING).astype(np.int64), capacity)
     missing = total - int(floor.sum())
+    # Stable, or equal remainders would be served in an order that numpy may change.
     order = np.argsort(-(wanted - floor), kind="stable")
+    # Rounds, because a group that is full passes its turn on.
     while missing > 0:
         for group in order:
             if missing and floor[group] < capacity[group]:
@@ -68,15 +70,19 @@ def quota_sizes(counts: Sequence[int], shares: Sequence[Share]) -> np.ndarray:
     total = int(available.sum())
     if total == 0:
         return available
+    # Every total at once, largest first. No bisection: rounded bounds can make a total impossible
+    # between two possible ones.
     totals = np.arange(total, 0, -1, dtype=np.float64)
     low_sum, high_sum = np.zeros(total), np.zeros(total)
     possible = np.ones(total, dtype=bool)
     for count, share in zip(available, shares, strict=True):
+        # The slack goes towards the bound: a product a hair above 3 asks for 3 rows and not for 4.
         low = np.ceil(share.min_share * totals - _ROUNDING)
         high = np.minimum(count, np.floor(share.max_share * totals + _ROUNDING))
         possible &= low <= high
         low_sum += low
         high_sum += high
+    # Integers between the bounds add up to N exactly when N lies between the sums of bounds.
     possible &= (low_sum <= totals) & (totals <= high_sum)
     if not possible.any():
         scarce = [s.name for c, s in zip(available, shares, strict=True) if s.min_share > 0]
@@ -85,6 +91,7 @@ def quota_sizes(counts: Sequence[int], shares: Sequence[Share]) -> np.ndarray:
             + ", ".join(f"{s.name} {c}" for c, s in zip(available, shares, strict=True))
             + f"); lower min_share of {', '.join(scarce) or 'no group'} or raise max_share"
         )
+    # argmax finds the first True.
     size = int(totals[np.argmax(possible)])
     lows = np.array([s.min_share for s in shares])
     highs = np.array([s.max_share for s in shares])
@@ -92,6 +99,7 @@ def quota_sizes(counts: Sequence[int], shares: Sequence[Share]) -> np.ndarray:
     high = np.minimum(available, np.floor(highs * size + _ROUNDING).astype(np.int64))
     sizes = np.clip(np.floor(available * (size / total)).astype(np.int64), low, high)
     missing = size - int(sizes.sum())
+    # All grow or all shrink, and there is room enough: this total was found possible.
     room = high - sizes if missing > 0 else sizes - low
     if missing:
         step = _largest_remainder(room * (abs(missing) / room.sum()), abs(missing), room)
@@ -109,6 +117,7 @@ def stratified_sizes(counts: Sequence[int], target: int) -> np.ndarray:
     total = int(available.sum())
     if total <= target:
         return available
+    # Proportions below the capacity by themselves, since the target is below the total.
     return _largest_remainder(available * (target / total), target, available)
 
 
@@ -127,6 +136,7 @@ def smallest_draws(
         none is).
     """
     wanted = np.asarray(sizes, dtype=np.int64)
+    # The last key sorts first: by group, then by draw, then (lexsort is stable) by row.
     order = np.lexsort((draws, groups))
     starts = np.searchsorted(groups[order], np.arange(len(wanted)))
     rank = np.arange(len(groups)) - starts[groups[order]]
@@ -134,6 +144,7 @@ def smallest_draws(
     taken = np.zeros(len(groups), dtype=bool)
     taken[order[inside]] = True
     border = np.full(len(wanted), np.nan)
+    # A group that gives nothing has no last row; its index would be another group's.
     filled = wanted > 0
     border[filled] = draws[order[(starts + wanted - 1)[filled]]]
     return taken, border

@@ -82,6 +82,7 @@ class _Verdicts:
     """First failed rule, value and threshold of every row, as arrays."""
 
     def __init__(self, count: int) -> None:
+        # -1 passes. It also indexes the None at the end of `reasons`: keep that entry last.
         self.codes = np.full(count, -1, dtype=np.int8)
         self.value = np.full(count, math.nan)
         self.threshold = np.full(count, math.nan)
@@ -98,6 +99,7 @@ class _Verdicts:
         threshold: np.ndarray | float = math.nan,
     ) -> None:
         """Reject the rows where `fails`, unless an earlier rule did."""
+        # The first verdict stands: each row has one reason, and the counts add up.
         rows = fails & self.passing
         self.codes[rows] = REASONS.index(reason)
         if values is not None:
@@ -112,6 +114,7 @@ def _numbers(table: pd.DataFrame, column: str) -> np.ndarray:
     """A column as float64, NaN where missing or where the table has no such column."""
     if column not in table:
         return np.full(len(table), math.nan)
+    # Missing is NaN, never 0: a signal that was not measured must be able to fail.
     return table[column].to_numpy(dtype=float, na_value=math.nan)
 
 
@@ -119,6 +122,7 @@ def _flags(table: pd.DataFrame, column: str, value: str | bool) -> np.ndarray:
     """Where a column equals `value`; nowhere if the table has no such column."""
     if column not in table:
         return np.zeros(len(table), dtype=bool)
+    # A missing flag is no.
     return table[column].eq(value).fillna(False).to_numpy(dtype=bool)
 
 
@@ -143,7 +147,9 @@ def _reject_images(
             human, math.nan if own is None else own, math.nan if general is None else general
         )
 
+    # Rules that are off have a NaN limit, which the comparisons below turn into "passes".
     own = settings.human
+    # Without number or threshold: these two say all with their reason.
     verdicts.reject(~_flags(table, "integrity", "ok"), "integrity")
     verdicts.reject(table["duplicate_of"].notna().to_numpy(), "duplicate")
     pixels = _numbers(table, "width") * _numbers(table, "height")
@@ -160,6 +166,7 @@ def _reject_images(
     verdicts.reject(~(entropy >= limit) & ~np.isnan(limit), "entropy", entropy, limit)
     quality = _numbers(table, "quality_score")
     limit = per_channel(settings.min_quality, own.min_quality)
+    # Strict, unlike the others: the paper keeps scores above 4.0.
     verdicts.reject(~(quality > limit) & ~np.isnan(limit), "quality", quality, limit)
 
 
@@ -176,6 +183,7 @@ def _reject_near_duplicates(table: pd.DataFrame, verdicts: _Verdicts) -> None:
         {
             "cluster": keeper.iloc[rows].to_numpy(),
             "other": table["near_duplicate_of"].iloc[rows].notna().to_numpy(),
+            # Negative, because all keys are sorted upwards; False of `other` puts the keeper first.
             "pixels": -_numbers(table, "width")[rows] * _numbers(table, "height")[rows],
             "image_id": table["image_id"].iloc[rows].to_numpy(),
         },
@@ -198,7 +206,9 @@ def _reject_by_aesthetic(
     # Taken once: what one channel loses must not move the other's threshold.
     before = verdicts.passing
     for rows, fraction in channels:
+        # At 1.0 nothing is asked, not even that there is a score.
         if fraction < 1.0:
+            # NaN if nobody has a score, and then all fail: a rule that is on needs its signal.
             threshold = _top_threshold(scores[before & rows], fraction)
             verdicts.reject(rows & ~(scores >= threshold), "aesthetic", scores, threshold)
 
@@ -235,7 +245,9 @@ def _reject_by_quota(
     for position, quota in reversed(list(enumerate(settings.aspect_quotas))):
         shape[(ratios >= quota.min_ratio) & (ratios < quota.max_ratio)] = position
     shapes = [Share(q.name, q.min_share, q.max_share) for q in settings.aspect_quotas]
+    # Shares must cover all rows: what fits no quota is a group without bounds.
     shapes.append(Share("other"))
+    # Groups in the order of `people`: 0 others, 1 characters.
     person = _flags(table, "is_character", True).astype(np.int64)
     characters = settings.character_quota
     people = (
@@ -243,6 +255,7 @@ def _reject_by_quota(
         if characters
         else []
     )
+    # Meeting one quota may break the other; rows are only ever taken away, so it settles.
     for _ in range(_QUOTA_ROUNDS):
         changed = bool(settings.aspect_quotas) and _cut_to_shares(
             shape, shapes, draws, verdicts, "aspect_quota"
@@ -278,9 +291,12 @@ def strata(table: pd.DataFrame) -> np.ndarray:
     codes = np.zeros(len(table), dtype=np.int64)
     for column in ("bucket", "channel", "is_character"):
         if column in table:
+            # Missing is a stratum of its own: factorize would give it -1, which is no code.
             values = table[column].astype(object).where(table[column].notna(), "").astype(str)
             found, names = pd.factorize(values.to_numpy(dtype=object), sort=True)
+            # Mixed radix: every combination has its own number.
             codes = codes * max(1, len(names)) + found
+    # Renumbered without holes, since sizes are counted by bincount.
     return np.unique(codes, return_inverse=True)[1] if len(codes) else codes
 
 
@@ -318,6 +334,7 @@ def select(table: pd.DataFrame, settings: SelectSettings, seed: int = 0) -> pd.D
     if settings.aspect_quotas or settings.character_quota or target is not None:
         draws = np.full(len(table), math.nan)
         rows = np.flatnonzero(verdicts.passing)
+        # A purpose of its own, so that who is sampled says nothing about who is held out later.
         draws[rows] = uniform_draws(seed, table["image_id"].iloc[rows].tolist(), "select")
         _reject_by_quota(table, settings, verdicts, draws)
         if target is not None:
@@ -329,6 +346,7 @@ def select(table: pd.DataFrame, settings: SelectSettings, seed: int = 0) -> pd.D
         reject_threshold=verdicts.threshold,
     )
     if "near_duplicate_of" in result:
+        # The exact duplicate's keeper has priority: it was the reason.
         both = result["duplicate_of"].fillna(result["near_duplicate_of"])
         result = result.drop(columns="near_duplicate_of").assign(duplicate_of=both)
     return result
@@ -365,6 +383,7 @@ def why_nothing_is_kept(counts: dict[str, int]) -> str:
     """
     rejected = {reason: counts[f"rejected_{reason}"] for reason in REASONS}
     listed = ", ".join(f"{reason} {number}" for reason, number in rejected.items() if number)
+    # The rule that took most is the likeliest to be set wrongly.
     strictest = max(rejected, key=lambda reason: rejected[reason])
     return (
         f"none of {counts['candidates']} candidates passes ({listed}); "

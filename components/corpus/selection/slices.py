@@ -40,6 +40,7 @@ def split(table: pd.DataFrame, settings: SlicesSettings, seed: int) -> pd.Series
     rows = np.flatnonzero(table["kept"].eq(True).to_numpy(dtype=bool))
     # By image, not by position: a corpus that grows keeps its held-out images held out.
     draws = uniform_draws(seed, table["image_id"].iloc[rows].tolist())
+    # The floor wins in a small corpus: a validation loss of two images says nothing.
     held_out = max(round(settings.eval_fraction * len(rows)), settings.eval_min_images)
     result = np.full(len(table), None, dtype=object)
     result[rows] = "train"
@@ -53,12 +54,15 @@ def _top(rows: pd.DataFrame, column: str, ascending: bool, fraction: float, floo
     Missing values come last. Only the rows at the border are compared by image_id, because sorting
     a million hashes takes longer than all the rest.
     """
+    # Rounded up: a share of a small corpus is at least one image.
     count = max(math.ceil(fraction * len(rows)), floor)
     if count >= len(rows):
         return rows.index
     values = rows[column].to_numpy(dtype=float, na_value=math.nan)
+    # Smallest first in both directions, unknown at the end.
     keys = np.where(np.isnan(values), math.inf, values if ascending else -values)
     border = np.partition(keys, count - 1)[count - 1]
+    # All below the border are in; only ties compete, and image_id decides among them.
     inside = np.flatnonzero(keys < border)
     tied = rows["image_id"].iloc[np.flatnonzero(keys == border)].sort_values()
     return rows.index[inside].append(tied.index[: count - len(inside)])
@@ -67,6 +71,7 @@ def _top(rows: pd.DataFrame, column: str, ascending: bool, fraction: float, floo
 def _stratified(rows: pd.DataFrame, size: int, seed: int) -> pd.Index:
     """Index of a random subset in the proportions of the strata."""
     groups = strata(rows)
+    # Not the draws of `split`: among training images those begin at its border.
     draws = uniform_draws(seed, rows["image_id"].tolist(), "ablation")
     sizes = stratified_sizes(np.bincount(groups).tolist(), size)
     taken, _ = smallest_draws(groups, draws, sizes)
@@ -93,6 +98,7 @@ def slices(table: pd.DataFrame, settings: SlicesSettings, seed: int = 0) -> dict
     beautiful = _top(train, "aesthetic", False, settings.stage2_top_fraction, floor)
     subset = _stratified(train, settings.ablation_images, seed)
     return {
+        # By membership, so that rows stay in manifest order.
         "vae": train[train.index.isin(detailed)],
         "stage1": train,
         "stage2": train[train.index.isin(beautiful)],

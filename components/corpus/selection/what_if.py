@@ -50,6 +50,8 @@ def _aliases() -> dict[str, str]:
         group, _, name = path.rpartition(".")
         short = name.removeprefix("min_").removeprefix("max_")
         shorter = short.removesuffix("_bits").removesuffix("_top_fraction")
+        # `setdefault`: of two fields that share a spelling the first keeps it, in the schema's
+        # order.
         for spelling in (name, short, shorter):
             full = f"{group}.{spelling}" if group else spelling
             known.setdefault(full, path)
@@ -75,6 +77,7 @@ def changed_settings(settings: SelectSettings, changes: Sequence[str]) -> Select
         if not separator:
             raise WhatIfError(f"{change!r}: write KEY=VALUE, such as entropy_bits=6.8")
         if key not in known:
+            # No cutoff: a name is always suggested, however wrong the key.
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise WhatIfError(f"unknown key {key!r}; did you mean {close[0]!r}?")
         if known[key] in _CLUSTERING:
@@ -83,12 +86,14 @@ def changed_settings(settings: SelectSettings, changes: Sequence[str]) -> Select
                 "and run `ultraflux stage run select`"
             )
         try:
+            # Values read as in params.yaml, so `null` switches a rule off here too.
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise WhatIfError(f"{key}: {text!r} is not a YAML value") from None
         group, _, name = known[key].rpartition(".")
         (values[group] if group else values)[name] = value
     try:
+        # Through the schema: a change obeys the ranges that a settings file does.
         return SelectSettings.model_validate(values)
     except ValidationError as problem:
         first = problem.errors()[0]
@@ -116,6 +121,8 @@ def what_if(
         QuotaInfeasible: see `select`.
     """
     candidates = as_candidates(selected)
+    # Both anew: against stored verdicts a change would be blamed for settings that were edited
+    # since the stage ran.
     now, then = select(candidates, settings, seed), select(candidates, changed, seed)
     gained = then["kept"] & ~now["kept"]
     lost = now["kept"] & ~then["kept"]
@@ -129,6 +136,7 @@ def to_json(found: WhatIf, changes: Sequence[str]) -> Mapping[str, Any]:
 
     def listed(table: pd.DataFrame) -> list[dict[str, Any]]:
         head = table.head(_EXAMPLES).astype(object)
+        # As objects, where None can stand: JSON has no NaN.
         rows = head.where(head.notna(), None).to_dict("records")
         return [{str(name): value for name, value in row.items()} for row in rows]
 

@@ -142,7 +142,7 @@ def paired_scores(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> Pai
         raise ComparisonInvalid(
             f"{metric}: protocols {' and '.join(protocols)} do not compare; measure both anew"
         )
-    # Not the intersection: a system that fails on its hard pictures would gain by it.
+    # Refused, not left out: a system that fails on its hard pictures would gain by it.
     alone = sorted(set(first.index) ^ set(second.index))
     if alone:
         image, height, width = alone[0]

@@ -125,7 +125,7 @@ def _gather(
         # One seed for all rules: over the same prompts they see the same draws, so that two rules
         # never differ by the luck of resampling.
         draws = studentised_draws(grouped, resamples=settings.resamples, seed=seed)
-    # Too few prompts, as a rule. That fails like a loss: no evidence promotes nothing.
+    # Too few prompts, mostly. It fails like a loss: without evidence nothing is promoted.
     except ValueError as problem:
         raise ComparisonInvalid(f"{rule.metric}: {problem}") from None
     return _Evidence(

@@ -137,7 +137,8 @@ def compare_sets(
     pool = np.concatenate(blocks)
     found = {}
     for metric_id, pooled in _distances(metric, pool).items():
-        # Everything below is look-ups in the pool's matrix: a relabelling costs nothing of width d.
+        # Pooled metrics look this up in a matrix: a relabelling costs nothing of the features'
+        # width.
         first = pooled(np.concatenate(ours), target)
         test = paired_set_test(
             pooled, ours, theirs, target, permutations=permutations, seed=seed, clusters=clusters
