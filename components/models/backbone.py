@@ -46,8 +46,8 @@ class TextFamily:
     load: Callable[..., Any]
     encode: Callable[..., Any]
     own_part: str | None = None
-    """The part that tells this family from all others, as a folder and as an attribute; None: it
-    is what remains when no other fits."""
+    """The part, as a folder and as an attribute, that only this family has; None: this is the
+    family to fall back on when no other fits."""
 
     def models(self, encoders: Any) -> list[Any]:
         """The networks among loaded encoders."""
@@ -61,11 +61,11 @@ class Backbone(ABC):
     name: ClassVar[str]
     """Value of `models.transformer.backbone`."""
     title: ClassVar[str]
-    """In sentences."""
+    """Its name in messages and pages."""
     settings: ClassVar[type[Section] | None] = None
     """Class of the section `models.transformer.NAME`; None: it has none of its own."""
     config_key: ClassVar[str]
-    """Entry that the configurations of its models have and those of the others have not."""
+    """Configuration entry that its models have and those of no other backbone."""
     folder_classes: ClassVar[tuple[str, ...]]
     """Classes named in the config.json of folders that it loads."""
     takes_image: ClassVar[bool] = False
@@ -77,7 +77,7 @@ class Backbone(ABC):
     weights_folder: ClassVar[str]
     """Where the download commands put it, below `weights/`."""
     published_name: ClassVar[str]
-    """Of that model, in plans."""
+    """What plans call that model."""
     published_config: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Its transformer/config.json, as far as a plan needs it."""
     t5_part: ClassVar[str] = "text_encoder_2"

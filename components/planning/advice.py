@@ -12,18 +12,22 @@ from components.settings.training import DitStageSettings
 from components.training.dit.block_compilation import compilation_problem
 from components.training.sharded.context_parallel import context_parallel_problem
 
+# Where the search ends: by then little but what no GPU shares is left.
 _MOST_GPUS = 1024
+# Degrees of context parallelism to try, smallest first: a degree takes GPUs from the batch.
 _DEGREES = (2, 4, 8)
 
 
 def _with_degree(transformer: Transformer, degree: int) -> Transformer:
     settings = transformer.settings
+    # Copies: the plan in hand goes on with the settings that the user gave.
     runtime = settings.runtime.model_copy(update={"context_parallel_degree": degree})
     return replace(transformer, settings=settings.model_copy(update={"runtime": runtime}))
 
 
 def offered_zero_stages() -> tuple[int, ...]:
     """ZeRO stages that the settings allow, ascending."""
+    # Read from the schema, so that advice never names a value that the schema refuses.
     return tuple(sorted(get_args(DitStageSettings.model_fields["zero_stage"].annotation)))
 
 
@@ -31,6 +35,7 @@ def refusals(transformer: Transformer, sizes: Sequence[tuple[int, int]]) -> list
     """Settings that the training engine would refuse at its start, a line each."""
     settings = transformer.settings
     degree = settings.runtime.context_parallel_degree
+    # GPUs that share the tokens of a sample count once towards the batch.
     groups = transformer.gpus // degree
     counted = f"runtime.processes {groups}" if degree == 1 else f"{groups} groups of {degree} GPUs"
     problem = _undivided(transformer, sizes, degree)
@@ -56,6 +61,7 @@ def _undivided(
     shape = transformer.networks.transformer
     if degree == 1:
         return None
+    # diffusers has no plan for dividing the tokens of SD3.
     if shape is None:
         return f"runtime.context_parallel_degree {degree}: this backbone cannot be divided; use 1"
     latents = [(size, transformer.latent_hw(size)) for size in sizes]
@@ -72,6 +78,7 @@ def too_large(
     if needed <= limit:
         return []
     text = f"{name}: needs {needed / GIB:.1f} GiB of {limit / GIB:.1f} GiB"
+    # Only the DiT stages have settings enough to be worth a search.
     if name.startswith("dit_"):
         return [f"{text}; {_cure(name, transformer, sizes, limit)}"]
     if name == "vae":
@@ -87,9 +94,12 @@ def _cure(name: str, transformer: Transformer, sizes: Sequence[tuple[int, int]],
     stage: DitStageSettings = getattr(transformer.settings, name)
     gpus = transformer.gpus
     changes: list[str] = []
+    # A change that does not suffice stays while the next is tried. More GPUs come last, because
+    # they are the only change that costs hardware.
     wanted = (
         ("precision", "bf16"),
         ("gradient_checkpointing", "blocks"),
+        # Never lowered.
         ("zero_stage", max(2, stage.zero_stage)),
         ("micro_batch_size", 1),
         ("ema_device", "cpu"),
@@ -107,6 +117,7 @@ def _cure(name: str, transformer: Transformer, sizes: Sequence[tuple[int, int]],
     for degree in (1, *_DEGREES):
         more = changes + [f"runtime.context_parallel_degree: {degree}"] * (degree > 1)
         divided = _with_degree(transformer, degree)
+        # A degree that the engine would refuse is no advice.
         if _undivided(transformer, sizes, degree) is not None:
             continue
         ranks = gpus
@@ -114,6 +125,7 @@ def _cure(name: str, transformer: Transformer, sizes: Sequence[tuple[int, int]],
             ranks *= 2
             if dit_memory(stage, divided, sizes, ranks).total <= limit:
                 return "set " + ", ".join([*more, f"runtime.processes: {ranks}"])
+    # What is left here is what each GPU holds whole.
     memory = dit_memory(stage, transformer, sizes, _MOST_GPUS)
     return (
         f"no number of GPUs helps: {_MOST_GPUS} of them with "

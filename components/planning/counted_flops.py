@@ -2,7 +2,7 @@
 
 Nothing is computed and no memory is taken: tensors have shapes only, so the 12B network at 4096 px
 is counted on a laptop in seconds. This is the reference of the closed forms in `flops` and
-`memory_plan`, and the only route for backbones that have none.
+`memory`, and the only route for backbones that have none.
 
 On the meta device `scaled_dot_product_attention` falls apart into two batched products, which are
 counted. Saved tensors are counted with the fused kernel in its place, because the products would
@@ -37,12 +37,14 @@ def flux_on_meta(shape: FluxShape, dtype: torch.dtype = torch.bfloat16) -> Any:
     head = shape.attention_head_dim
     # Rotary channels do not change any count; each axis needs an even share.
     share = head // 8 * 2
+    # 12B parameters in bf16 would take 24 GB; here they take none.
     with torch.device("meta"):
         model = UltraFluxTransformer2DModel(
             **vars(shape), axes_dims_rope=(head - 2 * share, share, share)
         )
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
+    # Training mode, in which checkpointing is active.
     return model.train()
 
 
@@ -106,6 +108,7 @@ def count(call: Callable[[], Tensor], *, backward: bool = True) -> Flops:
         output = call()
         forward = counter.get_total_flops()
         if backward:
+            # The sum adds no product, and its gradient reaches every output.
             output.sum().backward()
     return Flops(forward, counter.get_total_flops() - forward)
 
@@ -123,9 +126,11 @@ class _FusedAttention(TorchFunctionMode):
         named = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **named)
+        # By position or by name: callers differ.
         tensors = dict(zip(("query", "key", "value"), args, strict=False)) | named
         q, k, v = tensors["query"], tensors["key"], tensors["value"]
         fused = torch.ops.aten._scaled_dot_product_flash_attention
+        # No dropout, not causal; the log-sum-exp that it also returns is what the kernel keeps.
         return fused(q, k, v, 0.0, False, False)[0]
 
 
@@ -134,6 +139,7 @@ def saved_bytes(model: nn.Module, call: Callable[[], Tensor]) -> int:
 
     Storages are counted once, however many views of them are kept.
     """
+    # Weights are kept for the backward pass too, but are counted as weights.
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -169,6 +175,7 @@ class _ProductResults(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in STORED_OPERATORS:
+            # Attention gives several tensors, of which checkpointing keeps all.
             leaves = tree_leaves(result)
             self.bytes += sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
         return result
@@ -176,6 +183,7 @@ class _ProductResults(TorchDispatchMode):
 
 def product_bytes(call: Callable[[], Tensor]) -> int:
     """Bytes of what selective activation checkpointing keeps, were all of `call` checkpointed."""
+    # Without autograd: only the forward pass's results can be kept.
     with torch.no_grad(), _ProductResults() as results, _FusedAttention():
         call()
     return results.bytes
@@ -191,9 +199,11 @@ def backbone_on_meta(
     backbone = BACKBONES[settings.backbone]
     with torch.device("meta"):
         if config is None:
+            # The seed is without effect: there are no values on the meta device.
             model = backbone.build_tiny(settings, widths, latent[0], 0)
         else:
             model = backbone.from_config(config, latent[1:])
+        # Parameters alone: SD3's table of positions is a buffer and stays float32, as in training.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
     return model.train()
@@ -225,6 +235,7 @@ def backbone_counts(
     blocks, width = backbone.blocks(model)
     # Latents are taken in 2x2 patches.
     tokens = latent[1] * latent[2] // 4 + text_tokens
+    # bf16, as the model above; `Transformer._counted` scales to other precisions.
     inputs = 2 * blocks * tokens * width
     return (
         sum(parameter.numel() for parameter in model.parameters()),

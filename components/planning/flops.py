@@ -79,10 +79,12 @@ class Flops:
 
 def total(products: Iterable[Product], *, checkpointing: bool = False) -> Flops:
     """Sum of products as a training pass; `.inference` of it is the forward pass."""
+    # Whole numbers throughout: totals are compared with torch's counts for equality, not closeness.
     forward = backward = recompute = 0
     for product in products:
         forward += product.flops
         backward += int(product.flops * product.backward)
+        # Kept apart from `forward`: MFU is defined without it, the hardware's time is not.
         recompute += product.flops if checkpointing and product.recomputed else 0
     return Flops(forward, backward, recompute)
 
@@ -104,6 +106,7 @@ def flux_products(
         batch: B.
         fused_attention: see the module docstring.
     """
+    # Widths of text and image stream are equal in Flux, so both streams' rows are counted as one.
     d, b = shape.width, batch
     tokens = image_tokens + text_tokens
 
@@ -111,6 +114,8 @@ def flux_products(
         return Product(2 * rows * inputs * outputs, recomputed=True)
 
     # q k^T and p v over all heads: 2 * 2 * T^2 * width.
+    # At 16,384 + 512 tokens of the 12B shape this is 48% of the forward pass: it grows with the
+    # square.
     attention = Product(
         4 * b * tokens**2 * d, backward=2.5 if fused_attention else 2.0, recomputed=True
     )
@@ -132,8 +137,10 @@ def flux_products(
         Product(2 * b * image_tokens * shape.in_channels * d, backward=1.0),
         Product(2 * b * text_tokens * shape.joint_attention_dim * d, backward=1.0),
     ]
+    # The first layer of each reads data, the second reads the first one's output.
     for channels in [TIME_CHANNELS] * (1 + shape.guidance_embeds) + [shape.pooled_projection_dim]:
         embedders += [Product(2 * b * channels * d, backward=1.0), Product(2 * b * d * d)]
+    # Outside of the blocks, so checkpointing does not repeat it. Text tokens are dropped before it.
     head = [
         Product(2 * b * d * 2 * d),  # last modulation
         Product(2 * b * image_tokens * d * (shape.out_channels or shape.in_channels)),
@@ -177,6 +184,7 @@ def _norm(channels: int) -> Product:
 
 def _resnet(inputs: int, outputs: int, pixels: int) -> list[Product]:
     """norm, 3x3, norm, 3x3, and a 1x1 shortcut where the width changes."""
+    # The convolution that ends the block stands last, where `_without_last` looks for it.
     shortcut = [_convolution(inputs, outputs, pixels, 1)] if inputs != outputs else []
     first, second = _convolution(inputs, outputs, pixels), _convolution(outputs, outputs, pixels)
     return [_norm(inputs), first, _norm(outputs), *shortcut, second]
@@ -199,7 +207,9 @@ def _middle(shape: AutoencoderShape, pixels: int, batch: int) -> list[Product]:
     if shape.mid_block_add_attention:
         attention = [
             _norm(width),
+            # Linear layers there, with the operations and parameters of a 1x1 convolution.
             *[_convolution(width, width, pixels * batch, 1)] * 4,  # q, k, v, out
+            # Quadratic in pixels, so pixels are those of one image and the batch a factor.
             Product(4 * batch * pixels**2 * width, recomputed=True),
         ]
     resnet = _resnet(width, width, pixels * batch)
@@ -211,6 +221,7 @@ def encoder_products(
 ) -> list[Product]:
     """Products of encoding (B, 3, height, width); edges are multiples of the compression."""
     widths, last = shape.block_out_channels, shape.block_out_channels[-1]
+    # The strided stem makes the first level smaller; from there on the network is the F8 one.
     pixels = height * width // shape.stride**2
     products = [_convolution(shape.in_channels, widths[0], batch * pixels, recomputed=False)]
     before = widths[0]
@@ -221,6 +232,7 @@ def encoder_products(
             pixels //= 4
             products.append(_convolution(channels, channels, batch * pixels))
         before = channels
+    # Mean and log-variance.
     moments = 2 * shape.latent_channels
     products += [*_middle(shape, pixels, batch), _norm(last)]
     products.append(_convolution(last, moments, batch * pixels, recomputed=False))
@@ -247,11 +259,14 @@ def decoder_products(
     before = last
     for level, channels in enumerate(reversed(widths)):
         block: list[Product] = []
+        # A decoder level has one residual block more than an encoder level (diffusers' layout).
         for number in range(shape.layers_per_block + 1):
             block += _resnet(channels if number else before, channels, batch * pixels)
         if level < len(widths) - 1:
             pixels *= 4
+            # After the upsampling, hence at the larger size.
             block.append(_convolution(channels, channels, batch * pixels))
+        # A level is one checkpoint: only its last convolution need not be repeated.
         products += _without_last(block)
         before = channels
     return [*products, _norm(widths[0]), _image_head(shape, height, width, batch)]
@@ -263,8 +278,10 @@ def _image_head(shape: AutoencoderShape, height: int, width: int, batch: int) ->
     plain = _convolution(inputs, outputs, batch * height * width, recomputed=False)
     if shape.stride == 1:
         return plain
+    # Its shift by one pixel is cut from a map one source pixel larger each way.
     more = shape.decode_mode == "official_partitioned"
     positions = (height // 2 + more) * (width // 2 + more)
+    # 4 phases of 4 taps each; the parameters stay those of the 3x3 kernel.
     flops = 4 * 2 * (inputs * outputs * 4) * positions * batch
     return Product(flops, parameters=plain.parameters)
 
@@ -277,6 +294,7 @@ def parameters(products: Iterable[Product]) -> int:
 def t5_flops(shape: T5Shape, tokens: int, batch: int = 1) -> Flops:
     """Forward operations of a gated T5 encoder on (B, tokens)."""
     inner = shape.num_heads * shape.d_kv
+    # q, k, v, out, and three matrices of the gated MLP; T5's heads need not add up to its width.
     weights = shape.d_model * (4 * inner + 3 * shape.d_ff)
     layer = 2 * batch * tokens * weights + 4 * batch * tokens**2 * inner
     return Flops(shape.num_layers * layer)
@@ -287,6 +305,7 @@ def clip_flops(shape: ClipShape, batch: int = 1, tokens: int = CLIP_TOKENS) -> F
     d = shape.hidden_size
     weights = 4 * d * d + 2 * d * shape.intermediate_size
     layer = 2 * batch * tokens * weights + 4 * batch * tokens**2 * d
+    # The projection acts on one pooled state per sample.
     return Flops(shape.num_hidden_layers * layer + 2 * batch * d * (shape.projection_dim or 0))
 
 
@@ -294,5 +313,6 @@ def mean_flops(passes: Iterable[Flops]) -> Flops:
     """Mean of passes, each as often as the others (at least one), in whole operations."""
     items = list(passes)
     summed = sum(items, start=Flops(0))
+    # Floored: a fraction of an operation means nothing.
     count = len(items)
     return Flops(summed.forward // count, summed.backward // count, summed.recompute // count)

@@ -58,6 +58,7 @@ def moment_bytes(elements: int, *, eight_bits: bool) -> int:
     tensors below 4096 values stay float32. ZeRO hands the optimizer one flat tensor per rank, so
     this is exact there; without ZeRO a model's small tensors take a little more.
     """
+    # bitsandbytes' own limit, its `min_8bit_size`.
     if not eight_bits or elements < 4096:
         return 8 * elements
     return 2 * (elements + 4 * -(-elements // 256) + 4 * 256)
@@ -90,12 +91,14 @@ def state_bytes(
     sharded_from = {"optimizer": 1, "gradients": 2, "weights": 3}
 
     def count(what: str, whole: int) -> int:
+        # Rounded up: DeepSpeed pads the flat vector so that every rank has an equal share.
         return -(-whole // processes) if zero_stage >= sharded_from[what] else whole
 
     weights = ITEM_BYTES[precision] * count("weights", parameters)
     gradients = 4 * count("gradients", trained)
     if low and zero_stage < 2:
         gradients += 2 * trained
+    # Of the share and not the whole: scales are per block of a rank's flat tensor.
     moments = moment_bytes(count("optimizer", trained), eight_bits=eight_bits)
     # In float32 the weights are their own masters, but ZeRO keeps a flat copy of its share.
     masters = 4 * count("optimizer", trained) if low or zero_stage else 0
@@ -161,10 +164,13 @@ def flux_activation_bytes(
     # Rotary tables, float32 cos and sin.
     tables = 8 * tokens * shape.attention_head_dim
     if checkpointing != "none":
+        # Every block's input; 12B at 16,896 tokens: about 10 GB in all, where keeping everything
+        # takes over 150 GB (tested).
         kept = (shape.num_layers + shape.num_single_layers) * item * stream
         if checkpointing == "selective":
             double_kept, single_kept = flux_product_bytes(shape, tokens, batch, precision)
             kept += shape.num_layers * double_kept + shape.num_single_layers * single_kept
+        # One block at a time is whole again, so the larger kind decides.
         return kept + max(double, single) + working + tables
     return shape.num_layers * double + shape.num_single_layers * single + working + tables
 
@@ -179,10 +185,12 @@ def decoder_activation_bytes(
     widths = shape.block_out_channels
     pixels = batch * height * width // shape.compression**2
     before = widths[-1]
+    # The middle block, without a (pixels, pixels) attention matrix: fused kernels keep none.
     blocks = [3 * 4 * widths[-1] * pixels * 4]
     inputs = 0
     for level, channels in enumerate(reversed(widths)):
         inputs += before * pixels * 4
+        # Norm's input, activation's input and convolution's input, twice a residual block.
         kept = (3 * before + 3 * channels) * pixels
         kept += shape.layers_per_block * 6 * channels * pixels
         if level < len(widths) - 1:
@@ -190,6 +198,7 @@ def decoder_activation_bytes(
             kept += channels * pixels
         blocks.append(4 * kept)
         before = channels
+    # With checkpointing the inputs of all levels and one level's insides, the largest.
     return inputs + max(blocks) if checkpointing else sum(blocks)
 
 
@@ -200,8 +209,10 @@ def communication_bytes(
 
     Under ZeRO-3 also the weights that are gathered for the layers at work.
     """
+    # Nothing travels between GPUs.
     if processes == 1:
         return 0
     item = ITEM_BYTES[precision]
+    # A model smaller than the limit is gathered whole.
     gathered = min(GATHERED_ELEMENTS, parameters) if zero_stage == 3 else 0
     return item * (2 * min(BUCKET_ELEMENTS, parameters) + gathered)

@@ -68,6 +68,7 @@ class FluxShape:
             + linear((1 + MLP_RATIO) * d, d)
             + 2 * head
         )
+        # Embedders of latents and text, last modulation, and the projection back to latents.
         ends = linear(self.in_channels, d) + linear(self.joint_attention_dim, d)
         ends += linear(d, 2 * d) + linear(d, self.out_channels or self.in_channels)
         times = embedder(TIME_CHANNELS) * (2 if self.guidance_embeds else 1)
@@ -112,7 +113,9 @@ class T5Shape:
     def parameters(self) -> int:
         """Exact number of parameters."""
         d, inner = self.d_model, self.num_heads * self.d_kv
+        # No biases in T5; its two RMS norms have a weight per channel each.
         layer = 4 * d * inner + 3 * d * self.d_ff + 2 * d
+        # One table of relative positions, which the first layer holds for all.
         bias = self.relative_attention_num_buckets * self.num_heads
         return self.vocab_size * d + self.num_layers * layer + bias + d
 
@@ -133,6 +136,7 @@ class ClipShape:
     def parameters(self) -> int:
         """Exact number of parameters."""
         d, mlp = self.hidden_size, self.intermediate_size
+        # Four projections and the MLP with biases, two layer norms of two vectors each.
         layer = 4 * (d + 1) * d + (d + 1) * mlp + (mlp + 1) * d + 4 * d
         tables = (self.vocab_size + self.max_position_embeddings) * d
         return tables + self.num_hidden_layers * layer + 2 * d + d * (self.projection_dim or 0)
@@ -147,6 +151,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    # No folder is an answer (published values stand in); a broken file in a folder is an error.
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as problem:
@@ -164,9 +169,11 @@ def shape_from_config(kind: type[Shape], config: Mapping[str, Any], where: objec
     """
     values: dict[str, Any] = {}
     for field in fields(kind):  # type: ignore[arg-type]
+        # null stands for entries without a value, such as out_channels: the default holds.
         value = config.get(field.name)
         if value is None:
             continue
+        # JSON has no tuples, and shapes must compare and hash.
         values[field.name] = tuple(value) if isinstance(value, list) else value
         expected = type(field.default)
         if field.default is not None and not isinstance(values[field.name], expected):
@@ -200,6 +207,7 @@ def networks(settings: Settings, root: Path) -> Networks:
         ValueError: a config.json that cannot be read, or holds values of a wrong type.
     """
     models = settings.models
+    # Filled while shapes are read: a plan says for each network where its sizes come from.
     origin: dict[str, str] = {}
 
     def configured(name: str, folder: str | None, published: str) -> dict[str, Any] | None:
@@ -221,6 +229,7 @@ def networks(settings: Settings, root: Path) -> Networks:
         AutoencoderShape,
         {
             **(tiny_vae.model_dump() if vae is None else vae),
+            # The settings win: a stock F8 folder is loaded with this stride.
             "stride": models.autoencoder.stride,
             "decode_mode": models.autoencoder.decode_mode,
         },
@@ -241,6 +250,7 @@ def networks(settings: Settings, root: Path) -> Networks:
     clip_shape = replace(clip_shape, projection_dim=projection)
     config = configured("transformer", models.transformer.pretrained, backbone.published_name)
     further = tuple(
+        # Tiny CLIPs are alike; published ones differ and are data of the backbone.
         clip_shape if clip is None else shape_from_config(ClipShape, published)
         for published in backbone.further_clips
     )
@@ -250,6 +260,8 @@ def networks(settings: Settings, root: Path) -> Networks:
         transformer=_flux(settings, config, autoencoder, t5_shape, clip_shape, origin)
         if flux
         else None,
+        # Entries of the folder over the published ones: a plan needs more keys than old folders
+        # have.
         transformer_config=None
         if flux or config is None
         else {**backbone.published_config, **config},
@@ -276,6 +288,7 @@ def _flux(
         num_single_layers=tiny.num_single_layers,
         attention_head_dim=sum(tiny.axes_dims_rope),
         num_attention_heads=tiny.num_attention_heads,
+        # Widths follow from the encoders and channels from the autoencoder, as when it is built.
         joint_attention_dim=t5.d_model,
         pooled_projection_dim=clip.hidden_size,
         in_channels=4 * autoencoder.latent_channels,

@@ -42,6 +42,7 @@ VALIDATION_LEVELS = 8
 # UltraFlux's training and sampling times imply these for the 12B transformer at 4096 x 4096.
 PUBLISHED_TRAINING_IMAGES_PER_S, PUBLISHED_SECONDS_PER_IMAGE, PUBLISHED_STEPS = 0.247, 49.5, 50
 PUBLISHED_TOKENS = (16384, 512)
+# How many the trainer keeps.
 VAE_CHECKPOINTS = 2
 _STORE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -149,6 +150,7 @@ def plan(
     Raises:
         ValueError: too few images, or a config.json that cannot be used.
     """
+    # `held_out` leaves at least one of them to train on.
     if images < 2:
         raise ValueError(f"images {images}: at least one to train on and one held out")
     transformer = Transformer(networks(settings, root), settings)
@@ -161,6 +163,7 @@ def plan(
         _dit("dit_stage2", settings.dit_stage2, transformer, sizes, images, rate),
         _generate(transformer, rate),
     )
+    # Listed first: a run that would not start needs no memory.
     warnings = refusals(transformer, sizes)
     if limit is not None:
         for stage in stages:
@@ -173,6 +176,7 @@ def plan(
         stages=stages,
         states_by_zero={
             zero: state_bytes(
+                # Stage 1; all four ZeRO stages, for the table beside the plan.
                 stages[3].parameters,
                 transformer.gpus,
                 zero,
@@ -189,6 +193,7 @@ def plan(
 def held_out(settings: Settings, images: int) -> int:
     """Images held out by `slices`."""
     slices = settings.slices
+    # As `slices` rounds it, so that the planned numbers are those of the run.
     return min(images - 1, max(round(slices.eval_fraction * images), slices.eval_min_images))
 
 
@@ -200,6 +205,7 @@ def _bucket(transformer: Transformer, bucket: Bucket) -> BucketPlan:
 
 
 def _hours(flops: int, gpus: int, rate: Rate | None) -> tuple[float | None, str | None]:
+    # Without a stated rate there are no hours: an assumed one would be read as measured.
     if rate is None:
         return None, None
     return flops / (rate.flops_per_s * gpus) / 3600, rate.source
@@ -212,6 +218,7 @@ def _latents(
     flops = mean_flops(total(encoder_products(vae, *size)).inference for size in sizes)
     areas = [math.prod(transformer.latent_hw(size)) for size in sizes]
     record = vae.latent_channels * sum(areas) / len(areas) * _STORE_BYTES[dtype]
+    # Parameters do not depend on the size; any bucket serves.
     held = parameters(encoder_products(vae, *sizes[0]) + decoder_products(vae, *sizes[0]))
     hours, source = _hours(images * flops.model, 1, rate)
     return StagePlan(
@@ -235,6 +242,7 @@ def _text(transformer: Transformer, images: int, rate: Rate | None) -> StagePlan
     nets = transformer.networks
     flops = _encoding_flops(transformer)
     dtype = transformer.settings.latents.dtype
+    # Padding is stored too: the transformer attends to it, so it is part of its input.
     record = transformer.text_tokens * nets.t5.d_model + transformer.pooled_width
     held = nets.t5.parameters + sum(clip.parameters for clip in nets.clips)
     # The empty prompt is embedded too.
@@ -268,6 +276,7 @@ def _vae(transformer: Transformer, rate: Rate | None) -> StagePlan:
     gpus, crop = transformer.gpus, (settings.crop_px, settings.crop_px)
     encoder, decoder = encoder_products(vae, *crop), decoder_products(vae, *crop)
     checkpointing = settings.gradient_checkpointing
+    # The encoder is frozen: forward only.
     flops = total(encoder).inference + total(decoder, checkpointing=checkpointing)
     once = total(encoder).forward + total(decoder).forward
     # Before, after, and at every evaluation; each rank measures all crops.
@@ -275,10 +284,12 @@ def _vae(transformer: Transformer, rate: Rate | None) -> StagePlan:
     validation = measured * settings.eval_crops * once * gpus
     items = settings.steps * settings.batch_size
     trained, held = parameters(decoder), parameters(decoder) + parameters(encoder)
+    # A process cannot decode more at once than its share of the batch.
     micro = min(settings.micro_batch_size, max(1, settings.batch_size // gpus))
     memory = TrainingMemory(
         weights=4 * held,
         gradients=4 * trained,
+        # Two moments; the weights are float32 and their own masters.
         optimizer=8 * trained,
         average=0,
         activations=decoder_activation_bytes(vae, *crop, micro, checkpointing=checkpointing),
@@ -325,7 +336,9 @@ def _dit(
     samples = held_out(transformer.settings, images) * VALIDATION_LEVELS * stage.validation_repeats
     validation = validations * samples * flops.forward
     items = stage.steps * stage.global_batch_size
+    # Then the weights are the masters; every other way keeps a flat float32 copy (`state_bytes`).
     whole = stage.precision == "fp32" and stage.zero_stage == 0
+    # Rank by rank and then summed, because each rank's vector is padded and scaled on its own.
     moments = moment_bytes(-(-trained // gpus), eight_bits=stage.optimizer == "adamw_8bit") * gpus
     # The engine's weights (of an adapter alone, except with ZeRO-3), masters (where they are not
     # the weights), moments, the average.
@@ -374,6 +387,7 @@ def _generate(transformer: Transformer, rate: Rate | None) -> StagePlan:
     flops = mean_flops(each)
     held = transformer.counts(settings.sizes[0], None)[0]
     held += nets.t5.parameters + sum(clip.parameters for clip in nets.clips)
+    # 64 px: any multiple of the compression, since parameters do not depend on it.
     held += parameters(decoder_products(vae, 64, 64) + encoder_products(vae, 64, 64))
     hours, source = _hours(items * flops.model, 1, rate or _published_sampling(transformer))
     raw = sum(3 * height * width for height, width in settings.sizes) * settings.prompts
@@ -387,7 +401,7 @@ def _generate(transformer: Transformer, rate: Rate | None) -> StagePlan:
         parameters=held,
         trained=0,
         memory=None,
-        # As `evaluation.sampling` loads them.
+        # As `components.generation.sampling` loads them: bfloat16 on a GPU, float32 on a CPU.
         weights_bytes=(2 if transformer.settings.runtime.device == "cuda" else 4) * held,
         disk={"images (uncompressed size; PNG is smaller)": raw},
         hours=hours,
@@ -399,6 +413,7 @@ def _published_training(transformer: Transformer) -> Rate | None:
     """The rate of the paper's training, for its own transformer only."""
     if transformer.networks.transformer != FluxShape():
         return None
+    # Model FLOPs: what was repeated is not in it, so the rate compares with MFU.
     flops = PUBLISHED_TRAINING_IMAGES_PER_S * flux_flops(FluxShape(), *PUBLISHED_TOKENS).model
     return Rate(
         flops,
@@ -410,6 +425,8 @@ def _published_training(transformer: Transformer) -> Rate | None:
 def _published_sampling(transformer: Transformer) -> Rate | None:
     if transformer.networks.transformer != FluxShape():
         return None
+    # Sampling is forward only. Text encoders and decoder are not counted here, so the rate is
+    # rather too low than too high.
     steps = PUBLISHED_STEPS * flux_flops(FluxShape(), *PUBLISHED_TOKENS).forward
     flops = steps / PUBLISHED_SECONDS_PER_IMAGE
     return Rate(

@@ -29,6 +29,7 @@ class Transformer:
 
     networks: Networks
     settings: Settings
+    # Dicts in a frozen class: caches, left out of comparisons.
     _counts: dict[int, tuple[int, Flops, int, tuple[int, int, int]]] = field(
         default_factory=dict, compare=False
     )
@@ -72,6 +73,7 @@ class Transformer:
         if shape is None:
             return self._counted((h, w), stage)
         tokens = (h // 2) * (w // 2)
+        # `selective` keeps every product's result, so only `blocks` repeats operations.
         flops = flux_flops(shape, tokens, self.text_tokens, checkpointing=policy == "blocks")
         if stage is None:
             return shape.parameters, flops.inference, 0
@@ -95,10 +97,13 @@ class Transformer:
         nets = self.networks
         if stage.adapter is None:
             return self.counts(_ANY_SIZE, None)[0]
+        # Imported where something is counted: closed forms need neither torch nor diffusers.
         from components.planning.counted_flops import backbone_on_meta, flux_on_meta
         from components.training.dit.adapters import adapter_parameters
 
         if stage.adapter not in self._trained:
+            # Built without storage, and peft put on it: names that match nothing fail as at the
+            # start of a run.
             model = (
                 backbone_on_meta(
                     self.settings.models.transformer,
@@ -119,6 +124,7 @@ class Transformer:
         from components.planning.counted_flops import backbone_counts
 
         nets = self.networks
+        # Portrait and landscape buckets share a count, which takes seconds.
         area = math.prod(latent_hw)
         if area not in self._counts:
             self._counts[area] = backbone_counts(
@@ -131,6 +137,8 @@ class Transformer:
         held, flops, saved, (inputs, products, blocks) = self._counts[area]
         if stage is None:
             return held, flops.inference, 0
+        # Counted for one sample in bf16; nearly all tensors are per sample and of the network's
+        # dtype.
         scale = stage.micro_batch_size * ITEM_BYTES[stage.precision] // ITEM_BYTES["bf16"]
         # Blocks are alike: one block's share is repeated at a time, its inputs are kept.
         if stage.gradient_checkpointing == "blocks":
@@ -148,10 +156,12 @@ def dit_memory(
 
     Activations are an upper bound with `adapter`: frozen layers keep less.
     """
+    # A step's bucket may be any of them, so the largest decides what must fit.
     largest = max(sizes, key=lambda size: size[0] * size[1])
     held, _, activations = transformer.counts(largest, stage)
     trained = transformer.trained(stage)
     if stage.adapter is not None:
+        # The adapter's weights come on top of the frozen ones.
         held += trained
     weights, gradients, optimizer = state_bytes(
         held,
@@ -164,8 +174,9 @@ def dit_memory(
     return TrainingMemory(
         weights=weights,
         gradients=gradients,
+        # Offloaded states are in host memory, which this plan does not count.
         optimizer=0 if stage.offload_optimizer == "cpu" else optimizer,
-        # Each rank averages its share (sharded.ema); on "cpu" it is in host memory.
+        # Each rank averages its share (`training.sharded.ema`); on "cpu" it is in host memory.
         average=4 * -(-trained // gpus) if stage.ema_device == "model" else 0,
         activations=activations,
         buffers=communication_bytes(held, gpus, stage.precision, stage.zero_stage),

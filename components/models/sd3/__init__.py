@@ -1,1 +1,1 @@
-"""sd3."""
+"""SD3 as the second backbone: transformer, text encoders, pipeline and settings."""
