@@ -7,7 +7,6 @@ metrics of a side are those of the runs that made its data (same DVC hashes), un
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import yaml
 
 from components.metrics.cards import CARDS
 from flows.history.run_evidence import Evidence, StageRun
-from flows.records.provenance import provenance_tags
+from flows.records.provenance import locked_packages, provenance_tags
 from flows.records.records import Record, all_records
 from flows.versioning import graph as versioning
 from flows.versioning.parameters import flatten
@@ -27,7 +26,6 @@ WORKSPACE = "workspace"
 _COMMIT, _DIRTY, _DIFF = "mlflow.source.git.commit", "git.dirty", "git.diff_sha256"
 _ENVIRONMENT = ("lock.sha256", "python", "platform", "host")
 _MANIFESTS = tuple(f"data/{s}/manifest.parquet" for s in ("slices", "caption", "select"))
-_PIN = re.compile(r"^([\w.-]+)==([^\s;\\]+)", re.MULTILINE)
 
 
 class SideUnknown(ValueError):
@@ -297,7 +295,7 @@ def _packages(root: Path, before: Side, after: Side) -> dict[str, list[Any]]:
     if before.commit == after.commit:
         return {}
     locks = [
-        dict(_PIN.findall(_git(root, "show", f"{side.commit}:requirements.lock") or ""))
+        locked_packages(_git(root, "show", f"{side.commit}:requirements.lock") or "")
         for side in (before, after)
     ]
     return _changed(*locks) if all(locks) else {}

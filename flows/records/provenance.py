@@ -110,3 +110,20 @@ def provenance_tags(root: Path) -> dict[str, str]:
         if path.is_file():
             tags[name] = file_digest(path)
     return tags
+
+
+def locked_packages(text: str) -> dict[str, str]:
+    """Version by package of a requirements lock, as far as it is for this interpreter.
+
+    The lock is universal: a package may stand in it twice, each time with a marker.
+    """
+    from packaging.requirements import Requirement
+
+    found = {}
+    for line in text.splitlines():
+        if "==" not in line or line.startswith((" ", "#")):
+            continue
+        requirement = Requirement(line.removesuffix("\\").strip())
+        if requirement.marker is None or requirement.marker.evaluate():
+            found[requirement.name] = str(requirement.specifier).removeprefix("==")
+    return found

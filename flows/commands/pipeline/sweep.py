@@ -49,6 +49,7 @@ def sweep(
 ) -> None:
     """Run the pipeline over every combination of settings and rank them by a metric."""
     from flows.experiments import sweep as sweeps
+    from flows.versioning.code_files import CODE
     from flows.versioning.graph import stage_graph, stages_until
     from flows.versioning.setting_overrides import read_params
 
@@ -58,7 +59,8 @@ def sweep(
     graph = stage_graph(root)
     if until is not None and until not in graph:
         raise fail(f"--until {until}: stages are {', '.join(graph)}")
-    ran = list(stages_until(root, until))
+    # `code` measures nothing.
+    ran = [name for name in stages_until(root, until) if name != CODE]
     if metric is not None and (metric.partition(".")[0] not in ran or "." not in metric):
         raise fail(f"--metric {metric}: expected stage.metric of {', '.join(ran)}")
     try:

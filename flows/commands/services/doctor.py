@@ -16,6 +16,7 @@ from typing import Literal
 import psutil
 
 from components.files.install_hints import download_command, install_hint
+from flows.records.provenance import locked_packages
 
 Verdict = Literal["ok", "warning", "problem"]
 MIN_DISK_GB, MIN_MEMORY_GB = 5.0, 8.0
@@ -100,15 +101,12 @@ def _machine(root: Path) -> Iterator[Finding]:
 
 def _packages(root: Path) -> Iterator[Finding]:
     wrong: list[str] = []
-    for line in (root / "requirements.lock").read_text(encoding="utf-8").splitlines():
-        if "==" not in line or line.startswith((" ", "#")):
-            continue
-        name, version = line.split(" ")[0].split("==")
+    lock = (root / "requirements.lock").read_text(encoding="utf-8")
+    for name, version in locked_packages(lock).items():
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            if ";" not in line:
-                wrong.append(f"{name} is missing")
+            wrong.append(f"{name} is missing")
             continue
         if installed != version:
             wrong.append(f"{name} is {installed}, locked {version}")

@@ -30,7 +30,7 @@ def cache_hits(folder: str) -> int:
 def test_a_second_process_loads_what_the_first_compiled_even_after_a_fresh_checkout(
     tmp_path: Path,
 ) -> None:
-    source = ROOT / "components" / "corpus" / "cooccurrence_kernels.py"
+    source = ROOT / "components" / "signals" / "cooccurrence_kernels.py"
     times = source.stat()
     assert cache_hits(str(tmp_path)) == 0
     os.utime(source, (time.time(), time.time()))

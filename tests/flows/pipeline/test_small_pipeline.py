@@ -352,7 +352,7 @@ def test_other_changes_cannot_be_accepted(edited: Path) -> None:
     done = run_own_code(edited, "stage", "accept", "select", "--why", "it is close")
     assert done.returncode == 2
     assert "more than its code has changed" in done.stderr
-    assert "min_entropy_bits" in done.stderr
+    assert "params.yaml" in done.stderr
 
 
 @pytest.mark.slow

@@ -145,7 +145,9 @@ def test_a_missing_package_is_named_before_anything_starts(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(served.PACKAGES, "no_such_module", "no-such-package")
-    with pytest.raises(services.ServiceError, match=r"no-such-package.*ultraflux-mlops\[serve\]"):
+    with pytest.raises(
+        services.ServiceError, match=r"no-such-package.*pip install -e '\.\[serve\]'"
+    ):
         served.up(toy, tier.ServedTier(postgres_port=1))
     assert tier.served_tier(toy) is None
 

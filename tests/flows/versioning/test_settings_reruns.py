@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from flows.versioning.code_files import write_code_files
 from flows.versioning.graph import stage_graph, stale_stages
 
 
@@ -26,6 +27,8 @@ def finished(clone: Callable[..., Path]) -> Path:
             path = root / (output if isinstance(output, str) else next(iter(output)))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{path.name}\n")
+    (root / "data" / "code").unlink()
+    write_code_files(root)
     # DVC itself hashes what is there and writes the lock, without running anything.
     subprocess.run([sys.executable, "-m", "dvc", "commit", "-q", "--force"], cwd=root, check=True)
     assert stale_stages(root, stage_graph(root)) == {}

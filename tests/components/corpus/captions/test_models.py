@@ -275,7 +275,7 @@ from pathlib import Path
 import pandas as pd
 from components.corpus.captions.models import write_captions
 from components.corpus.captions.provided import NOT_PROVIDED
-from components.settings.corpus import CaptionSettings
+from components.settings.captions import CaptionSettings
 
 folder = Path(sys.argv[1])
 settings = CaptionSettings.model_validate_json((folder / "settings.json").read_text(), strict=False)

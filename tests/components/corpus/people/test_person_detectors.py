@@ -127,5 +127,5 @@ def test_missing_weights_come_with_the_command_that_gets_them(tmp_path: Path) ->
 
 def test_yoloe_without_its_extra_names_extra_and_licence(tmp_path: Path) -> None:
     (tmp_path / "yoloe.pt").touch()
-    with pytest.raises(WeightsMissing, match=r"ultraflux-mlops\[people\].*AGPL-3\.0"):
+    with pytest.raises(WeightsMissing, match=r"pip install -e '\.\[people\]'.*AGPL-3\.0"):
         load_detector("yoloe", tmp_path / "yoloe.pt", "cpu", 0.5)
