@@ -65,6 +65,8 @@ class TrainingData:
         verify = job.runtime.verify_reads
         latents = LatentStore(job.latents, verify=verify)
         texts = TextStore(job.texts, verify=verify)
+        # The slice decides, and not the store: stage 2 reads the store of stage 1 and plans over a
+        # part.
         buckets = training_ids(latents.index, job.train_slice, latents.rejected)
         plan = BatchPlan(buckets, job.settings.global_batch_size, job.seed)
         return cls(job, latents, texts, plan)
@@ -72,6 +74,7 @@ class TrainingData:
     @property
     def latent_channels(self) -> int:
         """Channels of every latent."""
+        # One encoder made the whole store, so any row speaks for all.
         return int(self.latents.index["latent_channels"].iloc[0])
 
     @property
@@ -92,6 +95,8 @@ class TrainingData:
             self.texts,
             self.held_out,
             repeats=settings.validation_repeats,
+            # The size for which training's memory suffices; without gradients it suffices all the
+            # more.
             batch_size=settings.micro_batch_size,
             seed=self.job.seed,
         )
@@ -101,6 +106,7 @@ class TrainingData:
 
         Ranks that work on the same samples (context parallelism) get the same batches.
         """
+        # The plan knows no ranks; they come in here, after the batch is settled.
         share = self.plan.batch(step).rank_slice(ranks.data_rank, ranks.data_world_size)
         parts = share.micro_batches(self.job.settings.micro_batch_size)
         return [self._noised(part, pins=ranks.device.type == "cuda") for part in parts]
@@ -131,9 +137,12 @@ class TrainingData:
         index, count = self.latents.index, self.job.settings.micro_batch_size
         length, (width, pooled) = self.texts.tokens, self.texts.widths
         columns = ["latent_channels", "latent_h", "latent_w"]
+        # Sorted, because the sizes seen first become hints of the code, which has to be the same in
+        # every process.
         for shape in sorted(set(index[columns].itertuples(index=False, name=None))):
             latents = torch.zeros(count, *map(int, shape))
             texts = torch.zeros(count, length, width), torch.zeros(count, pooled)
+            # Any level inside (0, 1) will do: only sizes and dtypes reach the compiler.
             t = torch.full((count,), 0.5)
             ids = ("",) * count
             yield NoisedBatch(ids, latents, latents, t, *texts).to(device)
@@ -150,6 +159,8 @@ def training_ids(
     rows = index[index["split"] == "train"]
     if train_slice is not None:
         wanted = set(pd.read_parquet(train_slice, columns=["image_id"])["image_id"])
+        # The slice was made before encoding, so it still names photographs that turned out
+        # unreadable.
         wanted -= set(rejected)
         absent = sorted(wanted - set(rows["image_id"]))
         if absent:
@@ -202,6 +213,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
     data = TrainingData.of(job)
     validation = data.validation()
     model = _network(job, data, ranks)
+    # From here on parameters belong to DeepSpeed: nothing may add or replace one.
     engine = initialize_engine(model, settings, ranks)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     is_compiled = job.runtime.compile == "blocks"
@@ -216,6 +228,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         ranks,
         torch.device("cpu") if settings.ema_device == "cpu" else None,
     )
+    # After average and engine, both of which it saves and loads.
     checkpoints = RunCheckpoints(
         engine,
         average,
@@ -234,6 +247,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
     )
     # Last of the large things: its autoencoder waits on the host until a grid is drawn.
     grids = grids_of_run(job, data.latents, data.texts, validation.image_ids, ranks)
+    # One writer: lines of several processes would mix in one file.
     metrics = MetricLog(job.metrics) if ranks.is_first else None
     return AssembledRun(
         job=job,
@@ -248,6 +262,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         throughput=throughput,
         metrics=metrics,
         checkpoints=checkpoints,
+        # Last of all, when everything that a checkpoint is loaded into is there.
         steps_done=_resume(data.plan, checkpoints, metrics),
     )
 
@@ -263,6 +278,7 @@ def _network(job: DitJob, data: TrainingData, ranks: Ranks) -> nn.Module:
     model: nn.Module = build_transformer(job, widths, channels)
     index = data.latents.index
     sizes = zip(index["latent_h"], index["latent_w"], strict=True)
+    # By sizes, before any step: a store that does not fit would fail inside a matrix product.
     check_stores(model, widths, channels, ((int(h), int(w)) for h, w in sizes))
     if ranks.context_degree > 1:
         check_context_parallel(model, ranks.context_degree, data.texts.tokens, index)
@@ -270,6 +286,7 @@ def _network(job: DitJob, data: TrainingData, ranks: Ranks) -> nn.Module:
     if settings.adapter is not None:
         add_adapter(model, settings.adapter, job.seed)
     enable_activation_checkpointing(model, settings.gradient_checkpointing)
+    # diffusers loads models in evaluation mode.
     model.train()
     if job.runtime.compile == "blocks":
         compile_blocks(model)

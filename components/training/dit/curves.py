@@ -25,12 +25,14 @@ from components.training.dit.validation import LEVELS, NOISE_LEVELS, ValidationL
 from components.training.stores.latent_store import LatentStore
 from components.training.stores.text_store import TextStore
 
+# Named one by one, since the log also holds durations, which no output may depend on.
 HISTORY_COLUMNS = ("loss", "grad_norm", "lr", *(f"loss_band_{band}" for band in range(LEVELS)))
 Rows = Iterable[Mapping[str, float]]
 
 
 def history_table(rows: Rows) -> pd.DataFrame:
     """One row per optimizer step: step and `HISTORY_COLUMNS` (NaN: no sample in that band)."""
+    # The log also has rows of validation alone, such as that of step 0.
     steps = [row for row in rows if "loss" in row]
     table = pd.DataFrame(steps, columns=["step", *HISTORY_COLUMNS])
     return table.astype({"step": "int64"})
@@ -79,6 +81,7 @@ def headline_metrics(
     measured = validations(rows)
     first = measured[0][2]
     raw = [losses for _, weights, losses in measured if weights == "raw"][-1]
+    # Raw and average are compared with the same start: before training they are equal.
     last = [losses for _, weights, losses in measured if weights == "ema"][-1]
     losses = history_table(rows)["loss"].to_numpy()
     # Single steps scatter by their noise levels; a tenth of the run does not.
@@ -102,7 +105,9 @@ def draw_curves(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> 
     history, measured = history_table(rows), validations(rows)
     figure = new_figure(13, 3.8)
     training, validation, levels = figure.subplots(1, 3)
+    # Pale, because single steps scatter by their noise levels; the mean is what is read.
     training.plot(history["step"], history["loss"], linewidth=0.6, alpha=0.5, label="step")
+    # A share of the run and no number of steps: runs differ by orders of magnitude.
     smooth = history["loss"].rolling(max(1, len(history) // 20), min_periods=1).mean()
     training.plot(history["step"], smooth, label="rolling mean")
     training.set(title="training objective", xlabel="step", yscale="log")
@@ -147,6 +152,7 @@ def write_outcome(job: DitJob) -> DitOutcome:
     metrics = headline_metrics(rows, job.settings.sigma_range)
     tables = {"history.csv": history_table(rows), "validation.csv": validation_table(rows)}
     for name, table in tables.items():
+        # The line ending is fixed: these files are hashed, and the default follows the system.
         write_text(out / name, table.to_csv(index=False, lineterminator="\n"))
     draw_curves(rows, job.name, out / "curves.png")
     write_text(out / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")

@@ -30,6 +30,7 @@ class StartUnusable(ValueError):
 class DitJob(BaseModel):
     """Everything that decides a training run; travels to the ranks as JSON."""
 
+    # Forbidden extras: a job file of another version must fail and not be half understood.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
@@ -62,6 +63,7 @@ def build_transformer(job: DitJob, widths: tuple[int, int], latent_channels: int
     backbone = BACKBONES[job.transformer.backbone]
     if job.initial_weights is not None:
         return backbone.load(job.initial_weights, job.transformer)
+    # Keyed by the seed, so every rank builds the same weights without sending any.
     return backbone.build_tiny(job.transformer, widths, latent_channels, job.seed)
 
 
@@ -144,8 +146,10 @@ def initial_weights(
                 "before it; set it to pretrained"
             )
         return _of_backbone(before, transformer.backbone)
+    # Nothing to start from is a wish here, not an error: tests and small runs begin at random.
     if transformer.pretrained is None:
         return None
+    # Looked for before anything starts, so that the command that fetches it is the first answer.
     folder = resolve_folder(
         root / transformer.pretrained,
         f"{transformer.backbone} transformer",
@@ -175,6 +179,7 @@ def sample_autoencoder(
 
     Pictures are no reason to stop: where its folder is missing a line says so.
     """
+    # The tiny autoencoder is built from the seed and so needs no folder.
     if settings.samples.every is None or autoencoder.pretrained is None:
         return None if settings.samples.every is None else autoencoder
     folder = root / autoencoder.pretrained

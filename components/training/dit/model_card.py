@@ -79,6 +79,8 @@ def last_validation(rows: Iterable[Mapping[str, float]]) -> dict[str, Validation
     for row in rows:
         if "validation_loss" in row:
             losses = ValidationLoss.from_metrics(row)
+            # The first row wins: it is the validation before step 1, of the weights that were
+            # given.
             found.setdefault("start", losses)
             found["raw"] = losses
         if "validation_loss_ema" in row:
@@ -93,8 +95,11 @@ def settings_digest(job: DitJob) -> str:
         "seed": job.seed,
         # Grids draw from generators of their own and change no weight.
         "stage": job.settings.model_dump(mode="json", exclude={"samples"}),
+        # Where weights lie, and what a card says of their licence, changes no value of them; what
+        # they are is told by `initial_weights` beside this digest.
         "transformer": job.transformer.model_dump(mode="json", exclude={"pretrained", "card"}),
     }
+    # Sorted, so that the order of fields in the settings does not matter.
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -110,6 +115,7 @@ def model_card(
         config: of the transformer.
         checksums: of the weight files (`weights_checksums`).
     """
+    # In the order written, which is the order in which people read it.
     front = yaml.safe_dump(
         _front_matter(job, facts, weights, config, checksums), sort_keys=False, width=100
     )
@@ -120,6 +126,7 @@ def model_card(
         "## Validation\n",
         _validation_table(facts.validation, weights),
         "## Use\n",
+        # From the configuration of these weights, so that the card fits what lies beside it.
         backbone_of_config(config).usage(config) + "\n",
         "## Files\n",
         "`sha256sum -c weights.sha256` checks the weights.\n",
@@ -147,10 +154,12 @@ def _front_matter(
         "seed": job.seed,
         "objective": job.objective.kind,
         "sigma_range": list(settings.sigma_range),
+        # A backbone without the resonance embedding has no such entries.
         **{key: config[key] for key in ("rope_variant", "rope_window") if key in config},
         "validation_loss": _rounded(facts.validation[weights].mean),
         "digests": {
             "weights": weights_identity(checksums),
+            # Null for random weights: an empty string could pass for a digest.
             "initial_weights": facts.started_from or None,
             "settings": settings_digest(job),
             "training_images": facts.plan_digest,

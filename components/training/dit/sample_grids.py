@@ -32,8 +32,12 @@ if TYPE_CHECKING:
     from components.training.dit.job import DitJob
 
 # Training draws at steps from 0 on, validation at -1 - level.
+# The first number below both, so no picture begins with noise that a loss has seen.
 _STREAM = -1 - LEVELS
+# Of the sheet alone: pictures are drawn at their full size and shrunk to compare them.
 _CELL_PX = 512
+# Longest edge decoded in one piece: above it activations of the decoder would compete with training
+# for memory.
 _CLEAN_EDGE_PX = 1024
 
 
@@ -70,6 +74,7 @@ class SampleGrids:
         # By id: the same prompts in every run on this corpus, whatever the order of the index.
         chosen = sorted(image_ids)[: settings.prompts]
         rows = latents.index.set_index("image_id").loc[chosen, ["latent_h", "latent_w"]]
+        # From latent sizes back to pixels: these are sizes that the network is trained on.
         factor = int(autoencoder.spatial_compression)
         sizes = rows.to_numpy() * factor
         self._prompts = [
@@ -84,6 +89,7 @@ class SampleGrids:
         every = self._settings.every
         if every is None:
             return False
+        # 0 means at the end alone.
         return step == self._last_step or (every > 0 and step % every == 0)
 
     @torch.no_grad()
@@ -104,6 +110,7 @@ class SampleGrids:
         pipeline = self._pipeline(transformer)
         mine = {}
         for turn in range(math.ceil(count / ranks.data_world_size)):
+            # A rank without a prompt of its own draws one again; the dictionary keeps one of each.
             number = (turn * ranks.data_world_size + ranks.data_rank) % count
             mine[number] = self._sample(pipeline, *self._prompts[number]).cpu()
         # Latents travel and not pictures: 48 times fewer values, and one rank decodes anyway.
@@ -128,6 +135,8 @@ class SampleGrids:
             return [x[None].to(device, dtype) for x in self._texts.read(image_id)]
 
         text, pooled = embedding(name)
+        # Guidance without a negative prompt is an input of the network (Flux); the others compare
+        # with the empty prompt.
         contrast = {}
         if backbone_of(pipeline.transformer).text_family().negative_prompt is not None:
             names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -139,6 +148,8 @@ class SampleGrids:
             width=width,
             num_inference_steps=self._settings.num_inference_steps,
             guidance_scale=self._settings.guidance_scale,
+            # Not keyed by the step: the same noise at every grid, so that pictures show training
+            # alone.
             generator=keyed_generator(self._seed, _STREAM, name),
             output_type="latent",
             **contrast,

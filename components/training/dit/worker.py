@@ -40,6 +40,7 @@ def run_job(job: DitJob) -> None:
 def train_here(job: DitJob) -> None:
     """This process's share of the training."""
     wait = collective_timeout(job.runtime)
+    # Not entered yet: threads and kernels are settled before the group exists.
     ranks_here = open_ranks(job.runtime.device, wait, job.runtime.context_parallel_degree)
     with deterministic_torch(job.runtime.torch_threads), ranks_here as ranks:
         train(job, ranks)

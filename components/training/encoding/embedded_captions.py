@@ -77,8 +77,10 @@ def embed_captions(
 def _captioned_rows(manifest: Path) -> pd.DataFrame:
     """One row per image that is trained on or held out, by image id."""
     rows = pd.read_parquet(manifest, columns=["image_id", "split", "caption_en"])
+    # Sorted, so that the store does not depend on the manifest's order.
     rows = rows[rows["split"].isin(["train", "eval"])].sort_values("image_id")
     rows = rows.drop_duplicates("image_id")
+    # An empty caption would be trained as the empty prompt, silently.
     silent = rows[rows["caption_en"].fillna("").str.strip() == ""]
     if not silent.empty:
         raise ValueError(
@@ -96,6 +98,7 @@ def _encoder_folder(
     if encoders.pretrained is not None:
         return root / encoders.pretrained
     folder = destination / ENCODERS_FOLDER
+    # Built again by every run: the tokenizers give the same bytes in every process.
     with whole_folder(folder) as aside:
         family.build_tiny(
             aside,
@@ -111,6 +114,7 @@ def _encoder_folder(
 
 def _encoder_digest(folder: Path, family: TextFamily) -> str:
     """Identity of the text parts (a FLUX.1-dev folder also holds what is not read here)."""
+    # Of folders by name, so that exchanged encoders do not have the same digest.
     parts = [f"{name}={folder_digest(folder / name)}" for name in family.folders]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -124,6 +128,7 @@ def _provenance(settings: Settings, digest: str) -> dict[str, Any]:
         "max_sequence_length": settings.models.text_encoders.max_sequence_length,
         "padded": True,
         "device": settings.runtime.device,
+        # For people who look for the cause of a difference; the store's digest leaves it out.
         "software": {
             name: importlib.metadata.version(name)
             for name in ("torch", "diffusers", "transformers", "tokenizers")

@@ -88,6 +88,8 @@ def rebuild_from_slices(
         WeightsMissing: the autoencoder's folder is not there.
         ValueError: no such shard, an original is missing, or a record comes out differently.
     """
+    # From all slices, as the first time: batches follow from all of them, and rounding from
+    # batches.
     items = _items(slices, root)
     autoencoder = load_base_autoencoder(settings.models.autoencoder, settings.project.seed, root)
     with deterministic_torch(settings.runtime.torch_threads):
@@ -102,6 +104,7 @@ def rebuild_from_slices(
 
 
 def _items(slices: Sequence[Path], root: Path) -> list[EncodingItem]:
+    # Slices may overlap; `encoding_items` takes each image once and refuses one with two splits.
     return encoding_items(pd.concat([read_table(path) for path in slices]), root)
 
 
@@ -115,6 +118,7 @@ def _workers(settings: Settings, root: Path, state_dir: Path, digest: str) -> Wo
         autoencoder=settings.models.autoencoder,
         seed=settings.project.seed,
         root=str(root),
+        # Workers on other machines compare it with what they have loaded.
         digest=digest,
         dtype=settings.latents.dtype,
         max_megapixels=settings.ingest.max_megapixels,

@@ -39,6 +39,7 @@ def encoder_limits(settings: Settings, pretrained: str | None) -> EngineLimits |
         return None
     limits = EngineLimits.for_networks(settings, timeout_s=_TIMEOUT_S, memory_mb=_MEMORY_MB)
     if runtime.engine == "local" and runtime.device == "cuda":
+        # By GPUs and not by cores: each worker holds a network of its own in a GPU's memory.
         return replace(limits, workers=max(1, torch.cuda.device_count()) * runtime.encoders_per_gpu)
     return limits
 
@@ -53,8 +54,10 @@ def claim_slot(folder: Path, slots: int) -> int:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for slot in range(slots):
+        # Never removed: deleting a locked file would let two processes lock two files of one name.
         file = (folder / f"slot-{slot}").open("w")
         try:
+            # Not waiting: a taken slot means to try the next one.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
@@ -84,12 +87,14 @@ class Placement:
     def of(cls, settings: Settings, work_dir: Path) -> Placement:
         """As the settings say; `work_dir` is private to the stage."""
         runtime = settings.runtime
+        # Elsewhere Ray divides the GPUs, and slots would divide them once more.
         shares = runtime.engine == "local" and runtime.device == "cuda"
         return cls(
             runtime.device, runtime.torch_threads, str(work_dir / "slots") if shares else None
         )
 
 
+# Once a process: a second claim would take a second slot and perhaps another GPU.
 @cache
 def own_device(placement: Placement) -> torch.device:
     """Device of this worker: neighbouring workers get different GPUs."""

@@ -23,7 +23,9 @@ def band_energy_shares(store: LatentStore) -> pd.DataFrame:
     rows = []
     for row in store.index.itertuples(index=False):
         # The transform is orthonormal, so the four energies add up to the latent's own.
+        # In float64: squares of hundreds of thousands of values are added.
         energies = [float(b.double().square().sum()) for b in haar(store.read(str(row.image_id)))]
+        # A latent of zeros has shares of zero instead of a division by zero.
         total = sum(energies) or 1.0
         shares = {name: e / total for name, e in zip(BAND_NAMES, energies, strict=True)}
         rows.append({"image_id": row.image_id, "split": row.split, "bucket": row.bucket, **shares})

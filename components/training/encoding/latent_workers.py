@@ -33,6 +33,7 @@ class LatentJob:
     placement: Placement
 
 
+# Loaded by the first batch and kept: loading costs more than many batches.
 @cache
 def _autoencoder(job: LatentJob) -> Any:
     """The job's network on this worker's device.
@@ -52,6 +53,7 @@ def _autoencoder(job: LatentJob) -> Any:
 
 def encode_photographs(items: list[EncodingItem], job: LatentJob) -> EncodedBatch:
     """Body of a worker: `encode_batch` with the job's network."""
+    # As in the stage's own process, so that a store does not tell who encoded it.
     with deterministic_torch(job.placement.threads):
         return encode_batch(items, _autoencoder(job), job.dtype, job.max_megapixels)
 

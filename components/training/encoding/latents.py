@@ -56,6 +56,8 @@ def encoding_items(rows: pd.DataFrame, root: Path) -> list[EncodingItem]:
     Raises:
         ValueError: an image appears with two splits, or an original is missing.
     """
+    # By both, so that an image with two splits is still seen below: it would be trained and tested
+    # on.
     unique = rows.drop_duplicates(["image_id", "split"])
     repeated = unique.loc[unique["image_id"].duplicated(), "image_id"]
     if len(repeated):
@@ -79,6 +81,7 @@ def encoding_items(rows: pd.DataFrame, root: Path) -> list[EncodingItem]:
 def batches(items: Iterable[EncodingItem], batch_size: int) -> list[list[EncodingItem]]:
     """Consecutive batches that never mix buckets."""
     plan = []
+    # Items are sorted by bucket; `groupby` joins neighbours only.
     for _, group in groupby(items, key=lambda item: item.bucket):
         members = list(group)
         plan += [members[at : at + batch_size] for at in range(0, len(members), batch_size)]
@@ -87,6 +90,7 @@ def batches(items: Iterable[EncodingItem], batch_size: int) -> list[list[Encodin
 
 def plan_digest(plan: Sequence[Sequence[EncodingItem]]) -> str:
     """Sha256 of which images are encoded, at which size, in which batches."""
+    # The bucket's name and not the path: a photograph that has moved is the same photograph.
     content = [[(item.image_id, item.split, item.bucket.name) for item in part] for part in plan]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -153,12 +157,14 @@ def encode_batch(
     rejected: dict[str, str] = {}
     for item in items:
         try:
+            # The same exception as everywhere: only what is wrong with this photograph is caught.
             images[item.image_id] = load_image(item, max_megapixels)
         except ImageUndecodable as problem:
             rejected[item.image_id] = str(problem)
     if not images:
         return EncodedBatch({}, (0, 0, 0), rejected)
     device = next(autoencoder.parameters()).device
+    # Without those that failed: the others' sums may round as in a smaller batch.
     latents = encode(autoencoder, torch.stack(list(images.values())).to(device))
     records: dict[str, bytes] = {}
     for image_id, latent in zip(images, latents.cpu(), strict=True):
@@ -202,6 +208,7 @@ def encode_corpus(
     """
 
     def here(plan: Iterable[list[EncodingItem]]) -> Iterator[EncodedBatch | Failure]:
+        # Inside the generator: with workers elsewhere this process never fills its own GPU.
         model = autoencoder.to(device)
         for batch in plan:
             yield encode_batch(batch, model, settings.dtype, max_megapixels)
@@ -216,6 +223,7 @@ def encode_corpus(
         encoder_digest=digest,
     )
     rejected: dict[str, str] = {}
+    # Rounded down: a fraction of a photograph allows none.
     allowed = int(settings.max_rejected_fraction * len(items))
 
     def reject(reasons: Mapping[str, str]) -> None:
@@ -245,16 +253,19 @@ def encode_corpus(
                         reject({batch[0].image_id: result.message})
                     continue
                 bucket = batch[0].bucket
+                # In the order of the plan, as are the records.
                 kept = [(i.image_id, i.split) for i in batch if i.image_id in result.records]
                 records = list(result.records.values())
                 if kept:
                     hw = (bucket.height, bucket.width)
                     writer.append_records(hw, kept, result.shape, records)
+                # After the batch is stored: when this ends the run, the good ones are kept.
                 reject(result.rejected)
         return lost
 
     # Rejected photographs are not stored, so a continued run tries them again and counts anew.
     stored = writer.stored()
+    # Part of a batch is stored where others of it were rejected, or encoded one by one.
     left = [[item for item in batch if item.image_id not in stored] for batch in plan]
     pending = [batch for batch in left if batch]
     lost = take(pending, len(plan) - len(pending)) if pending else []

@@ -57,6 +57,7 @@ def check_store(folder: Path) -> StoreCheck:
         ValueError: the folder holds no finished store of fixed-size records.
     """
     path = folder / INDEX_FILE
+    # Common to all stores: checking needs to know neither the kind nor its version.
     columns = ["image_id", "shard", "offset", "nbytes", "xxh64"]
     try:
         index = pd.read_parquet(path, columns=columns)
@@ -90,6 +91,7 @@ def check_store(folder: Path) -> StoreCheck:
     # One buffer takes records of one size.
     for size in np.unique(extents.nbytes):
         alike = rows[extents.nbytes == size].tolist()
+        # Bounded by bytes: records are from a few KiB to several MiB.
         step = max(1, _BATCH_BYTES // max(1, int(size)))
         for start in range(0, len(alike), step):
             read(alike[start : start + step])
@@ -144,6 +146,7 @@ def rebuild_shard(
     for batch in batches(items, settings.batch_size):
         if wanted & {item.image_id for item in batch}:
             records |= encode_batch(batch, autoencoder, settings.dtype, max_megapixels).records
+    # All are compared before one byte is written: a shard half of new bytes helps nobody.
     differs = [
         str(row.image_id)
         for row in rows.itertuples(index=False)

@@ -36,6 +36,7 @@ class TextJob:
     placement: Placement
 
 
+# Loaded by the first batch and kept: loading costs more than many batches.
 @cache
 def _encoders(job: TextJob) -> Any:
     family = BACKBONES[job.backbone].text_family()
@@ -76,6 +77,7 @@ def embed_batches(
         EmbeddingFailed: a batch fails in every attempt. Unlike a photograph no caption is left out:
             the encoders take any text, so the reason is theirs.
     """
+    # The same function as in a worker, so that a store does not tell who embedded it.
     if limits is None:
         for batch in plan:
             yield embed_prompts(batch, job)

@@ -41,6 +41,7 @@ INDEX_COLUMNS = (
     "xxh64",
     "encoder_digest",
 )
+# Equal in all rows, so they are added once, when the index is made.
 _ROW_COLUMNS = [name for name in INDEX_COLUMNS if name not in ("dtype", "encoder_digest")]
 
 
@@ -62,6 +63,7 @@ KIND = StoreKind(
     identity=INDEX_COLUMNS,
     incomplete=LatentStoreIncomplete,
     corrupt=LatentCorrupt,
+    # Photographs are still there, so a shard can be made again; of captions the whole store is.
     remedy=", `ultraflux stores rebuild {shard}` encodes them again",
 )
 
@@ -87,6 +89,8 @@ class LatentStore(RecordStore):
         """
         super().__init__(folder, verify=verify)
         columns = ["latent_channels", "latent_h", "latent_w"]
+        # As one array, because looking up a row of a table costs more than reading a record's
+        # place.
         self._shapes = self.index[columns].to_numpy(np.int64)
 
     @property
@@ -114,6 +118,7 @@ class LatentStore(RecordStore):
             LatentCorrupt: a record is cut off or its hash differs.
             ValueError: the images are of more than one shape.
         """
+        # bfloat16 is the upper half of a float32: widening adds zeros and loses nothing.
         return self.read_stored(image_ids).float()
 
     def read_stored(
@@ -136,6 +141,7 @@ class LatentStore(RecordStore):
             raise ValueError(f"a batch of latents of {len(shapes)} shapes; one bucket at a time")
         if out is None:
             shape = (len(rows), *(int(edge) for edge in shapes[0]))
+            # One encoder run made the store, so the first record's precision is that of all.
             dtype = getattr(torch, str(self.index["dtype"].iloc[int(rows[0])]))
             out = torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
         self._read_into(rows, out)
@@ -204,6 +210,7 @@ class LatentStoreWriter:
         records: Sequence[bytes],
     ) -> None:
         """`append` for latents that are records already, all of `shape` (C, h, w)."""
+        # The series of shards has the bucket's name, so records of one shard are all of one size.
         bucket = f"{bucket_hw[0]}x{bucket_hw[1]}"
         rows = [
             {
@@ -233,6 +240,7 @@ class LatentStoreWriter:
             provenance: how the latents were made, JSON-able.
             rejected: reason by image id of what could not be encoded.
         """
+        # With the columns said, an index without a single record has them too.
         index = pd.DataFrame(self._writer.records.rows, columns=_ROW_COLUMNS)
         self._writer.publish(destination, index, provenance, rejected)
         return LatentStore(destination)

@@ -69,12 +69,14 @@ class Extents:
     @classmethod
     def of(cls, index: pd.DataFrame) -> Extents:
         """From columns shard, offset, nbytes and xxh64 (hexadecimal) of an index."""
+        # Names are kept once and numbered: a million rows name about a thousand shards.
         names, numbers = np.unique(index["shard"].to_numpy(dtype=np.str_), return_inverse=True)
         return cls(
             tuple(str(name) for name in names),
             numbers.astype(np.int64),
             index["offset"].to_numpy(dtype=np.int64),
             index["nbytes"].to_numpy(dtype=np.int64),
+            # As integers of 64 bits, to compare with `intdigest` without spelling each hash out.
             np.array([int(text, 16) for text in index["xxh64"]], dtype=np.uint64),
         )
 
@@ -110,6 +112,7 @@ class RecordReader:
             threads: requests in flight; 1 reads in the calling thread.
         """
         self._folder, self._extents, self._verify = folder, extents, verify
+        # Only "first" asks it: one byte per record, and a lost entry costs one more check.
         self._checked = np.zeros(len(extents.offset), dtype=np.bool_)
         self._open: OrderedDict[int, int] = OrderedDict()
         self._lock = threading.Lock()
@@ -126,6 +129,8 @@ class RecordReader:
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         """Descriptors do not outlive the reader (at exit, modules may be gone before it)."""
+        # A failed `__init__` leaves no `_open`; `close` is an argument, bound while `os` still
+        # exists.
         while getattr(self, "_open", None):
             close(self._open.popitem()[1])
 
@@ -140,6 +145,7 @@ class RecordReader:
             RecordCorrupt: a record is cut off, its shard is missing, or its hash differs.
             ValueError: the buffer does not fit the records.
         """
+        # Checked before the first read: afterwards the buffer would hold part of the records.
         sizes = self._extents.nbytes[list(rows)]
         if buffer.shape != (len(rows), int(sizes[0]) if len(rows) else buffer.shape[-1]) or (
             len(rows) and bool((sizes != sizes[0]).any())
@@ -168,10 +174,13 @@ class RecordReader:
         # In disk order, so that neighbours become one request.
         order = np.lexsort((extents.offset[chosen], extents.shard[chosen])).tolist()
         needed = {int(number): rows[i] for i, number in enumerate(extents.shard[chosen].tolist())}
+        # All that this call needs are opened before any other is closed, even if there are more of
+        # them than are kept.
         descriptors = {number: self._descriptor(number, row) for number, row in needed.items()}
         while len(self._open) > max(_OPEN_SHARDS, len(needed)):
             os.close(self._open.popitem(last=False)[1])
         runs: list[_Run] = []
+        # No record ends there, so the first one always begins a run.
         end = (-1, -1)
         for place in order:
             row = int(chosen[place])
@@ -180,6 +189,8 @@ class RecordReader:
             last = runs[-1] if runs else None
             if (
                 last is not None
+                # Only where the next record begins exactly at the end: a gap would be read for
+                # nothing, and a repeated record has to be read to two places.
                 and end == (number, offset)
                 and len(last.rows) < _RUN_RECORDS
                 and (len(last.rows) + 1) * size <= _RUN_BYTES
@@ -197,6 +208,8 @@ class RecordReader:
             name = self._extents.shards[number]
             try:
                 self._open[number] = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            # A missing shard is damage to a store whose index names it, and is said in the same
+            # words.
             except FileNotFoundError:
                 raise RecordCorrupt(row, name, "it is missing") from None
         # The least recently used is closed first.
@@ -204,16 +217,19 @@ class RecordReader:
         return self._open[number]
 
     def _read_run(self, run: _Run, buffer: Bytes) -> None:
+        # Views: what the kernel writes through them is the batch itself.
         parts = [memoryview(buffer[place]) for place in run.places]
         size = buffer.shape[1]
         done, total = 0, size * len(parts)
         is_hashed = self._verify != "never"
+        # Without hashing there is no cache to stay in, and one request is the least work.
         piece = _PIECE_BYTES if is_hashed else total
         digest = xxhash.xxh64()
         while done < total:
             # A request may be answered in part: at a signal, or beyond 2 GiB.
             # Straight into the tensor that training uses: no copy in between.
             got = os.preadv(run.fd, _next_parts(parts, size, done, piece), run.offset + done)
+            # End of file: a loop that only waits for `total` would never end here.
             if got == 0:
                 raise RecordCorrupt(
                     run.rows[done // size],
@@ -223,9 +239,13 @@ class RecordReader:
             arrived = _next_parts(parts, size, done, got) if is_hashed else ()
             for view in arrived:
                 row = run.rows[done // size]
+                # Skipped bytes are counted all the same: `done` says where in the run this piece
+                # lies.
                 if self._verify == "always" or not self._checked[row]:
                     digest.update(view)
                 done += len(view)
+                # A record is complete; a piece never spans two hashes, since views end with their
+                # record.
                 if done % size == 0:
                     self._check(row, run.shard, digest)
                     digest.reset()

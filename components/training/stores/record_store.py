@@ -47,6 +47,7 @@ class StoreKind:
     """Of the layout."""
     columns: tuple[str, ...]
     """Of the index, in order."""
+    # By kind: one rule for all would make every store of the other kind stale.
     identity: tuple[str, ...]
     """Columns that the digest covers."""
     incomplete: type[RuntimeError]
@@ -80,8 +81,10 @@ class RecordStore:
         self.folder = folder
         # Held as a whole, since every step looks up the samples of its batch.
         self.index, self.about = read_store(folder, self.kind)
+        # Its own table and not the index of a data frame, which holds a Python string for every id.
         self._rows = IdTable(self.index["image_id"])
         self._reader = RecordReader(folder, Extents.of(self.index), verify=verify)
+        # From the index alone, so opening a store reads no shard.
         self.digest = self.kind.digest(self.index)
         """See `StoreKind.digest`: stores of equal digest hold equal records."""
 
@@ -102,6 +105,7 @@ class RecordStore:
         try:
             return self._rows.rows(image_ids)
         except KeyError as unknown:
+            # Named in full: the bare key says neither which store nor what is missing.
             raise KeyError(
                 f"image {unknown.args[0]} has no {self.kind.record} in {self.folder}"
             ) from None
@@ -116,6 +120,7 @@ class RecordStore:
             # As bytes, because NumPy has no bfloat16; a view, so that nothing is copied.
             self._reader.read_into(rows.tolist(), out.view(torch.uint8).flatten(1).numpy())
         except RecordCorrupt as problem:
+            # The empty prompt has the empty id, which a message would show as nothing.
             image_id = self.index["image_id"].iloc[problem.row] or "(empty prompt)"
             raise self.kind.corrupt(
                 f"shard {problem.shard}, image {image_id}: {problem.problem}; "
@@ -130,6 +135,7 @@ def read_store(folder: Path, kind: StoreKind) -> tuple[pd.DataFrame, dict[str, A
     Raises:
         RuntimeError: `kind.incomplete`: no index (the stage has not finished), or another layout.
     """
+    # The index is written last, so where it is the shards are.
     path = folder / INDEX_FILE
     if not path.exists():
         raise kind.incomplete(f"{folder}: no {INDEX_FILE}; run the stage `{kind.stage}` first")
@@ -168,6 +174,7 @@ class StoreWriter:
             depends_on: what else all records depend on, JSON-able.
         """
         self._kind = kind
+        # In the header too: work in another precision or by other weights is discarded.
         self._common = {"dtype": dtype, "encoder_digest": encoder_digest}
         self.records = RecordWriter(
             folder,
@@ -191,6 +198,7 @@ class StoreWriter:
             provenance: how the records were made, JSON-able.
             rejected: reason by image id of what has no record.
         """
+        # In the order of the ids, so that the file does not tell in which order photographs failed.
         reasons = sorted((rejected or {}).items())
         about = {
             "kind": self._kind.name,
@@ -198,5 +206,6 @@ class StoreWriter:
             "provenance": dict(provenance or {}),
             "rejected": [{"image_id": name, "error": reason} for name, reason in reasons],
         }
+        # Exactly the declared columns in the declared order, whatever rows carried beside them.
         whole = index.assign(**self._common).loc[:, list(self._kind.columns)]
         self.records.publish(destination, whole, about)

@@ -45,6 +45,7 @@ class RecordWriter:
         """As appended, with shard, offset, nbytes and xxh64."""
         self._key, self._shard_bytes = key, shard_bytes
         self._journal = folder / JOURNAL_FILE
+        # The shard size too: it decides where a record lies.
         self._header = {**header, "shard_bytes": shard_bytes}
         self._keys: set[str] = set()
         self._sizes: dict[str, int] = {}
@@ -74,6 +75,7 @@ class RecordWriter:
         for row in rows:
             if row[self._key] in self._keys:
                 raise ValueError(f"{self._key} {row[self._key]} is stored already")
+        # Places first, bytes afterwards: a batch may reach into the next shard.
         for row, record in zip(rows, records, strict=True):
             shard, offset = self._place(series, len(record))
             where = {"shard": shard, "offset": offset, "nbytes": len(record)}
@@ -90,6 +92,7 @@ class RecordWriter:
         self.rows += placed
         self._keys |= {row[self._key] for row in placed}
         with self._journal.open("a", encoding="utf-8") as journal:
+            # A line per batch: it is there whole or not at all, and so is the batch.
             journal.write(json.dumps(placed) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
@@ -111,14 +114,18 @@ class RecordWriter:
         # With whatever a kill has left of one that was being copied.
         for old in destination.glob("*.bin*"):
             old.unlink()
+        # Of the journal and not of the folder: a kill may have left a shard that nothing names.
         for shard in sorted(self._sizes):
             with whole_file(destination / shard) as temporary:
                 try:
+                    # The work folder keeps its name of the same bytes, so a later run goes on from
+                    # it.
                     os.link(self.folder / shard, temporary)
                 except OSError:
                     shutil.copyfile(self.folder / shard, temporary)
         text = json.dumps(dict(about), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         write_text(destination / STORE_FILE, text, durable=True)
+        # Last, since readers take the index for the sign of a whole store.
         with whole_file(destination / INDEX_FILE) as temporary:
             index.to_parquet(temporary, index=False)
 
@@ -126,6 +133,7 @@ class RecordWriter:
         """Reserve room: (shard, offset)."""
         number = self._open.setdefault(series, 0)
         used = self._sizes.get(shard := f"{series}-{number:05d}.bin", 0)
+        # An empty shard takes any record, or one that is too large would find no place at all.
         if used and used + nbytes > self._shard_bytes:
             self._open[series] = number + 1
             shard, used = f"{series}-{number + 1:05d}.bin", 0
@@ -136,6 +144,7 @@ class RecordWriter:
         """Break the hard link of a published shard, so that appending never alters the store."""
         path = self.folder / shard
         if path.exists() and path.stat().st_nlink > 1:
+            # Copied under another name and renamed: the published name keeps the old bytes.
             with whole_file(path) as temporary:
                 shutil.copyfile(path, temporary)
 
@@ -150,6 +159,8 @@ class RecordWriter:
         if lines and json.loads(lines[0]) == self._header:
             for line in lines[1:]:
                 self._take_over(json.loads(line))
+        # A shard shorter than its journal has lost promised bytes, as after a copy without all
+        # files. Which records are good is not worth finding out: all are made again.
         if not self.rows or any(self._length(name) < size for name, size in self._sizes.items()):
             lines = [json.dumps(self._header)]
             self.rows, self._keys, self._sizes, self._open = [], set(), {}, {}
@@ -165,8 +176,10 @@ class RecordWriter:
         for row in batch:
             self.rows.append(row)
             self._keys.add(row[self._key])
+            # Rows come in the order of writing, so the last one of a shard says how long it is.
             self._sizes[row["shard"]] = row["offset"] + row["nbytes"]
             series, _, number = row["shard"].removesuffix(".bin").rpartition("-")
+            # Where the series goes on; earlier shards of it are closed for good.
             self._open[series] = max(int(number), self._open.get(series, 0))
 
     def _length(self, shard: str) -> int:

@@ -20,6 +20,7 @@ def id_array(ids: Iterable[str]) -> npt.NDArray[np.bytes_]:
         ValueError: an id ends in a NUL character, which such an array cannot hold.
     """
     encoded = [sample_id.encode() for sample_id in ids]
+    # NumPy pads with NUL and strips it again: such an id would come back as another one.
     if any(one.endswith(b"\0") for one in encoded):
         raise ValueError("a sample id ends in a NUL character; rename the sample")
     return np.array(encoded, dtype=np.bytes_) if encoded else np.empty(0, dtype="S1")
@@ -43,6 +44,7 @@ class IdTable:
         """Row of one id; None where it is unknown."""
         if not isinstance(sample_id, str):
             return None
+        # A longer id than the array's width is compared in full, hence the equality below on bytes.
         wanted = np.bytes_(sample_id.encode())
         # From the right, so that of equal ids the last one is found.
         place = int(np.searchsorted(self._sorted, wanted, side="right")) - 1

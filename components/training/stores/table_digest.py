@@ -26,6 +26,7 @@ def table_digest(table: pd.DataFrame, columns: Sequence[str], *, key: str, versi
     for name in columns:
         digest.update(f"{name}\n".encode())
         values = rows[name]
+        # One width for all integers: Parquet readers may give 32 or 64 bits.
         if pd.api.types.is_integer_dtype(values):
             digest.update(values.to_numpy(dtype="<i8").tobytes())
         else:

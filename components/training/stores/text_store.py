@@ -29,6 +29,7 @@ from components.training.stores.record_reader import Verify
 from components.training.stores.record_store import RecordStore, StoreKind, StoreWriter
 from components.training.stores.stored_tensors import StoreDtype, to_record
 
+# No image has an empty id, and it sorts before all others.
 EMPTY_PROMPT_ID = ""
 INDEX_COLUMNS = (
     "image_id",
@@ -154,9 +155,11 @@ class TextStore(RecordStore):
         """
         rows = self._rows_of(image_ids)
         tokens, width, pooled = self._shape
+        # Both parts in one record: a sample is one read, and one hash covers it.
         states = tokens * width
         buffer = torch.empty((len(rows), states + pooled), dtype=self._dtype, pin_memory=pin_memory)
         self._read_into(rows, buffer)
+        # Views with a stride of the whole record; nothing is copied here.
         return buffer[:, :states].unflatten(1, (tokens, width)), buffer[:, states:]
 
 
@@ -168,6 +171,7 @@ def embedded_prompts(prompts: list[str], encode: Encode, dtype: StoreDtype) -> E
     """
     t5, pooled = (tensor.detach().cpu() for tensor in encode(prompts))
     for name, tensor in (("t5", t5), ("pooled", pooled)):
+        # Before anything is stored: found later, it would be a loss that is NaN.
         bad = (~torch.isfinite(tensor.flatten(1)).all(1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
@@ -211,6 +215,7 @@ def build_text_store(
     distinct = list(dict.fromkeys(prompts[image_id] for image_id in sorted(prompts)))
     plan = [distinct[at : at + batch_size] for at in range(0, len(distinct), batch_size)]
     shas = {caption: caption_sha256(caption) for caption in distinct}
+    # The plan decides what shares a batch, so work under another plan is not continued.
     listed = hashlib.sha256(f"{batch_size}\n".encode() + "\n".join(shas.values()).encode())
     writer = StoreWriter(
         KIND,
@@ -223,7 +228,9 @@ def build_text_store(
     )
     records = writer.records
     stored = records.stored()
+    # A batch is stored whole or not at all, so its first caption speaks for it.
     pending = [batch for batch in plan if shas[batch[0]] not in stored]
+    # Nothing to do must not start workers that load encoders.
     results = encode_batches(pending) if pending else iter(())
     tracked = track(results, "text embeddings", total=len(plan), initial=len(plan) - len(pending))
     for batch, embedded in zip(pending, tracked, strict=True):

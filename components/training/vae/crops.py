@@ -56,6 +56,7 @@ class PhotographTooSmall(ValueError):
 
 def working_size(height: int, width: int, crop_px: int) -> tuple[int, int]:
     """(height, width) of the working copy: never enlarged, long edge at most 16 crops."""
+    # Never enlarged: interpolated pixels hold nothing that a decoder could learn.
     scale = min(1.0, WORKING_EDGE_IN_CROPS * crop_px / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -98,6 +99,7 @@ class WorkingCopies:
         array = self.arrays[crop.photograph]
         edge = self.crop_px
         pixels = array[crop.top : crop.top + edge, crop.left : crop.left + edge]
+        # Contiguous, because torch takes no negative strides.
         return np.ascontiguousarray(pixels[:, ::-1] if crop.flip else pixels)
 
     def crop_at(self, seed: int, step: int, index: int) -> Crop:
@@ -109,6 +111,7 @@ class WorkingCopies:
 
     def held_out_crop(self, seed: int, index: int) -> Crop:
         """Fixed crop `index`: photographs in turn, uniform place, never flipped."""
+        # No step in the key: the crops are the same at every measurement.
         return self._crop((_HELD_OUT, seed, index), index % len(self.arrays))
 
     def batch(self, seed: int, step: int, indices: Sequence[int]) -> Tensor:
@@ -126,6 +129,7 @@ class WorkingCopies:
             photograph = int(rng.integers(len(self.arrays)))
         # The draws stand in a fixed order: photograph, top, left, flip.
         height, width = self.arrays[photograph].shape[:2]
+        # The end is exclusive: + 1 lets a crop reach the last row.
         top = int(rng.integers(height - self.crop_px + 1))
         left = int(rng.integers(width - self.crop_px + 1))
         return Crop(photograph, top, left, flip=key[0] == _TRAINING and bool(rng.integers(2)))
@@ -134,6 +138,7 @@ class WorkingCopies:
 def _working_copy(
     photograph: Photograph, crop_px: int, folder: Path, max_megapixels: float
 ) -> ImageArray:
+    # The bound is part of the name: with another crop size the reduction is another.
     path = folder / f"{photograph.image_id}-{WORKING_EDGE_IN_CROPS * crop_px}.npy"
     if not path.exists():
         try:
@@ -147,6 +152,7 @@ def _working_copy(
         # Ranks of several nodes may share the folder and come here at once.
         with whole_file(path, contended=True) as temporary, temporary.open("wb") as file:
             np.save(file, pixels)
+    # Mapped, so that ranks of a machine share one copy in the page cache.
     array: ImageArray = np.load(path, mmap_mode="r")
     if min(array.shape[:2]) < crop_px:
         raise PhotographTooSmall(

@@ -28,6 +28,7 @@ _WHITE = 255
 
 def history_table(history: Sequence[dict[str, float]]) -> pd.DataFrame:
     """Columns step, loss, loss_<term>..., grad_norm, psnr_db; NaN where not measured."""
+    # A dictionary per step, in which PSNR stands only where it was measured.
     table = pd.DataFrame(history)
     terms = sorted(name for name in table.columns if name.startswith("loss_"))
     # Named one by one: durations and whatever else a history may get stay out of the file.
@@ -47,6 +48,7 @@ def headline_metrics(training: VaeTraining) -> dict[str, float]:
 
     psnr_before, psnr_after = mean_psnr_db(crops, before), mean_psnr_db(crops, after)
     losses = [row["loss"] for row in training.history if "loss" in row]
+    # Single steps scatter with their crops.
     tenth = max(1, len(losses) // 10)
     return {
         "psnr_before_db": psnr_before,
@@ -85,6 +87,7 @@ def draw_curves(table: pd.DataFrame, path: Path) -> None:
     loss.plot(table["step"], smooth, label="rolling mean")
     loss.set(title="training loss", xlabel="step", yscale="log")
     loss.legend()
+    # PSNR is measured now and then; its gaps would break the line.
     measured = table.dropna(subset=["psnr_db"])
     psnr.plot(measured["step"], measured["psnr_db"], marker="o")
     psnr.set(title="PSNR on held-out crops", xlabel="step", ylabel="dB")
@@ -107,6 +110,7 @@ def export_training(
     write_text(folder / "history.csv", table.to_csv(index=False, lineterminator="\n"))
     draw_curves(table, folder / "curves.png")
     crops = zip(KINDS, (training.held_out, training.before, training.after), strict=True)
+    # All crops or none: pictures of two runs side by side would be a false comparison.
     with whole_folder(folder / "crops") as filled:
         for kind, images in crops:
             for number, image in enumerate(images):
@@ -114,6 +118,7 @@ def export_training(
     with whole_file(folder / "crops.png") as temporary:
         Image.fromarray(crop_grid(training)).save(temporary, format="PNG")
     metrics = headline_metrics(training)
+    # Sorted and ended by a newline: the file is hashed, and read by people.
     text = json.dumps(metrics, indent=2, sort_keys=True) + "\n"
     write_text(folder / "metrics.json", text)
     return metrics

@@ -17,6 +17,7 @@ from components.settings.training import VaeSettings
 class VaeJob(BaseModel):
     """Everything that decides a run; travels to the ranks as JSON."""
 
+    # Forbidden extras: a job file of another version must fail and not be half understood.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: VaeSettings
@@ -79,8 +80,10 @@ def slices_job(
 def _photographs(lookup: OriginalLookup, path: Path, root: Path) -> tuple[Original, ...]:
     """The images of one slice, ordered by id (the order decides which crop a number means)."""
     table = read_table(path)
+    # Named by the path from the root: messages must not depend on where a clone lies.
     if table.empty:
         named = path.relative_to(root) if path.is_relative_to(root) else path
         raise ValueError(f"{named} is empty; relax the rules in `select` or add photos")
+    # An image that stands in several rows is still one photograph.
     rows = table.drop_duplicates("image_id").sort_values("image_id")
     return tuple(lookup.find_all(rows))

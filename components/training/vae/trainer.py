@@ -38,6 +38,7 @@ from components.training.vae.crops import Crop, WorkingCopies
 
 MAX_GRAD_NORM = 1.0
 """Gradient clipping of the training engine; from random weights single batches spike without it."""
+# The newest, and one more for the case that it proves unreadable.
 KEEP_CHECKPOINTS = 2
 _STATE_FILE = "state.pt"
 # Held-out crops that are decoded together; bounds memory, without effect on the result.
@@ -54,6 +55,7 @@ class TrainableDecoder(nn.Module):
     def __init__(self, autoencoder: AutoencoderKLF16) -> None:
         """Share the parameters of `autoencoder`."""
         super().__init__()
+        # The same modules and no copies: what is trained here is what the autoencoder decodes with.
         self.post_quant_conv = autoencoder.post_quant_conv
         self.decoder = autoencoder.decoder
 
@@ -81,6 +83,7 @@ class VaeTraining:
 
 def freeze_encoder(autoencoder: AutoencoderKLF16) -> None:
     """Only decoder parameters take gradients from here on."""
+    # Switched off everywhere first: a part that nobody thought of stays frozen.
     autoencoder.requires_grad_(False)
     autoencoder.decoder.requires_grad_(True)
     if autoencoder.post_quant_conv is not None:
@@ -94,6 +97,8 @@ def reconstruct(autoencoder: AutoencoderKLF16, images: Sequence[ImageArray]) -> 
     pixels: list[ImageArray] = []
     for start in range(0, len(images), _EVAL_BATCH):
         batch = to_model(images[start : start + _EVAL_BATCH]).to(device)
+        # The mode, as in the latent store, and no normalisation: it is undone before decoding
+        # anyway.
         latents = autoencoder.encode(batch).latent_dist.mode()
         pixels += to_pixels(autoencoder.decode(latents).sample)
     return pixels
@@ -126,6 +131,8 @@ class _Run:
         if settings.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         self.decoder = TrainableDecoder(autoencoder)
+        # Wraps the decoder alone: the wrapper expects a gradient for every parameter that it holds
+        # and that is trained.
         self.wrapped = DistributedDataParallel(
             self.decoder, device_ids=[ranks.device] if ranks.device.type == "cuda" else None
         )
@@ -156,9 +163,11 @@ class _Run:
         found = self.store.latest()
         if found is None:
             return False
+        # On the CPU: `load_state_dict` puts each value where its parameter is.
         state = load_state(found[1] / _STATE_FILE)
         self.decoder.load_state_dict(state["decoder"])
         self.optimizer.load_state_dict(state["optimizer"])
+        # The tables are made from it, so a resumed run has to remember all of its past.
         self.history = state["history"]
         self.step = state["step"]
         return True
@@ -175,6 +184,8 @@ class _Run:
                 # Weighted by crops: the last part may be smaller than the others.
                 for name, term in self._backward(part, len(part) / len(images)).items():
                     terms[name] = terms[name] + term if name in terms else term
+        # After the last part, when the gradients are those of the whole batch and equal on all
+        # ranks.
         norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), MAX_GRAD_NORM)
         names = ["loss" if name == "total" else f"loss_{name}" for name in terms]
         values = torch.stack(list(terms.values()))
@@ -182,6 +193,7 @@ class _Run:
         dist.all_reduce(values, op=dist.ReduceOp.SUM)
         self.ranks.beat()
         values /= self.ranks.world_size
+        # The norm is not averaged: gradients are equal on every rank already.
         measured = dict(zip(names, values.tolist(), strict=True)) | {"grad_norm": float(norm)}
         # Every rank sees the same averages, so all of them stop, before the weights are spoilt.
         if _finite(measured):
@@ -198,6 +210,7 @@ class _Run:
             decoded = self.wrapped(latents)
         # In float32: squares of small differences vanish in bfloat16.
         terms = self.loss(decoded.float(), images)
+        # Outside autocast: a backward pass uses the precision of its forward pass.
         (terms["total"] * weight).backward()
         return {name: term.detach() * weight for name, term in terms.items()}
 
@@ -256,6 +269,7 @@ def train_vae(
         LossNotFinite: NaN or infinity; weights are those before the offending step.
         ValueError: the global batch does not divide by the number of processes.
     """
+    # Gradients are averaged over ranks, so unequal shares would weigh crops unequally.
     if settings.batch_size % ranks.world_size:
         raise ValueError(
             f"vae.batch_size = {settings.batch_size} must be a multiple of the "
@@ -264,6 +278,7 @@ def train_vae(
     # Evaluation mode throughout: nothing in a step may be random but the choice of crops.
     autoencoder.to(ranks.device).eval()
     freeze_encoder(autoencoder)
+    # Every rank measures, and none sends: PSNR needs no agreement, and the crops are few.
     held_out = held_out_photographs.held_out(seed, settings.eval_crops)
     # Before a checkpoint is loaded into the decoder: this is the base autoencoder's work.
     before = reconstruct(autoencoder, held_out)
@@ -276,6 +291,7 @@ def train_vae(
         if run.step == 0:
             metrics.log({"psnr_db": run.history[0]["psnr_db"]}, 0)
     share = settings.batch_size // ranks.world_size
+    # Numbers of the global batch: with other ranks the same crops make up a step.
     mine = range(ranks.rank * share, (ranks.rank + 1) * share)
     todo = range(run.step, settings.steps)
     for step in track(todo, "vae", total=settings.steps, initial=run.step):
@@ -296,6 +312,7 @@ def train_vae(
         if last or run.step % settings.checkpoint_every == 0:
             run.save()
     after = reconstruct(autoencoder, held_out)
+    # It is handed over for use, and an export or a metric needs no gradients.
     autoencoder.requires_grad_(False)
     return VaeTraining(run.history, held_out, before, after)
 

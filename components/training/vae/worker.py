@@ -72,6 +72,7 @@ def _train(job: VaeJob, ranks: Ranks) -> None:
     )
     if ranks.is_first:
         export_training(autoencoder.cpu(), training, job.export_dir)
+    # A rank that leaves ends its part of the process group, so all wait for the export.
     ranks.barrier()
 
 
