@@ -44,6 +44,7 @@ def opponent_colours(rgb: ImageArray) -> OpponentColours:
     Args:
         rgb: (H, W, 3) uint8.
     """
+    # float64 first: uint8 differences would wrap around at 0.
     red, green, blue = np.moveaxis(rgb.astype(np.float64), -1, 0)
     red_green = red - green
     yellow_blue = (red + green) / 2 - blue

@@ -92,6 +92,7 @@ def _scratch() -> Scratch:
 
 def derivative_factor(height: int, width: int, long_edge_px: int) -> int:
     """Smallest whole number that brings an image to a long edge of at most `long_edge_px`."""
+    # Rounded up, or an edge just above the limit would stay as it is.
     return max(1, -(-max(height, width) // long_edge_px))
 
 
@@ -140,6 +141,7 @@ def measure_candidate(candidate: Candidate) -> dict[str, Any]:
         return {"integrity": f"{UNREAD}: {problem.strerror}"}
     except ImageUndecodable as problem:
         return {"integrity": str(problem)}
+    # The one pass over the pixels; all that follows reads its gray plane or its small copy.
     texture = _texture(decoded.pixels, candidate)
     # `texture.gray` is scratch: read to the end here, and nothing returned points into it.
     glcm = glcm_measures(texture.gray) if candidate.glcm else None
@@ -160,6 +162,7 @@ def measure_candidate(candidate: Candidate) -> dict[str, Any]:
         "pdq_hash": hash_hex,
         "pdq_quality": hash_quality,
         "decode_note": decoded.note,
+        # Of the same decode, for the scorers: they need not open the original again.
         "jpeg": _encoded(texture.reduced),
     }
 
@@ -198,6 +201,7 @@ def measure_image(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> dict
         picture). Not measurable: null, and the key `error` says why.
     """
     row: dict[str, Any] = {"path": str(path), "width": None, "height": None}
+    # Every key from the start: the line of a file that fails has the same ones.
     row |= dict.fromkeys(_MEASURES)
     try:
         decoded = read_rgb(path, max_megapixels=max_megapixels)

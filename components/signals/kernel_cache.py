@@ -37,6 +37,7 @@ class ContentLocator(_CacheLocator):
         # Kernels compile functions of their neighbours in, so all of them are the source.
         source = Path(source_path)
         sources = {source, *source.parent.glob("*_kernels.py")}
+        # The name too: kernels of two files with the same neighbours are two entries.
         digest = hashlib.sha256(source.name.encode())
         for path in sorted(sources):
             digest.update(path.read_bytes())

@@ -37,6 +37,7 @@ def pdq(gray: np.ndarray) -> tuple[str, int] | None:
         return None
     scale = _LONG_EDGE_PX / max(height, width)
     if scale < 1:
+        # (width, height), as OpenCV wants it.
         size = [max(_MIN_EDGE_PX, round(edge * scale)) for edge in (width, height)]
         # Whole blocks first; the short edge of a very long image keeps its 64 samples.
         factor = min(width // size[0], height // size[1])

@@ -69,6 +69,7 @@ def join_signals(
 
 def _with_columns(manifest: pd.DataFrame, other: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """Replace `columns` by those of `other`; duplicates of one image share its values."""
+    # Dropped first, or merge would keep both under suffixed names.
     columns = [column for column in columns if column in other]
     return manifest.drop(columns=columns).merge(
         other[["image_id", *columns]], on="image_id", how="left", validate="many_to_one"
@@ -79,6 +80,7 @@ def _with_signals(manifest: pd.DataFrame, signals: pd.DataFrame) -> pd.DataFrame
     """Add signals; `integrity` becomes the first complaint of header, decoder or engine."""
     # What the engine says (a crash, a timeout) stands for a decoder that gave no answer.
     found = signals.assign(decoded=signals["error"].fillna(signals["integrity"]))
+    # An empty column to be replaced: `_with_columns` drops what it brings.
     joined = _with_columns(manifest.assign(decoded=None), found, [*_SIGNALS, "decoded"])
     # A file with a bad header was never decoded: the header's complaint stands.
     header_is_fine = joined["integrity"] == "ok"

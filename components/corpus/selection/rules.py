@@ -190,6 +190,7 @@ def _reject_near_duplicates(table: pd.DataFrame, verdicts: _Verdicts) -> None:
         index=rows,
     ).sort_values(["cluster", "other", "pixels", "image_id"])
     lost = np.zeros(len(table), dtype=bool)
+    # All but the first of each cluster, which the sort has put in front.
     lost[members.index[members.duplicated("cluster")]] = True
     verdicts.reject(lost, "near_duplicate")
 
@@ -225,6 +226,7 @@ def _cut_to_shares(
         raise QuotaInfeasible(f"{SETTING_OF[reason]}: {problem}") from None
     if (sizes == counts).all():
         return False
+    # The smallest draws stay, so that a larger quota keeps all that a smaller one kept.
     taken, borders = smallest_draws(groups[rows], draws[rows], sizes)
     lost = np.zeros(len(groups), dtype=bool)
     lost[rows[~taken]] = True
@@ -331,6 +333,7 @@ def select(table: pd.DataFrame, settings: SelectSettings, seed: int = 0) -> pd.D
     _reject_near_duplicates(table, verdicts)
     _reject_by_aesthetic(table, settings, verdicts, human)
     target = settings.target_images
+    # Skipped where nothing is drawn, since it hashes the ids of all that pass.
     if settings.aspect_quotas or settings.character_quota or target is not None:
         draws = np.full(len(table), math.nan)
         rows = np.flatnonzero(verdicts.passing)

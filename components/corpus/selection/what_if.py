@@ -120,10 +120,12 @@ def what_if(
     Raises:
         QuotaInfeasible: see `select`.
     """
+    # A selected table holds verdicts; the rules want what they saw.
     candidates = as_candidates(selected)
     # Both anew: against stored verdicts a change would be blamed for settings that were edited
     # since the stage ran.
     now, then = select(candidates, settings, seed), select(candidates, changed, seed)
+    # Row by row: both tables are copies of one, in its order.
     gained = then["kept"] & ~now["kept"]
     lost = now["kept"] & ~then["kept"]
     return WhatIf(

@@ -162,6 +162,7 @@ def paired_scores(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> Pai
     # Undefined for both (a picture too small for the metric) says nothing about either and is
     # counted; undefined for one only would bias the difference and was refused above.
     both = finite[0]
+    # Of all pairs, then cut down: labels must line up with the values that are kept.
     labels = _clusters(metric, first, second)
     clusters = tuple(label for label, kept in zip(labels, both, strict=True) if kept)
     return PairedScores(

@@ -83,6 +83,7 @@ def paired_set_test(
     Raises:
         ValueError: as `set_distance_permutation`, or other numbers of pictures.
     """
+    # Sets of unequal size have unequal bias, which would pass for a difference.
     if len(before) != len(after):
         raise ValueError(f"pairs need equal numbers, got {len(before)} and {len(after)} pictures")
     # `after` first: the statistic of `set_distance_permutation` is first minus second.

@@ -45,6 +45,7 @@ def worst_cases(
         if direction == "neither":
             continue
         rows = table[table["metric"] == metric]
+        # By item, not by position: a table may lack pictures of one system.
         ours, theirs = (
             rows[rows["system"] == name].set_index("item")["value"] for name in (system, baseline)
         )

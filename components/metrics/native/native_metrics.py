@@ -66,6 +66,7 @@ def appearance_metrics(rgb: ImageArray) -> dict[str, float | None]:
     """
     _check(rgb)
     return {
+        # Complete neighbourhoods: a reflected border would be detail that is not there.
         "laplacian_variance": laplacian_variance(grayscale(rgb), borders=False),
         "colourfulness": colourfulness(rgb),
     }

@@ -37,6 +37,7 @@ def colourfulness(rgb: ImageArray) -> float:
         0 for a grey image; about 15 to 110 for photographs.
     """
     colours = opponent_colours(rgb)
+    # hypot of roots, not one root of the sum: the last digit of scores on record.
     spread = math.hypot(
         math.sqrt(colours.red_green_variance), math.sqrt(colours.yellow_blue_variance)
     )
@@ -75,6 +76,7 @@ def texture_metrics(rgb: ImageArray) -> dict[str, float | None]:
     has_patch = min(gray.shape) >= FLAT_PATCH_PX
     return {
         "glcm_score": None if glcm is None else glcm[0],
+        # A set of one; for several pictures `set_compression_ratio` goes back to bytes.
         "compression_ratio": jpeg95_ratio([rgb]),
         "entropy_bits": entropy_bits(gray),
         # `flat_fraction` says 0.0 where no patch fits, which here would read as "all detail".
