@@ -219,6 +219,7 @@ class Backbone(ABC):
 
     def blocks(self, transformer: Any) -> tuple[int, int]:
         """(number of alike blocks, width of the tokens between them), for activation memory."""
+        # For networks with blocks of one kind; Flux, which has two, counts both.
         model = bare_model(transformer)
         return len(model.transformer_blocks), int(model.inner_dim)
 

@@ -25,6 +25,7 @@ class FluxBackbone(Backbone):
 
     name = "flux"
     title = "Flux"
+    # In the configuration of every Flux model, whether it is true or false.
     config_key = "guidance_embeds"
     folder_classes = ("UltraFluxTransformer2DModel", "FluxTransformer2DModel")
     takes_image = True
@@ -138,6 +139,7 @@ class FluxBackbone(Backbone):
         """Packed latents with position ids, and guidance where it is embedded."""
         channels = int(config["in_channels"])
         given = int(config.get("out_channels") or channels)
+        # Positions of text and image have no sample axis: all samples of a batch share one grid.
         inputs: Shapes = {
             "hidden_states": (-1, -1, channels),
             "encoder_hidden_states": (-1, -1, int(config["joint_attention_dim"])),
@@ -154,6 +156,7 @@ class FluxBackbone(Backbone):
         """Our class loads it; stock diffusers too, with other positions unless they are plain."""
         stock = (
             "`diffusers.FluxTransformer2DModel.from_pretrained` gives equal outputs."
+            # The variant that stock diffusers computes.
             if config["rope_variant"] == "flux"
             else _ROPE_NOTE.format(window=config["rope_window"])
         )

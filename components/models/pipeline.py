@@ -138,6 +138,7 @@ class UltraFluxPipeline(F16Pipeline, FluxPipeline):
             ValueError: bad size or strength, a starting image of another size, or generators that
                 do not match the batch.
         """
+        # Counted with the batch: each picture of a prompt needs a generator of its own.
         repeats = int(kwargs.get("num_images_per_prompt", 1))
         batch, generators = self._checked(height, width, prompt, prompt_embeds, repeats, generator)
         grid = (height // self.size_multiple, width // self.size_multiple)

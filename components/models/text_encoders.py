@@ -316,6 +316,7 @@ def load_text_encoders(
     if folder is None:
         raise WeightsMissing("Flux text encoders", "(no folder set)", DOWNLOAD)
     root = Path(folder).expanduser()
+    # The tokenizers here; `load_encoder` checks the networks.
     for name in FOLDERS[:2]:
         if not (root / name / "tokenizer_config.json").is_file():
             raise WeightsMissing(f"Flux {name}", root / name, DOWNLOAD)

@@ -59,6 +59,7 @@ def place_pipeline(pipeline: F16Pipeline, modes: MemoryModes, device: str) -> No
         modes: `text_first` is the business of whoever loads the pipeline.
         device: such as "cuda" or "cpu".
     """
+    # Switches of the autoencoder alone: they may be set before or after it is placed.
     if modes.vae_slicing:
         pipeline.vae.enable_slicing()
     if modes.vae_tiling:

@@ -228,6 +228,7 @@ def load_pipeline(
         WeightsBroken: files that are not these weights.
         ValueError: parts that do not fit together.
     """
+    # The folder says which encoders they are; whether they fit the transformer is asked below.
     if encoders is None and with_encoders:
         encoders = family_in(sources.text_encoders).load(sources.text_encoders, dtype=dtype)
     # Compared before gigabytes of transformer are read.

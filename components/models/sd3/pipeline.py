@@ -118,6 +118,7 @@ class StableDiffusion3F16Pipeline(F16Pipeline, StableDiffusion3Pipeline):
             ValueError: bad size, generators that do not match the batch, or guidance without
                 anything to contrast with.
         """
+        # Counted with the batch: each picture of a prompt needs a generator of its own.
         repeats = int(kwargs.get("num_images_per_prompt", 1))
         _, generators = self._checked(height, width, prompt, prompt_embeds, repeats, generator)
         factor = self.vae_scale_factor

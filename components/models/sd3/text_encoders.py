@@ -88,6 +88,7 @@ def build_tiny_sd3_text_encoders(
     Raises:
         ValueError: no text, or widths that do not fit.
     """
+    # Wider CLIPs would make the padding negative, which silently cuts channels off.
     if clip_dim % 2 or clip_dim > t5_dim:
         raise ValueError(
             f"clip_dim: {clip_dim} must be even and at most t5_dim {t5_dim}: SD3 lays two CLIPs "
@@ -132,6 +133,7 @@ def load_sd3_text_encoders(
     if folder is None:
         raise WeightsMissing("SD3 text encoders", "(no folder set)", SD3_DOWNLOAD)
     root = Path(folder).expanduser()
+    # The tokenizers here; `load_encoder` checks the networks.
     for name in SD3_FOLDERS[:3]:
         if not (root / name / "tokenizer_config.json").is_file():
             raise WeightsMissing(f"SD3 {name}", root / name, SD3_DOWNLOAD)
