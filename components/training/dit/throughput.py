@@ -182,8 +182,8 @@ def model_flops(transformer: Any, batch: NoisedBatch) -> int:
             for x in (batch.latents, batch.noise, batch.t, batch.text, batch.pooled)
         ),
     )
-    # The architecture as it is published: adapters, compilation and checkpointing are not in it, so
-    # numbers of differently configured runs can be compared.
+    # The architecture of the configuration: adapters, compilation and checkpointing are not in it,
+    # so numbers of differently configured runs can be compared.
     with FlopCounterMode(display=False) as counter:
         predict_velocity(model, one, 1.0, torch.float32).sum().backward()
     return int(counter.get_total_flops())

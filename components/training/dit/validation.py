@@ -118,6 +118,7 @@ class ValidationSet:
         # room.
         latents = self._latents.read(image_id)
         text, pooled = self._texts.read(image_id)
+        # A repeat is the generator's last key: more repeats keep the draws that were there.
         noise = [
             # Steps of training are not negative, so -1 - level is a stream of its own.
             torch.randn(

@@ -90,6 +90,7 @@ class WeightAverage:
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole float32 average) of every parameter, one at a time; collective."""
         for name, shard in self.shards.items():
+            # One at a time, because the whole average in float32 need not fit on a device.
             yield name, assemble(shard, self._ranks)
 
     def take_write(self, folder: Path, copies: HostCopies) -> Callable[[], None]:
@@ -99,6 +100,7 @@ class WeightAverage:
         """
         # A rank has no part of most parameters; empty parts are not written.
         held = {name: shard for name, shard in self.shards.items() if shard.values.numel()}
+        # In the file itself, so that any other number of ranks can put the parts together.
         layout = {name: [shard.start, *shard.shape] for name, shard in held.items()}
         # A name that none of the engine's files has, so that neither takes the other's memory.
         values = copies.take(FILES, {name: shard.values for name, shard in held.items()})
@@ -118,6 +120,7 @@ class WeightAverage:
         stored = _StoredAverage(sorted(folder.glob(FILES)))
         expected = {name: shard.shape for name, shard in self.shards.items()}
         if expected != stored.shapes:
+            # A few names are enough to recognise another network.
             different = sorted(set(expected.items()) ^ set(stored.shapes.items()))[:4]
             raise ValueError(f"stored average does not fit the model; it differs in {different}")
         for name, shard in self.shards.items():

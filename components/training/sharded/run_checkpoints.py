@@ -88,6 +88,7 @@ class RunCheckpoints:
 
         # The copies of the checkpoint before are overwritten below, so it must be on disk.
         self.writer.wait()
+        # Collective, as is the engine's copying below: no rank may leave a save out.
         opened = self.store.begin(step)
         folder = opened.aside
         writes = engine_snapshot.engine_writes(self._engine, folder, ENGINE_FOLDER)
@@ -110,6 +111,7 @@ class RunCheckpoints:
         newest = self.store.latest()
         if newest is None:
             return None
+        # Only the small file: the plan is checked before gigabytes are read.
         step, folder = newest
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         return SavedRun(step, folder, state["plan"], state["ema_updates"])

@@ -224,6 +224,7 @@ def build_text_store(
         dtype=dtype,
         encoder_digest=encoder_digest,
         shard_mb=shard_mb,
+        # Without it a work folder of other captions would be gone on with.
         depends_on={"captions": listed.hexdigest()},
     )
     records = writer.records

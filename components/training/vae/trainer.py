@@ -215,6 +215,7 @@ class _Run:
         return {name: term.detach() * weight for name, term in terms.items()}
 
     def _autocast(self) -> torch.autocast:
+        # No gradient scaler: bfloat16 has the exponents of float32.
         return torch.autocast(
             self.ranks.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"
         )
