@@ -33,6 +33,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 LONGEST = (
     "test_served.py",
     "test_small_pipeline.py",
+    "test_extending.py",
     "test_bad_input.py",
     "test_services.py",
     "test_pipeline.py",
