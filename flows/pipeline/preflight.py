@@ -34,7 +34,7 @@ def preflight(root: Path) -> None:
     if (missing := settings.caption.missing_prices()) is not None:
         raise PipelineRefused(missing)
     source = root / ingest.source
-    # `dvc freeze ingest`: the photographs may be gone, the image store holds them.
+    # A frozen `ingest`: the photographs may be gone, the image store holds them.
     if not versioning.is_frozen(root, "ingest") and not (
         source.is_dir() if ingest.kind == "folder" else source.exists()
     ):

@@ -212,7 +212,7 @@ def dependencies(root: Path, name: str) -> list[str]:
 
 
 def is_frozen(root: Path, name: str) -> bool:
-    """Whether `dvc freeze` has fixed a stage's outputs as they are."""
+    """Whether `frozen: true` has fixed a stage's outputs as they are."""
     stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     return bool(stages[name].get("frozen", False))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import os
 import stat
@@ -30,6 +31,7 @@ _ATTRIBUTION_COLUMNS = {
 # larger is not read into memory.
 _MAX_BYTES_PER_PIXEL = 16
 _MAX_METADATA_BYTES = 64 * 2**20
+_LOOP = "symbolic links in a loop"
 
 
 def source_folder(settings: IngestSettings, root: Path) -> Path:
@@ -96,9 +98,10 @@ def _unusable(path: Path, folder: Path, settings: IngestSettings) -> str | None:
             return "symbolic link that leaves the source folder; not followed"
         status = path.stat()
     except RuntimeError:
-        return "symbolic links in a loop"
+        # Until Python 3.12 `resolve` names a loop by this; from 3.13 on `stat` does, as below.
+        return _LOOP
     except OSError as problem:
-        return f"cannot read: {problem.strerror}"
+        return _LOOP if problem.errno == errno.ELOOP else f"cannot read: {problem.strerror}"
     if stat.S_ISDIR(status.st_mode):
         return "linked folder; not followed"
     if not stat.S_ISREG(status.st_mode):

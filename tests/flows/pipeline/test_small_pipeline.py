@@ -305,10 +305,10 @@ def test_a_changed_constant_makes_its_closure_stale_until_a_person_vouches(edite
     for name in training:
         assert reasons[name] == "its code: components.objectives.flow_matching"
         assert reasons["generate"] == "after dit_stage2"
-    # What a person has fixed with `dvc freeze` stays as it is, whatever becomes of its code.
-    dvc(edited, "freeze", "dit_stage1")
+    # What a person has frozen stays as it is, whatever becomes of its code.
+    edit(edited / "dvc.yaml", "  dit_stage1:\n", "  dit_stage1:\n    frozen: true\n")
     assert "dit_stage1" not in stale(edited)
-    dvc(edited, "unfreeze", "dit_stage1")
+    edit(edited / "dvc.yaml", "    frozen: true\n", "")
     refused = run_own_code(edited, "stage", "run", "dit_stage1")
     assert refused.returncode == 2
     assert "is not of this code (its code: components.objectives.flow_matching)" in refused.stderr
