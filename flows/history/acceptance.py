@@ -23,6 +23,7 @@ from flows.records.records import (
     RunDescription,
     RunResult,
     all_records,
+    maker_of,
     open_record,
 )
 from flows.versioning import graph as versioning
@@ -80,7 +81,8 @@ def accept_code(root: Path, name: str, why: str) -> Acceptance:
     _dvc(root, "commit", "-q", "-f", name)
     outputs = versioning.hashes(entry.get("outs", []))
     _check(root, name, outputs)
-    maker = _maker(root, name, outputs)
+    made_by = maker_of(root, name, outputs)
+    maker = made_by.record_id if made_by is not None else ""
     record = _record(root, name, changed, why.strip(), maker, outputs)
     return Acceptance(name, changed, why.strip(), record, maker)
 
@@ -107,11 +109,6 @@ def _check(root: Path, name: str, outputs: dict[str, str]) -> None:
             f"{name}: outputs or code changed while they were accepted; look at `git diff "
             "dvc.lock`, and run it again"
         )
-
-
-def _maker(root: Path, name: str, outputs: dict[str, str]) -> str:
-    made = [r for r in all_records(root) if r.run.name == name and r.outputs == outputs]
-    return made[-1].record_id if made else ""
 
 
 def _record(

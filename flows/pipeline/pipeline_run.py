@@ -26,9 +26,9 @@ from flows.records.records import (
     RunDescription,
     RunResult,
     Status,
-    all_records,
     close_interrupted,
     latest_finished,
+    maker_of,
     open_record,
 )
 from flows.remote.data_remote import RemoteFailed, configure
@@ -227,8 +227,7 @@ def _maker(root: Path, name: str) -> Record | None:
     """The run that made a stage's present outputs: DVC may have restored those of an older one."""
     entry = versioning.lock_entry(root, name) or {}
     outputs = versioning.hashes(entry.get("outs", []))
-    made = [r for r in all_records(root) if outputs and r.outputs == outputs]
-    return made[-1] if made else latest_finished(root, name)
+    return maker_of(root, name, outputs) or latest_finished(root, name)
 
 
 def _keep(root: Path, record: Record, name: str, data: bytes | None = None) -> list[str]:

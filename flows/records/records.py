@@ -165,6 +165,15 @@ def open_record(root: Path, run: RunDescription) -> Record:
     return record
 
 
+def maker_of(root: Path, name: str, outputs: Mapping[str, str]) -> Record | None:
+    """The newest run of a stage that made these outputs (DVC hash by path).
+
+    By name too: an acceptance carries the hashes of the outputs that it lets stand.
+    """
+    made = [r for r in all_records(root) if outputs and r.run.name == name and r.outputs == outputs]
+    return made[-1] if made else None
+
+
 def latest_finished(root: Path, name: str) -> Record | None:
     """The newest finished record of a stage: the run that a skipped stage links to."""
     newest = None
