@@ -39,16 +39,20 @@ EXIT_BAD_INPUT, EXIT_ERROR, EXIT_INTERRUPTED = 2, 1, 130
 
 
 def _undeclared_outputs(root: Path, node: versioning.StageNode) -> list[str]:
-    """Files in data/<stage>/ that no output in dvc.yaml covers; DVC would lose them."""
-    declared = [root / output for output in node.outputs]
-    folder = root / "data" / node.name
-    return [
-        str(path.relative_to(root))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and path.name != ".gitignore"
-        and not any(path == output or output in path.parents for output in declared)
-    ]
+    """Files in data/<stage>/ that no output in dvc.yaml covers; DVC would lose them.
+
+    Folders that dvc.yaml declares are not looked into: there may be millions of files in them.
+    """
+    declared = {root / path for path in (*node.outputs, *node.meta.unversioned)}
+    stray: list[str] = []
+    for current, folders, files in os.walk(root / "data" / node.name):
+        here = Path(current)
+        if here in declared:
+            folders.clear()
+            continue
+        names = [name for name in files if name != ".gitignore" and here / name not in declared]
+        stray += [str((here / name).relative_to(root)) for name in names]
+    return sorted(stray)
 
 
 def _describe(
@@ -129,7 +133,7 @@ def _run(context: StageContext, node: versioning.StageNode) -> RunResult:
     if stray:
         raise StageFailed(
             f"{node.name}: wrote {', '.join(stray[:3])}, which dvc.yaml does not declare: add it "
-            "to `outs` of the stage"
+            "to `outs` of the stage, or a folder that DVC is not to version to `meta.unversioned`"
         )
     return _as_result(context.root, result)
 

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from flows.versioning.code_files import CODE, CodeChanges, code_path
 
@@ -46,6 +46,9 @@ class StageMeta(BaseModel):
     """Continues from its state after a kill."""
     gate: bool
     """May refuse to let the pipeline go on."""
+    unversioned: Annotated[tuple[str, ...], Strict(False)] = ()
+    """Folders that the stage writes and DVC neither versions nor removes: too many files for it.
+    What is in them is found by content, and the stage itself drops what it needs no more."""
 
 
 @dataclass(frozen=True)
