@@ -32,8 +32,7 @@ def run(context: StageContext) -> StageResult:
     if found.kept == 0:
         raise StageFailed(
             f"caption: none of {found.selected} selected images has a usable caption "
-            f"({found.described_losses}); correct {_source(context)} or caption.min_words and "
-            "max_words"
+            f"({found.described_losses}); in {_source(context)}: {found.remedies}"
         )
     costs = {} if found.spent_usd is None else {"cost_usd": found.spent_usd}
     return StageResult(

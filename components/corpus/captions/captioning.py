@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from components.corpus.captions.checks import PROVIDED, STATUSES, join_captions
+from components.corpus.captions.checks import PROVIDED
+from components.corpus.captions.joining import join_captions
 from components.corpus.captions.provided import provided_captions
+from components.corpus.captions.statuses import STATUSES, remedies
 from components.settings.captions import CaptionSettings
 from components.settings.schema import Settings
 
@@ -64,6 +66,11 @@ class CaptionedPhotographs:
         """The first lost rows and the first error, for one line."""
         described = ", ".join(self.lost[:_NAMED_IN_MESSAGES])
         return f"{described}; first error: {self.problems[0]}" if self.problems else described
+
+    @property
+    def remedies(self) -> str:
+        """What a person may change about captions that failed, the commonest status first."""
+        return remedies(self.statuses)
 
 
 def asks_models(settings: CaptionSettings) -> bool:

@@ -1,66 +1,34 @@
-"""Captions: what is checked, whoever wrote them, and how they join the manifest."""
+"""Captions: what is checked, whoever wrote them."""
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pandas as pd
-
-from components.settings.captions import CaptionSettings
-
-STATUSES = (
-    "ok",
-    "missing",
-    "too_short",
-    "too_long",
-    "wrong_language",
-    "refusal",
-    "repetitive",
-    "truncated",
-    "error",
+from components.corpus.captions.flaws import (
+    LOOP_CHARACTERS,
+    LOOP_WORDS,
+    has_markup,
+    is_cut_chinese,
+    is_cut_english,
+    is_refusal,
+    is_repetitive,
+    is_unreadable,
 )
-"""The last two come from models: the answer hit its token limit, or there was none."""
+from components.corpus.captions.languages import (
+    CHINESE,
+    ENGLISH,
+    is_surely_not,
+    is_traditional,
+    script_share,
+)
+from components.settings.captions import CaptionSettings
 
 PROVIDED = "provided: "
 """Begins the author of a caption that came with its image; what brought it follows."""
 
-# Beginnings of what a captioning model says instead of a caption; lower case.
-_REFUSALS = (
-    "i cannot",
-    "i can't",
-    "i can not",
-    "i'm sorry",
-    "i am sorry",
-    "i'm unable",
-    "i am unable",
-    "i'm not able",
-    "i am not able",
-    "unfortunately, i",
-    "as an ai",
-    "as a language model",
-    "sorry, ",
-    "抱歉",
-    "很抱歉",
-    "非常抱歉",
-    "对不起",
-    "我无法",
-    "我不能",
-    # Not "作为" alone: "as the centre of the picture ..." is how a caption may begin.
-    "作为ai",
-    "作为人工智能",
-    "作为一个ai",
-    "作为一个人工智能",
-    "作为一名ai",
-)
 # Share of letters in the expected script; names and signs in another script are ordinary.
 _ENGLISH_LATIN_SHARE = 0.9
 _CHINESE_HAN_SHARE = 0.6
-# A model that loops says the same run of words (of characters in Chinese) again and again: the
-# largest share of runs that occurred before. The captions of the sample have none at all.
-_LOOP_WORDS, _LOOP_CHARACTERS = 5, 10
-_LARGEST_REPEATED_SHARE = 0.3
 # Han characters per English word; the 21 captions of the sample have 1.6 to 2.1.
 _HAN_PER_WORD = (0.7, 4.0)
 
@@ -73,41 +41,27 @@ class Caption:
     chinese: str | None
 
 
-def _script_share(text: str, script: str) -> float:
-    """Share of the letters of `text` whose Unicode name starts with `script`; 0 without letters."""
-    letters = [character for character in text if character.isalpha()]
-    if not letters:
-        return 0.0
-    matching = sum(unicodedata.name(letter, "").startswith(script) for letter in letters)
-    return matching / len(letters)
-
-
-def is_refusal(text: str) -> bool:
-    """Whether a text begins as a model's refusal does."""
-    return text.strip().lower().replace("’", "'").startswith(_REFUSALS)
-
-
-def _is_repetitive(units: Sequence[str], run: int) -> bool:
-    """Whether more than 30% of the runs of `run` units stand earlier in the text as well."""
-    runs = [tuple(units[start : start + run]) for start in range(len(units) - run + 1)]
-    return len(runs) - len(set(runs)) > _LARGEST_REPEATED_SHARE * len(runs)
-
-
 def check_english(text: str, settings: CaptionSettings) -> tuple[str, int]:
-    """Judge an English caption: missing, refusal, language (90% Latin letters), loops, length.
+    """Judge an English caption; what says most about it is asked first.
+
+    Order: missing, unreadable, refusal, markup, script (90% Latin letters), loops, language, cut
+    sentence, length.
 
     Returns:
-        (one of `STATUSES`, number of words).
+        (a name of `STATUSES`, number of words).
     """
     words = len(text.split())
-    if not words:
-        return "missing", 0
-    if is_refusal(text):
-        return "refusal", words
-    if _script_share(text, "LATIN") < _ENGLISH_LATIN_SHARE:
+    if (flaw := _flaw(text)) is not None:
+        return flaw, words
+    # Before the identifier, which is the slowest by far and finds a language in any loop.
+    if script_share(text, "LATIN") < _ENGLISH_LATIN_SHARE:
         return "wrong_language", words
-    if _is_repetitive(text.lower().split(), _LOOP_WORDS):
+    if is_repetitive(text.lower().split(), LOOP_WORDS):
         return "repetitive", words
+    if is_surely_not(text, ENGLISH):
+        return "wrong_language", words
+    if is_cut_english(text):
+        return "truncated", words
     if words < settings.min_words:
         return "too_short", words
     if words > settings.max_words:
@@ -116,19 +70,14 @@ def check_english(text: str, settings: CaptionSettings) -> tuple[str, int]:
 
 
 def check_chinese(text: str, english: str) -> str:
-    """Judge a translation: missing, refusal, language (60% Han letters), loops, length.
+    """Judge a translation: as `check_provided_chinese`, then its length against the English.
 
     Returns:
-        one of `STATUSES`.
+        a name of `STATUSES`.
     """
-    if not text.strip():
-        return "missing"
-    if is_refusal(text):
-        return "refusal"
-    if _script_share(text, "CJK") < _CHINESE_HAN_SHARE:
-        return "wrong_language"
-    if _is_repetitive(text, _LOOP_CHARACTERS):
-        return "repetitive"
+    status = check_provided_chinese(text)
+    if status != "ok":
+        return status
     shortest, longest = (bound * len(english.split()) for bound in _HAN_PER_WORD)
     characters = sum(character.isalpha() for character in text)
     if characters < shortest:
@@ -138,6 +87,37 @@ def check_chinese(text: str, english: str) -> str:
     return "ok"
 
 
+def check_provided_chinese(text: str) -> str:
+    """Judge a Chinese text that came along, whose length nobody chose.
+
+    Order: missing, unreadable, refusal, markup, script (60% Han letters), loops, simplified
+    characters, language, cut sentence.
+
+    Returns:
+        a name of `STATUSES`.
+    """
+    if (flaw := _flaw(text)) is not None:
+        return flaw
+    if script_share(text, "CJK") < _CHINESE_HAN_SHARE:
+        return "wrong_language"
+    if is_repetitive(text, LOOP_CHARACTERS):
+        return "repetitive"
+    if is_traditional(text) or is_surely_not(text, CHINESE):
+        return "wrong_language"
+    return "truncated" if is_cut_chinese(text) else "ok"
+
+
+def _flaw(text: str) -> str | None:
+    """What is wrong with a text in any language."""
+    if not text.strip():
+        return "missing"
+    if is_unreadable(text):
+        return "unreadable"
+    if is_refusal(text):
+        return "refusal"
+    return "markup" if has_markup(text) else None
+
+
 @dataclass(frozen=True)
 class Judged:
     """The captions of one row and what came of their checks."""
@@ -145,7 +125,7 @@ class Judged:
     english: str | None
     chinese: str | None
     status: str | None
-    """One of `STATUSES`; None: nobody asked for a caption, because the row was rejected before."""
+    """A name of `STATUSES`; None: nobody asked, because the row was rejected before."""
     caption_model: str | None
     translation_model: str | None
     words: int = 0
@@ -157,9 +137,8 @@ class Judged:
 def judge_provided(caption: Caption, settings: CaptionSettings, origin: str) -> Judged:
     """Check a caption that came with its photograph; it is stored as it came.
 
-    Order: blank English is "missing"; the checks of `check_english`; then refusal and language
-    (60% Han letters) of the Chinese, where there is one. The length of a Chinese text that came
-    along is not judged.
+    Order: the checks of `check_english`; then those of `check_provided_chinese`, where there is a
+    Chinese text.
 
     Args:
         caption: text as it came.
@@ -170,10 +149,7 @@ def judge_provided(caption: Caption, settings: CaptionSettings, origin: str) -> 
     chinese = caption.chinese if caption.chinese and caption.chinese.strip() else None
     failed_english = status != "ok"
     if status == "ok" and chinese is not None:
-        if is_refusal(chinese):
-            status = "refusal"
-        elif _script_share(chinese, "CJK") < _CHINESE_HAN_SHARE:
-            status = "wrong_language"
+        status = check_provided_chinese(chinese)
     return Judged(
         caption.english if caption.english.strip() else None,
         chinese,
@@ -183,40 +159,3 @@ def judge_provided(caption: Caption, settings: CaptionSettings, origin: str) -> 
         words,
         failed_english or status == "ok",
     )
-
-
-def join_captions(
-    table: pd.DataFrame, captions: Sequence[Judged], settings: CaptionSettings
-) -> pd.DataFrame:
-    """Add captions and their status; a kept row whose caption is not "ok" is rejected.
-
-    Its reason is "caption"; for a length problem of the English caption reject_value is the number
-    of words and reject_threshold the bound.
-
-    Args:
-        table: manifest rows with kept and the reject columns; unchanged.
-        captions: one per row, in order.
-        settings: bounds.
-    """
-    table = table.copy()
-    table["caption_en"] = [caption.english for caption in captions]
-    table["caption_zh"] = [caption.chinese for caption in captions]
-    table["caption_model"] = [caption.caption_model for caption in captions]
-    table["translation_model"] = [caption.translation_model for caption in captions]
-    table["caption_status"] = pd.Series(
-        [caption.status for caption in captions], index=table.index, dtype=object
-    )
-    words = pd.Series([caption.words for caption in captions], index=table.index, dtype=float)
-    about_english = pd.Series([caption.failed_english for caption in captions], index=table.index)
-    bounds = (
-        table["caption_status"]
-        .map({"too_short": float(settings.min_words), "too_long": float(settings.max_words)})
-        .astype(float)
-        .where(about_english)
-    )
-    rejected = table["kept"].eq(True) & (table["caption_status"] != "ok")
-    table["reject_reason"] = table["reject_reason"].astype(object).mask(rejected, "caption")
-    table["reject_value"] = table["reject_value"].mask(rejected, words.where(bounds.notna()))
-    table["reject_threshold"] = table["reject_threshold"].mask(rejected, bounds)
-    table["kept"] = table["kept"].eq(True) & ~rejected
-    return table

@@ -37,7 +37,7 @@ class Written:
 
     text: str | None
     status: str
-    """One of `captions.STATUSES`."""
+    """One of `statuses.STATUSES`."""
     detail: str | None = None
     """Why there is no answer (status "error")."""
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +10,9 @@ from components.corpus.captions.checks import (
     Caption,
     Judged,
     check_chinese,
-    check_english,
-    join_captions,
     judge_provided,
 )
+from components.corpus.captions.joining import join_captions
 from components.corpus.captions.provided import provided_captions, read_captions
 from components.settings.captions import CaptionSettings
 from components.settings.schema import load_settings
@@ -56,6 +54,14 @@ LONG = "a calm lake below red hills"
         (Caption("красные холмы над озером", None), "wrong_language"),
         (Caption("1 2 3 4", None), "wrong_language"),
         (Caption(LONG, "a lake"), "wrong_language"),
+        (Caption("une vieille barque rouge sur le sable", None), "wrong_language"),
+        (Caption(LONG, "紅色山丘下平靜的湖"), "wrong_language"),
+        (Caption("a <b>calm</b> lake", None), "markup"),
+        (Caption(LONG, "红色山丘下<br>的湖"), "markup"),
+        (Caption("a caf\ufffd by the lake", None), "unreadable"),
+        (Caption("a calm lake below the", None), "truncated"),
+        (Caption(LONG, "红色山丘下的湖，"), "truncated"),
+        (Caption("the red hill by " * 3, None), "repetitive"),
         (Caption("I’m sorry, I cannot see it", None), "refusal"),
         (Caption(LONG, "抱歉，我无法描述"), "refusal"),
         (Caption("a red café named 湖 Orléans", None), "ok"),
@@ -168,18 +174,6 @@ def test_translations_are_judged_by_script_and_by_length_against_the_english(
     chinese: str, status: str
 ) -> None:
     assert check_chinese(chinese, LONG) == status
-
-
-@pytest.mark.parametrize("words", [10, 40, 200])
-def test_a_loop_is_found_at_any_length_and_a_refrain_is_none(words: int) -> None:
-    roomy = SETTINGS.model_copy(update={"max_words": 10_000})
-    loop = "the lake lies below the red hills and "
-    assert check_english((loop * words)[: words * len(loop)], roomy)[0] == "repetitive"
-    rng = random.Random(words)
-    text = [chr(97 + rng.randrange(26)) * rng.randrange(1, 9) for _ in range(words)]
-    assert check_english(" ".join(text), roomy)[0] == "ok"
-    refrain = " ".join([*text, "a lake below red hills", *text[::-1], "a lake below red hills"])
-    assert check_english(refrain, roomy)[0] == "ok"
 
 
 INGEST = load_settings(ROOT / "params.yaml").ingest
