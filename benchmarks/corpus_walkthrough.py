@@ -22,7 +22,6 @@ sys.path.insert(0, str(ROOT))
 
 from components.corpus.manifest import read_table  # noqa: E402
 from components.corpus.selection.bucket_columns import assign_buckets  # noqa: E402
-from components.corpus.selection.duplicates import mark_near_duplicates  # noqa: E402
 from components.corpus.selection.rules import select  # noqa: E402
 from components.images.aspect_buckets import buckets  # noqa: E402
 from components.settings.models import BucketsSettings  # noqa: E402
@@ -67,15 +66,7 @@ def photographs(folder: Path) -> None:
     settings = settings_for(folder)
     with tempfile.TemporaryDirectory() as scratch:
         table = measured(Path(scratch), settings)
-    distinct = table.drop_duplicates("image_id")
     rule = settings.select
-    assert rule.near_duplicate_distance is not None
-    near = mark_near_duplicates(
-        distinct,
-        max_distance=rule.near_duplicate_distance,
-        min_quality=rule.near_duplicate_min_quality,
-    ).set_index("image_id")["duplicate_of"]
-    table = table.assign(near_duplicate_of=table["image_id"].map(near))
     decided = select(assign_buckets(table, buckets(PUBLISHED)), rule)
     print("| photograph | size | bucket | entropy | flat | GLCM | verdict |")
     print("|---|---|---|---|---|---|---|")

@@ -1,10 +1,17 @@
-"""Near-duplicates: PDQ hashes within a Hamming distance, equal URLs, one keeper per group.
+"""Near-duplicates: stars around keepers among PDQ hashes within a Hamming distance.
 
-The range search is exact. 256 bits are cut into 16 chunks of 16; two hashes at distance d differ by
-at most d // 16 bits in some chunk (pigeonhole), so comparing every hash with those whose chunk
-differs by that many bits finds every pair: recall 1 for any bound. Hashes are copied in chunk order
-first, so that the buckets to compare lie next to each other in memory, and pairs are merged into
-groups as they are found, never listed: memory does not depend on how many duplicates there are.
+Pictures are visited from the best to the worst. One that is not dropped yet is a keeper, and drops
+every later one within the limit that is not dropped yet: a greedy maximal independent set. So
+nothing is dropped that is further than the limit from its own keeper, no two keepers are within
+it, and the outcome depends on the order of the keepers alone. Single linkage joins pictures through
+chains of others, 150 bits apart at a limit of 31.
+
+The search is exact. 256 bits are cut into 16 chunks of 16; two hashes at distance d differ by at
+most d // 16 bits in some chunk (pigeonhole), so comparing every hash with those whose chunk differs
+by that many bits finds every pair: recall 1 for any bound. A first pass finds who has a neighbour
+at all; it copies hashes in chunk order, so that the buckets to compare lie next to each other in
+memory. Only these few are visited in the order of the keepers, whose walk jumps through memory.
+No pair is ever listed: memory does not depend on how many duplicates there are.
 
 Deviation: DESIGN names a faiss binary index. `IndexBinaryMultiHash` uses the same pigeonhole
 principle, but asks hash by hash and keeps a set of candidates for each; the tests use faiss as the
@@ -12,9 +19,6 @@ independent reference.
 """
 
 from __future__ import annotations
-
-from itertools import combinations
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 import numba
 import numpy as np
@@ -26,12 +30,14 @@ _CHUNK_BITS = PDQ_BITS // _CHUNKS
 _MAX_DISTANCE = 47
 """Beyond it every chunk would be compared with 697 buckets; PDQ's false positives start at 31."""
 
+_CROWD = 1 << 24
+"""Pairs of two buckets from which on all their hashes count as having a neighbour. A million random
+hashes fill buckets with 15, so that many are variants of one picture, and comparing them all would
+be quadratic; the walk of the keepers drops them in one go each."""
+
 # Neighbouring PDQ bits are neighbouring frequencies and correlate; bit k goes to place 97 k mod
 # 256, so that a chunk holds bits of many frequencies and buckets fill evenly.
 _SPREAD = (np.arange(PDQ_BITS) * 97) % PDQ_BITS
-
-_TRACKING_PARAMETERS = ("utm_", "fbclid", "gclid", "ixid", "ref_")
-_DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def hashes_to_words(hashes: pd.Series) -> np.ndarray:
@@ -66,33 +72,38 @@ def _popcount(word: np.uint64) -> np.uint64:
 
 
 @numba.njit(cache=True)
-def _root(parent: np.ndarray, node: int) -> int:
-    while parent[node] != node:
-        # Path halving: later walks are short, and nothing recurses inside compiled code.
-        parent[node] = parent[parent[node]]
-        node = parent[node]
-    return node
+def _masks(flips: int) -> np.ndarray:
+    """All ways to flip at most `flips` of 16 bits, (M,) int64."""
+    every = np.arange(1 << _CHUNK_BITS)
+    return every[np.array([_popcount(np.uint64(mask)) <= flips for mask in every])]
 
 
 @numba.njit(cache=True)
-def _join_chunk(
+def _mark_neighbours(
     words: np.ndarray,
     order: np.ndarray,
     starts: np.ndarray,
-    masks: np.ndarray,
+    keys: np.ndarray,
+    chunk: int,
     max_distance: int,
-    parent: np.ndarray,
+    meets: np.ndarray,
 ) -> None:
-    """Merge all pairs within `max_distance` whose chunk differs by one of `masks`.
+    """Mark in `meets` the hashes with another within `max_distance` that is first met in `chunk`.
+
+    Two hashes meet in a chunk if it differs by one of `_masks`.
 
     Args:
         words: (N, 4) uint64 in chunk order.
-        order: (N,) position of each in `parent`.
+        order: (N,) position of each in `meets` and `keys`.
         starts: (2^16 + 1,) first place of every bucket.
-        masks: differences to look at; 0 is the bucket itself.
+        keys: (16, N) uint16 chunks.
+        chunk: row of `keys` that `order` sorts by.
         max_distance: in bits.
-        parent: (N,) union-find forest, changed in place.
+        meets: (N,) uint16, bit `chunk` is set in place.
     """
+    flips = max_distance // keys.shape[0]
+    bit = np.uint16(1 << chunk)
+    masks = _masks(flips)
     for key in range(starts.shape[0] - 1):
         first, last = starts[key], starts[key + 1]
         if first == last:
@@ -102,50 +113,120 @@ def _join_chunk(
             # Every pair of buckets once.
             if other < key:
                 continue
+            end = starts[other + 1]
+            if (last - first) * (end - starts[other]) > _CROWD:
+                for place in range(first, last):
+                    meets[order[place]] |= bit
+                for place in range(starts[other], end):
+                    meets[order[place]] |= bit
+                continue
             for left in range(first, last):
                 a, b = words[left, 0], words[left, 1]
                 c, d = words[left, 2], words[left, 3]
                 # Inside a bucket every pair once, and none with itself.
                 begin = left + 1 if other == key else starts[other]
-                for right in range(begin, starts[other + 1]):
+                for right in range(begin, end):
                     distance = _popcount(a ^ words[right, 0]) + _popcount(b ^ words[right, 1])
                     # Half of 256 random bits differ: nearly every pair ends here.
                     if distance > max_distance:
                         continue
                     distance += _popcount(c ^ words[right, 2]) + _popcount(d ^ words[right, 3])
                     if distance <= max_distance:
-                        one, two = _root(parent, order[left]), _root(parent, order[right])
-                        # The smaller root wins, so that a group's name does not depend on the order
-                        # of the pairs.
-                        parent[max(one, two)] = min(one, two)
+                        one, two = order[left], order[right]
+                        if not _met_before(keys[:chunk, one], keys[:chunk, two], flips):
+                            meets[one] |= bit
+                            meets[two] |= bit
 
 
 @numba.njit(cache=True)
-def _roots(parent: np.ndarray) -> np.ndarray:
-    found = np.empty_like(parent)
-    for node in range(parent.shape[0]):
-        found[node] = _root(parent, node)
-    return found
+def _met_before(left: np.ndarray, right: np.ndarray, flips: int) -> bool:
+    """Whether one of the chunks differs by at most `flips` bits."""
+    for place in range(left.shape[0]):
+        if _popcount(np.uint64(left[place] ^ right[place])) <= flips:
+            return True
+    return False
 
 
-def _masks(max_distance: int) -> np.ndarray:
-    """All ways to flip at most `max_distance // 16` of 16 bits."""
-    flips = range(max_distance // _CHUNKS + 1)
-    return np.array(
-        [sum(1 << bit for bit in bits) for n in flips for bits in combinations(range(16), n)],
-        np.int64,
-    )
-
-
-def near_duplicate_groups(words: np.ndarray, max_distance: int) -> np.ndarray:
-    """Connected components of the graph "Hamming distance at most `max_distance`".
+@numba.njit(cache=True)
+def _drop_neighbours(
+    words: np.ndarray,
+    keys: np.ndarray,
+    orders: np.ndarray,
+    starts: np.ndarray,
+    meets: np.ndarray,
+    max_distance: int,
+) -> np.ndarray:
+    """Keeper of every hash, visited from the first to the last.
 
     Args:
-        words: (N, 4) uint64, a hash each.
+        words: (N, 4) uint64, best first.
+        keys: (16, N) uint16 chunks of each.
+        orders: (16, N) positions sorted by chunk, equal chunks from the best to the worst.
+        starts: (16, 2^16 + 1) first place of every bucket in `orders`.
+        meets: (N,) uint16, the chunks in which neighbours are met first: one of all is enough.
+        max_distance: in bits.
+
+    Returns:
+        (N,) int64, a keeper's own position for a keeper.
+    """
+    masks = _masks(max_distance // keys.shape[0])
+    keeper = np.full(words.shape[0], -1, np.int64)
+    for best in range(words.shape[0]):
+        if keeper[best] >= 0:
+            continue
+        keeper[best] = best
+        a, b, c, d = words[best, 0], words[best, 1], words[best, 2], words[best, 3]
+        for chunk in range(orders.shape[0]):
+            if not (meets[best] >> chunk) & 1:
+                continue
+            for mask in masks:
+                bucket = np.int64(keys[chunk, best]) ^ mask
+                place = starts[chunk, bucket + 1] - 1
+                # Backwards, because only what is worse than the keeper can be dropped by it.
+                while place >= starts[chunk, bucket] and orders[chunk, place] > best:
+                    later = orders[chunk, place]
+                    place -= 1
+                    if keeper[later] >= 0:
+                        continue
+                    distance = _popcount(a ^ words[later, 0]) + _popcount(b ^ words[later, 1])
+                    if distance > max_distance:
+                        continue
+                    distance += _popcount(c ^ words[later, 2]) + _popcount(d ^ words[later, 3])
+                    if distance <= max_distance:
+                        keeper[later] = best
+    return keeper
+
+
+@numba.njit(cache=True)
+def _chunks(words: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """(16, N) uint16 chunks: bit k of all 256 is bit `spread[k]` of the (N, 4) uint64 words."""
+    chunks = np.zeros((_CHUNKS, words.shape[0]), np.uint16)
+    for row in range(words.shape[0]):
+        for chunk in range(_CHUNKS):
+            key = np.uint64(0)
+            for place in range(_CHUNK_BITS):
+                bit = spread[chunk * _CHUNK_BITS + place]
+                value = words[row, bit >> 6] >> np.uint64(bit & 63)
+                key |= (value & np.uint64(1)) << np.uint64(place)
+            chunks[chunk, row] = key
+    return chunks
+
+
+def _sorted_by(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in the order of their chunk, and the first place of each of the 2^16 buckets."""
+    order = np.argsort(keys, kind="stable")
+    return order, np.r_[0, np.cumsum(np.bincount(keys, minlength=1 << _CHUNK_BITS))]
+
+
+def near_duplicate_stars(words: np.ndarray, max_distance: int) -> np.ndarray:
+    """Keeper of every hash: the first in order that is one itself and within `max_distance`.
+
+    Args:
+        words: (N, 4) uint64, a hash each, in the order in which they may become keepers.
         max_distance: 0 to 47 bits; PDQ's authors recommend 31.
 
     Returns:
-        (N,) int64 group of every hash: the position of its first member.
+        (N,) int64 position of the keeper; a keeper names itself.
 
     Raises:
         ValueError: `max_distance` out of range.
@@ -154,36 +235,35 @@ def near_duplicate_groups(words: np.ndarray, max_distance: int) -> np.ndarray:
         raise ValueError(f"max_distance is {max_distance}, must lie in 0 to {_MAX_DISTANCE}")
     if len(words) == 0:
         return np.empty(0, np.int64)
-    # Equal hashes first, so that a million copies of one picture are no million^2 pairs.
+    # Equal hashes are one, in the place of the best of them: all have the same neighbours, so all
+    # are dropped together or by their best. A million copies of one picture are no million^2 pairs.
     by_value = np.lexsort(words.T[::-1])
     ordered = words[by_value]
     is_new = np.r_[True, (ordered[1:] != ordered[:-1]).any(axis=1)]
-    distinct_of = np.cumsum(is_new) - 1
-    distinct = np.ascontiguousarray(ordered[is_new])
+    # The sort is stable: the first of equal hashes is the best.
+    best_of_value = by_value[is_new]
+    best = np.sort(best_of_value)
+    value_of = np.empty(len(words), np.int64)
+    value_of[by_value] = np.searchsorted(best, best_of_value)[np.cumsum(is_new) - 1]
+    distinct = np.ascontiguousarray(words[best])
 
     # Distances are taken of the hashes as they are; only the choice of buckets sees spread bits.
-    bits = np.unpackbits(distinct.view(np.uint8), axis=1)
-    spread = np.ascontiguousarray(np.packbits(bits[:, _SPREAD], axis=1))
-    # Eight times the hashes: 256 MB for a million of them.
-    del bits
-    chunks = spread.view(np.uint16)
-    parent = np.arange(len(distinct))
-    masks = _masks(max_distance)
-    # A pair may be found in several passes; joining it again changes nothing.
+    keys = _chunks(distinct, _SPREAD)
+    meets = np.zeros(len(distinct), np.uint16)
     for chunk in range(_CHUNKS):
-        keys = chunks[:, chunk]
-        order = np.argsort(keys, kind="stable")
-        counts = np.bincount(keys, minlength=1 << _CHUNK_BITS)
-        starts = np.r_[0, np.cumsum(counts)]
-        _join_chunk(distinct[order], order, starts, masks, max_distance, parent)
+        order, starts = _sorted_by(keys[chunk])
+        _mark_neighbours(distinct[order], order, starts, keys, chunk, max_distance, meets)
 
-    group_of_distinct = _roots(parent)[distinct_of]
-    first = np.full(len(distinct), len(words), np.int64)
-    # Back to the caller's order, in which a group is named by its first member.
-    np.minimum.at(first, group_of_distinct, by_value)
-    groups = np.empty(len(words), np.int64)
-    groups[by_value] = first[group_of_distinct]
-    return groups
+    few = np.flatnonzero(meets)
+    sortings = [_sorted_by(keys[chunk, few]) for chunk in range(_CHUNKS)]
+    orders = np.stack([order.astype(np.int32) for order, _ in sortings])
+    starts_of = np.stack([starts.astype(np.int32) for _, starts in sortings])
+    found = _drop_neighbours(
+        distinct[few], keys[:, few], orders, starts_of, meets[few], max_distance
+    )
+    keeper = np.arange(len(distinct))
+    keeper[few] = few[found]
+    return np.asarray(best[keeper[value_of]])
 
 
 def hamming_distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -191,130 +271,48 @@ def hamming_distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.asarray(np.bitwise_count(left ^ right).sum(axis=1, dtype=np.int64))
 
 
-def image_url_key(url: str) -> str:
-    """One spelling for URLs that name the same image.
-
-    Scheme and host in lower case, default port, fragment, tracking parameters and a trailing slash
-    gone, query sorted, percent escapes in one form. Parameters that choose a rendition (`w`, `fm`)
-    stay: they change the bytes. http and https are one.
-
-    Args:
-        url: absolute; anything else comes back stripped of white space.
-    """
-    url = url.strip()
-    try:
-        # Both lines may raise: a port is checked only when it is read.
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        return url
-    if parts.scheme.lower() not in _DEFAULT_PORTS or not parts.hostname:
-        return url
-    host = parts.hostname.rstrip(".")
-    if port is not None and port != _DEFAULT_PORTS[parts.scheme.lower()]:
-        host = f"{host}:{port}"
-    # Trackers change nothing that is downloaded, and order means nothing to most servers.
-    query = sorted(
-        (name, value)
-        for name, value in parse_qsl(parts.query, keep_blank_values=True)
-        if not name.lower().startswith(_TRACKING_PARAMETERS)
-    )
-    path = quote(unquote(parts.path), safe="/~-._!$&'()*+,;=:@").rstrip("/")
-    return urlunsplit(("https", host, path, urlencode(query), ""))
-
-
-def _merge(groups: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Components of two partitions together; `labels` below 0 belong to no group."""
-    # Here, not above: only tables with URLs need it.
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    # The labels' groups are chained to their first row; components of the union do the rest.
-    count = len(groups)
-    rows = np.flatnonzero(labels >= 0)
-    first = pd.Series(rows).groupby(labels[rows]).transform("min").to_numpy()
-    left, right = np.r_[np.arange(count), rows], np.r_[groups, first]
-    graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(count, count))
-    components: np.ndarray = connected_components(graph, directed=False)[1]
-    return components.astype(np.int64)
-
-
-def mark_near_duplicates(
+def keepers(
     table: pd.DataFrame, *, max_distance: int = 31, min_quality: int = 50
-) -> pd.DataFrame:
-    """Groups of near-duplicates, each with one keeper.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Who keeps whose place among near-duplicates.
 
-    Two images belong together when their PDQ hashes differ by at most `max_distance` bits or their
-    normalised URLs are equal, directly or through others. Kept is the one with most pixels, then
-    with the highest quality score, then with the smallest image_id. Hashes of featureless pictures
-    (PDQ quality below `min_quality`) match anything alike and are not compared.
+    The order of the keepers: most pixels, then the highest quality score, then the smallest
+    image_id. Hashes of featureless pictures (PDQ quality below `min_quality`) match anything alike
+    and are not compared. Addresses say nothing: one URL may give different pixels.
 
     Args:
-        table: image_id, width, height, pdq_hash, pdq_quality; quality_score and image_url if
-            known. Rows already marked in `duplicate_of` and those whose `integrity` is not "ok"
-            take no part.
+        table: image_id, width, height, pdq_hash, pdq_quality and, if known, quality_score.
         max_distance: 0 to 47; PDQ's authors recommend 31.
         min_quality: 0 to 100; PDQ's authors recommend 50.
 
     Returns:
-        one row per distinct image_id of `table`, in the order of first appearance: image_id,
-        duplicate_of (image_id of the keeper; None for keepers and single images) and
-        duplicate_distance (bits between the two, which exceeds `max_distance` where a chain of
-        others connects them; NaN where no hash was compared).
+        (N,) int64 position of each row's keeper, its own for keepers and single images, and (N,)
+        float64 bits between the two, NaN for a row that is its own keeper.
 
     Raises:
         ValueError: a malformed hash, or `max_distance` out of range.
     """
-    takes_part = pd.Series(True, index=table.index)
-    if "duplicate_of" in table:
-        takes_part &= table["duplicate_of"].isna()
-    if "integrity" in table:
-        takes_part &= table["integrity"] == "ok"
-    images = table[takes_part].drop_duplicates("image_id").reset_index(drop=True)
-
-    is_hashed = images["pdq_hash"].notna() & (images["pdq_quality"] >= min_quality)
-    hashed = np.flatnonzero(is_hashed)
-    words = np.zeros((len(images), 4), np.uint64)
-    words[hashed] = hashes_to_words(images["pdq_hash"].iloc[hashed])
-    # Alone until proven otherwise, so that pictures without a usable hash stay.
-    groups = np.arange(len(images))
-    groups[hashed] = hashed[near_duplicate_groups(words[hashed], max_distance)]
-    if "image_url" in images and images["image_url"].notna().any():
-        urls = images["image_url"].map(image_url_key, na_action="ignore")
-        # factorize gives -1 to rows without a URL: they must not form a group of their own.
-        groups = _merge(groups, pd.factorize(urls)[0])
-
-    quality = images.get("quality_score", np.nan)
+    keeper = np.arange(len(table))
+    distance = np.full(len(table), np.nan)
+    is_hashed = table["pdq_hash"].notna() & (table["pdq_quality"] >= min_quality)
     # image_id is the last key: no tie is left to the order of the rows.
-    ranked = pd.DataFrame(
-        {
-            "group": groups,
-            "pixels": images["width"].astype(float) * images["height"].astype(float),
-            "quality": quality,
-            "image_id": images["image_id"],
-        }
-    ).sort_values(
-        ["group", "pixels", "quality", "image_id"],
-        ascending=[True, False, False, True],
-        na_position="last",
+    ranked = (
+        pd.DataFrame(
+            {
+                "pixels": table["width"].astype(float) * table["height"].astype(float),
+                "quality": table.get("quality_score", np.nan),
+                "image_id": table["image_id"],
+            }
+        )
+        .reset_index(drop=True)[is_hashed.to_numpy()]
+        .sort_values(
+            ["pixels", "quality", "image_id"], ascending=[False, False, True], na_position="last"
+        )
+        .index.to_numpy()
     )
-    keeper = pd.Series(ranked.index, index=ranked.index).groupby(ranked["group"]).transform("first")
-    keepers = keeper.sort_index().to_numpy()
-    is_copy = keepers != np.arange(len(images))
-    # A distance only where both hashes mean something.
-    is_compared = is_copy & is_hashed.to_numpy() & is_hashed.to_numpy()[keepers]
-    marked = pd.DataFrame(
-        {
-            "image_id": images["image_id"],
-            "duplicate_of": images["image_id"].to_numpy()[keepers],
-            "duplicate_distance": hamming_distance(words, words[keepers]).astype(float),
-        }
-    )
-    marked["duplicate_of"] = marked["duplicate_of"].astype(object).where(is_copy, None)
-    marked["duplicate_distance"] = marked["duplicate_distance"].where(is_compared)
-    # Rows that took no part come back too: the caller maps by image_id.
-    everyone = table[["image_id"]].drop_duplicates()
-    merged = everyone.merge(marked, on="image_id", how="left").reset_index(drop=True)
-    merged["duplicate_of"] = merged["duplicate_of"].astype(object)
-    merged["duplicate_of"] = merged["duplicate_of"].where(merged["duplicate_of"].notna(), None)
-    return merged
+    words = hashes_to_words(table["pdq_hash"].iloc[ranked])
+    stars = near_duplicate_stars(words, max_distance)
+    dropped = np.flatnonzero(stars != np.arange(len(stars)))
+    keeper[ranked] = ranked[stars]
+    distance[ranked[dropped]] = hamming_distance(words[dropped], words[stars[dropped]])
+    return keeper, distance

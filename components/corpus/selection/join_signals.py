@@ -1,13 +1,11 @@
-"""Every signal of every candidate in one table, and who duplicates whom."""
+"""Every signal of every candidate in one table."""
 
 from __future__ import annotations
 
 import pandas as pd
 
 from components.corpus.selection.bucket_columns import assign_buckets
-from components.corpus.selection.duplicates import mark_near_duplicates
 from components.images.aspect_buckets import buckets
-from components.settings.corpus import SelectSettings
 from components.settings.schema import Settings
 
 # What each stage measures; a table made with a model or measurement switched off has fewer columns.
@@ -55,7 +53,7 @@ def join_signals(
         signals: of the stage of that name, as are `quality` and `people`; a row per distinct image.
         quality: scores.
         people: evidence of people, NSFW scores, channels.
-        settings: `select` for near duplicates, `buckets` for the training sizes.
+        settings: `buckets` for the training sizes.
     """
     table = _with_signals(manifest, signals)
     table = _with_columns(table, quality, _QUALITY)
@@ -63,7 +61,6 @@ def join_signals(
     # `qalign` is filled only by the model of that name: the paper's threshold means its scale.
     is_qalign = table["quality_scorer"].str.lower().str.startswith(("qalign", "q-align"))
     table["qalign"] = table["quality_score"].where(is_qalign.eq(True))
-    table = _with_near_duplicates(table, settings.select)
     return assign_buckets(table, buckets(settings.buckets))
 
 
@@ -86,18 +83,3 @@ def _with_signals(manifest: pd.DataFrame, signals: pd.DataFrame) -> pd.DataFrame
     header_is_fine = joined["integrity"] == "ok"
     joined["integrity"] = joined["integrity"].where(~header_is_fine, joined["decoded"])
     return joined.drop(columns="decoded")
-
-
-def _with_near_duplicates(manifest: pd.DataFrame, settings: SelectSettings) -> pd.DataFrame:
-    """Add near_duplicate_of where hashes were computed and the rule is on."""
-    distance = settings.near_duplicate_distance
-    if distance is None or manifest["pdq_hash"].isna().all():
-        return manifest
-    # Rows that share their bytes share an image_id; the exact-duplicate rule has them already.
-    distinct = manifest.drop_duplicates("image_id")
-    marked = mark_near_duplicates(
-        distinct, max_distance=distance, min_quality=settings.near_duplicate_min_quality
-    )
-    # Mapped by image_id: every row of an image gets its keeper, exact copies included.
-    keeper = marked.set_index("image_id")["duplicate_of"]
-    return manifest.assign(near_duplicate_of=manifest["image_id"].map(keeper))

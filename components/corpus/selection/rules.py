@@ -38,8 +38,8 @@ REASONS = (
 """Rules in the order in which they are tried; the first that fails is the reason.
 
 Free checks come before measured ones and those before model scores. Rules that compare images with
-each other come last, among the images that pass everything before: one of a cluster of near
-duplicates, the aesthetic percentile, quotas, and the sample of the wanted size.
+each other come last, among the images that pass everything before: keepers among near duplicates,
+the aesthetic percentile, quotas, and the sample of the wanted size.
 """
 
 SETTING_OF = {
@@ -73,6 +73,8 @@ COLUMNS = (
     "channel",
     "is_character",
     "bucket",
+    "pdq_hash",
+    "pdq_quality",
 )
 
 _QUOTA_ROUNDS = 100
@@ -170,29 +172,33 @@ def _reject_images(
     verdicts.reject(~(quality > limit) & ~np.isnan(limit), "quality", quality, limit)
 
 
-def _reject_near_duplicates(table: pd.DataFrame, verdicts: _Verdicts) -> None:
-    """Keep one passing image per cluster: its keeper, else the one with most pixels, then by id."""
-    if "near_duplicate_of" not in table or not table["near_duplicate_of"].notna().any():
-        return
-    # The keeper was chosen before the rules ran and may have failed one: then the cluster must not
-    # be lost with it.
-    keeper = table["near_duplicate_of"].fillna(table["image_id"])
-    involved = keeper.isin(table["near_duplicate_of"].dropna().unique())
-    rows = np.flatnonzero(involved.to_numpy() & verdicts.passing)
-    members = pd.DataFrame(
-        {
-            "cluster": keeper.iloc[rows].to_numpy(),
-            "other": table["near_duplicate_of"].iloc[rows].notna().to_numpy(),
-            # Negative, because all keys are sorted upwards; False of `other` puts the keeper first.
-            "pixels": -_numbers(table, "width")[rows] * _numbers(table, "height")[rows],
-            "image_id": table["image_id"].iloc[rows].to_numpy(),
-        },
-        index=rows,
-    ).sort_values(["cluster", "other", "pixels", "image_id"])
+def _reject_near_duplicates(
+    table: pd.DataFrame, settings: SelectSettings, verdicts: _Verdicts
+) -> np.ndarray:
+    """Drop what lies within the distance of a keeper; the keeper's image_id of each dropped row.
+
+    Stars are drawn among the rows that pass everything before: a keeper that another rule rejects
+    would take others with it, and these may be further apart than the limit.
+    """
+    # Here, not above: compiled code that settings and quotas do without.
+    from components.corpus.selection.duplicates import keepers
+
+    kept_instead = np.full(len(table), None, dtype=object)
+    limit = settings.near_duplicate_distance
+    if limit is None or "pdq_hash" not in table or table["pdq_hash"].isna().all():
+        return kept_instead
+    rows = np.flatnonzero(verdicts.passing)
+    own, bits = keepers(
+        table.iloc[rows], max_distance=limit, min_quality=settings.near_duplicate_min_quality
+    )
+    is_dropped = own != np.arange(len(rows))
     lost = np.zeros(len(table), dtype=bool)
-    # All but the first of each cluster, which the sort has put in front.
-    lost[members.index[members.duplicated("cluster")]] = True
-    verdicts.reject(lost, "near_duplicate")
+    lost[rows[is_dropped]] = True
+    distance = np.full(len(table), math.nan)
+    distance[rows] = bits
+    verdicts.reject(lost, "near_duplicate", distance, limit)
+    kept_instead[lost] = table["image_id"].to_numpy()[rows[own[is_dropped]]]
+    return kept_instead
 
 
 def _reject_by_aesthetic(
@@ -306,23 +312,23 @@ def select(table: pd.DataFrame, settings: SelectSettings, seed: int = 0) -> pd.D
     """Apply the paper's rules (UltraFlux supplement 2.1), then quotas and the sample size.
 
     Kept: width * height >= min_pixels, nsfw_score <= max_nsfw, flat_fraction <= max_flat_fraction,
-    entropy_bits >= min_entropy_bits, quality_score > min_quality, one image of each cluster of near
-    duplicates, and aesthetic among the top fraction of what is left (ties at the border are kept;
-    1.0 switches the rule off). Images of the human channel have thresholds of their own. A signal
-    that is missing fails its rule, with a null value. Then quotas (`quotas.quota_sizes`) and the
-    stratified sample take the rows with the smallest draws of (seed, image_id); their reject_value
-    is the row's draw and reject_threshold the largest draw that stayed in its group.
+    entropy_bits >= min_entropy_bits, quality_score > min_quality, no keeper of more pixels within
+    near_duplicate_distance (`duplicates.keepers`), and aesthetic among the top fraction of what is
+    left (ties at the border are kept; 1.0 switches the rule off). Images of the human channel have
+    thresholds of their own. A signal that is missing fails its rule, with a null value. Then quotas
+    (`quotas.quota_sizes`) and the stratified sample take the rows with the smallest draws of (seed,
+    image_id); their reject_value is the row's draw and reject_threshold the largest draw that
+    stayed in its group.
 
     Args:
-        table: manifest columns `COLUMNS` (nsfw_score, channel, is_character and bucket may be
-            absent), perhaps near_duplicate_of: the image_id of the cluster's keeper, null for the
-            keeper itself; unchanged.
+        table: manifest columns `COLUMNS` (nsfw_score, channel, is_character, bucket, pdq_hash and
+            pdq_quality may be absent); unchanged.
         settings: thresholds.
         seed: project seed.
 
     Returns:
-        a copy with kept, reject_reason, reject_value and reject_threshold; near_duplicate_of is
-        gone and its values stand in duplicate_of where that was empty.
+        a copy with kept, reject_reason, reject_value and reject_threshold; a near duplicate's
+        duplicate_of is the image_id of its keeper, its reject_value the bits between the two.
 
     Raises:
         QuotaInfeasible: no image would be left by the quotas.
@@ -330,7 +336,7 @@ def select(table: pd.DataFrame, settings: SelectSettings, seed: int = 0) -> pd.D
     verdicts = _Verdicts(len(table))
     human = _flags(table, "channel", "human")
     _reject_images(table, settings, verdicts, human)
-    _reject_near_duplicates(table, verdicts)
+    near = _reject_near_duplicates(table, settings, verdicts)
     _reject_by_aesthetic(table, settings, verdicts, human)
     target = settings.target_images
     # Skipped where nothing is drawn, since it hashes the ids of all that pass.
@@ -348,24 +354,22 @@ def select(table: pd.DataFrame, settings: SelectSettings, seed: int = 0) -> pd.D
         reject_value=verdicts.value,
         reject_threshold=verdicts.threshold,
     )
-    if "near_duplicate_of" in result:
-        # The exact duplicate's keeper has priority: it was the reason.
-        both = result["duplicate_of"].fillna(result["near_duplicate_of"])
-        result = result.drop(columns="near_duplicate_of").assign(duplicate_of=both)
+    # An exact duplicate never gets as far as this rule, so the two share the column.
+    is_near = pd.notna(near)
+    if is_near.any():
+        originals = result["duplicate_of"].astype(object).to_numpy(copy=True)
+        originals[is_near] = near[is_near]
+        result = result.assign(duplicate_of=originals)
     return result
 
 
 def as_candidates(selected: pd.DataFrame) -> pd.DataFrame:
     """Undo what `select` did to duplicate_of, so that a selected manifest can be judged again.
 
-    An exact duplicate is rejected as such before all else, so any other row with duplicate_of is a
-    near duplicate.
+    A near duplicate names its keeper there, which the exact-duplicate rule would take for its own.
     """
-    exact = selected["reject_reason"].isin(["integrity", "duplicate"])
-    near = selected["duplicate_of"].astype(object)
-    return selected.assign(
-        duplicate_of=near.where(exact, None), near_duplicate_of=near.where(~exact, None)
-    )
+    is_near = selected["reject_reason"].eq("near_duplicate")
+    return selected.assign(duplicate_of=selected["duplicate_of"].astype(object).mask(is_near, None))
 
 
 def count_by_reason(table: pd.DataFrame) -> dict[str, int]:

@@ -15,8 +15,6 @@ from components.corpus.selection.rules import as_candidates, count_by_reason, se
 from components.settings.corpus import SelectSettings
 
 _EXAMPLES = 5
-# These decide which images are compared pairwise, which takes minutes and not seconds.
-_CLUSTERING = ("near_duplicate_distance", "near_duplicate_min_quality")
 
 
 class WhatIfError(ValueError):
@@ -80,11 +78,6 @@ def changed_settings(settings: SelectSettings, changes: Sequence[str]) -> Select
             # No cutoff: a name is always suggested, however wrong the key.
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise WhatIfError(f"unknown key {key!r}; did you mean {close[0]!r}?")
-        if known[key] in _CLUSTERING:
-            raise WhatIfError(
-                f"{known[key]} changes which images are compared with each other; set it in conf/ "
-                "and run `ultraflux stage run select`"
-            )
         try:
             # Values read as in params.yaml, so `null` switches a rule off here too.
             value = yaml.safe_load(text)

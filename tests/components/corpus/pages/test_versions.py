@@ -82,7 +82,7 @@ def test_what_if_equals_a_new_selection_and_names_rows_both_ways(params: Setting
         ("entropi_bits=6.8", "did you mean 'entropy_bits'"),
         ("entropy_bits", "KEY=VALUE"),
         ("entropy_bits=9", "min_entropy_bits = 9"),
-        ("near_duplicate_distance=3", "compared with each other"),
+        ("near_duplicate_distance=48", "near_duplicate_distance = 48"),
     ],
 )
 def test_a_change_that_cannot_be_tried_is_one_line(

@@ -232,23 +232,43 @@ def test_the_nsfw_rule_needs_a_score() -> None:
     assert result["reject_value"].tolist()[2] == 0.6
 
 
-def test_one_of_a_cluster_stays_and_a_rejected_keeper_takes_no_other_with_it() -> None:
-    ids = [f"{n:064x}" for n in range(6)]
-    changes: list[dict[str, object]] = [
-        {},
-        {"near_duplicate_of": ids[0], "width": 8000},
-        {"entropy_bits": 1.0},
-        {"near_duplicate_of": ids[2]},
-        {"near_duplicate_of": ids[2], "width": 5000},
-        {},
-    ]
-    result = select(rows(*changes), PAPER)
-    assert np.flatnonzero(result["kept"]).tolist() == [0, 4, 5]
-    assert result["reject_reason"].tolist()[1] == "near_duplicate"
-    assert result["duplicate_of"].tolist()[1] == ids[0]
-    assert "near_duplicate_of" not in result
-    again = select(as_candidates(result), PAPER)
+def hashes(*bits: int) -> list[str]:
+    """Hashes with the lowest `bits` set: two differ by the difference of their numbers."""
+    return [f"{(1 << n) - 1:064x}" for n in bits]
+
+
+def test_nothing_is_dropped_beyond_the_limit_of_a_keeper_that_is_kept() -> None:
+    near = PAPER.model_copy(update={"near_duplicate_distance": 31})
+    # The second lies between the first and the third, and has most pixels, but no entropy: a star
+    # around it would leave one of two pictures that are 60 bits apart.
+    table = rows(
+        {}, {"width": 9000, "entropy_bits": 1.0}, {}, {"width": 5000}, {"pdq_quality": 49}, {}
+    )
+    table["pdq_hash"] = hashes(0, 30, 60, 80, 80, 120)
+    table["pdq_quality"] = table["pdq_quality"].fillna(100)
+    result = select(table, near)
+    assert np.flatnonzero(result["kept"]).tolist() == [0, 3, 4, 5]
+    assert result["reject_reason"].tolist()[1:3] == ["entropy", "near_duplicate"]
+    ids = table["image_id"]
+    assert result["duplicate_of"].tolist()[2] == ids[3]
+    assert result["duplicate_of"].notna().sum() == 1
+    assert (result["reject_value"][2], result["reject_threshold"][2]) == (20, 31)
+    again = select(as_candidates(result), near)
     pd.testing.assert_frame_equal(again, result, check_dtype=False)
+    # Another limit is a question to the same table.
+    stricter = near.model_copy(update={"near_duplicate_distance": 19})
+    assert select(as_candidates(result), stricter)["kept"].tolist()[2]
+    assert select(table, PAPER)["kept"].sum() == 5
+
+
+def test_exact_and_near_duplicates_share_a_column_and_keep_their_originals() -> None:
+    near = PAPER.model_copy(update={"near_duplicate_distance": 31})
+    table = rows({"width": 9000}, {}, {"duplicate_of": "1"}).assign(pdq_quality=100)
+    table["pdq_hash"] = hashes(0, 5, 5)
+    result = select(table, near)
+    assert result["reject_reason"].tolist()[1:] == ["near_duplicate", "duplicate"]
+    assert result["duplicate_of"].tolist()[1:] == [table["image_id"][0], "1"]
+    pd.testing.assert_frame_equal(select(as_candidates(result), near), result, check_dtype=False)
 
 
 def quota_settings(**changes: object) -> SelectSettings:
