@@ -14,10 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
-    # The ground: schema, whole files, progress.
+    # The ground: schema, whole files, progress, tests of hypotheses.
     "components.settings",
     "components.files",
     "components.telemetry",
+    "components.statistics",
     # What a picture, a conversation, a network, a loss is.
     "components.images",
     "components.chat",

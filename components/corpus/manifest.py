@@ -142,6 +142,17 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
     Raises:
         ValueError: not a manifest, or of another schema version.
     """
+    check_version(path)
+    known = None if columns is None else [name for name in columns if name in SCHEMA.names]
+    return pq.read_table(path, columns=known).to_pandas()
+
+
+def check_version(path: Path) -> None:
+    """Refuse what is no manifest that this code reads.
+
+    Raises:
+        ValueError: not a manifest, or of another schema version.
+    """
     try:
         version = (pq.read_schema(path).metadata or {}).get(_VERSION_KEY)
     except pa.ArrowInvalid:
@@ -153,5 +164,3 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
             f"{path}: manifest schema version {version.decode()}, this code reads "
             f"{SCHEMA_VERSION}; run the stage that wrote it again"
         )
-    known = None if columns is None else [name for name in columns if name in SCHEMA.names]
-    return pq.read_table(path, columns=known).to_pandas()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from pandas.api.types import union_categoricals
 
 CHANGES = (
     "added",
@@ -39,7 +40,23 @@ DIFF_SCHEMA = pa.schema(
 )
 
 _KEY = ("uri", "image_id")
+VALUES_OF = _KEY
+"""Text columns that are needed as they are; of others it is enough where they differ."""
 _CAPTIONS = ("caption_en", "caption_zh", "caption_status")
+
+
+class Columns(Protocol):
+    """What is asked of a version: a frame, or a manifest on disk that is read column by column."""
+
+    @property
+    def columns(self) -> Any:
+        """Names."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    def __getitem__(self, name: str, /) -> Any:
+        """A column."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,9 @@ class CorpusDiff:
 
 def _differs(before: pd.Series, after: pd.Series) -> np.ndarray:
     """Where two columns of one length differ; missing equals missing."""
+    if all(isinstance(c.dtype, pd.CategoricalDtype) for c in (before, after)):
+        codes = union_categoricals([before, after]).codes
+        return np.asarray(codes[: len(before)] != codes[len(before) :])
     is_text = [isinstance(c.dtype, pd.StringDtype) for c in (before, after)]
     if all(is_text):
         left, right = (pa.chunked_array(pa.array(c, pa.large_string())) for c in (before, after))
@@ -106,29 +126,45 @@ def _differs(before: pd.Series, after: pd.Series) -> np.ndarray:
     return ~(same | (missing[0] & missing[1]))
 
 
-def _positions(before: pd.DataFrame, after: pd.DataFrame) -> np.ndarray:
+def _positions(before: Columns, after: Columns) -> np.ndarray:
     """(rows of `after`,) int: where each row is in `before`, -1 where nowhere.
 
     Raises:
         ValueError: the older version has one file with one content twice.
     """
-    if before["uri"].is_unique:
-        if len(before) == len(after) and not any(_differs(before[k], after[k]).any() for k in _KEY):
-            return np.arange(len(before))
-        # Paths are shorter than hashes, and one look-up is enough.
-        found = pd.Index(before["uri"]).get_indexer(pd.Index(after["uri"]))
+    old, new = before["uri"], after["uri"]
+    if old.is_unique:
+        if len(old) == len(new) and not _differs(old, new).any():
+            found = np.arange(len(old))
+        else:
+            # Paths are shorter than hashes, and one look-up is enough.
+            found = _look_up(old, new)
+        del old, new
         known = np.flatnonzero(found >= 0)
-        other_content = _differs(
-            before["image_id"].iloc[found[known]].reset_index(drop=True),
-            after["image_id"].iloc[known].reset_index(drop=True),
-        )
-        found[known[other_content]] = -1
+        contents = before["image_id"], after["image_id"]
+        if len(known) < len(found) or len(known) < len(contents[0]):
+            rows = found[known], known
+            contents = tuple(
+                c.iloc[at].reset_index(drop=True) for c, at in zip(contents, rows, strict=True)
+            )
+        found[known[_differs(*contents)]] = -1
         return found
-    old, new = (pd.MultiIndex.from_frame(t[list(_KEY)].astype(object)) for t in (before, after))
-    if not old.is_unique:
-        uri = before["uri"].iloc[int(np.flatnonzero(old.duplicated())[0])]
+    pairs = [
+        pd.MultiIndex.from_arrays([uris.astype(object), version["image_id"].astype(object)])
+        for uris, version in ((old, before), (new, after))
+    ]
+    if not pairs[0].is_unique:
+        uri = old.iloc[int(np.flatnonzero(pairs[0].duplicated())[0])]
         raise ValueError(f"the older version has {uri} with the same bytes twice")
-    return old.get_indexer(new)
+    return pairs[0].get_indexer(pairs[1])
+
+
+def _look_up(among: pd.Series, values: pd.Series) -> np.ndarray:
+    """(rows of `values`,) int64: position of each in `among`, -1 where nowhere."""
+    # Not pandas' index, which makes an object of every text.
+    known, asked = (pa.chunked_array(pa.array(c, pa.large_string())) for c in (among, values))
+    found = pc.fill_null(pc.index_in(asked, value_set=known), -1)
+    return np.asarray(found.to_numpy(), dtype=np.int64).copy()
 
 
 def _changed_columns(changed: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
@@ -142,31 +178,37 @@ def _changed_columns(changed: dict[str, np.ndarray], rows: np.ndarray) -> np.nda
     return np.array([label.strip() for label in labels], dtype=object)[codes]
 
 
-def _kept(table: pd.DataFrame) -> np.ndarray:
+def _kept(table: Columns) -> np.ndarray:
     return table["kept"].eq(True).fillna(False).to_numpy(dtype=bool)
 
 
-def _described(table: pd.DataFrame, suffix: str) -> dict[str, Any]:
-    """The reject columns under the names of `DIFF_SCHEMA`."""
+def _described(table: Columns, rows: np.ndarray, suffix: str) -> dict[str, Any]:
+    """The reject columns of some rows under the names of `DIFF_SCHEMA`."""
     return {
-        f"{name}_{suffix}": table[f"reject_{name}"].array
+        f"{name}_{suffix}": _plain(table[f"reject_{name}"].iloc[rows])
         for name in ("reason", "value", "threshold")
     }
 
 
-def _alone(table: pd.DataFrame, change: str, suffix: str) -> pd.DataFrame:
+def _plain(values: pd.Series) -> Any:
+    """Values by position; coded text as objects, one for each distinct value."""
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.astype(object)
+    return values.array
+
+
+def _named(table: Columns, rows: np.ndarray) -> dict[str, Any]:
+    return {name: table[name].iloc[rows].array for name in ("image_id", "uri")}
+
+
+def _alone(table: Columns, rows: np.ndarray, change: str, suffix: str) -> pd.DataFrame:
     """Rows that only one version has."""
     return pd.DataFrame(
-        {
-            "image_id": table["image_id"].array,
-            "uri": table["uri"].array,
-            "change": change,
-            **_described(table, suffix),
-        }
+        {**_named(table, rows), "change": change, **_described(table, rows, suffix)}
     )
 
 
-def diff(before: pd.DataFrame, after: pd.DataFrame) -> CorpusDiff:
+def diff(before: Columns, after: Columns) -> CorpusDiff:
     """Compare two manifests row by row.
 
     A row is one file (`uri`) with one content (`image_id`): a file whose bytes changed is a removed
@@ -186,52 +228,59 @@ def diff(before: pd.DataFrame, after: pd.DataFrame) -> CorpusDiff:
     in_both = np.flatnonzero(where >= 0)
     gone = np.ones(len(before), dtype=bool)
     gone[where[in_both]] = False
+    same_rows = len(in_both) == len(before) == len(after) and bool((where == in_both).all())
 
-    def pair(name: str) -> tuple[pd.Series, pd.Series]:
-        """A column of the rows in both versions, older and newer."""
-        if len(in_both) == len(before) == len(after) and (where == in_both).all():
-            return before[name], after[name]
-        return before[name].iloc[where[in_both]], after[name].iloc[in_both]
+    def differs(name: str) -> np.ndarray:
+        """Where a column differs among the rows in both versions."""
+        if same_rows:
+            return _differs(before[name], after[name])
+        return _differs(
+            before[name].iloc[where[in_both]].reset_index(drop=True),
+            after[name].iloc[in_both].reset_index(drop=True),
+        )
 
+    # One column of both versions at a time is in memory, and its mask stays only if it says
+    # anything.
     compared = [c for c in after.columns if c in before.columns and c not in _KEY]
-    changed = {name: _differs(*pair(name)) for name in compared}
+    masks = ((name, differs(name)) for name in compared)
+    changed = {name: mask for name, mask in masks if mask.any()}
     rows = np.flatnonzero(np.logical_or.reduce([np.zeros(len(in_both), bool), *changed.values()]))
-    left, right = before.iloc[where[in_both[rows]]], after.iloc[in_both[rows]]
-    captions = np.zeros(len(rows), dtype=bool)
-    for name in _CAPTIONS:
-        if name in changed:
-            captions |= changed[name][rows]
-    kept_before, kept_after = _kept(left), _kept(right)
+    nothing = np.zeros(len(rows), dtype=bool)
+    captions = np.logical_or.reduce(
+        [nothing, *(changed[name][rows] for name in _CAPTIONS if name in changed)]
+    )
+    reasons = changed["reject_reason"][rows] if "reject_reason" in changed else nothing
+    left, right = where[in_both[rows]], in_both[rows]
+    kept_before, kept_after = _kept(before), _kept(after)
     change = np.select(
         [
-            kept_after & ~kept_before,
-            kept_before & ~kept_after,
-            changed["reject_reason"][rows],
+            kept_after[right] & ~kept_before[left],
+            kept_before[left] & ~kept_after[right],
+            reasons,
             captions,
         ],
         ["newly_kept", "newly_rejected", "other_reason", "caption"],
         "values",
-    )
+    ).astype(object)
     common = pd.DataFrame(
         {
-            "image_id": right["image_id"].array,
-            "uri": right["uri"].array,
+            **_named(after, right),
             "change": change,
-            **_described(left, "before"),
-            **_described(right, "after"),
+            **_described(before, left, "before"),
+            **_described(after, right, "after"),
             "columns": _changed_columns(changed, rows),
         }
     )
     parts = [
         common,
-        _alone(after[where < 0], "added", "after"),
-        _alone(before[gone], "removed", "before"),
+        _alone(after, np.flatnonzero(where < 0), "added", "after"),
+        _alone(before, np.flatnonzero(gone), "removed", "before"),
     ]
     found = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     return CorpusDiff(
         len(before),
         len(after),
-        int(_kept(before).sum()),
-        int(_kept(after).sum()),
+        int(kept_before.sum()),
+        int(kept_after.sum()),
         found.reindex(columns=DIFF_SCHEMA.names),
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sized
 
 import numpy as np
 import pandas as pd
 
+from components.corpus.manifest_columns import WORDS
 from components.corpus.pages.page_figures import bars, histogram, render
 from components.corpus.selection.slices import DESCRIPTIONS
 
@@ -21,6 +23,17 @@ _SCORES = (
 _ATTRIBUTION = ("license", "photographer", "photographer_url", "image_url", "work_url", "source")
 _LICENCES = 20
 
+COLUMNS = (
+    *("kept", "reject_reason", "channel", "is_character", "megapixels", "aspect_ratio", "bucket"),
+    *(name for name, _, _ in _SCORES),
+    *(scorer for _, _, scorer in _SCORES if scorer is not None),
+    *(WORDS, "caption_status"),
+    *_ATTRIBUTION,
+)
+"""What a datasheet tells of; see `manifest_columns.read_columns`."""
+PRESENCE = tuple(name for name in _ATTRIBUTION if name != "license")
+"""Columns of which it tells only how many rows have a value."""
+
 
 def _numbers(table: pd.DataFrame, column: str) -> np.ndarray:
     if column not in table:
@@ -30,10 +43,10 @@ def _numbers(table: pd.DataFrame, column: str) -> np.ndarray:
 
 def _counted(values: pd.Series, missing: str) -> list[tuple[str, int]]:
     """Values by falling count, then by name."""
-    counts = values.astype(object).where(values.notna(), missing).astype(str).value_counts()
-    return sorted(
-        ((str(k), int(v)) for k, v in counts.items()), key=lambda item: (-item[1], item[0])
-    )
+    counts = Counter({missing: int(values.isna().sum())})
+    counts.update({str(k): int(v) for k, v in values.value_counts().items()})
+    found = [(name, number) for name, number in counts.items() if number]
+    return sorted(found, key=lambda item: (-item[1], item[0]))
 
 
 def _scorers(table: pd.DataFrame, column: str | None) -> str:
@@ -42,12 +55,12 @@ def _scorers(table: pd.DataFrame, column: str | None) -> str:
     return ", ".join(sorted(str(name) for name in table[column].dropna().unique()))
 
 
-def datasheet_page(table: pd.DataFrame, slices: Mapping[str, pd.DataFrame]) -> str:
+def datasheet_page(table: pd.DataFrame, slices: Mapping[str, Sized]) -> str:
     """A self-contained HTML page; equal tables give equal bytes.
 
     Args:
-        table: manifest after slicing.
-        slices: tables by name.
+        table: `COLUMNS` of a manifest.
+        slices: tables, or their rows, by name.
     """
     kept = table[table["kept"].eq(True)]
     scores = [
@@ -55,7 +68,6 @@ def datasheet_page(table: pd.DataFrame, slices: Mapping[str, pd.DataFrame]) -> s
         for column, title, scorer in _SCORES
         if np.isfinite(values := _numbers(kept, column)).any()
     ]
-    words = kept["caption_en"].astype("string").str.count(r"\S+")
     rejected = table.loc[~table["kept"].eq(True), "reject_reason"]
     licences = _counted(kept["license"], "unknown")
     return render(
@@ -75,9 +87,7 @@ def datasheet_page(table: pd.DataFrame, slices: Mapping[str, pd.DataFrame]) -> s
             (title, scorer, np.nanquantile(values, [0.05, 0.5, 0.95]).tolist(), figure)
             for title, scorer, values, figure in scores
         ],
-        captions=histogram(
-            [("kept", words.to_numpy(dtype=float, na_value=np.nan))], "words of the English caption"
-        ),
+        captions=histogram([("kept", _numbers(kept, WORDS))], "words of the English caption"),
         statuses=_counted(kept["caption_status"], "none"),
         licences=licences[:_LICENCES],
         more_licences=max(0, len(licences) - _LICENCES),

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+import pandas as pd
+
+_CHUNK = 65_536
+
+
+def _each(image_ids: Iterable[str]) -> Iterator[str]:
+    """One after the other; a column becomes Python's objects in pieces, not as a whole."""
+    if not isinstance(image_ids, pd.Series):
+        yield from image_ids
+        return
+    for start in range(0, len(image_ids), _CHUNK):
+        yield from image_ids.iloc[start : start + _CHUNK].tolist()
 
 
 def uniform_draws(seed: int, image_ids: Iterable[str], purpose: str = "") -> np.ndarray:
@@ -23,7 +35,7 @@ def uniform_draws(seed: int, image_ids: Iterable[str], purpose: str = "") -> np.
     # The hash of the common prefix is computed once.
     start = hashlib.sha256(prefix.encode())
     digests = bytearray()
-    for image_id in image_ids:
+    for image_id in _each(image_ids):
         state = start.copy()
         state.update(image_id.encode())
         digests += state.digest()[:8]

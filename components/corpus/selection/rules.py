@@ -77,6 +77,9 @@ COLUMNS = (
     "pdq_quality",
 )
 
+STRATA = ("bucket", "channel", "is_character")
+"""Samples keep the proportions of these."""
+
 _QUOTA_ROUNDS = 100
 
 
@@ -294,16 +297,17 @@ def strata(table: pd.DataFrame) -> np.ndarray:
     """Stratum of each row by bucket, channel and character, numbered in the order of their names.
 
     Args:
-        table: may lack any of bucket, channel, is_character.
+        table: may lack any of `STRATA`.
     """
     codes = np.zeros(len(table), dtype=np.int64)
-    for column in ("bucket", "channel", "is_character"):
+    for column in STRATA:
         if column in table:
-            # Missing is a stratum of its own: factorize would give it -1, which is no code.
-            values = table[column].astype(object).where(table[column].notna(), "").astype(str)
-            found, names = pd.factorize(values.to_numpy(dtype=object), sort=True)
+            values = table[column].astype("category").cat
+            # Missing is a stratum of its own, under the empty name; its code -1 is the last.
+            names = [*map(str, values.categories), ""]
+            ranks = np.unique(np.array(names, dtype=object), return_inverse=True)[1]
             # Mixed radix: every combination has its own number.
-            codes = codes * max(1, len(names)) + found
+            codes = codes * len(names) + ranks[values.codes.to_numpy()]
     # Renumbered without holes, since sizes are counted by bincount.
     return np.unique(codes, return_inverse=True)[1] if len(codes) else codes
 

@@ -18,9 +18,10 @@ from components.evaluation.statistics.bootstrap import (
     Estimate,
     mean_interval,
 )
-from components.evaluation.statistics.permutation import holm, paired_permutation
+from components.evaluation.statistics.permutation import paired_permutation
 from components.evaluation.statistics.power import minimum_detectable_effect
 from components.metrics.cards import card
+from components.statistics.multiple_tests import holm
 
 KEY = ["image", "height", "width"]
 """What a picture of one system must share with its partner."""

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from components.evaluation.statistics.comparison import Comparison, Refusal, compare_systems
-from components.evaluation.statistics.permutation import holm
 from components.evaluation.statistics.set_comparison import SetComparison
 from components.metrics.cards import CARDS, card
+from components.statistics.multiple_tests import holm
 
 LEVEL = 0.05
 

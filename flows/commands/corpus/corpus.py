@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,14 +17,17 @@ from flows.commands.command_line import fail, project_root
 if TYPE_CHECKING:
     import pandas as pd
 
+    from components.corpus.pages.drift import FeatureDrift
+
 app = typer.Typer(no_args_is_help=True, help="Compare and describe versions of the corpus.")
 
 _SELECTED = "data/select/manifest.parquet"
 _CAPTIONED = "data/caption/manifest.parquet"
 
 
-def read_version(root: Path, version: str, manifest: str) -> pd.DataFrame:
-    """A manifest by path, or by git revision from the DVC cache.
+@contextmanager
+def version_file(root: Path, version: str, manifest: str) -> Iterator[Path]:
+    """A manifest by path, or a copy of one by git revision, for the length of the block.
 
     Args:
         root: repository.
@@ -31,32 +37,43 @@ def read_version(root: Path, version: str, manifest: str) -> pd.DataFrame:
     Raises:
         ValueError: neither, or the version's manifest is not in the cache; one line.
     """
-    from components.corpus.manifest import read_table
-
     if Path(version).is_file():
-        return read_table(Path(version))
+        yield Path(version)
+        return
     if Path(version).suffix == ".parquet":
         raise ValueError(f"{version}: not found; make it with: ultraflux run")
     import dvc.api
     from dvc.exceptions import DvcException
     from dvc.scm import SCMError
 
-    try:
-        with dvc.api.open(manifest, repo=str(root), rev=version, mode="rb") as file:
-            data = file.read()
-    except (DvcException, SCMError, OSError) as problem:
-        detail = " ".join(str(problem).split())
-        raise ValueError(
-            f"{version}: neither a file nor a revision whose {manifest} is in the DVC cache "
-            f"({detail}); try `dvc fetch`"
-        ) from None
-    return read_table(io.BytesIO(data))  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory(prefix="ultraflux-") as folder:
+        copy = Path(folder) / "manifest.parquet"
+        try:
+            # Not into memory: a manifest of six million rows has gigabytes.
+            with (
+                dvc.api.open(manifest, repo=str(root), rev=version, mode="rb") as file,
+                copy.open("wb") as target,
+            ):
+                shutil.copyfileobj(file, target, 2**20)
+        except (DvcException, SCMError, OSError) as problem:
+            detail = " ".join(str(problem).split())
+            raise ValueError(
+                f"{version}: neither a file nor a revision whose {manifest} is in the DVC cache "
+                f"({detail}); try `dvc fetch`"
+            ) from None
+        yield copy
 
 
-def _versions(before: str, after: str, manifest: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+@contextmanager
+def _version_files(before: str, after: str, manifest: str) -> Iterator[tuple[Path, Path]]:
+    """Both versions; what is wrong with them ends the command with its one line."""
     root = project_root()
     try:
-        return read_version(root, before, manifest), read_version(root, after, manifest)
+        with (
+            version_file(root, before, manifest) as old,
+            version_file(root, after, manifest) as new,
+        ):
+            yield old, new
     except ValueError as problem:
         raise fail(str(problem)) from None
 
@@ -84,10 +101,12 @@ def corpus_diff(
     from rich.console import Console
     from rich.table import Table
 
-    from components.corpus.pages.corpus_diff import DIFF_SCHEMA, diff
+    from components.corpus.manifest_columns import ManifestOnDisk
+    from components.corpus.pages.corpus_diff import DIFF_SCHEMA, VALUES_OF, diff
     from components.files.parquet_files import write_parquet
 
-    found = diff(*_versions(before, after, manifest))
+    with _version_files(before, after, manifest) as files:
+        found = diff(*(ManifestOnDisk(file, VALUES_OF) for file in files))
     if output is not None:
         table = pa.Table.from_pandas(found.rows, schema=DIFF_SCHEMA, preserve_index=False)
         write_parquet(table.replace_schema_metadata(), output)
@@ -125,20 +144,48 @@ def drift(
     manifest: Annotated[str, typer.Option(help="What a revision stands for.")] = _CAPTIONED,
     output: Annotated[Path, typer.Option(help="HTML page; JSON beside it.")] = Path("drift.html"),
 ) -> None:
-    """Compare distributions of two versions (exit code 1: something drifted)."""
-    from components.corpus.pages.drift import drift_page, measure_drift
+    """Compare distributions of two versions.
+
+    Something has drifted or shifted when a difference passes its bound (PSI 0.25 or 0.1, KS 0.1 or
+    0.05) and is significant for the number of rows: p at most 0.05 after Holm's correction over
+    all tests. A difference that passes its bound among too few rows to tell is named as such.
+
+    Exit codes: 0 nothing has drifted (there may be shifts, or too few rows to tell), 1 something
+    has drifted, 2 a version cannot be read.
+    """
+    from components.corpus.manifest_columns import read_columns
+    from components.corpus.pages.drift import COLUMNS, drift_page, measure_drift
     from components.corpus.pages.page_figures import write_page
 
-    old, new = _versions(before, after, manifest)
+    with _version_files(before, after, manifest) as files:
+        old, new = (read_columns(file, COLUMNS, kept_only=True) for file in files)
     report = measure_drift(old, new)
     write_page(drift_page(report, old, new), output)
     document = json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n"
     write_page(document, output.with_suffix(".json"))
     for feature in report.features:
         if feature.status != "stable":
-            print(f"{feature.status:<8} {feature.name}  {feature.note}")
-    print(f"{report.status}: {output}")
+            print(_described(feature))
+    rows = f"{report.rows_before} rows before, {report.rows_after} after"
+    if report.status == "too_few_rows":
+        print(f"too few rows to tell ({rows}): {output}")
+    else:
+        print(f"{report.status} ({rows}): {output}")
     raise typer.Exit(1 if report.status == "drifted" else 0)
+
+
+def _described(feature: FeatureDrift) -> str:
+    """One line: how far the feature moved, and how likely that is by chance."""
+    named = {
+        "PSI": feature.psi,
+        "KS": feature.ks,
+        "missing": abs(feature.missing_after - feature.missing_before) or None,
+        "p": feature.p_value,
+    }
+    sizes = ", ".join(f"{name} {value:.2g}" for name, value in named.items() if value is not None)
+    status = feature.status.replace("_", " ")
+    note = f"; {feature.note}" if feature.note else ""
+    return f"{status:<13}{feature.name}: {sizes}{note}"
 
 
 @app.command(
@@ -152,19 +199,22 @@ def datasheet(
     output: Annotated[Path, typer.Option(help="HTML page.")] = Path("datasheet.html"),
 ) -> None:
     """Describe a sliced corpus: counts, shapes, scores, licences, attribution, losses."""
-    from components.corpus.pages.datasheet import datasheet_page
+    from components.corpus.manifest_columns import read_columns
+    from components.corpus.pages import datasheet as page
     from components.corpus.pages.page_figures import write_page
-    from components.corpus.selection.slices import slices
+    from components.corpus.selection import slices
     from components.settings.schema import SettingsError, load_settings
 
     root = project_root()
+    columns = [*slices.COLUMNS, *page.COLUMNS]
     try:
         settings = load_settings(root / "params.yaml")
-        table = read_version(root, version, "data/slices/manifest.parquet")
+        with version_file(root, version, "data/slices/manifest.parquet") as file:
+            table = read_columns(file, columns, presence=page.PRESENCE)
     except (SettingsError, ValueError) as problem:
         raise fail(str(problem)) from None
-    tables = slices(table, settings.slices, settings.project.seed)
-    write_page(datasheet_page(table, tables), output)
+    rows = slices.slice_rows(table, settings.slices, settings.project.seed)
+    write_page(page.datasheet_page(table, rows), output)
     print(output)
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from components.evaluation.statistics.permutation import (
-    holm,
     paired_permutation,
     set_distance_permutation,
 )
@@ -113,22 +112,6 @@ def test_a_linear_set_distance_is_the_paired_test() -> None:
     assert ours.statistic == pytest.approx(paired.statistic)
 
 
-def test_holm_by_hand() -> None:
-    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
-    assert adjusted == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02})
-    assert holm({}) == {}
-    assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.dictionaries(st.text(max_size=3), st.floats(0, 1), max_size=8))
-def test_holm_lies_between_the_raw_and_the_bonferroni_value(p_values: dict[str, float]) -> None:
-    adjusted = holm(p_values)
-    assert list(adjusted) == list(p_values)
-    for name, p in p_values.items():
-        assert p <= adjusted[name] <= min(1.0, len(p_values) * p) + 1e-12
-
-
 def test_what_is_invalid_is_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match="equal lengths, got 2 and 3"):
         paired_permutation([1.0, 2.0], [1.0, 2.0, 3.0], permutations=100, seed=0)
@@ -140,5 +123,3 @@ def test_what_is_invalid_is_refused_with_the_reason() -> None:
         set_distance_permutation(lambda rows: 0.0, 1, permutations=100, seed=0)
     with pytest.raises(ValueError, match="not finite"):
         set_distance_permutation(lambda rows: float("nan"), 3, permutations=100, seed=0)
-    with pytest.raises(ValueError, match="p-value of x is nan"):
-        holm({"x": float("nan")})

@@ -104,3 +104,24 @@ def test_drift_and_datasheet_write_their_pages(project: Path) -> None:
     done = CliRunner().invoke(app, ["corpus", "datasheet", str(path), "--output", str(sheet)])
     assert done.exit_code == 0, done.output
     assert "4 kept" in sheet.read_text()
+
+
+def test_one_changed_row_of_eleven_is_told_from_drift_by_the_command(project: Path) -> None:
+    entropies = [7.0 + 0.09 * n for n in range(11)]
+    paths = project / "before.parquet", project / "after.parquet"
+    for path, first in zip(paths, (7.0, 7.4), strict=True):
+        write_table(manifest([first, *entropies[1:]]), path)
+    call = ["corpus", "drift", *map(str, paths), "--output", str(project / "drift.html")]
+    done = CliRunner().invoke(app, call)
+    assert done.exit_code == 0, done.output
+    assert "too few rows to tell (11 rows before, 11 after)" in done.output
+    assert "too few rows entropy_bits: PSI" in done.output
+    report = json.loads((project / "drift.json").read_text())
+    assert report["status"] == "too_few_rows"
+    for path, shift in zip(paths, (0.0, 0.4), strict=True):
+        write_table(manifest([e % 0.6 + 7 + shift for e in entropies * 20]), path)
+    done = CliRunner().invoke(app, call)
+    assert done.exit_code == 1, done.output
+    assert "drifted (220 rows before, 220 after)" in done.output
+    told = CliRunner().invoke(app, ["corpus", "drift", "--help"]).output
+    assert "0 nothing has drifted" in " ".join(told.replace("\u2502", " ").split())

@@ -1,0 +1,1 @@
+"""Tests of hypotheses that more than one room needs."""
