@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, Strict, field_validator, model_validator
 
 from components.settings.open_section import OpenSection
 from components.settings.section import Count, Fraction, NonNegative, PositiveFraction, Section
@@ -42,6 +43,43 @@ class DownloadSettings(Section):
     """Hosts that may have private addresses (an intranet); all others must be public."""
 
 
+class ListSettings(Section):
+    """How lists of addresses are written, where a file does not say it itself."""
+
+    encoding: str | None = None
+    """Python's name for it, such as cp1252 or gb18030; None: UTF-8, and a list that is not is
+    refused. A byte order mark in a file decides for that file."""
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Between the cells of a line; None: a comma, in .tsv a tab."""
+    columns: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)] | None = None
+    """Names of the cells of a line, for lists without a heading; None: line 1 holds them."""
+    url_column: str | None = None
+    """The column or field of the addresses; None: image_url, url and other common spellings."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_known(cls, name: str | None) -> str | None:
+        if name is None:
+            return None
+        try:
+            known = codecs.lookup(name)
+        except LookupError:
+            raise ValueError(
+                f"{name!r} is no encoding that Python knows; try utf-8, cp1252 or gb18030"
+            ) from None
+        # Codecs such as rot13 and base64 turn no bytes into text.
+        if not known._is_text_encoding:
+            raise ValueError(f"{name!r} is no encoding of text; try utf-8, cp1252 or gb18030")
+        return name
+
+    @field_validator("separator")
+    @classmethod
+    def _separates(cls, separator: str | None) -> str | None:
+        if separator is not None and separator in '"\r\n':
+            raise ValueError("a quotation mark or a line end separates no cells; try , ; or |")
+        return separator
+
+
 class IngestSettings(Section):
     """Where candidates come from."""
 
@@ -58,6 +96,7 @@ class IngestSettings(Section):
     """CSV inside the source with columns file, author, license (None: no attribution known)."""
     max_megapixels: Annotated[float, Field(gt=0)]
     """Larger headers are rejected before any pixel is decoded (decompression bombs)."""
+    lists: ListSettings = ListSettings()
     download: DownloadSettings
 
 

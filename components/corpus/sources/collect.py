@@ -118,9 +118,9 @@ def _collect_records(
         journal_dir / "journal.sqlite", _fingerprint(settings.download)
     ) as journal:
         if settings.kind == "urls":
-            records = read_url_lists(source, settings.source)
+            records = read_url_lists(source, settings.source, settings.lists)
         elif settings.kind == "multiaspect":
-            records = read_metadata_shards(source, settings.source)
+            records = read_metadata_shards(source, settings.source, settings.lists)
         else:
             records = read_webdataset(
                 source, settings.source, originals, journal, settings.download

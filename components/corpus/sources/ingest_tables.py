@@ -21,8 +21,9 @@ from components.corpus.manifest import SCHEMA, to_arrow
 from components.corpus.sources.download_journal import DownloadJournal, Loss, Outcome, Stored
 from components.corpus.sources.originals import original_path
 from components.corpus.sources.record_fields import ALIASES, Coverage, extra_json, read_fields
+from components.corpus.sources.records.ledger import balanced
+from components.corpus.sources.records.source_records import SourceItem
 from components.corpus.sources.url_identity import normalise_url
-from components.corpus.sources.url_lists import SourceRecord
 from components.files.parquet_files import RowStream, write_row_groups
 from components.images.image_store import ImageStore
 from components.settings.corpus import IngestSettings
@@ -78,11 +79,11 @@ def _digest(text: str) -> bytes:
 
 
 def _candidate_rows(
-    records: Iterable[SourceRecord], coverage: Coverage, keyed_by_url: bool
+    records: Iterable[SourceItem], coverage: Coverage, keyed_by_url: bool
 ) -> Iterator[Row]:
     seen_urls: set[bytes] = set()
     seen_ids: set[bytes] = set()
-    for record in records:
+    for record in balanced(records, coverage.ledger):
         row: Row = {"record": record.place, "key": None, "cause": None, "detail": None}
         if record.values is None:
             coverage.records += 1
@@ -127,18 +128,21 @@ def _identify(url: str | None, wrong_type: bool, seen: set[bytes]) -> Row:
 
 
 def write_candidates(
-    records: Iterable[SourceRecord], path: Path, *, keyed_by_url: bool = True
+    records: Iterable[SourceItem], path: Path, *, keyed_by_url: bool = True
 ) -> Coverage:
     """Read every record into a table of candidates, problems included.
 
     Args:
-        records: of one source.
+        records: of one source, each file closed by its count.
         path: Parquet file with `CANDIDATE_SCHEMA`.
         keyed_by_url: records with the same normalised URL are one candidate and duplicates;
             otherwise every place is a candidate.
 
     Returns:
-        how well the fields are filled.
+        how well the fields are filled, and the ledger of the source's files.
+
+    Raises:
+        ValueError: something of a file is neither a record nor a counted loss (see `Ledger`).
     """
     coverage = Coverage()
     rows = _candidate_rows(records, coverage, keyed_by_url)

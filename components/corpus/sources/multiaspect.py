@@ -10,17 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from components.corpus.sources.url_lists import (
-    READ_ERRORS,
+from components.corpus.sources.records.address_columns import (
+    address_column,
+    described,
+    with_address,
+)
+from components.corpus.sources.records.json_values import parse_json
+from components.corpus.sources.records.source_records import (
+    SourceEnd,
+    SourceItem,
     SourceRecord,
-    open_text,
-    parse_json,
     place_of,
-    read_problem,
+    shown_path,
     source_files,
 )
+from components.corpus.sources.records.text_lines import READ_ERRORS, open_text, read_problem
+from components.settings.corpus import ListSettings
 
 SHARD_ENDINGS = (".json", ".json.gz")
+_JSON_LINES = "broken shard: JSON lines; name it .jsonl and set ingest.kind to urls"
 
 
 def _records(shard: Any) -> list[Any] | None:
@@ -34,29 +42,76 @@ def _records(shard: Any) -> list[Any] | None:
     return None
 
 
-def read_metadata_shards(source: Path, shown: str) -> Iterator[SourceRecord]:
-    """Every record of every shard; a shard that cannot be read is one broken record.
+def _shard(path: Path, lists: ListSettings) -> list[Any] | str:
+    """The items of a shard, or why there are none."""
+    try:
+        with open_text(path, lists.encoding) as file:
+            text = file.read()
+        records = _records(parse_json(text))
+    except READ_ERRORS as problem:
+        return read_problem(problem)
+    except ValueError as problem:
+        start = text.lstrip().partition("\n")[0]
+        if start.startswith("{") and start.rstrip().endswith("}"):
+            return _JSON_LINES
+        return f"broken shard: {problem}"
+    return "broken shard: not a list of records" if records is None else records
+
+
+def _refuse_without_addresses(
+    paths: list[Path], source: Path, shown: str, lists: ListSettings
+) -> None:
+    """Look at the first shard that holds objects: the others are read when it is their turn.
 
     Raises:
-        ValueError: no shards (see `source_files`).
+        ValueError: none of its objects has a field of addresses, or it is no shard but a list.
     """
-    for path in source_files(source, SHARD_ENDINGS, shown):
+    for path in paths:
+        found = _shard(path, lists)
+        if found == _JSON_LINES:
+            raise ValueError(f"{shown_path(path, source, shown)}: {found}")
+        objects = [item for item in found if isinstance(item, dict)]
+        if not objects:
+            continue
+        names = dict.fromkeys(name for item in objects for name in item)
+        if address_column(list(names), lists.url_column) is None:
+            called = "" if lists.url_column is None else f" called {lists.url_column}"
+            raise ValueError(
+                f"{shown_path(path, source, shown)}: no field of addresses{called}; fields are "
+                f"{described(names)}; set ingest.lists.url_column to the one that holds addresses"
+            )
+        return
+
+
+def read_metadata_shards(source: Path, shown: str, lists: ListSettings) -> Iterator[SourceItem]:
+    """Every record of every shard; a shard that cannot be read is one broken record.
+
+    Args:
+        source: shard, or folder of shards.
+        shown: how messages name it.
+        lists: encoding and field of addresses, where they are not the usual ones.
+
+    Raises:
+        ValueError: no shards (see `source_files`), or no addresses in them; before the first
+            record.
+    """
+    paths = source_files(source, SHARD_ENDINGS, shown)
+    _refuse_without_addresses(paths, source, shown, lists)
+    return _all_items(paths, source, lists)
+
+
+def _all_items(paths: list[Path], source: Path, lists: ListSettings) -> Iterator[SourceItem]:
+    for path in paths:
         name = place_of(path, source)
-        try:
-            with open_text(path) as file:
-                records = _records(parse_json(file.read()))
-        except READ_ERRORS as problem:
-            yield SourceRecord(name, None, read_problem(problem))
+        found = _shard(path, lists)
+        if isinstance(found, str):
+            yield SourceRecord(name, None, found, units=0)
+            yield SourceEnd(name, "records", 0)
             continue
-        except ValueError as problem:
-            yield SourceRecord(name, None, f"broken shard: {problem}")
-            continue
-        if records is None:
-            yield SourceRecord(name, None, "broken shard: not a list of records")
-            continue
-        for number, values in enumerate(records):
+        for number, values in enumerate(found):
             place = f"{name}:{number}"
             if isinstance(values, dict):
-                yield SourceRecord(place, values)
+                yield SourceRecord(place, with_address(values, lists.url_column))
             else:
                 yield SourceRecord(place, None, f"a {type(values).__name__}, not an object")
+        yield SourceEnd(name, "records", len(found))

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from components.corpus.sources.records.ledger import Ledger
 from components.files.parquet_files import storable
 
 # Manifest column (or record_id) -> keys that mean it, best first. Keys are compared in lower case
@@ -149,6 +150,7 @@ class Coverage:
     wrong_type: Counter[str] = field(default_factory=Counter)
     unknown: Counter[str] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=Counter)
+    ledger: Ledger = field(default_factory=Ledger)
 
     def add(self, fields: Fields) -> None:
         """Count one record."""
@@ -158,7 +160,7 @@ class Coverage:
         self.unknown.update(fields.extra.keys())
 
     def report(self) -> dict[str, Any]:
-        """Share of records with each known field, wrong types, unknown keys, problems by cause."""
+        """Share of records with each known field, wrong types, unknown keys, problems, ledger."""
         share = {
             name: self.filled[name] / self.records if self.records else 0.0 for name in ALIASES
         }
@@ -168,4 +170,5 @@ class Coverage:
             "wrong_type": dict(sorted(self.wrong_type.items())),
             "unknown_keys": dict(sorted(self.unknown.items())),
             "problems": dict(sorted(self.problems.items())),
+            "ledger": self.ledger.report(),
         }

@@ -1,146 +1,81 @@
 """Lists of photographs to fetch: CSV, JSONL and Parquet files, read as a stream of records.
 
-Text may be gzipped (`list.csv.gz`) and is UTF-8, or UTF-16 behind its byte order mark; other bytes
-become U+FFFD, which the tables of ingest count, and refuse in addresses.
+Text may be gzipped (`list.csv.gz`) and is UTF-8, or UTF-16 behind its byte order mark, or what the
+settings say; single wrong bytes become U+FFFD, which the tables of ingest count, and refuse in
+addresses. A list that would be misread as a whole is refused first (`records.list_shapes`).
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import gzip
-import io
-import json
-import sys
-import zlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from components.corpus.sources.records.address_columns import with_address
+from components.corpus.sources.records.json_values import parse_json
+from components.corpus.sources.records.list_shapes import list_kind, refuse_misread, separator_of
+from components.corpus.sources.records.separated_values import SeparatedValues
+from components.corpus.sources.records.source_records import (
+    SourceEnd,
+    SourceItem,
+    SourceRecord,
+    place_of,
+    source_files,
+)
+from components.corpus.sources.records.text_lines import (
+    LONGEST_LINE,
+    READ_ERRORS,
+    Lines,
+    is_too_long,
+    open_text,
+    read_problem,
+)
+from components.settings.corpus import ListSettings
+
 _TEXT_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson")
 LIST_ENDINGS = (*_TEXT_ENDINGS, *(f"{ending}.gz" for ending in _TEXT_ENDINGS), ".parquet")
-READ_ERRORS = (OSError, EOFError, zlib.error)
-"""What reading a file, gzipped or not, may raise."""
 _BATCH_ROWS = 1024
 
 
-@dataclass(frozen=True)
-class SourceRecord:
-    """One record of a source, or the place of one that cannot be read."""
+class _Reader(Protocol):
+    def records(self) -> Iterator[SourceRecord]:
+        """Every record and loss of one file."""
 
-    place: str
-    """File and position, such as "list.csv:12"; unique within a source."""
-    values: dict[str, Any] | None
-    """None: the record is broken."""
-    problem: str = ""
+    def end(self) -> SourceEnd:
+        """The count of what was read so far."""
 
 
-def source_files(source: Path, endings: tuple[str, ...], shown: str) -> list[Path]:
-    """The file itself, or the files of a folder (recursively) in sorted order.
+class JsonLines:
+    """One JSON object per line.
 
     Args:
-        source: file or folder.
-        endings: lower case, with the dot.
-        shown: how messages name the source.
-
-    Raises:
-        ValueError: missing, unreadable or nothing inside.
+        file: opened with newline="".
+        name: of the file in places.
     """
-    advice = f"point ingest.source at a file or folder of {', '.join(endings)}"
-    if not source.exists():
-        raise ValueError(f"{shown}: no such file or folder; {advice}")
-    if source.is_file():
-        if not source.name.lower().endswith(endings):
-            raise ValueError(f"{shown}: unknown kind of file; {advice}")
-        return [source]
-    found = [path for path in source.rglob("*") if path.name.lower().endswith(endings)]
-    files = sorted(
-        (path for path in found if path.is_file()),
-        key=lambda path: path.relative_to(source).as_posix(),
-    )
-    if not files:
-        raise ValueError(f"{shown}: no files inside; {advice}")
-    return files
 
+    def __init__(self, file: TextIO, name: str) -> None:
+        self._lines = Lines(file)
+        self._name = name
+        self._apart: Counter[str] = Counter()
 
-def place_of(path: Path, source: Path) -> str:
-    """Name of a list file below the source, with slashes."""
-    return path.name if path == source else path.relative_to(source).as_posix()
+    def records(self) -> Iterator[SourceRecord]:
+        """Every record and every loss.
 
-
-def open_text(path: Path) -> TextIO:
-    """A text file for reading, gzipped or not, in the encoding that its first bytes name.
-
-    Raises:
-        READ_ERRORS: it cannot be read; also later, while reading.
-    """
-    is_packed = path.suffix.lower() == ".gz"
-    file = gzip.open(path) if is_packed else path.open("rb")  # noqa: SIM115 - callers close it
-    try:
-        start = file.peek(2)[:2]
-    except BaseException:
-        file.close()
-        raise
-    encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    return io.TextIOWrapper(file, encoding=encoding, errors="replace", newline="")
-
-
-def read_problem(problem: BaseException) -> str:
-    """One line about one of `READ_ERRORS`, without the path."""
-    if isinstance(problem, OSError) and problem.strerror:
-        return f"cannot read: {problem.strerror}"
-    return f"cannot read: {' '.join(str(problem).split()) or type(problem).__name__}"
-
-
-def parse_json(text: str) -> Any:
-    """JSON from untrusted text.
-
-    Raises:
-        ValueError: not JSON, numbers too long, nested too deeply.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as problem:
-        raise ValueError(f"not JSON: {problem.msg}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _csv_records(path: Path, name: str) -> Iterator[SourceRecord]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    is_tabbed = path.name.lower().removesuffix(".gz").endswith(".tsv")
-    with open_text(path) as file:
-        reader = csv.reader(file, delimiter="\t" if is_tabbed else ",")
-        header = next(reader, None)
-        if header is None:
-            return
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as problem:
-                yield SourceRecord(f"{name}:{reader.line_num}", None, f"not CSV: {problem}")
-                continue
-            if not row:
-                continue
-            place = f"{name}:{reader.line_num}"
-            if len(row) > len(header):
-                yield SourceRecord(place, None, f"{len(row)} cells under {len(header)} headings")
-                continue
-            yield SourceRecord(place, dict(zip(header, row, strict=False)))
-
-
-def _jsonl_records(path: Path, name: str) -> Iterator[SourceRecord]:
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
+        Raises:
+            READ_ERRORS: the file ends early.
+        """
+        while (line := self._lines.take()) is not None:
             if not line.strip():
+                self._apart["blank"] += 1
                 continue
-            place = f"{name}:{number}"
+            place = f"{self._name}:{self._lines.number}"
+            if is_too_long(line):
+                yield SourceRecord(place, None, f"longer than {LONGEST_LINE} characters")
+                continue
             try:
                 values = parse_json(line)
             except ValueError as problem:
@@ -151,31 +86,106 @@ def _jsonl_records(path: Path, name: str) -> Iterator[SourceRecord]:
             else:
                 yield SourceRecord(place, None, f"a {type(values).__name__}, not an object")
 
+    def end(self) -> SourceEnd:
+        """The count of lines so far."""
+        return SourceEnd(self._name, "lines", self._lines.read, self._apart)
 
-def _parquet_records(path: Path, name: str) -> Iterator[SourceRecord]:
-    number = 0
+
+class _ParquetRows:
+    def __init__(self, path: Path, name: str) -> None:
+        self._path = path
+        self._name = name
+        self._total = 0
+
+    def records(self) -> Iterator[SourceRecord]:
+        number = 0
+        problem = "ends before the rows that its footer counts"
+        try:
+            with pq.ParquetFile(self._path) as file:
+                self._total = file.metadata.num_rows
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                    for values, detail in _rows(batch):
+                        number += 1
+                        yield SourceRecord(f"{self._name}:{number}", values, detail)
+        except (pa.ArrowException, OSError) as caught:
+            problem = str(caught).splitlines()[0] if str(caught) else type(caught).__name__
+        else:
+            if number >= self._total:
+                self._total = number
+                return
+        self._total = max(self._total, number)
+        yield SourceRecord(
+            f"{self._name}:{number + 1}",
+            None,
+            f"broken Parquet file: {problem}",
+            self._total - number,
+        )
+
+    def end(self) -> SourceEnd:
+        return SourceEnd(self._name, "rows", self._total)
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any] | None, str]]:
+    """Rows as Python values; where a whole batch cannot be converted, the rows that can."""
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield SourceRecord(f"{name}:{number}", values)
-    except (pa.ArrowException, OSError) as problem:
-        detail = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        yield SourceRecord(f"{name}:{number + 1}", None, f"broken Parquet file: {detail}")
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):
+        for at in range(batch.num_rows):
+            try:
+                yield batch.slice(at, 1).to_pylist()[0], ""
+            except (ValueError, OverflowError) as problem:
+                yield None, f"a value that cannot be read: {' '.join(str(problem).split())}"
+        return
+    for values in rows:
+        yield values, ""
 
 
-def read_url_lists(source: Path, shown: str) -> Iterator[SourceRecord]:
-    """Every record of every list, in sorted order of files.
+def _items(reader: _Reader, name: str, url_column: str | None) -> Iterator[SourceItem]:
+    try:
+        for record in reader.records():
+            if record.values is None or url_column is None:
+                yield record
+            else:
+                values = with_address(record.values, url_column)
+                yield SourceRecord(record.place, values, record.problem, record.units)
+    except READ_ERRORS as problem:
+        yield SourceRecord(name, None, read_problem(problem), units=0)
+    yield reader.end()
+
+
+def read_url_lists(source: Path, shown: str, lists: ListSettings) -> Iterator[SourceItem]:
+    """Every record of every list, in sorted order of files, each file closed by its count.
+
+    Args:
+        source: list, or folder of lists.
+        shown: how messages name it.
+        lists: how lists are written that do not say it themselves.
 
     Raises:
-        ValueError: see `source_files`.
+        ValueError: no lists (see `source_files`), or one that would be misread (see
+            `refuse_misread`); before the first record.
     """
-    readers = {".parquet": _parquet_records, ".jsonl": _jsonl_records, ".ndjson": _jsonl_records}
-    for path in source_files(source, LIST_ENDINGS, shown):
-        read = readers.get(Path(path.name.lower().removesuffix(".gz")).suffix, _csv_records)
+    paths = source_files(source, LIST_ENDINGS, shown)
+    refuse_misread(paths, source, shown, lists)
+    return _all_items(paths, source, lists)
+
+
+def _all_items(paths: list[Path], source: Path, lists: ListSettings) -> Iterator[SourceItem]:
+    for path in paths:
         name = place_of(path, source)
+        kind = list_kind(path)
+        if kind == "parquet":
+            yield from _items(_ParquetRows(path, name), name, lists.url_column)
+            continue
         try:
-            yield from read(path, name)
+            file = open_text(path, lists.encoding)
         except READ_ERRORS as problem:
-            yield SourceRecord(name, None, read_problem(problem))
+            yield SourceRecord(name, None, read_problem(problem), units=0)
+            yield SourceEnd(name, "lines", 0)
+            continue
+        with file:
+            reader: _Reader = JsonLines(file, name)
+            if kind != "jsonl":
+                separator = separator_of(path, lists)
+                reader = SeparatedValues(file, name, separator, lists.columns, lists.url_column)
+            yield from _items(reader, name, lists.url_column)

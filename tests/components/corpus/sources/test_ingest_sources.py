@@ -1,4 +1,4 @@
-"""Archives; identity of addresses; the probe; the alias table."""
+"""Identity of addresses; the probe; the alias table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import json
 import math
 import string
-import tarfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,15 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from components.corpus.sources.download_journal import DownloadJournal, Loss, Stored
 from components.corpus.sources.image_probe import PROBE_BYTES, image_extension, image_size
-from components.corpus.sources.originals import OriginalWriter, original_path, prune_originals
+from components.corpus.sources.originals import OriginalWriter, prune_originals
 from components.corpus.sources.public_addresses import is_public
 from components.corpus.sources.record_fields import ALIASES, extra_json, read_fields
 from components.corpus.sources.url_identity import host_of, normalise_url
-from components.corpus.sources.webdataset import read_webdataset
-from components.settings.corpus import DownloadSettings
-from components.settings.schema import load_settings
 
 ROOT = Path(__file__).parents[4]
 
@@ -231,84 +226,6 @@ def test_any_record_is_sorted_into_storable_columns(record: dict[str, Any]) -> N
         ):
             normal = key.strip().lower().replace("-", "_").replace(" ", "_")
             assert key in fields.extra or normal in known_keys, (key, value)
-
-
-def picture(kind: str = "JPEG", size: tuple[int, int] = (40, 30), colour: str = "teal") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, kind)
-    return file.getvalue()
-
-
-def add(archive: tarfile.TarFile, name: str, data: bytes, kind: bytes = tarfile.REGTYPE) -> None:
-    member = tarfile.TarInfo(name)
-    member.type = kind
-    member.size = len(data) if kind == tarfile.REGTYPE else 0
-    member.linkname = "/etc/passwd" if kind != tarfile.REGTYPE else ""
-    archive.addfile(member, io.BytesIO(data))
-
-
-def small_limits(**changes: object) -> DownloadSettings:
-    values = load_settings(ROOT / "params.yaml").ingest.download.model_dump()
-    return DownloadSettings.model_validate(values | {"min_pixels": 100, "max_mb": 0.5} | changes)
-
-
-def test_archives_give_images_with_sidecars_and_no_path_of_theirs_is_used(tmp_path: Path) -> None:
-    tars = tmp_path / "tars"
-    tars.mkdir()
-    with tarfile.open(tars / "a.tar", "w") as archive:
-        add(archive, "0001.json", b'{"url": "http://a/1.jpg", "key": "k1", "sha": 5}')
-        add(archive, "0001.jpg", picture())
-        add(archive, "0001.txt", b" a caption\n")
-        add(archive, "../../escape.jpg", picture(colour="red"))
-        add(archive, "/tmp/absolute.jpg", picture(colour="blue"))
-        add(archive, "link.jpg", b"", tarfile.SYMTYPE)
-        add(archive, "only-text.txt", b"x")
-        add(archive, "page.jpg", b"<html>")
-        add(archive, "dot.jpg", picture("GIF"))
-        add(archive, "tiny.png", picture("PNG", (9, 9)))
-        add(archive, "huge.jpg", picture() + bytes(600_000))
-        add(archive, "badjson.json", b"{")
-        add(archive, "badjson.cls", b"3")
-        add(archive, "badjson.webp", picture("WEBP"))
-    data = (tars / "a.tar").read_bytes()
-    (tars / "b.tar").write_bytes(data[:700])
-    store = tmp_path / "store"
-    with DownloadJournal(tmp_path / "j.sqlite", "s") as journal:
-        records = list(read_webdataset(tars, "tars", store, journal, small_limits()))
-        outcomes = {record.place: journal.get(record.place) for record in records}
-    results = {place: outcome.result for place, outcome in outcomes.items() if outcome}
-    kept = [place for place, result in results.items() if isinstance(result, Stored)]
-    assert kept == [
-        "a.tar#0001.jpg",
-        "a.tar#../../escape.jpg",
-        "a.tar#/tmp/absolute.jpg",
-        "a.tar#badjson.webp",
-    ]
-    lost = {place: result.cause for place, result in results.items() if isinstance(result, Loss)}
-    assert lost == {
-        "a.tar#page.jpg": "wrong_content",
-        "a.tar#dot.jpg": "wrong_content",
-        "a.tar#tiny.png": "too_small",
-        "a.tar#huge.jpg": "too_large",
-    }
-    first = records[0].values
-    assert first == {"url": "http://a/1.jpg", "key": "k1", "sha": 5, "txt": "a caption"}
-    by_place = {record.place: record for record in records}
-    assert by_place["a.tar#only-text"].problem == "no image under this key"
-    assert by_place["a.tar#badjson.webp"].values == {
-        "json_problem": by_place["a.tar#badjson.webp"].values["json_problem"],  # type: ignore[index]
-        "other_members": ["badjson.cls"],
-    }
-    assert by_place["b.tar"].problem.startswith("broken archive")
-    # The store holds content addresses and nothing else; nothing was written beside it.
-    names = sorted(path.name for path in store.rglob("*") if path.is_file())
-    assert len(names) == 4
-    assert all(len(name.partition(".")[0]) == 64 for name in names)
-    assert {path.name for path in tmp_path.iterdir()} >= {"store", "tars"}
-    assert not (tmp_path / "escape.jpg").exists()
-    stored = results["a.tar#0001.jpg"]
-    assert isinstance(stored, Stored)
-    assert original_path(store, stored.sha256, ".jpg").read_bytes() == picture()
 
 
 def test_pruning_keeps_what_rows_name_and_removes_what_a_kill_left(tmp_path: Path) -> None:

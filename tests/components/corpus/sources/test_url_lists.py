@@ -13,7 +13,17 @@ import pytest
 
 from components.corpus.sources.ingest_tables import write_candidates
 from components.corpus.sources.multiaspect import read_metadata_shards
-from components.corpus.sources.url_lists import SourceRecord, read_url_lists
+from components.corpus.sources.records.ledger import Ledger, balanced
+from components.corpus.sources.records.source_records import SourceRecord
+from components.corpus.sources.url_lists import read_url_lists
+from components.settings.corpus import ListSettings
+
+
+def records_of(source: Path, **changes: object) -> list[SourceRecord]:
+    """Records of lists named "lists" in messages."""
+    return list(
+        balanced(read_url_lists(source, "lists", ListSettings.model_validate(changes)), Ledger())
+    )
 
 
 def values(records: list[SourceRecord]) -> list[dict[str, Any] | None]:
@@ -28,7 +38,7 @@ def test_the_same_list_reads_alike_from_csv_jsonl_and_parquet(tmp_path: Path) ->
     table.to_csv(tmp_path / "b.tsv", index=False, sep="\t")
     table.to_json(tmp_path / "c.jsonl", orient="records", lines=True)
     table.to_parquet(tmp_path / "d.parquet", index=False)
-    records = list(read_url_lists(tmp_path, "lists"))
+    records = records_of(tmp_path)
     expected = table.to_dict("records")
     assert values(records) == expected * 4
     assert [records[0].place, records[-1].place] == ["a.csv:2", "d.parquet:2"]
@@ -36,12 +46,12 @@ def test_the_same_list_reads_alike_from_csv_jsonl_and_parquet(tmp_path: Path) ->
 
 def test_broken_lines_are_records_with_a_reason_and_cost_no_neighbour(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(
-        b"url,query\nhttp://a/1\xff.jpg,x\nhttp://a/2.jpg,x,y,z\n\nb,c\n"
+        b"url,query\nhttp://a/1\xff.jpg,x\nhttp://a/2.jpg,x,y,z\n\nb,\xc3\xa9\n"
     )
     (tmp_path / "b.jsonl").write_text('{"url": 1\n[1]\n' + "[" * 100_000 + '\n{"url": "u"}\n')
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "d.csv").touch()
-    records = list(read_url_lists(tmp_path, "lists"))
+    records = records_of(tmp_path)
     problems = [(record.place, record.problem) for record in records if record.values is None]
     assert [place for place, _ in problems] == [
         "a.csv:3",
@@ -69,14 +79,17 @@ def test_lists_read_alike_gzipped_and_in_every_encoding_that_names_itself(tmp_pa
         {"url": "http://a/1.jpg", "query": "“é”"},
         {"url": "http://a/2.jpg", "query": "水"},
     ]
-    records = list(read_url_lists(tmp_path, "lists"))
+    records = records_of(tmp_path)
     assert values(records) == expected * 9
     shards = tmp_path / "shards"
     shards.mkdir()
     text = json.dumps(expected, ensure_ascii=False)
     for number, encoding in enumerate(encodings):
         (shards / f"{number}.json.gz").write_bytes(gzip.compress(text.encode(encoding)))
-    assert values(list(read_metadata_shards(shards, "shards"))) == expected * 3
+    assert (
+        values(list(balanced(read_metadata_shards(shards, "shards", ListSettings()), Ledger())))
+        == expected * 3
+    )
 
 
 def test_a_file_that_ends_early_or_is_not_what_it_says_is_one_record_with_the_reason(
@@ -87,12 +100,14 @@ def test_a_file_that_ends_early_or_is_not_what_it_says_is_one_record_with_the_re
     (tmp_path / "flipped.jsonl.gz").write_bytes(whole[:40] + b"\xff" * 20 + whole[60:])
     (tmp_path / "plain.csv.gz").write_bytes(b"url\nhttp://a/1.jpg\n")
     (tmp_path / "zero.csv.gz").touch()
-    records = list(read_url_lists(tmp_path, "lists"))
+    records = records_of(tmp_path)
     problems = {record.place: record.problem for record in records if record.values is None}
     assert set(problems) >= {"cut.csv.gz", "flipped.jsonl.gz", "plain.csv.gz"}
     assert all("\n" not in text and str(tmp_path) not in text for text in problems.values())
     (tmp_path / "0.json.gz").write_bytes(b"[]")
-    (shard,) = read_metadata_shards(tmp_path / "0.json.gz", "0.json.gz")
+    (shard,) = balanced(
+        read_metadata_shards(tmp_path / "0.json.gz", "shard", ListSettings()), Ledger()
+    )
     assert shard.problem.startswith("cannot read: Not a gzipped file")
 
 
@@ -110,7 +125,9 @@ def test_rows_of_every_bad_kind_are_candidates_or_losses_with_a_cause(tmp_path: 
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     path = tmp_path / "candidates.parquet"
-    coverage = write_candidates(read_url_lists(tmp_path / "list.jsonl", "list.jsonl"), path)
+    coverage = write_candidates(
+        read_url_lists(tmp_path / "list.jsonl", "list.jsonl", ListSettings()), path
+    )
     table = pq.read_table(path).to_pandas()
     assert table["cause"].fillna("-").tolist() == [
         "-",
@@ -137,7 +154,7 @@ def test_an_unusable_list_names_the_setting(tmp_path: Path, make: str) -> None:
     if make == "wrong":
         source.touch()
     with pytest.raises(ValueError, match=r"^list\.txt: .*ingest\.source"):
-        list(read_url_lists(source, "list.txt"))
+        read_url_lists(source, "list.txt", ListSettings())
 
 
 def test_metadata_shards_are_accounted_for_record_by_record(tmp_path: Path) -> None:
@@ -164,7 +181,9 @@ def test_metadata_shards_are_accounted_for_record_by_record(tmp_path: Path) -> N
     (shards / "0002.json").write_text('{"data": [{"image_url": "http://a/6.jpg"}]}')
     (shards / "0003.json").write_bytes(b"\xff\xfe{}")
     path = tmp_path / "candidates.parquet"
-    coverage = write_candidates(read_metadata_shards(shards, "shards"), path).report()
+    coverage = write_candidates(
+        read_metadata_shards(shards, "shards", ListSettings()), path
+    ).report()
     table = pq.read_table(path).to_pandas()
     assert table["cause"].fillna("-").tolist() == [
         "-",

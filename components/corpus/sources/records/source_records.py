@@ -1,0 +1,88 @@
+"""What a reader of a source gives: records, losses, and after each file its own count of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# What macOS puts beside every file of an archive for file systems without resource forks.
+_APPLE_DOUBLE = "._"
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """One record of a source, or the place of one that cannot be read."""
+
+    place: str
+    """File and position, such as "list.csv:12"; unique within a source."""
+    values: dict[str, Any] | None
+    """None: the record is broken."""
+    problem: str = ""
+    units: int = 1
+    """Lines (rows, members) of the file that it stands for; 0 when it stands for the file."""
+
+
+@dataclass(frozen=True)
+class SourceEnd:
+    """The reader's count of one file, given after its last record.
+
+    `total` equals the units of the file's records and losses plus the values of `apart`, or a
+    reader has dropped something: `Ledger` checks it.
+    """
+
+    file: str
+    unit: str
+    """What is counted: "lines", "rows", "members" or "records"."""
+    total: int
+    """All of them."""
+    apart: Mapping[str, int] = field(default_factory=dict)
+    """What belongs to no record by its nature, such as {"header": 1, "blank": 2}."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """Oddities that cost nothing, such as {"loosely_quoted": 3}."""
+
+
+SourceItem = SourceRecord | SourceEnd
+
+
+def source_files(source: Path, endings: tuple[str, ...], shown: str) -> list[Path]:
+    """The file itself, or the files of a folder (recursively) in sorted order.
+
+    Args:
+        source: file or folder.
+        endings: lower case, with the dot.
+        shown: how messages name the source.
+
+    Raises:
+        ValueError: missing, unreadable or nothing inside.
+    """
+    advice = f"point ingest.source at a file or folder of {', '.join(endings)}"
+    if not source.exists():
+        raise ValueError(f"{shown}: no such file or folder; {advice}")
+    if source.is_file():
+        if not source.name.lower().endswith(endings):
+            raise ValueError(f"{shown}: unknown kind of file; {advice}")
+        return [source]
+    found = [
+        path
+        for path in source.rglob("*")
+        if path.name.lower().endswith(endings) and not path.name.startswith(_APPLE_DOUBLE)
+    ]
+    files = sorted(
+        (path for path in found if path.is_file()),
+        key=lambda path: path.relative_to(source).as_posix(),
+    )
+    if not files:
+        raise ValueError(f"{shown}: no files inside; {advice}")
+    return files
+
+
+def place_of(path: Path, source: Path) -> str:
+    """Name of a list file below the source, with slashes."""
+    return path.name if path == source else path.relative_to(source).as_posix()
+
+
+def shown_path(path: Path, source: Path, shown: str) -> str:
+    """How messages name a file of a source that they name `shown`."""
+    return shown if path == source else f"{shown}/{place_of(path, source)}"
