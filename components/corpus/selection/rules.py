@@ -7,6 +7,7 @@ rejected row names the first rule that it fails, its value and the threshold.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -83,10 +84,27 @@ STRATA = ("bucket", "channel", "is_character")
 _QUOTA_ROUNDS = 100
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """What one rule saw of one row."""
+
+    rule: str
+    fails: bool
+    reached: bool
+    """Whether the row had passed every rule before."""
+    value: float
+    """NaN: not measured, or the rule knows no number."""
+    threshold: float
+    """NaN: the rule is off for this row, or knows no number."""
+
+
 class _Verdicts:
     """First failed rule, value and threshold of every row, as arrays."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, watched: int | None = None) -> None:
+        # What every rule says of one row, also after the first that it fails.
+        self.watched = watched
+        self.seen: list[Judgement] = []
         # -1 passes. It also indexes the None at the end of `reasons`: keep that entry last.
         self.codes = np.full(count, -1, dtype=np.int8)
         self.value = np.full(count, math.nan)
@@ -104,12 +122,19 @@ class _Verdicts:
         threshold: np.ndarray | float = math.nan,
     ) -> None:
         """Reject the rows where `fails`, unless an earlier rule did."""
+        limits = np.broadcast_to(threshold, fails.shape)
+        if (row := self.watched) is not None:
+            value = math.nan if values is None else float(values[row])
+            seen = Judgement(
+                reason, bool(fails[row]), bool(self.passing[row]), value, float(limits[row])
+            )
+            self.seen.append(seen)
         # The first verdict stands: each row has one reason, and the counts add up.
         rows = fails & self.passing
         self.codes[rows] = REASONS.index(reason)
         if values is not None:
             self.value[rows] = values[rows]
-        self.threshold[rows] = np.broadcast_to(threshold, rows.shape)[rows]
+        self.threshold[rows] = limits[rows]
 
     def reasons(self) -> np.ndarray:
         return np.array([*REASONS, None], dtype=object)[self.codes]
@@ -220,7 +245,8 @@ def _reject_by_aesthetic(
         if fraction < 1.0:
             # NaN if nobody has a score, and then all fail: a rule that is on needs its signal.
             threshold = _top_threshold(scores[before & rows], fraction)
-            verdicts.reject(rows & ~(scores >= threshold), "aesthetic", scores, threshold)
+            limit = np.where(rows, threshold, math.nan)
+            verdicts.reject(rows & ~(scores >= threshold), "aesthetic", scores, limit)
 
 
 def _cut_to_shares(
@@ -337,7 +363,34 @@ def select(table: pd.DataFrame, settings: SelectSettings, seed: int = 0) -> pd.D
     Raises:
         QuotaInfeasible: no image would be left by the quotas.
     """
-    verdicts = _Verdicts(len(table))
+    return _selected(table, settings, seed, _Verdicts(len(table)))
+
+
+def judgements(
+    table: pd.DataFrame, settings: SelectSettings, seed: int, row: int
+) -> tuple[list[Judgement], pd.DataFrame]:
+    """What each rule that is on says of one row, and the table that `select` returns.
+
+    Rules that look at one image alone judge it whatever came before; those that compare images
+    only look at rows that have passed (`Judgement.reached`). A quota may judge more than once.
+
+    Args:
+        table: see `select`, as are settings and seed.
+        settings: thresholds.
+        seed: project seed.
+        row: position in `table`.
+
+    Raises:
+        QuotaInfeasible: no image would be left by the quotas.
+    """
+    verdicts = _Verdicts(len(table), row)
+    result = _selected(table, settings, seed, verdicts)
+    return verdicts.seen, result
+
+
+def _selected(
+    table: pd.DataFrame, settings: SelectSettings, seed: int, verdicts: _Verdicts
+) -> pd.DataFrame:
     human = _flags(table, "channel", "human")
     _reject_images(table, settings, verdicts, human)
     near = _reject_near_duplicates(table, settings, verdicts)

@@ -218,6 +218,57 @@ def datasheet(
     print(output)
 
 
+@app.command(
+    epilog="Example: [bold]ultraflux corpus why lake.jpg --out why.html[/] shows the picture "
+    "beside the one that was kept in its place.",
+)
+def why(
+    image: Annotated[
+        str, typer.Argument(help="image_id, the beginning of one, path or file name.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Also the pictures side by side: .html or .png.")
+    ] = None,
+) -> None:
+    """Why a photograph is kept or dropped: each rule's value against its threshold."""
+    from components.corpus.manifest import read_table
+    from components.corpus.pages.why_page import write_why
+    from components.corpus.selection.rules import COLUMNS
+    from components.corpus.selection.why import explain, find
+    from components.settings.schema import SettingsError, load_settings
+
+    root = project_root()
+    path = root / _SELECTED
+    if not path.is_file():
+        raise fail(f"{_SELECTED}: not found; run the pipeline first: ultraflux run --until select")
+    try:
+        settings = load_settings(root / "params.yaml")
+        table = read_table(path, [*COLUMNS, "uri", "reject_reason"])
+        found = explain(table, find(table, image, root), settings)
+        print("\n".join([*found.lines(), *_what_came_later(root, found.uri)]))
+        if out is not None:
+            write_why(found, root / "data" / "signals" / "derivatives.parquet", out)
+    # QuotaInfeasible and ImageUnknown are ValueErrors too; all are one line.
+    except (SettingsError, ValueError, OSError) as problem:
+        raise fail(str(problem)) from None
+    if out is not None:
+        print(out)
+
+
+def _what_came_later(root: Path, uri: str) -> list[str]:
+    """What the stages after `select` said of a row, as far as they have run."""
+    import pyarrow.parquet as pq
+
+    lines = []
+    for stage, column in (("caption", "caption_status"), ("slices", "split")):
+        path = root / "data" / stage / "manifest.parquet"
+        if path.is_file():
+            row = pq.read_table(path, columns=[column], filters=[("uri", "==", uri)]).to_pylist()
+            if row and row[0][column] is not None:
+                lines.append(f"  {stage}: {column} {row[0][column]}")
+    return lines
+
+
 @app.command()
 def pack(
     manifest: Annotated[

@@ -125,3 +125,30 @@ def test_one_changed_row_of_eleven_is_told_from_drift_by_the_command(project: Pa
     assert "drifted (220 rows before, 220 after)" in done.output
     told = CliRunner().invoke(app, ["corpus", "drift", "--help"]).output
     assert "0 nothing has drifted" in " ".join(told.replace("\u2502", " ").split())
+
+
+def test_why_says_the_rules_and_shows_the_picture_beside_its_keeper(project: Path) -> None:
+    table = manifest([7.5, 7.4, 6.0]).assign(
+        width=[5000, 4000, 4000], pdq_hash=["0" * 64, "0" * 63 + "3", "f" * 64], pdq_quality=100
+    )
+    rules = load_settings(ROOT / "params.yaml").select
+    selected = select(table, rules)
+    write_table(selected, project / "data" / "select" / "manifest.parquet")
+    later = selected.assign(caption_status="ok", split=["train", None, None])
+    for stage in ("caption", "slices"):
+        (project / "data" / stage).mkdir()
+        write_table(later, project / "data" / stage / "manifest.parquet")
+    page = project / "why.html"
+    done = CliRunner().invoke(app, ["corpus", "why", "1.jpg", "--out", str(page)])
+    assert done.exit_code == 0, done.output
+    assert "dropped by near_duplicate" in done.output
+    assert "2 of 256 bits" in done.output
+    assert "kept in its place: 0.jpg" in done.output
+    assert "0.jpg" in page.read_text()
+    kept = CliRunner().invoke(app, ["corpus", "why", "0.jpg"])
+    assert "slices: split train" in kept.output
+    for wrong in (["x.jpg"], ["0000"], ["1.jpg", "--out", "why.gif"]):
+        done = CliRunner().invoke(app, ["corpus", "why", *wrong])
+        assert done.exit_code == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("error: ")

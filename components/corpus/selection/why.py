@@ -1,0 +1,211 @@
+"""Why one photograph is kept or dropped: every rule's value against its threshold, and its keeper.
+
+At a prompt::
+
+    table = read_table(Path("data/select/manifest.parquet"))
+    print(*explain(table, find(table, "lake.jpg", Path()), settings).lines())
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from components.corpus.selection.rules import (
+    REASONS,
+    SETTING_OF,
+    Judgement,
+    as_candidates,
+    judgements,
+)
+from components.settings.schema import Settings
+
+_NAMED_IN_MESSAGES = 3
+_SHORTEST_PREFIX = 4
+"""Hexadecimal digits of an image_id; fewer are rather a file's name."""
+
+_SIGN = {"resolution": ">=", "entropy": ">=", "quality": ">", "aesthetic": ">="}
+"""How a value must stand to its threshold; `<=` for all others."""
+
+
+class ImageUnknown(ValueError):
+    """No row, or several photographs, go by a name; one line."""
+
+
+def find(table: pd.DataFrame, image: str, root: Path) -> int:
+    """Position of the row that an image_id (or the beginning of one), path or file name means.
+
+    Of byte-identical copies an image_id means the original, a path the copy itself.
+
+    Args:
+        table: image_id, uri and duplicate_of.
+        image: what a person typed.
+        root: where relative paths of `uri` start.
+
+    Raises:
+        ImageUnknown: see there.
+    """
+    path = Path(image)
+    names = {image, path.as_posix(), (Path.cwd() / path).as_posix()}
+    for start in (root, root.resolve()):
+        if (Path.cwd() / path).is_relative_to(start):
+            names.add((Path.cwd() / path).relative_to(start).as_posix())
+    uri = table["uri"].astype("string")
+    matches = uri.isin(names)
+    if not matches.any() and len(image) >= _SHORTEST_PREFIX:
+        matches = table["image_id"].astype("string").str.startswith(image.lower())
+    if not matches.any():
+        # In this order: a name in full says more than the end of a path.
+        matches = uri.str.endswith(f"/{path.as_posix()}")
+    rows = matches.to_numpy(dtype=bool, na_value=False).nonzero()[0]
+    if not len(rows):
+        raise ImageUnknown(
+            f"{image}: no candidate has this image_id, path or file name; list them with: "
+            "ultraflux corpus datasheet"
+        )
+    found = table.iloc[rows]
+    if found["image_id"].nunique() > 1:
+        named = ", ".join(found["uri"].head(_NAMED_IN_MESSAGES))
+        more = len(found) - _NAMED_IN_MESSAGES
+        raise ImageUnknown(
+            f"{image}: {len(found)} candidates go by it ({named}"
+            + (f" and {more} more" if more > 0 else "")
+            + "); give a path or more of the image_id"
+        )
+    originals = found["duplicate_of"].isna().to_numpy().nonzero()[0]
+    return int(rows[originals[0] if len(originals) else 0])
+
+
+@dataclass(frozen=True)
+class Why:
+    """The fate of one candidate under the present settings."""
+
+    image_id: str
+    uri: str
+    integrity: str
+    kept: bool
+    reason: str | None
+    rules: tuple[Judgement, ...]
+    """Of rules that are on, in their order."""
+    off: tuple[str, ...]
+    keeper: tuple[str, str] | None
+    """image_id and uri of the picture that is kept in its place."""
+    keeps_for: tuple[str, ...]
+    """`uri` of those that are dropped for this one."""
+    stored_reason: str | None
+    """What the stage `select` said; differs after a change of settings."""
+
+    def lines(self) -> list[str]:
+        """A few lines for a terminal."""
+        verdict = "kept" if self.kept else f"dropped by {self.reason}"
+        lines = [f"{self.uri} ({self.image_id[:12]}): {verdict}"]
+        lines += [f"  {_line(rule, self)}" for rule in self.rules]
+        if self.off:
+            lines.append(f"  off, or cut nothing: {', '.join(self.off)}")
+        if self.keeper is not None:
+            lines.append(f"  kept in its place: {self.keeper[1]} ({self.keeper[0][:12]})")
+        if self.keeps_for:
+            named = ", ".join(self.keeps_for[:_NAMED_IN_MESSAGES])
+            more = len(self.keeps_for) - _NAMED_IN_MESSAGES
+            lines.append(
+                f"  stands for {len(self.keeps_for)} dropped duplicates: {named}"
+                + (f" and {more} more" if more > 0 else "")
+            )
+        if self.stored_reason != self.reason:
+            lines.append(
+                f"  settings have changed: the stage select said "
+                f"{self.stored_reason or 'kept'}; run: ultraflux run --until select"
+            )
+        return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _line(rule: Judgement, why: Why) -> str:
+    """One rule: verdict, value against threshold, setting."""
+    mark = "FAILS" if rule.fails else "ok"
+    if rule.fails and not rule.reached:
+        mark = "fails too"
+    elif not rule.reached and rule.rule in _COMPARING:
+        return f"{'-':<9} {rule.rule}: not looked at, a rule before it failed"
+    said = ""
+    if rule.rule == "integrity" and rule.fails:
+        said = f": {why.integrity}"
+    elif rule.rule == "near_duplicate":
+        if rule.fails:
+            said = f": {rule.value:.0f} of 256 bits from a better one, limit {rule.threshold:.0f}"
+    elif math.isnan(rule.value) and not math.isnan(rule.threshold):
+        # Quotas and samples draw for all; who was not cut has no border to be held against.
+        said = ": not measured" if rule.fails else ""
+    elif not math.isnan(rule.threshold):
+        sign = _SIGN.get(rule.rule, "<=")
+        said = f": {_number(rule.value)}, must be {sign} {_number(rule.threshold)}"
+    setting = f" ({SETTING_OF[rule.rule]})" if rule.fails else ""
+    return f"{mark:<9} {rule.rule}{said}{setting}"
+
+
+_COMPARING = ("near_duplicate", "aesthetic", "aspect_quota", "character_quota", "sample")
+"""Rules that compare images, among those that have passed all before."""
+
+
+def explain(selected: pd.DataFrame, row: int, settings: Settings) -> Why:
+    """Judge every candidate anew and tell what each rule saw of one.
+
+    Args:
+        selected: output of the stage `select`.
+        row: position in it (`find`).
+        settings: present ones; a stored verdict that differs is named.
+
+    Raises:
+        QuotaInfeasible: see `select`.
+    """
+    seen, result = judgements(as_candidates(selected), settings.select, settings.project.seed, row)
+    # Of a rule that judged twice (a quota's rounds, a channel's percentile): what failed the row,
+    # else what had a threshold for it, else the last.
+    last: dict[str, Judgement] = {}
+    for rule in seen:
+        before = last.get(rule.rule)
+        if before is None or not (before.fails or math.isnan(rule.threshold)):
+            last[rule.rule] = rule
+    off = {
+        name
+        for name, rule in last.items()
+        # Rules that measure something compare it; without a threshold there was no comparison.
+        if name not in ("integrity", "duplicate", "near_duplicate")
+        and math.isnan(rule.threshold)
+        and not rule.fails
+    } | set(REASONS) - set(last)
+    own = result.iloc[row]
+    keeper = None
+    if isinstance(own["duplicate_of"], str):
+        original = result[result["image_id"] == own["duplicate_of"]]
+        original = original[original["duplicate_of"].isna() | original["kept"]]
+        uri = original["uri"].iloc[0] if len(original) else "not in this table"
+        keeper = (own["duplicate_of"], uri)
+    stands_for = result[(result["duplicate_of"] == own["image_id"]).to_numpy()]
+    if keeper is not None and keeper[0] == own["image_id"]:
+        stands_for = stands_for.iloc[:0]
+    return Why(
+        image_id=own["image_id"],
+        uri=own["uri"],
+        integrity=str(own["integrity"]),
+        kept=bool(own["kept"]),
+        reason=_text(own["reject_reason"]),
+        rules=tuple(last[name] for name in REASONS if name in last and name not in off),
+        off=tuple(name for name in REASONS if name in off and name not in _QUIET),
+        keeper=keeper,
+        keeps_for=tuple(stands_for["uri"]),
+        stored_reason=_text(selected["reject_reason"].iloc[row]),
+    )
+
+
+_QUIET = ("integrity", "duplicate")
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
