@@ -13,13 +13,18 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
 from urllib.parse import urljoin
 
 import httpcore
 import httpx
 
+from components.corpus.sources.answer_headers import (
+    forbidden_by_robots,
+    leading_range,
+    retry_after_s,
+)
 from components.corpus.sources.download_journal import DownloadJournal, Loss, Outcome, Stored
 from components.corpus.sources.host_limits import HostQueue, TokenBuckets
 from components.corpus.sources.image_probe import PROBE_BYTES, image_extension, image_size
@@ -38,14 +43,9 @@ MAX_REDIRECTS = 8
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _REFUSING = frozenset({401, 402, 403, 407, 451})
 _GONE = frozenset({404, 410})
-_RANGE_IGNORED_OR_EMPTY = 416
+# How servers refuse a request for a range: what the whole gets is seen when it is asked for.
+_RANGE_REFUSING = frozenset({400, 403, 405, 406, 412, 416, 501})
 _MIB = 2**20
-# X-Robots-Tag directives that forbid what a training corpus does with an image.
-_FORBIDDING = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
-# Directives that have a colon themselves; elsewhere a colon ends the name of a robot.
-_WITH_VALUE = frozenset(
-    {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
-)
 
 
 class FetchFailed(Exception):
@@ -81,41 +81,6 @@ class DownloadProgress:
         return self.received_bytes / 1e6 / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
 
-def forbidden_by_robots(values: Sequence[str], user_agent: str) -> str | None:
-    """The first X-Robots-Tag directive that keeps the image out of a corpus, or None.
-
-    Args:
-        values: one string per header line, "directive, ..." or "robot: directive, ...".
-        user_agent: lines for other robots do not concern us.
-    """
-    for value in values:
-        name, colon, rest = value.lower().partition(":")
-        directives = value.lower()
-        if colon and "," not in name and name.strip() not in _WITH_VALUE:
-            if name.strip() not in ("*", user_agent.lower().partition("/")[0]):
-                continue
-            directives = rest
-        for directive in directives.split(","):
-            if directive.strip() in _FORBIDDING:
-                return directive.strip()
-    return None
-
-
-def retry_after_s(value: str | None, now: datetime) -> float | None:
-    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3); None when it says nothing."""
-    if value is None:
-        return None
-    if value.strip().isdigit():
-        return float(value.strip()[:9])
-    try:
-        when = parsedate_to_datetime(value)
-    except (TypeError, ValueError):
-        return None
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=UTC)
-    return max(0.0, (when - now).total_seconds())
-
-
 def _failed_exchange(problem: Exception) -> FetchFailed:
     """The class of a transport problem; details never hold ports or times of this run."""
     if isinstance(problem, RefusedAddress):
@@ -134,6 +99,46 @@ def _failed_exchange(problem: Exception) -> FetchFailed:
     if isinstance(problem, httpx.UnsupportedProtocol | httpx.InvalidURL | httpx.DecodingError):
         return FetchFailed("wrong_content", type(problem).__name__)
     return FetchFailed("truncated", "connection ended before the answer did", retry=True)
+
+
+class _Trail:
+    """The addresses that redirects have led through.
+
+    Args:
+        url: where it begins.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._cookie: dict[str, str | None] = {url: None}
+        self._again: set[str] = set()
+        self._hops = 0
+
+    def sent(self, url: str, cookie: str | None) -> None:
+        """Note what a request for `url` said."""
+        self._cookie[url] = cookie
+
+    def next_hop(self, location: str, url: str, cookies: httpx.Cookies) -> str:
+        """Where a redirect leads; back to a place only once, with a cookie that was not sent there.
+
+        Raises:
+            FetchFailed: nowhere, in a circle, or on and on.
+        """
+        try:
+            following = normalise_url(urljoin(url, location))
+        except ValueError as problem:
+            raise FetchFailed("bad_redirect", str(problem)) from None
+        if following in self._cookie:
+            request = httpx.Request("GET", following)
+            cookies.set_cookie_header(request)
+            cookie = request.headers.get("Cookie")
+            if following in self._again or cookie == self._cookie[following]:
+                raise FetchFailed("redirect_loop", f"back to {following}")
+            self._again.add(following)
+        self._hops += 1
+        if self._hops > MAX_REDIRECTS:
+            raise FetchFailed("redirect_loop", f"more than {MAX_REDIRECTS} redirects")
+        self._cookie.setdefault(following, None)
+        return following
 
 
 class Downloader:
@@ -232,6 +237,8 @@ class Downloader:
             # No compression: what arrives are the original bytes.
             headers={"User-Agent": settings.user_agent, "Accept-Encoding": "identity"},
             follow_redirects=False,
+            # Cookies live as long as one address is being fetched (`_answer`).
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
             trust_env=False,
         )
 
@@ -243,19 +250,26 @@ class Downloader:
 
     @contextlib.asynccontextmanager
     async def _answer(
-        self, client: httpx.AsyncClient, url: str, headers: dict[str, str]
+        self, client: httpx.AsyncClient, url: str, headers: dict[str, str], cookies: httpx.Cookies
     ) -> AsyncIterator[httpx.Response]:
         """The answer at the end of the redirects, its body not yet read.
+
+        Args:
+            client: see `_client`.
+            url: where to begin.
+            headers: of every request.
+            cookies: what the hosts on the way have set; grows.
 
         Raises:
             FetchFailed: no usable answer.
         """
-        seen = {url}
+        trail = _Trail(url)
         while True:
             await asyncio.sleep(self._buckets.reserve(host_of(url), time.monotonic()))
             try:
                 async with asyncio.timeout(self._settings.total_timeout_s):
                     request = client.build_request("GET", url, headers=headers)
+                    cookies.set_cookie_header(request)
                     response = await client.send(request, stream=True)
             except (httpx.HTTPError, httpx.InvalidURL, httpcore.TimeoutException) as problem:
                 raise _failed_exchange(problem) from None
@@ -263,36 +277,27 @@ class Downloader:
                 raise _failed_exchange(problem) from None
             try:
                 if response.status_code not in _REDIRECTS:
-                    self._check_status(response, url)
+                    self._check_status(response, url, is_ranged="Range" in headers)
                     yield response
                     return
-                url = self._next_hop(response, url, seen)
+                trail.sent(url, request.headers.get("Cookie"))
+                cookies.extract_cookies(response)
+                url = trail.next_hop(response.headers.get("Location", ""), url, cookies)
             finally:
                 await response.aclose()
 
-    def _next_hop(self, response: httpx.Response, url: str, seen: set[str]) -> str:
-        target = response.headers.get("Location", "")
-        try:
-            following = normalise_url(urljoin(url, target))
-        except ValueError as problem:
-            raise FetchFailed("bad_redirect", str(problem)) from None
-        if following in seen:
-            raise FetchFailed("redirect_loop", f"back to {following}")
-        if len(seen) > MAX_REDIRECTS:
-            raise FetchFailed("redirect_loop", f"more than {MAX_REDIRECTS} redirects")
-        seen.add(following)
-        return following
-
-    def _check_status(self, response: httpx.Response, url: str) -> None:
+    def _check_status(self, response: httpx.Response, url: str, *, is_ranged: bool) -> None:
         """Raise for anything but a body; a host that asks for a pause gets it."""
         status = response.status_code
-        if status in (200, 206, _RANGE_IGNORED_OR_EMPTY):
+        if status in (200, 206):
             if self._settings.respect_robots_tag:
                 directive = forbidden_by_robots(
                     response.headers.get_list("X-Robots-Tag"), self._settings.user_agent
                 )
                 if directive is not None:
                     raise FetchFailed("robots", f"X-Robots-Tag: {directive}")
+            return
+        if is_ranged and status in _RANGE_REFUSING:
             return
         wait = retry_after_s(response.headers.get("Retry-After"), datetime.now(UTC))
         if wait is not None and status in (429, 503):
@@ -313,18 +318,23 @@ class Downloader:
         Raises:
             FetchFailed: this attempt gave no image.
         """
+        cookies = httpx.Cookies()
         if self._settings.min_pixels > 1:
             ranged = {"Range": f"bytes=0-{PROBE_BYTES - 1}"}
-            async with self._answer(client, url, ranged) as response:
+            async with self._answer(client, url, ranged, cookies) as response:
                 if response.status_code == 200:
                     # The server ignores ranges: this is the whole body already.
                     return await self._receive(response)
                 if response.status_code == 206:
-                    prefix = await self._prefix(response)
-                    self._inspect(prefix)
-        async with self._answer(client, url, {}) as response:
-            if response.status_code != 200:
-                raise FetchFailed("http_error", f"HTTP {response.status_code}")
+                    whole = await self._judge_start(response)
+                    if whole is not None:
+                        return whole
+        async with self._answer(client, url, {}, cookies) as response:
+            if response.status_code == 206:
+                span = response.headers.get("Content-Range")
+                held = leading_range(response.headers)
+                if span is not None and (held is None or held[0] != held[1]):
+                    raise FetchFailed("http_error", "HTTP 206 with a part of what was asked for")
             return await self._receive(response)
 
     async def _chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
@@ -342,17 +352,30 @@ class Downloader:
             self.received_bytes += len(chunk)
             yield chunk
 
-    async def _prefix(self, response: httpx.Response) -> bytes:
-        """At most `PROBE_BYTES` of a partial answer; its total size is checked."""
-        total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        if total.isdigit():
-            self._check_size(int(total))
-        prefix = b""
+    async def _judge_start(self, response: httpx.Response) -> Stored | None:
+        """Refuse an image by its first bytes, or keep it if they are all it has.
+
+        Of a partial answer whose bytes are not those that it says, nothing is concluded: None.
+        """
+        said = leading_range(response.headers)
+        if said is None:
+            return None
+        length, total = said
+        if total is not None:
+            self._check_size(total)
+        start = b""
         async for chunk in self._chunks(response):
-            prefix += chunk
-            if len(prefix) >= PROBE_BYTES:
+            start += chunk
+            if len(start) >= PROBE_BYTES:
                 break
-        return prefix[:PROBE_BYTES]
+        if len(start) != min(length, PROBE_BYTES):
+            return None
+        extension = self._inspect(start[:PROBE_BYTES])
+        if total != len(start):
+            return None
+        with OriginalWriter(self._folder) as writer:
+            writer.write(start)
+            return await asyncio.to_thread(self._settle, writer, extension)
 
     def _check_size(self, size_bytes: int) -> None:
         if size_bytes > self._max_bytes:

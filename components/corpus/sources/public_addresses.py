@@ -157,10 +157,12 @@ class CheckedTransport(httpx.AsyncHTTPTransport):
     """
 
     def __init__(self, connections: int, backend: CheckedBackend) -> None:
-        super().__init__(trust_env=False)
+        # Reading the certificates takes longer than a fetch: once for both.
+        certificates = httpx.create_ssl_context(trust_env=False)
+        super().__init__(verify=certificates, trust_env=False)
         # httpx has no argument for the network backend; a test pins that this one is used.
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=httpx.create_ssl_context(trust_env=False),
+            ssl_context=certificates,
             max_connections=connections,
             max_keepalive_connections=connections,
             keepalive_expiry=15.0,

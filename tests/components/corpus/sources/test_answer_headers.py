@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from components.corpus.sources.downloader import forbidden_by_robots, retry_after_s
+from components.corpus.sources.answer_headers import forbidden_by_robots, retry_after_s
 
 AGENT = "ultraflux-corpus/0.1"
 

@@ -1,0 +1,72 @@
+"""What the head of an answer says: robots, pauses, and which bytes of the file follow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpx
+
+# X-Robots-Tag directives that forbid what a training corpus does with an image.
+_FORBIDDING = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
+# Directives that have a colon themselves; elsewhere a colon ends the name of a robot.
+_WITH_VALUE = frozenset(
+    {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
+)
+_CONTENT_RANGE = re.compile(r"bytes\s+(\d{1,18})-(\d{1,18})/(\d{1,18}|\*)\s*", re.IGNORECASE)
+
+
+def forbidden_by_robots(values: Sequence[str], user_agent: str) -> str | None:
+    """The first X-Robots-Tag directive that keeps the image out of a corpus, or None.
+
+    Args:
+        values: one string per header line, "directive, ..." or "robot: directive, ...".
+        user_agent: lines for other robots do not concern us.
+    """
+    for value in values:
+        name, colon, rest = value.lower().partition(":")
+        directives = value.lower()
+        if colon and "," not in name and name.strip() not in _WITH_VALUE:
+            if name.strip() not in ("*", user_agent.lower().partition("/")[0]):
+                continue
+            directives = rest
+        for directive in directives.split(","):
+            if directive.strip() in _FORBIDDING:
+                return directive.strip()
+    return None
+
+
+def retry_after_s(value: str | None, now: datetime) -> float | None:
+    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3); None when it says nothing."""
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value.strip()[:9])
+    try:
+        when = parsedate_to_datetime(value)
+    except (TypeError, ValueError):
+        return None
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
+    return max(0.0, (when - now).total_seconds())
+
+
+def leading_range(headers: httpx.Headers) -> tuple[int, int | None] | None:
+    """Which bytes a partial answer says it holds (RFC 9110, 14.4).
+
+    Returns:
+        (number of bytes, size of the file if it says), for bytes from the first on; None when it
+        says nothing, contradicts itself, or holds other bytes or several ranges.
+    """
+    if headers.get("Content-Type", "").lower().startswith("multipart/"):
+        return None
+    found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
+    if found is None:
+        return None
+    first, last = int(found[1]), int(found[2])
+    total = None if found[3] == "*" else int(found[3])
+    if first != 0 or (total is not None and total <= last):
+        return None
+    return last + 1, total
