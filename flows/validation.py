@@ -152,6 +152,15 @@ def columns_read(contracts: Sequence[Contract]) -> list[str]:
     return list(dict.fromkeys([*_ALWAYS_READ, *named]))
 
 
+def presence_read(contracts: Sequence[Contract]) -> list[str]:
+    """Columns of which `validate` asks only whether there is a value, such as captions."""
+    asked: dict[str, set[str]] = {}
+    for spec in (spec for part in contracts for spec in part.expectations if spec.column):
+        asked.setdefault(str(spec.column), set()).add(spec.expectation)
+    alone = {"expect_column_values_to_not_be_null"}
+    return [name for name, kinds in asked.items() if kinds == alone and name not in _ALWAYS_READ]
+
+
 def _look_up(value: Any, settings: Settings, where: str) -> Any:
     """Replace {setting: section.key, divide_by: n} by the value in the settings."""
     if not isinstance(value, dict) or "setting" not in value:

@@ -107,7 +107,7 @@ def to_arrow(frame: pd.DataFrame, schema: pa.Schema) -> pa.Table:
             column = pa.nulls(len(frame), field.type)
         else:
             try:
-                column = pa.Array.from_pandas(frame[field.name], type=field.type)
+                column = pa.Array.from_pandas(_uncoded(frame[field.name]), type=field.type)
             except (pa.ArrowInvalid, pa.ArrowTypeError) as problem:
                 raise ValueError(
                     f"column {field.name}: not {field.type}: {str(problem).splitlines()[0]}"
@@ -116,6 +116,11 @@ def to_arrow(frame: pd.DataFrame, schema: pa.Schema) -> pa.Table:
             raise ValueError(f"column {field.name}: {column.null_count} values are missing")
         columns.append(column)
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _uncoded(column: pd.Series) -> pd.Series:
+    """Coded text as text."""
+    return column.astype(object) if isinstance(column.dtype, pd.CategoricalDtype) else column
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:

@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from components.corpus.manifest import SCHEMA, check_version
+from components.files.parquet_files import GROUP_ROWS
 
-BATCH_ROWS = 16_384
-"""With its captions some 20 MB."""
 _BUFFER = 2**20
 
 WORDS = "caption_words"
@@ -49,25 +48,34 @@ _OF_ITS_OWN = frozenset(
 )
 
 
+def _is_text(name: str) -> bool:
+    return name in SCHEMA.names and pa.types.is_string(SCHEMA.field(name).type)
+
+
 def is_coded(name: str) -> bool:
     """Whether a column of the schema is text of few values."""
-    return pa.types.is_string(SCHEMA.field(name).type) and name not in _OF_ITS_OWN
+    return _is_text(name) and name not in _OF_ITS_OWN
 
 
 def manifest_batches(
-    path: Path, columns: Sequence[str], batch_rows: int = BATCH_ROWS
+    path: Path, columns: Sequence[str], *, code_text: bool = True
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of a manifest, text of few values as dictionaries; columns it lacks are left out.
+    """Batches of a manifest; columns that it lacks are left out.
+
+    Args:
+        path: manifest.
+        columns: names of the schema.
+        code_text: text of few values comes as dictionaries.
 
     Raises:
         ValueError: not a manifest, or of another schema version.
     """
     check_version(path)
-    coded = [name for name in columns if name in SCHEMA.names and is_coded(name)]
+    coded = [name for name in columns if code_text and is_coded(name)]
     # Pages are read as they are needed: older files hold a million rows in one group.
     with pq.ParquetFile(path, read_dictionary=coded, buffer_size=_BUFFER) as file:
         known = [name for name in columns if name in file.schema_arrow.names]
-        yield from file.iter_batches(batch_size=batch_rows, columns=known)
+        yield from file.iter_batches(batch_size=GROUP_ROWS, columns=known)
 
 
 def _presence(values: pa.Array) -> pa.Array:
@@ -92,13 +100,13 @@ def read_columns(
         columns: names of the schema, and `WORDS` and `CHARACTERS_ZH`: words of the English and
             characters of the Chinese caption. Those that the manifest lacks are left out.
         kept_only: leave out the rows that are not kept.
-        presence: those of the text columns of which only matters where there is a value; their
-            value is `PRESENT`.
+        presence: those of which only matters where there is a value; text is `PRESENT` there.
 
     Raises:
         ValueError: not a manifest, or of another schema version.
     """
     wanted = list(dict.fromkeys(columns))
+    presence = {name for name in presence if _is_text(name)}
     needed = [_LENGTHS.get(name, name) for name in wanted]
     if kept_only:
         needed.append("kept")
@@ -155,8 +163,7 @@ class ManifestOnDisk:
         return self._rows
 
     def __getitem__(self, name: str) -> pd.Series:
-        is_text = pa.types.is_string(SCHEMA.field(name).type)
-        if not is_text or is_coded(name) or name in self._values_of:
+        if not _is_text(name) or is_coded(name) or name in self._values_of:
             return read_columns(self._path, [name])[name]
         digests = [_digests(batch[name]) for batch in manifest_batches(self._path, [name])]
         return pd.Series(np.concatenate([np.empty(0, np.uint64), *digests]))
@@ -165,5 +172,5 @@ class ManifestOnDisk:
 def _digests(text: pa.Array) -> np.ndarray:
     """(N,) uint64 of text, 0 where there is none."""
     digest = xxhash.xxh3_64_intdigest
-    values = (0 if value is None else digest(value) for value in text.to_pylist())
+    values = (0 if value is None else digest(value) for value in text.cast(pa.binary()).to_pylist())
     return np.fromiter(values, np.uint64, len(text))

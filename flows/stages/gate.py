@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.corpus.manifest import read_table
+from components.corpus.manifest_columns import read_columns
 from flows.stages.contract import StageContext, StageFailed, StageResult
 from flows.validation import (
     ContractError,
@@ -13,6 +13,7 @@ from flows.validation import (
     ValidationReport,
     columns_read,
     load_contract,
+    presence_read,
     validate,
     write_report,
 )
@@ -40,7 +41,7 @@ def check_manifest(
     """
     try:
         loaded = [load_contract(context.root / name) for name in contracts]
-        table = read_table(manifest, columns_read(loaded))
+        table = read_columns(manifest, columns_read(loaded), presence=presence_read(loaded))
         report = validate(table, loaded, context.settings)
     except ContractError as problem:
         raise StageFailed(f"{context.stage}: {problem}") from None

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 
-import pyarrow.parquet as pq
-
-from components.corpus.manifest import read_table, write_table
-from components.corpus.selection.join_signals import join_signals
+from components.corpus.manifest_copies import copy_manifest
+from components.corpus.selection.join_signals import read_candidates
 from components.corpus.selection.quotas import QuotaInfeasible
 from components.corpus.selection.rules import count_by_reason, select, why_nothing_is_kept
 from components.files.whole_files import write_text
@@ -25,18 +23,21 @@ def run(context: StageContext) -> StageResult:
         StageFailed: nothing is kept (both files are written all the same), quotas that cannot
             hold, or a critical expectation of the scored contract is violated.
     """
-    manifest = read_table(context.input("ingest", "manifest.parquet"))
-    signals = pq.read_table(context.input("signals", "signals.parquet")).to_pandas()
-    quality = pq.read_table(context.input("quality", "quality.parquet")).to_pandas()
-    people = pq.read_table(context.input("people", "people.parquet")).to_pandas()
-    table = join_signals(manifest, signals, quality, people, context.settings)
+    candidates = context.input("ingest", "manifest.parquet")
+    table = read_candidates(
+        candidates,
+        context.input("signals", "signals.parquet"),
+        context.input("quality", "quality.parquet"),
+        context.input("people", "people.parquet"),
+        context.settings,
+    )
     try:
         table = select(table, context.settings.select, context.settings.project.seed)
     except QuotaInfeasible as problem:
         raise StageFailed(f"select: {problem}") from None
 
     path = context.output_dir / "manifest.parquet"
-    write_table(table, path)
+    copy_manifest(candidates, table.drop(columns=["image_id"]), {path: None})
     counts = count_by_reason(table)
     summary_path = context.output_dir / "summary.json"
     write_text(summary_path, json.dumps(counts, indent=2) + "\n")

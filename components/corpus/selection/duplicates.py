@@ -271,6 +271,9 @@ def hamming_distance(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.asarray(np.bitwise_count(left ^ right).sum(axis=1, dtype=np.int64))
 
 
+KEEPER_COLUMNS = ("image_id", "width", "height", "pdq_hash", "pdq_quality", "quality_score")
+
+
 def keepers(
     table: pd.DataFrame, *, max_distance: int = 31, min_quality: int = 50
 ) -> tuple[np.ndarray, np.ndarray]:

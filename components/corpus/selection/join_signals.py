@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-import pandas as pd
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pandas.api.extensions import take
+
+from components.corpus.manifest import SCHEMA
+from components.corpus.manifest_columns import is_coded, read_columns
 from components.corpus.selection.bucket_columns import assign_buckets
+from components.corpus.selection.rules import COLUMNS
 from components.images.aspect_buckets import buckets
 from components.settings.schema import Settings
 
@@ -18,6 +28,7 @@ _SIGNALS = [
     "pdq_hash",
     "pdq_quality",
 ]
+_COMPLAINTS = ["integrity", "error"]
 _QUALITY = [
     "quality_score",
     "quality_scorer",
@@ -39,6 +50,42 @@ _PEOPLE = [
 ]
 
 
+MANIFEST_COLUMNS = tuple(name for name in COLUMNS if name in SCHEMA.names)
+"""What is read of the manifest; all other columns stay as they are."""
+
+
+def read_candidates(
+    manifest: Path, signals: Path, quality: Path, people: Path, settings: Settings
+) -> pd.DataFrame:
+    """`join_signals` of tables on disk, without the columns of which nothing is asked.
+
+    Args:
+        manifest: of the stage `ingest`.
+        signals: of the stage of that name, as are `quality` and `people`.
+        quality: scores.
+        people: evidence of people, NSFW scores, channels.
+        settings: see `join_signals`.
+
+    Returns:
+        `MANIFEST_COLUMNS` and all that was measured.
+    """
+    return join_signals(
+        read_columns(manifest, MANIFEST_COLUMNS),
+        _read(signals, [*_SIGNALS, *_COMPLAINTS]),
+        _read(quality, _QUALITY),
+        _read(people, _PEOPLE),
+        settings,
+    )
+
+
+def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Columns of a table beside a manifest, as far as it has them."""
+    coded = [name for name in columns if name not in _COMPLAINTS and is_coded(name)]
+    with pq.ParquetFile(path, read_dictionary=coded) as file:
+        known = [name for name in ("image_id", *columns) if name in file.schema_arrow.names]
+        return file.read(columns=known).to_pandas(split_blocks=True, self_destruct=True)
+
+
 def join_signals(
     manifest: pd.DataFrame,
     signals: pd.DataFrame,
@@ -49,11 +96,14 @@ def join_signals(
     """Everything that `rules.select` judges by, one row per candidate.
 
     Args:
-        manifest: of the stage `ingest`.
+        manifest: of the stage `ingest`; at least `MANIFEST_COLUMNS`.
         signals: of the stage of that name, as are `quality` and `people`; a row per distinct image.
         quality: scores.
         people: evidence of people, NSFW scores, channels.
         settings: `buckets` for the training sizes.
+
+    Raises:
+        ValueError: an image stands twice in one of the three.
     """
     table = _with_signals(manifest, signals)
     table = _with_columns(table, quality, _QUALITY)
@@ -66,20 +116,35 @@ def join_signals(
 
 def _with_columns(manifest: pd.DataFrame, other: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """Replace `columns` by those of `other`; duplicates of one image share its values."""
-    # Dropped first, or merge would keep both under suffixed names.
-    columns = [column for column in columns if column in other]
-    return manifest.drop(columns=columns).merge(
-        other[["image_id", *columns]], on="image_id", how="left", validate="many_to_one"
-    )
+    rows = _positions(manifest["image_id"], other["image_id"])
+    names = [name for name in columns if name in other]
+    if len(rows) == len(other) and (rows == np.arange(len(rows))).all():
+        found = {name: other[name].array for name in names}
+    else:
+        # Not a merge, which copies the whole table for every one that is joined to it.
+        is_known = bool((rows >= 0).all())
+        found = {name: take(other[name].array, rows, allow_fill=not is_known) for name in names}
+    return manifest.assign(**found)
+
+
+def _positions(image_ids: pd.Series, among: pd.Series) -> np.ndarray:
+    """(rows of `image_ids`,) int64: where each stands in `among`, -1 where nowhere."""
+    if not among.is_unique:
+        twice = among[among.duplicated()].iloc[0]
+        raise ValueError(f"image {twice} was measured twice")
+    asked, known = (pa.chunked_array(pa.array(c, pa.large_string())) for c in (image_ids, among))
+    if asked.equals(known):
+        return np.arange(len(asked))
+    found = pc.fill_null(pc.index_in(asked, value_set=known), -1)
+    return np.asarray(found.to_numpy(), dtype=np.int64)
 
 
 def _with_signals(manifest: pd.DataFrame, signals: pd.DataFrame) -> pd.DataFrame:
     """Add signals; `integrity` becomes the first complaint of header, decoder or engine."""
     # What the engine says (a crash, a timeout) stands for a decoder that gave no answer.
     found = signals.assign(decoded=signals["error"].fillna(signals["integrity"]))
-    # An empty column to be replaced: `_with_columns` drops what it brings.
-    joined = _with_columns(manifest.assign(decoded=None), found, [*_SIGNALS, "decoded"])
+    joined = _with_columns(manifest, found, [*_SIGNALS, "decoded"])
     # A file with a bad header was never decoded: the header's complaint stands.
-    header_is_fine = joined["integrity"] == "ok"
-    joined["integrity"] = joined["integrity"].where(~header_is_fine, joined["decoded"])
+    header = joined["integrity"].astype("str")
+    joined["integrity"] = header.where(header != "ok", joined["decoded"])
     return joined.drop(columns="decoded")

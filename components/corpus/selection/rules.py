@@ -209,15 +209,18 @@ def _reject_near_duplicates(
     would take others with it, and these may be further apart than the limit.
     """
     # Here, not above: compiled code that settings and quotas do without.
-    from components.corpus.selection.duplicates import keepers
+    from components.corpus.selection.duplicates import KEEPER_COLUMNS, keepers
 
     kept_instead = np.full(len(table), None, dtype=object)
     limit = settings.near_duplicate_distance
     if limit is None or "pdq_hash" not in table or table["pdq_hash"].isna().all():
         return kept_instead
     rows = np.flatnonzero(verdicts.passing)
+    compared = [name for name in KEEPER_COLUMNS if name in table]
     own, bits = keepers(
-        table.iloc[rows], max_distance=limit, min_quality=settings.near_duplicate_min_quality
+        table[compared].iloc[rows],
+        max_distance=limit,
+        min_quality=settings.near_duplicate_min_quality,
     )
     is_dropped = own != np.arange(len(rows))
     lost = np.zeros(len(table), dtype=bool)
@@ -225,7 +228,7 @@ def _reject_near_duplicates(
     distance = np.full(len(table), math.nan)
     distance[rows] = bits
     verdicts.reject(lost, "near_duplicate", distance, limit)
-    kept_instead[lost] = table["image_id"].to_numpy()[rows[own[is_dropped]]]
+    kept_instead[lost] = table["image_id"].iloc[rows[own[is_dropped]]].to_numpy()
     return kept_instead
 
 
@@ -401,7 +404,7 @@ def _selected(
         draws = np.full(len(table), math.nan)
         rows = np.flatnonzero(verdicts.passing)
         # A purpose of its own, so that who is sampled says nothing about who is held out later.
-        draws[rows] = uniform_draws(seed, table["image_id"].iloc[rows].tolist(), "select")
+        draws[rows] = uniform_draws(seed, table["image_id"].iloc[rows], "select")
         _reject_by_quota(table, settings, verdicts, draws)
         if target is not None:
             _reject_by_sample(table, target, verdicts, draws)
