@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from components.engine.map_items import EngineLimits, code_digest, join_shards, map_items
-from components.images import decoding, image_containers
+from components.images import decoding
 from components.images.original_lookup import OriginalLookup
 from components.settings.schema import Settings
 from components.signals import (
@@ -83,11 +83,11 @@ def measure_candidates(
     }
     code = code_digest(
         decoding,
+        *decoding.DECIDING_MODULES,
         entropy,
         flat_regions,
         fused_texture,
         glcm,
-        image_containers,
         jpeg_quality,
         pdq,
         shrinking,

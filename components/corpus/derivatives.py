@@ -83,7 +83,9 @@ def score_derivatives(
         stage=module.__name__.rsplit(".", 1)[-1],
         key={
             "derivative_px": derivative_px,
-            "code": code_digest(decoding, flat_regions, module, *modules),
+            "code": code_digest(
+                decoding, *decoding.DECIDING_MODULES, flat_regions, module, *modules
+            ),
             **(key or {}),
         },
         schema=schema,

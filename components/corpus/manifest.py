@@ -15,7 +15,10 @@ import pyarrow.parquet as pq
 
 from components.files.parquet_files import write_parquet
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+OLDEST_READ = 3
+"""Version 4 added what is stored beside what is seen. A manifest of version 3 is read with those
+columns null; its sizes are as stored."""
 _VERSION_KEY = b"ultraflux.manifest.schema_version"
 
 SCHEMA = pa.schema(
@@ -23,18 +26,29 @@ SCHEMA = pa.schema(
         # Identity: sha256 of the original bytes; `uri` is unique, duplicates share an image_id.
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
-        # Header.
+        # Header. Sizes are as seen (upright); what the file stores stands behind them.
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("megapixels", pa.float64()),
         ("aspect_ratio", pa.float64()),
+        ("stored_width", pa.int32()),
+        ("stored_height", pa.int32()),
+        # EXIF's, 1 to 8; the profile's name; bits per channel in the file.
+        ("orientation", pa.int32()),
+        ("color_space", pa.string()),
+        ("bit_depth", pa.int32()),
+        ("has_alpha", pa.bool_()),
         ("bucket", pa.string()),
         ("bucket_height", pa.int32()),
         ("bucket_width", pa.int32()),
         ("format", pa.string()),
         ("bytes_per_pixel", pa.float64()),
         ("integrity", pa.string()),
+        # What was converted or is wrong beside the pixels; no reason to reject.
+        ("decode_note", pa.string()),
         # Classical signals.
+        # Mean transparency, 0 opaque to 1.
+        ("alpha_fraction", pa.float64()),
         ("flat_fraction", pa.float64()),
         ("entropy_bits", pa.float64()),
         ("glcm_score", pa.float64()),
@@ -144,28 +158,43 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
         columns: names to read, in this order; unknown ones are left out. All in schema order when
             None.
 
+    Returns:
+        columns that an older version lacks are null.
+
     Raises:
-        ValueError: not a manifest, or of another schema version.
+        ValueError: not a manifest, or of a schema version that this code does not read.
     """
-    check_version(path)
-    known = None if columns is None else [name for name in columns if name in SCHEMA.names]
-    return pq.read_table(path, columns=known).to_pandas()
+    present = check_version(path).names
+    known = [
+        name for name in (SCHEMA.names if columns is None else columns) if name in SCHEMA.names
+    ]
+    table = pq.read_table(path, columns=[name for name in known if name in present])
+    for position, name in enumerate(known):
+        if name not in present:
+            field = SCHEMA.field(name)
+            table = table.add_column(position, field, pa.nulls(len(table), field.type))
+    return table.to_pandas()
 
 
-def check_version(path: Path) -> None:
+def check_version(path: Path) -> pa.Schema:
     """Refuse what is no manifest that this code reads.
+
+    Returns:
+        the file's own schema, which lacks columns if it is of an older version.
 
     Raises:
         ValueError: not a manifest, or of another schema version.
     """
     try:
-        version = (pq.read_schema(path).metadata or {}).get(_VERSION_KEY)
+        schema = pq.read_schema(path)
+        version = (schema.metadata or {}).get(_VERSION_KEY)
     except pa.ArrowInvalid:
         raise ValueError(f"{path}: not a Parquet file") from None
     if version is None:
         raise ValueError(f"{path}: not a manifest (no schema version in its metadata)")
-    if int(version) != SCHEMA_VERSION:
+    if not OLDEST_READ <= int(version) <= SCHEMA_VERSION:
         raise ValueError(
             f"{path}: manifest schema version {version.decode()}, this code reads "
-            f"{SCHEMA_VERSION}; run the stage that wrote it again"
+            f"{OLDEST_READ} to {SCHEMA_VERSION}; run the stage that wrote it again"
         )
+    return schema

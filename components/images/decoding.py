@@ -1,196 +1,208 @@
-"""Image bytes to RGB pixels, with untrusted files in mind.
+"""Image bytes to RGB pixels under two named policies.
 
-The semantics are those of the released UltraFlux filtering tool: PIL's `convert("RGB")`, no EXIF
-rotation, alpha dropped, colour profiles ignored. JPEGs are decoded once by libjpeg-turbo in strict
-mode, which gives the same pixels and also reports damage that PIL silently paints over.
+*As seen* (`decode_rgb`, `read_rgb`): what a viewer shows. Upright, colours brought to sRGB by the
+file's profile, transparency over white, 16 bits and fractions scaled to their range. Everything
+that looks at a photograph, trains on it or counts its size reads it so.
+
+*As stored* (`decode_as_stored`, `read_as_stored`): the semantics of the released UltraFlux
+filtering tool, PIL's `convert("RGB")`: no turn, alpha dropped, profiles ignored. Only the published
+signals read it so. Deviation: what PIL clips (16-bit gray, floats) or refuses (Lab) is scaled or
+converted as in *as seen*, because a white rectangle is no signal (tested).
+
+`decode_both` gives both from one decode; on a plain sRGB photograph they are one array.
+JPEGs are decoded by libjpeg-turbo in strict mode, which gives PIL's pixels and also reports damage
+that PIL silently paints over.
 """
 
 from __future__ import annotations
 
 import functools
-import io
-import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-import simplejpeg
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image
 
-from components.images.image_containers import (
-    OPTIONAL_PACKAGES,
-    container_family,
-    register_optional_formats,
+from components.images import (
+    as_seen,
+    colour_profiles,
+    header_facts,
+    image_containers,
+    image_files,
+    jpeg_scans,
+    png_chunks,
 )
+from components.images.arrays import ImageArray
+from components.images.as_seen import (
+    Bands,
+    bands_of,
+    gray_as_rgb,
+    transparent_share,
+    upright,
+    viewed,
+)
+from components.images.colour_profiles import to_srgb
+from components.images.header_facts import HIGH_DEPTH_MODES, UPRIGHT
+from components.images.image_files import (
+    MAX_MEGAPIXELS,
+    ByteSource,
+    ImageHeader,
+    ImageUndecodable,
+    OpenedImage,
+    opened,
+    read_header,
+)
+from components.images.jpeg_scans import JpegPixels, decode_strictly
 from components.images.scratch import Scratch
-from components.settings.bad_input import BadInput
 
-MAX_MEGAPIXELS = 400.0
-"""Default bound on decoded size; the pipeline takes `ingest.max_megapixels`."""
+_CMYK_BANDS = 4
+DECIDING_MODULES = (
+    as_seen,
+    colour_profiles,
+    header_facts,
+    image_containers,
+    image_files,
+    jpeg_scans,
+    png_chunks,
+)
+"""What decides pixels beside this module: for digests of the code that rows depend on."""
 
-_pil_limit_lock = threading.Lock()
-
-
-class ImageUndecodable(BadInput, ValueError):
-    """The file cannot be turned into pixels; the message is one short line saying why."""
-
-
-class ByteSource(Protocol):
-    """Where the bytes of a file come from: a path, or an original that is looked up."""
-
-    def read_bytes(self) -> bytes:
-        """All of them.
-
-        Raises:
-            OSError: they cannot be had; `strerror` says why.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class ImageHeader:
-    """What the header says; no pixel is decoded for it."""
-
-    height: int
-    width: int
-    format: str
-    """PIL's name, such as "JPEG"."""
-    mode: str
-    """PIL's mode, such as "RGB", "CMYK", "P", "I;16"."""
-    frames: int
-    """Above 1: animated or multi-page; the first frame counts."""
+__all__ = [
+    "MAX_MEGAPIXELS",
+    "ByteSource",
+    "DecodedImage",
+    "ImageHeader",
+    "ImageUndecodable",
+    "decode_as_stored",
+    "decode_both",
+    "decode_rgb",
+    "read_as_stored",
+    "read_header",
+    "read_rgb",
+]
 
 
 @dataclass(frozen=True)
 class DecodedImage:
     """Pixels and what happened on the way."""
 
-    pixels: np.ndarray
+    pixels: ImageArray
     """(H, W, 3) uint8, RGB."""
     header: ImageHeader
     integrity: str
     """ "ok", or how the file is damaged although pixels could be read."""
     note: str | None
-    """Conversion that lost something, such as "CMYK converted to RGB"."""
+    """Conversion that lost something, or what is wrong beside the pixels."""
     quantization: dict[int, list[int]] | None
     """A JPEG's quantisation tables by number, 64 steps each in row order; None for others."""
+    alpha_fraction: float
+    """Mean transparency, 0 opaque to 1."""
+
+
+class _Decoded:
+    """A file's own bands; both readings are made from them, while the file is open."""
+
+    def __init__(self, found: OpenedImage, bands: Bands, integrity: str, note: str | None) -> None:
+        self._found = found
+        self._bands = bands
+        self._integrity = integrity
+        self._note = note
+
+    @functools.cached_property
+    def stored(self) -> ImageArray:
+        """PIL's `convert("RGB")`, or what stands for it where PIL clips or refuses."""
+        colours = self._bands.colours
+        mode = self._found.header.mode
+        if mode == "LAB":
+            return to_srgb(colours, self._found.reading)
+        if mode not in HIGH_DEPTH_MODES and self._bands.alpha is not None:
+            return np.asarray(self._found.image.convert("RGB"))
+        if colours.ndim == 2:
+            return gray_as_rgb(colours)
+        if colours.shape[2] == _CMYK_BANDS:
+            image = Image.frombuffer("CMYK", (colours.shape[1], colours.shape[0]), colours)
+            return np.asarray(image.convert("RGB"))
+        return colours
+
+    @functools.cached_property
+    def seen(self) -> ImageArray:
+        """What a viewer shows; `stored` itself where the two agree."""
+        header, reading, alpha = self._found.header, self._found.reading, self._bands.alpha
+        # PIL turns a TIFF when it loads it.
+        turn = UPRIGHT if header.format == "TIFF" else header.orientation
+        if alpha is not None and bool((alpha == 255).all()):
+            alpha = None
+        colours = self._bands.colours if reading.transform is not None else None
+        if colours is None and alpha is None:
+            return upright(self.stored, turn)
+        return viewed(
+            Bands(self._opaque_rgb() if colours is None else colours, alpha), reading, turn
+        )
+
+    def _opaque_rgb(self) -> ImageArray:
+        """Colours without a profile under an alpha channel, which `stored` would convert again."""
+        colours = self._bands.colours
+        return gray_as_rgb(colours) if colours.ndim == 2 else colours
+
+    def facts(self, pixels: ImageArray, extras: tuple[str, ...]) -> DecodedImage:
+        header = self._found.header
+        notes = [*extras, *header.notes, *([self._note] if self._note else [])]
+        if header.mode != "RGB":
+            notes.append(f"{header.mode} converted to RGB")
+        if header.frames > 1:
+            notes.append(f"first of {header.frames} frames")
+        return DecodedImage(
+            pixels=pixels,
+            header=header,
+            integrity=self._integrity,
+            note=", ".join(dict.fromkeys(notes)) or None,
+            quantization=getattr(self._found.image, "quantization", None),
+            alpha_fraction=transparent_share(self._bands.alpha),
+        )
+
+
+def _strict_jpeg(found: OpenedImage, scratch: Scratch | None) -> JpegPixels:
+    header = found.header
+    if header.mode == "CMYK":
+        return decode_strictly(found.data, "CMYK")
+    shape = (header.stored_height, header.stored_width, 3)
+    return decode_strictly(
+        found.data, "RGB", None if scratch is None else scratch.take("rgb", shape)
+    )
+
+
+def _decoded(found: OpenedImage, scratch: Scratch | None, damage: str | None) -> _Decoded:
+    header = found.header
+    if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L", "CMYK"):
+        strict = _strict_jpeg(found, scratch)
+        if strict.pixels is not None:
+            return _Decoded(found, Bands(strict.pixels, None), "ok", strict.note)
+        damage = strict.damage
+    bands = bands_of(found.image)
+    return _Decoded(found, bands, damage or "ok", bands.note)
 
 
 @contextmanager
-def _pil_without_pixel_limit() -> Iterator[None]:
-    """Let PIL open large headers; the caller compares with its own limit.
-
-    PIL's limit is a global of the process, so it is set under a lock and put back.
-    """
-    with _pil_limit_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        previous = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = previous
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Formats of photographs that this PIL reads; whatever else it knows is none.
-
-    PostScript, for one, would start Ghostscript on bytes that somebody named .jpg.
-    """
-    optional = [name for name in ("WEBP", "AVIF") if features.check(name.lower())]
-    register_optional_formats()
-    optional += [name for name in OPTIONAL_PACKAGES if name in Image.OPEN]
-    return ("JPEG", "PNG", "TIFF", "GIF", "BMP", *optional)
-
-
-def _unknown(data: bytes) -> str:
-    """Why PIL knows no image in `data`: a decoder that is not installed, or nothing it ever is."""
-    family = container_family(data)
-    if family is None or family in _formats():
-        return "not an image that PIL knows"
-    package = OPTIONAL_PACKAGES.get(family, "pillow built with libavif")
-    return f"{family} needs a decoder that is not installed: {package}"
-
-
-@contextmanager
-def _opened(data: bytes, max_megapixels: float) -> Iterator[tuple[Image.Image, ImageHeader]]:
-    """PIL's lazy image and its header, size checked; every decoder error becomes ours."""
-    if not data:
-        raise ImageUndecodable("empty file (0 bytes)")
-    try:
-        with (
-            _pil_without_pixel_limit(),
-            Image.open(io.BytesIO(data), formats=list(_formats())) as image,
-        ):
-            header = ImageHeader(
-                height=image.height,
-                width=image.width,
-                format=str(image.format),
-                mode=image.mode,
-                frames=int(getattr(image, "n_frames", 1)),
-            )
-            megapixels = image.height * image.width / 1e6
-            if megapixels > max_megapixels:
-                raise ImageUndecodable(
-                    f"too large: {header.height}x{header.width} is {megapixels:.1f} megapixels, "
-                    f"limit {max_megapixels:g}"
-                )
-            yield image, header
-    except ImageUndecodable:
-        raise
-    except UnidentifiedImageError:
-        raise ImageUndecodable(_unknown(data)) from None
-    except MemoryError:
-        # Not the file's fault alone: the engine retries and then quarantines.
-        raise
-    except Exception as problem:
-        # Decoders of untrusted bytes raise whatever they like (OSError, SyntaxError, struct.error).
-        detail = " ".join(str(problem).split()) or type(problem).__name__
-        raise ImageUndecodable(f"cannot decode: {detail}") from None
-
-
-def read_header(data: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> ImageHeader:
-    """Probe size and format without decoding pixels; EXIF orientation is not applied.
-
-    Raises:
-        ImageUndecodable: empty, unknown, broken, or more than `max_megapixels`.
-    """
-    with _opened(data, max_megapixels) as (_, header):
-        return header
-
-
-def _conversion_note(header: ImageHeader) -> str | None:
-    notes = []
-    if header.mode != "RGB":
-        notes.append(f"{header.mode} converted to RGB")
-    if header.frames > 1:
-        notes.append(f"first of {header.frames} frames")
-    return ", ".join(notes) or None
-
-
-def _decode_jpeg_strictly(
-    data: bytes, header: ImageHeader, scratch: Scratch | None
-) -> np.ndarray | str:
-    """Pixels, or the message of the first irregularity that libjpeg-turbo reports."""
-    buffer = None if scratch is None else scratch.take("rgb", (header.height, header.width, 3))
-    try:
-        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer, strict=True)
-    except ValueError as problem:
-        return " ".join(str(problem).split()).lower()
-    return pixels
+def _decoding(
+    data: bytes, max_megapixels: float, scratch: Scratch | None = None
+) -> Iterator[tuple[_Decoded, tuple[str, ...]]]:
+    """The bands of a file, and what was left out of it before it was opened."""
+    damage: str | None = None
+    extras: tuple[str, ...] = ()
+    if data.startswith(png_chunks.SIGNATURE):
+        checked = png_chunks.check_chunks(data)
+        damage, extras, data = checked.damage, checked.notes, checked.sound
+    with opened(data, max_megapixels) as found:
+        yield _decoded(found, scratch, damage), extras
 
 
 def decode_rgb(
     data: bytes, *, max_megapixels: float = MAX_MEGAPIXELS, scratch: Scratch | None = None
 ) -> DecodedImage:
-    """Decode an image file to RGB exactly as PIL's `convert("RGB")` does.
+    """Decode an image file *as seen*: upright, in sRGB, on white (see the module's docstring).
 
-    16-bit, CMYK, palette and animated files are converted as PIL converts them (first frame) and
-    get a note.
+    16-bit, CMYK, palette and animated files (first frame) get a note.
 
     Args:
         data: the file's bytes.
@@ -201,27 +213,55 @@ def decode_rgb(
     Raises:
         ImageUndecodable: no pixels can be had.
     """
-    integrity = "ok"
-    with _opened(data, max_megapixels) as (image, header):
-        note = _conversion_note(header)
-        quantization = getattr(image, "quantization", None)
-        if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L"):
-            strict = _decode_jpeg_strictly(data, header, scratch)
-            if isinstance(strict, np.ndarray):
-                return DecodedImage(strict, header, integrity, note, quantization)
-            integrity = strict
-        pixels = np.asarray(image.convert("RGB"))
-    return DecodedImage(pixels, header, integrity, note, quantization)
+    with _decoding(data, max_megapixels, scratch) as (decoded, extras):
+        return decoded.facts(decoded.seen, extras)
+
+
+def decode_as_stored(data: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> DecodedImage:
+    """Decode an image file *as stored*, for the published signals alone.
+
+    Raises:
+        ImageUndecodable: no pixels can be had.
+    """
+    with _decoding(data, max_megapixels) as (decoded, extras):
+        return decoded.facts(decoded.stored, extras)
+
+
+def decode_both(
+    data: bytes, *, max_megapixels: float = MAX_MEGAPIXELS, scratch: Scratch | None = None
+) -> tuple[DecodedImage, ImageArray]:
+    """Decode once for both policies; arguments as for `decode_rgb`.
+
+    Returns:
+        the picture *as seen*, and the pixels *as stored*: the same array where the two agree.
+
+    Raises:
+        ImageUndecodable: no pixels can be had.
+    """
+    with _decoding(data, max_megapixels, scratch) as (decoded, extras):
+        return decoded.facts(decoded.seen, extras), decoded.stored
+
+
+def _bytes_of(path: ByteSource) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise ImageUndecodable(f"cannot read: {problem.strerror}") from None
 
 
 def read_rgb(path: ByteSource, *, max_megapixels: float = MAX_MEGAPIXELS) -> DecodedImage:
-    """`decode_rgb` of a file.
+    """`decode_rgb` of a file: what a viewer shows.
 
     Raises:
         ImageUndecodable: unreadable file or no pixels.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as problem:
-        raise ImageUndecodable(f"cannot read: {problem.strerror}") from None
-    return decode_rgb(data, max_megapixels=max_megapixels)
+    return decode_rgb(_bytes_of(path), max_megapixels=max_megapixels)
+
+
+def read_as_stored(path: ByteSource, *, max_megapixels: float = MAX_MEGAPIXELS) -> DecodedImage:
+    """`decode_as_stored` of a file.
+
+    Raises:
+        ImageUndecodable: unreadable file or no pixels.
+    """
+    return decode_as_stored(_bytes_of(path), max_megapixels=max_megapixels)

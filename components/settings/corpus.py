@@ -246,6 +246,9 @@ class SelectSettings(Section):
 
     min_pixels: Count
     """Paper: 3840 * 2160 = 8294400, without resizing."""
+    max_alpha_fraction: Fraction | None
+    """Largest mean transparency, 0 to 1: transparent parts are seen as white. Not in the paper:
+    ours. None: no rule."""
     max_nsfw: Fraction | None
     """Largest NSFW score, 0 to 1; not published. None: no rule. An image without a score fails."""
     max_flat_fraction: Fraction

@@ -17,10 +17,16 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from components.images.decoding import MAX_MEGAPIXELS, ImageUndecodable, decode_rgb, read_rgb
+from components.images.decoding import (
+    MAX_MEGAPIXELS,
+    ImageUndecodable,
+    decode_both,
+    read_as_stored,
+)
 from components.images.original_lookup import Original
 from components.images.scratch import Scratch
 from components.signals.compression import jpeg95_ratio
+from components.signals.flat_regions import grayscale
 from components.signals.fused_texture import FusedTexture, fused_texture
 from components.signals.glcm import glcm_measures
 from components.signals.jpeg_quality import jpeg_quality
@@ -32,6 +38,7 @@ _DERIVATIVE_QUALITY = 90
 SIGNALS_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
+        # As seen.
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("bytes_per_pixel", pa.float64()),
@@ -43,6 +50,7 @@ SIGNALS_SCHEMA = pa.schema(
         ("jpeg_quality", pa.int32()),
         ("pdq_hash", pa.string()),
         ("pdq_quality", pa.int32()),
+        ("alpha_fraction", pa.float64()),
         ("decode_note", pa.string()),
         ("error", pa.string()),
     ]
@@ -50,7 +58,7 @@ SIGNALS_SCHEMA = pa.schema(
 DERIVATIVES_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
-        # Of the original, so that boxes found on the derivative can be scaled back.
+        # Of the original as seen, so that boxes found on the derivative can be scaled back.
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("jpeg", pa.binary()),
@@ -63,6 +71,15 @@ UNREAD = "cannot read"
 """What `integrity` starts with when not even the bytes could be had."""
 
 _MEASURES = ("entropy_bits", "flat_fraction", "glcm_score", "glcm_entropy_bits", "jpeg95_ratio")
+
+_SEEN = (
+    "upright_width",
+    "upright_height",
+    "orientation",
+    "color_space",
+    "bit_depth",
+    "alpha_fraction",
+)
 
 
 @dataclass(frozen=True)
@@ -135,19 +152,28 @@ def measure_candidate(candidate: Candidate) -> dict[str, Any]:
     """
     try:
         data = candidate.path.read_bytes()
-        decoded = decode_rgb(data, max_megapixels=candidate.max_megapixels, scratch=_scratch())
+        decoded, stored = decode_both(
+            data, max_megapixels=candidate.max_megapixels, scratch=_scratch()
+        )
     except OSError as problem:
         # Without the path that the full text holds: rows must not depend on the machine.
         return {"integrity": f"{UNREAD}: {problem.strerror}"}
     except ImageUndecodable as problem:
         return {"integrity": str(problem)}
-    # The one pass over the pixels; all that follows reads its gray plane or its small copy.
-    texture = _texture(decoded.pixels, candidate)
+    # The one pass over the pixels; all that follows reads its gray plane or its small copy. The
+    # published signals are of the file as stored.
+    texture = _texture(stored, candidate)
     # `texture.gray` is scratch: read to the end here, and nothing returned points into it.
     glcm = glcm_measures(texture.gray) if candidate.glcm else None
     score, entropy = glcm or (None, None)
-    hash_hex, hash_quality = pdq(texture.gray) or (None, None)
-    height, width = texture.gray.shape
+    height, width = decoded.pixels.shape[:2]
+    seen_gray, reduced = texture.gray, texture.reduced
+    if decoded.pixels is not stored:
+        # Turned, of another colour space or transparent: these two are of what a viewer shows.
+        seen_gray = grayscale(decoded.pixels)
+        factor = derivative_factor(height, width, candidate.derivative_px)
+        reduced = box_reduced(decoded.pixels, factor)
+    hash_hex, hash_quality = pdq(seen_gray) or (None, None)
     return {
         "width": width,
         "height": height,
@@ -161,9 +187,10 @@ def measure_candidate(candidate: Candidate) -> dict[str, Any]:
         "jpeg_quality": jpeg_quality(decoded.quantization) if decoded.quantization else None,
         "pdq_hash": hash_hex,
         "pdq_quality": hash_quality,
+        "alpha_fraction": decoded.alpha_fraction,
         "decode_note": decoded.note,
         # Of the same decode, for the scorers: they need not open the original again.
-        "jpeg": _encoded(texture.reduced),
+        "jpeg": _encoded(reduced),
     }
 
 
@@ -196,20 +223,26 @@ def measure_image(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> dict
     """All weight-free measures of one file, with the paper's thresholds for flatness.
 
     Returns:
-        path, width, height (pixels, no EXIF rotation), entropy_bits (0 to 8), flat_fraction
-        (0 to 1), glcm_score, glcm_entropy_bits (0 to 12), jpeg95_ratio (above 1 for nearly every
-        picture). Not measurable: null, and the key `error` says why.
+        path, width, height (pixels as stored), entropy_bits (0 to 8), flat_fraction (0 to 1),
+        glcm_score, glcm_entropy_bits (0 to 12), jpeg95_ratio (above 1 for nearly every picture),
+        all of the pixels as stored; upright_width, upright_height (as seen), orientation (1 to 8),
+        color_space, bit_depth, alpha_fraction (mean transparency). Not measurable: null, and the
+        key `error` says why.
     """
     row: dict[str, Any] = {"path": str(path), "width": None, "height": None}
     # Every key from the start: the line of a file that fails has the same ones.
-    row |= dict.fromkeys(_MEASURES)
+    row |= dict.fromkeys((*_MEASURES, *_SEEN))
     try:
-        decoded = read_rgb(path, max_megapixels=max_megapixels)
+        decoded = read_as_stored(path, max_megapixels=max_megapixels)
     except ImageUndecodable as problem:
         return row | {"error": str(problem)}
     texture = fused_texture(decoded.pixels)
-    row |= {"width": decoded.header.width, "height": decoded.header.height}
+    header = decoded.header
+    row |= {"width": header.stored_width, "height": header.stored_height}
     row |= {"entropy_bits": texture.entropy_bits, "flat_fraction": texture.flat_fraction}
+    row |= {"upright_width": header.width, "upright_height": header.height}
+    row |= {"orientation": header.orientation, "color_space": header.color_space}
+    row |= {"bit_depth": header.bit_depth, "alpha_fraction": decoded.alpha_fraction}
     # A damaged file is measured as far as it decodes, and says so.
     errors = [] if decoded.integrity == "ok" else [f"damaged: {decoded.integrity}"]
     glcm = glcm_measures(texture.gray)

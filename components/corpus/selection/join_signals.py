@@ -20,6 +20,8 @@ from components.settings.schema import Settings
 
 # What each stage measures; a table made with a model or measurement switched off has fewer columns.
 _SIGNALS = [
+    "alpha_fraction",
+    "decode_note",
     "flat_fraction",
     "entropy_bits",
     "glcm_score",

@@ -26,6 +26,7 @@ REASONS = (
     "integrity",
     "duplicate",
     "resolution",
+    "transparency",
     "nsfw",
     "flat_fraction",
     "entropy",
@@ -47,6 +48,7 @@ SETTING_OF = {
     "integrity": "ingest.source",
     "duplicate": "ingest.source",
     "resolution": "select.min_pixels",
+    "transparency": "select.max_alpha_fraction",
     "nsfw": "select.max_nsfw",
     "flat_fraction": "select.max_flat_fraction",
     "entropy": "select.min_entropy_bits",
@@ -66,6 +68,7 @@ COLUMNS = (
     "duplicate_of",
     "width",
     "height",
+    "alpha_fraction",
     "nsfw_score",
     "flat_fraction",
     "entropy_bits",
@@ -185,6 +188,11 @@ def _reject_images(
     pixels = _numbers(table, "width") * _numbers(table, "height")
     # Negated comparisons, so that a missing signal (NaN) fails.
     verdicts.reject(~(pixels >= settings.min_pixels), "resolution", pixels, settings.min_pixels)
+    if settings.max_alpha_fraction is not None:
+        clear = _numbers(table, "alpha_fraction")
+        # Not negated: every decoded file has this measure, but manifests of version 3 have not.
+        fails = clear > settings.max_alpha_fraction
+        verdicts.reject(fails, "transparency", clear, settings.max_alpha_fraction)
     if settings.max_nsfw is not None:
         nsfw = _numbers(table, "nsfw_score")
         verdicts.reject(~(nsfw <= settings.max_nsfw), "nsfw", nsfw, settings.max_nsfw)
@@ -344,18 +352,18 @@ def strata(table: pd.DataFrame) -> np.ndarray:
 def select(table: pd.DataFrame, settings: SelectSettings, seed: int = 0) -> pd.DataFrame:
     """Apply the paper's rules (UltraFlux supplement 2.1), then quotas and the sample size.
 
-    Kept: width * height >= min_pixels, nsfw_score <= max_nsfw, flat_fraction <= max_flat_fraction,
-    entropy_bits >= min_entropy_bits, quality_score > min_quality, no keeper of more pixels within
-    near_duplicate_distance (`duplicates.keepers`), and aesthetic among the top fraction of what is
-    left (ties at the border are kept; 1.0 switches the rule off). Images of the human channel have
-    thresholds of their own. A signal that is missing fails its rule, with a null value. Then quotas
-    (`quotas.quota_sizes`) and the stratified sample take the rows with the smallest draws of (seed,
-    image_id); their reject_value is the row's draw and reject_threshold the largest draw that
-    stayed in its group.
+    Kept: width * height >= min_pixels, alpha_fraction <= max_alpha_fraction, nsfw_score <=
+    max_nsfw, flat_fraction <= max_flat_fraction, entropy_bits >= min_entropy_bits, quality_score >
+    min_quality, no keeper of more pixels within near_duplicate_distance (`duplicates.keepers`), and
+    aesthetic among the top fraction of what is left (ties at the border are kept; 1.0 switches the
+    rule off). Images of the human channel have thresholds of their own. A signal that is missing
+    fails its rule, with a null value (alpha_fraction excepted). Then quotas (`quotas.quota_sizes`)
+    and the stratified sample take the rows with the smallest draws of (seed, image_id); their
+    reject_value is the row's draw and reject_threshold the largest draw that stayed in its group.
 
     Args:
-        table: manifest columns `COLUMNS` (nsfw_score, channel, is_character, bucket, pdq_hash and
-            pdq_quality may be absent); unchanged.
+        table: manifest columns `COLUMNS` (alpha_fraction, nsfw_score, channel, is_character,
+            bucket, pdq_hash and pdq_quality may be absent); unchanged.
         settings: thresholds.
         seed: project seed.
 

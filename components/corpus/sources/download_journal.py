@@ -6,19 +6,25 @@ for the settings under which it happened: with others it is tried again.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
-_VERSION = 1
+from components.images.decoding import ImageHeader
+
+_VERSION = 2
+_ADDED_BY_2 = "alter table outcomes add column header text"
 _TABLE = """\
 create table if not exists outcomes (
   key text primary key,
   attempts integer not null,
   sha256 text, extension text, size_bytes integer,
   width integer, height integer, format text, integrity text,
-  cause text, detail text, settings text
+  cause text, detail text, settings text,
+  header text
 ) without rowid
 """
 
@@ -36,6 +42,8 @@ class Stored:
     format: str | None
     integrity: str
     """ "ok", or why the header cannot be read."""
+    header: ImageHeader | None = None
+    """All that it says; None also where a journal of version 1 remembers only the size."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,13 @@ class Outcome:
     result: Stored | Loss
 
 
+def _header(text: str | None) -> ImageHeader | None:
+    if text is None:
+        return None
+    values = json.loads(text)
+    return ImageHeader(**{**values, "notes": tuple(values["notes"])})
+
+
 class DownloadJournal:
     """Outcomes by key (a normalised URL, or the place of an archive member) in one SQLite file.
 
@@ -70,8 +85,10 @@ class DownloadJournal:
         self._database.execute("pragma journal_mode = wal")
         self._database.execute("pragma synchronous = normal")
         version = self._database.execute("pragma user_version").fetchone()[0]
-        if version not in (0, _VERSION):
+        if version not in (0, 1, _VERSION):
             raise ValueError(f"{path}: written by another version ({version}); remove it")
+        if version == 1:
+            self._database.execute(_ADDED_BY_2)
         self._database.execute(f"pragma user_version = {_VERSION}")
         self._database.execute(_TABLE)
 
@@ -90,14 +107,14 @@ class DownloadJournal:
         """The outcome, None if there is none yet (or only a loss under other settings)."""
         row = self._database.execute(
             "select attempts, sha256, extension, size_bytes, width, height, format, integrity, "
-            "cause, detail, settings from outcomes where key = ?",
+            "header, cause, detail, settings from outcomes where key = ?",
             (key,),
         ).fetchone()
         if row is None:
             return None
-        attempts, *stored, cause, detail, settings = row
+        attempts, *stored, header, cause, detail, settings = row
         if cause is None:
-            return Outcome(attempts, Stored(*stored))
+            return Outcome(attempts, replace(Stored(*stored), header=_header(header)))
         return Outcome(attempts, Loss(cause, detail)) if settings == self._settings else None
 
     def put(self, key: str, outcome: Outcome) -> None:
@@ -118,7 +135,9 @@ class DownloadJournal:
             )
         else:
             values = (*(None,) * 7, result.cause, result.detail)
+        header = result.header if isinstance(result, Stored) else None
+        text = None if header is None else json.dumps(dataclasses.asdict(header))
         self._database.execute(
-            "insert or replace into outcomes values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (key, outcome.attempts, *values, self._settings),
+            "insert or replace into outcomes values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (key, outcome.attempts, *values, self._settings, text),
         )

@@ -421,16 +421,17 @@ def settle(writer: OriginalWriter, extension: str, min_pixels: int) -> Stored:
         FetchFailed: fewer than `min_pixels`.
     """
     writer.flush()
+    size_bytes = writer.size_bytes
     try:
         header = read_header(writer.path.read_bytes(), max_megapixels=float("inf"))
     except ImageUndecodable as problem:
-        integrity, height, width, kind = str(problem), None, None, None
-    else:
-        integrity, height, width, kind = "ok", header.height, header.width, header.format
-        if header.height * header.width < min_pixels:
-            raise FetchFailed("too_small", f"{header.height}x{header.width}")
-    size_bytes = writer.size_bytes
-    return Stored(writer.keep(extension), extension, size_bytes, width, height, kind, integrity)
+        kept = writer.keep(extension)
+        return Stored(kept, extension, size_bytes, None, None, None, str(problem))
+    height, width = header.height, header.width
+    if height * width < min_pixels:
+        raise FetchFailed("too_small", f"{height}x{width}")
+    kept = writer.keep(extension)
+    return Stored(kept, extension, size_bytes, width, height, header.format, "ok", header)
 
 
 def _described(prefix: bytes) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from components.corpus.sources.image_probe import header_columns
 from components.images.decoding import ImageUndecodable, read_header
 from components.settings.corpus import IngestSettings
 from components.telemetry.progress import track
@@ -125,16 +126,7 @@ def _probe(path: Path, folder: Path, settings: IngestSettings) -> tuple[str | No
         header = read_header(data, max_megapixels=settings.max_megapixels)
     except ImageUndecodable as problem:
         return digest, {"integrity": str(problem)}
-    pixels = header.height * header.width
-    return digest, {
-        "width": header.width,
-        "height": header.height,
-        "megapixels": pixels / 1e6,
-        "aspect_ratio": header.width / header.height,
-        "format": header.format,
-        "bytes_per_pixel": len(data) / pixels,
-        "integrity": "ok",
-    }
+    return digest, {**header_columns(header, len(data)), "integrity": "ok"}
 
 
 def read_attribution(path: Path) -> dict[str, dict[str, str]]:

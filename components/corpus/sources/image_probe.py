@@ -1,11 +1,13 @@
-"""What the first bytes of a file say: its kind, by magic bytes, and its size in pixels.
+"""What the first bytes of a file say: its kind, by magic bytes, its size and its header's columns.
 
 Nothing is decoded. Names and declared content types are never believed.
 """
 
 from __future__ import annotations
 
-from components.images.decoding import ImageUndecodable, read_header
+from typing import Any
+
+from components.images.decoding import ImageHeader, ImageUndecodable, read_header
 from components.images.image_containers import container_family
 
 PROBE_BYTES = 65536
@@ -64,7 +66,7 @@ def _avif_size(prefix: bytes) -> tuple[int, int] | None:
 
 
 def image_size(prefix: bytes) -> tuple[int, int] | None:
-    """(height, width) if the first bytes tell, else None; EXIF orientation is not applied.
+    """(height, width) if the first bytes tell, else None; upright or as stored, by the format.
 
     Args:
         prefix: usually the first `PROBE_BYTES`.
@@ -81,3 +83,28 @@ def image_size(prefix: bytes) -> tuple[int, int] | None:
     except ImageUndecodable:
         return None
     return header.height, header.width
+
+
+def header_columns(header: ImageHeader, size_bytes: int) -> dict[str, Any]:
+    """Manifest columns of a readable header: sizes as seen, and what the file stores beside them.
+
+    Args:
+        header: of the file.
+        size_bytes: of the file.
+    """
+    pixels = header.height * header.width
+    return {
+        "width": header.width,
+        "height": header.height,
+        "megapixels": pixels / 1e6,
+        "aspect_ratio": header.width / header.height,
+        "stored_width": header.stored_width,
+        "stored_height": header.stored_height,
+        "orientation": header.orientation,
+        "color_space": header.color_space,
+        "bit_depth": header.bit_depth,
+        "has_alpha": header.has_alpha,
+        "format": header.format,
+        "bytes_per_pixel": size_bytes / pixels,
+        "decode_note": ", ".join(header.notes) or None,
+    }

@@ -19,12 +19,14 @@ import pyarrow.parquet as pq
 
 from components.corpus.manifest import SCHEMA, to_arrow
 from components.corpus.sources.download_journal import DownloadJournal, Loss, Outcome, Stored
+from components.corpus.sources.image_probe import header_columns
 from components.corpus.sources.originals import original_path
 from components.corpus.sources.record_fields import ALIASES, Coverage, extra_json, read_fields
 from components.corpus.sources.records.ledger import balanced
 from components.corpus.sources.records.source_records import SourceItem
 from components.corpus.sources.url_identity import normalise_url
 from components.files.parquet_files import RowStream, write_row_groups
+from components.images.decoding import ImageHeader, ImageUndecodable, read_header
 from components.images.image_store import ImageStore
 from components.settings.corpus import IngestSettings
 
@@ -215,7 +217,20 @@ def _over_limits(stored: Stored, settings: IngestSettings) -> Loss | None:
     return None
 
 
-def _manifest_row(row: Row, stored: Stored, uri: str, settings: IngestSettings) -> Row:
+def _header_of(stored: Stored, path: Path) -> ImageHeader | None:
+    """What is known of an original's header; read again where the journal is older than that."""
+    if stored.header is not None or stored.height is None:
+        return stored.header
+    try:
+        return read_header(path.read_bytes(), max_megapixels=float("inf"))
+    except (OSError, ImageUndecodable):
+        # Packed elsewhere: its size is known, as it is stored.
+        return None
+
+
+def _manifest_row(
+    row: Row, stored: Stored, header: ImageHeader | None, uri: str, settings: IngestSettings
+) -> Row:
     columns: Row = {name: row[name] for name in ALIASES if row[name] is not None}
     if row["extra"] is not None:
         columns["source_fields"] = row["extra"]
@@ -230,6 +245,8 @@ def _manifest_row(row: Row, stored: Stored, uri: str, settings: IngestSettings) 
             f"limit {settings.max_megapixels:g}"
         )
         return columns
+    if header is not None:
+        return columns | header_columns(header, stored.size_bytes)
     return columns | {
         "width": stored.width,
         "height": stored.height,
@@ -306,7 +323,8 @@ class _Verdicts:
         self.first_place[stored.sha256] = row["record"]
         self.files.add(path.name)
         uri = f"{self.uri_prefix}/{path.relative_to(self.originals).as_posix()}"
-        columns = _manifest_row(row, stored, uri, self.settings)
+        header = _header_of(stored, path)
+        columns = _manifest_row(row, stored, header, uri, self.settings)
         self.kept += 1
         self.unreadable += columns["integrity"] != "ok"
         self.megapixels += columns.get("megapixels", 0.0)

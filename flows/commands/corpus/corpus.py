@@ -343,12 +343,11 @@ def select(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
     """What other thresholds would keep, from the measured signals alone."""
-    import pyarrow.parquet as pq
     from rich.console import Console
     from rich.table import Table
 
+    from components.corpus.manifest import read_table
     from components.corpus.selection import what_if as question
-    from components.corpus.selection.quotas import QuotaInfeasible
     from components.corpus.selection.rules import COLUMNS
     from components.settings.schema import SettingsError, load_settings
 
@@ -360,9 +359,9 @@ def select(
         settings = load_settings(root / "params.yaml")
         changed = question.changed_settings(settings.select, what_if)
         names = dict.fromkeys([*COLUMNS, "uri", "reject_reason"])
-        table = pq.read_table(path, columns=list(names)).to_pandas()
+        table = read_table(path, list(names))
         found = question.what_if(table, settings.select, changed, settings.project.seed)
-    except (SettingsError, question.WhatIfError, QuotaInfeasible) as problem:
+    except (SettingsError, ValueError) as problem:
         raise fail(str(problem)) from None
     document = question.to_json(found, what_if)
     if as_json:

@@ -60,6 +60,29 @@ def test_the_schema_version_is_stored_and_checked(tmp_path: Path) -> None:
         read_table(path)
 
 
+NEW_IN_4 = (
+    *("stored_width", "stored_height", "orientation", "color_space", "bit_depth", "has_alpha"),
+    *("decode_note", "alpha_fraction"),
+)
+
+
+def test_a_manifest_of_version_three_is_read_with_the_new_columns_null(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    write_table(ROWS, path)
+    old = pq.read_table(path).drop_columns(list(NEW_IN_4))
+    old = old.replace_schema_metadata({b"ultraflux.manifest.schema_version": b"3"})
+    pq.write_table(old, path)
+    table = read_table(path)
+    assert list(table.columns) == SCHEMA.names
+    assert table[list(NEW_IN_4)].isna().all(axis=None)
+    assert table["uri"].tolist() == ["a.jpg", "b.jpg"]
+    part = read_table(path, ["orientation", "uri", "has_alpha", "nothing"])
+    assert list(part.columns) == ["orientation", "uri", "has_alpha"]
+    # And what was read can be written in today's version.
+    write_table(table, tmp_path / "new.parquet")
+    assert read_table(tmp_path / "new.parquet")["orientation"].isna().all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from components.images.decoding import ImageUndecodable, decode_rgb, read_header, read_rgb
+from components.images.decoding import (
+    ImageUndecodable,
+    decode_as_stored,
+    decode_both,
+    decode_rgb,
+    read_header,
+    read_rgb,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -47,35 +54,40 @@ def test_every_kind_of_jpeg_decodes_as_pil_does(
         expected = np.asarray(image.convert("RGB"))
     decoded = decode_rgb(data)
     np.testing.assert_array_equal(decoded.pixels, expected)
-    assert decoded.note == (None if mode == "RGB" else f"{mode} converted to RGB")
+    notes = {"RGB": None, "L": "L converted to RGB"}
+    assert decoded.note == notes.get(mode, "CMYK without a profile, CMYK converted to RGB")
 
 
-def test_exif_rotation_is_not_applied() -> None:
+def test_as_stored_neither_turns_nor_looks_at_alpha_or_profiles() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(photo(48, 64), "JPEG", exif=exif.tobytes())
-    assert decode_rgb(data).pixels.shape == (48, 64, 3)
-    assert (read_header(data).height, read_header(data).width) == (48, 64)
+    data = encoded(photo(48, 64), "PNG", exif=exif.tobytes())
+    assert decode_rgb(data).pixels.shape == (64, 48, 3)
+    stored = decode_as_stored(data)
+    np.testing.assert_array_equal(stored.pixels, np.asarray(photo(48, 64)))
+    assert (stored.header.height, stored.header.width) == (64, 48)
+    seen, both = decode_both(data)
+    np.testing.assert_array_equal(both, stored.pixels)
+    np.testing.assert_array_equal(seen.pixels, decode_rgb(data).pixels)
+
+
+def test_one_decode_gives_one_array_where_the_policies_agree() -> None:
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        seen, stored = decode_both(encoded(photo(), kind))
+        assert seen.pixels is stored, kind
 
 
 def test_alpha_palette_and_animation_are_converted_and_noted() -> None:
     rgba = photo().convert("RGBA")
     rgba.putalpha(0)
-    decoded = decode_rgb(encoded(rgba, "PNG"))
-    np.testing.assert_array_equal(decoded.pixels, np.asarray(photo()))
-    assert decoded.note == "RGBA converted to RGB"
+    data = encoded(rgba, "PNG")
+    np.testing.assert_array_equal(decode_as_stored(data).pixels, np.asarray(photo()))
+    decoded = decode_rgb(data)
+    assert (decoded.pixels == 255).all()
+    assert (decoded.note, decoded.alpha_fraction) == ("RGBA converted to RGB", 1.0)
     assert decode_rgb(encoded(photo().quantize(8), "PNG")).note == "P converted to RGB"
     frames = encoded(photo(), "GIF", save_all=True, append_images=[photo().rotate(90)])
     assert "first of 2 frames" in (decode_rgb(frames).note or "")
-
-
-def test_sixteen_bit_gray_is_converted_as_pil_does() -> None:
-    image = Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16)
-    data = encoded(image, "PNG")
-    decoded = decode_rgb(data)
-    with Image.open(io.BytesIO(data)) as opened:
-        np.testing.assert_array_equal(decoded.pixels, np.asarray(opened.convert("RGB")))
-    assert decoded.note == "I;16 converted to RGB"
 
 
 def test_flipped_bits_that_pil_accepts_are_recorded() -> None:

@@ -28,7 +28,14 @@ KEYS = [
     "glcm_score",
     "glcm_entropy_bits",
     "jpeg95_ratio",
+    "upright_width",
+    "upright_height",
+    "orientation",
+    "color_space",
+    "bit_depth",
+    "alpha_fraction",
 ]
+MEASURES = KEYS[1:7]
 
 
 def candidate(path: Path) -> Candidate:
@@ -47,6 +54,8 @@ def test_measure_image_gives_the_official_values_under_the_stable_keys() -> None
     assert row["flat_fraction"] == float(expected["flat_percentage"])
     assert row["glcm_score"] == pytest.approx(float(expected["glcm_score"]), abs=1e-12)
     assert row["jpeg95_ratio"] > 1
+    assert (row["upright_width"], row["upright_height"], row["orientation"]) == (2768, 1560, 1)
+    assert (row["color_space"], row["bit_depth"], row["alpha_fraction"]) == ("sRGB", 8, 0.0)
 
 
 def test_what_is_not_measurable_is_null_with_an_error(tmp_path: Path) -> None:
@@ -54,7 +63,7 @@ def test_what_is_not_measurable_is_null_with_an_error(tmp_path: Path) -> None:
     bad.write_bytes(b"nothing")
     row = measure_image(bad)
     assert list(row) == [*KEYS, "error"]
-    assert [row[key] for key in KEYS[1:]] == [None] * 7
+    assert [row[key] for key in KEYS[1:]] == [None] * 13
     Image.new("RGB", (50, 50)).save(tmp_path / "small.png")
     small = measure_image(tmp_path / "small.png")
     assert small["glcm_score"] is None
@@ -67,7 +76,7 @@ def test_a_candidate_row_fits_the_schema_and_agrees_with_measure_image() -> None
     row = measure_candidate(candidate(path))
     assert set(row) <= set(CANDIDATE_SCHEMA.names)
     reference = measure_image(path)
-    for key in KEYS[1:-1]:
+    for key in MEASURES:
         assert row[key] == reference[key]
     assert set(CANDIDATE_SCHEMA.names) - set(row) == {"image_id", "error"}
     assert row["jpeg_quality"] == 90

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy as scipy_entropy
 
-from components.images.decoding import decode_rgb
+from components.images.decoding import decode_as_stored, decode_both
 from components.images.scratch import Scratch
 from components.signals.flat_regions import sobel_variance
 from components.signals.fused_texture import MAX_PATCH_PX, certain_distance, fused_texture
@@ -46,7 +46,7 @@ def official_measures(pixels: np.ndarray, patch_px: int = 240) -> tuple[float, f
 
 
 def assert_official(path: Path) -> None:
-    pixels = decode_rgb(path.read_bytes(), scratch=SCRATCH).pixels
+    _, pixels = decode_both(path.read_bytes(), scratch=SCRATCH)
     texture = fused_texture(pixels, scratch=SCRATCH)
     expected = official()[path.name]
     assert texture.gray.shape == (int(expected["height"]), int(expected["width"]))
@@ -67,7 +67,7 @@ def test_every_reference_photograph_has_the_official_values() -> None:
     assert names == sorted(official())
     for name in names:
         assert_official(Path(PHOTOS) / name)
-        gray = fused_texture(decode_rgb((Path(PHOTOS) / name).read_bytes()).pixels).gray
+        gray = fused_texture(decode_as_stored((Path(PHOTOS) / name).read_bytes()).pixels).gray
         measures = glcm_measures(gray)
         assert measures is not None
         expected = float(official()[name]["glcm_score"])

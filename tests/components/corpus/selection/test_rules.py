@@ -33,6 +33,7 @@ from components.settings.corpus import (
 ROOT = Path(__file__).parents[4]
 PAPER = SelectSettings(
     min_pixels=3840 * 2160,
+    max_alpha_fraction=0.05,
     max_nsfw=None,
     max_flat_fraction=0.5,
     min_entropy_bits=7.0,
@@ -104,6 +105,7 @@ def test_the_paper_rules_on_the_official_values_keep_what_the_sample_readme_list
         "rejected_integrity": 0,
         "rejected_duplicate": 0,
         "rejected_resolution": 3,
+        "rejected_transparency": 0,
         "rejected_nsfw": 0,
         "rejected_flat_fraction": 5,
         "rejected_entropy": 2,
@@ -223,6 +225,15 @@ def test_the_aesthetic_share_is_of_the_whole_or_of_each_channel() -> None:
     own = top.human.model_copy(update={"aesthetic_top_fraction": 0.2})
     kept = select(rows(*changes), top.model_copy(update={"human": own}))["kept"]
     assert np.flatnonzero(kept).tolist() == [8, 9, 15, 16, 17, 18, 19]
+
+
+def test_transparent_pictures_are_rejected_above_the_share_and_unmeasured_ones_are_not() -> None:
+    changes = [{"alpha_fraction": share} for share in (0.0, 0.05, 0.051, None)]
+    result = select(rows(*changes), PAPER)
+    assert result["reject_reason"].tolist() == [None, None, "transparency", None]
+    assert (result["reject_value"][2], result["reject_threshold"][2]) == (0.051, 0.05)
+    off = select(rows(*changes), PAPER.model_copy(update={"max_alpha_fraction": None}))
+    assert off["kept"].all()
 
 
 def test_the_nsfw_rule_needs_a_score() -> None:

@@ -20,6 +20,7 @@ from components.corpus.sources.download_journal import DownloadJournal, Loss, Ou
 from components.corpus.sources.downloader import Downloader
 from components.corpus.sources.originals import original_path
 from components.corpus.sources.public_addresses import CheckedBackend
+from components.images.decoding import read_header
 from components.settings.corpus import DownloadSettings
 
 AGENT = "ultraflux-corpus/0.1"
@@ -204,9 +205,9 @@ def test_original_bytes_are_kept_under_their_hash_with_header_and_size(
     outcomes = fetch(server, tmp_path, *paths)
     for outcome in outcomes.values():
         assert stored(tmp_path, outcome) == PHOTO
-        assert outcome.result == Stored(
-            hashlib.sha256(PHOTO).hexdigest(), ".jpg", len(PHOTO), 600, 400, "JPEG", "ok"
-        )
+        digest = hashlib.sha256(PHOTO).hexdigest()
+        header = read_header(PHOTO)
+        assert outcome.result == Stored(digest, ".jpg", len(PHOTO), 600, 400, "JPEG", "ok", header)
         assert outcome.attempts == 1
     # A server without ranges is asked once: its answer to the probe is the body.
     assert server.requests["/no-ranges.jpg"] == 1
