@@ -36,7 +36,7 @@ def copy_project(target: Path) -> None:
     for folder in COPIED:
         shutil.copytree(ROOT / folder, target / folder, ignore=ignored)
     for path in (target / "data").iterdir():
-        if path.is_dir() and path.name not in {"sample", "contracts"}:
+        if path.is_dir() and path.name not in {"sample", "contracts", "scores"}:
             shutil.rmtree(path)
     for file in ("dvc.yaml", "params.yaml", "pyproject.toml", ".dvcignore", ".gitignore"):
         shutil.copy2(ROOT / file, target / file)
@@ -125,7 +125,7 @@ def test_a_stage_is_one_module_its_settings_and_a_short_stanza(tmp_path: Path) -
     assert lengths["dvc.yaml"] <= 15
     # Only the new stage is there: nothing else was touched by the recipe's run.
     made = {path.name for path in (tmp_path / "data").iterdir() if path.is_dir()}
-    assert made == {"sample", "contracts", "code", "palette"}
+    assert made == {"sample", "contracts", "scores", "code", "palette"}
     assert (tmp_path / "data" / "code" / "palette.json").is_file()
 
 

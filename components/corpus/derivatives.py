@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +51,7 @@ def score_derivatives(
     destination: Path,
     state_dir: Path,
     limits: EngineLimits,
+    only: Collection[str] | None = None,
     key: Mapping[str, Any] | None = None,
     modules: Sequence[ModuleType] = (),
     outside: Sequence[type[Exception]] = (),
@@ -69,6 +70,7 @@ def score_derivatives(
         destination: Parquet file to write.
         state_dir: survives kills.
         limits: workers and what one item may cost.
+        only: image_id of those to score; None for all.
         key: settings and digests of weights that scores depend on, JSON-able.
         modules: further modules whose code makes the scores.
         outside: exceptions of `function` that say nothing about the image (no weights, no server).
@@ -76,10 +78,15 @@ def score_derivatives(
     Raises:
         ItemsFailed: one of `outside` was raised; what was scored is kept.
     """
+    ids, pictures = derivative_ids(derivatives), read_derivatives(derivatives)
+    if only is not None:
+        wanted = frozenset(only)
+        ids = [name for name in ids if name in wanted]
+        pictures = (picture for picture in pictures if picture.image_id in wanted)
     shards = map_items(
         function,
-        derivative_ids(derivatives),
-        read_derivatives(derivatives),
+        ids,
+        pictures,
         stage=module.__name__.rsplit(".", 1)[-1],
         key={
             "derivative_px": derivative_px,

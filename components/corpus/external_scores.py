@@ -19,16 +19,18 @@ def read_external_scores(
     setting: str,
     numeric: Sequence[str] = (),
     optional: Sequence[str] = (),
+    complete: bool = True,
 ) -> pd.DataFrame:
     """Rows for `image_ids`, in that order, of a Parquet or CSV table.
 
     Args:
         path: ends in .parquet or .csv; may hold further images and columns, which are left out.
-        image_ids: all of them must be in the table.
+        image_ids: the images of the corpus.
         columns: required besides image_id.
         setting: settings key that names the file, for messages.
         numeric: those of `columns` that must be finite numbers.
         optional: read where the table has them, null where it does not.
+        complete: every image must be in the table; otherwise those that are not have no row here.
 
     Raises:
         ValueError: missing file, columns or ids; an id twice; a value that is not a finite number.
@@ -51,14 +53,14 @@ def read_external_scores(
             f"first {twice[0]!r}"
         )
     missing = sorted(set(image_ids) - set(table["image_id"]))
-    if missing:
+    if missing and complete:
         shown = ", ".join(missing[:_NAMED_IN_MESSAGES])
         raise ValueError(
             f"{setting}: {path.name}: {len(missing)} of {len(image_ids)} image_id have no row, "
             f"first {shown}"
         )
     by_id = table.reindex(columns=["image_id", *columns, *optional]).set_index("image_id")
-    joined = by_id.loc[list(image_ids)].reset_index()
+    joined = by_id.loc[[name for name in image_ids if name in by_id.index]].reset_index()
     for name in optional:
         joined[name] = joined[name].astype(object).where(joined[name].notna(), None)
     for name in numeric:

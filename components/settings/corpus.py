@@ -176,9 +176,11 @@ class PeopleSettings(Section):
 
     detector: Literal["classical", "nudenet", "owlv2", "rtdetr", "yoloe", "table"]
     """`classical`: cascade face detector on the derivative; `nudenet`: its faces; `owlv2`,
-    `rtdetr`, `yoloe` (AGPL extra): people; `table`: boxes made elsewhere."""
+    `rtdetr`, `yoloe` (AGPL extra): people; `table`: none, every image has a row in `boxes`."""
     boxes: str | None
-    """For `table`: Parquet or CSV with image_id, person_count, person_boxes, person_scorer."""
+    """Boxes made elsewhere or by hand: Parquet or CSV with image_id, person_count, person_boxes,
+    person_scorer. An image with a row there is not looked at by the detector. Below data/scores,
+    so that a changed table runs the stage again."""
     weights: str | None
     """For `owlv2` and `rtdetr` a folder, for `yoloe` a file."""
     min_score: Fraction

@@ -56,7 +56,7 @@ def add_tree(root: Path, tree: Path, commit: str) -> None:
 
 
 def share(root: Path, tree: Path, source: str | None) -> None:
-    """Give a tree what Git does not carry: DVC's cache and remotes, weights, photographs.
+    """Give a tree what Git does not carry: DVC's cache and remotes, weights, photographs, scores.
 
     Args:
         root: the clone.
@@ -70,7 +70,8 @@ def share(root: Path, tree: Path, source: str | None) -> None:
         values.update(local)
         # The folder that holds files/md5 and the run cache.
         values["cache"]["dir"] = str(versioning.cache_folder(root).parents[1])
-    _link_children(root / "weights", tree / "weights")
+    for folder in (Path("weights"), Path("data/scores")):
+        _link_children(root / folder, tree / folder)
     if source and not (tree / source).exists() and not (tree / f"{source}.dvc").is_file():
         _link(root / source, tree / source)
     if (root / _ORIGINALS).is_dir() and not (tree / _ORIGINALS).exists():
@@ -81,7 +82,7 @@ def share(root: Path, tree: Path, source: str | None) -> None:
 def _link_children(folder: Path, into: Path) -> None:
     """`.gitignore` names a folder `weights/`: a link in its place would be a change."""
     if folder.is_dir():
-        into.mkdir(exist_ok=True)
+        into.mkdir(parents=True, exist_ok=True)
         for child in folder.iterdir():
             _link(child, into / child.name)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from components.settings.schema import load_settings
+
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample"
 PHOTOS = sorted(SAMPLE.glob("*.jpg"))
 DOCUMENTS = {"ATTRIBUTION.csv", "README.md", "captions.jsonl"}
@@ -127,6 +129,36 @@ def test_chinese_caption_is_mostly_cjk_characters(row: dict[str, str]) -> None:
     # The rest is punctuation and, in two captions, lettering quoted from the picture.
     assert ideographs / len(caption) >= 0.8
     assert caption.endswith("\u3002")
+
+
+def test_people_are_marked_in_every_photograph_and_boxes_lie_inside() -> None:
+    path = SAMPLE.parent / "scores" / "sample_people.csv"
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["file"] for row in rows] == [photo.name for photo in PHOTOS]
+    for row, photo in zip(rows, PHOTOS, strict=True):
+        assert row["image_id"] == hashlib.sha256(photo.read_bytes()).hexdigest()
+        boxes = json.loads(row["person_boxes"])
+        assert (len(boxes), row["person_scorer"]) == (int(row["person_count"]), "hand")
+        width, height = _size(photo)
+        for box in boxes:
+            top, left, bottom, right = box["box"]
+            assert box["label"] == "person"
+            assert 0 <= top < bottom <= height
+            assert 0 <= left < right <= width
+    assert sum(int(row["person_count"]) for row in rows) == 7
+
+
+def test_queries_of_the_human_channel_are_those_of_the_default_profile() -> None:
+    """Retrieved: with people and kept, with people and rejected, without people and kept."""
+    queries = {row["file"]: row["query"] for row in _attribution() if row["query"]}
+    assert set(queries) == {
+        "mount-batok-java.jpg",
+        "exhibicion-freestyle-gp.jpg",
+        "boats-on-the-river.jpg",
+    }
+    people = load_settings(SAMPLE.parents[1] / "params.yaml").people
+    assert sorted(people.human_queries) == sorted(queries.values())
 
 
 def test_readme_states_the_number_and_the_total_size_of_the_photographs() -> None:

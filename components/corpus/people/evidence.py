@@ -219,11 +219,19 @@ def _confident_boxes(text: Any, min_score: float, where: str) -> list[dict[str, 
         ) from None
 
 
-def people_from_table(path: Path, image_ids: list[str], min_score: float) -> pd.DataFrame:
-    """Boxes made elsewhere, those below `min_score` left out.
+def people_from_table(
+    path: Path, image_ids: list[str], min_score: float, *, complete: bool = True
+) -> pd.DataFrame:
+    """Boxes made elsewhere or marked by hand, those below `min_score` left out.
 
     A row's `person_boxes` is a JSON list of {"label", "box": [top, left, bottom, right], "score"};
     without boxes its `person_count` stands as it is.
+
+    Args:
+        path: `people.boxes`.
+        image_ids: the images of the corpus.
+        min_score: `people.min_score`; a box without a score counts.
+        complete: every image must have a row; otherwise the others are left to a detector.
 
     Returns:
         columns of `PEOPLE_SCHEMA` in the order of `image_ids`, without channel and NSFW score.
@@ -243,6 +251,7 @@ def people_from_table(path: Path, image_ids: list[str], min_score: float) -> pd.
         setting="people.boxes",
         numeric=["person_count"],
         optional=["person_weights"],
+        complete=complete,
     )
     rows = []
     for row in table.to_dict("records"):

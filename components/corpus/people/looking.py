@@ -12,6 +12,7 @@ At a prompt, without the stage::
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,13 @@ def _limits(settings: Settings, plan: LookPlan) -> EngineLimits:
     )
 
 
-def _look(derivatives: Path, settings: Settings, plan: LookPlan, state_dir: Path) -> pd.DataFrame:
+def _look(
+    derivatives: Path,
+    settings: Settings,
+    plan: LookPlan,
+    state_dir: Path,
+    only: Collection[str] | None = None,
+) -> pd.DataFrame:
     path = state_dir / "looked_at.parquet"
     score_derivatives(
         partial(evidence.look_at, plan=plan),
@@ -91,6 +98,7 @@ def _look(derivatives: Path, settings: Settings, plan: LookPlan, state_dir: Path
         destination=path,
         state_dir=state_dir / "shards",
         limits=_limits(settings, plan),
+        only=only,
         key=plan.key(),
         modules=(nsfw, person_detectors),
         outside=(WeightsMissing,),
@@ -99,19 +107,26 @@ def _look(derivatives: Path, settings: Settings, plan: LookPlan, state_dir: Path
 
 
 def _found(derivatives: Path, settings: Settings, root: Path, state_dir: Path) -> pd.DataFrame:
-    """One row per derivative, from the table of boxes and what is looked for here."""
+    """One row per derivative: of the table of boxes, or of what is looked for here."""
     people = settings.people
     plan = look_plan(people, device=settings.runtime.device, root=root)
-    if people.detector != "table" or people.boxes is None:
+    if people.boxes is None:
         return _look(derivatives, settings, plan, state_dir)
+    ids = derivative_ids(derivatives)
     table = evidence.people_from_table(
-        root / people.boxes, derivative_ids(derivatives), people.min_score
+        root / people.boxes, ids, people.min_score, complete=people.detector == "table"
     )
-    if plan.nsfw == "none":
+    listed = set(table["image_id"])
+    if plan.nsfw != "none":
+        # Boxes made elsewhere say nothing of NSFW: that is still looked for here.
+        unboxed = replace(plan, detector="none", weights=None, weights_digest=None)
+        looked = _look(derivatives, settings, unboxed, state_dir / "listed", listed)
+        table = table.merge(looked.drop(columns=table.columns[1:]), on="image_id", validate="1:1")
+    rest = [name for name in ids if name not in listed]
+    if not rest:
         return table
-    # Boxes made elsewhere say nothing of NSFW: that is still looked for here.
-    looked = _look(derivatives, settings, plan, state_dir)
-    return table.merge(looked.drop(columns=table.columns[1:]), on="image_id", validate="1:1")
+    found = pd.concat([table, _look(derivatives, settings, plan, state_dir, rest)])
+    return found.set_index("image_id").loc[ids].reset_index()
 
 
 def look_for_people(

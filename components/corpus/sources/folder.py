@@ -27,6 +27,7 @@ _ATTRIBUTION_COLUMNS = {
     "source": "source",
     "image_url": "image_url",
     "work_url": "work_url",
+    "query": "query",
 }
 # The largest pixels there are (four 32-bit channels), and room for profiles and thumbnails: what is
 # larger is not read into memory.

@@ -64,6 +64,27 @@ def test_selection_follows_the_official_signals(project: Path, root: Path) -> No
         assert row["kept"] == passes
 
 
+def test_the_human_channel_is_retrieved_has_evidence_and_is_merged(project: Path) -> None:
+    released = pandas.read_parquet(project / "data" / "slices" / "manifest.parquet")
+    released.index = [Path(uri).stem for uri in released["uri"]]
+    hikers = released.loc["mount-batok-java"]
+    assert (hikers["query"], hikers["channel"]) == ("hikers on a volcano", "human")
+    assert (hikers["person_scorer"], hikers["person_count"]) == ("hand", 6)
+    assert (hikers["is_character"], hikers["kept"]) == (True, True)
+    assert hikers["split"] in {"train", "eval"}
+    others = released.drop("mount-batok-java")
+    assert set(others["channel"]) == {"general"}
+    assert not others["is_character"].any()
+    # Its folder is a dependency of the stage: a box that is marked anew is looked at.
+    assert "data/scores" in versioning.dependencies(project, "people")
+    page = project / "datasheet.html"
+    done = ultraflux(project, "corpus", "datasheet", "--output", page.name)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text(encoding="utf-8")
+    assert all(word in text for word in ("1 with people", "human", "general"))
+    page.unlink()
+
+
 def test_no_evaluation_image_is_trained_on(project: Path) -> None:
     slices = {
         name: set(pandas.read_parquet(project / f"data/slices/{name}.parquet")["image_id"])

@@ -28,6 +28,7 @@ def adjusted(**sections: dict[str, object]) -> Settings:
     values["ingest"] |= {"source": "photos", "attribution": None}
     values["select"] |= {"min_pixels": 300 * 300}
     values["caption"] |= {"min_words": 2}
+    values["people"] |= {"boxes": None}
     values["signals"] |= {"timeout_s": 60.0}
     for name, changes in sections.items():
         values[name] |= changes

@@ -28,6 +28,8 @@ from PIL import Image
 from skimage import data
 
 from components.corpus.manifest import read_table
+from components.corpus.people.evidence import FACE_SCORER
+from components.corpus.people.looking import look_for_people
 from components.corpus.quality.artimuse import LinearTestScorer
 from components.corpus.quality.artimuse_server import ScorerServer
 from components.corpus.quality.scorer_protocol import ScorerIdentity
@@ -58,6 +60,7 @@ quality.run(StageContext("quality", settings, root, state, MetricLog(state / "me
 def values(**sections: dict[str, Any]) -> dict[str, Any]:
     found = load_settings(ROOT / "params.yaml").model_dump(mode="json")
     found["runtime"]["workers"] = 1
+    found["people"]["boxes"] = None
     contracts = ROOT / "data" / "contracts"
     found["validation"] = {name: str(contracts / f"{name}.yaml") for name in found["validation"]}
     for name, changes in sections.items():
@@ -204,6 +207,42 @@ def test_weights_of_scores_made_elsewhere_stay_beside_them(root: Path) -> None:
     run("quality", root, values(quality={"scorer": "table", "scores": "scores.csv"}))
     table = pq.read_table(root / "data" / "quality" / "quality.parquet").to_pandas()
     assert table["quality_weights"].isna().all()
+
+
+def test_the_detector_looks_at_what_the_table_of_boxes_does_not_have(root: Path) -> None:
+    ids = [f"{n:064x}" for n in range(IMAGES)]
+    box = {"label": "person", "box": [0, 0, 100, 50]}
+    pd.DataFrame(
+        {
+            # Not in the order of the corpus, and with an image that is not in it.
+            "image_id": [ids[7], ids[2], "f" * 64],
+            "person_count": [1, 0, 0],
+            "person_boxes": [json.dumps([box]), "[]", "[]"],
+            "person_scorer": "hand",
+        }
+    ).to_csv(root / "boxes.csv", index=False)
+    manifest = pd.DataFrame({"image_id": ids, "query": None, "source": "x"})
+    manifest.to_parquet(root / "manifest.parquet")
+    people = {"detector": "classical", "boxes": "boxes.csv", "nsfw": {"scorer": "nudenet"}}
+    people["nsfw"]["weights"] = None
+    settings = parse_settings(values(people=people))
+    derivatives = root / "data" / "signals" / "derivatives.parquet"
+
+    def looked() -> pd.DataFrame:
+        path = root / "people.parquet"
+        look_for_people(derivatives, manifest, path, settings, state_dir=root / "state", root=root)
+        return pq.read_table(path).to_pandas()
+
+    table = looked()
+    assert table["image_id"].tolist() == ids
+    by_hand = table["person_scorer"] == "hand"
+    assert table.index[by_hand].tolist() == [2, 7]
+    assert table.loc[by_hand, "person_count"].tolist() == [0, 1]
+    assert (table.loc[~by_hand, "person_scorer"] == FACE_SCORER).all()
+    assert (table["is_character"] == (table["person_count"] > 0)).all()
+    # Boxes say nothing of NSFW: every image has that score.
+    assert table["nsfw_score"].notna().all()
+    pd.testing.assert_frame_equal(looked(), table)
 
 
 def portrait(seed: int) -> bytes:

@@ -32,6 +32,7 @@ def _settings() -> Settings:
     contracts = ROOT / "data" / "contracts"
     values["validation"] = {name: str(contracts / f"{name}.yaml") for name in values["validation"]}
     values["runtime"] |= {"workers": 1}
+    values["people"] |= {"boxes": str(ROOT / "data" / "scores" / "sample_people.csv")}
     # The first image of a process compiles the kernels.
     values["signals"] |= {"timeout_s": 120.0}
     # The smallest of the bundled photographs, for speed: the published thresholds keep none.

@@ -101,6 +101,27 @@ def test_external_boxes_below_the_minimum_score_do_not_count(tmp_path: Path) -> 
     assert table["is_character"].tolist() == [False, True]
 
 
+def test_a_table_that_must_be_complete_names_what_it_lacks_and_another_leaves_it_out(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "p.csv"
+    pd.DataFrame(
+        {
+            "image_id": ["x", "z"],
+            "person_count": [1, 0],
+            "person_boxes": ['[{"label": "person", "box": [0, 0, 9, 9]}]', "[]"],
+            "person_scorer": "hand",
+        }
+    ).to_csv(path, index=False)
+    with pytest.raises(ValueError, match=r"1 of 2 image_id have no row, first y"):
+        people_from_table(path, ["y", "x"], 0.5)
+    table = people_from_table(path, ["y", "x"], 0.5, complete=False)
+    assert table["image_id"].tolist() == ["x"]
+    # A box without a score was marked by a person: it counts.
+    assert table["person_count"].tolist() == [1]
+    assert people_from_table(path, ["y"], 0.5, complete=False).empty
+
+
 def test_boxes_that_are_no_json_list_are_one_clear_error(tmp_path: Path) -> None:
     pd.DataFrame(
         {"image_id": ["x"], "person_count": [1], "person_boxes": ["{"], "person_scorer": ["d"]}
