@@ -30,6 +30,8 @@ class Weights:
     """Files that the folder must hold beside its weights."""
     also: tuple[Weights, ...] = ()
     """Further weights that the metric needs."""
+    sha256: str | None = None
+    """Of the file, or `folder_digest` of the folder, where it is known beforehand."""
     holds_network: bool = True
     """Whether a folder must hold a weights file; False for a tokenizer alone."""
 

@@ -113,12 +113,15 @@ def verify(name: str, weights: Weights, weights_dir: Path) -> Verdict:
     expected = _named_digest(path)
     if expected is not None and not digest.startswith(expected):
         return Verdict(weights.path, "wrong", f"sha256 {digest}, its name says {expected}...")
+    if weights.sha256 not in (None, digest):
+        return Verdict(weights.path, "wrong", f"sha256 {digest}, expected {weights.sha256}")
     record = _read_record(weights_dir)
     known = record.get(weights.path, {}).get("sha256")
     if known is not None and known != digest:
         return Verdict(weights.path, "wrong", f"sha256 {digest}, recorded was {known}")
     _write_record(weights_dir, record | {weights.path: {"sha256": digest, "files": _stamp(path)}})
-    return Verdict(weights.path, "recorded" if known is None and not expected else "ok", digest)
+    is_vouched = known or expected or weights.sha256
+    return Verdict(weights.path, "ok" if is_vouched else "recorded", digest)
 
 
 def trusted_digest(name: str, weights: Weights, weights_dir: Path) -> tuple[Path, str]:

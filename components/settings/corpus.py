@@ -159,10 +159,12 @@ class QualitySettings(OpenSection):
 class NsfwSettings(Section):
     """Score of unsafe content, 0 to 1."""
 
-    scorer: Literal["none", "nudenet", "classifier"]
-    """`nudenet`: strongest exposed part (extra `nsfw`); `classifier`: an image classifier."""
+    scorer: Literal["none", "nsfwjs", "nudenet", "classifier"]
+    """`nsfwjs`: MobileNetV2 of that package (MIT; `ultraflux weights get nsfwjs`); `nudenet`:
+    strongest exposed part (extra `nsfw`, AGPL); `classifier`: an image classifier."""
     weights: str | None
-    """For `classifier`: folder of an image classifier of transformers."""
+    """For `classifier`: folder of an image classifier of transformers. For `nsfwjs`: folder of its
+    network, null for weights/nsfwjs."""
 
     @model_validator(mode="after")
     def _classifier_needs_folder(self) -> NsfwSettings:

@@ -6,6 +6,8 @@ look at the camera and nothing else, and gives no confidence, so `people.min_sco
 to it. nudenet finds faces on its way to an NSFW score; OWLv2, RT-DETR and YOLOE find whole people
 (components/corpus/people/person_detectors.py).
 
+nsfwjs' network tells photographs from drawings on its way to an NSFW score (`drawing_score`).
+
 Where no NSFW scorer is chosen `nsfw_score` stays null: no score is better than a pretended one.
 """
 
@@ -29,7 +31,10 @@ from components.signals.flat_regions import grayscale
 if TYPE_CHECKING:
     import pandas as pd
 
+    from components.corpus.people.nsfwjs import NsfwNetwork
+
 FACE_SCORER = "skimage-lbp-frontal-face-v1"
+NSFWJS_SCORER = "nsfwjs-mobilenet_v2"
 
 PEOPLE_SCHEMA = pa.schema(
     [
@@ -43,6 +48,7 @@ PEOPLE_SCHEMA = pa.schema(
         ("nsfw_score", pa.float64()),
         ("nsfw_scorer", pa.string()),
         ("nsfw_weights", pa.string()),
+        ("drawing_score", pa.float64()),
         ("error", pa.string()),
     ]
 )
@@ -93,7 +99,7 @@ class LookPlan:
     """What is looked for, with what; everything that a row depends on beside the picture."""
 
     detector: Literal["none", "classical", "nudenet", "owlv2", "rtdetr", "yoloe"]
-    nsfw: Literal["none", "nudenet", "classifier"]
+    nsfw: Literal["none", "nsfwjs", "nudenet", "classifier"]
     min_score: float = 0.5
     device: str = "cpu"
     weights: Path | None = None
@@ -104,7 +110,10 @@ class LookPlan:
     @property
     def runs_networks(self) -> bool:
         """Whether models of torch are loaded, which need more time and memory."""
-        return self.detector in ("owlv2", "rtdetr", "yoloe") or self.nsfw == "classifier"
+        return self.detector in ("owlv2", "rtdetr", "yoloe") or self.nsfw in (
+            "nsfwjs",
+            "classifier",
+        )
 
     def key(self) -> dict[str, Any]:
         """What shards are named after: no paths, since the digests say what lay there."""
@@ -120,6 +129,14 @@ class LookPlan:
 # Loaded once per worker.
 _load_detector = cache(person_detectors.load_detector)
 _load_classifier = cache(nsfw.load_classifier)
+
+
+@cache
+def _load_nsfwjs(folder: Path, device: str) -> NsfwNetwork:
+    # Here, not above: it imports torch, which workers without networks do not need.
+    from components.corpus.people.nsfwjs import load_network
+
+    return load_network(folder, device)
 
 
 def _entry(box: tuple[int, int, int, int], scale: tuple[float, float]) -> list[int]:
@@ -171,6 +188,14 @@ def look_at(derivative: Derivative, plan: LookPlan) -> dict[str, Any]:
         }
     if plan.nsfw == "nudenet":
         row |= {"nsfw_score": nsfw.explicit_score(seen), "nsfw_scorer": nsfw.NUDENET_SCORER}
+    elif plan.nsfw == "nsfwjs":
+        assert plan.nsfw_weights is not None
+        classes = _load_nsfwjs(plan.nsfw_weights, plan.device).classify(pixels)
+        row |= {
+            "nsfw_score": classes.nsfw_score,
+            "nsfw_scorer": NSFWJS_SCORER,
+            "drawing_score": classes.drawing_score,
+        }
     elif plan.nsfw == "classifier":
         assert plan.nsfw_weights is not None
         classifier = _load_classifier(plan.nsfw_weights, plan.device)

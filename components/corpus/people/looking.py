@@ -16,6 +16,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -62,6 +63,13 @@ def look_plan(settings: PeopleSettings, *, device: str, root: Path = Path()) -> 
         plan = replace(plan, weights_digest=nsfw.file_sha256(nsfw.nudenet_weights()))
     if plan.nsfw == "nudenet":
         plan = replace(plan, nsfw_digest=nsfw.file_sha256(nsfw.nudenet_weights()))
+    elif plan.nsfw == "nsfwjs":
+        # Read once here: what is missing or another network is one line, not one per photograph.
+        from components.corpus.people.nsfwjs import FOLDER, load_network
+
+        folder = root / (settings.nsfw.weights or FOLDER)
+        load_network(folder)
+        plan = replace(plan, nsfw_weights=folder, nsfw_digest=_digest(folder))
     elif plan.nsfw == "classifier" and settings.nsfw.weights is not None:
         folder = resolve_folder(
             root / settings.nsfw.weights,
@@ -79,6 +87,15 @@ def _limits(settings: Settings, plan: LookPlan) -> EngineLimits:
     return EngineLimits.for_networks(
         settings, timeout_s=_NETWORK_TIMEOUT_S, memory_mb=_NETWORK_MEMORY_MB
     )
+
+
+def _network_modules(plan: LookPlan) -> tuple[ModuleType, ...]:
+    """Further code that scores depend on; it imports torch, so only where it runs."""
+    if plan.nsfw != "nsfwjs":
+        return ()
+    from components.corpus.people import layers_model, nsfwjs
+
+    return layers_model, nsfwjs
 
 
 def _look(
@@ -100,7 +117,7 @@ def _look(
         limits=_limits(settings, plan),
         only=only,
         key=plan.key(),
-        modules=(nsfw, person_detectors),
+        modules=(nsfw, person_detectors, *_network_modules(plan)),
         outside=(WeightsMissing,),
     )
     return pq.read_table(path).to_pandas()

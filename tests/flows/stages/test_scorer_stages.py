@@ -26,10 +26,12 @@ import pytest
 import yaml
 from PIL import Image
 from skimage import data
+from tiny_layers_model import tiny_model
 
-from components.corpus.manifest import read_table
+from components.corpus.manifest import read_table, write_table
 from components.corpus.people.evidence import FACE_SCORER
 from components.corpus.people.looking import look_for_people
+from components.corpus.people.nsfwjs import load_network
 from components.corpus.quality.artimuse import LinearTestScorer
 from components.corpus.quality.artimuse_server import ScorerServer
 from components.corpus.quality.scorer_protocol import ScorerIdentity
@@ -243,6 +245,33 @@ def test_the_detector_looks_at_what_the_table_of_boxes_does_not_have(root: Path)
     # Boxes say nothing of NSFW: every image has that score.
     assert table["nsfw_score"].notna().all()
     pd.testing.assert_frame_equal(looked(), table)
+
+
+def test_nsfwjs_scores_every_photograph_or_says_how_to_get_its_weights(root: Path) -> None:
+    found = values(people={"nsfw": {"scorer": "nsfwjs", "weights": None}})
+    manifest = pd.DataFrame(
+        {"image_id": [f"{n:064x}" for n in range(IMAGES)], "uri": "x", "source": "x"}
+    )
+    write_table(manifest, root / "data" / "ingest" / "manifest.parquet")
+    missing = r"^people: .*weights/nsfwjs; get it with: ultraflux weights get nsfwjs$"
+    with pytest.raises(StageFailed, match=missing):
+        run("people", root, found)
+    folder = root / "weights" / "nsfwjs"
+    folder.mkdir(parents=True)
+    model, weights, _ = tiny_model()
+    (folder / "model.json").write_text(json.dumps(model))
+    (folder / "weights.bin").write_bytes(weights)
+    result = run("people", root, found)
+    assert result.tags["nsfw_scorer"] == "nsfwjs-mobilenet_v2"
+    table = pq.read_table(root / "data" / "people" / "people.parquet").to_pandas()
+    assert table["error"].isna().all()
+    assert set(table["nsfw_weights"]) == {folder_digest(folder)}
+    network = load_network(folder)
+    for n in (0, 7):
+        classes = network.classify(decode_rgb(jpeg(n)).pixels)
+        assert table["nsfw_score"][n] == pytest.approx(classes.nsfw_score, abs=1e-6)
+        assert table["drawing_score"][n] == pytest.approx(classes.drawing_score, abs=1e-6)
+    assert table["drawing_score"].nunique() > 10
 
 
 def portrait(seed: int) -> bytes:
