@@ -27,7 +27,7 @@ from components.images.aspect_buckets import buckets  # noqa: E402
 from components.settings.models import BucketsSettings  # noqa: E402
 from components.settings.schema import Settings, load_settings, parse_settings  # noqa: E402
 from components.telemetry.metric_log import MetricLog  # noqa: E402
-from flows.stages import ingest, signals  # noqa: E402
+from flows.stages import ingest, signals, source  # noqa: E402
 from flows.stages.contract import StageContext  # noqa: E402
 
 PUBLISHED = BucketsSettings(published="table", target_pixels=None)
@@ -46,7 +46,7 @@ def settings_for(source: Path, **ingest_values: object) -> Settings:
 
 def measured(root: Path, settings: Settings) -> pd.DataFrame:
     """The manifest after ingest and signals; `integrity` is the first complaint of either."""
-    for stage in (ingest, signals):
+    for stage in (source, ingest, signals):
         name = stage.__name__.rsplit(".", 1)[-1]
         state = root / "runs" / name
         stage.run(StageContext(name, settings, root, state, MetricLog(state / "metrics.jsonl")))

@@ -85,7 +85,9 @@ def direction(name: str) -> str:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, text=True, errors="backslashreplace"
+    )
     return done.stdout if done.returncode == 0 else None
 
 

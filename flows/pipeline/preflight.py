@@ -7,6 +7,7 @@ from pathlib import Path
 
 from components.settings.schema import load_settings
 from flows.versioning import graph as versioning
+from flows.versioning.source_listing import SOURCE
 
 PHOTO_SOURCES = {
     "folder": "photographs",
@@ -34,14 +35,16 @@ def preflight(root: Path) -> None:
     if (missing := settings.caption.missing_prices()) is not None:
         raise PipelineRefused(missing)
     source = root / ingest.source
-    # A frozen `ingest`: the photographs may be gone, the image store holds them.
-    if not versioning.is_frozen(root, "ingest") and not (
+    # A frozen `source`: the photographs may be gone, the image store holds them.
+    if not versioning.is_frozen(root, SOURCE) and not (
         source.is_dir() if ingest.kind == "folder" else source.exists()
     ):
         wanted = "folder" if ingest.kind == "folder" else "file or folder"
+        tracked = (root / f"{ingest.source}.dvc").is_file()
         raise PipelineRefused(
-            f"ingest.source = {ingest.source}: no such {wanted} below {root}; set it in "
-            f"params.yaml to a {wanted} of {PHOTO_SOURCES[ingest.kind]}"
+            f"ingest.source = {ingest.source}: no such {wanted} below {root}; "
+            + (f"`dvc pull {ingest.source}` brings it, or " if tracked else "")
+            + f"set it in params.yaml to a {wanted} of {PHOTO_SOURCES[ingest.kind]}"
         )
     for name in ("data", "runs", ".dvc/tmp", ".dvc/cache"):
         folder = root / name

@@ -20,8 +20,9 @@ _KEPT_BYTES = 2**24
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True)
+    # A file's name may be any bytes.
+    return os.fsdecode(done.stdout).strip() if done.returncode == 0 else None
 
 
 def _untracked(root: Path) -> list[str]:
@@ -53,7 +54,7 @@ def changes_since_commit(root: Path) -> bytes:
         if index.is_file():
             shutil.copyfile(index, copied)
         env = os.environ | {"GIT_INDEX_FILE": str(copied)}
-        names = "\0".join(kept).encode()
+        names = os.fsencode("\0".join(kept))
         listed = ["--pathspec-from-file=-", "--pathspec-file-nul"]
         subprocess.run(
             ["git", "--literal-pathspecs", "add", "--intent-to-add", *listed],
@@ -77,7 +78,7 @@ def _changes(root: Path) -> bytes:
         size = (root / name).stat().st_size
         content = file_digest(root / name) if size <= _KEPT_FILE_BYTES else f"{size} bytes"
         lines.append(f"{name} {content}\n")
-    return _tracked_changes(root) + "".join(lines).encode()
+    return _tracked_changes(root) + os.fsencode("".join(lines))
 
 
 def changes_digest(root: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from components.files.whole_files import write_text
 from flows.versioning.code_files import CODE, CodeChanges, code_path
 from flows.versioning.graph import StageNode, hashes, open_repo, read_lock
+from flows.versioning.source_listing import SOURCE, source_changes
 
 LockEntry = Mapping[str, Any]
 
@@ -113,6 +114,9 @@ def _changes(
     if stage.name == CODE:
         return changes if changes or code.written() else [*changes, "its files"]
     known = hashes(entry.get("deps", []))
+    if stage.name == SOURCE:
+        changed = source_changes(code.root, entry, read=True)
+        changes += [changed] if changed else []
     for dep in stage.deps:
         path = str(dep.def_path)
         if path == code_path(stage.name):

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from components.files.whole_files import write_bytes
+from components.settings.schema import load_settings
 from flows.records.records import Record, read_json, records_dir, write_json
 from flows.remote import data_remote
 from flows.remote.lock_entries import foreign_inputs, merge_entries
@@ -32,6 +33,7 @@ from flows.running.stage_runner import StageOutcome, stopping_on_signals
 from flows.tracking.uploader import UploaderProcess
 from flows.versioning import graph as versioning
 from flows.versioning.code_files import CODE, code_path, reaches, write_code_files
+from flows.versioning.source_listing import reads_source
 
 PARAMS_PLACED = "runs/remote/params.sha256"
 TRACKING_URI = "MLFLOW_TRACKING_URI"
@@ -169,7 +171,9 @@ def _push(root: Path, request: StageRequest, outcome: StageOutcome) -> StageRepl
 
 
 def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, text=True, errors="backslashreplace"
+    )
     if done.returncode:
         raise WorkerRefused(f"git {arguments[0]} in {root}: {done.stderr.strip()}")
     return done.stdout
@@ -233,6 +237,8 @@ def stage_inputs(root: Path, name: str) -> list[str]:
         paths = [str(dep.def_path) for dep in loaded.deps if not getattr(dep, "params", None)]
         # Made of this clone's own code, which is the pipeline's.
         paths = [path for path in paths if path != code_path(name)]
+        if reads_source(name, paths):
+            paths.append(load_settings(root / "params.yaml").ingest.source)
         wanted = data_remote.tracked(root, paths)
     absent = [path for path in paths if path not in wanted and not (root / path).exists()]
     if absent:

@@ -23,7 +23,7 @@ from flows.records.records import Record, read_json, records_dir
 from flows.running.clone_lock import stage_lock
 from flows.running.gpu_lock import WAITING_VARIABLE
 from flows.running.guarded_process import GuardedProcess
-from flows.running.recorded_stage import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
+from flows.running.recorded_stage import FORCED, OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
 from flows.running.shared_turns import shared_turn
 from flows.running.stage_runner import OutcomeStatus, StageOutcome, interrupted
 from flows.versioning import graph as versioning
@@ -135,6 +135,8 @@ class DvcRunner:
                 env[PARENT_RECORD] = self.parent_record
             if prefect_run is not None:
                 env[PREFECT_RUN] = prefect_run
+            if self.force:
+                env[FORCED] = "1"
             with ExitStack() as until_begun:
                 lock = until_begun.enter_context(
                     stage_lock(self.root, name, lambda: self._stopping)

@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 bad input, settings or data (a retry cannot help); 1 anyth
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import sys
@@ -28,12 +29,15 @@ from flows.versioning import graph as versioning
 from flows.versioning.clone import Clone
 from flows.versioning.code_files import CODE, CodeChanges, code_path
 from flows.versioning.parameters import stage_parameters
+from flows.versioning.source_listing import SOURCE, TABLE, source_changes
 
 OUTCOME_FILE = "ULTRAFLUX_OUTCOME_FILE"
 """Names a file in which whoever asked for the stage wants to read how it ended."""
 PARENT_RECORD = "ULTRAFLUX_PARENT_RECORD"
 """Record id of the pipeline that runs this stage; without it the stage uploads its own record."""
 PREFECT_RUN = "ULTRAFLUX_PREFECT_FLOW_RUN"
+FORCED = "ULTRAFLUX_FORCED"
+"""Set where a stage is to run even when nothing has changed."""
 
 EXIT_BAD_INPUT, EXIT_ERROR, EXIT_INTERRUPTED = 2, 1, 130
 
@@ -126,6 +130,26 @@ def _refuse_other_code(root: Path, name: str) -> None:
         raise StageFailed(f"{name}: {code_path(name)} is not of this code ({differs}); {makes}")
 
 
+def _has_nothing_to_do(root: Path, name: str) -> bool:
+    """Whether DVC runs a stage only because it always does; such a run would be no record's worth.
+
+    Its table is there and is the one that dvc.lock names: DVC keeps it (`persist`).
+    """
+    if name != SOURCE or FORCED in os.environ:
+        return False
+    entry = versioning.lock_entry(root, name)
+    if entry is None or not (root / TABLE).is_file():
+        return False
+    return not source_changes(root, entry) and _md5(root / TABLE) == versioning.hashes(
+        entry.get("outs", [])
+    ).get(TABLE)
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
 def _run(context: StageContext, node: versioning.StageNode) -> RunResult:
     module = importlib.import_module(f"flows.stages.{node.name}")
     result = module.run(context)
@@ -150,6 +174,9 @@ def run_stage(name: str, root: Path) -> int:
         with clone.opened():
             node = clone.stage(name)
             _refuse_other_code(root, name)
+            if _has_nothing_to_do(root, name):
+                print(f"{name}: unchanged", file=sys.stderr)
+                return 0
             key, inputs = clone.identity(name)
         state_dir = state_folder(root, name, key)
         state_dir.mkdir(parents=True, exist_ok=True)

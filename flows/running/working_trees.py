@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from components.corpus.listing.source_table import KNOWN_FILES
 from components.files.whole_files import write_text
 from flows.records.records import RUN_TAGS
 from flows.tracking.uploader import tracking_uri
@@ -74,6 +75,8 @@ def share(root: Path, tree: Path, source: str | None) -> None:
         _link_children(root / folder, tree / folder)
     if source and not (tree / source).exists() and not (tree / f"{source}.dvc").is_file():
         _link(root / source, tree / source)
+    # What was read of photographs that a tree links to is not read again.
+    _link(root / KNOWN_FILES, tree / KNOWN_FILES)
     if (root / _ORIGINALS).is_dir() and not (tree / _ORIGINALS).exists():
         # Links of single files: `ingest` removes what a corpus no longer names.
         shutil.copytree(root / _ORIGINALS, tree / _ORIGINALS, copy_function=_link_or_copy)

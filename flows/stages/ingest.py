@@ -19,8 +19,12 @@ def run(context: StageContext) -> StageResult:
     """
     settings = context.settings.ingest
     folder = context.output_dir
+    # Lists and archives are read themselves; their table only says when they have changed.
+    listing = context.input("source", "listing.parquet") if settings.kind == "folder" else None
     try:
-        found = collect(settings, folder, root=context.root, state_dir=context.state_dir)
+        found = collect(
+            settings, folder, root=context.root, state_dir=context.state_dir, listing=listing
+        )
     except ValueError as problem:
         raise StageFailed(f"ingest: {problem}") from None
     manifest = folder / "manifest.parquet"

@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from flows.versioning.code_files import CODE, CodeChanges, code_path
+from flows.versioning.source_listing import ALWAYS_CHANGED, SOURCE, source_changes
 
 # dvc.Repo keeps per-process state that is not thread-safe. Reentrant, because a unit of work
 # (`flows.versioning.clone`) asks several questions of one opened Repo.
@@ -216,8 +217,7 @@ def dependencies(root: Path, name: str) -> list[str]:
 
 def is_frozen(root: Path, name: str) -> bool:
     """Whether `frozen: true` has fixed a stage's outputs as they are."""
-    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    return bool(stages[name].get("frozen", False))
+    return bool(read_stages(root).get(name, {}).get("frozen", False))
 
 
 def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
@@ -247,6 +247,11 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
             changes = _without(changes, code_path(name))
             changed = code.since(name, locked[name], cache)
             changes = [*changes, *([changed] if changed else [])]
+        if name == SOURCE:
+            # DVC says of it that it is always changed.
+            changes = [change for change in changes if change != ALWAYS_CHANGED]
+            changed = "" if changes or name in frozen else source_changes(root, locked[name])
+            changes += [changed] if changed else []
         if changes:
             reasons[name] = _reason(changes)
         elif behind := [up for up in node.upstream if up in reasons and up != CODE]:
@@ -259,6 +264,7 @@ def changes_beside_code(root: Path, name: str) -> str:
     with open_repo(root) as repo:
         status = repo.status(targets=[name])
     changes: list[Any] = next(iter(status.values()), [])
+    changes = [change for change in changes if change != ALWAYS_CHANGED]
     return _reason(_without(changes, code_path(name)))
 
 

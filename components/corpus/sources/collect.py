@@ -2,8 +2,9 @@
 
 At a prompt, without the stage::
 
-    settings = load_settings(Path("params.yaml")).ingest
-    collected = collect(settings, Path("mine"), root=Path(), state_dir=Path("runs/mine"))
+    settings, table = load_settings(Path("params.yaml")), Path("mine/listing.parquet")
+    describe_source(settings.ingest, table, root=Path(), limits=EngineLimits.of(settings))
+    collect(settings.ingest, Path("mine"), root=Path(), state_dir=Path("runs/me"), listing=table)
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from components.corpus.listing.source_table import read_listing
 from components.corpus.manifest import write_table
 from components.corpus.sources.download_journal import DownloadJournal
 from components.corpus.sources.downloader import Downloader, DownloadProgress
-from components.corpus.sources.folder import scan_folder
+from components.corpus.sources.folder import manifest_of_folder
 from components.corpus.sources.ingest_tables import (
     pending_keys,
     table_coverage,
@@ -64,6 +66,7 @@ def collect(
     *,
     root: Path,
     state_dir: Path,
+    listing: Path | None = None,
     originals_uri: str = ORIGINALS,
 ) -> Collected:
     """Write the manifest of a source's candidates, and what is lost or unknown beside it.
@@ -77,6 +80,7 @@ def collect(
         folder: output, created.
         root: where relative paths start; `runs/downloads` below it keeps what addresses gave.
         state_dir: survives kills.
+        listing: table of `describe_source`; a folder's photographs are taken from it.
         originals_uri: what the manifest calls `folder`/originals.
 
     Raises:
@@ -84,12 +88,14 @@ def collect(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if settings.kind == "folder":
-        return _scan(settings, folder, root)
+        if listing is None:
+            raise ValueError("listing: None; a folder's photographs come from its table")
+        return _scan(settings, folder, listing, root)
     return _collect_records(settings, folder, root, state_dir, originals_uri)
 
 
-def _scan(settings: IngestSettings, folder: Path, root: Path) -> Collected:
-    manifest = scan_folder(settings, root)
+def _scan(settings: IngestSettings, folder: Path, listing: Path, root: Path) -> Collected:
+    manifest = manifest_of_folder(read_listing(listing), settings, root)
     write_table(manifest, folder / "manifest.parquet")
     write_empty_side_tables(folder)
     _write_coverage(table_coverage(manifest), folder)
@@ -100,7 +106,7 @@ def _scan(settings: IngestSettings, folder: Path, root: Path) -> Collected:
         kept=len(manifest),
         unreadable=int((manifest["integrity"] != "ok").sum()),
         duplicates=int(manifest["duplicate_of"].notna().sum()),
-        megapixels=float(manifest["megapixels"].sum()) if "megapixels" in manifest else 0.0,
+        megapixels=float(manifest["megapixels"].sum()),
     )
 
 

@@ -42,7 +42,7 @@ def test_every_stage_ran_and_the_second_run_skips_them_all(project: Path) -> Non
     done = ultraflux(project, "run")
     assert done.returncode == 0, done.stderr
     marks = [line.split()[0] for line in done.stdout.splitlines() if line[:7].strip()]
-    assert marks.count("same") == len(graph) == 17
+    assert marks.count("same") == len(graph) == 18
     # `dvc repro` sees the same state: nothing to do, not a byte of the lock changed.
     subprocess.run(["dvc", "repro", "-q"], cwd=project, check=True, timeout=300)
     assert (project / "dvc.lock").read_bytes() == before
@@ -182,8 +182,12 @@ def test_a_run_is_reproduced_with_equal_outputs_restored_and_computed_again(proj
     found = json.loads(done.stdout)
     assert found["warnings"] == []
     how = {one["stage"]: one["how"] for one in found["stages"] if one["verdict"] == "equal"}
-    assert len(how) == 17
-    assert {stage for stage, made in how.items() if made == "computed"} == {"select", "slices"}
+    assert len(how) == 18
+    assert {stage for stage, made in how.items() if made == "computed"} == {
+        "source",
+        "select",
+        "slices",
+    }
     for path, data in before.items():
         assert (Path(found["tree"]) / path.relative_to(project)).read_bytes() == data
 
@@ -302,7 +306,7 @@ def test_a_comment_a_docstring_and_a_renamed_module_make_nothing_stale(edited: P
         path.write_text(text.replace("images.pixel_range", "images.value_range"), encoding="utf-8")
     assert stale(edited) == {}
     listed = run_own_code(edited, "stage", "list")
-    assert listed.stdout.count("up to date") == 17, listed.stderr
+    assert listed.stdout.count("up to date") == 18, listed.stderr
     # DVC looks at files: it runs `code`, whose outputs are the same bytes, and nothing after it.
     done = subprocess.run(
         ["dvc", "repro"],

@@ -57,7 +57,7 @@ def test_the_run_of_a_remote_stage_hangs_under_the_pipelines_run_once(
         # The worker cannot reach MLflow: what it recorded comes back with the reply.
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
     request = StageRequest(
-        "ingest",
+        "source",
         code_commit(pipeline),
         (pipeline / "params.yaml").read_text(),
         parent=record.record_id,
@@ -69,12 +69,12 @@ def test_the_run_of_a_remote_stage_hangs_under_the_pipelines_run_once(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     keep_files(pipeline, reply.files)
     sync_once(pipeline)
-    (stage,) = [one for one in all_records(pipeline) if one.run.name == "ingest"]
+    (stage,) = [one for one in all_records(pipeline) if one.run.name == "source"]
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("ultraflux")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    (child,) = [run for run in runs if run.info.run_name == "ingest"]
+    (child,) = [run for run in runs if run.info.run_name == "source"]
     assert child.info.run_id == stage.mlflow_run_id
     assert child.info.status == "FINISHED"
     assert child.data.tags["mlflow.parentRunId"] == record.mlflow_run_id

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from components.corpus.manifest import read_table
 from components.settings.schema import Settings, load_settings, parse_settings
 from components.telemetry.metric_log import MetricLog
-from flows.stages import ingest, signals
+from flows.stages import ingest, signals, source
 from flows.stages.contract import StageContext
 
 ROOT = Path(__file__).parents[3]
@@ -102,7 +102,7 @@ def settings(workers: int) -> Settings:
 
 def run(root: Path, workers: int) -> pd.DataFrame:
     """Manifest of ingest with the measures of signals beside it (suffix _measured)."""
-    for stage in (ingest, signals):
+    for stage in (source, ingest, signals):
         name = stage.__name__.rsplit(".", 1)[-1]
         state = root / "runs" / name
         stage.run(StageContext(name, settings(workers), root, state, MetricLog(state / "m.jsonl")))

@@ -17,7 +17,7 @@ from components.telemetry.metric_log import MetricLog
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 ROOT = Path(__file__).parents[3]
-MEASURING = ("ingest", "signals", "quality", "people", "select", "caption", "slices")
+MEASURING = ("source", "ingest", "signals", "quality", "people", "select", "caption", "slices")
 
 
 def adjusted(**sections: dict[str, object]) -> Settings:
@@ -130,8 +130,8 @@ def test_without_training_images_one_line_names_the_setting(project: Path, tmp_p
 
 def test_an_empty_folder_is_one_line_that_names_folder_and_setting(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(StageFailed, match=r"^ingest: photos: no files.*ingest\.source"):
-        run("ingest", tmp_path, adjusted())
+    with pytest.raises(StageFailed, match=r"^source: photos: no files.*ingest\.source"):
+        run("source", tmp_path, adjusted())
 
 
 def test_a_missing_input_names_the_stage_that_makes_it(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_recompressed_copy_is_a_near_duplicate_of_the_photograph_with_more_pix
             "max_flat_fraction": 1.0,
         }
     )
-    for stage in ("ingest", "signals", "quality", "people", "select"):
+    for stage in ("source", "ingest", "signals", "quality", "people", "select"):
         run(stage, tmp_path, settings)
     table = read_table(tmp_path / "data" / "select" / "manifest.parquet")
     verdicts = {Path(row.uri).name: row.reject_reason for row in table.itertuples()}

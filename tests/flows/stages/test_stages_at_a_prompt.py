@@ -12,18 +12,20 @@ import pytest
 
 from components.corpus.candidate_signals import measure_candidates
 from components.corpus.captions.captioning import caption_photographs
+from components.corpus.listing.source_table import describe_source
 from components.corpus.manifest import read_table, write_table
 from components.corpus.people.looking import look_for_people
 from components.corpus.quality.scoring import score_photographs
 from components.corpus.selection.join_signals import join_signals
 from components.corpus.selection.rules import select
 from components.corpus.sources.collect import collect
+from components.engine.map_items import EngineLimits
 from components.settings.schema import Settings, load_settings, parse_settings
 from components.telemetry.metric_log import MetricLog
 from flows.stages.contract import StageContext
 
 ROOT = Path(__file__).parents[3]
-STAGES = ("ingest", "signals", "quality", "people", "select", "caption")
+STAGES = ("source", "ingest", "signals", "quality", "people", "select", "caption")
 PHOTOGRAPHS = ("ng-32703", "galen-crout-175291", "white-and-multicolored-portrait-3x4")
 
 
@@ -67,8 +69,15 @@ def equal(project: Path, stage: str, file: Path) -> bool:
     return file.read_bytes() == (project / "data" / stage / file.name).read_bytes()
 
 
-def test_ingest(project: Path, tmp_path: Path) -> None:
-    found = collect(SETTINGS.ingest, tmp_path, root=project, state_dir=tmp_path / "state")
+def test_source_and_ingest(project: Path, tmp_path: Path) -> None:
+    table = tmp_path / "listing.parquet"
+    limits = EngineLimits.of(SETTINGS)
+    described = describe_source(SETTINGS.ingest, table, root=project, limits=limits)
+    assert (described.candidates, described.read) == (len(PHOTOGRAPHS), 0)
+    assert equal(project, "source", table)
+    found = collect(
+        SETTINGS.ingest, tmp_path, root=project, state_dir=tmp_path / "state", listing=table
+    )
     assert found.candidates == len(PHOTOGRAPHS)
     for name in ("manifest", "losses", "unknown_columns"):
         assert equal(project, "ingest", tmp_path / f"{name}.parquet")

@@ -12,14 +12,24 @@ from typing import Any
 import pytest
 import yaml
 
+from components.corpus.listing.source_table import describe_source
+from components.engine.map_items import EngineLimits
+from components.settings.schema import load_settings
 from flows.versioning.code_files import write_code_files
 from flows.versioning.graph import stage_graph, stale_stages
+from flows.versioning.source_listing import TABLE
+
+
+def describe(root: Path) -> None:
+    """As the stage `source` does."""
+    settings = load_settings(root / "params.yaml")
+    describe_source(settings.ingest, root / TABLE, root=root, limits=EngineLimits.of(settings))
 
 
 @pytest.fixture(scope="module")
 def finished(clone: Callable[..., Path]) -> Path:
     """The project with a file in place of every output, and a lock that says all stages ran."""
-    root = clone("finished", {}, [])
+    root = clone("finished", {}, ["ng-32703.jpg"])
     described = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
     for stage in described.values():
         outputs = [*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]
@@ -29,6 +39,8 @@ def finished(clone: Callable[..., Path]) -> Path:
             path.write_text(f"{path.name}\n")
     (root / "data" / "code").unlink()
     write_code_files(root)
+    (root / TABLE).unlink()
+    describe(root)
     # DVC itself hashes what is there and writes the lock, without running anything.
     subprocess.run([sys.executable, "-m", "dvc", "commit", "-q", "--force"], cwd=root, check=True)
     assert stale_stages(root, stage_graph(root)) == {}
@@ -73,25 +85,30 @@ def test_a_setting_makes_stale_the_stages_that_read_it(
         assert not stale & {"ingest", "signals", "quality", "people", "select"}
 
 
-def test_a_new_photograph_is_noticed_by_ingest_alone(finished: Path) -> None:
-    """Stages below are decided by the manifest: the same images, nothing to do."""
+def test_a_new_photograph_is_noticed_by_the_table_of_the_source_alone(finished: Path) -> None:
+    """Stages below are decided by what is in it: the same images, nothing to do."""
     path = finished / "data" / "sample" / "new.jpg"
     path.write_bytes(b"\xff\xd8\xff")
     try:
-        assert changed_directly(finished)[0] == {"ingest", "caption"}
+        changed, stale = changed_directly(finished)
+        assert changed == {"source"}
+        assert {"ingest", "caption", "signals"} < stale
     finally:
         path.unlink()
 
 
-def test_photographs_may_go_when_ingest_is_frozen(finished: Path) -> None:
+def test_photographs_may_go_when_source_is_frozen(finished: Path) -> None:
     text = (finished / "dvc.yaml").read_text()
     aside = finished / "runs" / "sample"
     aside.parent.mkdir(exist_ok=True)
-    (finished / "dvc.yaml").write_text(text.replace("  ingest:\n", "  ingest:\n    frozen: true\n"))
+    (finished / "dvc.yaml").write_text(text.replace("  source:\n", "  source:\n    frozen: true\n"))
     shutil.move(finished / "data" / "sample" / "ATTRIBUTION.csv", aside)
     try:
-        assert changed_directly(finished)[0] == {"caption"}
+        assert changed_directly(finished) == (set(), set())
     finally:
         (finished / "dvc.yaml").write_text(text)
         shutil.move(aside, finished / "data" / "sample" / "ATTRIBUTION.csv")
+    # A move is a change of the file to whoever looks at times; its content is the same.
+    assert changed_directly(finished)[0] == {"source"}
+    describe(finished)
     assert stale_stages(finished, stage_graph(finished)) == {}

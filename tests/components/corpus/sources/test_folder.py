@@ -3,14 +3,17 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
 
+from components.corpus.listing.source_table import describe_source, read_listing
 from components.corpus.manifest import SCHEMA, to_arrow
-from components.corpus.sources.folder import file_name, scan_folder
+from components.corpus.sources.folder import file_name, manifest_of_folder
+from components.engine.map_items import EngineLimits
 from components.settings.corpus import IngestSettings
 from components.settings.schema import load_settings
 
@@ -29,6 +32,15 @@ def settings(**changes: object) -> IngestSettings:
         "max_megapixels": 1.0,
     }
     return IngestSettings.model_validate(values | changes)
+
+
+def scan_folder(settings: IngestSettings, root: Path) -> pd.DataFrame:
+    """Through the table of the source, which lies outside: links in it are the test's."""
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "listing.parquet"
+        limits = EngineLimits(workers=1, timeout_s=30.0, memory_mb=2048, retries=0)
+        describe_source(settings, table, root=root, limits=limits)
+        return manifest_of_folder(read_listing(table), settings, root)
 
 
 @pytest.fixture

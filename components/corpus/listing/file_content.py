@@ -1,0 +1,122 @@
+"""What the bytes of one file are: their sha256, and for a photograph what its header says.
+
+Each file is read once. A header is the first untrusted thing that a decoder sees, so photographs
+are read in worker processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from typing import Any, NamedTuple
+
+from components.corpus.sources.image_probe import header_columns
+from components.images.decoding import ImageUndecodable, read_header
+
+HEADER_COLUMNS = (
+    "width",
+    "height",
+    "megapixels",
+    "aspect_ratio",
+    "stored_width",
+    "stored_height",
+    "orientation",
+    "color_space",
+    "bit_depth",
+    "has_alpha",
+    "format",
+    "bytes_per_pixel",
+    "integrity",
+    "decode_note",
+)
+"""Columns of the manifest that a photograph's header fills: those of `header_columns`, and
+`integrity`."""
+
+# The largest pixels there are (four 32-bit channels), and room for profiles and thumbnails: what is
+# larger is not read into memory.
+_MAX_BYTES_PER_PIXEL = 16
+_MAX_METADATA_BYTES = 64 * 2**20
+_CHUNK_BYTES = 2**20
+_CLOCK_STEP_NS = 20_000_000
+"""A kernel stamps files with a clock that moves every 4 to 10 ms."""
+
+Stat = tuple[int, int, int]
+"""Size, mtime and ctime in ns: equal ones stand for equal bytes."""
+
+
+class FileToRead(NamedTuple):
+    """What a worker needs to know of one file."""
+
+    path: str
+    max_megapixels: float | None
+    """Of a photograph; None: no header is read."""
+
+
+class FileContent(NamedTuple):
+    """What was found in a file."""
+
+    sha256: str | None
+    """None: its bytes could not be had."""
+    stat: Stat | None
+    """Of the file while it was read; None: it changed meanwhile, or could not be opened."""
+    columns: dict[str, Any]
+    """`HEADER_COLUMNS` as far as they are known; of other files `integrity` alone."""
+
+
+def too_large(size_bytes: int, max_megapixels: float) -> str | None:
+    """Why a file is not even read: no photograph within the bound has so many bytes."""
+    if size_bytes > max_megapixels * 1e6 * _MAX_BYTES_PER_PIXEL + _MAX_METADATA_BYTES:
+        return f"file of {size_bytes} bytes is larger than any image within max_megapixels"
+    return None
+
+
+def read_content(file: FileToRead) -> FileContent:
+    """Read a file once; what is wrong with it is data.
+
+    A file that was written less than a step of the kernel's clock ago is waited for: a later change
+    must get another time.
+    """
+    try:
+        # Not blocking: what was a file when it was listed may be a pipe by now.
+        descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as problem:
+        return _unread(problem)
+    with open(descriptor, "rb", buffering=0) as opened:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return FileContent(None, None, {"integrity": "not a regular file"})
+        if 0 <= time.time_ns() - status.st_ctime_ns < _CLOCK_STEP_NS:
+            time.sleep(_CLOCK_STEP_NS / 1e9)
+        try:
+            if file.max_megapixels is None:
+                digest = hashlib.sha256()
+                while chunk := opened.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                sha256, columns = digest.hexdigest(), {"integrity": "ok"}
+            else:
+                data = opened.readall()
+                sha256 = hashlib.sha256(data).hexdigest()
+                columns = _photograph(data, file.max_megapixels)
+        except OSError as problem:
+            return _unread(problem)
+        before, after = _stat(status), _stat(os.fstat(descriptor))
+    return FileContent(sha256, before if before == after else None, columns)
+
+
+def _stat(status: os.stat_result) -> Stat:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _unread(problem: OSError) -> FileContent:
+    return FileContent(None, None, {"integrity": f"cannot read: {problem.strerror}"})
+
+
+def _photograph(data: bytes, max_megapixels: float) -> dict[str, Any]:
+    """Columns of the manifest that the header gives; `integrity` says why there are no others."""
+    try:
+        header = read_header(data, max_megapixels=max_megapixels)
+    except ImageUndecodable as problem:
+        return {"integrity": str(problem)}
+    return {**header_columns(header, len(data)), "integrity": "ok"}
