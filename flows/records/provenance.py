@@ -11,6 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import yaml
+
 from components.files.weight_folders import file_digest
 
 # Of untracked files: what is neither code nor settings may be large, or a secret.
@@ -71,10 +73,26 @@ def _tracked_changes(root: Path, env: dict[str, str] | None = None) -> bytes:
     return subprocess.run(command, cwd=root, env=env, capture_output=True).stdout
 
 
+def _source(root: Path) -> Path | None:
+    """`ingest.source`; None where the settings do not say."""
+    try:
+        values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+        return root / values["ingest"]["source"]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+        return None
+
+
 def _changes(root: Path) -> bytes:
-    """Tracked changes, then name and content of every untracked file; of large ones the size."""
+    """Tracked changes, then name and content of every untracked file; of large ones the size.
+
+    Photographs are data: the table of the source says which they were (data/source).
+    """
     lines = []
+    source = _source(root)
     for name in _untracked(root):
+        is_data = source is not None and (root / name).is_relative_to(source)
+        if is_data and Path(name).suffix not in _KEPT_SUFFIXES:
+            continue
         size = (root / name).stat().st_size
         content = file_digest(root / name) if size <= _KEPT_FILE_BYTES else f"{size} bytes"
         lines.append(f"{name} {content}\n")
@@ -86,7 +104,8 @@ def changes_digest(root: Path) -> str:
     # dvc.lock changes with every run, so it does not count as a code change.
     if not _git(root, "status", "--porcelain", "--", ":!dvc.lock"):
         return ""
-    return hashlib.sha256(_changes(root)).hexdigest()
+    changes = _changes(root)
+    return hashlib.sha256(changes).hexdigest() if changes else ""
 
 
 def provenance_tags(root: Path) -> dict[str, str]:

@@ -199,7 +199,6 @@ def test_the_command_restores_or_computes_again_and_says_whether_all_is_equal(
     (toy / "data" / "sample").mkdir()
     (toy / "data" / "sample" / "photo.txt").touch()
     graph = (toy / "dvc.yaml").read_text().replace("params: [value]", "params: [project.seed]")
-    # The driver asks whether `ingest` is frozen.
     (toy / "dvc.yaml").write_text(graph.replace("  a:\n", "  ingest:\n"))
     done = subprocess.run(["ultraflux", "run"], cwd=toy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

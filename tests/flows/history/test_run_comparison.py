@@ -200,7 +200,6 @@ def test_a_pipeline_record_keeps_its_settings_lock_and_uncommitted_changes(
     (toy / "params.yaml").write_text((root / "params.yaml").read_text())
     (toy / "data" / "sample").mkdir()
     graph = (toy / "dvc.yaml").read_text().replace("params: [value]", "params: [project.seed]")
-    # The driver asks whether `ingest` is frozen.
     (toy / "dvc.yaml").write_text(graph.replace("  a:\n", "  ingest:\n"))
     done = subprocess.run(["ultraflux", "run"], cwd=toy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,6 +15,7 @@ import yaml
 from components.corpus.listing.source_table import describe_source
 from components.engine.map_items import EngineLimits
 from components.settings.schema import load_settings
+from flows.remote.lock_entries import stale_without_data
 from flows.versioning.code_files import write_code_files
 from flows.versioning.graph import stage_graph, stale_stages
 from flows.versioning.source_listing import TABLE
@@ -95,6 +96,23 @@ def test_a_new_photograph_is_noticed_by_the_table_of_the_source_alone(finished: 
         assert {"ingest", "caption", "signals"} < stale
     finally:
         path.unlink()
+
+
+def test_a_clone_that_never_listed_the_source_compares_contents(finished: Path) -> None:
+    """For a pipeline whose workers have clones of their own: names and times say nothing here."""
+    graph = stage_graph(finished)
+    shutil.rmtree(finished / "runs" / "listing")
+    assert "files in data/sample" in stale_stages(finished, graph)["source"]
+    assert stale_without_data(finished, graph) == {}
+    path = finished / "data" / "sample" / "ng-32703.jpg"
+    before = path.read_bytes()
+    path.write_bytes(before[:-1] + b"x")
+    try:
+        assert "files in data/sample" in stale_without_data(finished, graph)["source"]
+    finally:
+        path.write_bytes(before)
+    assert stale_without_data(finished, graph) == {}
+    describe(finished)
 
 
 def test_photographs_may_go_when_source_is_frozen(finished: Path) -> None:
