@@ -8,6 +8,7 @@ hash each piece while it is still in the processor's cache. No thread outlives i
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,11 +24,14 @@ import xxhash
 
 Verify = Literal["always", "first", "never"]
 Bytes = npt.NDArray[np.uint8]
+Integers = npt.NDArray[np.int64]
 
 _THREADS = 4
 """Requests in flight; one per core leaves the queue of a solid-state disk half empty."""
 _OPEN_SHARDS = 256
 """Descriptors kept; a corpus of a million has a thousand shards, the usual limit of a process."""
+_SHARE_OF_LIMIT = 4
+"""At most one of this many files that the process may open is a shard."""
 _RUN_BYTES = 8 * 2**20
 """Longest single request, so that neighbours are still shared between the threads."""
 _PIECE_BYTES = 2**18
@@ -92,6 +96,15 @@ class _Run:
     places: list[int]
 
 
+def shards_kept_open() -> int:
+    """How many shards a reader of this process keeps open at most, at least 1."""
+    # A process may be allowed fewer than usual, and it has pipes, logs and libraries besides.
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY:
+        return _OPEN_SHARDS
+    return max(1, min(_OPEN_SHARDS, allowed // _SHARE_OF_LIMIT))
+
+
 class RecordReader:
     """Random access to the records of one store folder; safe to share between threads."""
 
@@ -115,15 +128,18 @@ class RecordReader:
         # Only "first" asks it: one byte per record, and a lost entry costs one more check.
         self._checked = np.zeros(len(extents.offset), dtype=np.bool_)
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._kept = shards_kept_open()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(threads, "records") if threads > 1 else None
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_process = 0
 
     def close(self) -> None:
         """Give back descriptors and threads; reading opens them again, but single-threaded."""
         with self._lock:
-            if self._pool is not None:
+            if self._pool is not None and self._pool_process == os.getpid():
                 self._pool.shutdown()
-                self._pool = None
+            self._pool, self._threads = None, 1
             while self._open:
                 os.close(self._open.popitem()[1])
 
@@ -154,35 +170,51 @@ class RecordReader:
                 f"a buffer of shape {buffer.shape} does not take {len(rows)} records of "
                 f"{sorted(set(sizes.tolist()))} bytes"
             )
-        # Held while reading: an open shard must not be closed under another thread's request.
-        with self._lock:
-            runs = self._runs(rows)
-            if self._pool is None or len(runs) < 2:
-                for run in runs:
-                    self._read_run(run, buffer)
-            else:
-                requests = [self._pool.submit(self._read_run, run, buffer) for run in runs]
-                # All of them, also after an error: none may write once this has returned.
-                wait(requests)
-                for request in requests:
-                    request.result()
-
-    def _runs(self, rows: Sequence[int]) -> list[_Run]:
-        """Requests that cover the rows, in disk order."""
-        extents = self._extents
         chosen = np.asarray(rows, dtype=np.int64)
         # In disk order, so that neighbours become one request.
-        order = np.lexsort((extents.offset[chosen], extents.shard[chosen])).tolist()
-        needed = {int(number): rows[i] for i, number in enumerate(extents.shard[chosen].tolist())}
-        # All that this call needs are opened before any other is closed, even if there are more of
-        # them than are kept.
+        order = np.lexsort((self._extents.offset[chosen], self._extents.shard[chosen]))
+        # Held while reading: an open shard must not be closed under another thread's request.
+        with self._lock:
+            for places in self._parts(chosen, order):
+                self._read_places(chosen, places, buffer)
+
+    def _parts(self, chosen: Integers, order: Integers) -> list[Integers]:
+        """Places in disk order, cut so that no part needs more shards than may be open."""
+        shards = self._extents.shard[chosen[order]]
+        # How many shards stand before each place, counted from 0.
+        earlier = np.cumsum(np.diff(shards, prepend=shards[:1]) != 0)
+        part = earlier // self._kept
+        return np.split(order, np.flatnonzero(np.diff(part)) + 1)
+
+    def _read_places(self, chosen: Integers, places: Integers, buffer: Bytes) -> None:
+        runs = self._runs(chosen, places)
+        if self._threads < 2 or len(runs) < 2:
+            for run in runs:
+                self._read_run(run, buffer)
+            return
+        # A forked child has the executor, but none of its threads: requests would wait for ever.
+        if self._pool is None or self._pool_process != os.getpid():
+            self._pool = ThreadPoolExecutor(self._threads, "records")
+            self._pool_process = os.getpid()
+        requests = [self._pool.submit(self._read_run, run, buffer) for run in runs]
+        # All of them, also after an error: none may write once this has returned.
+        wait(requests)
+        for request in requests:
+            request.result()
+
+    def _runs(self, chosen: Integers, places: Integers) -> list[_Run]:
+        """Requests that cover the rows at these places, which are in disk order."""
+        extents = self._extents
+        needed = {int(extents.shard[row]): int(row) for row in chosen[places]}
+        # Open ones that are needed become the newest first, so that none of them is closed for
+        # another.
+        for number in needed.keys() & self._open.keys():
+            self._open.move_to_end(number)
         descriptors = {number: self._descriptor(number, row) for number, row in needed.items()}
-        while len(self._open) > max(_OPEN_SHARDS, len(needed)):
-            os.close(self._open.popitem(last=False)[1])
         runs: list[_Run] = []
         # No record ends there, so the first one always begins a run.
         end = (-1, -1)
-        for place in order:
+        for place in places.tolist():
             row = int(chosen[place])
             number, offset = int(extents.shard[row]), int(extents.offset[row])
             size = int(extents.nbytes[row])
@@ -205,6 +237,9 @@ class RecordReader:
 
     def _descriptor(self, number: int, row: int) -> int:
         if number not in self._open:
+            # Before another is opened: at no moment are there more than are kept.
+            while len(self._open) >= self._kept:
+                os.close(self._open.popitem(last=False)[1])
             name = self._extents.shards[number]
             try:
                 self._open[number] = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -14,7 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.training.stores import record_reader
-from components.training.stores.record_reader import Extents, RecordCorrupt, RecordReader, Verify
+from components.training.stores.record_reader import (
+    Extents,
+    RecordCorrupt,
+    RecordReader,
+    Verify,
+    shards_kept_open,
+)
 
 SIZE, PER_SHARD, SHARDS = 40, 7, 4
 
@@ -152,6 +161,66 @@ def test_threads_share_a_reader(folder: Path) -> None:
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_more_shards_are_open_than_are_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(record_reader, "_OPEN_SHARDS", 2)
+    most, real = 0, os.preadv
+
+    def shards_open() -> int:
+        found = 0
+        for number in os.listdir("/proc/self/fd"):
+            # Other threads close theirs meanwhile.
+            with contextlib.suppress(OSError):
+                found += os.readlink(f"/proc/self/fd/{number}").endswith(".bin")
+        return found
+
+    def counted(*arguments: object) -> int:
+        nonlocal most
+        most = max(most, shards_open())
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", counted)
+    reader = RecordReader(folder, extents(), threads=threads)
+    for rows in ([0, 9, 16, 23], [9, 0], [27, 1, 8, 15, 22, 2], []):
+        buffer = np.zeros((len(rows), SIZE), dtype=np.uint8)
+        reader.read_into(rows, buffer)
+        assert [bytes(row) for row in buffer] == [record(row) for row in rows]
+    assert most == 2
+    reader.close()
+    assert shards_open() == 0
+
+
+def test_the_limit_of_the_process_bounds_open_shards() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for limit, kept in ((256, 64), (2048, 256)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            assert shards_kept_open() == kept
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_forked_child_reads_with_threads_of_its_own(folder: Path) -> None:
+    reader = RecordReader(folder, extents(), threads=2)
+    buffer = np.zeros((2, SIZE), dtype=np.uint8)
+    reader.read_into([0, 9], buffer)
+
+    def work() -> None:
+        reader.read_into([1, 20], buffer)
+        os._exit(0 if [bytes(row) for row in buffer] == [record(1), record(20)] else 1)
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(20)
+    alive = child.is_alive()
+    child.kill()
+    child.join()
+    assert not alive
+    assert child.exitcode == 0
 
 
 def test_a_buffer_of_another_size_is_refused(folder: Path) -> None:
