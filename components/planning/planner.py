@@ -36,6 +36,7 @@ from components.planning.model_shapes import FluxShape, networks
 from components.planning.transformer import Transformer, dit_memory
 from components.settings.schema import Settings
 from components.settings.training import DitStageSettings
+from components.training.vae.tiles import TileRules
 
 # Noise levels of a validation (components.training.dit.validation.LEVELS, which imports torch).
 VALIDATION_LEVELS = 8
@@ -44,6 +45,8 @@ PUBLISHED_TRAINING_IMAGES_PER_S, PUBLISHED_SECONDS_PER_IMAGE, PUBLISHED_STEPS = 
 PUBLISHED_TOKENS = (16384, 512)
 # How many the trainer keeps.
 VAE_CHECKPOINTS = 2
+# Read, hash, decode, cut and store one: benchmarks/vae_tiles.py on a core of an AMD EPYC.
+TILES_CORE_S = 0.1
 _STORE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -93,6 +96,10 @@ class StagePlan:
     hours: float | None
     rate: str | None
     """Where the rate behind the hours comes from."""
+    core_hours: float = 0.0
+    """Work of the processor before the GPU begins, on one core."""
+    core_rate: str | None = None
+    """Where the rate behind them was measured."""
 
     @property
     def model_flops(self) -> int:
@@ -158,7 +165,7 @@ def plan(
     stages = (
         _latents(transformer, sizes, images, rate),
         _text(transformer, images, rate),
-        _vae(transformer, rate),
+        _vae(transformer, images, rate),
         _dit("dit_stage1", settings.dit_stage1, transformer, sizes, images, rate),
         _dit("dit_stage2", settings.dit_stage2, transformer, sizes, images, rate),
         _generate(transformer, rate),
@@ -271,8 +278,25 @@ def _encoding_flops(transformer: Transformer) -> Flops:
     return sum((clip_flops(clip) for clip in nets.clips), start=t5_flops(nets.t5, length))
 
 
-def _vae(transformer: Transformer, rate: Rate | None) -> StagePlan:
+def vae_slice(settings: Settings, images: int) -> int:
+    """Photographs of the slice that the decoder trains on."""
+    training = images - held_out(settings, images)
+    # As `slices` rounds it.
+    share = math.ceil(settings.slices.vae_top_fraction * training)
+    return min(training, max(share, settings.slices.min_images))
+
+
+def _vae(transformer: Transformer, images: int, rate: Rate | None) -> StagePlan:
     settings, vae = transformer.settings.vae, transformer.networks.autoencoder
+    whole = transformer.settings
+    # Of held-out photographs only as many as there are crops to measure on.
+    cut = vae_slice(whole, images) + min(held_out(whole, images), settings.eval_crops)
+    rules = TileRules(
+        settings.crop_px,
+        settings.tile_px,
+        settings.tiles_per_photograph,
+        whole.ingest.max_megapixels,
+    )
     gpus, crop = transformer.gpus, (settings.crop_px, settings.crop_px)
     encoder, decoder = encoder_products(vae, *crop), decoder_products(vae, *crop)
     checkpointing = settings.gradient_checkpointing
@@ -309,11 +333,17 @@ def _vae(transformer: Transformer, rate: Rate | None) -> StagePlan:
         memory=memory,
         weights_bytes=4 * held,
         disk={
+            f"tiles of {cut:,} photographs (at most)": cut * rules.largest_photograph_bytes,
             "checkpoints (one more while writing)": (VAE_CHECKPOINTS + 1) * 12 * trained,
             "export": 4 * held,
         },
         hours=hours,
         rate=source,
+        core_hours=cut * TILES_CORE_S / 3600,
+        core_rate=(
+            f"tiles at {TILES_CORE_S:g} s of one core a 4K photograph (measured with "
+            "benchmarks/vae_tiles.py; divide by runtime.workers)"
+        ),
     )
 
 

@@ -28,6 +28,14 @@ class VaeSettings(Section):
 
     crop_px: Annotated[int, Field(ge=64, multiple_of=16)]
     """Square training crops; paper: 512."""
+    tile_px: Annotated[int, Field(ge=64, le=8192)] = 1024
+    """Edge of the square tiles that crops are cut from, at least `crop_px`; twice that gives a crop
+    room to move. A tile takes 3 tile_px^2 bytes of disk."""
+    tiles_per_photograph: Count = 2
+    """Tiles of each photograph at most; 2 of 1,024 px are 6.3 MB, 3.1 TB for 500,000."""
+    max_rejected_fraction: Fraction = 0.01
+    """Share of the photographs that may turn out undecodable (or kill their worker) before the
+    stage fails; those within it, and those too narrow for a crop, are listed in `left_out.csv`."""
     batch_size: Count
     """Global batch; paper: 384."""
     micro_batch_size: Count
@@ -44,6 +52,12 @@ class VaeSettings(Section):
     """Held-out crops on which PSNR is measured."""
     eval_every: Count
     checkpoint_every: Count
+
+    @model_validator(mode="after")
+    def _a_tile_holds_a_crop(self) -> VaeSettings:
+        if self.tile_px < self.crop_px:
+            raise ValueError(f"tile_px {self.tile_px} must be at least crop_px {self.crop_px}")
+        return self
 
 
 class LatentsSettings(Section):

@@ -5,42 +5,49 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from components.engine.ordered_pool import WorkersDoNotStart
 from components.files.weight_folders import WeightsMissing, folder_digest
-from components.images.decoding import ImageUndecodable
+from components.training.distributed.checkpoints import DiskFull
 from components.training.distributed.supervision import TrainingRefused
-from components.training.vae.crops import PhotographTooSmall
+from components.training.vae.crops import TilesDamaged
 from components.training.vae.job import slices_job
+from components.training.vae.tile_store import NoRoomForTiles
 from components.training.vae.trainer import LossNotFinite
 from components.training.vae.worker import run_job
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
+TILES_FOLDER = "runs/vae_tiles"
+"""Not below the state of a run: other learning rates, batches and seeds have the same tiles."""
+
 
 def run(context: StageContext) -> StageResult:
-    """Write `data/vae/`: `autoencoder/`, history.csv, metrics.json, crops, figures.
+    """Write `data/vae/`: `autoencoder/`, history.csv, metrics.json, left_out.csv, crops, figures.
 
     Raises:
-        StageFailed: training diverged, weights or originals are missing, or a slice is empty.
+        StageFailed: training diverged, weights or originals are missing, a slice is empty or holds
+            no photograph that can be used, or a disk is full.
     """
-    try:
-        job = slices_job(
-            context.settings,
-            root=context.root,
-            training=context.input("slices", "vae.parquet"),
-            held_out=context.input("slices", "eval.parquet"),
-            state_dir=context.state_dir,
-            export_dir=context.output_dir,
-            metrics=context.metrics.path,
-        )
-    except ValueError as problem:
-        raise StageFailed(f"vae: {problem}") from None
+    job = slices_job(
+        context.settings,
+        root=context.root,
+        training=context.input("slices", "vae.parquet"),
+        held_out=context.input("slices", "eval.parquet"),
+        tiles_dir=context.root / TILES_FOLDER,
+        state_dir=context.state_dir,
+        export_dir=context.output_dir,
+        metrics=context.metrics.path,
+    )
     try:
         run_job(job)
     except (
-        ImageUndecodable,
+        DiskFull,
         LossNotFinite,
-        PhotographTooSmall,
+        NoRoomForTiles,
+        TilesDamaged,
         TrainingRefused,
+        ValueError,
         WeightsMissing,
+        WorkersDoNotStart,
     ) as problem:
         raise StageFailed(f"vae: {problem}") from problem
     return _describe(context.output_dir, context.settings.vae.steps)
@@ -48,12 +55,19 @@ def run(context: StageContext) -> StageResult:
 
 def _describe(folder: Path, steps: int) -> StageResult:
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    files = ("crops.png", "curves.png", "history.csv", "left_out.csv")
+    left_out = [
+        f"{metrics[f'left_out_{kind}']:.0f} {words}"
+        for kind, words in (("narrow", "too narrow for a crop"), ("undecodable", "undecodable"))
+        if metrics[f"left_out_{kind}"]
+    ]
     return StageResult(
         metrics=metrics,
-        artifacts=tuple(folder / name for name in ("crops.png", "curves.png", "history.csv")),
+        artifacts=tuple(folder / name for name in files),
         tags={"weights.autoencoder": folder_digest(folder / "autoencoder")},
         summary=(
             f"{steps} steps, held-out PSNR {metrics['psnr_before_db']:.2f} -> "
             f"{metrics['psnr_after_db']:.2f} dB ({metrics['psnr_gain_db']:+.2f})"
+            + (f"; left out: {', '.join(left_out)} (left_out.csv)" if left_out else "")
         ),
     )

@@ -306,7 +306,9 @@ def _complete_step(folder: Path) -> int | None:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write tensors, numbers, strings and containers of them; `load_state` reads it back."""
-    torch.save(state, path)
+    # Through a file of Python: given a path, torch says of a full disk "unexpected pos" alone.
+    with path.open("wb") as file:
+        torch.save(state, file)
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

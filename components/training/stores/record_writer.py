@@ -129,6 +129,13 @@ class RecordWriter:
         with whole_file(destination / INDEX_FILE) as temporary:
             index.to_parquet(temporary, index=False)
 
+    def remove_journal(self) -> None:
+        """The shards are a store where they lie: an index beside them names every record.
+
+        For stores that need no name of their own; the writer is of no use afterwards.
+        """
+        self._journal.unlink()
+
     def _place(self, series: str, nbytes: int) -> tuple[str, int]:
         """Reserve room: (shard, offset)."""
         number = self._open.setdefault(series, 0)

@@ -6,7 +6,8 @@ Everything depends on inputs and settings only; durations stay in the metric log
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from components.files.whole_files import whole_file, whole_folder, write_text
 from components.images.arrays import ImageArray
 from components.metrics.native.fidelity import ssim
 from components.models.autoencoder_f16 import AutoencoderKLF16
+from components.training.vae.tile_store import count_left_out
+from components.training.vae.tiles import LeftOut
 from components.training.vae.trainer import VaeTraining, mean_psnr_db
 
 KINDS = ("original", "before", "after")
@@ -61,6 +64,12 @@ def headline_metrics(training: VaeTraining) -> dict[str, float]:
     }
 
 
+def left_out_table(left_out: Mapping[str, Sequence[LeftOut]]) -> pd.DataFrame:
+    """Photographs without tiles, by slice: columns slice, image_id, name, kind, reason."""
+    rows = [{"slice": name, **asdict(one)} for name, some in left_out.items() for one in some]
+    return pd.DataFrame(rows, columns=["slice", "image_id", "name", "kind", "reason"])
+
+
 def crop_grid(training: VaeTraining) -> ImageArray:
     """Original, before and after of the first crops, two crops to a row, uint8 (H, W, 3)."""
     kinds = (training.held_out, training.before, training.after)
@@ -95,13 +104,23 @@ def draw_curves(table: pd.DataFrame, path: Path) -> None:
 
 
 def export_training(
-    autoencoder: AutoencoderKLF16, training: VaeTraining, folder: Path
+    autoencoder: AutoencoderKLF16,
+    training: VaeTraining,
+    folder: Path,
+    left_out: Mapping[str, Sequence[LeftOut]] | None = None,
 ) -> dict[str, float]:
     """Write everything into `folder`; returns the headline metrics.
 
     Files: `autoencoder/` (diffusers folder, safetensors), `history.csv`, `metrics.json`,
-    `crops/NN_{original,before,after}.png`, `crops.png`, `curves.png`.
+    `left_out.csv`, `crops/NN_{original,before,after}.png`, `crops.png`, `curves.png`.
+
+    Args:
+        autoencoder: as trained.
+        training: what `train_vae` returned.
+        folder: created when missing.
+        left_out: photographs that were not used, by slice.
     """
+    left_out = left_out or {}
     folder.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: `generate` must never load half an autoencoder.
     with whole_folder(folder / "autoencoder") as filled:
@@ -109,6 +128,8 @@ def export_training(
     table = history_table(training.history)
     write_text(folder / "history.csv", table.to_csv(index=False, lineterminator="\n"))
     draw_curves(table, folder / "curves.png")
+    missing = left_out_table(left_out).to_csv(index=False, lineterminator="\n")
+    write_text(folder / "left_out.csv", missing)
     crops = zip(KINDS, (training.held_out, training.before, training.after), strict=True)
     # All crops or none: pictures of two runs side by side would be a false comparison.
     with whole_folder(folder / "crops") as filled:
@@ -118,6 +139,8 @@ def export_training(
     with whole_file(folder / "crops.png") as temporary:
         Image.fromarray(crop_grid(training)).save(temporary, format="PNG")
     metrics = headline_metrics(training)
+    counts = count_left_out(one for some in left_out.values() for one in some)
+    metrics |= {f"left_out_{kind}": float(count) for kind, count in counts.items()}
     # Sorted and ended by a newline: the file is hashed, and read by people.
     text = json.dumps(metrics, indent=2, sort_keys=True) + "\n"
     write_text(folder / "metrics.json", text)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from components.objectives.reconstruction import ReconstructionLoss
 from components.settings.training import VaeSettings
 from components.telemetry.metric_log import MetricLog
 from components.telemetry.progress import track
+from components.training.distributed.checkpoint_writer import CheckpointWriter
 from components.training.distributed.checkpoints import CheckpointStore, load_state, save_state
 from components.training.distributed.ranks import Ranks
-from components.training.vae.crops import Crop, WorkingCopies
+from components.training.vae.crops import Crop, TileCrops
 
 MAX_GRAD_NORM = 1.0
 """Gradient clipping of the training engine; from random weights single batches spike without it."""
@@ -126,6 +128,8 @@ class _Run:
             world_size=ranks.world_size,
             barrier=ranks.barrier,
         )
+        # Not in the background: the states are small, and a full disk is said in the same words.
+        self.writer = CheckpointWriter(self.store, in_background=False)
         self.step = 0
         self.history: list[dict[str, float]] = []
         if settings.gradient_checkpointing:
@@ -152,12 +156,12 @@ class _Run:
             "history": self.history,
         }
 
-        def write(folder: Path) -> None:
-            # The replicas are equal, so one copy is enough.
-            if self.ranks.is_first:
-                save_state(folder / _STATE_FILE, state)
-
-        self.store.save(self.step, write)
+        opened = self.store.begin(self.step)
+        # The replicas are equal, so one copy is enough.
+        writes = [partial(save_state, opened.aside / _STATE_FILE, state)]
+        self.writer.submit(opened, writes if self.ranks.is_first else [])
+        # Whole on every rank, or this rank's error is out by now.
+        self.ranks.barrier()
 
     def resume(self) -> bool:
         found = self.store.latest()
@@ -229,11 +233,13 @@ class _Run:
         state: dict[str, Any] = {
             "step": number,
             "images": images,
-            "crops": [[crop.photograph, crop.top, crop.left, crop.flip] for crop in crops],
+            "crops": [[one.photograph, one.tile, one.top, one.left, one.flip] for one in crops],
             "measured": measured,
             "decoder": self.decoder.state_dict(),
         }
         save_state(path, state)
+        # The first rank to leave ends the others, which may still be writing their batches.
+        self.ranks.barrier()
         bad = ", ".join(f"{k} = {v}" for k, v in measured.items() if not math.isfinite(v))
         return LossNotFinite(
             f"vae step {number}: {bad}; the batch and the weights before it are in {path}; lower "
@@ -243,8 +249,8 @@ class _Run:
 
 def train_vae(
     autoencoder: AutoencoderKLF16,
-    photographs: WorkingCopies,
-    held_out_photographs: WorkingCopies,
+    photographs: TileCrops,
+    held_out_photographs: TileCrops,
     settings: VaeSettings,
     ranks: Ranks,
     *,
@@ -268,6 +274,7 @@ def train_vae(
 
     Raises:
         LossNotFinite: NaN or infinity; weights are those before the offending step.
+        DiskFull: no room for a checkpoint; the one before it is whole.
         ValueError: the global batch does not divide by the number of processes.
     """
     # Gradients are averaged over ranks, so unequal shares would weigh crops unequally.

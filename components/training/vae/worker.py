@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from components.files.weight_folders import WeightsMissing
-from components.images.decoding import ImageUndecodable
-from components.images.original_lookup import Original
 from components.models.loading.base_autoencoder import load_base_autoencoder
 from components.telemetry.metric_log import MetricLog
+from components.training.distributed.checkpoints import DiskFull, no_room
 from components.training.distributed.rank_jobs import rank_main, run_in_ranks
 from components.training.distributed.ranks import (
     Ranks,
@@ -17,53 +20,64 @@ from components.training.distributed.ranks import (
     deterministic_torch,
     open_ranks,
 )
-from components.training.vae.crops import Photograph, PhotographTooSmall, WorkingCopies
+from components.training.vae.crops import TileCrops, TilesDamaged
 from components.training.vae.export import export_training
-from components.training.vae.job import VaeJob
+from components.training.vae.job import VaeJob, cut_tiles
 from components.training.vae.trainer import LossNotFinite, train_vae
 
 WORKER = "components.training.vae.worker"
-LASTING = (LossNotFinite, PhotographTooSmall, ImageUndecodable, WeightsMissing, ValueError)
+LASTING = (LossNotFinite, TilesDamaged, WeightsMissing, DiskFull, ValueError, PermissionError)
 """Failures that another attempt would only repeat."""
 
 
 def run_job(job: VaeJob) -> None:
-    """Train, and export to `job.export_dir`; continues from the newest checkpoint.
+    """Cut tiles, train, and export to `job.export_dir`; continues where a killed run stopped.
 
     Raises:
+        ValueError: a slice is empty, an original is missing, or no photograph can be used.
+        NoRoomForTiles: the disk is too small for the tiles.
         LossNotFinite: training diverged (with several ranks: `TrainingRefused`).
+        DiskFull: no room for a checkpoint (with several ranks: `TrainingRefused`).
         TrainingFailed: (several ranks) a rank failed; names it, its last words and the logs.
     """
     # Before any rank starts, so that they do not all decode the same files.
-    _copies(job, job.photographs)
-    _copies(job, job.held_out)
-    run_in_ranks(job, WORKER, train_here)
-
-
-def _copies(job: VaeJob, originals: tuple[Original, ...]) -> WorkingCopies:
-    photographs = [Photograph(original.image_id, original) for original in originals]
-    return WorkingCopies(
-        photographs,
-        job.settings.crop_px,
-        job.state_dir / "photographs",
-        max_megapixels=job.max_megapixels,
-    )
+    run_in_ranks(job.model_copy(update={"tiles": cut_tiles(job)}), WORKER, train_here)
 
 
 def train_here(job: VaeJob) -> None:
     """This process's share of the training; rank 0 exports."""
     wait = collective_timeout(job.runtime)
     ranks_here = open_ranks(job.runtime.device, wait)
-    with deterministic_torch(job.runtime.torch_threads), ranks_here as ranks:
+    here = deterministic_torch(job.runtime.torch_threads)
+    with full_disks_named(job.export_dir), here, ranks_here as ranks:
         _train(job, ranks)
+
+
+@contextmanager
+def full_disks_named(folder: Path) -> Iterator[None]:
+    """An `OSError` for want of room becomes `DiskFull`, which no restart repeats.
+
+    Args:
+        folder: named where the system names no file.
+    """
+    try:
+        yield
+    except OSError as problem:
+        if not no_room(problem.strerror or ""):
+            raise
+        where = problem.filename or folder
+        raise DiskFull(f"{where}: {problem.strerror}; make room and run again") from problem
 
 
 def _train(job: VaeJob, ranks: Ranks) -> None:
     autoencoder = load_base_autoencoder(job.autoencoder, job.seed, job.root)
+    # `run_job` has cut them before any rank started.
+    assert job.tiles is not None
+    photographs, held_out = TileCrops(job.tiles.training), TileCrops(job.tiles.held_out)
     training = train_vae(
         autoencoder,
-        _copies(job, job.photographs),
-        _copies(job, job.held_out),
+        photographs,
+        held_out,
         job.settings,
         ranks,
         seed=job.seed,
@@ -71,7 +85,8 @@ def _train(job: VaeJob, ranks: Ranks) -> None:
         metrics=MetricLog(job.metrics),
     )
     if ranks.is_first:
-        export_training(autoencoder.cpu(), training, job.export_dir)
+        left_out = {"vae": photographs.left_out, "eval": held_out.left_out}
+        export_training(autoencoder.cpu(), training, job.export_dir, left_out)
     # A rank that leaves ends its part of the process group, so all wait for the export.
     ranks.barrier()
 

@@ -228,6 +228,12 @@ def show(made: Plan, counted: str, limit: int | None = None, price: float | None
         console.print(table)
     for source in sorted({stage.rate for stage in made.stages if stage.rate}):
         console.print(f"Hours at: {source}")
+    for stage in made.stages:
+        if stage.core_rate is not None:
+            console.print(
+                f"{stage.stage}: {_duration(stage.core_hours)} core-hours before the GPU begins, "
+                f"{stage.core_rate}"
+            )
     if any(stage.hours is None for stage in made.stages):
         console.print("Hours left out: give --tflops-per-gpu and --mfu.")
     if limit is not None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 
+import pandas as pd
 import pytest
 import yaml
 
+from components.corpus.selection.slices import slices as cut_slices
+from components.corpus.selection.slices import split
 from components.models.text_encoders import build_tiny_text_encoders
 from components.models.tiny import build_tiny_autoencoder
 from components.planning import planner
 from components.planning.flops import decoder_products, encoder_products, flux_flops, total
 from components.planning.model_shapes import AutoencoderShape, FluxShape, networks
-from components.planning.planner import Plan, Rate, plan
+from components.planning.planner import Plan, Rate, plan, vae_slice
 from components.settings.schema import Settings, parse_settings
 from components.training.dit.validation import LEVELS
 from flows.versioning.profiles import compose
@@ -84,6 +87,28 @@ def test_buckets_are_averaged_with_equal_weight(profile, tmp_path):
     flops = [flux_flops(FluxShape(), bucket.image_tokens, 512) for bucket in made.buckets]
     mean = sum(f.model for f in flops) / len(flops)
     assert stage(made, "dit_stage1").flops_per_item.model == pytest.approx(mean, abs=1)
+
+
+def test_the_tiles_of_half_a_million_photographs_are_planned(profile, tmp_path):
+    made = stage(plan(profile("paper"), tmp_path, 1_007_230), "vae")
+    # 2,014 are held out; half of the others train, and 64 of those are measured on.
+    cut = 502_608 + 64
+    assert made.disk["tiles of 502,672 photographs (at most)"] == cut * 2 * 1024**2 * 3
+    assert made.core_hours == pytest.approx(cut * planner.TILES_CORE_S / 3600)
+    assert "benchmarks/vae_tiles.py" in made.core_rate
+    smaller = profile("paper", vae__tile_px=512, vae__tiles_per_photograph=1)
+    sizes = stage(plan(smaller, tmp_path, 1000), "vae").disk
+    assert sizes["tiles of 869 photographs (at most)"] == 869 * 512**2 * 3
+
+
+def test_the_planned_slice_is_the_one_that_is_cut(profile):
+    for images, fraction, floor in ((10, 0.5, 2), (11, 0.31, 2), (40, 0.1, 8), (5, 0.5, 8)):
+        chosen = profile("embedded", slices__vae_top_fraction=fraction, slices__min_images=floor)
+        rows = pd.DataFrame({"image_id": [f"{n:02d}" for n in range(images)], "kept": True})
+        rows["flat_fraction"], rows["aesthetic"] = 0.5, 0.5
+        rows["bucket_height"], rows["bucket_width"], rows["category"] = 1, 1, "x"
+        rows["split"] = split(rows, chosen.slices, seed=0)
+        assert len(cut_slices(rows, chosen.slices, seed=0)["vae"]) == vae_slice(chosen, images)
 
 
 def test_the_embedded_profile_is_planned_from_its_tiny_networks(profile, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -119,21 +120,69 @@ def test_embeddings_from_python_are_those_of_the_stage(stores: Path, tmp_path: P
     assert contents(out) == contents(stores / "data" / "text_embeddings")
 
 
-def test_a_decoder_trained_from_python_is_that_of_the_stage(project: Path, tmp_path: Path) -> None:
-    result = run("vae", project)
+@pytest.fixture(scope="module")
+def decoder(project: Path) -> StageResult:
+    """What the stage `vae` says; its files are in the project."""
+    return run("vae", project)
+
+
+def test_a_decoder_trained_from_python_is_that_of_the_stage(
+    project: Path, decoder: StageResult, tmp_path: Path
+) -> None:
     slices = project / "data" / "slices"
     job = slices_job(
         small_settings(),
         root=project,
         training=slices / "vae.parquet",
         held_out=slices / "eval.parquet",
+        tiles_dir=tmp_path / "tiles",
         state_dir=tmp_path / "state",
         export_dir=tmp_path / "vae",
         metrics=tmp_path / "metrics.jsonl",
     )
     train_vae(job)
     assert contents(tmp_path / "vae") == contents(project / "data" / "vae")
-    assert result.summary.startswith("2 steps, held-out PSNR ")
+    assert decoder.summary.startswith("2 steps, held-out PSNR ")
+
+
+@pytest.mark.usefixtures("decoder")
+def test_a_panorama_in_the_slice_is_left_out_and_counted(project: Path, tmp_path: Path) -> None:
+    """One of 2048x70: 35 rows with a long edge of 16 crops, and a crop takes 64."""
+    shutil.copytree(project / "data" / "slices", tmp_path / "data" / "slices")
+    (tmp_path / "photos").symlink_to(project / "photos")
+    path = tmp_path / "panorama.png"
+    Image.new("RGB", (2048, 70), (90, 120, 60)).save(path)
+    name = hashlib.sha256(path.read_bytes()).hexdigest()
+    table = pd.read_parquet(project / "data" / "slices" / "vae.parquet")
+    row = table.iloc[:1].assign(image_id=name, uri="panorama.png")
+    slices = tmp_path / "data" / "slices"
+    write_table(pd.concat([table, row]), slices / "vae.parquet")
+    result = run("vae", tmp_path)
+    assert result.metrics["left_out_narrow"] == 1
+    assert result.metrics["left_out_undecodable"] == 0
+    assert result.summary.endswith("; left out: 1 too narrow for a crop (left_out.csv)")
+    left_out = pd.read_csv(tmp_path / "data" / "vae" / "left_out.csv")
+    assert left_out[["slice", "image_id", "name", "kind"]].to_numpy().tolist() == [
+        ["vae", name, "panorama.png", "narrow"]
+    ]
+    # The others are trained on as if it had never been there.
+    trained = [root / "data" / "vae" / "history.csv" for root in (project, tmp_path)]
+    assert len({path.read_text() for path in trained}) == 1
+    # Nothing else is left: one line, and no traceback.
+    write_table(row, slices / "vae.parquet")
+    said = r"^vae: data/slices/vae\.parquet: none of 1 photographs .* first panorama\.png: 70x2048"
+    with pytest.raises(StageFailed, match=said):
+        run("vae", tmp_path)
+
+
+@pytest.mark.usefixtures("decoder")
+def test_tiles_are_cut_once_whatever_else_is_trained(project: Path) -> None:
+    tiles = project / "runs" / "vae_tiles"
+    before = {path: path.stat().st_mtime_ns for path in tiles.rglob("*") if path.is_file()}
+    assert len([path for path in before if path.name == "index.parquet"]) == 2
+    (project / "runs" / "vae").rename(project / "runs" / "vae_earlier")
+    run("vae", project)
+    assert before == {path: path.stat().st_mtime_ns for path in tiles.rglob("*") if path.is_file()}
 
 
 def test_both_stages_trained_from_python_are_those_of_the_pipeline(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import resource
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,23 +18,19 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from components.images.decoding import ImageUndecodable
 from components.images.pixel_range import to_model, to_pixels
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.loading.base_autoencoder import encoder_digest
 from components.models.tiny import build_tiny_autoencoder, synthetic_images
 from components.settings.training import ReconstructionSettings, VaeSettings
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.checkpoints import load_state
+from components.training.distributed.checkpoints import DiskFull, load_state
 from components.training.distributed.ranks import Ranks, deterministic_torch, open_ranks
-from components.training.vae.crops import (
-    Photograph,
-    PhotographTooSmall,
-    WorkingCopies,
-    working_size,
-)
+from components.training.vae import trainer
+from components.training.vae.crops import Photograph, WorkingCopies
 from components.training.vae.export import export_training, history_table
 from components.training.vae.trainer import LossNotFinite, VaeTraining, train_vae
+from components.training.vae.worker import LASTING, full_disks_named
 
 CROP_PX = 64
 SEED = 7
@@ -299,57 +297,72 @@ def test_the_export_loads_as_the_trained_autoencoder(
     assert list(table.columns) == list(history_table(training.history).columns)
 
 
-def test_crops_are_a_pure_function_of_seed_step_and_index(
-    data: tuple[WorkingCopies, WorkingCopies],
-) -> None:
-    photographs = data[0]
-    crops = [photographs.crop_at(1, step, index) for step in range(20) for index in range(8)]
-    again = [photographs.crop_at(1, step, index) for step in range(20) for index in range(8)]
-    assert crops == again
-    assert crops != [photographs.crop_at(2, s, i) for s in range(20) for i in range(8)]
-    assert {crop.photograph for crop in crops} == {0, 1, 2, 3}
-    assert {crop.flip for crop in crops} == {True, False}
-    assert len(set(crops)) > 150
-    for crop in crops:
-        assert photographs.cut(crop).shape == (CROP_PX, CROP_PX, 3)
-
-
-def test_a_rank_sees_its_part_of_the_global_batch(
-    data: tuple[WorkingCopies, WorkingCopies],
-) -> None:
-    whole = data[0].batch(SEED, 5, range(4))
-    assert torch.equal(data[0].batch(SEED, 5, range(2, 4)), whole[2:])
-    assert whole.dtype == torch.float32
-    assert -1.0 <= float(whole.min()) < float(whole.max()) <= 1.0
-
-
 def test_pixels_survive_the_way_to_the_model_and_back() -> None:
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     assert np.array_equal(to_pixels(to_model([pixels]))[0], pixels)
 
 
-def test_working_copies_keep_native_pixels_at_the_papers_crop_size() -> None:
-    assert working_size(4000, 6000, 512) == (4000, 6000)
-    assert working_size(4000, 6000, 128) == (1365, 2048)
-    assert working_size(100, 120, 128) == (100, 120)
+def test_a_full_disk_is_said_and_the_checkpoint_before_stays(
+    data: tuple[WorkingCopies, WorkingCopies], tmp_path: Path
+) -> None:
+    def work() -> None:
+        with deterministic_torch(1), open_ranks("cpu") as alone:
+            train(data, alone, tmp_path, settings(steps=2, eval_every=9))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            try:
+                train(data, alone, tmp_path, settings(steps=4, eval_every=9))
+            except DiskFull as problem:
+                os._exit(0 if "the checkpoint of step 2 is whole" in str(problem) else 1)
+            os._exit(2)
+
+    torch.set_num_threads(1)
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
 
 
-def test_working_copies_are_made_once(tmp_path: Path) -> None:
-    Image.fromarray(to_pixels(synthetic_images(1, 128, 0))[0]).save(tmp_path / "a.png")
-    photograph = Photograph("a", tmp_path / "a.png")
-    first = WorkingCopies([photograph], CROP_PX, tmp_path / "cache").held_out(SEED, 2)
-    (tmp_path / "a.png").unlink()
-    second = WorkingCopies([photograph], CROP_PX, tmp_path / "cache").held_out(SEED, 2)
-    assert all(np.array_equal(x, y) for x, y in zip(first, second, strict=True))
+def test_a_disk_that_is_full_at_the_end_is_no_reason_to_try_again(tmp_path: Path) -> None:
+    assert issubclass(DiskFull, LASTING)
+    for code, name, kind, said in (
+        (errno.ENOSPC, "data/vae/crops.png", DiskFull, r"^data/vae/crops\.png: No space left"),
+        (errno.EDQUOT, None, DiskFull, f"^{tmp_path}: Disk quota exceeded; make room"),
+        (errno.EIO, "data/vae/crops.png", OSError, "Input/output error"),
+    ):
+        with pytest.raises(kind, match=said), full_disks_named(tmp_path):
+            raise OSError(code, os.strerror(code), name)
 
 
-def test_a_photograph_below_the_crop_size_is_named(tmp_path: Path) -> None:
-    Image.new("RGB", (40, 200)).save(tmp_path / "thin.png")
-    with pytest.raises(PhotographTooSmall, match=r"thin\.png"):
-        WorkingCopies([Photograph("t", tmp_path / "thin.png")], CROP_PX, tmp_path / "cache")
+def test_no_rank_leaves_before_every_batch_that_diverged_is_saved(
+    data: tuple[WorkingCopies, WorkingCopies], tmp_path: Path
+) -> None:
+    def work(rank: int) -> None:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        torch.set_num_threads(1)
+        store = dist.FileStore(str(tmp_path / "rendezvous"), 2)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        )
+        real = trainer.save_state
 
+        def slowly(path: Path, state: dict[str, object]) -> None:
+            time.sleep(0.5 * rank)
+            real(path, state)
 
-def test_an_unreadable_photograph_is_named(tmp_path: Path) -> None:
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8not a picture")
-    with pytest.raises(ImageUndecodable, match=r"broken\.jpg"):
-        WorkingCopies([Photograph("b", tmp_path / "broken.jpg")], CROP_PX, tmp_path / "cache")
+        trainer.save_state = slowly  # type: ignore[assignment]
+        broken = tiny()
+        with torch.no_grad():
+            broken.decoder.conv_out.bias[0] = float("inf")
+        try:
+            train(data, Ranks(rank, 2, torch.device("cpu")), tmp_path, settings(), broken)
+        except LossNotFinite:
+            os._exit(0 if len(list(tmp_path.glob("not-finite-step00000001-rank*.pt"))) == 2 else 1)
+        os._exit(2)
+
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=work, args=(rank,)) for rank in (0, 1)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0, 0]
