@@ -17,8 +17,8 @@ from components.files.parquet_files import write_parquet
 
 SCHEMA_VERSION = 4
 OLDEST_READ = 3
-"""Version 4 added what is stored beside what is seen. A manifest of version 3 is read with those
-columns null; its sizes are as stored."""
+"""Version 4 added what is stored beside what is seen, and `drawing_score`. A manifest of version 3
+is read with those columns null; its sizes are as stored."""
 _VERSION_KEY = b"ultraflux.manifest.schema_version"
 
 SCHEMA = pa.schema(
@@ -62,6 +62,8 @@ SCHEMA = pa.schema(
         ("nsfw_score", pa.float64()),
         ("nsfw_scorer", pa.string()),
         ("nsfw_weights", pa.string()),
+        # 0 (a photograph) to 1 (a drawing), by the scorer of nsfw_score where it tells them apart.
+        ("drawing_score", pa.float64()),
         ("qalign", pa.float64()),
         ("quality_score", pa.float64()),
         ("quality_scorer", pa.string()),

@@ -24,16 +24,14 @@ import numpy as np
 import pyarrow as pa
 
 from components.corpus.derivatives import Derivative
-from components.corpus.people import nsfw, person_detectors
+from components.corpus.people import faces, nsfw, person_detectors
 from components.images.decoding import decode_rgb
-from components.signals.flat_regions import grayscale
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from components.corpus.people.nsfwjs import NsfwNetwork
 
-FACE_SCORER = "skimage-lbp-frontal-face-v1"
 NSFWJS_SCORER = "nsfwjs-mobilenet_v2"
 
 PEOPLE_SCHEMA = pa.schema(
@@ -52,46 +50,6 @@ PEOPLE_SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
-
-# Scan of the derivative: faces of 40 px and more, 20% steps in scale, every position (coarser steps
-# miss plain portraits).
-_MIN_FACE_PX = 40
-_SCALE_FACTOR = 1.2
-_STEP_RATIO = 1.0
-# Windows that must agree on a face; the library's 4 finds faces in leaves and tiles.
-_MIN_NEIGHBOURS = 8
-
-
-@cache
-def _cascade() -> Any:
-    """The cascade, loaded once per process."""
-    from skimage.data import lbp_frontal_face_cascade_filename
-    from skimage.feature import Cascade
-
-    return Cascade(lbp_frontal_face_cascade_filename())
-
-
-def find_faces(pixels: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """Frontal faces as (top, left, bottom, right) in pixels, from top to bottom.
-
-    Args:
-        pixels: (H, W, 3) uint8, RGB.
-    """
-    gray = grayscale(pixels)
-    edge = min(gray.shape)
-    if edge < _MIN_FACE_PX:
-        return []
-    found = _cascade().detect_multi_scale(
-        img=gray,
-        scale_factor=_SCALE_FACTOR,
-        step_ratio=_STEP_RATIO,
-        min_size=(_MIN_FACE_PX, _MIN_FACE_PX),
-        max_size=(edge, edge),
-        min_neighbor_number=_MIN_NEIGHBOURS,
-    )
-    return sorted(
-        (box["r"], box["c"], box["r"] + box["height"], box["c"] + box["width"]) for box in found
-    )
 
 
 @dataclass(frozen=True)
@@ -163,8 +121,8 @@ def look_at(derivative: Derivative, plan: LookPlan) -> dict[str, Any]:
     boxes: list[dict[str, Any]] = []
     seen = nsfw.nudenet_detections(pixels) if "nudenet" in (plan.detector, plan.nsfw) else []
     if plan.detector == "classical":
-        boxes = [{"label": "face", "box": _entry(box, scale)} for box in find_faces(pixels)]
-        row |= {"person_scorer": FACE_SCORER}
+        boxes = [{"label": "face", "box": _entry(box, scale)} for box in faces.find_faces(pixels)]
+        row |= {"person_scorer": faces.FACE_SCORER}
     elif plan.detector == "nudenet":
         people = [face for face in nsfw.faces(seen) if face.score >= plan.min_score]
         boxes = [

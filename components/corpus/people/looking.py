@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from components.corpus.derivatives import derivative_ids, score_derivatives
 from components.corpus.manifest import to_arrow
-from components.corpus.people import evidence, nsfw, person_detectors
+from components.corpus.people import evidence, faces, nsfw, person_detectors
 from components.corpus.people.evidence import PEOPLE_SCHEMA, LookPlan
 from components.engine.map_items import EngineLimits, ItemsFailed
 from components.files.parquet_files import write_parquet
@@ -117,7 +117,7 @@ def _look(
         limits=_limits(settings, plan),
         only=only,
         key=plan.key(),
-        modules=(nsfw, person_detectors, *_network_modules(plan)),
+        modules=(faces, nsfw, person_detectors, *_network_modules(plan)),
         outside=(WeightsMissing,),
     )
     return pq.read_table(path).to_pandas()

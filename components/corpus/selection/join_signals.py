@@ -49,6 +49,7 @@ _PEOPLE = [
     "nsfw_score",
     "nsfw_scorer",
     "nsfw_weights",
+    "drawing_score",
 ]
 
 

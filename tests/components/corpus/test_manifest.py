@@ -62,7 +62,7 @@ def test_the_schema_version_is_stored_and_checked(tmp_path: Path) -> None:
 
 NEW_IN_4 = (
     *("stored_width", "stored_height", "orientation", "color_space", "bit_depth", "has_alpha"),
-    *("decode_note", "alpha_fraction"),
+    *("decode_note", "alpha_fraction", "drawing_score"),
 )
 
 

@@ -29,7 +29,7 @@ from skimage import data
 from tiny_layers_model import tiny_model
 
 from components.corpus.manifest import read_table, write_table
-from components.corpus.people.evidence import FACE_SCORER
+from components.corpus.people.faces import FACE_SCORER
 from components.corpus.people.looking import look_for_people
 from components.corpus.people.nsfwjs import load_network
 from components.corpus.quality.artimuse import LinearTestScorer
