@@ -11,6 +11,8 @@ import typer
 from flows import environment
 from flows.commands.command_line import fail, project_root
 from flows.commands.corpus import corpus as corpus_commands
+from flows.commands.corpus import new as new_command
+from flows.commands.corpus import rehearse as rehearse_command
 from flows.commands.images import ablate as ablate_command
 from flows.commands.images import evaluate as evaluate_command
 from flows.commands.images import generate as generate_command
@@ -47,6 +49,8 @@ config_app = typer.Typer(no_args_is_help=True, help="Settings: profiles and para
 app.add_typer(stage_app, name="stage", rich_help_panel=PIPELINE)
 app.add_typer(config_app, name="config", rich_help_panel=PIPELINE)
 app.add_typer(corpus_commands.app, name="corpus", rich_help_panel=CORPUS)
+app.command(rich_help_panel=CORPUS, epilog=new_command.EPILOG)(new_command.new)
+corpus_commands.app.command(epilog=rehearse_command.EPILOG)(rehearse_command.rehearse)
 app.add_typer(diagnose_commands.app, name="diagnose", rich_help_panel=MODEL)
 app.add_typer(weights_commands.app, name="weights", rich_help_panel=MODEL)
 app.add_typer(store_commands.app, name="stores", rich_help_panel=PIPELINE)
@@ -94,6 +98,13 @@ def run(
     cpus: Annotated[
         int | None, typer.Option(min=1, help="Cores to hand out to stages (default: all).")
     ] = None,
+    rehearsal: Annotated[
+        bool,
+        typer.Option(
+            help="First pass 100 items through the corpus stages when a source of more than 300 "
+            "is new (see [bold]ultraflux corpus rehearse[/])."
+        ),
+    ] = True,
 ) -> None:
     """Bring the whole pipeline up to date; what has not changed is skipped."""
     if engine not in {"local", "prefect", "pools"}:
@@ -115,6 +126,7 @@ def run(
             until=until,
             cpus=cpus,
             remote_data=remote_data,
+            rehearsal=rehearsal,
         )
     except (SettingsError, PipelineRefused, ServiceError, GraphError) as problem:
         raise fail(str(problem)) from None

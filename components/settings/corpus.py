@@ -93,7 +93,8 @@ class IngestSettings(Section):
     extensions: Annotated[tuple[str, ...], Strict(False)]
     """Lower-case file endings with the dot."""
     attribution: str | None
-    """CSV inside the source with columns file, author, license (None: no attribution known)."""
+    """CSV inside the source with columns file, author, license (None: no attribution known). A file
+    of another name than ATTRIBUTION.csv must be there."""
     max_megapixels: Annotated[float, Field(gt=0)]
     """Larger headers are rejected before any pixel is decoded (decompression bombs)."""
     lists: ListSettings = ListSettings()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,9 +16,10 @@ from typing import Literal
 import yaml
 
 from components.files.weight_folders import file_digest
-from components.settings.schema import load_settings
+from components.settings.schema import Settings, load_settings
 from flows import environment
 from flows.pipeline.preflight import PipelineRefused, preflight
+from flows.pipeline.rehearsal import ITEMS, is_due
 from flows.records.costs import pipeline_cost
 from flows.records.provenance import changes_since_commit, provenance_tags
 from flows.records.records import (
@@ -74,6 +76,7 @@ def run_pipeline(
     until: str | None = None,
     cpus: int | None = None,
     remote_data: bool = False,
+    rehearsal: bool = False,
 ) -> PipelineSummary:
     """Bring every stage up to date; one run at a time in a clone, a second waits for the first.
 
@@ -85,11 +88,14 @@ def run_pipeline(
         until: last stage: it and what it needs; None: all.
         cpus: cores of this machine to hand out (engines local and prefect; None: all).
         remote_data: engine pools: workers have clones of their own, data goes over the DVC remote.
+        rehearsal: rehearse the corpus stages on a sample before a large source is read (engines
+            local and prefect: a pool's workers may have other data and devices).
 
     Raises:
         PipelineRefused, SettingsError, ServiceError, versioning.GraphError: nothing was started.
     """
     preflight(root)
+    rehearsal = rehearsal and engine != "pools"
     if engine == "pools":
         connect_to_prefect(root)
     with ExitStack() as stack:
@@ -97,7 +103,7 @@ def run_pipeline(
             held = stack.enter_context(clone_lock(root, print))
         except KeyboardInterrupt:
             return PipelineSummary({}, 0.0, interrupted=True)
-        return _run_pipeline(Clone(root), engine, force, held, until, cpus, remote_data)
+        return _run_pipeline(Clone(root), engine, force, held, until, cpus, remote_data, rehearsal)
 
 
 def _run_pipeline(
@@ -108,6 +114,7 @@ def _run_pipeline(
     until: str | None,
     cpus: int | None,
     remote_data: bool,
+    rehearsal: bool,
 ) -> PipelineSummary:
     """`run_pipeline` in a clone that is held."""
     root = clone.root
@@ -120,6 +127,8 @@ def _run_pipeline(
         with clone.opened():
             graph = clone.graph(until)
             stale = clone.stale(graph)
+        if rehearsal and "ingest" in stale:
+            _rehearse(root, settings)
     record = open_record(root, _description(root, engine))
     kept = _keep_sources(root, record)
     uploader = UploaderProcess(root)
@@ -182,6 +191,29 @@ def _run_pipeline(
     if not uploader.drain():
         console.console.print("MLflow does not answer: send it later with `ultraflux sync`")
     return summary
+
+
+def _rehearse(root: Path, settings: Settings) -> None:
+    """Rehearse what has many items and has not been rehearsed, in a process of its own.
+
+    Raises:
+        PipelineRefused: a stage would fail.
+    """
+    if not is_due(root, settings):
+        return
+    print(
+        f"Rehearsal: {ITEMS} items through the corpus stages first (--no-rehearsal leaves it out)"
+    )
+    # What a stage imports and its settings of threads must not stay in the process of the run.
+    done = subprocess.run(
+        ["ultraflux", "corpus", "rehearse", "-n", str(ITEMS)], cwd=root, stderr=subprocess.PIPE
+    )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        raise PipelineRefused(
+            f"{said[-1].removeprefix('error: ')}; the run would end there: correct it, or go on "
+            "all the same with --no-rehearsal"
+        )
 
 
 def _graph_and_stale_elsewhere(

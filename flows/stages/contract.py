@@ -35,6 +35,8 @@ class StageContext:
     """See `state_folder`; survives kills."""
     metrics: MetricLog
     """Metrics over steps; uploaded to MLflow in the background."""
+    first: int | None = None
+    """Only so many records of a list or archive, for a rehearsal; None: all."""
 
     @property
     def output_dir(self) -> Path:
@@ -47,11 +49,11 @@ class StageContext:
         """`data/<parts>`: an output of an earlier stage (or the sample).
 
         Raises:
-            StageFailed: it does not exist.
+            InputMissing: it does not exist.
         """
         path = self.root.joinpath("data", *parts)
         if not path.exists():
-            raise StageFailed(
+            raise InputMissing(
                 f"{self.stage}: input data/{'/'.join(parts)} is missing; run the stage that makes "
                 f"it first: `dvc repro {parts[0]}`"
             )
@@ -88,3 +90,7 @@ class StageFailed(BadInput):
         """
         super().__init__(message)
         self.found = found or StageResult()
+
+
+class InputMissing(StageFailed):
+    """What an earlier stage makes is not there."""

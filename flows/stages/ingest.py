@@ -23,7 +23,12 @@ def run(context: StageContext) -> StageResult:
     listing = context.input("source", "listing.parquet") if settings.kind == "folder" else None
     try:
         found = collect(
-            settings, folder, root=context.root, state_dir=context.state_dir, listing=listing
+            settings,
+            folder,
+            root=context.root,
+            state_dir=context.state_dir,
+            listing=listing,
+            first=context.first,
         )
     except ValueError as problem:
         raise StageFailed(f"ingest: {problem}") from None

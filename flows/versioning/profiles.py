@@ -6,7 +6,7 @@ test keeps it in step with the profile.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ def settings_text(values: Mapping[str, Any]) -> str:
     return yaml.dump(dict(values), Dumper=_AsDvcWrites, sort_keys=False)
 
 
-def compose(root: Path, profile: str) -> str:
-    """Text of params.yaml for a profile.
+def composed(root: Path, profile: str) -> dict[str, Any]:
+    """Values of conf/base.yaml with those of a profile over them, not yet checked.
 
     Raises:
-        SettingsError: no such profile, or its values are not valid settings.
+        SettingsError: no such profile.
     """
     from omegaconf import OmegaConf
 
@@ -48,5 +48,37 @@ def compose(root: Path, profile: str) -> str:
         raise SettingsError(f"profile '{profile}': not found; profiles: {known}")
     merged = OmegaConf.merge(OmegaConf.load(root / "conf" / "base.yaml"), OmegaConf.load(path))
     values: Any = OmegaConf.to_container(merged)
+    return dict(values)
+
+
+def derived_profile(
+    root: Path,
+    profile: str,
+    changes: Mapping[str, Mapping[str, Any]],
+    remarks: Sequence[str],
+) -> str:
+    """Text of a profile that is another one with some values changed.
+
+    Args:
+        root: repository root.
+        profile: name of the other one.
+        changes: section -> key -> value.
+        remarks: lines of comment that say why.
+    """
+    from omegaconf import OmegaConf
+
+    base = OmegaConf.load(root / "conf" / "profiles" / f"{profile}.yaml")
+    values: Any = OmegaConf.to_container(OmegaConf.merge(base, OmegaConf.create(dict(changes))))
+    comments = "".join(f"# {' '.join(line.split())}\n" for line in remarks)
+    return f"# Profile {profile} for one folder of photographs.\n{comments}{settings_text(values)}"
+
+
+def compose(root: Path, profile: str) -> str:
+    """Text of params.yaml for a profile.
+
+    Raises:
+        SettingsError: no such profile, or its values are not valid settings.
+    """
+    values = composed(root, profile)
     parse_settings(values, where=f"conf/profiles/{profile}.yaml")
     return _HEADER.format(profile=profile) + settings_text(values)

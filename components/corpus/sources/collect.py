@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from components.corpus.listing.source_table import read_listing
@@ -68,6 +69,7 @@ def collect(
     state_dir: Path,
     listing: Path | None = None,
     originals_uri: str = ORIGINALS,
+    first: int | None = None,
 ) -> Collected:
     """Write the manifest of a source's candidates, and what is lost or unknown beside it.
 
@@ -82,6 +84,7 @@ def collect(
         state_dir: survives kills.
         listing: table of `describe_source`; a folder's photographs are taken from it.
         originals_uri: what the manifest calls `folder`/originals.
+        first: only so many records of a list or archive; a folder is always taken whole.
 
     Raises:
         ValueError: no usable source, or not one of its candidates could be had; one line.
@@ -91,7 +94,7 @@ def collect(
         if listing is None:
             raise ValueError("listing: None; a folder's photographs come from its table")
         return _scan(settings, folder, listing, root)
-    return _collect_records(settings, folder, root, state_dir, originals_uri)
+    return _collect_records(settings, folder, root, state_dir, originals_uri, first)
 
 
 def _scan(settings: IngestSettings, folder: Path, listing: Path, root: Path) -> Collected:
@@ -111,7 +114,12 @@ def _scan(settings: IngestSettings, folder: Path, listing: Path, root: Path) -> 
 
 
 def _collect_records(
-    settings: IngestSettings, folder: Path, root: Path, state_dir: Path, originals_uri: str
+    settings: IngestSettings,
+    folder: Path,
+    root: Path,
+    state_dir: Path,
+    originals_uri: str,
+    first: int | None,
 ) -> Collected:
     """Read records, get their images, write the tables."""
     source = root / settings.source
@@ -132,7 +140,7 @@ def _collect_records(
                 source, settings.source, originals, journal, settings.download
             )
         coverage = write_candidates(
-            track(records, "ingest: records"), candidates, keyed_by_url=from_web
+            track(islice(records, first), "ingest: records"), candidates, keyed_by_url=from_web
         )
         if from_web:
             _download(settings.download, candidates, originals, journal, root)

@@ -25,6 +25,8 @@ _ATTRIBUTION_COLUMNS = {
     "work_url": "work_url",
     "query": "query",
 }
+ATTRIBUTION = "ATTRIBUTION.csv"
+"""Customary name of the table of authors and licences in a folder of photographs."""
 
 
 def _uri(path: Path, root: Path) -> str:
@@ -38,12 +40,17 @@ def _uri(path: Path, root: Path) -> str:
 def read_attribution(path: Path) -> dict[str, dict[str, str]]:
     """Read author and licence by file (path below the source folder, with slashes).
 
+    A file of the customary name need not be there: then nothing is known. Another name was chosen
+    by a person, and must be.
+
     Raises:
         ValueError: missing file, no `file` column, or a file named twice (with its line).
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
+        if path.name == ATTRIBUTION:
+            return {}
         raise ValueError(
             f"{path.name}: attribution file not found in ingest.source; add it or set "
             "ingest.attribution to null"

@@ -149,6 +149,12 @@ def test_a_folder_without_permission_is_one_line(photos: Path) -> None:
         photos.chmod(0o700)
 
 
+def test_the_customary_attribution_file_may_be_missing(photos: Path) -> None:
+    table = scan_folder(settings(attribution="ATTRIBUTION.csv"), photos.parent)
+    assert len(table)
+    assert table["photographer"].isna().all()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

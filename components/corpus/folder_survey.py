@@ -1,0 +1,318 @@
+"""A folder of photographs before anything is set: what is in it, and which rules would reject it.
+
+Headers of a sample are read, a few pictures are measured, captions are counted: seconds, whatever
+the folder holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from components.corpus.selection.rules import count_by_reason, select
+from components.images.decoding import ImageUndecodable, read_header
+from components.settings.schema import Settings
+from components.signals.candidate import measure_image
+
+READ = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff"),
+    *(".avif", ".bmp", ".gif"),
+)
+"""Endings of what the decoder reads."""
+NOT_READ = (
+    *(".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"),
+    *(".orf", ".rw2", ".raf"),
+)
+"""Endings of pictures that have to be converted first."""
+
+_HEADERS = 2000
+_MEASURED = 24
+_OVERSAMPLING = 4
+"""Pixels of a photograph per pixel of training, at least: twice the edge leaves room to crop."""
+_MANY = 0.5
+"""Share of a sample that a rule rejects from which on its threshold is worth a line."""
+
+
+@dataclass(frozen=True)
+class FolderSurvey:
+    """What a folder holds."""
+
+    folder: Path
+    endings: dict[str, int]
+    """Files by lower-case ending, of `READ` and `NOT_READ`."""
+    nested: bool
+    pixels: tuple[int, ...]
+    """width * height of readable headers in the sample."""
+    unreadable: tuple[str, ...]
+    """Reasons of the others."""
+    measured: tuple[dict[str, Any], ...]
+    """`measure_image` of a smaller sample."""
+    caption_words: tuple[int, ...]
+    """Words of each English caption of captions.jsonl."""
+    caption_files: int
+    """Text files beside photographs."""
+    has_captions: bool
+    has_attribution: bool
+
+    @property
+    def photographs(self) -> int:
+        """Files that the decoder reads by their endings."""
+        return sum(number for ending, number in self.endings.items() if ending in READ)
+
+
+@dataclass
+class Proposal:
+    """Settings for a folder, and why."""
+
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Section -> key -> value, only what differs from the profile."""
+    remarks: list[str] = field(default_factory=list)
+
+    def set(self, section: str, key: str, value: Any, why: str) -> None:
+        """Propose a value."""
+        self.settings.setdefault(section, {})[key] = value
+        self.remarks.append(f"{section}.{key}: {value!r}: {why}")
+
+
+def _spread(paths: Sequence[Path], count: int) -> list[Path]:
+    """At most `count` of them, evenly from the first to the last."""
+    if len(paths) <= count:
+        return list(paths)
+    return [paths[round(n * (len(paths) - 1) / (count - 1))] for n in range(count)]
+
+
+def survey(folder: Path, *, attribution: str, captions: str) -> FolderSurvey:
+    """Look into a folder.
+
+    Args:
+        folder: photographs, perhaps in folders of its own.
+        attribution: name of the table of authors and licences.
+        captions: name of the JSONL file of captions.
+
+    Raises:
+        ValueError: no folder, or no photograph in it; one line.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give a folder of photographs")
+    endings: Counter[str] = Counter()
+    found: list[Path] = []
+    texts: set[Path] = set()
+    for current, _, names in os.walk(folder):
+        for name in names:
+            path = Path(current, name)
+            ending = path.suffix.lower()
+            if ending == ".txt":
+                texts.add(path.with_suffix(""))
+            elif ending in READ or ending in NOT_READ:
+                endings[ending] += 1
+                if ending in READ:
+                    found.append(path)
+    if not found:
+        others = ", ".join(f"{number} {ending}" for ending, number in endings.most_common())
+        raise ValueError(
+            f"{folder}: no photographs ({', '.join(READ)})"
+            + (f"; convert what is there: {others}" if others else "")
+        )
+    found.sort()
+    pixels, unreadable = _headers(_spread(found, _HEADERS))
+    return FolderSurvey(
+        folder=folder,
+        endings=dict(endings.most_common()),
+        nested=any(path.parent != folder for path in found),
+        pixels=tuple(pixels),
+        unreadable=tuple(unreadable),
+        measured=tuple(measure_image(path) for path in _spread(found, _MEASURED)),
+        caption_words=tuple(_words(folder / captions)),
+        caption_files=sum(path.with_suffix("") in texts for path in found),
+        has_captions=(folder / captions).is_file(),
+        has_attribution=(folder / attribution).is_file(),
+    )
+
+
+def _headers(paths: Sequence[Path]) -> tuple[list[int], list[str]]:
+    pixels, unreadable = [], []
+    for path in paths:
+        try:
+            # A pipe would wait for ever.
+            header = read_header(path.read_bytes() if path.is_file() else b"")
+        except (ImageUndecodable, OSError) as problem:
+            unreadable.append(f"{path.name}: {problem}")
+        else:
+            pixels.append(header.width * header.height)
+    return pixels, unreadable
+
+
+def _words(path: Path) -> list[int]:
+    """Words of each caption that can be read; the stage names the lines that cannot."""
+    if not path.is_file():
+        return []
+    counts = []
+    for line in path.read_bytes().splitlines():
+        try:
+            counts.append(len(json.loads(line)["caption_en"].split()))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            continue
+    return counts
+
+
+def propose(found: FolderSurvey, settings: Settings, source: str) -> Proposal:
+    """Settings under which the folder becomes a corpus.
+
+    Args:
+        found: survey of the folder.
+        settings: of the profile to start from.
+        source: what `ingest.source` is to be.
+    """
+    proposal = Proposal()
+    if settings.ingest.kind != "folder":
+        proposal.set("ingest", "kind", "folder", "photographs in a folder")
+    proposal.set("ingest", "source", source, f"{found.photographs:,} photographs")
+    _propose_reading(found, settings, proposal)
+    _propose_size(found, settings, proposal)
+    _propose_captions(found, settings, proposal)
+    _propose_slices(found, settings, proposal)
+    return proposal
+
+
+def _propose_reading(found: FolderSurvey, settings: Settings, proposal: Proposal) -> None:
+    known = settings.ingest.extensions
+    new = [ending for ending in found.endings if ending in READ and ending not in known]
+    if new:
+        counted = ", ".join(f"{found.endings[ending]} {ending}" for ending in new)
+        proposal.set("ingest", "extensions", [*known, *new], f"{counted} would be passed over")
+    unread = {end: number for end, number in found.endings.items() if end in NOT_READ}
+    if unread:
+        counted = ", ".join(f"{number} {ending}" for ending, number in unread.items())
+        proposal.remarks.append(f"not read: {counted}; convert them to one of {', '.join(READ)}")
+    if found.nested and not settings.ingest.recursive:
+        proposal.set("ingest", "recursive", True, "there are photographs in folders of the folder")
+    if not found.has_attribution:
+        proposal.set("ingest", "attribution", None, "no such file: authors, licences unknown")
+    elif settings.ingest.attribution is None:
+        proposal.set("ingest", "attribution", "ATTRIBUTION.csv", "the file is there")
+    if found.unreadable:
+        proposal.remarks.append(
+            f"{len(found.unreadable)} of {len(found.unreadable) + len(found.pixels)} files that "
+            f"were looked at cannot be read, such as {found.unreadable[0]}"
+        )
+
+
+def _propose_size(found: FolderSurvey, settings: Settings, proposal: Proposal) -> None:
+    limit, training = settings.select.min_pixels, settings.buckets.target_pixels
+    small = sum(pixels < limit for pixels in found.pixels)
+    if not small:
+        return
+    lost = f"{small} of {len(found.pixels)} photographs have fewer than {limit:,} pixels"
+    if training is None or training * _OVERSAMPLING >= limit:
+        proposal.remarks.append(
+            f"select.min_pixels: {limit}: {lost} and will be rejected; the median has "
+            f"{statistics.median(found.pixels):,.0f}"
+        )
+        return
+    proposal.set(
+        "select",
+        "min_pixels",
+        training * _OVERSAMPLING,
+        f"{lost}, and this profile trains at {training:,}",
+    )
+
+
+def _propose_captions(found: FolderSurvey, settings: Settings, proposal: Proposal) -> None:
+    caption = settings.caption
+    if not found.has_captions:
+        if caption.provider == "shipped":
+            beside = f"; {found.caption_files} text files lie beside" if found.caption_files else ""
+            proposal.remarks.append(
+                f"no {caption.file}{beside}: write one (file, caption_en, caption_zh on each "
+                "line) or set caption.provider to a model (docs/corpus.md), else no photograph "
+                "gets past the stage caption"
+            )
+        return
+    outside = [n for n in found.caption_words if not caption.min_words <= n <= caption.max_words]
+    if outside:
+        low, high = min(found.caption_words), max(found.caption_words)
+        why = f"captions have {low} to {high} words, {len(outside)} outside the profile's bounds"
+        if low < caption.min_words:
+            proposal.set("caption", "min_words", low, why)
+        if high > caption.max_words:
+            proposal.set("caption", "max_words", high, why)
+    if len(found.caption_words) < found.photographs:
+        proposal.remarks.append(
+            f"{caption.file} has {len(found.caption_words)} captions for {found.photographs} "
+            "photographs; those without are rejected"
+        )
+
+
+def _propose_slices(found: FolderSurvey, settings: Settings, proposal: Proposal) -> None:
+    """Small slices for a small corpus: what is held out must not be all of it."""
+    select_now = settings.select.model_copy(update=proposal.settings.get("select", {}))
+    counts = survivors(found, settings.model_copy(update={"select": select_now}))
+    expected = found.photographs * counts["kept"] / counts["candidates"]
+    held_out = settings.slices.eval_min_images
+    if held_out > 1 and expected < 4 * held_out:
+        why = f"about {expected:.0f} photographs will be left"
+        proposal.set("slices", "eval_min_images", max(1, int(expected / 8)), why)
+    if settings.slices.min_images > max(1, expected / 2):
+        proposal.set("slices", "min_images", max(1, int(expected / 4)), "as many as there are")
+
+
+def survivors(found: FolderSurvey, settings: Settings) -> dict[str, int]:
+    """How many of the measured sample each rule rejects; `count_by_reason`.
+
+    Rules that need scores, other pictures or the whole are left out.
+    """
+    rows = pd.DataFrame(
+        [
+            {
+                "image_id": str(row["path"]),
+                "integrity": row.get("error") if row["entropy_bits"] is None else "ok",
+                "duplicate_of": None,
+                "width": row["width"],
+                "height": row["height"],
+                "flat_fraction": row["flat_fraction"],
+                "entropy_bits": row["entropy_bits"],
+            }
+            for row in found.measured
+        ]
+    )
+    alone = settings.select.model_copy(
+        update={
+            "max_nsfw": None,
+            "min_quality": None,
+            "near_duplicate_distance": None,
+            "aesthetic_top_fraction": 1.0,
+            "aspect_quotas": (),
+            "character_quota": None,
+            "target_images": None,
+        }
+    )
+    return count_by_reason(select(rows, alone))
+
+
+def advice(found: FolderSurvey, settings: Settings) -> list[str]:
+    """A line for each measured threshold that rejects most of the sample: what would keep more."""
+    lines = []
+    for name, key, limit, keeps_below in (
+        ("flat_fraction", "max_flat_fraction", settings.select.max_flat_fraction, True),
+        ("entropy_bits", "min_entropy_bits", settings.select.min_entropy_bits, False),
+    ):
+        values = sorted(
+            (row[name] for row in found.measured if row[name] is not None), reverse=not keeps_below
+        )
+        lost = [v for v in values if (v > limit if keeps_below else v < limit)]
+        if values and len(lost) / len(values) >= _MANY:
+            # The value that three of four pass.
+            other = values[min(len(values) - 1, (3 * len(values)) // 4)]
+            lines.append(
+                f"select.{key}: {limit:g} rejects {len(lost)} of {len(values)} measured; "
+                f"{other:.3g} would keep three of four"
+            )
+    return lines

@@ -1,0 +1,147 @@
+"""A sample of a source, for a rehearsal: how many items there are, and a small copy of a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from components.corpus.sources.multiaspect import read_metadata_shards
+from components.corpus.sources.url_lists import read_url_lists
+from components.settings.corpus import IngestSettings
+
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+def photographs(folder: Path, settings: IngestSettings) -> Iterator[Path]:
+    """Files below a folder that `ingest` would take for photographs, in no order."""
+    for current, _, files in os.walk(folder):
+        for name in files:
+            if Path(name).suffix.lower() in settings.extensions:
+                yield Path(current, name)
+        if not settings.recursive:
+            return
+
+
+def count_items(
+    settings: IngestSettings, root: Path, *, at_most: int | None = None, seconds: float = 5.0
+) -> int | None:
+    """Photographs, records or (of archives) members of a source.
+
+    Args:
+        settings: the source.
+        root: where a relative source starts.
+        at_most: counting ends there; None: all.
+        seconds: counting is given up after that long, unless `at_most` is reached before.
+
+    Returns:
+        the number, at most `at_most`; None: not counted in that time.
+
+    Raises:
+        ValueError: lists that would be misread, or no usable source.
+    """
+    source = root / settings.source
+    items: Iterator[object]
+    if settings.kind == "folder":
+        items = photographs(source, settings)
+    elif settings.kind == "urls":
+        items = read_url_lists(source, settings.source, settings.lists)
+    elif settings.kind == "multiaspect":
+        items = read_metadata_shards(source, settings.source, settings.lists)
+    else:
+        items = _members(source)
+    end = time.monotonic() + seconds
+    number = 0
+    for _ in islice(items, at_most):
+        number += 1
+        if time.monotonic() > end and settings.kind != "folder":
+            return None
+    return number
+
+
+def _members(source: Path) -> Iterator[object]:
+    """Members of all archives by their headers; a damaged archive ends where it is damaged."""
+    import tarfile
+
+    archives = [source] if source.is_file() else sorted(source.rglob("*"))
+    for path in archives:
+        if path.name.lower().endswith(_ARCHIVES) and path.is_file():
+            try:
+                with tarfile.open(path) as archive:
+                    yield from archive
+            except (tarfile.TarError, OSError, EOFError):
+                continue
+
+
+def copy_sample(settings: IngestSettings, root: Path, target: Path, count: int, file: str) -> int:
+    """Bring photographs from all over a folder, and what describes them, to another folder.
+
+    Hard links where the file system allows them, else copies. Tables beside the photographs come
+    whole, so that a wrong line is found wherever it stands, less lines of `file` that belong to
+    photographs outside the sample.
+
+    Args:
+        settings: a source of kind `folder`.
+        root: where a relative source starts.
+        target: folder to fill.
+        count: photographs, evenly spread over the sorted paths.
+        file: JSONL file of captions in the source.
+
+    Returns:
+        photographs that were brought; fewer than `count` where some are no regular files.
+    """
+    source = root / settings.source
+    paths = sorted(photographs(source, settings))
+    # The first, the last, and evenly between them.
+    steps = max(1, min(count, len(paths)))
+    places = {round(n * (len(paths) - 1) / max(1, steps - 1)) for n in range(steps)}
+    sample = [paths[place] for place in sorted(places)] if paths else []
+    brought = [path for path in sample if _bring(path, source, target)]
+    for path in brought:
+        beside = path.with_suffix(".txt")
+        if beside.is_file():
+            _bring(beside, source, target)
+    for name in (settings.attribution, file):
+        if name and (source / name).is_file():
+            _bring(source / name, source, target)
+    if (target / file).is_file():
+        _leave_out_others(target / file, source, target)
+    return len(brought)
+
+
+def _bring(path: Path, source: Path, target: Path) -> bool:
+    """Whether a regular file was linked or copied to its place below `target`."""
+    real = path.resolve()
+    if not real.is_file() or not real.is_relative_to(source.resolve()):
+        return False
+    place = target / path.relative_to(source)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(real, place)
+    except OSError:
+        try:
+            shutil.copy2(real, place)
+        except OSError:
+            return False
+    return True
+
+
+def _leave_out_others(captions: Path, source: Path, target: Path) -> None:
+    """Drop lines of photographs that exist in the source and not in the sample."""
+    kept = []
+    for line in captions.read_bytes().split(b"\n"):
+        try:
+            name = json.loads(line)["file"]
+            is_other = (source / name).is_file() and not (target / name).is_file()
+        except (ValueError, LookupError, TypeError, OSError):
+            # Wrong lines stay: they are what a rehearsal is for.
+            is_other = False
+        if not is_other:
+            kept.append(line)
+    # A new file: the old one is a link to the source's own.
+    captions.unlink()
+    captions.write_bytes(b"\n".join(kept))

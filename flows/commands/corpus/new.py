@@ -1,0 +1,94 @@
+"""`ultraflux new FOLDER`: a profile for a folder of photographs, and what will survive it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.commands.command_line import fail, project_root
+
+if TYPE_CHECKING:
+    from components.corpus.folder_survey import FolderSurvey, Proposal
+    from components.settings.schema import Settings
+
+EPILOG = (
+    "Example: [bold]ultraflux new ~/photos[/] writes conf/profiles/photos.yaml; then "
+    "[bold]ultraflux config compose --profile photos[/] and [bold]ultraflux run --until slices[/]."
+)
+
+
+def new(
+    folder: Annotated[Path, typer.Argument(help="Folder of photographs.")],
+    profile: Annotated[
+        str, typer.Option(help="Profile to start from: embedded, single-gpu or paper.")
+    ] = "embedded",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the new profile (default: the folder's).")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace a profile of that name.")] = False,
+) -> None:
+    """Write settings for a folder of photographs, and say how many survive which rule."""
+    from components.corpus.folder_survey import propose, survey
+    from components.settings.schema import SettingsError, parse_settings
+    from flows.versioning.profiles import composed, derived_profile
+
+    root = project_root()
+    name = name or re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "photos"
+    target = root / "conf" / "profiles" / f"{name}.yaml"
+    try:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise ValueError(f"--name {name}: choose letters, digits, dots and dashes")
+        if target.exists() and not force:
+            raise ValueError(
+                f"conf/profiles/{name}.yaml exists already; choose another --name, or --force"
+            )
+        settings = parse_settings(composed(root, profile), where=f"conf/profiles/{profile}.yaml")
+        found = survey(folder, attribution="ATTRIBUTION.csv", captions=settings.caption.file)
+        proposal = propose(found, settings, _source(folder, root))
+        text = derived_profile(root, profile, proposal.settings, proposal.remarks)
+        changed = parse_settings(_merged(composed(root, profile), proposal.settings), where=name)
+    except (SettingsError, ValueError, OSError) as problem:
+        raise fail(str(problem)) from None
+    target.write_text(text, encoding="utf-8")
+    _say(found, proposal, changed)
+    print(
+        f"\nWritten: {target.relative_to(root)}\n"
+        f"Next: ultraflux config compose --profile {name} && ultraflux run --until slices"
+    )
+
+
+def _source(folder: Path, root: Path) -> str:
+    """Relative to the project when inside it, else absolute."""
+    place = Path(os.path.abspath(folder))
+    return place.relative_to(root).as_posix() if place.is_relative_to(root) else place.as_posix()
+
+
+def _merged(values: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return values | {section: values[section] | keys for section, keys in changes.items()}
+
+
+def _say(found: FolderSurvey, proposal: Proposal, settings: Settings) -> None:
+    from components.corpus.folder_survey import advice, survivors
+
+    counted = ", ".join(f"{number:,} {ending}" for ending, number in found.endings.items())
+    print(f"{found.folder}: {counted}")
+    for remark in proposal.remarks:
+        print(f"  {remark}")
+    counts = survivors(found, settings)
+    rejected = ", ".join(
+        f"{reason.removeprefix('rejected_')} {number}"
+        for reason, number in counts.items()
+        if number and reason.startswith("rejected_")
+    )
+    share = counts["kept"] / counts["candidates"]
+    print(
+        f"Of {counts['candidates']} measured {counts['kept']} pass the rules that look at one "
+        f"picture alone ({rejected or 'none rejected'}): about {share * found.photographs:,.0f} of "
+        f"{found.photographs:,}"
+    )
+    for line in advice(found, settings):
+        print(f"  {line}")
