@@ -41,8 +41,9 @@ def run(context: StageContext) -> StageResult:
     write_text(summary, json.dumps(counts, indent=2) + "\n")
     figure = folder / "overview.png"
     save_overview(manifest, context.settings.select, figure)
+    coverage = json.loads(context.input("ingest", "coverage.json").read_text(encoding="utf-8"))
     page = folder / "datasheet.html"
-    write_page(datasheet.datasheet_page(manifest, rows), page)
+    write_page(datasheet.datasheet_page(manifest, rows, coverage), page)
     return StageResult(
         metrics={name: float(number) for name, number in counts.items()},
         artifacts=(summary, figure, page),

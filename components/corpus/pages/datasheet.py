@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sized
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ _SCORES = (
 )
 _ATTRIBUTION = ("license", "photographer", "photographer_url", "image_url", "work_url", "source")
 _LICENCES = 20
+_LOSSY_FILES = 50
 
 COLUMNS = (
     *("kept", "reject_reason", "channel", "is_character", "megapixels", "aspect_ratio", "bucket"),
@@ -55,12 +57,42 @@ def _scorers(table: pd.DataFrame, column: str | None) -> str:
     return ", ".join(sorted(str(name) for name in table[column].dropna().unique()))
 
 
-def datasheet_page(table: pd.DataFrame, slices: Mapping[str, Sized]) -> str:
+def _apart(account: Mapping[str, Any]) -> str:
+    """What is no record by its nature, such as "1 header, 2 blank"."""
+    return ", ".join(f"{number} {name}" for name, number in account["apart"].items())
+
+
+def _source(coverage: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The ledger of a source's files as the page shows it; None where there is none."""
+    ledger = (coverage or {}).get("ledger", {})
+    if coverage is None or not ledger.get("files"):
+        return None
+    totals = [
+        {"unit": unit, **sums, "others": _apart(sums), "notes": sums["notes"]}
+        for unit, sums in ledger["totals"].items()
+    ]
+    lossy = [file for file in ledger["files"] if file["losses"]]
+    lossy.sort(key=lambda file: (-file["losses"], file["file"]))
+    return {
+        "totals": totals,
+        "files": [{**file, "others": _apart(file)} for file in lossy[:_LOSSY_FILES]],
+        "more_files": max(0, len(lossy) - _LOSSY_FILES),
+        "candidates": coverage["records"],
+        "outcomes": [("in the manifest", coverage["kept"]), *coverage["losses"].items()],
+    }
+
+
+def datasheet_page(
+    table: pd.DataFrame,
+    slices: Mapping[str, Sized],
+    coverage: Mapping[str, Any] | None = None,
+) -> str:
     """A self-contained HTML page; equal tables give equal bytes.
 
     Args:
         table: `COLUMNS` of a manifest.
         slices: tables, or their rows, by name.
+        coverage: coverage.json of ingest, whose ledger says what the source's files held.
     """
     kept = table[table["kept"].eq(True)]
     scores = [
@@ -72,6 +104,7 @@ def datasheet_page(table: pd.DataFrame, slices: Mapping[str, Sized]) -> str:
     licences = _counted(kept["license"], "unknown")
     return render(
         "datasheet.html.j2",
+        source=_source(coverage),
         candidates=len(table),
         kept=len(kept),
         people=int(kept["is_character"].eq(True).sum()),

@@ -147,6 +147,7 @@ def _collect_records(
         counts = write_ingest_tables(candidates, journal, folder, originals_uri, settings)
     # After the tables: until then a killed run would lose bytes that a row may still point at.
     prune_originals(originals, counts.originals)
+    coverage.kept, coverage.losses = counts.kept, counts.losses
     _write_coverage(coverage, folder)
     losses = counts.losses
     collected = Collected(

@@ -154,7 +154,7 @@ def write_candidates(
 
 def table_coverage(manifest: pd.DataFrame) -> Coverage:
     """How well the attribution of a scanned folder is filled."""
-    coverage = Coverage(records=len(manifest))
+    coverage = Coverage(records=len(manifest), kept=len(manifest))
     for name in ALIASES:
         if name in manifest:
             coverage.filled[name] = int(manifest[name].notna().sum())

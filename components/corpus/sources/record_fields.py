@@ -151,6 +151,10 @@ class Coverage:
     unknown: Counter[str] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=Counter)
     ledger: Ledger = field(default_factory=Ledger)
+    kept: int = 0
+    """Rows of the manifest."""
+    losses: dict[str, int] = field(default_factory=dict)
+    """Candidates that are not there, by cause; with `kept`, all of them."""
 
     def add(self, fields: Fields) -> None:
         """Count one record."""
@@ -171,4 +175,6 @@ class Coverage:
             "unknown_keys": dict(sorted(self.unknown.items())),
             "problems": dict(sorted(self.problems.items())),
             "ledger": self.ledger.report(),
+            "kept": self.kept,
+            "losses": dict(sorted(self.losses.items())),
         }

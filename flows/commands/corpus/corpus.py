@@ -214,8 +214,24 @@ def datasheet(
     except (SettingsError, ValueError) as problem:
         raise fail(str(problem)) from None
     rows = slices.slice_rows(table, settings.slices, settings.project.seed)
-    write_page(page.datasheet_page(table, rows), output)
+    write_page(page.datasheet_page(table, rows, _coverage(root, version)), output)
     print(output)
+
+
+def _coverage(root: Path, version: str) -> dict[str, Any] | None:
+    """What `ingest` says of the source of a version; None where it cannot be had."""
+    path = version
+    if Path(version).is_file():
+        # Of data/slices/manifest.parquet, in this project or another: data/ingest/coverage.json.
+        path = str(Path(version).resolve().parents[1] / "ingest" / "coverage.json")
+        if not Path(path).is_file():
+            return None
+    try:
+        with version_file(root, path, "data/ingest/coverage.json") as file:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return found
 
 
 @app.command(

@@ -27,6 +27,8 @@ from components.corpus.pages.drift import (
 from components.corpus.selection.rules import select
 from components.corpus.selection.slices import slices, split
 from components.corpus.selection.what_if import WhatIfError, changed_settings, to_json, what_if
+from components.corpus.sources.record_fields import Coverage
+from components.corpus.sources.records.source_records import SourceEnd, SourceRecord
 from components.settings.schema import Settings, load_settings
 
 ROOT = Path(__file__).parents[4]
@@ -254,6 +256,30 @@ def test_the_datasheet_counts_and_is_the_same_bytes_twice(params: Settings) -> N
         assert name in pages[0]
     empty = table.assign(kept=False, split=None)
     assert "0 kept" in datasheet_page(empty, slices(empty, params.slices))
+
+
+def test_the_datasheet_shows_the_ledger_of_the_source(params: Settings) -> None:
+    coverage = Coverage(records=4, kept=2, losses={"not_found": 1, "broken_record": 1})
+    for file, losses in (("good.csv", 0), ("<bad>.csv", 1)):
+        for number in range(1 + losses):
+            values = None if number else {"url": "x"}
+            coverage.ledger.add(SourceRecord(f"{file}:{number}", values, units=3))
+        end = SourceEnd(file, "lines", 4 + 3 * losses, {"header": 1}, {"loosely_quoted": 7})
+        coverage.ledger.close(end)
+    table = corpus(params)
+    table["split"] = split(table, params.slices, 0)
+    tables = slices(table, params.slices)
+    # As the stage reads it.
+    report = json.loads(json.dumps(coverage.report()))
+    page = re.sub(r"\s+", " ", datasheet_page(table, tables, report))
+    cells = ("lines", 2, 11, "2 over 6", "1 over 3", "2 header", "14 loosely_quoted")
+    for cell in cells:
+        assert re.search(rf"<td[^>]*>{cell}</td>", page), cell
+    assert "not_found" in page
+    assert "<td>&lt;bad&gt;.csv</td>" in page
+    assert "good.csv" not in page
+    # A folder of photographs has no such files.
+    assert "What the source held" not in datasheet_page(table, tables, Coverage().report())
 
 
 def _value(cell: object) -> object:
