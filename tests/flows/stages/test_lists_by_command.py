@@ -75,6 +75,7 @@ def command(project: Path, stage: str) -> Result:
 def ingest(project: Path, data: bytes) -> Result:
     """What the command says of a list."""
     (project / LIST).write_bytes(data)
+    assert command(project, "source").exit_code == 0
     return command(project, "ingest")
 
 
