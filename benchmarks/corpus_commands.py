@@ -10,20 +10,21 @@ the largest process that it starts): imports, reading and MLflow's record are in
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGLISH_WORDS, CHINESE_CHARACTERS = 80, 140
 _BATCH = 50_000
-_VOCABULARY = 20_000
 # What differs between the two versions that `diff` and `drift` compare.
 _CHANGED_CAPTIONS, _CHANGED_ENTROPY = 0.01, 0.02
 
@@ -53,10 +54,13 @@ def make_tables(clone: Path, rows: int) -> None:
     from components.signals.candidate import SIGNALS_SCHEMA
 
     rng = np.random.default_rng(0)
-    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
-    lengths = rng.integers(2, 11, _VOCABULARY)
-    vocabulary = pa.array(["".join(rng.choice(letters, n)) for n in lengths])
-    characters = pa.array([chr(code) for code in range(0x4E00, 0x4E00 + 3000)])
+    # Words of real captions, because the stage caption rejects what is in no language.
+    lines = (ROOT / "data" / "sample" / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    captions = [json.loads(line) for line in lines]
+    english = " ".join(caption["caption_en"] for caption in captions)
+    vocabulary = pa.array(sorted(set(re.findall("[a-z]+", english))))
+    chinese = "".join(caption["caption_zh"] for caption in captions)
+    characters = pa.array(sorted(set(re.findall("[\u4e00-\u9fff]", chinese))))
 
     def joined(words: pa.Array, count: int, size: int, separator: str) -> pa.Array:
         # Falling frequencies, as in language, so that compression is plausible.
@@ -97,7 +101,9 @@ def make_tables(clone: Path, rows: int) -> None:
             "format": one_of(count, "JPEG"),
             "bytes_per_pixel": rng.uniform(0.1, 2.0, count),
             "integrity": one_of(count, *["ok"] * 99, "empty file (0 bytes)"),
-            "caption_en": joined(vocabulary, count, ENGLISH_WORDS, " "),
+            "caption_en": pc.binary_join_element_wise(
+                joined(vocabulary, count, ENGLISH_WORDS, " "), ".", ""
+            ),
             "caption_zh": joined(characters, count, CHINESE_CHARACTERS, ""),
             "source": one_of(count, "unsplash", "pexels", "flickr"),
             "image_url": pc.binary_join_element_wise("https://images.example/", numbers, ""),
@@ -280,17 +286,10 @@ def run(clone: Path, arguments: list[str]) -> tuple[int, float, float, float, fl
     return code, seconds, cpu, usage.ru_maxrss / 2**20, tree[0] / 2**30, lines[-1]
 
 
-def _in_a_process(function: Callable[..., None], *arguments: object) -> None:
-    """Run a function of this module elsewhere: a child's peak would begin at this process's."""
-    call = f"import corpus_commands as b; from pathlib import Path; b.{function.__name__}"
-    code = f"{call}(*{tuple(map(str, arguments))!r})"
-    code = code.replace("(*(", "(*b.typed(", 1)
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
-
-
-def typed(folder: str, *numbers: str) -> tuple[object, ...]:
-    """The arguments of `_in_a_process` again as what they were."""
-    return Path(folder), *map(int, numbers)
+def make(what: str, clone: Path, rows: int) -> None:
+    """Write tables in another process: what a child peaks at begins at its parent's size."""
+    command = [sys.executable, __file__, "--make", what, "--folder", str(clone.parent)]
+    subprocess.run([*command, "--rows", str(rows)], check=True)
 
 
 def main() -> None:
@@ -299,14 +298,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--only", nargs="*", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--folder", type=Path, help="Keep the clone here, or use the one there.")
+    parser.add_argument("--make", choices=("tables", "after"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.make == "tables":
+        return make_tables(options.folder / "clone", options.rows)
+    if options.make == "after":
+        return make_other_version(options.folder / "clone")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         clone = folder / "clone"
         if not clone.is_dir():
             make_clone(folder)
-            run(clone, ["stage", "run", "code"])
-            _in_a_process(make_tables, clone, options.rows)
+            for name in ("code", "source"):
+                run(clone, ["stage", "run", name])
+            make("tables", clone, options.rows)
         size = (clone / "data" / "ingest" / "manifest.parquet").stat().st_size
         print(f"{options.rows} rows, manifest of {size / 1e9:.2f} GB", flush=True)
         print(f"{'command':<12}{'exit':>5}{'wall s':>8}{'CPU s':>8}{'GiB':>7}{'tree GiB':>10}")
@@ -314,13 +319,14 @@ def main() -> None:
             if name not in options.only:
                 continue
             if name == "diff" and not (clone / "after.parquet").is_file():
-                _in_a_process(make_other_version, clone)
+                make("after", clone, options.rows)
             code, wall, cpu, peak, tree, said = run(clone, arguments)
             print(
                 f"{name:<12}{code:>5}{wall:>8.1f}{cpu:>8.1f}{peak:>7.2f}{tree:>10.2f}", flush=True
             )
             if code not in _FINE:
                 print(said, flush=True)
+    return None
 
 
 if __name__ == "__main__":

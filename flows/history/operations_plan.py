@@ -40,6 +40,8 @@ class StageForecast:
     basis: str
     """Where the hours come from: so many runs, or the estimate in dvc.yaml."""
     gpus: int
+    memory_gb: float = 0.0
+    """Peak for the candidates that there are now, by `meta` in dvc.yaml."""
 
     @property
     def gpu_hours(self) -> float:
@@ -78,6 +80,7 @@ class OperationsPlan:
                 "basis": one.basis,
                 "gpus": one.gpus,
                 "gpu_hours": one.gpu_hours,
+                "memory_gb": round(one.memory_gb, 2),
                 "cost": None if price is None else one.gpu_hours * price,
             }
             for one in self.stages
@@ -112,16 +115,31 @@ def plan_operations(root: Path, *, mlflow: bool = True) -> OperationsPlan:
     locked = clone.lock()
     runs = finished_runs(root, {name: locked.get(name, {}) for name in graph}, client)
     stages = []
+    count = _candidates(root)
     for name, node in graph.items():
         action = actions[name]
         hours, basis = 0.0, ""
         if action in {"run", "may run"}:
             hours, basis = duration(node, runs, clone.parameters(name))
+        memory_gb = node.meta.memory_gb(count)
         stages.append(
-            StageForecast(name, action, stale.get(name, ""), hours, basis, node.meta.gpus)
+            StageForecast(
+                name, action, stale.get(name, ""), hours, basis, node.meta.gpus, memory_gb
+            )
         )
     elapsed = _longest(graph, {one.stage: one.hours for one in stages})
     return OperationsPlan(tuple(stages), elapsed, price)
+
+
+def _candidates(root: Path) -> int:
+    """Rows of the manifest that the stage ingest has left; 0 before the first run."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return int(pq.read_metadata(root / "data" / "ingest" / "manifest.parquet").num_rows)
+    except (OSError, pa.ArrowInvalid):
+        return 0
 
 
 def _action(clone: Clone, node: versioning.StageNode, stale: Mapping[str, str]) -> Action:
@@ -179,7 +197,7 @@ def operations_table(plan: OperationsPlan, price: float | None, only: Sequence[s
 
     title = "The next run (time: median of past runs, or the estimate in dvc.yaml)"
     table = Table("stage", "would", "why", title=title, title_justify="left")
-    for column in ("time", "GPU-hours", *(["cost"] if price is not None else [])):
+    for column in ("memory", "time", "GPU-hours", *(["cost"] if price is not None else [])):
         table.add_column(column, justify="right")
     table.add_column("time from")
     for one in plan.stages:
@@ -190,7 +208,8 @@ def operations_table(plan: OperationsPlan, price: float | None, only: Sequence[s
             cost = f"{one.gpu_hours * (price or 0):,.2f}" if one.gpus else "-"
             numbers = [time_text(one.hours), f"{one.gpu_hours:.2g}" if one.gpus else "-", cost]
         cells = numbers if price is not None else numbers[:2]
-        table.add_row(one.stage, one.action, escape(one.reason), *cells, one.basis)
+        memory = f"{one.memory_gb:.1f} GiB" if one.basis else ""
+        table.add_row(one.stage, one.action, escape(one.reason), memory, *cells, one.basis)
     return table
 
 

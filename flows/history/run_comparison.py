@@ -272,8 +272,8 @@ def _code(root: Path, before: Side, after: Side) -> dict[str, Any]:
 
 def _corpus(evidence: Evidence, before: Side, after: Side) -> dict[str, Any] | None:
     """Row by row, of the furthest manifest that both sides have; None where they are equal."""
-    from components.corpus.manifest import read_table
-    from components.corpus.pages.corpus_diff import diff
+    from components.corpus.manifest_columns import ManifestOnDisk
+    from components.corpus.pages.corpus_diff import VALUES_OF, diff
 
     for path in _MANIFESTS:
         hashes = before.data.get(path), after.data.get(path)
@@ -285,7 +285,7 @@ def _corpus(evidence: Evidence, before: Side, after: Side) -> dict[str, Any] | N
         if None in files:
             return {"manifest": path, "problem": "a version is not in the cache: `dvc fetch`"}
         try:
-            tables = [read_table(file) for file in files if file is not None]
+            tables = [ManifestOnDisk(file, VALUES_OF) for file in files if file is not None]
             return {"manifest": path, **diff(*tables).to_json()}
         except ValueError as problem:
             return {"manifest": path, "problem": str(problem)}

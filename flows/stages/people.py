@@ -16,7 +16,8 @@ def run(context: StageContext) -> StageResult:
         StageFailed: weights, or external boxes, that are missing or incomplete.
     """
     derivatives = context.input("signals", "derivatives.parquet")
-    manifest = read_table(context.input("ingest", "manifest.parquet"))
+    columns = ("image_id", "query", "source")
+    manifest = read_table(context.input("ingest", "manifest.parquet"), columns)
     path = context.output_dir / "people.parquet"
     try:
         look_for_people(

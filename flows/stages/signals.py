@@ -8,6 +8,14 @@ from components.corpus.candidate_signals import SIGNALS, measure_candidates
 from components.corpus.manifest import read_table
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
+_SUMMARISED = (
+    "error",
+    "integrity",
+    "entropy_bits",
+    "flat_fraction",
+    "pdq_quality",
+)
+
 
 def run(context: StageContext) -> StageResult:
     """Write `data/signals/signals.parquet` and `data/signals/derivatives.parquet`.
@@ -15,7 +23,8 @@ def run(context: StageContext) -> StageResult:
     Raises:
         StageFailed: an original is not there, or cannot be read now.
     """
-    manifest = read_table(context.input("ingest", "manifest.parquet"))
+    columns = ("image_id", "uri", "integrity", "duplicate_of")
+    manifest = read_table(context.input("ingest", "manifest.parquet"), columns)
     try:
         measure_candidates(
             manifest,
@@ -27,7 +36,7 @@ def run(context: StageContext) -> StageResult:
     except ValueError as problem:
         raise StageFailed(f"signals: {problem}") from None
     path = context.output_dir / SIGNALS
-    table = pq.read_table(path).to_pandas()
+    table = pq.read_table(path, columns=list(_SUMMARISED)).to_pandas()
     quarantined = int(table["error"].notna().sum())
     damaged = int((table["integrity"] != "ok").sum()) - quarantined
     return StageResult(

@@ -40,6 +40,9 @@ class StageMeta(BaseModel):
     gpus: int = Field(ge=0)
     cpus: int = Field(ge=1)
     mem_gb: float = Field(gt=0)
+    """Peak memory of the stage with a few photographs, in GiB."""
+    mem_gb_per_million: float = Field(default=0.0, ge=0)
+    """What every million candidates adds to that."""
     est_minutes: float = Field(gt=0)
     retries: int = Field(ge=0, le=10)
     timeout_min: float = Field(gt=0)
@@ -50,6 +53,10 @@ class StageMeta(BaseModel):
     unversioned: Annotated[tuple[str, ...], Strict(False)] = ()
     """Folders that the stage writes and DVC neither versions nor removes: too many files for it.
     What is in them is found by content, and the stage itself drops what it needs no more."""
+
+    def memory_gb(self, candidates: int) -> float:
+        """Peak memory in GiB for a corpus of so many candidates."""
+        return self.mem_gb + self.mem_gb_per_million * candidates / 1e6
 
 
 @dataclass(frozen=True)

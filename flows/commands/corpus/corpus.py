@@ -340,7 +340,7 @@ def _rows_to_pack(root: Path, which: str, manifest: Path | None) -> pd.DataFrame
     path = manifest or Path("data", "slices" if which == "kept" else "ingest", "manifest.parquet")
     if not (root / path).is_file():
         raise ValueError(f"{path}: not found; run the pipeline first: ultraflux run")
-    table = read_table(root / path)
+    table = read_table(root / path, ["image_id", "uri", "integrity", "duplicate_of", "kept"])
     wanted = (table["integrity"] == "ok") & table["duplicate_of"].isna()
     # Null before the select stage: nothing is decided yet.
     if table["kept"].notna().any():

@@ -6,15 +6,18 @@ import json
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from components.corpus.manifest import write_table
 from flows.cli import app
 from flows.history.operations_plan import (
     OperationsPlan,
     StageForecast,
     duration,
+    operations_table,
     plan_operations,
     time_text,
 )
@@ -116,6 +119,22 @@ def test_gpu_hours_and_cost_are_hours_times_gpus_times_price() -> None:
     assert made.as_dict(2.5)["cost"] == 60.0
     assert made.as_dict(None)["stages"][1]["cost"] is None
     assert [time_text(hours) for hours in (0.01, 0.5, 12)] == ["36 s", "30.0 min", "12.0 h"]
+
+
+def test_memory_follows_from_the_number_of_candidates(project: Path) -> None:
+    graph = (project / "dvc.yaml").read_text().replace("mem_gb: 0.1", "mem_gb: 0.5", 1)
+    graph = graph.replace("mem_gb: 0.5", "mem_gb: 0.5, mem_gb_per_million: 1000")
+    (project / "dvc.yaml").write_text(graph.replace("million: 1000", "million: 1000.0"))
+    first = plan_operations(project, mlflow=False).stages[0]
+    # Nothing was ingested yet.
+    assert first.memory_gb == 0.5
+    rows = pd.DataFrame({"image_id": [f"{n:064x}" for n in range(2000)]})
+    table = rows.assign(uri=rows["image_id"])
+    write_table(table, project / "data" / "ingest" / "manifest.parquet")
+    made = plan_operations(project, mlflow=False)
+    assert made.stages[0].memory_gb == pytest.approx(2.5)
+    assert made.as_dict(None)["stages"][0]["memory_gb"] == 2.5
+    assert "2.5 GiB" in str(list(operations_table(made, None).columns[3].cells))
 
 
 def test_elapsed_time_follows_the_slowest_path(project: Path) -> None:
