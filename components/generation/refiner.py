@@ -18,7 +18,7 @@ from components.chat.client import ChatClient, Question, RequestFailed, job_of
 from components.chat.prompts import Prompt, clean_answer
 from components.chat.request_cache import Answer, RequestCache
 from components.chat.spending import Budget
-from components.corpus.captions.checks import is_refusal
+from components.corpus.captions.flaws import is_refusal
 from components.settings.evaluation import RefinerSettings
 
 SYSTEM = (

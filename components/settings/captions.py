@@ -65,18 +65,37 @@ class TranslateSettings(Section):
         return self
 
 
+class LocalCaptionSettings(Section):
+    """An image-text-to-text model of transformers on this machine or on Ray's."""
+
+    folder: Annotated[str, Field(min_length=1)]
+    """Folder with weights (safetensors), processor and chat template, such as a clone of
+    Qwen/Qwen2.5-VL-7B-Instruct."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)]
+    """Pictures in one pass; part of what is kept between runs."""
+    max_new_tokens: Count
+    """Of one caption; a caption that reaches it has status `truncated`."""
+
+
 class CaptionSettings(Section):
     """Captions."""
 
-    provider: Literal["shipped", "endpoint"]
-    """`shipped`: only what came with the images; `endpoint`: where none came, made by a
-    vision-language model from the derivative."""
+    provider: Literal["shipped", "endpoint", "local", "fixed"]
+    """`shipped`: only what came with the images. The others caption images where none came:
+    `endpoint` and `local` by a vision-language model that looks at the derivative, behind a server
+    or from a folder of weights (`local`); `fixed` by one `text` for all."""
+    text: str | None
+    """For `fixed`, such as "a photo of sks dog". Taken as it stands, whatever its length."""
+    local: LocalCaptionSettings | None
     provided: Literal["keep", "replace_failed", "ignore"]
-    """Captions that came with the images, in their records (metadata, lists, archives) or in
-    `file`. All are checked. `keep`: they stay, also with a status other than ok, and no model is
-    asked; `replace_failed`: models are asked where the checks fail; `ignore`: as if none came."""
+    """Captions that came with the images, in their records (metadata, lists, archives), in `file`
+    or in text files beside them. All are checked. `keep`: they stay, also with a status other than
+    ok, and no model is asked; `replace_failed`: models are asked where the checks fail; `ignore`:
+    as if none came."""
     file: str
-    """For a folder of photographs: a JSONL file in it with file, caption_en, caption_zh."""
+    """For a folder of photographs: a JSONL file in it with file, caption_en, caption_zh. Where it
+    has no line for a photograph, or is not there, the text file beside it counts (a.txt beside
+    a.jpg)."""
     min_words: Annotated[int, Field(ge=0)]
     max_words: Count
     """English length outside [min_words, max_words] marks the caption as failed."""
@@ -94,15 +113,19 @@ class CaptionSettings(Section):
     def _parts_fit(self) -> CaptionSettings:
         if self.provider == "endpoint" and self.endpoint is None:
             raise ValueError("caption.endpoint must be given when caption.provider is 'endpoint'")
-        if self.provider == "endpoint" and self.translate.provider == "shipped":
+        if self.provider == "local" and self.local is None:
+            raise ValueError("caption.local must be given when caption.provider is 'local'")
+        if self.provider == "fixed" and not (self.text or "").strip():
+            raise ValueError("caption.text must say something when caption.provider is 'fixed'")
+        if self.provider != "shipped" and self.translate.provider == "shipped":
             raise ValueError(
                 "caption.translate.provider 'shipped' needs caption.provider 'shipped': "
-                "a shipped translation is not one of a generated caption"
+                "a shipped translation is not one of a caption that was made here; set it to none"
             )
         if self.provider == "shipped" and self.provided == "ignore":
             raise ValueError(
-                "caption.provided 'ignore' needs caption.provider 'endpoint': with 'shipped' there "
-                "would be no captions at all"
+                "caption.provided 'ignore' needs another caption.provider than 'shipped', with "
+                "which there would be no captions at all"
             )
         return self
 

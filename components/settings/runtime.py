@@ -73,6 +73,9 @@ class RuntimeSettings(Section):
     network_gpus: Annotated[int, Field(ge=0, le=64)]
     """Likewise of a stage that runs networks in one process: quality, people, generate,
     evaluate."""
+    caption_gpus: Annotated[int, Field(ge=0, le=64)] = 0
+    """Likewise of the stage caption: 1 where `caption.provider` is `local` and `device` cuda. Not
+    `network_gpus`, because captions of an endpoint take days and no GPU."""
     gpu_free_fraction: Annotated[float, Field(ge=0, le=1)]
     """Share of a GPU's memory that has to be unused before a stage takes it."""
     gpu_wait_minutes: Annotated[float, Field(ge=0)]

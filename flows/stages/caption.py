@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import json
+
+import pyarrow as pa
+
 from components.corpus.captions.captioning import (
     CaptionedPhotographs,
     CaptioningRefused,
     asks_models,
     caption_photographs,
 )
+from components.corpus.captions.encoder_cuts import encoder_cuts
 from components.corpus.manifest import read_table, write_table
+from components.files.parquet_files import write_parquet
+from components.files.whole_files import write_text
+from components.models.text_lengths import as_json, describe
 from flows.stages.contract import StageContext, StageFailed, StageResult
+
+LOSSES_SCHEMA = pa.schema([("record", pa.string()), ("detail", pa.string())])
+"""Lines and files that gave no caption, or one that had to be mended, and why."""
 
 
 def run(context: StageContext) -> StageResult:
-    """Write `data/caption/manifest.parquet`.
+    """Write `data/caption/manifest.parquet`, what could not be used and what encoders will cut.
 
     Raises:
-        StageFailed: captions file missing or wrong (with the line); endpoint of no use or cost cap
-            reached (with what is left); or no row is left.
+        StageFailed: captions file missing or of no use (with its first line); no such model,
+            endpoint of no use or cost cap reached (with what is left); or no row is left.
     """
     selected = read_table(context.input("select", "manifest.parquet"))
     derivatives = context.root / "data" / "signals" / "derivatives.parquet"
@@ -29,35 +40,50 @@ def run(context: StageContext) -> StageResult:
         raise StageFailed(f"caption: {problem}") from None
     path = context.output_dir / "manifest.parquet"
     write_table(found.manifest, path)
+    losses = [{"record": loss.record, "detail": loss.detail} for loss in found.losses]
+    losses_path = context.output_dir / "losses.parquet"
+    write_parquet(pa.Table.from_pylist(losses, schema=LOSSES_SCHEMA), losses_path)
     if found.kept == 0:
         raise StageFailed(
             f"caption: none of {found.selected} selected images has a usable caption "
             f"({found.described_losses}); in {_source(context)}: {found.remedies}"
         )
+    captions = found.manifest.loc[found.manifest["kept"], "caption_en"].tolist()
+    cuts = encoder_cuts(captions, context.settings, context.root)
+    write_text(context.output_dir / "text_lengths.json", json.dumps(as_json(cuts), indent=2) + "\n")
     costs = {} if found.spent_usd is None else {"cost_usd": found.spent_usd}
     return StageResult(
         metrics={
             "kept": float(found.kept),
             "provided": float(found.provided),
             "shared_caption": float(found.sharing_a_caption),
+            "lines_lost": float(len(found.losses)),
             **{f"caption_{name}": float(number) for name, number in found.statuses.items()},
+            **{f"captions_cut_{name.lower()}": float(one.cut) for name, one in cuts.items()},
             **costs,
         },
-        datasets={"captioned": path},
-        summary=_summary(found),
+        datasets={"captioned": path, "caption_losses": losses_path},
+        summary="; ".join(filter(None, [_summary(found), describe(cuts)])),
     )
 
 
 def _source(context: StageContext) -> str:
     """Where a person would correct the captions."""
-    if context.settings.caption.provider != "shipped":
-        return "caption.endpoint"
-    is_folder = context.settings.ingest.kind == "folder"
-    return context.settings.caption.file if is_folder else "the captions in ingest.source"
+    provider = context.settings.caption.provider
+    if provider != "shipped":
+        return f"caption.{'text' if provider == 'fixed' else provider}"
+    if context.settings.ingest.kind == "folder":
+        return f"{context.settings.caption.file} and text files beside the photographs"
+    return "the captions in ingest.source"
 
 
 def _summary(found: CaptionedPhotographs) -> str:
-    dropped = ""
+    parts = [f"{found.kept} captioned, {found.provided} of them by what came with the images"]
     if found.lost:
-        dropped = f", {len(found.lost)} without a usable caption ({found.described_losses})"
-    return f"{found.kept} captioned, {found.provided} of them by what came with the images{dropped}"
+        parts.append(f"{len(found.lost)} without a usable caption ({found.described_losses})")
+    if found.losses:
+        parts.append(
+            f"{len(found.losses)} lines or files left out or mended (losses.parquet; first: "
+            f"{found.losses[0]})"
+        )
+    return ", ".join(parts)

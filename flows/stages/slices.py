@@ -43,7 +43,8 @@ def run(context: StageContext) -> StageResult:
     save_overview(manifest, context.settings.select, figure)
     coverage = json.loads(context.input("ingest", "coverage.json").read_text(encoding="utf-8"))
     page = folder / "datasheet.html"
-    write_page(datasheet.datasheet_page(manifest, rows, coverage), page)
+    lengths = json.loads(context.input("caption", "text_lengths.json").read_text(encoding="utf-8"))
+    write_page(datasheet.datasheet_page(manifest, rows, coverage, lengths), page)
     return StageResult(
         metrics={name: float(number) for name, number in counts.items()},
         artifacts=(summary, figure, page),

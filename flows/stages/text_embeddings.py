@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from components.engine.ordered_pool import WorkersDoNotStart
-from components.training.encoding.embedded_captions import embed_captions
+from components.models.text_lengths import TextLength, describe
+from components.training.encoding.embedded_captions import LENGTHS, embed_captions
 from components.training.encoding.text_workers import EmbeddingFailed
 from components.training.stores.text_store import EMPTY_PROMPT_ID
 from flows.stages.contract import StageContext, StageFailed, StageResult
@@ -29,12 +30,20 @@ def run(context: StageContext) -> StageResult:
     index = store.index
     captions = int(index["caption_sha256"].nunique())
     images = int((index["image_id"] != EMPTY_PROMPT_ID).sum())
+    found = store.about["provenance"][LENGTHS]
+    lengths = {name: TextLength(**one) for name, one in found.items()}
+    cut = describe(lengths)
     return StageResult(
-        metrics={"captions": float(captions), "images": float(images)},
+        metrics={
+            "captions": float(captions),
+            "images": float(images),
+            **{f"captions_cut_{name.lower()}": float(one.cut) for name, one in lengths.items()},
+        },
         datasets={"text_embeddings": context.output_dir / "index.parquet"},
         tags={
             "text_encoders.digest": str(index["encoder_digest"].iloc[0]),
             "text_embeddings.digest": store.digest,
         },
-        summary=f"{captions} prompts, {store.tokens} tokens each",
+        summary=f"{captions} prompts, {store.tokens} tokens each"
+        + (f"; warning: {cut} (models.text_encoders.max_sequence_length is T5's)" if cut else ""),
     )

@@ -91,6 +91,8 @@ class Api:
         return CaptionSettings.model_validate(
             {
                 "provider": "endpoint",
+                "text": None,
+                "local": None,
                 "provided": "keep",
                 "file": "captions.jsonl",
                 "min_words": 3,

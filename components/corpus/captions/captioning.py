@@ -9,15 +9,28 @@ At a prompt, without the stage::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
-from components.corpus.captions.checks import PROVIDED
+from components.corpus.captions.caption_files import CaptionLoss
+from components.corpus.captions.checks import (
+    PROVIDED,
+    WITHOUT_PICTURE,
+    Captioned,
+    Judged,
+    Written,
+    needs_english,
+)
 from components.corpus.captions.joining import join_captions
+from components.corpus.captions.prompts import CAPTION_PROMPTS, prompt_of
 from components.corpus.captions.provided import provided_captions
 from components.corpus.captions.statuses import STATUSES, remedies
+from components.engine.map_items import ItemsFailed
+from components.engine.ordered_pool import WorkersDoNotStart
+from components.files.weight_folders import WeightsMissing
 from components.settings.captions import CaptionSettings
 from components.settings.schema import Settings
 
@@ -42,7 +55,9 @@ class CaptionedPhotographs:
     spent_usd: float | None
     """None where no model was asked, or its prices are not known."""
     problems: list[str]
-    """What failed at the endpoint."""
+    """What failed at the models."""
+    losses: list[CaptionLoss]
+    """Lines and files that gave no caption, or one that had to be mended."""
 
     @property
     def kept(self) -> int:
@@ -75,53 +90,41 @@ class CaptionedPhotographs:
 
 def asks_models(settings: CaptionSettings) -> bool:
     """Whether a model writes or translates captions, and looks at the derivatives for it."""
-    return "endpoint" in (settings.provider, settings.translate.provider)
+    return settings.provider in ("endpoint", "local") or settings.translate.provider == "endpoint"
 
 
 def caption_photographs(
     selected: pd.DataFrame, derivatives: Path, settings: Settings, *, root: Path = Path()
 ) -> CaptionedPhotographs:
-    """Join captions to a manifest; models are asked where the settings name an endpoint.
+    """Join captions to a manifest; models are asked where the settings name one.
 
     Args:
         selected: of the stage `select`.
         derivatives: small copies that models look at; read only where a model is asked.
         settings: `caption`, and `ingest`, which says what came with the images.
-        root: where relative paths start. Answers that were paid for stay below its `runs`, not in
-            the state of one stage: after a change of settings they still answer what did not
-            change.
+        root: where relative paths start. Answers that were paid for, in money or in hours of a GPU,
+            stay below its `runs`, not in the state of one stage: after a change of settings they
+            still answer what did not change.
 
     Raises:
-        CaptioningRefused: captions file missing or wrong (with the line), endpoint of no use, or
-            cost cap reached (with what is left).
+        CaptioningRefused: captions file missing or of no use (with the first line), endpoint of no
+            use, weights missing, or cost cap reached (with what is left).
     """
     caption = settings.caption
     try:
-        captions = provided_captions(selected, settings.ingest, caption, root)
+        provided = provided_captions(selected, settings.ingest, caption, root)
     except ValueError as problem:
         raise CaptioningRefused(str(problem)) from None
-    spent_usd, problems = None, []
-    if asks_models(caption):
-        # The HTTP client is loaded only where there is an endpoint.
-        from components.chat.client import EndpointUnusable
-        from components.corpus.captions.models import write_captions
-        from components.corpus.captions.writing import CaptioningStopped
-
-        try:
-            written = write_captions(
-                selected,
-                captions,
-                derivatives,
-                caption,
-                derivative_px=settings.signals.derivative_px,
-                cache=root / "runs" / "caption-requests.sqlite",
-                root=root,
-            )
-        except (ValueError, EndpointUnusable, CaptioningStopped) as problem:
-            raise CaptioningRefused(str(problem)) from None
-        captions, spent_usd, problems = written.rows, written.spent_usd, written.problems
+    found = Captioned(provided.rows, None, [])
+    if caption.provider == "fixed":
+        found = Captioned(_fixed(selected, provided.rows, caption), None, [])
+    elif caption.provider == "local":
+        found = _from_weights(selected, provided.rows, derivatives, settings, root)
+    if "endpoint" in (caption.provider, caption.translate.provider):
+        asked = _from_endpoints(selected, found.rows, derivatives, settings, root)
+        found = replace(asked, problems=[*found.problems, *asked.problems])
     was_kept = selected["kept"].eq(True)
-    manifest = join_captions(selected, captions, caption)
+    manifest = join_captions(selected, found.rows, caption)
     lost = manifest[was_kept & ~manifest["kept"]]
     counted = manifest.loc[was_kept, "caption_status"].value_counts()
     return CaptionedPhotographs(
@@ -132,6 +135,96 @@ def caption_photographs(
             f"{Path(uri).name}: {status}"
             for uri, status in zip(lost["uri"], lost["caption_status"], strict=True)
         ],
-        spent_usd=spent_usd,
-        problems=problems,
+        spent_usd=found.spent_usd,
+        problems=found.problems,
+        losses=provided.losses,
     )
+
+
+def _gaps(selected: pd.DataFrame, rows: Sequence[Judged], settings: CaptionSettings) -> list[int]:
+    """Places of kept rows without a caption of their own."""
+    kept = selected["kept"].eq(True)
+    return [
+        place
+        for place, (row, is_kept) in enumerate(zip(rows, kept, strict=True))
+        if is_kept and needs_english(row, settings)
+    ]
+
+
+def _fixed(
+    selected: pd.DataFrame, provided: Sequence[Judged], settings: CaptionSettings
+) -> list[Judged]:
+    """The one text where nothing came. It was chosen, so that no check has a say in it."""
+    text = " ".join((settings.text or "").split())
+    rows = list(provided)
+    for place in _gaps(selected, rows, settings):
+        rows[place] = Written(text, "ok").as_caption("fixed: caption.text")
+    return rows
+
+
+def _from_weights(
+    selected: pd.DataFrame,
+    provided: Sequence[Judged],
+    derivatives: Path,
+    settings: Settings,
+    root: Path,
+) -> Captioned:
+    """What the model of a local folder writes where nothing came.
+
+    Raises:
+        CaptioningRefused: no such model, or an unusable prompt.
+    """
+    # transformers is loaded only where there is such a model.
+    from components.corpus.captions.local import caption_locally
+
+    caption = settings.caption
+    rows = list(provided)
+    gaps = _gaps(selected, rows, caption)
+    ids = selected["image_id"].tolist()
+    try:
+        captions = caption_locally(
+            {ids[place] for place in gaps},
+            derivatives,
+            settings,
+            prompt_of(caption, CAPTION_PROMPTS, root),
+            state_dir=root / "runs" / "caption-local",
+            root=root,
+        )
+    except (ValueError, WeightsMissing, ItemsFailed, WorkersDoNotStart) as problem:
+        raise CaptioningRefused(str(problem)) from None
+    for place in gaps:
+        written = captions.written.get(ids[place], WITHOUT_PICTURE)
+        rows[place] = written.as_caption(captions.name)
+    problems = [written.detail for written in captions.written.values() if written.detail]
+    return Captioned(rows, None, problems)
+
+
+def _from_endpoints(
+    selected: pd.DataFrame,
+    provided: Sequence[Judged],
+    derivatives: Path,
+    settings: Settings,
+    root: Path,
+) -> Captioned:
+    """What models behind servers write and translate.
+
+    Raises:
+        CaptioningRefused: endpoint of no use, or cost cap reached.
+    """
+    # The HTTP client is loaded only where there is an endpoint.
+    from components.chat.client import EndpointUnusable
+    from components.corpus.captions.models import write_captions
+    from components.corpus.captions.writing import CaptioningStopped
+
+    try:
+        return write_captions(
+            selected,
+            provided,
+            derivatives,
+            settings.caption,
+            derivative_px=settings.signals.derivative_px,
+            cache=root / "runs" / "caption-requests.sqlite",
+            root=root,
+        )
+    except (ValueError, EndpointUnusable, CaptioningStopped) as problem:
+        raise CaptioningRefused(str(problem)) from None

@@ -134,6 +134,52 @@ class Judged:
     """Which of the two a status other than "ok" is about."""
 
 
+@dataclass(frozen=True)
+class Written:
+    """A model's text for one image."""
+
+    text: str | None
+    status: str
+    """A name of `STATUSES`."""
+    detail: str | None = None
+    """Why there is no answer (status "error")."""
+
+    def as_caption(self, author: str) -> Judged:
+        """The row of an English caption that `author` wrote."""
+        words = len(self.text.split()) if self.text else 0
+        return Judged(self.text, None, self.status, author if self.text else None, None, words)
+
+
+WITHOUT_PICTURE = Written(None, "missing")
+"""Of an image that has no derivative to look at."""
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """What the models wrote."""
+
+    rows: list[Judged]
+    """One per manifest row, in order."""
+    spent_usd: float | None
+    """By these settings, over all runs; None where a price is not known."""
+    problems: list[str]
+    """Why single requests failed, in the order of the rows."""
+
+
+def needs_english(row: Judged, settings: CaptionSettings) -> bool:
+    """Whether nothing usable came with the image, as far as `provided` lets another replace it."""
+    if row.english is None:
+        return True
+    return settings.provided == "replace_failed" and row.status != "ok" and row.failed_english
+
+
+def needs_chinese(row: Judged, settings: CaptionSettings) -> bool:
+    """Whether there is a usable English caption and no translation of it that stays."""
+    if row.status == "ok":
+        return row.chinese is None
+    return settings.provided == "replace_failed" and not row.failed_english
+
+
 def judge_provided(caption: Caption, settings: CaptionSettings, origin: str) -> Judged:
     """Check a caption that came with its photograph; it is stored as it came.
 

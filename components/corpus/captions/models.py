@@ -14,29 +14,23 @@ from pathlib import Path
 import pandas as pd
 
 from components.chat.client import ChatClient, job_of
-from components.chat.prompts import Prompt, load_prompt
+from components.chat.prompts import Prompt
 from components.chat.request_cache import RequestCache
 from components.chat.spending import Budget
-from components.corpus.captions.checks import Judged
-from components.corpus.captions.prompts import CAPTION_PROMPTS, TRANSLATION_PROMPTS
-from components.corpus.captions.writing import Written, caption_images, translate_captions
+from components.corpus.captions.checks import (
+    WITHOUT_PICTURE,
+    Captioned,
+    Judged,
+    Written,
+    needs_chinese,
+    needs_english,
+)
+from components.corpus.captions.prompts import CAPTION_PROMPTS, TRANSLATION_PROMPTS, prompt_of
+from components.corpus.captions.writing import caption_images, translate_captions
 from components.corpus.derivatives import read_derivatives
 from components.settings.captions import CaptionSettings, EndpointSettings, TranslateSettings
 
 _UNASKED = Judged(None, None, None, None, None)
-_WITHOUT_PICTURE = Written(None, "missing")
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """What the models wrote."""
-
-    rows: list[Judged]
-    """One per manifest row, in order."""
-    spent_usd: float | None
-    """By these settings, over all runs; None where a price is not known."""
-    problems: list[str]
-    """Why single requests failed, in the order of the rows."""
 
 
 @dataclass(frozen=True)
@@ -57,28 +51,7 @@ def _model(
     """None where the provider is not an endpoint."""
     if part.provider != "endpoint" or part.endpoint is None:
         return None
-    file = root / part.prompt_file if part.prompt_file else None
-    return _Model(part.endpoint, load_prompt(part.prompt_version, file, built_in))
-
-
-def _needs_english(row: Judged, settings: CaptionSettings) -> bool:
-    """Whether nothing usable came with the image, as far as `provided` lets a model replace it."""
-    if row.english is None:
-        return True
-    return settings.provided == "replace_failed" and row.status != "ok" and row.failed_english
-
-
-def _needs_chinese(row: Judged, settings: CaptionSettings) -> bool:
-    """Whether there is a usable English caption and no translation of it that stays."""
-    if row.status == "ok":
-        return row.chinese is None
-    return settings.provided == "replace_failed" and not row.failed_english
-
-
-def _captioned(written: Written, model: _Model) -> Judged:
-    words = len(written.text.split()) if written.text else 0
-    author = model.name if written.text else None
-    return Judged(written.text, None, written.status, author, None, words)
+    return _Model(part.endpoint, prompt_of(part, built_in, root))
 
 
 def _translated(row: Judged, written: Written, model: _Model) -> Judged:
@@ -138,7 +111,7 @@ def write_captions(
             stack.callback(clients[model].close)
         rows = list(provided)
         if captioner is not None:
-            asked = [index for index in places if _needs_english(rows[index], settings)]
+            asked = [index for index in places if needs_english(rows[index], settings)]
             wanted = {ids[index] for index in asked}
             rows = [
                 _UNASKED if row.status == "missing" and not is_kept else row
@@ -153,10 +126,11 @@ def write_captions(
                 derivative_px=derivative_px,
             )
             for index in asked:
-                rows[index] = _captioned(written.get(ids[index], _WITHOUT_PICTURE), captioner)
+                caption = written.get(ids[index], WITHOUT_PICTURE)
+                rows[index] = caption.as_caption(captioner.name)
             problems += [item.detail for item in written.values() if item.detail]
         if translator is not None:
-            usable = [index for index in places if _needs_chinese(rows[index], settings)]
+            usable = [index for index in places if needs_chinese(rows[index], settings)]
             written = translate_captions(
                 {ids[index]: rows[index].english or "" for index in usable},
                 clients[translator],

@@ -7,6 +7,12 @@ long, and its translation to Simplified Chinese. An edited prompt gets a new ver
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
+from components.chat.prompts import Prompt, load_prompt
+from components.settings.captions import CaptionSettings, TranslateSettings
+
 CAPTION_PROMPTS = {
     "detailed-1": (
         "Describe this photograph for a text-to-image training set. Write one paragraph of plain "
@@ -27,3 +33,15 @@ TRANSLATION_PROMPTS = {
         "lettering in the picture stay as they are. Answer with the translation alone."
     )
 }
+
+
+def prompt_of(
+    part: CaptionSettings | TranslateSettings, built_in: Mapping[str, str], root: Path
+) -> Prompt:
+    """The prompt that the settings name: a file of theirs, else a built-in one.
+
+    Raises:
+        ValueError: unknown version; missing, empty or non-UTF-8 file.
+    """
+    file = root / part.prompt_file if part.prompt_file else None
+    return load_prompt(part.prompt_version, file, built_in)

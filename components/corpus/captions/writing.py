@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from components.chat.client import (
     ChatClient,
@@ -19,7 +19,7 @@ from components.chat.client import (
 )
 from components.chat.prompts import Prompt, clean_answer
 from components.chat.spending import CostCapReached
-from components.corpus.captions.checks import check_chinese, check_english
+from components.corpus.captions.checks import Written, check_chinese, check_english
 from components.corpus.derivatives import Derivative
 from components.settings.captions import CaptionSettings
 from components.telemetry.progress import track
@@ -29,17 +29,6 @@ _ATTEMPTS = 2
 _IN_FLIGHT_PER_THREAD = 2
 
 Check = Callable[[str], str]
-
-
-@dataclass(frozen=True)
-class Written:
-    """A model's text for one image."""
-
-    text: str | None
-    status: str
-    """One of `statuses.STATUSES`."""
-    detail: str | None = None
-    """Why there is no answer (status "error")."""
 
 
 class CaptioningStopped(RuntimeError):

@@ -1,18 +1,19 @@
 """What is known of files that were read before, by path, size and times: nothing is read twice.
 
-One SQLite file below `runs/`, written as results come, so a killed run loses nothing that it had.
-Working trees share it, so no transaction stays open while a file is read.
+One SQLite file below `runs/`, written as results come, so a killed run loses about a second's work.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from pathlib import Path
 from types import TracebackType
 
 from components.corpus.listing.file_content import FileContent, Stat
 
+_COMMIT_EVERY_S = 1.0
 _COLUMNS = "path, size, mtime, ctime, reading, sha256, columns"
 _CREATE = """\
 create table if not exists files (
@@ -34,17 +35,14 @@ class KnownFiles:
         self._reading = reading
         try:
             self._database = self._opened(path)
-        except sqlite3.OperationalError:
-            # Busy or not to be written, which says nothing about what is in it.
-            raise
         except sqlite3.DatabaseError:
-            for suffix in ("", "-wal", "-shm"):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            path.unlink()
             self._database = self._opened(path)
+        self._committed = time.monotonic()
 
     @staticmethod
     def _opened(path: Path) -> sqlite3.Connection:
-        database = sqlite3.connect(path, timeout=60, isolation_level=None)
+        database = sqlite3.connect(path, timeout=60)
         # What a power cut loses is read again.
         database.execute("pragma journal_mode = wal")
         database.execute("pragma synchronous = off")
@@ -60,6 +58,7 @@ class KnownFiles:
         problem: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._database.commit()
         self._database.close()
 
     def get(self, path: bytes, stat: Stat, *, is_candidate: bool) -> FileContent | None:
@@ -85,6 +84,9 @@ class KnownFiles:
         self._database.execute(
             f"insert or replace into files ({_COLUMNS}) values (?, ?, ?, ?, ?, ?, ?)", row
         )
+        if time.monotonic() - self._committed > _COMMIT_EVERY_S:
+            self._database.commit()
+            self._committed = time.monotonic()
 
     def _mode(self, is_candidate: bool) -> str | None:
         """Only photographs depend on how headers are read."""

@@ -86,6 +86,7 @@ def datasheet_page(
     table: pd.DataFrame,
     slices: Mapping[str, Sized],
     coverage: Mapping[str, Any] | None = None,
+    text_lengths: Mapping[str, Mapping[str, int]] | None = None,
 ) -> str:
     """A self-contained HTML page; equal tables give equal bytes.
 
@@ -93,6 +94,7 @@ def datasheet_page(
         table: `COLUMNS` of a manifest.
         slices: tables, or their rows, by name.
         coverage: coverage.json of ingest, whose ledger says what the source's files held.
+        text_lengths: `text_lengths.json` of the stage `caption`: what text encoders cut.
     """
     kept = table[table["kept"].eq(True)]
     scores = [
@@ -121,6 +123,7 @@ def datasheet_page(
             for title, scorer, values, figure in scores
         ],
         captions=histogram([("kept", _numbers(kept, WORDS))], "words of the English caption"),
+        text_lengths=sorted((text_lengths or {}).items()),
         statuses=_counted(kept["caption_status"], "none"),
         licences=licences[:_LICENCES],
         more_licences=max(0, len(licences) - _LICENCES),

@@ -25,7 +25,7 @@ from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.f16_pipeline import F16Pipeline
 from components.models.sd3.text_encoders import SD3_FOLDERS
 from components.models.sd3.transformer import check_position_table
-from components.models.text_encoders import CLIP_CONTEXT
+from components.models.tiny_tokenizers import CLIP_CONTEXT
 
 
 class StableDiffusion3F16Pipeline(F16Pipeline, StableDiffusion3Pipeline):

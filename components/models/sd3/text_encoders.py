@@ -32,6 +32,8 @@ from components.models.text_encoders import (
     load_encoder,
     tiny_clip_config,
     tiny_t5_config,
+)
+from components.models.tiny_tokenizers import (
     train_clip_tokenizer,
     train_t5_tokenizer,
     training_text,

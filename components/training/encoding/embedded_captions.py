@@ -14,12 +14,15 @@ from components.files.weight_folders import folder_digest
 from components.files.whole_files import whole_folder
 from components.models.backbone import TextFamily
 from components.models.backbones import BACKBONES
+from components.models.text_lengths import as_json, text_lengths, text_limits
 from components.settings.schema import Settings
 from components.training.encoding.encoder_workers import Placement, encoder_limits
 from components.training.encoding.text_workers import TextJob, embed_batches
 from components.training.stores.text_store import TextStore, build_text_store
 
 ENCODERS_FOLDER = "encoders"
+LENGTHS = "caption_lengths"
+"""Entry of store.json: per encoder its limit of tokens, and how many captions it cuts."""
 
 
 def embed_captions(
@@ -50,7 +53,10 @@ def embed_captions(
     family = BACKBONES[backbone].text_family()
     folder = _encoder_folder(settings, rows, family, root, destination)
     # Before the digest: a missing part is named together with the command that gets it.
-    family.load(folder)
+    encoders = family.load(folder)
+    tokenizers = {name: getattr(encoders, name) for name in family.folders if "tokenizer" in name}
+    length = settings.models.text_encoders.max_sequence_length
+    lengths = text_lengths(text_limits(BACKBONES[backbone], tokenizers, length), rows["caption_en"])
     digest = _encoder_digest(folder, family)
     # One storage precision for everything that the transformer reads.
     dtype = settings.latents.dtype
@@ -70,7 +76,7 @@ def embed_captions(
         encoder_digest=digest,
         dtype=dtype,
         shard_mb=settings.latents.shard_mb,
-        provenance=_provenance(settings, digest),
+        provenance=_provenance(settings, digest) | {LENGTHS: as_json(lengths)},
     )
 
 

@@ -16,10 +16,10 @@ from components.models.text_encoders import (
     TextEncoders,
     build_tiny_text_encoders,
     encode_prompts,
-    learn_merges,
     load_text_encoders,
 )
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
+from components.models.tiny_tokenizers import learn_merges
 
 CAPTIONS = [
     "A frozen lake under pale morning light, with snow-covered mountains in the distance.",

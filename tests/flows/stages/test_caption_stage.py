@@ -26,7 +26,7 @@ from components.files.parquet_files import write_parquet
 from components.settings.schema import Settings, SettingsError, load_settings, parse_settings
 from components.signals.candidate import DERIVATIVES_SCHEMA
 from components.telemetry.metric_log import MetricLog
-from flows.stages import caption, ingest
+from flows.stages import caption, ingest, source
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 ROOT = Path(__file__).parents[3]
@@ -214,7 +214,7 @@ def test_a_key_where_it_does_not_belong_is_refused_and_not_repeated(
 def test_a_shipped_translation_of_a_generated_caption_is_refused(url: str) -> None:
     values = with_endpoint(url).model_dump(mode="json")
     values["caption"]["translate"] |= {"provider": "shipped", "endpoint": None}
-    with pytest.raises(SettingsError, match="not one of a generated caption"):
+    with pytest.raises(SettingsError, match="not one of a caption that was made here"):
         parse_settings(values)
 
 
@@ -283,7 +283,8 @@ def test_captions_that_came_with_the_images_stay_and_only_gaps_are_paid_for(
     }
     settings = parse_settings(values)
     state = tmp_path / "runs" / "ingest"
-    ingest.run(StageContext("ingest", settings, tmp_path, state, MetricLog(state / "m")))
+    for stage, module in (("source", source), ("ingest", ingest)):
+        module.run(StageContext(stage, settings, tmp_path, state, MetricLog(state / "m")))
     table = read_table(tmp_path / "data" / "ingest" / "manifest.parquet")
     as_selected(tmp_path, table.assign(kept=True))
     result = run(tmp_path, settings)
@@ -368,3 +369,79 @@ def test_a_killed_stage_resumes_to_the_same_bytes_and_repeats_nothing_finished(
         file.unlink()
     run(project, settings)
     assert path.read_bytes() == resumed
+
+
+def folder_project(root: Path, captions: str, **changes: object) -> Settings:
+    """Two photographs in a folder, and what is written beside them."""
+    photos = root / "photos"
+    photos.mkdir()
+    (photos / "captions.jsonl").write_text(captions)
+    names = ["a.jpg", "b.jpg"]
+    table = pd.DataFrame({"image_id": names, "uri": [f"photos/{name}" for name in names]})
+    as_selected(root, table.assign(kept=True))
+    values = load_settings(ROOT / "params.yaml").model_dump(mode="json")
+    values["ingest"] |= {"source": "photos", "attribution": None}
+    values["caption"] |= {"min_words": 2, "translate": values["caption"]["translate"]} | changes
+    return parse_settings(values)
+
+
+def caption_line(file: str, text: str) -> str:
+    return json.dumps({"file": file, "caption_en": text}) + "\n"
+
+
+def test_one_bad_line_is_counted_and_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    lines = caption_line("a.jpg", ENGLISH) + "{\n" + caption_line("gone.jpg", ENGLISH)
+    settings = folder_project(tmp_path, lines)
+    (tmp_path / "photos" / "b.txt").write_text(ENGLISH)
+    result = run(tmp_path, settings)
+    assert (result.metrics["kept"], result.metrics["lines_lost"]) == (2.0, 2.0)
+    assert "2 lines or files left out or mended" in result.summary
+    losses = pd.read_parquet(tmp_path / "data" / "caption" / "losses.parquet")
+    assert losses["record"].tolist() == ["captions.jsonl line 2", "captions.jsonl line 3"]
+    assert "gone.jpg" in losses["detail"][1]
+
+
+def test_the_message_advises_about_what_is_wrong(tmp_path: Path) -> None:
+    sentence = " ".join(f"thing{n}" for n in range(33)) + " here. "
+    lines = "".join(caption_line(f"{name}.jpg", sentence * 3) for name in "ab")
+    with pytest.raises(StageFailed, match=r"repetitive \(2\): remove what is repeated") as caught:
+        run(tmp_path, folder_project(tmp_path, lines, min_words=60, max_words=130))
+    assert "min_words" not in str(caught.value)
+
+
+def test_one_caption_for_all_fills_what_nothing_came_with(tmp_path: Path) -> None:
+    none = load_settings(ROOT / "params.yaml").caption.translate.model_dump() | {"provider": "none"}
+    fixed = {"provider": "fixed", "text": "a photo of sks dog", "translate": none}
+    lines = caption_line("b.jpg", ENGLISH)
+    settings = folder_project(tmp_path, lines, min_words=6, **fixed)
+    result = run(tmp_path, settings)
+    table = read_table(tmp_path / "data" / "caption" / "manifest.parquet")
+    assert table["caption_en"].tolist() == ["a photo of sks dog", ENGLISH]
+    assert table["caption_status"].tolist() == ["ok", "ok"]
+    assert table["caption_model"].tolist() == ["fixed: caption.text", "provided: captions.jsonl"]
+    assert result.metrics["captions_cut_t5"] == 0.0
+    values = settings.model_dump(mode="json")
+    values["caption"]["provided"] = "ignore"
+    assert run(tmp_path, parse_settings(values)).metrics["shared_caption"] == 2.0
+    values["caption"]["text"] = " "
+    with pytest.raises(SettingsError, match=r"caption\.text must say something"):
+        parse_settings(values)
+
+
+def test_what_text_encoders_will_cut_is_said_with_the_captions(tmp_path: Path) -> None:
+    long = " ".join(f"boat {n} on the lake" for n in range(40))
+    lines = caption_line("a.jpg", ENGLISH) + caption_line("b.jpg", long)
+    result = run(tmp_path, folder_project(tmp_path, lines, max_words=400))
+    assert (result.metrics["captions_cut_t5"], result.metrics["captions_cut_clip"]) == (1.0, 1.0)
+    assert "T5 cuts 1 of 2 captions at 64 tokens (the longest has " in result.summary
+    found = json.loads((tmp_path / "data" / "caption" / "text_lengths.json").read_text())
+    assert (found["T5"]["limit"], found["T5"]["cut"]) == (64, 1)
+
+
+def test_a_local_model_that_is_missing_is_one_line_with_the_command(tmp_path: Path) -> None:
+    local = {"folder": "weights/none", "batch_size": 2, "max_new_tokens": 8}
+    none = load_settings(ROOT / "params.yaml").caption.translate.model_dump() | {"provider": "none"}
+    settings = folder_project(tmp_path, "", provider="local", local=local, translate=none)
+    with pytest.raises(StageFailed, match=r"^caption: .*weights/none.*hf download Qwen") as caught:
+        run(tmp_path, settings)
+    assert "\n" not in str(caught.value)

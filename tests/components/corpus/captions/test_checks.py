@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from components.corpus.captions.caption_files import read_captions
 from components.corpus.captions.checks import (
     Caption,
     Judged,
@@ -13,7 +13,7 @@ from components.corpus.captions.checks import (
     judge_provided,
 )
 from components.corpus.captions.joining import join_captions
-from components.corpus.captions.provided import provided_captions, read_captions
+from components.corpus.captions.provided import provided_captions
 from components.settings.captions import CaptionSettings
 from components.settings.schema import load_settings
 
@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[4]
 SETTINGS = CaptionSettings.model_validate(
     {
         "provider": "shipped",
+        "text": None,
+        "local": None,
         "provided": "keep",
         "file": "captions.jsonl",
         "min_words": 3,
@@ -74,46 +76,11 @@ def test_captions_are_judged(caption: Caption, status: str) -> None:
 def test_every_shipped_caption_is_usable() -> None:
     sample = ROOT / "data" / "sample"
     files = {path.name for path in sample.glob("*.jpg")}
-    captions = read_captions(sample / "captions.jsonl", files)
+    captions, losses = read_captions(sample / "captions.jsonl", files)
+    assert losses == []
     shipped = SETTINGS.model_copy(update={"min_words": 60, "max_words": 130})
     assert set(captions) == files
     assert {judge_provided(c, shipped, "provided: x").status for c in captions.values()} == {"ok"}
-
-
-def line(file: str, **changes: object) -> str:
-    return json.dumps({"file": file, "caption_en": LONG, "caption_zh": None} | changes)
-
-
-def test_captions_with_line_separators_inside_are_one_line_each(tmp_path: Path) -> None:
-    path = tmp_path / "c.jsonl"
-    record = {"file": "a", "caption_en": "one\u2028two three"}
-    path.write_text(json.dumps(record, ensure_ascii=False) + "\n\n" + line("b"))
-    assert set(read_captions(path, {"a", "b"})) == {"a", "b"}
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([line("a"), "{not json"], "c.jsonl line 2: not JSON"),
-        (["[1]"], "c.jsonl line 1: expected an object"),
-        ([line("a"), line("b"), line("a")], "c.jsonl line 3: 'a' has a caption already"),
-        ([line("a"), line("zebra")], "c.jsonl line 2: 'zebra' is not a photograph"),
-        ([line("a", caption_en=5)], "c.jsonl line 1: 'caption_en' must be text, got 5"),
-        ([json.dumps({"caption_en": LONG})], "c.jsonl line 1: 'file' must be text"),
-    ],
-)
-def test_a_wrong_line_is_named(tmp_path: Path, lines: list[str], message: str) -> None:
-    (tmp_path / "c.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=message):
-        read_captions(tmp_path / "c.jsonl", {"a", "b"})
-
-
-def test_a_missing_or_binary_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"c\.jsonl: not found.*caption\.file"):
-        read_captions(tmp_path / "c.jsonl", set())
-    (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="not UTF-8 at byte 0"):
-        read_captions(tmp_path / "c.jsonl", set())
 
 
 def test_only_kept_rows_are_rejected_for_their_caption() -> None:
@@ -182,7 +149,7 @@ INGEST = load_settings(ROOT / "params.yaml").ingest
 def manifest(*captions: tuple[str | None, str | None]) -> pd.DataFrame:
     english, chinese = zip(*captions, strict=True)
     files = [f"photos/{n}.jpg" for n in range(len(captions))]
-    return pd.DataFrame({"uri": files, "caption_en": english, "caption_zh": chinese})
+    return pd.DataFrame({"uri": files, "kept": True, "caption_en": english, "caption_zh": chinese})
 
 
 @pytest.mark.parametrize("kind", ["urls", "webdataset", "multiaspect"])
@@ -193,31 +160,20 @@ def test_captions_of_records_are_checked_and_named_by_what_brought_them(
     table = manifest(
         (LONG, "红色山丘下的湖"), (LONG, None), (None, "湖"), ("lake", None), (None, None)
     )
-    rows = provided_captions(table, ingest, SETTINGS, tmp_path)
+    rows = provided_captions(table, ingest, SETTINGS, tmp_path).rows
     assert [row.status for row in rows] == ["ok", "ok", "missing", "too_short", "missing"]
     assert (rows[0].english, rows[0].chinese) == (LONG, "红色山丘下的湖")
     assert {row.caption_model for row in rows[:2]} == {rows[0].caption_model}
     assert str(rows[0].caption_model).startswith("provided: ")
     assert rows[4] == Judged(None, None, "missing", None, None)
     ignoring = SETTINGS.model_copy(update={"provided": "ignore"})
-    assert {row.status for row in provided_captions(table, ingest, ignoring, tmp_path)} == {
-        "missing"
-    }
+    none = provided_captions(table, ingest, ignoring, tmp_path).rows
+    assert {row.status for row in none} == {"missing"}
 
 
-def test_beside_models_a_captions_file_may_be_missing_but_not_wrong(tmp_path: Path) -> None:
-    ingest = INGEST.model_copy(update={"source": "photos"})
-    table = manifest((None, None), (None, None))
-    writing = SETTINGS.model_copy(update={"provider": "endpoint"})
-    assert [row.status for row in provided_captions(table, ingest, writing, tmp_path)] == [
-        "missing",
-        "missing",
-    ]
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "captions.jsonl").write_text(line("1.jpg"))
-    rows = provided_captions(table, ingest, writing, tmp_path)
-    assert [row.status for row in rows] == ["missing", "ok"]
-    assert rows[1].caption_model == "provided: captions.jsonl"
-    (tmp_path / "photos" / "captions.jsonl").write_text("{")
-    with pytest.raises(ValueError, match="line 1: not JSON"):
-        provided_captions(table, ingest, writing, tmp_path)
+def test_what_came_with_a_rejected_photograph_stays_and_is_not_checked(tmp_path: Path) -> None:
+    ingest = INGEST.model_copy(update={"kind": "urls", "source": "list.csv"})
+    table = manifest(("lake", "湖"), (None, None)).assign(kept=False)
+    rows = provided_captions(table, ingest, SETTINGS, tmp_path).rows
+    assert (rows[0].english, rows[0].chinese, rows[0].status) == ("lake", "湖", None)
+    assert rows[1].status == "missing"

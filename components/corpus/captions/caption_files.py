@@ -1,0 +1,236 @@
+"""Captions in files: a JSONL file in the folder, and text files beside the photographs.
+
+What cannot be used is a loss with its place, never the end of a stage: half a million lines of
+which one is wrong are half a million captions less one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import posixpath
+import stat
+import unicodedata
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.corpus.captions.checks import Caption
+from components.corpus.captions.flaws import is_unreadable
+
+SIDECAR = ".txt"
+_MAX_SIDECAR_BYTES = 2**20
+"""A caption has a few hundred words: what is larger is another kind of file."""
+# Windows' editors begin a file with one of these; without them text is UTF-8.
+_WIDE_MARKS = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+
+
+@dataclass(frozen=True)
+class CaptionLoss:
+    """A line or a file that gives no caption."""
+
+    record: str
+    """Such as "captions.jsonl line 3" or "lakes/a.txt"."""
+    detail: str
+
+    def __str__(self) -> str:
+        """As one line."""
+        return f"{self.record}: {self.detail}"
+
+
+def comparable_name(name: str) -> str:
+    r"""The spelling in which file names are compared.
+
+    macOS writes accents as marks of their own (NFD) and most others as one character (NFC); lists
+    made on Windows have "\", and those of `find` begin with "./".
+    """
+    name = unicodedata.normalize("NFC", name.strip().lstrip("\ufeff").replace("\\", "/"))
+    return posixpath.normpath(name) if name else name
+
+
+class KnownFiles:
+    """The photographs of a folder, found by any spelling of their names."""
+
+    def __init__(self, files: Collection[str]) -> None:
+        """Index `files`, paths below the folder with slashes."""
+        self._files = frozenset(files)
+        self._by_spelling: dict[str, list[str]] = {}
+        for file in sorted(self._files):
+            self._by_spelling.setdefault(comparable_name(file), []).append(file)
+
+    def find(self, name: str) -> str:
+        """The photograph that `name` means: itself, else the only one of that spelling.
+
+        Raises:
+            ValueError: there is none, or more than one.
+        """
+        if name in self._files:
+            return name
+        found = self._by_spelling.get(comparable_name(name), [])
+        if len(found) != 1:
+            why = "fits several photographs" if found else "is not a photograph"
+            raise ValueError(f"{name!r} {why} of ingest.source")
+        return found[0]
+
+
+def _without_surrogates(text: str) -> str:
+    # Half of a pair, which JSON can spell and no file can hold.
+    return "".join("\ufffd" if 0xD800 <= ord(one) <= 0xDFFF else one for one in text)
+
+
+def _parse(line: str) -> tuple[str, Caption]:
+    """(file, caption) of one line; text that no file can hold becomes U+FFFD.
+
+    Raises:
+        ValueError: the line is not an object with these.
+    """
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"not JSON: {problem.msg} at column {problem.colno}") from None
+    except (RecursionError, ValueError):
+        # Thousands of brackets, or of digits.
+        raise ValueError("not JSON that can be read") from None
+    if not isinstance(record, dict):
+        raise ValueError("expected an object with file, caption_en and caption_zh")
+    for key, kinds in (("file", str), ("caption_en", str), ("caption_zh", str | None)):
+        if not isinstance(record.get(key), kinds):
+            # ascii(): the value may hold what no terminal and no table takes.
+            raise ValueError(f"{key!r} must be text, got {ascii(record.get(key))[:60]}")
+    file: str = record["file"]
+    english: str = record["caption_en"]
+    chinese: str | None = record.get("caption_zh")
+    if is_unreadable(file):
+        raise ValueError("'file' has characters that no file name can have")
+    return file, Caption(
+        _without_surrogates(english), None if chinese is None else _without_surrogates(chinese)
+    )
+
+
+def _lines(data: bytes) -> Iterator[tuple[int, str | None]]:
+    r"""(number from 1, text or None where it is not UTF-8) of lines that are not blank.
+
+    Only "\n" ends a line: `splitlines` would also split at separators inside a caption.
+    """
+    for mark, encoding in _WIDE_MARKS.items():
+        if data.startswith(mark):
+            data = data.decode(encoding, "replace").encode("utf-8", "replace")
+    for number, line in enumerate(data.removeprefix("\ufeff".encode()).split(b"\n"), start=1):
+        if line.strip():
+            try:
+                yield number, line.decode("utf-8")
+            except UnicodeDecodeError:
+                yield number, None
+
+
+def read_captions(
+    path: Path, known_files: Collection[str]
+) -> tuple[dict[str, Caption], list[CaptionLoss]]:
+    """Read a captions.jsonl: UTF-8 (or UTF-16 with its mark), with or without a BOM.
+
+    Args:
+        path: one JSON object a line: file (below the ingest source), caption_en, caption_zh.
+        known_files: files of the corpus; names match in any spelling (`comparable_name`).
+
+    Returns:
+        (caption by file, what could not be used): lines that are no such object, name a file a
+        second time, or one that is not in the corpus. A line whose text had to be mended has both.
+
+    Raises:
+        ValueError: no such file, or it has lines and none can be used: another kind of file.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path.name}: not found in ingest.source, and no photograph has a text file beside it "
+            f"(a{SIDECAR} beside a.jpg); add captions or correct caption.file"
+        ) from None
+    except OSError as problem:
+        raise ValueError(f"{path.name}: cannot read: {problem.strerror}") from None
+    known = KnownFiles(known_files)
+    captions: dict[str, Caption] = {}
+    first_line: dict[str, int] = {}
+    losses: list[CaptionLoss] = []
+    for number, line in _lines(data):
+        where = f"{path.name} line {number}"
+        try:
+            if line is None:
+                raise ValueError("not UTF-8")
+            name, caption = _parse(line)
+            file = known.find(name)
+            if file in captions:
+                raise ValueError(f"{name!r} has a caption already, on line {first_line[file]}")
+        except ValueError as problem:
+            losses.append(CaptionLoss(where, str(problem)))
+            continue
+        captions[file], first_line[file] = caption, number
+        if is_unreadable(caption.english + (caption.chinese or "")):
+            losses.append(CaptionLoss(where, "characters that could not be read became U+FFFD"))
+    if losses and not captions:
+        raise ValueError(
+            f"{path.name}: none of its {len(losses)} lines can be used, the first because: "
+            f"{losses[0]}"
+        )
+    return captions, losses
+
+
+class Sidecars:
+    """Text files beside photographs: `a.txt` for `a.jpg`, found in any spelling of the name."""
+
+    def __init__(self, folder: Path) -> None:
+        """Look nowhere yet; each folder below `folder` is listed once."""
+        self._folder = folder
+        self._listed: dict[str, dict[str, str]] = {}
+
+    def _names(self, below: str) -> dict[str, str]:
+        """Names of the text files of a folder by their comparable spelling."""
+        if below not in self._listed:
+            try:
+                names = os.listdir(self._folder / below)
+            except OSError:
+                # A folder that went away has no photographs either, which others report.
+                names = []
+            self._listed[below] = {
+                comparable_name(name): name
+                for name in sorted(names)
+                if name.lower().endswith(SIDECAR)
+            }
+        return self._listed[below]
+
+    def find(self, file: str) -> str | None:
+        """The text file beside a photograph, below the folder; None: there is none."""
+        below, name = posixpath.split(file)
+        stem = comparable_name(posixpath.splitext(name)[0])
+        names = self._names(below)
+        found = names.get(stem + SIDECAR) or names.get(stem + SIDECAR.upper())
+        return None if found is None else posixpath.join(below, found)
+
+    def read(self, sidecar: str) -> str:
+        """Its text on one line.
+
+        Raises:
+            ValueError: it is no text: not a file, too large, or not UTF-8.
+        """
+        path = self._folder / sidecar
+        try:
+            if not path.resolve().is_relative_to(self._folder.resolve()):
+                raise ValueError("symbolic link that leaves the source folder; not followed")
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                # Reading a pipe would wait for ever.
+                raise ValueError("not a regular file")
+            if status.st_size > _MAX_SIDECAR_BYTES:
+                raise ValueError(f"{status.st_size} bytes are no caption")
+            data = path.read_bytes()
+        except OSError as problem:
+            raise ValueError(f"cannot read: {problem.strerror}") from None
+        except RuntimeError:
+            # Until Python 3.12 `resolve` names a loop of links by this.
+            raise ValueError("symbolic links in a loop") from None
+        lines = list(_lines(data))
+        if any(text is None for _, text in lines):
+            raise ValueError("not UTF-8")
+        return " ".join(" ".join(text.split()) for _, text in lines if text)
