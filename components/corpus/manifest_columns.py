@@ -70,8 +70,8 @@ def manifest_batches(
     Raises:
         ValueError: not a manifest, or of another schema version.
     """
-    check_version(path)
-    coded = [name for name in columns if code_text and is_coded(name)]
+    present = check_version(path).names
+    coded = [name for name in columns if code_text and is_coded(name) and name in present]
     # Pages are read as they are needed: older files hold a million rows in one group.
     with pq.ParquetFile(path, read_dictionary=coded, buffer_size=_BUFFER) as file:
         known = [name for name in columns if name in file.schema_arrow.names]
@@ -98,7 +98,8 @@ def read_columns(
     Args:
         path: manifest.
         columns: names of the schema, and `WORDS` and `CHARACTERS_ZH`: words of the English and
-            characters of the Chinese caption. Those that the manifest lacks are left out.
+            characters of the Chinese caption. Null where an older manifest lacks them; what no
+            schema knows is left out.
         kept_only: leave out the rows that are not kept.
         presence: those of which only matters where there is a value; text is `PRESENT` there.
 
@@ -121,10 +122,16 @@ def read_columns(
                 parts[name].append(_presence(batch[name]))
             elif name in batch.schema.names:
                 parts[name].append(batch[name])
+            elif name in SCHEMA.names:
+                parts[name].append(pa.nulls(len(batch), SCHEMA.field(name).type))
     frame = {}
     for name in wanted:
         if chunks := parts.pop(name):
             frame[name] = _series(pa.chunked_array(chunks))
+        elif name in SCHEMA.names or name in _LENGTHS:
+            # A manifest without a row has no batch either.
+            kind = SCHEMA.field(name).type if name in SCHEMA.names else pa.int32()
+            frame[name] = _series(pa.chunked_array([], kind))
     return pd.DataFrame(frame)
 
 

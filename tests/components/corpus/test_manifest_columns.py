@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from components.corpus.manifest import SCHEMA, read_table, write_table
@@ -78,6 +79,22 @@ def test_columns_are_those_of_the_whole_table(path: Path) -> None:
     expected = expected[expected["kept"].eq(True)].reset_index(drop=True)
     for name in names:
         same(kept[name], expected[name])
+
+
+def test_a_manifest_without_rows_or_of_an_older_version_has_its_columns(
+    tmp_path: Path, path: Path
+) -> None:
+    empty = tmp_path / "empty.parquet"
+    write_table(manifest(0), empty)
+    names = ["image_id", "width", "bucket", "kept", WORDS]
+    assert list(read_columns(empty, names, kept_only=True)) == names
+    table = pq.read_table(path).drop_columns(["license", "width"]).slice(0, 5)
+    older = tmp_path / "older.parquet"
+    pq.write_table(table, older)
+    found = read_columns(older, ["license", "width", "bucket"])
+    assert list(found) == ["license", "width", "bucket"]
+    assert len(found) == 5
+    assert found[["license", "width"]].isna().all(axis=None)
 
 
 def test_words_and_characters_are_those_that_python_counts(path: Path) -> None:
