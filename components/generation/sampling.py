@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from components.files.weight_folders import file_digest
 from components.generation.image_metadata import (
@@ -400,19 +400,19 @@ def paint_requests(
 
 
 def starting_image(path: Path, height: int, width: int) -> Image.Image:
-    """A picture for image-to-image: upright, RGB, resized to cover the size, centre kept.
+    """A picture for image-to-image: as seen, resized to cover the size, centre kept.
 
     Raises:
         ValueError: not a readable picture.
     """
     from components.images.aspect_buckets import Bucket, fit_to_bucket
+    from components.images.decoding import ImageUndecodable, read_rgb
 
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        picture = Image.fromarray(read_rgb(path).pixels)
+    except ImageUndecodable as problem:
         raise ValueError(f"{path}: not a readable picture ({problem})") from None
-    return fit_to_bucket(upright, Bucket(height, width))
+    return fit_to_bucket(picture, Bucket(height, width))
 
 
 def _record(

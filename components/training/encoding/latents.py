@@ -24,8 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from components.engine.ordered_pool import Failure
+from components.images.arrays import ImageArray
 from components.images.aspect_buckets import Bucket, fit_to_bucket
-from components.images.decoding import MAX_MEGAPIXELS, ImageUndecodable, read_rgb
+from components.images.decoding import MAX_MEGAPIXELS, ByteSource, ImageUndecodable, read_rgb
 from components.images.original_lookup import Original, OriginalLookup
 from components.images.pixel_range import to_model
 from components.models.autoencoder_f16 import AutoencoderKLF16
@@ -111,13 +112,39 @@ def encode(autoencoder: AutoencoderKLF16, images_BCHW: Tensor) -> Tensor:
     return (mode - (autoencoder.config.shift_factor or 0.0)) * autoencoder.config.scaling_factor
 
 
+@torch.no_grad()
+def decode(autoencoder: AutoencoderKLF16, latents_BCHW: Tensor) -> Tensor:
+    """Inverse of `encode` as far as the autoencoder goes, (B, 3, H, W) in about [-1, 1].
+
+    Args:
+        autoencoder: base autoencoder.
+        latents_BCHW: normalised, on its device.
+    """
+    config = autoencoder.config
+    raw = latents_BCHW / config.scaling_factor + (config.shift_factor or 0.0)
+    images: Tensor = autoencoder.decode(raw).sample
+    return images
+
+
+def bucket_crop(
+    path: ByteSource, bucket: Bucket, max_megapixels: float = MAX_MEGAPIXELS
+) -> ImageArray:
+    """What training sees of a photograph: as seen, resized to cover its bucket, centre kept.
+
+    Raises:
+        ImageUndecodable: no pixels can be had.
+    """
+    image = Image.fromarray(read_rgb(path, max_megapixels=max_megapixels).pixels)
+    return np.asarray(fit_to_bucket(image, bucket))
+
+
 def load_image(item: EncodingItem, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
-    """The photograph resized to cover its bucket and cropped to it, (3, H, W) in [-1, 1]."""
+    """The photograph's `bucket_crop`, (3, H, W) in [-1, 1]."""
     try:
-        image = Image.fromarray(read_rgb(item.path, max_megapixels=max_megapixels).pixels)
+        pixels = bucket_crop(item.path, item.bucket, max_megapixels)
     except ImageUndecodable as problem:
         raise ImageUndecodable(f"{item.path.name}: {problem}") from problem
-    return to_model([np.asarray(fit_to_bucket(image, item.bucket))])[0]
+    return to_model([pixels])[0]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.commands.command_line import fail, project_root
+from flows.commands.corpus.look import look
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -283,6 +284,13 @@ def _what_came_later(root: Path, uri: str) -> list[str]:
             if row and row[0][column] is not None:
                 lines.append(f"  {stage}: {column} {row[0][column]}")
     return lines
+
+
+app.command(
+    "look",
+    epilog="Example: [bold]ultraflux corpus look holiday.jpg -n 24 --out look[/] writes the crop "
+    "that the encoder would get of it, and a sheet of 24 random rows of the corpus.",
+)(look)
 
 
 @app.command()

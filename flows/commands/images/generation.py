@@ -109,16 +109,15 @@ def _check(options: GenerateOptions) -> None:
 
 def _image_size(path: Path) -> str:
     """WIDTHxHEIGHT of an upright picture at the nearest multiples of 32."""
-    from PIL import Image, ImageOps
+    from components.images.decoding import ImageUndecodable, read_header
 
     try:
-        with Image.open(path) as image:
-            width, height = ImageOps.exif_transpose(image).size
+        header = read_header(path.read_bytes())
     except FileNotFoundError:
         raise GenerationRefused(f"--image {path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+    except (OSError, ImageUndecodable) as problem:
         raise GenerationRefused(f"--image {path}: not a readable picture ({problem})") from None
-    return f"{_rounded(width)}x{_rounded(height)}"
+    return f"{_rounded(header.width)}x{_rounded(header.height)}"
 
 
 def _requests(root: Path, options: GenerateOptions, settings: Settings) -> list[GenerationRequest]:
