@@ -28,7 +28,7 @@ from flows.stages.contract import StageContext
 
 ROOT = Path(__file__).parents[3]
 ADOBE_RGB = rgb_profile("Adobe RGB (1998)", ADOBE, 563 / 256)
-STAGES = ("ingest", "signals", "quality", "people", "select")
+STAGES = ("source", "ingest", "signals", "quality", "people", "select")
 
 
 def scene(height: int = 240, width: int = 320) -> Image.Image:
