@@ -67,7 +67,7 @@ def read_generations(root: Path) -> list[dict[str, Any]]:
 
 def _fitted_digest(image_id: str, size: tuple[int, int]) -> str:
     """Stands for a photograph that was cut to (height, width)."""
-    return recipe_digest("fitted/v1", image_id, *size)
+    return recipe_digest("fitted/v2", image_id, *size)
 
 
 class _Photograph:
