@@ -93,7 +93,8 @@ def plan_digest(plan: Sequence[Sequence[EncodingItem]]) -> str:
     """Sha256 of which images are encoded, at which size, in which batches."""
     # The bucket's name and not the path: a photograph that has moved is the same photograph.
     content = [[(item.image_id, item.split, item.bucket.name) for item in part] for part in plan]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    # How pixels are read, too: unfinished work of another reading is not continued.
+    return hashlib.sha256(json.dumps(["as seen", content]).encode()).hexdigest()
 
 
 @torch.no_grad()
