@@ -126,7 +126,12 @@ def _with_columns(manifest: pd.DataFrame, other: pd.DataFrame, columns: list[str
     else:
         # Not a merge, which copies the whole table for every one that is joined to it.
         is_known = bool((rows >= 0).all())
-        found = {name: take(other[name].array, rows, allow_fill=not is_known) for name in names}
+        arrays = {name: other[name].array for name in names}
+        # The function passes an axis to Arrow's arrays, which know none; the method fills nothing.
+        found = {
+            name: array.take(rows) if is_known else take(array, rows, allow_fill=True)
+            for name, array in arrays.items()
+        }
     return manifest.assign(**found)
 
 
