@@ -76,6 +76,12 @@ def test_measure_prints_the_official_values(root: Path) -> None:
         "glcm_score",
         "glcm_entropy_bits",
         "jpeg95_ratio",
+        "upright_width",
+        "upright_height",
+        "orientation",
+        "color_space",
+        "bit_depth",
+        "alpha_fraction",
     ]
     assert row["entropy_bits"] == 7.05601304585249
     assert row["flat_fraction"] == 0.0

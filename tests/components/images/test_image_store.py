@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from components.corpus.image_packing import PackReport, pack_images
 from components.corpus.sources.download_journal import DownloadJournal
+from components.corpus.sources.records.source_records import SourceRecord
 from components.corpus.sources.webdataset import read_webdataset
 from components.images.image_store import ImageStore, read_index
 from components.images.original_lookup import OriginalChanged, OriginalLookup, OriginalsMissing
@@ -99,7 +100,8 @@ def test_a_store_can_be_ingested_as_a_webdataset(tmp_path: Path) -> None:
         records = list(
             read_webdataset(tmp_path / "data/images", "images", tmp_path / "out", journal, bounds)
         )
-        stored = {journal.get(record.place).result.sha256 for record in records}  # type: ignore
+        places = [record.place for record in records if isinstance(record, SourceRecord)]
+        stored = {journal.get(place).result.sha256 for place in places}  # type: ignore
     assert stored == set(rows["image_id"])
 
 
