@@ -24,7 +24,7 @@ from flows.commands.pipeline import compare as compare_command
 from flows.commands.pipeline import lineage as lineage_command
 from flows.commands.pipeline import plan as plan_command
 from flows.commands.pipeline import reproduce as reproduce_command
-from flows.commands.pipeline import stage_code
+from flows.commands.pipeline import stage_code, training_states
 from flows.commands.pipeline import stage_plan as stage_plan_command
 from flows.commands.pipeline import store as store_commands
 from flows.commands.pipeline import submit as submit_command
@@ -62,6 +62,37 @@ def _show_version(wanted: bool) -> None:
 
         typer.echo(f"ultraflux {version('ultraflux-mlops')}")
         raise typer.Exit
+
+
+ContinueFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="STAGE/KEY",
+        help="Go on from this training state (see [bold]ultraflux stage states[/]) although "
+        "settings, data or code have changed since.",
+    ),
+]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        help="Begin training at step 0 although a run of other settings, data or code is "
+        "unfinished; its state stays."
+    ),
+]
+
+
+def _wish(continue_from: str | None, restart: bool) -> None:
+    """Hand on to the stage's process, which DVC starts, what the person wants."""
+    import os
+
+    from flows.running.training_state import CONTINUE_FROM, RESTART
+
+    if continue_from is not None and restart:
+        raise fail("--continue-from and --restart: choose one")
+    if continue_from is not None:
+        os.environ[CONTINUE_FROM] = continue_from
+    if restart:
+        os.environ[RESTART] = "1"
 
 
 @app.callback()
@@ -105,6 +136,8 @@ def run(
             "is new (see [bold]ultraflux corpus rehearse[/])."
         ),
     ] = True,
+    continue_from: ContinueFrom = None,
+    restart: Restart = False,
 ) -> None:
     """Bring the whole pipeline up to date; what has not changed is skipped."""
     if engine not in {"local", "prefect", "pools"}:
@@ -117,6 +150,11 @@ def run(
     from flows.services.servers import ServiceError
     from flows.versioning.graph import GraphError
 
+    if engine == "pools" and (continue_from or restart):
+        raise fail(
+            "--continue-from, --restart: stages of pools run elsewhere; set runtime.on_changed_run"
+        )
+    _wish(continue_from, restart)
     root = project_root()
     try:
         summary = run_pipeline(
@@ -149,10 +187,15 @@ def run(
     "names; [bold]ultraflux stage run caption[/] goes on where an endpoint, a cost cap or a kill "
     "ended it. Both can be ended at any time.",
 )
-def stage_run(name: Annotated[str, typer.Argument(help="Stage in dvc.yaml.")]) -> None:
+def stage_run(
+    name: Annotated[str, typer.Argument(help="Stage in dvc.yaml.")],
+    continue_from: ContinueFrom = None,
+    restart: Restart = False,
+) -> None:
     """Run one stage in this process (what `dvc repro` calls)."""
     from flows.running.recorded_stage import run_stage
 
+    _wish(continue_from, restart)
     raise typer.Exit(run_stage(name, project_root()))
 
 
@@ -186,6 +229,8 @@ def stage_list() -> None:
 
 stage_app.command("plan", epilog=stage_plan_command.EPILOG)(stage_plan_command.stage_plan)
 stage_app.command("fingerprint", epilog=stage_code.FINGERPRINT_EPILOG)(stage_code.stage_fingerprint)
+stage_app.command("key", epilog=training_states.KEY_EPILOG)(training_states.stage_key)
+stage_app.command("states", epilog=training_states.STATES_EPILOG)(training_states.stage_states)
 stage_app.command("accept", epilog=stage_code.ACCEPT_EPILOG)(stage_code.stage_accept)
 
 

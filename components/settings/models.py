@@ -7,7 +7,13 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, Strict
 
 from components.settings.open_section import OpenSection
-from components.settings.section import Count, Ints, Section
+from components.settings.section import (
+    CHANGES_NO_WEIGHT,
+    CONTENT_COUNTS,
+    Count,
+    Ints,
+    Section,
+)
 
 
 class BucketsSettings(Section):
@@ -30,7 +36,7 @@ class TinyAutoencoder(Section):
 class AutoencoderSettings(Section):
     """The F16 autoencoder."""
 
-    pretrained: str | None
+    pretrained: Annotated[str | None, CONTENT_COUNTS]
     """Folder with a Flux VAE (F8, or F16 with stride 2); None: `tiny`."""
     stride: Literal[1, 2]
     decode_mode: Literal["aligned", "official_partitioned"]
@@ -67,12 +73,12 @@ class TransformerSettings(OpenSection):
     backbone: str
     """Architecture, a name of the registry of backbones; flux is UltraFlux'. The text encoders
     follow it."""
-    pretrained: str | None
+    pretrained: Annotated[str | None, CONTENT_COUNTS]
     """Folder of a transformer of that architecture; None: a random tiny one."""
     rope_variant: Literal["official", "official_prefix", "paper", "flux"]
     rope_window: Count
     """Training window in tokens per axis; paper: 64."""
-    card: ModelCardSettings
+    card: Annotated[ModelCardSettings, CHANGES_NO_WEIGHT]
     tiny: TinyTransformer
     """Of the backbone flux."""
 

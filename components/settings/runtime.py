@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from components.settings.section import (
+    CHANGES_NO_WEIGHT,
     Count,
     Section,
 )
@@ -41,9 +42,9 @@ class RuntimeSettings(Section):
     gpus_per_actor: Annotated[float, Field(ge=0, le=8)]
     """For `ray` and device `cuda`: of stages that run networks; a share such as 0.5 puts two actors
     on a GPU. Device `cpu`: none."""
-    processes: Count
+    processes: Annotated[Count, CHANGES_NO_WEIGHT]
     """Training processes (ranks) per node."""
-    nodes: Count
+    nodes: Annotated[Count, CHANGES_NO_WEIGHT]
     """Machines of a training run. They see the same files; `python -m
     components.training.dit.worker JOB.json --join` on the others joins a run (job.json lies in its
     state folder)."""
@@ -52,6 +53,10 @@ class RuntimeSettings(Section):
     max_restarts: Annotated[int, Field(ge=0, le=100)]
     """How often all ranks of a stage start again from the newest checkpoint when one of them dies
     or stands still, before the stage fails."""
+    on_changed_run: Literal["refuse", "continue", "restart"] = "refuse"
+    """When a stage that trains finds its own unfinished run, made under other settings, data or
+    code: stop and say what differs; go on from its last checkpoint, as a segment of its own; begin
+    at step 0. `refuse` begins again, too, where no more than ten minutes of work are at stake."""
     collective_timeout_minutes: Annotated[float, Field(gt=0, le=1440)]
     """How long ranks may wait for each other; longer than the slowest single part between two
     meetings, such as loading the weights."""

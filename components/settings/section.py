@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
@@ -13,6 +14,19 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 # A YAML list is the only way to write a tuple, so these fields alone accept list -> tuple.
 HeightWidth = Annotated[tuple[Count, Count], Strict(False)]
 Ints = Annotated[tuple[Count, ...], Strict(False)]
+
+
+class Effect(Enum):
+    """What a setting of a training run can do to the weights, where that is not the usual: all."""
+
+    NONE = "none"
+    """Nothing: it decides what is looked at, kept or said, and how fast, never what is computed."""
+    CONTENT = "content"
+    """It names a file or folder, and what lies there counts, not where."""
+
+
+CHANGES_NO_WEIGHT = Effect.NONE
+CONTENT_COUNTS = Effect.CONTENT
 
 
 class Section(BaseModel):

@@ -6,9 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict, model_validator
 
-from components.settings.section import Count, Fraction, NonNegative, Section
+from components.settings.section import (
+    CHANGES_NO_WEIGHT,
+    CONTENT_COUNTS,
+    Count,
+    Fraction,
+    NonNegative,
+    Section,
+)
 
 Checkpointing = Literal["none", "blocks", "selective"]
+Watching = Annotated[Count, CHANGES_NO_WEIGHT]
+"""How often, or how much, a run is looked at or saved."""
 
 
 class ReconstructionSettings(Section):
@@ -18,7 +27,7 @@ class ReconstructionSettings(Section):
     perceptual: NonNegative
     l2: NonNegative
     perceptual_kind: Literal["lpips", "random_vgg", "ms_ssim", "gmsd", "none"]
-    lpips_backbone: str | None
+    lpips_backbone: Annotated[str | None, CONTENT_COUNTS]
     """Local backbone file for `lpips`."""
     lpips_sha256: str | None
 
@@ -48,10 +57,10 @@ class VaeSettings(Section):
     learning_rate: Annotated[float, Field(gt=0)]
     weight_decay: NonNegative
     loss: ReconstructionSettings
-    eval_crops: Count
+    eval_crops: Watching
     """Held-out crops on which PSNR is measured."""
-    eval_every: Count
-    checkpoint_every: Count
+    eval_every: Watching
+    checkpoint_every: Watching
 
     @model_validator(mode="after")
     def _a_tile_holds_a_crop(self) -> VaeSettings:
@@ -130,19 +139,19 @@ class DitStageSettings(Section):
     initial_weights: Literal["pretrained", "stage1_ema", "stage1_raw"]
     guidance_scale: NonNegative
     """Value fed to the guidance embedding during training."""
-    validate_every: Count
-    validation_repeats: Count
+    validate_every: Watching
+    validation_repeats: Watching
     """Fixed noise draws per held-out image and noise level."""
-    watch_every: Count
+    watch_every: Watching
     """Steps between readings of the error by wavelet band and of memory; the other metrics are
     logged at every step."""
-    checkpoint_every: Count
-    keep_checkpoints: Count
-    async_checkpoints: bool
+    checkpoint_every: Watching
+    keep_checkpoints: Watching
+    async_checkpoints: Annotated[bool, CHANGES_NO_WEIGHT]
     """Write checkpoints in a thread while training goes on: same files, a copy of the state in
     host memory (pinned on CUDA)."""
-    samples: SampleSettings
-    max_shard_gb: Annotated[float, Field(gt=0)]
+    samples: Annotated[SampleSettings, CHANGES_NO_WEIGHT]
+    max_shard_gb: Annotated[float, Field(gt=0), CHANGES_NO_WEIGHT]
     """Exported weights above this size (GB) are divided over several files."""
 
     @model_validator(mode="after")

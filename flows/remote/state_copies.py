@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from components.files.whole_files import whole_file
+from components.training.distributed.run_states import STATE_FILE
 from flows.remote import data_remote
-from flows.stages.contract import state_folder
+from flows.running.training_state import stage_state_folder
 from flows.versioning import graph as versioning
 
 SWITCH = "ULTRAFLUX_STATE_COPIES"
@@ -34,6 +35,8 @@ PERIOD_S = 5.0
 FOLDER = "state"
 CHECKPOINTS, LATEST = "checkpoints", "latest"
 METRICS = "metrics.jsonl"
+# They tell a checkpoint's past: its curves, and under which settings its steps were made.
+_BESIDE = (METRICS, STATE_FILE)
 # Written aside and renamed by their stages, so a file that is there is whole.
 WHOLE_FILES = (".parquet", ".png")
 # Links to the checkpoint in transfer: retention must not take it away.
@@ -112,8 +115,7 @@ class StateCopies:
 
     def __init__(self, root: Path, stage: str) -> None:
         """For the clone at `root`, whose inputs of `stage` are in place."""
-        key, _ = versioning.stage_identity(root, stage)
-        self.folder = state_folder(root, stage, key)
+        self.folder = stage_state_folder(root, stage)
         self._root = root
         self._parts = (stage, self.folder.name)
         self._writer = uuid.uuid4().hex[:12]
@@ -151,8 +153,9 @@ class StateCopies:
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
         # The pointer last: killed anywhere above, the clone still resumes from what it had.
-        if (metrics := f"{writer}/{METRICS}") in files:
-            place.get(metrics, self.folder / METRICS)
+        for file in _BESIDE:
+            if f"{writer}/{file}" in files:
+                place.get(f"{writer}/{file}", self.folder / file)
         place.get(f"{writer}/{CHECKPOINTS}/{LATEST}", pointer)
         return checkpoint
 
@@ -244,8 +247,9 @@ class StateCopies:
                     return
                 place.put(aside / name, CHECKPOINTS, newest, *name.parts)
             # After the checkpoint: it may know more steps than the checkpoint, never fewer.
-            if (metrics := self.folder / METRICS).is_file():
-                place.put(metrics, METRICS)
+            for file in _BESIDE:
+                if (self.folder / file).is_file():
+                    place.put(self.folder / file, file)
             pointer = aside / LATEST
             pointer.write_text(f"{newest}\n", encoding="utf-8")
             place.put(pointer, CHECKPOINTS, LATEST)

@@ -19,11 +19,13 @@ from pathlib import Path
 from components.settings.bad_input import cured_by_no_retry
 from components.settings.schema import Settings, load_settings
 from components.telemetry.metric_log import MetricLog
+from components.training.distributed.run_states import RunState, StateRefused, mark_finished
 from flows import environment
 from flows.records.costs import with_cost
 from flows.records.records import Record, RunDescription, RunResult, open_record, write_json
 from flows.records.system_metrics import watched
 from flows.running.gpu_lock import gpus_for
+from flows.running.training_state import Wish, identity_of, open_state, segment_tags
 from flows.stages.contract import StageContext, StageFailed, StageResult, state_folder
 from flows.versioning import graph as versioning
 from flows.versioning.clone import Clone
@@ -150,6 +152,25 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
+def _training_state(
+    clone: Clone, node: versioning.StageNode, settings: Settings, inputs: dict[str, str]
+) -> RunState | None:
+    """The training state that a stage works on; None: it trains nothing.
+
+    Raises:
+        StageFailed: an unfinished run of another past is there, and nobody said what to do.
+    """
+    if not node.meta.trains:
+        return None
+    identity = identity_of(clone.root, node.name, clone.parameters(node.name), inputs)
+    runtime = settings.runtime
+    try:
+        processes = runtime.processes * runtime.nodes
+        return open_state(clone.root, identity, Wish.of(settings), processes)
+    except StateRefused as problem:
+        raise StageFailed(str(problem)) from None
+
+
 def _run(context: StageContext, node: versioning.StageNode) -> RunResult:
     module = importlib.import_module(f"flows.stages.{node.name}")
     result = module.run(context)
@@ -159,6 +180,7 @@ def _run(context: StageContext, node: versioning.StageNode) -> RunResult:
             f"{node.name}: wrote {', '.join(stray[:3])}, which dvc.yaml does not declare: add it "
             "to `outs` of the stage, or a folder that DVC is not to version to `meta.unversioned`"
         )
+    result = replace(result, tags=result.tags | segment_tags(context.segments))
     return _as_result(context.root, result)
 
 
@@ -178,7 +200,8 @@ def run_stage(name: str, root: Path) -> int:
                 print(f"{name}: unchanged", file=sys.stderr)
                 return 0
             key, inputs = clone.identity(name)
-        state_dir = state_folder(root, name, key)
+            state = _training_state(clone, node, settings, inputs)
+        state_dir = state_folder(root, name, key) if state is None else state.folder
         state_dir.mkdir(parents=True, exist_ok=True)
         record = open_record(root, _describe(root, node, key, inputs, state_dir))
         if PARENT_RECORD not in os.environ:
@@ -186,7 +209,10 @@ def run_stage(name: str, root: Path) -> int:
 
             uploader = UploaderProcess(root)
         metrics = MetricLog(state_dir / "metrics.jsonl")
-        context = StageContext(name, settings, root, state_dir, metrics)
+        segments = () if state is None else state.segments
+        context = StageContext(
+            name, settings, root, state_dir, metrics, segments=segments
+        )
         runtime = settings.runtime
         with (
             gpus_for(
@@ -202,6 +228,8 @@ def run_stage(name: str, root: Path) -> int:
             result = with_cost(
                 _run(context, node), time.monotonic() - begun, node.meta.gpus, runtime
             )
+        if state is not None:
+            mark_finished(state.folder)
     except KeyboardInterrupt:
         message, code = f"{name}: interrupted; run it again to continue", EXIT_INTERRUPTED
         result = RunResult(status="KILLED", error=message)

@@ -15,6 +15,7 @@ from typing import Any
 from components.settings.bad_input import BadInput
 from components.settings.schema import Settings
 from components.telemetry.metric_log import MetricLog
+from components.training.distributed.run_states import Segment
 
 
 def state_folder(root: Path, stage: str, stage_key: str) -> Path:
@@ -37,6 +38,8 @@ class StageContext:
     """Metrics over steps; uploaded to MLflow in the background."""
     first: int | None = None
     """Only so many records of a list or archive, for a rehearsal; None: all."""
+    segments: tuple[Segment, ...] = ()
+    """Of a stage that trains: which steps ran under which settings, data and code."""
 
     @property
     def output_dir(self) -> Path:

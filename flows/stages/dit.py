@@ -44,6 +44,7 @@ def run_dit(context: StageContext, train_slice: str, before: Path | None = None)
             state_dir=context.state_dir,
             export_dir=context.output_dir,
             metrics=context.metrics.path,
+            segments=context.segments,
         )
         run_job(job)
     except (StartUnusable, TrainingDiverged, DiskFull, TrainingRefused) as problem:

@@ -48,6 +48,8 @@ class StageMeta(BaseModel):
     timeout_min: float = Field(gt=0)
     resumable: bool
     """Continues from its state after a kill."""
+    trains: bool = False
+    """Its state belongs to a training run, which settings that change no weight leave as it is."""
     gate: bool
     """May refuse to let the pipeline go on."""
     unversioned: Annotated[tuple[str, ...], Strict(False)] = ()

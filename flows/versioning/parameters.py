@@ -18,10 +18,20 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def stage_parameters(root: Path, stage: str) -> dict[str, Any]:
-    """The values that dvc.yaml declares as parameters of `stage`, by dotted name."""
+def stage_parameters(
+    root: Path, stage: str, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The values that dvc.yaml declares as parameters of `stage`, by dotted name.
+
+    Args:
+        root: repository root.
+        stage: name in dvc.yaml.
+        settings: nested; None: those of params.yaml.
+    """
     declared = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage].get("params", [])
-    values = dict(flatten(yaml.safe_load((root / "params.yaml").read_text())))
+    if settings is None:
+        settings = yaml.safe_load((root / "params.yaml").read_text())
+    values = dict(flatten(settings))
     return {
         name: value
         for name, value in values.items()

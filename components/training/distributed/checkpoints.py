@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from components.files.whole_files import flush, write_bytes, write_text
+
+if TYPE_CHECKING:
+    import torch
 
 CONTENTS_FILE = "contents.json"
 """Written last inside a checkpoint: format version, step, and the size of every file."""
@@ -211,31 +212,12 @@ class CheckpointStore:
             mark.unlink()
 
     def latest(self) -> tuple[int, Path] | None:
-        """(step, folder) of the newest whole checkpoint, None when there is none.
-
-        The file `latest` decides; where it is missing or points at something incomplete, the
-        whole checkpoint with the highest step is taken.
-        """
-        # The pointer may be one checkpoint behind, after a kill between rename and pointer. What it
-        # names is whole, so that costs some steps and never correctness.
-        pointer = self.folder / LATEST_FILE
-        if pointer.exists():
-            named = self.folder / pointer.read_text(encoding="utf-8").strip()
-            step = _complete_step(named)
-            if step is not None:
-                return step, named
-        whole = list(self._complete())
-        return max(whole, key=lambda item: (item[0], item[1].name)) if whole else None
+        """(step, folder) of the newest whole checkpoint, None when there is none."""
+        return newest_checkpoint(self.folder)
 
     def steps(self) -> list[int]:
         """Steps of all whole checkpoints, ascending."""
-        return sorted({step for step, _ in self._complete()})
-
-    def _complete(self) -> Iterator[tuple[int, Path]]:
-        for path in self.folder.glob("step-*"):
-            step = _complete_step(path)
-            if step is not None:
-                yield step, path
+        return sorted({step for step, _ in _complete(self.folder)})
 
     def _unused_name(self, step: int) -> Path:
         """`step-00000040`, or with a repeat number where that step was saved before."""
@@ -266,7 +248,7 @@ class CheckpointStore:
         """Retention: the newest `keep`; steps beyond `step` belong to an abandoned continuation."""
         # Steps beyond this one were saved by a run that was later put back. If they stayed,
         # `latest` would choose them, as the highest, once its pointer is lost.
-        others = [item for item in self._complete() if item[1] != newest]
+        others = [item for item in _complete(self.folder) if item[1] != newest]
         older = sorted(
             (item for item in others if item[0] < step), key=lambda item: (item[0], item[1].name)
         )
@@ -288,6 +270,31 @@ class CheckpointStore:
                 path.unlink()
 
 
+def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
+    """(step, folder) of the newest whole checkpoint in a folder of them, None when there is none.
+
+    The file `latest` decides; where it is missing or points at something incomplete, the whole
+    checkpoint with the highest step is taken.
+    """
+    # The pointer may be one checkpoint behind, after a kill between rename and pointer. What it
+    # names is whole, so that costs some steps and never correctness.
+    pointer = folder / LATEST_FILE
+    if pointer.exists():
+        named = folder / pointer.read_text(encoding="utf-8").strip()
+        step = _complete_step(named)
+        if step is not None:
+            return step, named
+    whole = list(_complete(folder))
+    return max(whole, key=lambda item: (item[0], item[1].name)) if whole else None
+
+
+def _complete(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.glob("step-*"):
+        step = _complete_step(path)
+        if step is not None:
+            yield step, path
+
+
 def _complete_step(folder: Path) -> int | None:
     """Step of a checkpoint whose files all have their recorded sizes, else None."""
     try:
@@ -306,6 +313,9 @@ def _complete_step(folder: Path) -> int | None:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write tensors, numbers, strings and containers of them; `load_state` reads it back."""
+    # Here, because commands that only list checkpoints start without torch.
+    import torch
+
     # Through a file of Python: given a path, torch says of a full disk "unexpected pos" alone.
     with path.open("wb") as file:
         torch.save(state, file)
@@ -317,6 +327,8 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     Raises:
         CheckpointUnreadable: not such a file (or it holds more than tensors and plain values).
     """
+    import torch
+
     try:
         # `weights_only`: a pickle runs whatever its author wrote, and checkpoints travel.
         state = torch.load(path, map_location=device, weights_only=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from components.models.backbones import check_stores
+from components.settings.training import DitStageSettings
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.ranks import Ranks, initialize_engine
 from components.training.dit.adapters import add_adapter
@@ -263,7 +264,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         metrics=metrics,
         checkpoints=checkpoints,
         # Last of all, when everything that a checkpoint is loaded into is there.
-        steps_done=_resume(data.plan, checkpoints, metrics),
+        steps_done=_resume(job, engine, data.plan, checkpoints, metrics),
     )
 
 
@@ -293,15 +294,37 @@ def _network(job: DitJob, data: TrainingData, ranks: Ranks) -> nn.Module:
     return model
 
 
-def _resume(plan: BatchPlan, checkpoints: RunCheckpoints, metrics: MetricLog | None) -> int:
+def _resume(
+    job: DitJob,
+    engine: Any,
+    plan: BatchPlan,
+    checkpoints: RunCheckpoints,
+    metrics: MetricLog | None,
+) -> int:
     """Load the newest checkpoint; returns the number of steps done."""
     saved = checkpoints.newest()
     if saved is not None:
-        # Before any weight is touched: other data must not be continued under an old state.
-        plan.check(PlanState(**saved.plan))
+        # Before any weight is touched: other data must not be continued under an old state. A
+        # segment says that this is wished, for the checkpoint that it began with and no other.
+        if saved.step != job.changed_at:
+            plan.check(PlanState(**saved.plan))
         checkpoints.load(saved)
+        _apply_settings(engine, job.settings)
     if metrics is not None:
         # Steps after the checkpoint happen again and are logged again; without a checkpoint that
         # includes the validation before the first step, which is row 0.
         metrics.rewind(-1 if saved is None else saved.step)
     return 0 if saved is None else saved.step
+
+
+def _apply_settings(engine: Any, settings: DitStageSettings) -> None:
+    """Today's settings in place of those that an optimizer's state brought along.
+
+    torch saves the weight decay and DeepSpeed the clipping with the moments, so that a segment with
+    other values would go on with the old ones. The learning rate is set at every step.
+    """
+    for group in engine.optimizer.param_groups:
+        group["weight_decay"] = settings.weight_decay
+    # Not there where DeepSpeed clips by its configuration.
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = settings.max_grad_norm

@@ -15,6 +15,7 @@ from components.settings.objective import ObjectiveSettings
 from components.settings.runtime import RuntimeSettings
 from components.settings.schema import Settings
 from components.settings.training import DitStageSettings
+from components.training.distributed.run_states import Segment
 
 WEIGHTS_NAMES = ("raw", "ema")
 
@@ -56,6 +57,13 @@ class DitJob(BaseModel):
     """Where folders `raw` and `ema` are written."""
     metrics: Path
     """JSONL metric log."""
+    segments: tuple[Segment, ...] = ()
+    """Which steps ran under which settings, data and code; empty: all under these."""
+
+    @property
+    def changed_at(self) -> int | None:
+        """Steps done when the newest segment began; None: nothing has changed under way."""
+        return self.segments[-1].from_step if len(self.segments) > 1 else None
 
 
 def build_transformer(job: DitJob, widths: tuple[int, int], latent_channels: int) -> Any:
@@ -79,6 +87,7 @@ def stage_job(
     state_dir: Path,
     export_dir: Path,
     metrics: Path,
+    segments: tuple[Segment, ...] = (),
 ) -> DitJob:
     """The job of one SACL stage.
 
@@ -93,6 +102,7 @@ def stage_job(
         state_dir: see `DitJob`.
         export_dir: see `DitJob`.
         metrics: see `DitJob`.
+        segments: see `DitJob`.
 
     Raises:
         WeightsMissing: the pretrained folder is not there; names the command that gets it.
@@ -114,6 +124,7 @@ def stage_job(
         state_dir=state_dir,
         export_dir=export_dir,
         metrics=metrics,
+        segments=segments,
     )
 
 

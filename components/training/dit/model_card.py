@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from components.models.backbones import backbone_of_config
+from components.settings.effects import effect
+from components.settings.section import Effect
+from components.training.distributed.run_states import described
 from components.training.dit.batch_plan import BatchPlan
 from components.training.dit.export import weights_checksums, weights_identity
 from components.training.dit.validation import NOISE_LEVELS, ValidationLoss
@@ -93,8 +96,12 @@ def settings_digest(job: DitJob) -> str:
     values = {
         "objective": job.objective.model_dump(mode="json"),
         "seed": job.seed,
-        # Grids draw from generators of their own and change no weight.
-        "stage": job.settings.model_dump(mode="json", exclude={"samples"}),
+        # Intervals, pictures and retention change no weight (one rule: `settings.effects`).
+        "stage": {
+            key: value
+            for key, value in job.settings.model_dump(mode="json").items()
+            if effect(f"dit_stage1.{key}") is not Effect.NONE
+        },
         # Where weights lie, and what a card says of their licence, changes no value of them; what
         # they are is told by `initial_weights` beside this digest.
         "transformer": job.transformer.model_dump(mode="json", exclude={"pretrained", "card"}),
@@ -123,6 +130,7 @@ def model_card(
         f"---\n{front}---\n",
         f"# UltraFlux: {job.name}, {_TITLES[weights]}\n",
         _summary(job, facts, config),
+        *_segments(job),
         "## Validation\n",
         _validation_table(facts.validation, weights),
         "## Use\n",
@@ -185,6 +193,22 @@ def _summary(job: DitJob, facts: TrainingFacts, config: Mapping[str, Any]) -> st
         f"({settings.schedule}), {settings.precision} with float32 masters, average with decay "
         f"{settings.ema_decay:g}. The digests above name data, settings and weights.\n"
     )
+
+
+def _segments(job: DitJob) -> list[str]:
+    """Which steps ran under which conditions, where these changed under way."""
+    if len(job.segments) < 2:
+        return []
+    ends = [segment.from_step for segment in job.segments[1:]] + [job.settings.steps]
+    rows = [
+        f"| {segment.from_step + 1} to {end} | {described(segment.changes) or 'as begun'} |"
+        for segment, end in zip(job.segments, ends, strict=True)
+    ]
+    return [
+        "## Segments\n",
+        "Settings or data changed under way; the rest of this card speaks of the last steps.\n",
+        "\n".join(["| steps | changed |", "|---|---|", *rows]) + "\n",
+    ]
 
 
 def _validation_table(validation: Mapping[str, ValidationLoss], weights: str) -> str:

@@ -171,6 +171,11 @@ class _Run:
         state = load_state(found[1] / _STATE_FILE)
         self.decoder.load_state_dict(state["decoder"])
         self.optimizer.load_state_dict(state["optimizer"])
+        # torch saves both with the moments; those of the settings count, which a segment may have
+        # changed.
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate
+            group["weight_decay"] = self.settings.weight_decay
         # The tables are made from it, so a resumed run has to remember all of its past.
         self.history = state["history"]
         self.step = state["step"]
@@ -309,14 +314,15 @@ def train_vae(
         if not _finite(measured):
             crops = [photographs.crop_at(seed, step, index) for index in mine]
             raise run.failure(images, crops, measured)
-        images_per_s = settings.batch_size / (time.perf_counter() - started)
+        step_s = time.perf_counter() - started
         last = run.step == settings.steps
         if last or run.step % settings.eval_every == 0:
             measured["psnr_db"] = mean_psnr_db(held_out, reconstruct(autoencoder, held_out))
         run.history.append({"step": run.step, **measured})
         if ranks.is_first:
             # Throughput depends on the machine, so it is not part of the history.
-            metrics.log({**measured, "images_per_s": images_per_s}, run.step)
+            pace = {"images_per_s": settings.batch_size / step_s, "step_s": step_s}
+            metrics.log(measured | pace, run.step)
         if last or run.step % settings.checkpoint_every == 0:
             run.save()
     after = reconstruct(autoencoder, held_out)

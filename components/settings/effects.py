@@ -1,0 +1,87 @@
+"""Which settings belong to the identity of a training run: the one rule.
+
+A setting counts unless its field says otherwise (`Effect` in `components.settings.section`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from components.settings.schema import Settings
+from components.settings.section import Effect
+
+
+def effect(name: str) -> Effect | None:
+    """What the setting with this dotted name says of its effect on weights; None: it may be any.
+
+    A section that says so speaks for all that is in it. What only a backbone's own section knows
+    has no field here and counts.
+    """
+    for field in _fields(name):
+        for note in field.metadata:
+            if isinstance(note, Effect):
+                return note
+    return None
+
+
+def _fields(name: str) -> Iterator[FieldInfo]:
+    """Fields on the way from the whole settings to a dotted name, as far as they are known."""
+    section: Any = Settings
+    for part in name.split("."):
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return
+        field = section.model_fields.get(part)
+        if field is None:
+            return
+        yield field
+        section = field.annotation
+
+
+def deciding(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values` (by dotted name) that can change a weight by what they are."""
+    return {name: value for name, value in values.items() if effect(name) is None}
+
+
+def naming(values: Mapping[str, Any]) -> dict[str, str]:
+    """Those of `values` that name a file or folder whose content counts, where one is named."""
+    return {
+        name: str(value)
+        for name, value in values.items()
+        if value is not None and effect(name) is Effect.CONTENT
+    }
+
+
+def without_effect(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values` that cannot change a weight."""
+    return {name: value for name, value in values.items() if effect(name) is Effect.NONE}
+
+
+_SHAPE = ("precision", "zero_stage", "optimizer", "offload_optimizer", "adapter")
+"""Of a stage's own section: they decide which tensors a checkpoint holds."""
+_NETWORKS = ("models.autoencoder", "models.transformer")
+_MAY_MOVE = ("models.transformer.rope_variant", "models.transformer.rope_window")
+
+
+def shapes_state(stage: str, name: str) -> bool:
+    """Whether a checkpoint made under another value of this setting cannot be loaded.
+
+    Args:
+        stage: name of a stage that trains, which is also its section.
+        name: dotted name of a setting.
+    """
+    if name.startswith(tuple(f"{stage}.{part}" for part in _SHAPE)):
+        return True
+    return name.startswith(_NETWORKS) and name not in _MAY_MOVE
+
+
+_SEEN_ONLY = {"dit_stage1": "models.autoencoder.", "dit_stage2": "models.autoencoder."}
+"""What a stage only draws its progress pictures with: its latents come ready from a store."""
+
+
+def only_seen(stage: str, name: str) -> bool:
+    """Whether a setting reaches a stage's pictures alone, whatever it does to other stages."""
+    return stage in _SEEN_ONLY and name.startswith(_SEEN_ONLY[stage])

@@ -1,0 +1,190 @@
+"""`ultraflux stage key` and `stage states`: whose a training state is, and which there are."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.commands.command_line import fail, project_root
+
+KEY_EPILOG = """Examples:
+
+  ultraflux stage key dit_stage1
+
+  ultraflux stage key dit_stage1 -S dit_stage1.learning_rate=5e-5
+
+  ultraflux stage key vae --json
+
+The first line names the state: runs/STAGE/ and its first 16 digits. A setting that is not listed
+(an interval, a card, a number of processes) can be changed in the middle of a run, which goes on.
+One that is listed meets the unfinished run: runtime.on_changed_run, --continue-from, --restart."""
+STATES_EPILOG = """Examples:
+
+  ultraflux stage states
+
+  ultraflux stage states dit_stage1 --prune
+
+  ultraflux run --continue-from dit_stage1/0123456789abcdef
+
+--prune removes states that another one went on from, finished ones but the newest of each stage,
+and empty ones; unfinished work that nobody went on from stays."""
+
+
+def stage_key(
+    name: Annotated[str, typer.Argument(help="Stage in dvc.yaml that trains.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("-S", "--set", help="section.key=value: as if params.yaml said so."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Print the identity of a stage's training state, and the settings that are in it."""
+    from components.settings.schema import SettingsError
+    from flows.running.training_state import identity_of
+    from flows.versioning import graph as versioning
+    from flows.versioning.parameters import stage_parameters
+    from flows.versioning.setting_overrides import merged, parse_assignments, read_params
+
+    root = project_root()
+    try:
+        _refuse_untrained(root, name)
+        values = merged(read_params(root), parse_assignments(settings or []))
+        _, inputs = versioning.stage_identity(root, name)
+        identity = identity_of(root, name, stage_parameters(root, name, values), inputs)
+    except (versioning.GraphError, SettingsError) as problem:
+        raise fail(str(problem)) from None
+    if as_json:
+        print(json.dumps({"key": identity.key, **identity.model_dump(mode="json")}, indent=1))
+        return
+    print(identity.key)
+    for title, entries in (
+        ("settings", identity.settings),
+        ("weights to start from", identity.weights),
+        ("data", identity.data),
+    ):
+        if entries:
+            print(f"\n{title}")
+        for entry, value in entries.items():
+            print(f"  {entry}: {value}")
+    print(f"\ncode\n  {identity.code}")
+
+
+def _refuse_untrained(root: Path, name: str) -> None:
+    from flows.versioning import graph as versioning
+
+    if not versioning.stage_node(root, name).meta.trains:
+        trains = [one for one, node in versioning.stage_graph(root).items() if node.meta.trains]
+        raise fail(f"{name} trains nothing; stages that do: {', '.join(trains)}")
+
+
+def stage_states(
+    name: Annotated[str | None, typer.Argument(help="One stage (default: all that train).")] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove states that nothing needs.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
+) -> None:
+    """List the training states of this clone: step, size, age, and what each differs in."""
+    from components.training.distributed.run_states import read_states, remove_state, unneeded
+    from flows.versioning import graph as versioning
+
+    root = project_root()
+    try:
+        if name is not None:
+            _refuse_untrained(root, name)
+        graph = versioning.stage_graph(root)
+    except versioning.GraphError as problem:
+        raise fail(str(problem)) from None
+    stages = [one for one, node in graph.items() if node.meta.trains and name in (None, one)]
+    rows: list[dict[str, Any]] = []
+    freed = 0
+    for stage in stages:
+        states = read_states(root / "runs" / stage)
+        current = _current(root, stage)
+        gone = dict(_reasons(unneeded(states, None if current is None else current.key)))
+        for state in states:
+            removed = prune and state.name in gone
+            if removed:
+                freed += state.size_bytes()
+            rows.append(_row(state, current, gone.get(state.name, ""), removed))
+            if removed:
+                remove_state(state)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    _print_table(rows)
+    if prune:
+        print(f"{sum(row['removed'] for row in rows)} removed, {freed / 2**20:.1f} MiB freed.")
+
+
+def _reasons(found: Any) -> Any:
+    return ((state.name, reason) for state, reason in found)
+
+
+def _current(root: Path, stage: str) -> Any:
+    """The identity that settings, inputs and code give now; None: an input is not there."""
+    from flows.running.training_state import identity_of
+    from flows.versioning import graph as versioning
+    from flows.versioning.parameters import stage_parameters
+
+    try:
+        _, inputs = versioning.stage_identity(root, stage)
+    except versioning.GraphError:
+        return None
+    return identity_of(root, stage, stage_parameters(root, stage), inputs)
+
+
+def _row(state: Any, current: Any, reason: str, removed: bool) -> dict[str, Any]:
+    from components.training.distributed.run_states import described
+
+    if current is None:
+        differs = "inputs are not here"
+    elif current.key == state.identity.key:
+        differs = "current"
+    else:
+        differs = described(state.identity.changes_to(current), 3)
+    return {
+        "state": state.name,
+        "step": state.step,
+        "steps": state.steps,
+        "status": "finished" if state.finished else "unfinished",
+        "device_hours": state.seconds() * state.processes / 3600,
+        "mib": state.size_bytes() / 2**20,
+        "age_s": max(0.0, time.time() - state.modified()),
+        "differs": differs,
+        "not_needed": reason,
+        "segments": [str(segment) for segment in state.segments],
+        "removed": removed,
+    }
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("state", "step", "status", "device h", "MiB", "age", "against the settings now")
+    for row in rows:
+        words = row["differs"]
+        if row["not_needed"]:
+            words += f" [{'removed' if row['removed'] else 'not needed'}: {row['not_needed']}]"
+        table.add_row(
+            row["state"],
+            f"{row['step']} of {row['steps']}",
+            row["status"],
+            f"{row['device_hours']:.2f}",
+            f"{row['mib']:.1f}",
+            _age(row["age_s"]),
+            words.replace("[", "\\["),
+        )
+    Console().print(table if rows else "no training states")
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,242 @@
+"""Where a stage that trains keeps its state, and what happens when it meets one of another past.
+
+The state belongs to the run's identity (`components.training.distributed.run_states`), not to the
+stage key: an interval of checkpoints, a card or a number of processes is no reason to begin again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.settings import effects
+from components.settings.schema import Settings
+from components.training.distributed.checkpoints import newest_checkpoint
+from components.training.distributed.run_states import (
+    CHECKPOINTS,
+    KEY_DIGITS,
+    RunIdentity,
+    RunState,
+    Segment,
+    StateRefused,
+    begin_state,
+    continue_from,
+    described,
+    read_state,
+    read_states,
+    resume_state,
+)
+from flows.stages.contract import state_folder
+from flows.versioning import graph as versioning
+from flows.versioning.code_files import code_path
+from flows.versioning.parameters import stage_parameters
+
+CONTINUE_FROM = "ULTRAFLUX_CONTINUE_FROM"
+"""Environment variable: the state, as STAGE/KEY, that a stage goes on from."""
+RESTART = "ULTRAFLUX_RESTART"
+"""Environment variable: stages begin at step 0 whatever unfinished state is there."""
+AT_STAKE_S = 600.0
+"""Work that may be begun again without asking."""
+_EDGE = 2**20
+_LISTED = 12
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the person, or the settings, want done with an unfinished state of another past."""
+
+    on_changed: str
+    """`refuse`, `continue` or `restart`."""
+    continue_from: str | None = None
+    """STAGE/KEY (a beginning of the key is enough); stages of other names are not meant."""
+    restart: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings) -> Wish:
+        """From the settings, and the environment that the command's options set."""
+        return cls(
+            settings.runtime.on_changed_run,
+            os.environ.get(CONTINUE_FROM) or None,
+            bool(os.environ.get(RESTART)),
+        )
+
+
+def identity_of(
+    root: Path, stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, str]
+) -> RunIdentity:
+    """The identity of a run of `stage`.
+
+    Args:
+        root: repository root.
+        stage: that trains.
+        parameters: values that dvc.yaml declares for it, by dotted name.
+        inputs: DVC hash by path of its dependencies.
+    """
+    seen = {name: value for name, value in parameters.items() if not effects.only_seen(stage, name)}
+    code = inputs.get(code_path(stage), "")
+    return RunIdentity(
+        stage=stage,
+        settings=effects.deciding(seen),
+        weights={
+            name: _content(root / place) for name, place in sorted(effects.naming(seen).items())
+        },
+        data={path: inputs[path] for path in sorted(inputs) if path != code_path(stage)},
+        code=code,
+    )
+
+
+def stage_state_folder(root: Path, stage: str) -> Path:
+    """Where a stage keeps its state with the inputs, settings and code that the clone has now.
+
+    Raises:
+        GraphError: no such stage, or an input is not there.
+    """
+    key, inputs = versioning.stage_identity(root, stage)
+    if versioning.stage_node(root, stage).meta.trains:
+        key = identity_of(root, stage, stage_parameters(root, stage), inputs).key
+    return state_folder(root, stage, key)
+
+
+def _content(path: Path) -> str:
+    """Digest of names and sizes below a path, and of the first and last MiB of every file.
+
+    Weights are too large to be read whole at every start; two sets of the same architecture differ
+    in nearly every byte, also in these.
+    """
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+    for file in files:
+        name = file.name if file == path else file.relative_to(path).as_posix()
+        # Notes of a download, not weights.
+        if any(part.startswith(".") for part in name.split("/")):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_EDGE))
+            stream.seek(max(0, size - _EDGE))
+            digest.update(stream.read(_EDGE))
+    return digest.hexdigest()
+
+
+def open_state(root: Path, identity: RunIdentity, wish: Wish, processes: int) -> RunState:
+    """The state that a stage works on now, its folder made.
+
+    Args:
+        root: repository root.
+        identity: of the run.
+        wish: about unfinished states of another past.
+        processes: of the run, on all nodes.
+
+    Raises:
+        StateRefused: an unfinished state differs and nobody said what to do; the line and what
+            follows say what differs, how far it is, what it cost, and what can be done.
+    """
+    stage = identity.stage
+    folder = state_folder(root, stage, identity.key)
+    own = read_state(folder)
+    if own is not None:
+        return resume_state(own, processes)
+    if newest_checkpoint(folder / CHECKPOINTS) is not None:
+        # Brought here from a clone that was lost.
+        return begin_state(folder, identity, processes)
+    others = read_states(folder.parent)
+    if wish.continue_from is not None and wish.continue_from.partition("/")[0] == stage:
+        chosen = _named(others, wish.continue_from)
+        _say(f"{stage}: goes on from {chosen.name} at step {chosen.step}")
+        return continue_from(chosen, folder, identity, processes)
+    unfinished = next((s for s in others if _is_open(s)), None)
+    if unfinished is None:
+        _offer_finished(others, identity)
+        return begin_state(folder, identity, processes)
+    changes = described(unfinished.identity.changes_to(identity))
+    at = f"{unfinished.name} at step {unfinished.step} of {unfinished.steps}"
+    if wish.restart or wish.on_changed == "restart":
+        _say(f"{stage}: begins at step 0; the unfinished {at} stays ({changes})")
+        return begin_state(folder, identity, processes)
+    if wish.on_changed == "continue":
+        _say(f"{stage}: goes on from {at} under {changes}")
+        return continue_from(unfinished, folder, identity, processes)
+    if unfinished.seconds() <= AT_STAKE_S:
+        _say(
+            f"{stage}: begins at step 0; the unfinished {at} ({unfinished.seconds():.0f} s of "
+            f"work) was made under other conditions: {changes}"
+        )
+        return begin_state(folder, identity, processes)
+    raise StateRefused(_refusal(unfinished, identity))
+
+
+def _is_open(state: RunState) -> bool:
+    return not state.finished and state.continued_by is None and state.step > 0
+
+
+def _named(states: list[RunState], name: str) -> RunState:
+    found = [state for state in states if state.name.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(state.name for state in states) or "none"
+    raise StateRefused(
+        f"--continue-from {name}: {'several states begin so' if found else 'no such state'}; "
+        f"`ultraflux stage states` lists them (here: {known})"
+    )
+
+
+def _offer_finished(states: list[RunState], identity: RunIdentity) -> None:
+    """One line about a finished run that could be gone on from."""
+    for state in states:
+        if state.finished and not state.identity.unloadable(identity):
+            _say(
+                f"{identity.stage}: begins at step 0; `--continue-from {state.name}` goes on from "
+                f"the finished run of {state.step} steps instead "
+                f"({described(state.identity.changes_to(identity), 3)})"
+            )
+            return
+
+
+def _refusal(state: RunState, identity: RunIdentity) -> str:
+    changes = state.identity.changes_to(identity)
+    hours = state.seconds() * state.processes / 3600
+    lines = [
+        f"{identity.stage}: an unfinished run is at step {state.step} of {state.steps} "
+        f"({hours:.2f} device hours) and was made under other conditions:",
+        *_listed(changes),
+    ]
+    if hard := state.identity.unloadable(identity):
+        lines.append(f"  its checkpoint does not fit the new {', '.join(hard)}")
+    else:
+        lines.append(
+            f"  go on under the new ones:  --continue-from {state.name}  "
+            "(or runtime.on_changed_run: continue)"
+        )
+    lines += [
+        "  begin again, keeping it:   --restart  (or runtime.on_changed_run: restart)",
+        "  or set back what differs, and it goes on as if nothing had happened",
+    ]
+    return "\n".join(lines)
+
+
+def _listed(changes: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
+    for number, name in enumerate(changes):
+        if number == _LISTED:
+            yield f"    and {len(changes) - _LISTED} more"
+            return
+        yield f"    {described({name: changes[name]})}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def segment_tags(segments: tuple[Segment, ...]) -> dict[str, str]:
+    """Tags of a run's record: none for an undisturbed one, else a line for each segment."""
+    if len(segments) < 2:
+        return {}
+    return {
+        f"segments.{number}": f"{segment.key[:KEY_DIGITS]} {segment}"
+        for number, segment in enumerate(segments, 1)
+    }
