@@ -57,6 +57,12 @@ class RuntimeSettings(Section):
     """When a stage that trains finds its own unfinished run, made under other settings, data or
     code: stop and say what differs; go on from its last checkpoint, as a segment of its own; begin
     at step 0. `refuse` begins again, too, where no more than ten minutes of work are at stake."""
+    grace_s: Annotated[float, Field(ge=1, le=3600)] = 120.0
+    """How long a training stage that is asked to stop (Ctrl-C, SIGTERM, SIGUSR1, a cancelled run)
+    may take to finish its step and save, before it is killed."""
+    interruptions_per_day: Annotated[float, Field(gt=0)] | None = None
+    """How often machines are taken away, for the advised interval of checkpoints; None: none is
+    advised."""
     collective_timeout_minutes: Annotated[float, Field(gt=0, le=1440)]
     """How long ranks may wait for each other; longer than the slowest single part between two
     meetings, such as loading the weights."""

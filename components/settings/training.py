@@ -16,6 +16,7 @@ from components.settings.section import (
 )
 
 Checkpointing = Literal["none", "blocks", "selective"]
+Minutes = Annotated[float, Field(gt=0)]
 Watching = Annotated[Count, CHANGES_NO_WEIGHT]
 """How often, or how much, a run is looked at or saved."""
 
@@ -61,6 +62,8 @@ class VaeSettings(Section):
     """Held-out crops on which PSNR is measured."""
     eval_every: Watching
     checkpoint_every: Watching
+    checkpoint_every_minutes: Annotated[Minutes | None, CHANGES_NO_WEIGHT] = None
+    """A checkpoint also when so much time has passed since the last one."""
 
     @model_validator(mode="after")
     def _a_tile_holds_a_crop(self) -> VaeSettings:
@@ -146,6 +149,8 @@ class DitStageSettings(Section):
     """Steps between readings of the error by wavelet band and of memory; the other metrics are
     logged at every step."""
     checkpoint_every: Watching
+    checkpoint_every_minutes: Annotated[Minutes | None, CHANGES_NO_WEIGHT] = None
+    """A checkpoint also when so much time has passed since the last one."""
     keep_checkpoints: Watching
     async_checkpoints: Annotated[bool, CHANGES_NO_WEIGHT]
     """Write checkpoints in a thread while training goes on: same files, a copy of the state in

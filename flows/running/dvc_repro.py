@@ -18,12 +18,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
+from components.settings.schema import load_settings
 from components.telemetry.progress import PROGRESS_FILE
 from flows.records.records import Record, read_json, records_dir
 from flows.running.clone_lock import stage_lock
 from flows.running.gpu_lock import WAITING_VARIABLE
+<<<<<<< HEAD
 from flows.running.guarded_process import GuardedProcess
 from flows.running.recorded_stage import FORCED, OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
+=======
+from flows.running.guarded_process import GRACE_S, GuardedProcess
+from flows.running.recorded_stage import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
+>>>>>>> 2b25b62 (Asked to stop, a training run finishes its step and saves; a state is held by one process)
 from flows.running.shared_turns import shared_turn
 from flows.running.stage_runner import OutcomeStatus, StageOutcome, interrupted
 from flows.versioning import graph as versioning
@@ -145,7 +151,7 @@ class DvcRunner:
                 versioning.clear_torn_rwlock(self.root)
                 with (
                     log.open("wb") as output,
-                    self._process(name, command, env=env, output=output, lock=lock) as process,
+                    self._process(node, command, env=env, output=output, lock=lock) as process,
                 ):
                     if process is None:
                         return interrupted(name)
@@ -172,7 +178,7 @@ class DvcRunner:
     @contextmanager
     def _process(
         self,
-        name: str,
+        node: versioning.StageNode,
         command: Sequence[str],
         *,
         env: Mapping[str, str],
@@ -183,11 +189,23 @@ class DvcRunner:
 
         It holds the descriptor `lock` beside those of the clone's.
         """
+        name = node.name
+        # A stage that trains finishes its step and saves when it is asked to stop.
+        grace_s = (
+            load_settings(self.root / "params.yaml").runtime.grace_s
+            if node.meta.trains
+            else GRACE_S
+        )
         with self._lock:
             process = None
             if not self._stopping:
                 process = GuardedProcess(
-                    command, cwd=self.root, env=env, output=output, held=(*self._held, lock)
+                    command,
+                    cwd=self.root,
+                    env=env,
+                    output=output,
+                    held=(*self._held, lock),
+                    grace_s=grace_s,
                 )
                 self._running[name] = process
         try:

@@ -1,25 +1,27 @@
 """Run a command so that it dies with the process that asked for it.
 
-This module, started as a program with `FD COMMAND...`, is the launcher: it leads a process group of
-its own, runs COMMAND in it and watches the read end FD of a pipe whose write end only the asking
-process holds. When that process ends, however it ends (kill -9 included), the pipe closes and the
-whole group is stopped: SIGTERM, then SIGKILL. A parent-death signal would not do: it follows the
-thread that forked, and it does not reach grandchildren such as the training process under `dvc`.
+This module, started as a program with `FD GRACE COMMAND...`, is the launcher: it leads a process
+group of its own, runs COMMAND in it and watches the read end FD of a pipe whose write end only the
+asking process holds. When that process ends, however it ends (kill -9 included), the pipe closes
+and the whole group is stopped: SIGTERM, then SIGKILL. A parent-death signal would not do: it
+follows the thread that forked, and it does not reach grandchildren such as the training process
+under `dvc`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 GRACE_S = 5.0
+_POLL_S = 0.05
 
 
 class GuardedProcess:
@@ -33,6 +35,7 @@ class GuardedProcess:
         env: Mapping[str, str] | None = None,
         output: IO[bytes] | int | None = None,
         held: Sequence[int] = (),
+        grace_s: float = GRACE_S,
     ) -> None:
         """Start `command`.
 
@@ -42,6 +45,7 @@ class GuardedProcess:
             env: its environment (default: this one).
             output: where its standard output and error go (default: inherited).
             held: file descriptors (locks) that the launcher keeps open until the group is gone.
+            grace_s: between SIGTERM and SIGKILL, for processes that save their state meanwhile.
         """
         self.cwd = cwd
         read_end, write_end = os.pipe()
@@ -50,7 +54,7 @@ class GuardedProcess:
         launcher = Path(__file__).resolve()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, str(launcher), str(read_end), *command],
+                [sys.executable, str(launcher), str(read_end), str(grace_s), *command],
                 cwd=cwd,
                 env=dict(env) if env is not None else None,
                 stdin=subprocess.DEVNULL,
@@ -93,18 +97,44 @@ class GuardedProcess:
             self._write_end = None
 
 
-def _stop_group(child: subprocess.Popen[bytes]) -> None:
-    """SIGTERM everybody in this group but the launcher, then SIGKILL what is left."""
+def _stop_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
+    """SIGTERM everybody in this group but the launcher, then SIGKILL what is left.
+
+    `dvc`, the child, ends at once; the stage below it may be saving its state.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(GRACE_S)
+    deadline = time.monotonic() + grace_s
+    while time.monotonic() < deadline:
+        child.poll()
+        if not _others():
+            break
+        time.sleep(_POLL_S)
     os.killpg(0, signal.SIGKILL)
+
+
+def _others() -> bool:
+    """Whether any process of this group but this one is left, dead ones not counted.
+
+    By /proc: this program starts with each stage and imports nothing that takes long.
+    """
+    group, own = os.getpgrp(), os.getpid()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            # The name in parentheses may hold anything, also spaces.
+            fields = (
+                Path("/proc", name, "stat").read_text(errors="replace").rpartition(")")[2].split()
+            )
+        except OSError:
+            continue
+        if int(fields[2]) == group and int(name) != own and fields[0] not in "ZX":
+            return True
+    return False
 
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point of the launcher process."""
-    pipe, command = int(arguments[0]), list(arguments[1:])
+    pipe, grace_s, command = int(arguments[0]), float(arguments[1]), list(arguments[2:])
     # An asking process that ignores SIGINT must not hand that on to training processes.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     child = subprocess.Popen(command, close_fds=True)
@@ -114,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
     poller.register(child_fd, select.POLLIN)
     while child.poll() is None:
         if any(fd == pipe for fd, _ in poller.poll()):
-            _stop_group(child)
+            _stop_group(child, grace_s)
     code = child.returncode
     return code if code >= 0 else 128 - code
 

@@ -230,8 +230,10 @@ def run_stage(name: str, root: Path) -> int:
             )
         if state is not None:
             mark_finished(state.folder)
-    except KeyboardInterrupt:
-        message, code = f"{name}: interrupted; run it again to continue", EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        # A training run says at which step it has saved.
+        message = str(stop) or f"{name}: interrupted; run it again to continue"
+        code = EXIT_INTERRUPTED
         result = RunResult(status="KILLED", error=message)
     except Exception as problem:
         bad_input = cured_by_no_retry(problem)

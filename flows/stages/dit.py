@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from components.training.distributed.checkpoints import DiskFull
+from components.training.distributed.interruption import advised_minutes
 from components.training.distributed.supervision import TrainingRefused
 from components.training.dit.curves import DitOutcome, write_outcome
 from components.training.dit.job import StartUnusable, TrainingDiverged, stage_job
@@ -49,10 +50,11 @@ def run_dit(context: StageContext, train_slice: str, before: Path | None = None)
         run_job(job)
     except (StartUnusable, TrainingDiverged, DiskFull, TrainingRefused) as problem:
         raise StageFailed(str(problem)) from problem
-    return _result(context.output_dir, job.settings.steps, write_outcome(job))
+    return _result(context, job.settings.steps, write_outcome(job))
 
 
-def _result(folder: Path, steps: int, outcome: DitOutcome) -> StageResult:
+def _result(context: StageContext, steps: int, outcome: DitOutcome) -> StageResult:
+    folder, runtime = context.output_dir, context.settings.runtime
     metrics, waits, restarts = outcome.metrics, outcome.data_waits, outcome.restarts
     first, last = metrics["validation_loss_first"], metrics["validation_loss_last"]
     return StageResult(
@@ -60,7 +62,8 @@ def _result(folder: Path, steps: int, outcome: DitOutcome) -> StageResult:
         artifacts=tuple(folder / name for name in ("curves.png", "history.csv", "validation.csv")),
         tags=outcome.digests
         | {"data_wait.warnings": str(waits), "restarts": str(len(restarts))}
-        | {f"restarts.{number}": str(failure) for number, failure in enumerate(restarts, 1)},
+        | {f"restarts.{number}": str(failure) for number, failure in enumerate(restarts, 1)}
+        | _checkpoint_advice(outcome.checkpoint_stall_s, runtime.interruptions_per_day),
         summary=(
             f"{steps} steps, validation loss {first:.4f} -> {last:.4f} "
             f"({-metrics['validation_loss_drop']:+.1%})"
@@ -68,3 +71,13 @@ def _result(folder: Path, steps: int, outcome: DitOutcome) -> StageResult:
             + (f"; {len(restarts)} restarts, last: {restarts[-1]}" if restarts else "")
         ),
     )
+
+
+def _checkpoint_advice(stall_s: float | None, per_day: float | None) -> dict[str, str]:
+    """What a checkpoint cost, and how often one would lose least time on machines like these."""
+    if stall_s is None:
+        return {}
+    tags = {"checkpoint.stall_s": f"{stall_s:.3g}"}
+    if per_day is not None and stall_s > 0:
+        tags["checkpoint.advised_minutes"] = f"{advised_minutes(stall_s, per_day):.3g}"
+    return tags

@@ -7,19 +7,30 @@ its entry point.
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from components.files.whole_files import write_text
+from components.settings.bad_input import BadInput
 from components.settings.runtime import RuntimeSettings
+from components.training.distributed.interruption import TrainingInterrupted, forget_interruption
 from components.training.distributed.ranks import exit_with_parent
 from components.training.distributed.supervision import launch, reporting_failures
 
 JOB_FILE = "job.json"
+LOCK_FILE = "lock"
 _JOIN = "--join"
 """Of a worker's command line: launch the processes of a further node."""
+
+
+class StateInUse(BadInput):
+    """Two processes would write into one training state; one line."""
 
 
 class RankJob(Protocol):
@@ -50,17 +61,46 @@ def run_in_ranks(job: J, worker: str, share: Callable[[J], None]) -> None:
             that the smallest run needs no launcher, no port and no second import of torch.
 
     Raises:
+        StateInUse: another process trains in the job's state folder.
+        TrainingInterrupted: asked to stop; the state is saved.
         TrainingRefused: (several processes) a rank failed in a way that a retry would repeat.
         TrainingFailed: (several processes) a rank failed; names it, its last words and the logs.
     """
-    if job.runtime.processes * job.runtime.nodes == 1:
-        share(job)
-        return
     job.state_dir.mkdir(parents=True, exist_ok=True)
-    path = job.state_dir / JOB_FILE
-    # A file and no command line: a job may list every photograph of a slice.
-    write_text(path, job.model_dump_json(indent=1))
-    launch(worker, [str(path.resolve())], job.runtime, job.state_dir)
+    with state_lock(job.state_dir):
+        forget_interruption(job.state_dir)
+        if job.runtime.processes * job.runtime.nodes == 1:
+            share(job)
+            return
+        path = job.state_dir / JOB_FILE
+        # A file and no command line: a job may list every photograph of a slice.
+        write_text(path, job.model_dump_json(indent=1))
+        launch(worker, [str(path.resolve())], job.runtime, job.state_dir)
+
+
+@contextmanager
+def state_lock(state_dir: Path) -> Iterator[None]:
+    """Hold a state's folder; the lock is the kernel's and ends with its holder.
+
+    Raises:
+        StateInUse: another process, of whatever origin, trains in this folder.
+    """
+    descriptor = os.open(state_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+            raise StateInUse(
+                f"another process ({holder or 'unknown'}) trains in {state_dir}; wait for its end "
+                "or stop it"
+            ) from None
+        # For people: the kernel's lock counts, not the name in the file.
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def rank_main(
@@ -84,4 +124,9 @@ def rank_main(
         launch(worker, sys.argv[1:2], job.runtime, job.state_dir, joins=True)
         return
     with reporting_failures(lasting):
-        share(job)
+        try:
+            share(job)
+        except TrainingInterrupted as stop:
+            # A good end for torchrun, which would start the ranks again; the launcher reads what
+            # the state's folder says.
+            print(stop, file=sys.stderr, flush=True)

@@ -90,6 +90,15 @@ class Ranks:
         self.beat()
         return everyone
 
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For every flag, whether it is set on any rank; the same answer on every rank."""
+        if self.world_size == 1:
+            return flags
+        values = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        self.beat()
+        return tuple(bool(value) for value in values.tolist())
+
     def gather_samples(self, values: Tensor) -> Tensor:
         """Columns of all samples, (rows, all samples) on the CPU, in rank order, on every rank.
 
@@ -162,7 +171,9 @@ def open_ranks(
         timeout: how long a rank waits for the others before it fails.
         context_degree: so many neighbouring ranks share each sample.
     """
-    for name, value in training_environment(device).items():
+    # On several nodes gloo has to find the network by itself.
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1")
+    for name, value in training_environment(device, here).items():
         # What a launcher has set stays.
         os.environ.setdefault(name, value)
     # DeepSpeed insists on a local rank even where nothing was launched.

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -28,6 +28,12 @@ from typing import IO
 import psutil
 
 from components.settings.runtime import RuntimeSettings
+from components.training.distributed.interruption import (
+    SIGNALS,
+    StopRequest,
+    listening,
+    raise_interruption,
+)
 from components.training.distributed.ranks import HEARTBEATS, training_environment
 
 RESTARTS_FILE = "restarts.jsonl"
@@ -40,6 +46,8 @@ _FAILED = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 _ROLE = "rank"
 _FROM_RANK = re.compile(rb"^\[" + _ROLE.encode() + rb"\d+\]:")
 _POLL_S = 0.2
+# Ends torchrun, which then ends its ranks.
+_END = signal.SIGQUIT
 
 
 class TrainingFailed(RuntimeError):
@@ -114,25 +122,35 @@ def launch(
         stdin=subprocess.PIPE,
         # Read line by line, because torchrun's own words and the ranks' come through it together.
         stderr=subprocess.PIPE,
+        # torchrun gives its ranks half a minute, whatever is asked; what asks for an end comes from
+        # here (`_Supervised`), and what is ignored now stays so in a program that does not ask.
+        preexec_fn=_ignore_stop_signals,
     )
     # All nodes restart together; one list is enough, and the first node keeps it.
     restarts_file = logs / RESTARTS_FILE if joins else state_dir / RESTARTS_FILE
     supervised = _Supervised(process, logs, runtime, restarts_file)
     try:
-        code = supervised.wait()
+        with listening() as stop:
+            code = supervised.wait(stop)
     except BaseException:
-        # After Ctrl-C too: torchrun passes the signal on and waits for its ranks.
-        process.terminate()
+        # After a second Ctrl-C too: torchrun passes the signal on and waits for its ranks.
+        process.send_signal(_END)
         process.wait()
         raise
     finally:
         assert process.stdin is not None
         process.stdin.close()
+    raise_interruption(state_dir, state_dir.parent.name)
     if code:
         failure = supervised.last_failure()
         kind = TrainingRefused if failure.is_lasting else TrainingFailed
         count = f" after {failure.attempt} restarts" if failure.attempt else ""
         raise kind(f"{failure}{count} (logs: {logs})")
+
+
+def _ignore_stop_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def torchrun_command(runtime: RuntimeSettings, logs: Path) -> list[str]:
@@ -151,6 +169,8 @@ def torchrun_command(runtime: RuntimeSettings, logs: Path) -> list[str]:
         f"--log-dir={logs}",
         # 3: standard output and standard error, each to the terminal and to a file of the rank.
         "--tee=3",
+        # The others are handled by this module and by the ranks.
+        f"--signals-to-handle={_END.name}",
         # Stands before every line of a rank, which `_FROM_RANK` recognises.
         f"--role={_ROLE}",
     ]
@@ -188,15 +208,26 @@ class _Supervised:
         self._stalled: dict[int, str] = {}
         self._final: RankFailure | None = None
 
-    def wait(self) -> int:
-        """The exit code; meanwhile look for restarts, lasting failures and ranks that stall."""
+    def wait(self, stop: StopRequest) -> int:
+        """The exit code; meanwhile look for restarts, lasting failures and ranks that stall.
+
+        Args:
+            stop: passed on to the ranks once, which have `runtime.grace_s` to save and end.
+        """
         assert self._process.stderr is not None
         reader = threading.Thread(target=self._read, args=(self._process.stderr,), daemon=True)
         reader.start()
         # Wall clock, because it is compared with the time of change of files.
         seen, moved = self.attempts(), time.time()
+        told = 0.0
         while self._process.poll() is None:
             time.sleep(_POLL_S)
+            if stop and not told:
+                told = time.monotonic()
+                self._signal_ranks(signal.SIGUSR1)
+            elif told and time.monotonic() - told > self._runtime.grace_s:
+                self._process.send_signal(_END)
+                break
             if self.attempts() > seen:
                 self._restarted(seen)
                 seen, moved = self.attempts(), time.time()
@@ -207,6 +238,7 @@ class _Supervised:
             # `seen` is 0 until torchrun has started ranks, and no attempt is killed twice.
             if seen and seen - 1 not in self._stalled and time.time() - moved > limit_s:
                 self._kill_ranks(seen - 1)
+        self._process.wait()
         # torchrun's last words, which name the failure, may still be in the pipe.
         reader.join()
         return self._process.returncode
@@ -273,7 +305,7 @@ class _Supervised:
         failure = self.failure(seen - 1)
         if failure.is_lasting:
             self._final = failure
-            self._process.terminate()
+            self._process.send_signal(_END)
             return
         print(f"restarted all ranks: {failure}", file=sys.stderr, flush=True)
         with self._restarts.open("a", encoding="utf-8") as file:
@@ -283,8 +315,14 @@ class _Supervised:
         """SIGKILL, which also ends a stopped process; torchrun then restarts all."""
         minutes = self._runtime.collective_timeout_minutes
         self._stalled[attempt] = f"no rank has moved for {minutes:g} minutes"
-        for rank in psutil.Process(self._process.pid).children():
-            rank.kill()
+        self._signal_ranks(signal.SIGKILL)
+
+    def _signal_ranks(self, number: signal.Signals) -> None:
+        # Ranks, or torchrun itself, may end at any moment.
+        with suppress(psutil.NoSuchProcess):
+            for rank in psutil.Process(self._process.pid).children():
+                with suppress(psutil.NoSuchProcess):
+                    rank.send_signal(number)
 
     def _reports(self, attempt: int) -> Iterator[tuple[float, RankFailure]]:
         """(time, failure) of the ranks that could still say why they ended."""

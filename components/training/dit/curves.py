@@ -7,6 +7,7 @@ inputs and settings only.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from components.files.whole_files import write_text
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.supervision import RankFailure, restarts
 from components.training.dit.job import WEIGHTS_NAMES, DitJob
-from components.training.dit.throughput import WAIT_WARNING
+from components.training.dit.throughput import CHECKPOINT_STALL, WAIT_WARNING
 from components.training.dit.validation import LEVELS, NOISE_LEVELS, ValidationLoss
 from components.training.stores.latent_store import LatentStore
 from components.training.stores.text_store import TextStore
@@ -139,6 +140,8 @@ class DitOutcome:
     """How often waiting for data became too long."""
     restarts: tuple[RankFailure, ...]
     """Why the ranks had to start again, oldest first."""
+    checkpoint_stall_s: float | None
+    """Median time that a step waited for the checkpoint before it; None: there was none."""
 
 
 def write_outcome(job: DitJob) -> DitOutcome:
@@ -157,7 +160,9 @@ def write_outcome(job: DitJob) -> DitOutcome:
     draw_curves(rows, job.name, out / "curves.png")
     write_text(out / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     waits = sum(1 for row in rows if WAIT_WARNING in row)
-    return DitOutcome(metrics, _digests(job), waits, tuple(restarts(job.state_dir)))
+    stalls = [row[CHECKPOINT_STALL] for row in rows if CHECKPOINT_STALL in row]
+    stall_s = statistics.median(stalls) if stalls else None
+    return DitOutcome(metrics, _digests(job), waits, tuple(restarts(job.state_dir)), stall_s)
 
 
 def _digests(job: DitJob) -> dict[str, str]:

@@ -19,6 +19,8 @@ from components.training.dit.velocity import NoisedBatch, predict_velocity
 WAIT_WARNING = "data_wait_warning"
 """1 in the row of the step at which waiting for data became too long."""
 # Left out where two logs are compared for equality.
+CHECKPOINT_STALL = "checkpoint_stall_s"
+"""How long the step before this one waited for its checkpoint to be taken."""
 MACHINE_METRICS = frozenset(
     {
         "images_per_s",
@@ -27,6 +29,7 @@ MACHINE_METRICS = frozenset(
         "mfu",
         "data_wait_s",
         "data_wait_share",
+        CHECKPOINT_STALL,
         WAIT_WARNING,
         "rss_gib",
         "cuda_allocated_gib",

@@ -23,12 +23,14 @@ from components.objectives.haar import BAND_NAMES
 from components.objectives.objective import objective_loss
 from components.settings.training import DitStageSettings
 from components.telemetry.progress import track
+from components.training.distributed.interruption import StopRequest, note_interruption
 from components.training.distributed.ranks import Ranks
 from components.training.dit.adapters import save_adapted
 from components.training.dit.assembly import AssembledRun, assemble_run
 from components.training.dit.export import Card, save_transformer
 from components.training.dit.job import WEIGHTS_NAMES, DitJob, TrainingDiverged, build_transformer
 from components.training.dit.model_card import facts_of_run, model_card
+from components.training.dit.throughput import CHECKPOINT_STALL
 from components.training.dit.validation import LEVELS
 from components.training.dit.velocity import NoisedBatch, band_errors, predict_velocity
 from components.training.sharded.weight_shards import assemble, master_shards
@@ -60,13 +62,19 @@ def band_losses(t: Tensor, losses: Tensor) -> dict[str, float]:
     }
 
 
-def train(job: DitJob, ranks: Ranks) -> None:
+def train(job: DitJob, ranks: Ranks, stop: StopRequest | None = None) -> None:
     """Train, validate and export one stage; continues from the newest checkpoint.
 
     Writes `export_dir/raw` and `export_dir/ema` (diffusers folders, float32 safetensors) and the
     metric log (rank 0). Call in every rank, inside `open_ranks` and `deterministic_torch`.
 
+    Args:
+        job: what to do.
+        ranks: this process among all.
+        stop: asked after every step.
+
     Raises:
+        TrainingInterrupted: some rank was asked to stop; the state is saved.
         TrainingDiverged: a loss or gradient is not finite.
         CheckpointFailed: a checkpoint could not be written; training goes on from the one before.
         PlanMismatch: the checkpoint was trained on other data.
@@ -74,7 +82,7 @@ def train(job: DitJob, ranks: Ranks) -> None:
     """
     parts = assemble_run(job, ranks)
     try:
-        DitTrainer(parts).run()
+        DitTrainer(parts, StopRequest() if stop is None else stop).run()
         export_weights(parts)
     finally:
         # Also after an error: the checkpoint in flight is finished or given up, never left.
@@ -84,9 +92,12 @@ def train(job: DitJob, ranks: Ranks) -> None:
 class DitTrainer:
     """Takes the steps of one assembled run."""
 
-    def __init__(self, parts: AssembledRun) -> None:
-        """Go on after `parts.steps_done` steps."""
+    def __init__(self, parts: AssembledRun, stop: StopRequest) -> None:
+        """Go on after `parts.steps_done` steps, until `stop` is set or all are done."""
         self.parts = parts
+        self._stop = stop
+        self._saved_at = time.monotonic()
+        self._stalled: dict[str, float] = {}
         self.job, self.ranks, self.settings = parts.job, parts.ranks, parts.job.settings
         self.engine, self.average, self.metrics = parts.engine, parts.average, parts.metrics
         self.step = parts.steps_done
@@ -112,6 +123,8 @@ class DitTrainer:
                 self.step = step + 1
                 if self.ranks.is_first:
                     values |= self.parts.throughput.measure(self.step, took, waited, batch[0])
+                    values |= self._stalled
+                    self._stalled = {}
                     self._progress = (
                         f"loss {values['loss']:.4f}, {values['images_per_s']:.3g} images/s"
                     )
@@ -153,12 +166,24 @@ class DitTrainer:
                     # graphs.
                     with self.parts.uncompiled():
                         grids.draw(self.engine.module, self.step)
+        # One answer for all ranks: a signal and a clock reach each of them at another step.
+        stops, is_late = self.ranks.any(bool(self._stop), self._is_late())
         # After validation: a run that goes on from this checkpoint does not validate again.
-        if last or self.step % self.settings.checkpoint_every == 0:
+        if last or stops or is_late or self.step % self.settings.checkpoint_every == 0:
             self._write_checkpoint()
-        if last:
+        if last or stops:
             # The export follows, and a kill during it must find the last checkpoint whole.
             self.parts.checkpoints.writer.wait()
+        if stops and not last:
+            self.ranks.barrier()
+            raise note_interruption(
+                self.job.state_dir, self.job.name, self.step, self.settings.steps
+            )
+
+    def _is_late(self) -> bool:
+        """Whether the clock asks for a checkpoint."""
+        minutes = self.settings.checkpoint_every_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
 
     def _prefetch(self, loader: ThreadPoolExecutor) -> Iterator[list[NoisedBatch]]:
         """Micro batches of the coming steps, one step ahead of the optimizer."""
@@ -268,7 +293,12 @@ class DitTrainer:
             self.metrics.log(values, self.step)
 
     def _write_checkpoint(self) -> None:
+        begin = time.perf_counter()
         self.parts.checkpoints.write(self.step, self.parts.data.plan.state(self.step).as_dict())
+        self._saved_at = time.monotonic()
+        # What training stood still for; files may still be written beside the next steps. Logged
+        # with the next step, since one step is one line.
+        self._stalled = {CHECKPOINT_STALL: time.perf_counter() - begin}
 
 
 def export_weights(parts: AssembledRun) -> None:

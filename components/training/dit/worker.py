@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from components.files.weight_folders import WeightsMissing
 from components.training.distributed.checkpoints import DiskFull
+from components.training.distributed.interruption import listening
 from components.training.distributed.rank_jobs import rank_main, run_in_ranks
 from components.training.distributed.ranks import (
     collective_timeout,
@@ -42,8 +43,9 @@ def train_here(job: DitJob) -> None:
     wait = collective_timeout(job.runtime)
     # Not entered yet: threads and kernels are settled before the group exists.
     ranks_here = open_ranks(job.runtime.device, wait, job.runtime.context_parallel_degree)
-    with deterministic_torch(job.runtime.torch_threads), ranks_here as ranks:
-        train(job, ranks)
+    threads = job.runtime.torch_threads
+    with deterministic_torch(threads), ranks_here as ranks, listening() as stop:
+        train(job, ranks, stop)
 
 
 if __name__ == "__main__":

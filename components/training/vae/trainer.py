@@ -35,6 +35,7 @@ from components.telemetry.metric_log import MetricLog
 from components.telemetry.progress import track
 from components.training.distributed.checkpoint_writer import CheckpointWriter
 from components.training.distributed.checkpoints import CheckpointStore, load_state, save_state
+from components.training.distributed.interruption import StopRequest, note_interruption
 from components.training.distributed.ranks import Ranks
 from components.training.vae.crops import Crop, TileCrops
 
@@ -262,6 +263,7 @@ def train_vae(
     seed: int,
     state_dir: Path,
     metrics: MetricLog,
+    stop: StopRequest | None = None,
 ) -> VaeTraining:
     """Train the decoder of `autoencoder` in place; continues from the newest checkpoint.
 
@@ -276,8 +278,10 @@ def train_vae(
         seed: of crops.
         state_dir: checkpoints, and the batch of a failed step.
         metrics: loss terms, grad_norm and images_per_s every step, psnr_db when measured.
+        stop: asked after every step.
 
     Raises:
+        TrainingInterrupted: some rank was asked to stop; the state is saved.
         LossNotFinite: NaN or infinity; weights are those before the offending step.
         DiskFull: no room for a checkpoint; the one before it is whole.
         ValueError: the global batch does not divide by the number of processes.
@@ -307,6 +311,7 @@ def train_vae(
     # Numbers of the global batch: with other ranks the same crops make up a step.
     mine = range(ranks.rank * share, (ranks.rank + 1) * share)
     todo = range(run.step, settings.steps)
+    saved_at = time.monotonic()
     for step in track(todo, "vae", total=settings.steps, initial=run.step):
         started = time.perf_counter()
         images = photographs.batch(seed, step, mine)
@@ -323,8 +328,15 @@ def train_vae(
             # Throughput depends on the machine, so it is not part of the history.
             pace = {"images_per_s": settings.batch_size / step_s, "step_s": step_s}
             metrics.log(measured | pace, run.step)
-        if last or run.step % settings.checkpoint_every == 0:
+        minutes = settings.checkpoint_every_minutes
+        is_late = minutes is not None and time.monotonic() - saved_at >= 60.0 * minutes
+        # One answer for all ranks: a signal and a clock reach each of them at another step.
+        stops, is_late = ranks.any(bool(stop), is_late)
+        if last or stops or is_late or run.step % settings.checkpoint_every == 0:
             run.save()
+            saved_at = time.monotonic()
+        if stops and not last:
+            raise note_interruption(state_dir, "vae", run.step, settings.steps)
     after = reconstruct(autoencoder, held_out)
     # It is handed over for use, and an export or a metric needs no gradients.
     autoencoder.requires_grad_(False)

@@ -13,6 +13,7 @@ from components.files.weight_folders import WeightsMissing
 from components.models.loading.base_autoencoder import load_base_autoencoder
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.checkpoints import DiskFull, no_room
+from components.training.distributed.interruption import StopRequest, listening
 from components.training.distributed.rank_jobs import rank_main, run_in_ranks
 from components.training.distributed.ranks import (
     Ranks,
@@ -49,8 +50,8 @@ def train_here(job: VaeJob) -> None:
     wait = collective_timeout(job.runtime)
     ranks_here = open_ranks(job.runtime.device, wait)
     here = deterministic_torch(job.runtime.torch_threads)
-    with full_disks_named(job.export_dir), here, ranks_here as ranks:
-        _train(job, ranks)
+    with full_disks_named(job.export_dir), here, ranks_here as ranks, listening() as stop:
+        _train(job, ranks, stop)
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def full_disks_named(folder: Path) -> Iterator[None]:
         raise DiskFull(f"{where}: {problem.strerror}; make room and run again") from problem
 
 
-def _train(job: VaeJob, ranks: Ranks) -> None:
+def _train(job: VaeJob, ranks: Ranks, stop: StopRequest) -> None:
     autoencoder = load_base_autoencoder(job.autoencoder, job.seed, job.root)
     # `run_job` has cut them before any rank started.
     assert job.tiles is not None
@@ -83,6 +84,7 @@ def _train(job: VaeJob, ranks: Ranks) -> None:
         seed=job.seed,
         state_dir=job.state_dir,
         metrics=MetricLog(job.metrics),
+        stop=stop,
     )
     if ranks.is_first:
         left_out = {"vae": photographs.left_out, "eval": held_out.left_out}

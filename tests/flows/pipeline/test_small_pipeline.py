@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -433,3 +435,66 @@ def test_two_pipelines_at_once_take_turns(project: Path) -> None:
     assert "done  evaluate" in worked
     assert "done  evaluate" not in waited[0]
     assert versioning.stale_stages(copy, versioning.stage_graph(copy)) == {}
+
+
+def first_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[0]
+
+
+def test_an_unfinished_training_run_meets_settings_that_have_changed(project: Path) -> None:
+    """Killed, edited and gone on with, through the commands a person types."""
+    copy = project.with_name("edited-run")
+    shutil.copytree(project, copy, symlinks=True)
+    small_project.change_settings(copy, {"dit_stage1.steps": 500, "dit_stage1.checkpoint_every": 2})
+    key = first_line(run_own_code(copy, "stage", "key", "dit_stage1"))
+    state = copy / "runs" / "dit_stage1" / key[:16]
+    with (copy / "stage.log").open("w+") as log:
+        process = subprocess.Popen(
+            ["ultraflux", "stage", "run", "dit_stage1"],
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy)},
+            stderr=log,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 240
+        while not (state / "checkpoints" / "latest").exists():
+            assert process.poll() is None, (copy / "stage.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    # The pipeline's own run is finished: it stands in nobody's way, and can be gone on from.
+    assert "--continue-from dit_stage1/" in (copy / "stage.log").read_text()
+    # As if each step had taken an hour: too much to be begun again without a word.
+    rows = [json.loads(line) for line in (state / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row | {"step_s": 3600.0}) for row in rows]
+    (state / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    unseen = {"dit_stage1.checkpoint_every": 3, "dit_stage1.watch_every": 7}
+    small_project.change_settings(copy, unseen | {"models.transformer.card.license": "mit"})
+    assert first_line(run_own_code(copy, "stage", "key", "dit_stage1")) == key
+    small_project.change_settings(copy, {"dit_stage1.learning_rate": 5e-5})
+    refused = run_own_code(copy, "stage", "run", "dit_stage1")
+    assert refused.returncode == 2
+    step = int((state / "checkpoints" / "latest").read_text()[5:13])
+    assert f"an unfinished run is at step {step} of 500 ({step}.00 device hours)" in refused.stderr
+    assert "-> 5e-05" in refused.stderr
+    assert f"--continue-from dit_stage1/{key[:16]}" in refused.stderr
+
+    small_project.change_settings(copy, {"dit_stage1.steps": step + 1})
+    done = run_own_code(
+        copy, "stage", "run", "dit_stage1", "--continue-from", f"dit_stage1/{key[:6]}"
+    )
+    assert done.returncode == 0, done.stderr
+    card = (copy / "data/dit_stage1/ema/README.md").read_text(encoding="utf-8")
+    assert f"| 1 to {step} | as begun |" in card
+    assert f"| {step + 1} to {step + 1} | dit_stage1.learning_rate" in card
+    listed = json.loads(run_own_code(copy, "stage", "states", "--json").stdout)
+    now = next(row for row in listed if row["differs"] == "current")
+    assert (now["step"], now["status"], len(now["segments"])) == (step + 1, "finished", 2)
+    pruned = run_own_code(copy, "stage", "states", "dit_stage1", "--prune")
+    assert pruned.returncode == 0, pruned.stderr
+    assert not state.exists()
+    assert (copy / "runs" / now["state"]).is_dir()
+    shutil.rmtree(copy)

@@ -88,23 +88,12 @@ def test_other_data_is_gone_on_with_only_where_a_segment_says_so(make_dit_job, f
     assert "| 1 to 2 | as begun |" in card
     assert "| 3 to 3 | code |" in card
     # A later checkpoint follows the new plan, and is checked against it again.
+    other = job.settings.model_copy(update={"global_batch_size": 4, "steps": 5})
     with pytest.raises(PlanMismatch):
-        run_job(
-            job.model_copy(
-                update={
-                    "settings": job.settings.model_copy(update={"global_batch_size": 4, "steps": 5})
-                }
-            )
-        )
+        run_job(job.model_copy(update={"settings": other}))
+    # A segment that began at another step says nothing about this checkpoint.
+    begun = Segment(from_step=0, key="a", changes={})
+    state = make_dit_job(first / "first", steps=3, zero_stage=1, global_batch_size=2)
+    segments = (begun, Segment(from_step=1, key="b", changes={}))
     with pytest.raises(PlanMismatch):
-        state = make_dit_job(first / "first", steps=3, zero_stage=1, global_batch_size=2)
-        run_job(
-            state.model_copy(
-                update={
-                    "segments": (
-                        Segment(from_step=0, key="a", changes={}),
-                        Segment(from_step=1, key="b", changes={}),
-                    )
-                }
-            )
-        )
+        run_job(state.model_copy(update={"segments": segments}))
