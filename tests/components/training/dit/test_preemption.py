@@ -65,7 +65,7 @@ def test_a_warned_run_saves_the_step_it_is_at(
 def test_ranks_are_warned_by_their_launcher(
     make_dit_job: Callable[..., Any], tmp_path: Path, number: signal.Signals
 ) -> None:
-    steps = {"steps": 60, "checkpoint_every": 60, "validate_every": 60, "processes": 2}
+    steps = {"steps": 30, "checkpoint_every": 30, "validate_every": 30, "processes": 2}
     job = make_dit_job(tmp_path / "warned", **steps)
 
     def warn() -> None:
@@ -81,7 +81,7 @@ def test_ranks_are_warned_by_their_launcher(
     newest = newest_checkpoint(job.state_dir / "checkpoints")
     assert newest is not None
     # Nothing that was logged has to be made again.
-    assert newest[0] == max(int(row["step"]) for row in MetricLog(job.metrics).rows()) < 60
+    assert newest[0] == max(int(row["step"]) for row in MetricLog(job.metrics).rows()) < 30
     whole = make_dit_job(tmp_path / "whole", **steps)
     run_job(whole)
     run_job(job)
