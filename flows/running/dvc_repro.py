@@ -23,13 +23,8 @@ from components.telemetry.progress import PROGRESS_FILE
 from flows.records.records import Record, read_json, records_dir
 from flows.running.clone_lock import stage_lock
 from flows.running.gpu_lock import WAITING_VARIABLE
-<<<<<<< HEAD
-from flows.running.guarded_process import GuardedProcess
-from flows.running.recorded_stage import FORCED, OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
-=======
 from flows.running.guarded_process import GRACE_S, GuardedProcess
-from flows.running.recorded_stage import OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
->>>>>>> 2b25b62 (Asked to stop, a training run finishes its step and saves; a state is held by one process)
+from flows.running.recorded_stage import FORCED, OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
 from flows.running.shared_turns import shared_turn
 from flows.running.stage_runner import OutcomeStatus, StageOutcome, interrupted
 from flows.versioning import graph as versioning
