@@ -210,9 +210,7 @@ def run_stage(name: str, root: Path) -> int:
             uploader = UploaderProcess(root)
         metrics = MetricLog(state_dir / "metrics.jsonl")
         segments = () if state is None else state.segments
-        context = StageContext(
-            name, settings, root, state_dir, metrics, segments=segments
-        )
+        context = StageContext(name, settings, root, state_dir, metrics, segments=segments)
         runtime = settings.runtime
         with (
             gpus_for(
