@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows.commands.command_line import fail, project_root
+
+if TYPE_CHECKING:
+    from components.training.distributed.run_states import RunIdentity, RunState
 
 KEY_EPILOG = """Examples:
 
@@ -105,7 +108,8 @@ def stage_states(
     for stage in stages:
         states = read_states(root / "runs" / stage)
         current = _current(root, stage)
-        gone = dict(_reasons(unneeded(states, None if current is None else current.key)))
+        key = None if current is None else current.key
+        gone = {state.name: reason for state, reason in unneeded(states, key)}
         for state in states:
             removed = prune and state.name in gone
             if removed:
@@ -121,11 +125,7 @@ def stage_states(
         print(f"{sum(row['removed'] for row in rows)} removed, {freed / 2**20:.1f} MiB freed.")
 
 
-def _reasons(found: Any) -> Any:
-    return ((state.name, reason) for state, reason in found)
-
-
-def _current(root: Path, stage: str) -> Any:
+def _current(root: Path, stage: str) -> RunIdentity | None:
     """The identity that settings, inputs and code give now; None: an input is not there."""
     from flows.running.training_state import identity_of
     from flows.versioning import graph as versioning
@@ -138,7 +138,9 @@ def _current(root: Path, stage: str) -> Any:
     return identity_of(root, stage, stage_parameters(root, stage), inputs)
 
 
-def _row(state: Any, current: Any, reason: str, removed: bool) -> dict[str, Any]:
+def _row(
+    state: RunState, current: RunIdentity | None, reason: str, removed: bool
+) -> dict[str, Any]:
     from components.training.distributed.run_states import described
 
     if current is None:

@@ -68,7 +68,7 @@ MISREAD: dict[str, tuple[str, bytes, str, dict[str, Any]]] = {
     ),
     "latin-1, gzipped": (
         "a.csv.gz",
-        gzip.compress(TABLE.encode("latin-1")),
+        gzip.compress(TABLE.encode("latin-1"), mtime=0),
         r"ingest\.lists\.encoding",
         {"encoding": "latin-1"},
     ),
@@ -128,7 +128,7 @@ def test_addresses_under_a_name_of_their_own_are_found_when_it_is_set(
     ("name", "data", "message"),
     [
         ("a.csv", b"PK\x03\x04...", "not text but a ZIP archive or workbook"),
-        ("a.csv", gzip.compress(b"url\n"), "not text but gzipped"),
+        ("a.csv", gzip.compress(b"url\n", mtime=0), "not text but gzipped"),
         ("a.csv", b'url,"caption\nhttp://a/1.jpg,x\n', "the quotation mark in its heading"),
         ("a.csv", b"<!DOCTYPE html>\n<p>", "columns are <!DOCTYPE html>"),
         ("a.csv", b"foto,text\nx,http://a/1.jpg\n", r"set ingest\.lists\.url_column to text$"),
