@@ -106,8 +106,9 @@ def _stop_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
     os.killpg(0, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline:
-        child.poll()
-        if not _others():
+        # The child has to be reaped as well: DVC takes the process of a lock for alive while its
+        # entry is there.
+        if child.poll() is not None and not _others():
             break
         time.sleep(_POLL_S)
     os.killpg(0, signal.SIGKILL)

@@ -252,7 +252,9 @@ class CheckpointStore:
         older = sorted(
             (item for item in others if item[0] < step), key=lambda item: (item[0], item[1].name)
         )
-        kept = {path for _, path in older[len(older) - self.keep + 1 :]} if self.keep > 1 else set()
+        # Never below zero: a negative start would count from the end, and drop what is to be kept.
+        first_kept = max(0, len(older) - self.keep + 1)
+        kept = {path for _, path in older[first_kept:]}
         for _, path in others:
             if path not in kept:
                 # Renamed first: a half-deleted folder must never look like a checkpoint.

@@ -82,7 +82,7 @@ def train(job: DitJob, ranks: Ranks, stop: StopRequest | None = None) -> None:
     """
     parts = assemble_run(job, ranks)
     try:
-        DitTrainer(parts, StopRequest() if stop is None else stop).run()
+        DitTrainer(parts, stop).run()
         export_weights(parts)
     finally:
         # Also after an error: the checkpoint in flight is finished or given up, never left.
@@ -92,7 +92,7 @@ def train(job: DitJob, ranks: Ranks, stop: StopRequest | None = None) -> None:
 class DitTrainer:
     """Takes the steps of one assembled run."""
 
-    def __init__(self, parts: AssembledRun, stop: StopRequest) -> None:
+    def __init__(self, parts: AssembledRun, stop: StopRequest | None = None) -> None:
         """Go on after `parts.steps_done` steps, until `stop` is set or all are done."""
         self.parts = parts
         self._stop = stop

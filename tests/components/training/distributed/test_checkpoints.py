@@ -227,3 +227,11 @@ def test_a_state_that_would_run_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"f": os.system}, protocol=2))
     with pytest.raises(CheckpointUnreadable, match=r"evil\.pt"):
         load_state(tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 9])
+def test_exactly_the_newest_stay(tmp_path: Path, keep: int) -> None:
+    store = CheckpointStore(tmp_path, keep)
+    for step in range(1, 8):
+        store.save(step, lambda folder: (folder / "weights").write_bytes(b"w"))
+        assert store.steps() == list(range(max(1, step - keep + 1), step + 1))
