@@ -27,7 +27,9 @@ class MetricLog:
         """Open (and create) `path`; existing lines stay."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        # Not where it is there: a reader must not make it look as if the run were at work.
+        if not path.exists():
+            path.touch()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Append the `metrics` of one `step` (at least 0); a NaN is recorded as it is."""

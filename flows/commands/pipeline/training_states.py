@@ -47,18 +47,16 @@ def stage_key(
 ) -> None:
     """Print the identity of a stage's training state, and the settings that are in it."""
     from components.settings.schema import SettingsError
-    from flows.running.training_state import identity_of
-    from flows.versioning import graph as versioning
-    from flows.versioning.parameters import stage_parameters
+    from flows.running.training_state import clone_identity
+    from flows.versioning.graph import GraphError
     from flows.versioning.setting_overrides import merged, parse_assignments, read_params
 
     root = project_root()
     try:
         _refuse_untrained(root, name)
         values = merged(read_params(root), parse_assignments(settings or []))
-        _, inputs = versioning.stage_identity(root, name)
-        identity = identity_of(root, name, stage_parameters(root, name, values), inputs)
-    except (versioning.GraphError, SettingsError) as problem:
+        identity = clone_identity(root, name, values)
+    except (GraphError, SettingsError) as problem:
         raise fail(str(problem)) from None
     if as_json:
         print(json.dumps({"key": identity.key, **identity.model_dump(mode="json")}, indent=1))
@@ -104,7 +102,6 @@ def stage_states(
         raise fail(str(problem)) from None
     stages = [one for one, node in graph.items() if node.meta.trains and name in (None, one)]
     rows: list[dict[str, Any]] = []
-    freed = 0
     for stage in stages:
         states = read_states(root / "runs" / stage)
         current = _current(root, stage)
@@ -112,8 +109,6 @@ def stage_states(
         gone = {state.name: reason for state, reason in unneeded(states, key)}
         for state in states:
             removed = prune and state.name in gone
-            if removed:
-                freed += state.size_bytes()
             rows.append(_row(state, current, gone.get(state.name, ""), removed))
             if removed:
                 remove_state(state)
@@ -122,20 +117,19 @@ def stage_states(
         return
     _print_table(rows)
     if prune:
-        print(f"{sum(row['removed'] for row in rows)} removed, {freed / 2**20:.1f} MiB freed.")
+        removed_mib = [row["mib"] for row in rows if row["removed"]]
+        print(f"{len(removed_mib)} removed, {sum(removed_mib):.1f} MiB freed.")
 
 
 def _current(root: Path, stage: str) -> RunIdentity | None:
     """The identity that settings, inputs and code give now; None: an input is not there."""
-    from flows.running.training_state import identity_of
-    from flows.versioning import graph as versioning
-    from flows.versioning.parameters import stage_parameters
+    from flows.running.training_state import clone_identity
+    from flows.versioning.graph import GraphError
 
     try:
-        _, inputs = versioning.stage_identity(root, stage)
-    except versioning.GraphError:
+        return clone_identity(root, stage)
+    except GraphError:
         return None
-    return identity_of(root, stage, stage_parameters(root, stage), inputs)
 
 
 def _row(
@@ -168,7 +162,11 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("state", "step", "status", "device h", "MiB", "age", "against the settings now")
+    table = Table()
+    # Whole, because it is what --continue-from takes.
+    table.add_column("state", no_wrap=True)
+    for heading in ("step", "status", "device h", "MiB", "age", "against the settings now"):
+        table.add_column(heading, overflow="fold")
     for row in rows:
         words = row["differs"]
         if row["not_needed"]:

@@ -109,6 +109,11 @@ def test_a_state_tells_its_step_time_and_past(tmp_path: Path) -> None:
     # Steps after the checkpoint will be made again and are not at stake.
     assert state.seconds() == pytest.approx(12.0)
     assert not state.finished
+    # Looking at a state is no work on it.
+    for path in (*state.folder.rglob("*"), state.folder):
+        os.utime(path, (1e9, 1e9))
+    state.seconds()
+    assert state.modified() == 1e9
     mark_finished(state.folder)
     assert read_states(tmp_path)[0].finished
     (tmp_path / "no-state").mkdir()
