@@ -23,50 +23,6 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     write_row_groups([table], table.schema, path)
 
 
-class RowStream:
-    """A Parquet file that grows row by row; in place when the block ends without an error.
-
-    Args:
-        path: where it will be.
-        schema: of the rows.
-        group_rows: rows that are held in memory and written together.
-    """
-
-    def __init__(self, path: Path, schema: pa.Schema, group_rows: int = 8192) -> None:
-        self._path = path
-        self._schema = schema
-        self._group_rows = group_rows
-        self._rows: list[dict[str, Any]] = []
-        self._temporary = path.with_name(f".{path.name}.partial")
-
-    def __enter__(self) -> RowStream:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = pq.ParquetWriter(self._temporary, self._schema, compression=_COMPRESSION)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        problem: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None and self._rows:
-            self._flush()
-        self._writer.close()
-        if kind is None:
-            self._temporary.replace(self._path)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Append a row; absent columns are null."""
-        self._rows.append(row)
-        if len(self._rows) == self._group_rows:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-        self._rows.clear()
-
-
 class TableStream:
     """A Parquet file that grows table by table; in place when the block ends without an error.
 
@@ -110,6 +66,46 @@ class TableStream:
             waiting = waiting.slice(self._group_rows)
         # Copied, or the rest of a few rows would hold the whole table.
         self._waiting = waiting.combine_chunks() if len(waiting) < len(table) else waiting
+
+
+class RowStream:
+    """A Parquet file that grows row by row; in place when the block ends without an error.
+
+    Args:
+        path: where it will be.
+        schema: of the rows.
+        group_rows: rows that are held in memory and written together.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, group_rows: int = 8192) -> None:
+        self._schema = schema
+        self._group_rows = group_rows
+        self._rows: list[dict[str, Any]] = []
+        self._tables = TableStream(path, schema, group_rows)
+
+    def __enter__(self) -> RowStream:
+        self._tables.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None and self._rows:
+            self._flush()
+        self._tables.__exit__(kind, problem, trace)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row; absent columns are null."""
+        self._rows.append(row)
+        if len(self._rows) == self._group_rows:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._tables.add(pa.Table.from_pylist(self._rows, schema=self._schema))
+        self._rows.clear()
 
 
 def write_row_groups(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) -> None:

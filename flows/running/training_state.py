@@ -90,15 +90,31 @@ def identity_of(
     )
 
 
+def clone_identity(
+    root: Path, stage: str, settings: Mapping[str, Any] | None = None
+) -> RunIdentity:
+    """`identity_of` with the inputs that the clone has now.
+
+    Args:
+        root: repository root.
+        stage: that trains.
+        settings: nested; None: those of params.yaml.
+
+    Raises:
+        GraphError: no such stage, or an input is not there.
+    """
+    _, inputs = versioning.stage_identity(root, stage)
+    return identity_of(root, stage, stage_parameters(root, stage, settings), inputs)
+
+
 def stage_state_folder(root: Path, stage: str) -> Path:
     """Where a stage keeps its state with the inputs, settings and code that the clone has now.
 
     Raises:
         GraphError: no such stage, or an input is not there.
     """
-    key, inputs = versioning.stage_identity(root, stage)
-    if versioning.stage_node(root, stage).meta.trains:
-        key = identity_of(root, stage, stage_parameters(root, stage), inputs).key
+    trains = versioning.stage_node(root, stage).meta.trains
+    key = clone_identity(root, stage).key if trains else versioning.stage_key(root, stage)
     return state_folder(root, stage, key)
 
 
@@ -162,13 +178,14 @@ def open_state(root: Path, identity: RunIdentity, wish: Wish, processes: int) ->
     if wish.on_changed == "continue":
         _say(f"{stage}: goes on from {at} under {changes}")
         return continue_from(unfinished, folder, identity, processes)
-    if unfinished.seconds() <= AT_STAKE_S:
+    seconds = unfinished.seconds()
+    if seconds <= AT_STAKE_S:
         _say(
-            f"{stage}: begins at step 0; the unfinished {at} ({unfinished.seconds():.0f} s of "
+            f"{stage}: begins at step 0; the unfinished {at} ({seconds:.0f} s of "
             f"work) was made under other conditions: {changes}"
         )
         return begin_state(folder, identity, processes)
-    raise StateRefused(_refusal(unfinished, identity))
+    raise StateRefused(_refusal(unfinished, identity, seconds))
 
 
 def _is_open(state: RunState) -> bool:
@@ -198,9 +215,9 @@ def _offer_finished(states: list[RunState], identity: RunIdentity) -> None:
             return
 
 
-def _refusal(state: RunState, identity: RunIdentity) -> str:
+def _refusal(state: RunState, identity: RunIdentity, seconds: float) -> str:
     changes = state.identity.changes_to(identity)
-    hours = state.seconds() * state.processes / 3600
+    hours = seconds * state.processes / 3600
     lines = [
         f"{identity.stage}: an unfinished run is at step {state.step} of {state.steps} "
         f"({hours:.2f} device hours) and was made under other conditions:",

@@ -120,17 +120,14 @@ def join_signals(
 def _with_columns(manifest: pd.DataFrame, other: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """Replace `columns` by those of `other`; duplicates of one image share its values."""
     rows = _positions(manifest["image_id"], other["image_id"])
-    names = [name for name in columns if name in other]
-    if len(rows) == len(other) and (rows == np.arange(len(rows))).all():
-        found = {name: other[name].array for name in names}
-    else:
+    found = {name: other[name].array for name in columns if name in other}
+    if len(rows) != len(other) or (rows != np.arange(len(rows))).any():
         # Not a merge, which copies the whole table for every one that is joined to it.
         is_known = bool((rows >= 0).all())
-        arrays = {name: other[name].array for name in names}
         # The function passes an axis to Arrow's arrays, which know none; the method fills nothing.
         found = {
             name: array.take(rows) if is_known else take(array, rows, allow_fill=True)
-            for name, array in arrays.items()
+            for name, array in found.items()
         }
     return manifest.assign(**found)
 

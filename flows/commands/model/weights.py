@@ -91,12 +91,12 @@ def list_weights(
 def get_weights(
     name: Annotated[str, typer.Argument(help="nsfwjs: the NSFW scorer of people.nsfw.scorer.")],
     registry: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Address of an npm registry, such as a mirror.",
+            help="Address of an npm registry, such as a mirror (default: npm's public one).",
             envvar=["NPM_CONFIG_REGISTRY", "npm_config_registry"],
         ),
-    ] = "https://registry.npmjs.org",
+    ] = None,
     archive: Annotated[
         Path | None, typer.Option(help="The package's .tgz, in place of a download.")
     ] = None,
@@ -112,6 +112,7 @@ def get_weights(
     if name != NSFWJS:
         raise fail(f"{name}: not fetched by this command; see `ultraflux weights list {name}`")
     package = nsfwjs_package.NSFWJS
+    registry = registry or nsfwjs_package.PUBLIC_REGISTRY
     folder = project_root() / "weights" / NSFWJS
     shown = f"weights/{NSFWJS}"
     if folder.is_dir() and folder_digest(folder) == package.digest:
