@@ -66,6 +66,7 @@ class KnownFiles:
         Raises:
             ValueError: there is none, or more than one.
         """
+        # Exact names first: two files may differ in nothing but the spelling of an accent.
         if name in self._files:
             return name
         found = self._by_spelling.get(comparable_name(name), [])
@@ -117,6 +118,7 @@ def _lines(data: bytes) -> Iterator[tuple[int, str | None]]:
     for mark, encoding in _WIDE_MARKS.items():
         if data.startswith(mark):
             data = data.decode(encoding, "replace").encode("utf-8", "replace")
+    # Split before decoding, so that a wrong byte costs its line alone.
     for number, line in enumerate(data.removeprefix("\ufeff".encode()).split(b"\n"), start=1):
         if line.strip():
             try:
@@ -169,6 +171,7 @@ def read_captions(
         captions[file], first_line[file] = caption, number
         if is_unreadable(caption.english + (caption.chinese or "")):
             losses.append(CaptionLoss(where, "characters that could not be read became U+FFFD"))
+    # One wrong line of many is a loss; all of them wrong mean that the wrong file is named.
     if losses and not captions:
         raise ValueError(
             f"{path.name}: none of its {len(losses)} lines can be used, the first because: "

@@ -120,11 +120,13 @@ def caption_photographs(
         found = Captioned(_fixed(selected, provided.rows, caption), None, [])
     elif caption.provider == "local":
         found = _from_weights(selected, provided.rows, derivatives, settings, root)
+    # After the local model: its captions are what the translator gets.
     if "endpoint" in (caption.provider, caption.translate.provider):
         asked = _from_endpoints(selected, found.rows, derivatives, settings, root)
         found = replace(asked, problems=[*found.problems, *asked.problems])
     was_kept = selected["kept"].eq(True)
     manifest = join_captions(selected, found.rows, caption)
+    # Only rows that this stage rejects; those of `select` have their own reason.
     lost = manifest[was_kept & ~manifest["kept"]]
     counted = manifest.loc[was_kept, "caption_status"].value_counts()
     return CaptionedPhotographs(

@@ -78,6 +78,7 @@ def check_chinese(text: str, english: str) -> str:
     status = check_provided_chinese(text)
     if status != "ok":
         return status
+    # Against the English and not against the settings' bounds, which count English words.
     shortest, longest = (bound * len(english.split()) for bound in _HAN_PER_WORD)
     characters = sum(character.isalpha() for character in text)
     if characters < shortest:

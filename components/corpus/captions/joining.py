@@ -33,6 +33,7 @@ def join_captions(
     )
     words = pd.Series([caption.words for caption in captions], index=table.index, dtype=float)
     about_english = pd.Series([caption.failed_english for caption in captions], index=table.index)
+    # A reject_value without a bound to hold it against would say nothing: only lengths have both.
     bounds = (
         table["caption_status"]
         .map({"too_short": float(settings.min_words), "too_long": float(settings.max_words)})

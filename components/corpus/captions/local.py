@@ -203,6 +203,8 @@ class _Job:
         )
         shards = map_items(
             function,
+            # Batches are the engine's items: their ids name what is in them, so that another
+            # selection asks only for batches that are new.
             [_digest(group) for group in _batches(ids, size)],
             _batches(pictures, size),
             stage="caption" if size > 1 else "caption alone",
@@ -267,6 +269,7 @@ def caption_locally(
     digest = folder_digest(folder)
     limits = model_limits(settings)
     job = _Job(folder, digest, prompt, local, settings, derivatives, state_dir, limits)
+    # In the order of the derivatives, which are read as a stream beside them.
     ids = [image_id for image_id in derivative_ids(derivatives) if image_id in wanted]
     written: dict[str, Written] = {}
     failed: list[str] = []
@@ -290,6 +293,7 @@ def _judged(row: dict[str, Any], settings: Settings) -> dict[str, Written]:
     found = {}
     for image_id, answer, ended in zip(row["images"], row["texts"], row["ended"], strict=True):
         text = clean_answer(answer)
+        # A text that ran into its limit may end in a full stop by chance.
         status = check_english(text, settings.caption)[0] if ended else "truncated"
         found[image_id] = Written(text or None, status)
     return found

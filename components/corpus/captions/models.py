@@ -125,6 +125,8 @@ def write_captions(
                 settings,
                 derivative_px=derivative_px,
             )
+            # By id, since answers come in the order of the derivatives and rows are in the
+            # manifest's.
             for index in asked:
                 caption = written.get(ids[index], WITHOUT_PICTURE)
                 rows[index] = caption.as_caption(captioner.name)

@@ -83,6 +83,7 @@ def read_content(file: FileToRead) -> FileContent:
         descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as problem:
         return _unread(problem)
+    # The stat of the descriptor, not of the name: it belongs to the bytes that are read.
     with open(descriptor, "rb", buffering=0) as opened:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -102,6 +103,7 @@ def read_content(file: FileToRead) -> FileContent:
         except OSError as problem:
             return _unread(problem)
         before, after = _stat(status), _stat(os.fstat(descriptor))
+    # Without a stat nothing is remembered, so bytes that changed under the reader are read again.
     return FileContent(sha256, before if before == after else None, columns)
 
 

@@ -35,6 +35,7 @@ class KnownFiles:
         self._reading = reading
         try:
             self._database = self._opened(path)
+        # It only saves time: a damaged one must not stand in the way of a run.
         except sqlite3.DatabaseError:
             path.unlink()
             self._database = self._opened(path)
@@ -42,6 +43,7 @@ class KnownFiles:
 
     @staticmethod
     def _opened(path: Path) -> sqlite3.Connection:
+        # Working trees that share a folder of photographs may write at once.
         database = sqlite3.connect(path, timeout=60)
         # What a power cut loses is read again.
         database.execute("pragma journal_mode = wal")
@@ -66,6 +68,7 @@ class KnownFiles:
         found = self._database.execute(
             "select size, mtime, ctime, reading, sha256, columns from files where path = ?", (path,)
         ).fetchone()
+        # ctime too: mtime can be set back (`touch -d`, unpacking), ctime cannot.
         if found is None or found[:3] != stat or (found[3] or None) != self._mode(is_candidate):
             return None
         return FileContent(found[4], stat, json.loads(found[5]))

@@ -51,6 +51,7 @@ def source_folder(settings: IngestSettings, root: Path) -> Path:
     if not folder.is_dir():
         raise ValueError(f"{settings.source}: not a folder; {advice}")
     try:
+        # `is_dir` is true of a folder that may be entered but not listed.
         os.listdir(folder)
     except PermissionError:
         raise ValueError(
@@ -81,6 +82,7 @@ def list_source(settings: IngestSettings, root: Path) -> list[SourceFile]:
             f"{settings.source}: no such file or folder; point ingest.source at a file or folder"
         )
     folder = source_folder(settings, root)
+    # Threads answer in any order; the table's rows have one.
     found = sorted(_walk(folder, settings), key=lambda file: file.name)
     if settings.kind == "folder" and not any(file.is_candidate for file in found):
         raise ValueError(
@@ -138,6 +140,8 @@ def _walk(folder: Path, settings: IngestSettings) -> Iterator[SourceFile]:
             try:
                 found = answer.result()
             except OSError as problem:
+                # A folder that cannot be listed may hold any number of photographs: to go on would
+                # be a corpus that is smaller for no visible reason.
                 pool.shutdown(cancel_futures=True)
                 raise ValueError(
                     f"{problem.filename}: {problem.strerror}; every folder under ingest.source "
@@ -146,6 +150,8 @@ def _walk(folder: Path, settings: IngestSettings) -> Iterator[SourceFile]:
             yield from found.files
             files = []
             for entry in found.entries:
+                # Never through links: two links to one folder would double it, a link upwards never
+                # end.
                 if not _is_folder(entry) or entry.is_symlink():
                     files.append(entry)
                 elif enters_folders:

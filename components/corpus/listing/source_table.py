@@ -109,6 +109,7 @@ def describe_source(
     with KnownFiles(root / KNOWN_FILES, _reading(settings)) as known:
         reading = _Reading(settings, base, known, limits)
         read = reading.read_new(files)
+        # A generator: with six million files only their names and stats are in memory.
         rows = (_row(file, reading.content(file), unusable) for file in files)
         _write_unless_equal(rows, table)
     note = {
@@ -116,6 +117,7 @@ def describe_source(
         "table": _md5(table),
         "to_read_again": reading.to_read_again,
     }
+    # After the table: a note of a table that is not there yet would make a run skip it.
     write_text(root / STATE / "written.json", json.dumps(note), contended=True)
     return Described(
         files=len(files),
@@ -219,6 +221,7 @@ class _Reading:
 
     def _keep(self, file: SourceFile, content: FileContent) -> None:
         self._known.put(self._path(file), content, is_candidate=file.is_candidate)
+        # Changed between listing and reading: the table holds what was read, the note says "again".
         if content.stat is None or content.stat != _stat(file):
             self._unkept[file.name] = content
 
@@ -266,6 +269,8 @@ def _write_unless_equal(rows: Iterable[dict[str, Any]], path: Path) -> None:
     with RowStream(new, TABLE_SCHEMA) as stream:
         for row in rows:
             stream.add(row)
+    # DVC hashes the file: other bytes with the same rows (another version of pyarrow) would make
+    # every later stage stale.
     if path.exists() and _same_rows(path, new):
         new.unlink()
     else:

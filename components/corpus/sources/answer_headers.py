@@ -25,9 +25,13 @@ def forbidden_by_robots(values: Sequence[str], user_agent: str) -> str | None:
         values: one string per header line, "directive, ..." or "robot: directive, ...".
         user_agent: lines for other robots do not concern us.
     """
+    # Lines are looked at one by one: httpx joins repeated headers with commas, and then a robot's
+    # name in the second line would look like a directive of the first.
     for value in values:
         name, colon, rest = value.lower().partition(":")
         directives = value.lower()
+        # A comma before the first colon means that the line is a list whose colon belongs to a
+        # directive further on.
         if colon and "," not in name and name.strip() not in _WITH_VALUE:
             if name.strip() not in ("*", user_agent.lower().partition("/")[0]):
                 continue
@@ -43,12 +47,15 @@ def retry_after_s(value: str | None, now: datetime) -> float | None:
     if value is None:
         return None
     if value.strip().isdigit():
+        # Cut, because a host may send any number of digits; nine are 31 years, and the caller has a
+        # limit.
         return float(value.strip()[:9])
     try:
         when = parsedate_to_datetime(value)
     except (TypeError, ValueError):
         return None
     if when.tzinfo is None:
+        # "-0000" and old date formats give a naive time; HTTP dates are in UTC, whatever they say.
         when = when.replace(tzinfo=UTC)
     return max(0.0, (when - now).total_seconds())
 
@@ -60,6 +67,7 @@ def leading_range(headers: httpx.Headers) -> tuple[int, int | None] | None:
         (number of bytes, size of the file if it says), for bytes from the first on; None when it
         says nothing, contradicts itself, or holds other bytes or several ranges.
     """
+    # The body of several ranges is a MIME message: its first bytes are a separator, not the file's.
     if headers.get("Content-Type", "").lower().startswith("multipart/"):
         return None
     found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
@@ -67,6 +75,7 @@ def leading_range(headers: httpx.Headers) -> tuple[int, int | None] | None:
         return None
     first, last = int(found[1]), int(found[2])
     total = None if found[3] == "*" else int(found[3])
+    # Bytes from the middle would be judged as the head of a file.
     if first != 0 or (total is not None and total <= last):
         return None
     return last + 1, total

@@ -90,6 +90,8 @@ def collect(
         ValueError: no usable source, or not one of its candidates could be had; one line.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # A folder is never cut to its `first` files: its table of names and digests exists already, so
+    # the whole costs no reading, and duplicates are only right over all of it.
     if settings.kind == "folder":
         if listing is None:
             raise ValueError("listing: None; a folder's photographs come from its table")
@@ -124,6 +126,8 @@ def _collect_records(
     """Read records, get their images, write the tables."""
     source = root / settings.source
     originals = folder / "originals"
+    # In the state, not among the outputs: nothing downstream reads it, and six million rows of it
+    # need not be cached.
     candidates = state_dir / "candidates.parquet"
     from_web = settings.kind in ("urls", "multiaspect")
     # What an address gave outlives changes of settings and code; archives are read again.
@@ -158,6 +162,7 @@ def _collect_records(
         megapixels=counts.megapixels,
         losses=losses,
     )
+    # After all tables are written: the losses are what a person has to read now.
     if counts.kept == 0:
         raise ValueError(
             f"none of {counts.candidates} candidates of {settings.source} could be had "
@@ -173,6 +178,7 @@ def _download(
     journal: DownloadJournal,
     root: Path,
 ) -> None:
+    # An original that `corpus pack` has moved into the store is there, and is not fetched again.
     packed = ImageStore(root / FOLDER)
     pending = pending_keys(candidates, journal, originals, packed)
     state = DownloadProgress(0, len(pending), 0, 0, 0.0)
@@ -189,6 +195,7 @@ def _download(
         state = progress
         next(bar, None)
 
+    # Only what is pending: the journal answers for the rest, also for what a killed run fetched.
     Downloader(settings, originals).run(pending, journal, report)
 
 

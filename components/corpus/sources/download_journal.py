@@ -16,7 +16,9 @@ from types import TracebackType
 from components.images.decoding import ImageHeader
 
 _VERSION = 2
+# Version 1 stays readable: its rows stand for bytes that would otherwise be fetched again.
 _ADDED_BY_2 = "alter table outcomes add column header text"
+# Without a rowid: every look-up is by the address, which is then found in one tree instead of two.
 _TABLE = """\
 create table if not exists outcomes (
   key text primary key,
@@ -80,9 +82,11 @@ class DownloadJournal:
     def __init__(self, path: Path, settings: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._settings = settings
+        # Autocommit: each outcome is its own transaction, since a kill may come after any of them.
         self._database = sqlite3.connect(path, isolation_level=None)
         # A write-ahead log survives the death of the process at any moment.
         self._database.execute("pragma journal_mode = wal")
+        # No fsync per outcome: a power cut may lose the last ones, which are then fetched again.
         self._database.execute("pragma synchronous = normal")
         version = self._database.execute("pragma user_version").fetchone()[0]
         if version not in (0, 1, _VERSION):
@@ -115,6 +119,7 @@ class DownloadJournal:
         attempts, *stored, header, cause, detail, settings = row
         if cause is None:
             return Outcome(attempts, replace(Stored(*stored), header=_header(header)))
+        # With another limit of size or a longer patience the same address may give an image.
         return Outcome(attempts, Loss(cause, detail)) if settings == self._settings else None
 
     def put(self, key: str, outcome: Outcome) -> None:

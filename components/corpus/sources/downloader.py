@@ -83,6 +83,8 @@ class DownloadProgress:
 
 def _failed_exchange(problem: Exception) -> FetchFailed:
     """The class of a transport problem; details never hold ports or times of this run."""
+    # Details go into a table that DVC hashes: two runs over the same failing host must write the
+    # same bytes.
     if isinstance(problem, RefusedAddress):
         return FetchFailed("refused_address", str(problem))
     if isinstance(problem, UnknownHost):
@@ -92,6 +94,8 @@ def _failed_exchange(problem: Exception) -> FetchFailed:
     if isinstance(problem, httpx.ConnectError | httpcore.ConnectError):
         cause: BaseException | None = problem
         while cause is not None:
+            # httpx and anyio wrap a TLS failure in a ConnectError: only the chain of causes tells a
+            # wrong certificate from a port on which nothing listens.
             if isinstance(cause, ssl.SSLError):
                 return FetchFailed("tls", cause.reason or "TLS error")
             cause = cause.__cause__ or cause.__context__
@@ -127,6 +131,8 @@ class _Trail:
             following = normalise_url(urljoin(url, location))
         except ValueError as problem:
             raise FetchFailed("bad_redirect", str(problem)) from None
+        # A site may set a cookie and send the visitor back to the same address; with the cookie the
+        # second answer differs. Without a new cookie it can only be a circle.
         if following in self._cookie:
             request = httpx.Request("GET", following)
             cookies.set_cookie_header(request)
@@ -157,6 +163,7 @@ class Downloader:
         self._settings = settings
         self._folder = folder
         self._backend = backend or CheckedBackend(settings.private_hosts)
+        # One set for all workers and for redirects: the limit is the host's, not the connection's.
         self._buckets = TokenBuckets(settings.requests_per_second)
         self._max_bytes = int(settings.max_mb * _MIB)
         self.received_bytes = 0
@@ -191,6 +198,8 @@ class Downloader:
     ) -> None:
         queue = HostQueue(
             ((host_of(url), (url, 1)) for url in urls),
+            # The queue decides whom to ask, `_answer` takes the token: a redirect leads to hosts
+            # that the queue has never heard of, and they are not to be flooded either.
             self._settings.host_connections,
             self._buckets,
         )
@@ -206,6 +215,7 @@ class Downloader:
                     result = await self._fetch(client, url)
                 except FetchFailed as failure:
                     if failure.retry and attempt <= self._settings.retries:
+                        # Back into the queue, so that no worker sleeps on one host's trouble.
                         queue.postpone(host, (url, attempt + 1), self._wait(failure, attempt))
                         continue
                     result = failure.loss
@@ -215,6 +225,7 @@ class Downloader:
                 except Exception as problem:
                     # Untrusted input found a hole in a library: it costs this address alone.
                     result = Loss("unexpected", f"{type(problem).__name__}: {problem}")
+                # On disk before it is counted: what the progress has shown survives a kill.
                 journal.put(url, Outcome(attempt, result))
                 queue.done(host)
                 done += 1
@@ -239,6 +250,8 @@ class Downloader:
             follow_redirects=False,
             # Cookies live as long as one address is being fetched (`_answer`).
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+            # A proxy of the environment would connect in our place, to addresses that nobody has
+            # checked.
             trust_env=False,
         )
 
@@ -265,8 +278,11 @@ class Downloader:
         """
         trail = _Trail(url)
         while True:
+            # Every hop pays its own host, the first one as well as the last.
             await asyncio.sleep(self._buckets.reserve(host_of(url), time.monotonic()))
             try:
+                # httpx limits each read, and a host that sends a byte a minute keeps every such
+                # limit.
                 async with asyncio.timeout(self._settings.total_timeout_s):
                     request = client.build_request("GET", url, headers=headers)
                     cookies.set_cookie_header(request)
@@ -297,11 +313,14 @@ class Downloader:
                 if directive is not None:
                     raise FetchFailed("robots", f"X-Robots-Tag: {directive}")
             return
+        # The caller asks again for the whole; only that answer says anything about the image.
         if is_ranged and status in _RANGE_REFUSING:
             return
         wait = retry_after_s(response.headers.get("Retry-After"), datetime.now(UTC))
         if wait is not None and status in (429, 503):
             pause = min(wait, self._settings.max_wait_s)
+            # The pause is for the host, not for this address: the other workers would ask it at
+            # once.
             self._buckets.pause(host_of(url), time.monotonic() + pause)
         if status == 429:
             raise FetchFailed("rate_limited", "HTTP 429", retry=True, wait_s=wait)
@@ -319,6 +338,8 @@ class Downloader:
             FetchFailed: this attempt gave no image.
         """
         cookies = httpx.Cookies()
+        # Without a bound on pixels a probe would only be a second request: kind and bytes are
+        # judged while the whole arrives.
         if self._settings.min_pixels > 1:
             ranged = {"Range": f"bytes=0-{PROBE_BYTES - 1}"}
             async with self._answer(client, url, ranged, cookies) as response:
@@ -331,6 +352,8 @@ class Downloader:
                         return whole
         async with self._answer(client, url, {}, cookies) as response:
             if response.status_code == 206:
+                # Some servers answer 206 to a request without a range. It is the whole if it says
+                # so, or says nothing; anything else would be kept as a cut file with a good hash.
                 span = response.headers.get("Content-Range")
                 held = leading_range(response.headers)
                 if span is not None and (held is None or held[0] != held[1]):
@@ -340,10 +363,12 @@ class Downloader:
     async def _chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
         """The body within time, transport problems as `FetchFailed`."""
         body = response.aiter_bytes(PROBE_BYTES)
+        # A deadline for the body as a whole: slow drops would pass any limit per chunk.
         deadline = time.monotonic() + self._settings.total_timeout_s
         while True:
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
+                    # `async for` has no place for a limit around the wait for the next chunk.
                     chunk = await anext(body, None)
             except (httpx.HTTPError, httpx.StreamError, TimeoutError) as problem:
                 raise _failed_exchange(problem) from None
@@ -366,11 +391,15 @@ class Downloader:
         start = b""
         async for chunk in self._chunks(response):
             start += chunk
+            # A server that ignores the range sends on: the rest is never read.
             if len(start) >= PROBE_BYTES:
                 break
+        # Fewer or more bytes than promised: it may be the middle of the file, so only the whole can
+        # tell.
         if len(start) != min(length, PROBE_BYTES):
             return None
         extension = self._inspect(start[:PROBE_BYTES])
+        # More is to come, or the size is unknown: the second request fetches it.
         if total != len(start):
             return None
         with OriginalWriter(self._folder) as writer:
@@ -394,6 +423,8 @@ class Downloader:
     async def _receive(self, response: httpx.Response) -> Stored:
         """Write the body to the store; judged after 64 KiB, measured while it arrives."""
         length = response.headers.get("Content-Length", "")
+        # Refused before a byte of it is paid for, where the server says how long it is; the count
+        # while it arrives is what holds against those that lie.
         if length.isdigit():
             self._check_size(int(length))
         extension: str | None = None
@@ -403,6 +434,8 @@ class Downloader:
                 self._check_size(writer.size_bytes + len(chunk))
                 writer.write(chunk)
                 if extension is None:
+                    # Judged while it arrives: a page of HTML or a small picture ends the transfer
+                    # after 64 KiB.
                     prefix += chunk
                     if len(prefix) >= PROBE_BYTES:
                         extension = self._inspect(prefix)
@@ -423,6 +456,8 @@ def settle(writer: OriginalWriter, extension: str, min_pixels: int) -> Stored:
     writer.flush()
     size_bytes = writer.size_bytes
     try:
+        # No bound here: the bound on megapixels belongs to settings that may change, and the
+        # journal keeps facts about the bytes. The tables apply today's bounds.
         header = read_header(writer.path.read_bytes(), max_megapixels=float("inf"))
     except ImageUndecodable as problem:
         kept = writer.keep(extension)

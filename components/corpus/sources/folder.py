@@ -47,6 +47,7 @@ def read_attribution(path: Path) -> dict[str, dict[str, str]]:
         ValueError: missing file, no `file` column, or a file named twice (with its line).
     """
     try:
+        # Spreadsheets put a byte order mark before the heading; it would become part of "file".
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         if path.name == ATTRIBUTION:
@@ -91,12 +92,15 @@ def manifest_of_folder(listing: pd.DataFrame, settings: IngestSettings, root: Pa
     attribution = read_attribution(folder / settings.attribution) if settings.attribution else {}
     names, digests = listing["name"], listing["sha256"]
     has_bytes = digests.notna()
+    # Derived, not drawn: the row of a file that cannot be read has the same id in every run.
     unread = names[~has_bytes].map(lambda name: _sha256(f"unreadable:{name}"))
     start = printable(_uri(folder, root))
     manifest = pd.DataFrame(
         {
             "image_id": digests.where(has_bytes, unread),
             "uri": names if start == "." else f"{start.rstrip('/')}/" + names,
+            # `duplicated` takes missing digests for equal ones: unreadable files are no copies of
+            # each other.
             "duplicate_of": digests.where(has_bytes & digests.duplicated(), None),
             "source": Path(settings.source).name,
             **{name: listing[name] for name in HEADER_COLUMNS},
@@ -106,6 +110,8 @@ def manifest_of_folder(listing: pd.DataFrame, settings: IngestSettings, root: Pa
     for column in sorted(set(_ATTRIBUTION_COLUMNS.values())):
         values = given.map(lambda row, column=column: row.get(column))
         if column in manifest:
+            # The name of the folder stays as the source of photographs that the table does not
+            # name.
             manifest[column] = values.where(values.notna(), manifest[column])
         else:
             manifest[column] = values.astype(object)

@@ -41,17 +41,20 @@ class TokenBuckets:
 
     def ready_at(self, host: str, now: float) -> float:
         """When the next request to `host` may start; `now` or earlier means at once."""
+        # A host that has been idle may be ahead of its rate by what a full bucket holds, no more.
         slack = (self.burst - 1) / self.rate
         return max(self._arrival.get(host, now) - slack, self._paused_until.get(host, now))
 
     def reserve(self, host: str, now: float) -> float:
         """Take one token; returns how long to wait before the request."""
         start = max(now, self.ready_at(host, now))
+        # From the later of the two: an idle hour does not save up an hour of tokens.
         self._arrival[host] = max(self._arrival.get(host, start), start) + 1.0 / self.rate
         return start - now
 
     def pause(self, host: str, until: float) -> None:
         """No request to `host` before `until` (429 or 503 with Retry-After)."""
+        # Connections that were open already bring older, shorter pauses.
         self._paused_until[host] = max(until, self._paused_until.get(host, until))
 
 
@@ -81,6 +84,7 @@ class HostQueue(Generic[T]):
         self._clock = clock
         self._active: Counter[str] = Counter()
         self._postponed: list[tuple[float, int, str, T]] = []
+        # Breaks ties in the heap, whose items need not be comparable.
         self._ticket = itertools.count()
         self._changed = asyncio.Event()
         self._open = 0
@@ -97,6 +101,8 @@ class HostQueue(Generic[T]):
                 _, _, host, item = heapq.heappop(self._postponed)
                 self._enqueue(host, item)
             wake = self._postponed[0][0] if self._postponed else now + _LONGEST_SLEEP_S
+            # One round over the hosts, which goes on where the last call ended: a million addresses
+            # of one host do not stand before the only one of another.
             for _ in range(len(self._turns)):
                 host = self._turns[0]
                 self._turns.rotate(-1)
@@ -107,8 +113,11 @@ class HostQueue(Generic[T]):
                     wake = min(wake, ready)
                     continue
                 return host, self._start(host)
+            # Nothing may start now; an item that comes back before the wait begins leaves the event
+            # set.
             self._changed.clear()
             try:
+                # Rounding may leave a wait that is too short to pass: then this loop would spin.
                 await asyncio.wait_for(self._changed.wait(), max(wake - now, 0.001))
             except TimeoutError:
                 continue

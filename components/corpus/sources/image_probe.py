@@ -34,6 +34,8 @@ def image_extension(prefix: bytes) -> str | None:
         return ".webp"
     if prefix.startswith(_TIFF):
         return ".tif"
+    # AVIF and HEIF are one container: which it is stands in its list of brands, not in the magic
+    # bytes.
     return _CONTAINERS.get(container_family(prefix) or "")
 
 
@@ -57,6 +59,8 @@ def _webp_size(prefix: bytes) -> tuple[int, int] | None:
 def _avif_size(prefix: bytes) -> tuple[int, int] | None:
     """(height, width) of the largest item: a grid's own extent is above that of its tiles."""
     sizes = []
+    # Searched for, not parsed: the boxes around it nest differently in every encoder's files, and
+    # what is found too much (a thumbnail) is smaller than the image.
     at = prefix.find(b"ispe")
     while at != -1 and at + 16 <= len(prefix):
         width = int.from_bytes(prefix[at + 8 : at + 12], "big")
@@ -72,6 +76,7 @@ def image_size(prefix: bytes) -> tuple[int, int] | None:
         prefix: usually the first `PROBE_BYTES`.
     """
     extension = image_extension(prefix)
+    # Pillow's plugins for these want the whole file.
     if extension == ".webp":
         return _webp_size(prefix)
     if extension in (".avif", ".heic"):
@@ -79,6 +84,7 @@ def image_size(prefix: bytes) -> tuple[int, int] | None:
     if extension is None:
         return None
     try:
+        # Too large is for the caller to judge; here an answer is wanted for every size.
         header = read_header(prefix, max_megapixels=float("inf"))
     except ImageUndecodable:
         return None

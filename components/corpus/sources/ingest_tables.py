@@ -77,6 +77,8 @@ def _batches(rows: Iterable[Row], schema: pa.Schema) -> Iterator[pa.Table]:
 
 
 def _digest(text: str) -> bytes:
+    # Sixteen bytes for an address of any length: the sets of seen ones grow with the source (a
+    # collision is as likely as two equal UUIDs).
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
 
 
@@ -94,9 +96,12 @@ def _candidate_rows(
             fields = read_fields(record.values)
             coverage.add(fields)
             row |= fields.known
+            # A wrong byte costs its character, not the record; how often is said.
             if any("\ufffd" in text for text in fields.known.values()):
                 coverage.problems["undecodable_text"] += 1
             row["extra"] = extra_json(fields.extra) if fields.extra else None
+            # Counted, not dropped: publishers repeat ids, and the address decides what a photograph
+            # is.
             identity = fields.known.get("record_id")
             if identity is not None:
                 if _digest(identity) in seen_ids:
@@ -117,6 +122,7 @@ def _identify(url: str | None, wrong_type: bool, seen: set[bytes]) -> Row:
     if url is None:
         cause = "wrong_type" if wrong_type else "missing_url"
         return {"cause": cause, "detail": "image_url is no text" if wrong_type else "no image_url"}
+    # With a byte replaced it is another address, and may be another photograph.
     if "\ufffd" in url:
         return {"cause": "bad_url", "detail": "holds bytes that are not UTF-8"}
     try:
@@ -185,6 +191,8 @@ def _is_settled(outcome: Outcome | None, originals: Path, packed: ImageStore) ->
     if isinstance(stored, Loss):
         return True
     path = original_path(originals, stored.sha256, stored.extension)
+    # The size, not the hash: millions of originals are looked at before each run, and whoever reads
+    # one later checks its bytes.
     if path.is_file() and path.stat().st_size == stored.size_bytes:
         return True
     place = packed.find(stored.sha256)
@@ -234,11 +242,14 @@ def _manifest_row(
     columns: Row = {name: row[name] for name in ALIASES if row[name] is not None}
     if row["extra"] is not None:
         columns["source_fields"] = row["extra"]
+    # Only where the record says nothing: its own source is nearer to the truth than the list's
+    # name.
     columns.setdefault("source", Path(settings.source).stem)
     columns |= {"image_id": stored.sha256, "uri": uri, "integrity": stored.integrity}
     if stored.height is None or stored.width is None:
         return columns
     pixels = stored.height * stored.width
+    # A row, not a loss: the bytes are there, and whether they may be decoded is today's setting.
     if pixels / 1e6 > settings.max_megapixels:
         columns["integrity"] = (
             f"too large: {stored.height}x{stored.width} is {pixels / 1e6:.1f} megapixels, "
@@ -270,6 +281,7 @@ class _Verdicts:
 
     def __post_init__(self) -> None:
         self.causes: Counter[str] = Counter()
+        # Of kept originals only: a copy of a lost one is no duplicate.
         self.first_place: dict[str, str] = {}
         self.files: set[str] = set()
         self.candidates = self.kept = self.unreadable = 0
@@ -284,6 +296,7 @@ class _Verdicts:
                 self._lose(row, outcome.attempts, stored)
             else:
                 yield self._keep(row, stored)
+            # Also of losses: nothing that a source says is thrown away.
             if row["extra"] is not None or row["record_id"] is not None:
                 image_id = stored.sha256 if isinstance(stored, Stored) else None
                 self.unknown.add(

@@ -37,6 +37,7 @@ def _records(shard: Any) -> list[Any] | None:
         return shard
     if isinstance(shard, dict):
         lists = [value for value in shard.values() if isinstance(value, list)]
+        # Of several lists none is obviously the records.
         if len(lists) == 1:
             return lists[0]
     return None
@@ -51,6 +52,7 @@ def _shard(path: Path, lists: ListSettings) -> list[Any] | str:
     except READ_ERRORS as problem:
         return read_problem(problem)
     except ValueError as problem:
+        # A common mistake with a remedy of its own; "extra data" would not name it.
         start = text.lstrip().partition("\n")[0]
         if start.startswith("{") and start.rstrip().endswith("}"):
             return _JSON_LINES
@@ -70,6 +72,7 @@ def _refuse_without_addresses(
         found = _shard(path, lists)
         if found == _JSON_LINES:
             raise ValueError(f"{shown_path(path, source, shown)}: {found}")
+        # A broken shard is a string here, its characters no objects: the next one is looked at.
         objects = [item for item in found if isinstance(item, dict)]
         if not objects:
             continue
@@ -105,6 +108,7 @@ def _all_items(paths: list[Path], source: Path, lists: ListSettings) -> Iterator
         name = place_of(path, source)
         found = _shard(path, lists)
         if isinstance(found, str):
+            # Nobody knows how many records it held: it is one loss, outside the count of records.
             yield SourceRecord(name, None, found, units=0)
             yield SourceEnd(name, "records", 0)
             continue

@@ -32,6 +32,7 @@ class OriginalWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # In the store itself: `replace` is atomic only within a file system.
         partial = folder / _PARTIAL
         partial.mkdir(parents=True, exist_ok=True)
         self.path = partial / secrets.token_hex(16)
@@ -69,6 +70,8 @@ class OriginalWriter:
             their sha256.
         """
         self._file.flush()
+        # Before the rename: a name that is a hash must never stand for fewer bytes, also after a
+        # power cut.
         os.fsync(self._file.fileno())
         self._file.close()
         sha256 = self._digest.hexdigest()
@@ -94,6 +97,7 @@ def prune_originals(folder: Path, keep: Collection[str]) -> int:
         if not place.is_dir():
             continue
         for file in list(place.iterdir()):
+            # One run at a time holds the store, so what is partial belongs to a run that has ended.
             if place.name == _PARTIAL or file.name not in keep:
                 file.unlink()
                 removed += 1

@@ -53,9 +53,12 @@ def is_public(text: str) -> bool:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return False
+    # An IPv4 address inside is where the connection ends, whatever the outer address is called:
+    # NAT64's own prefix is global, and leads to the metadata service as well.
     carried = _carried_ipv4(address)
     if carried is not None:
         return is_public(str(carried))
+    # fec0::/10 is deprecated, which `ipaddress` takes for global; networks still route it inside.
     site_local = isinstance(address, ipaddress.IPv6Address) and address.is_site_local
     return (
         address.is_global
@@ -118,12 +121,16 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
             raise httpcore.ConnectTimeout(f"{host}: name not resolved in time") from None
         if not addresses:
             raise UnknownHost(f"{host}: has no address")
+        # Public ones among the answers stay: a host with a private second address is no attack by
+        # itself, and only checked addresses are connected to.
         if host.lower() not in self._private_hosts:
             refused = addresses
             addresses = [address for address in addresses if is_public(address)]
             if not addresses:
                 raise RefusedAddress(f"{host} is {', '.join(refused)}, not a public address")
         failure: Exception | None = None
+        # In the system's order, each until it answers: IPv6 is often announced and does not lead
+        # anywhere.
         for address in addresses:
             try:
                 return await self._inner.connect_tcp(

@@ -109,6 +109,7 @@ def read_fields(record: Mapping[Any, Any]) -> Fields:
     """Sort the keys of a record; of several keys with one meaning the best filled one counts."""
     spelled: dict[str, str] = {}
     for key in record:
+        # Of "URL" and "url" in one record the first counts; the other stays in `extra`.
         spelled.setdefault(normalise_key(str(key)), key)
     known: dict[str, str] = {}
     wrong: list[str] = []
@@ -119,9 +120,13 @@ def read_fields(record: Mapping[Any, Any]) -> Fields:
             if alias not in spelled:
                 continue
             value = record[spelled[alias]]
+            # Blank is an answer with nothing in it: the next spelling is asked, and no `extra` is
+            # made of it.
             if _is_missing(value):
                 used.add(spelled[alias])
                 continue
+            # Many lists have ids as numbers. Elsewhere a number is a wrong column; bool is a kind
+            # of int in Python.
             if name in _IDENTIFIERS and isinstance(value, int) and not isinstance(value, bool):
                 value = str(value)
             if not isinstance(value, str):
@@ -138,6 +143,7 @@ def read_fields(record: Mapping[Any, Any]) -> Fields:
 
 def extra_json(extra: Mapping[str, Any]) -> str:
     """Unknown keys as one line of JSON, in a fixed order."""
+    # Sorted: equal records give equal bytes, whatever order their file has.
     return json.dumps(extra, sort_keys=True, ensure_ascii=False)
 
 

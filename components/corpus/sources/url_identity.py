@@ -25,9 +25,11 @@ def _escaped(text: str, safe: str) -> str:
     def again(match: re.Match[str]) -> str:
         byte = unquote_to_bytes(match.group())
         character = byte.decode("latin-1")
+        # Only unreserved characters mean the same with and without their escape; "%2F" is not "/".
         plain = character.isascii() and (character.isalnum() or character in _UNRESERVED)
         return character if plain else match.group().upper()
 
+    # A percent sign that begins no escape means itself.
     text = _STRAY_PERCENT.sub("%25", text)
     return _ESCAPE.sub(again, quote(text, safe=f"{safe}%{_UNRESERVED}"))
 
@@ -57,6 +59,7 @@ def _host(name: str) -> str:
     Raises:
         ValueError: not a host name or address.
     """
+    # Only IPv6 addresses have colons once the port is off.
     if ":" in name:
         return f"[{name.lower()}]"
     try:
@@ -80,6 +83,7 @@ def normalise_url(text: str) -> str:
     stripped = text.strip()
     if len(stripped) > MAX_URL_CHARACTERS:
         raise ValueError(f"longer than {MAX_URL_CHARACTERS} characters")
+    # `urlsplit` removes tabs and line ends in silence: two records would become one other address.
     if any(ord(character) < 32 or ord(character) == 127 for character in stripped):
         raise ValueError("control characters inside")
     try:
@@ -91,6 +95,7 @@ def normalise_url(text: str) -> str:
         raise ValueError("scheme is not http or https")
     if not name:
         raise ValueError("no host")
+    # Credentials of somebody would end in a table and in requests.
     if "@" in parts.netloc:
         raise ValueError("user name in the address")
     scheme = parts.scheme.lower()

@@ -110,9 +110,12 @@ class _ParquetRows:
         except (pa.ArrowException, OSError) as caught:
             problem = str(caught).splitlines()[0] if str(caught) else type(caught).__name__
         else:
+            # The footer is a claim; rows are what came out.
             if number >= self._total:
                 self._total = number
                 return
+        # The rows that did not come are one loss that stands for all of them, so the account
+        # balances.
         self._total = max(self._total, number)
         yield SourceRecord(
             f"{self._name}:{number + 1}",
@@ -130,6 +133,7 @@ def _rows(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any] | None, str]]:
     try:
         rows = batch.to_pylist()
     except (ValueError, OverflowError):
+        # One timestamp in the year 30,000 makes the whole batch fail; row by row it costs its row.
         for at in range(batch.num_rows):
             try:
                 yield batch.slice(at, 1).to_pylist()[0], ""

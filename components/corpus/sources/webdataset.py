@@ -50,6 +50,7 @@ _PICTURES = (
 )
 _MAX_SIDECAR_BYTES = 4 * 2**20
 _MIB = 2**20
+# Names are a stranger's: a hostile archive must not make the report as long as itself.
 _NOTED_ENDINGS = 100
 _ARCHIVE_ERRORS = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError)
 
@@ -82,6 +83,7 @@ def _store(head: bytes, file: IO[bytes], folder: Path, settings: DownloadSetting
     with OriginalWriter(folder) as writer:
         chunk = head
         while chunk:
+            # Counted as it comes, since a compressed archive's header may claim any size.
             if writer.size_bytes + len(chunk) > settings.max_mb * _MIB:
                 return Loss("too_large", f"more than {settings.max_mb:g} MiB")
             writer.write(chunk)
@@ -116,6 +118,8 @@ class _Archive:
     def items(self, path: Path) -> Iterator[SourceItem]:
         """A record per image, a loss for what is broken, then the count of members."""
         with ArchiveSamples(self._name) as samples:
+            # Read to the end before the first record: a caption may stand at the other end of the
+            # archive.
             problem = self._read(path, samples)
             yield from samples.records()
         if problem is not None:
@@ -147,6 +151,8 @@ class _Archive:
         ending = key_and_ending(member.name)[1].rpartition(".")[2]
         if member.isdir():
             self._apart["folders"] += 1
+        # The archive of a folder holds equal files as hard links, and each name is a photograph of
+        # its own.
         elif member.islnk():
             self._take_hard_link(member, ending, samples)
         elif member.issym() and ending in _PICTURES:
@@ -180,6 +186,7 @@ class _Archive:
 
     def _take_sidecar(self, name: str, file: IO[bytes], samples: ArchiveSamples) -> None:
         try:
+            # One byte more than allowed tells "too long" from "just fits".
             body, problem = _read(file, _MAX_SIDECAR_BYTES + 1), ""
         except _ArchiveBroken:
             self._apart["cut off"] += 1
@@ -191,6 +198,7 @@ class _Archive:
     def _take_file(self, name: str, ending: str, file: IO[bytes], samples: ArchiveSamples) -> None:
         try:
             head = _read(file, PROBE_BYTES)
+            # Neither name nor bytes say picture: it is not a loss that somebody has to look into.
             if ending not in _PICTURES and image_extension(head) is None:
                 self._note("unread", ending)
                 self._add_other(Member(name, "other"), samples)
@@ -213,6 +221,7 @@ class _Archive:
     def _add_image(self, name: str, result: Stored | Loss, samples: ArchiveSamples) -> None:
         key, ending = key_and_ending(name)
         place = f"{self._name}#{key}.{ending}"
+        # Archives may hold one name twice, and each is a candidate of its own.
         while samples.has_place(place):
             place += "+"
         self._journal.put(place, Outcome(1, result))

@@ -26,6 +26,7 @@ def address_column(names: Sequence[str], url_column: str | None) -> int | None:
         url_column: the only spelling that counts; None: all that `ALIASES` knows.
     """
     wanted = ALIASES[ADDRESS] if url_column is None else (normalise_key(url_column),)
+    # Backwards, so that of two columns with one meaning the first stays, as in `read_fields`.
     places = {normalise_key(name): at for at, name in reversed(list(enumerate(names)))}
     return next((places[name] for name in wanted if name in places), None)
 

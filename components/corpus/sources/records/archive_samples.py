@@ -82,6 +82,7 @@ class ArchiveSamples:
         # A database without a name is a temporary file that grows beyond a small cache.
         self._database = sqlite3.connect("", isolation_level=None)
         self._database.executescript(_TABLE)
+        # Nothing here outlives the archive that is read: no journal, one transaction.
         self._database.execute("pragma journal_mode = off")
         self._database.execute("begin")
 
@@ -97,6 +98,7 @@ class ArchiveSamples:
             "insert into members (key, name, kind, place, body, problem) values (?, ?, ?, ?, ?, ?)",
             (
                 key_and_ending(member.name)[0],
+                # "./a.jpg" and "a.jpg" are one name to whoever links to it.
                 str(PurePosixPath(storable(member.name))),
                 member.kind,
                 member.place,
@@ -142,6 +144,7 @@ class ArchiveSamples:
             [member for member in _named_by(image.parts, by_stem) if member.kind == "sidecar"]
             for image in images
         ]
+        # By identity: two members may be equal in all fields and are still two.
         used = {id(member) for mine in sidecars for member in mine}
         rest = [member for member in others if id(member) not in used]
         near = _near(images, rest)
@@ -152,6 +155,8 @@ class ArchiveSamples:
             yield SourceRecord(image.place, values)
         known = {id(member) for beside in near.values() for member in beside}
         alone = [member for member in rest if id(member) not in known]
+        # One loss for the sample, not one per member: a folder of labels would bury the other
+        # losses.
         if alone:
             endings = Counter(f".{member.parts[-1].lower()}" for member in alone)
             listed = ", ".join(f"{number} {ending}" for ending, number in sorted(endings.items()))
@@ -194,6 +199,8 @@ def _values(sidecars: list[Member]) -> dict[str, Any]:
         if member.problem:
             values[f"{ending}_problem"] = member.problem
         elif ending == "txt":
+            # Kept apart until the end: a caption in JSON is said on purpose, the text file's is the
+            # fallback.
             text = _text(member.body).strip()
         else:
             _read_json(_text(member.body), values)

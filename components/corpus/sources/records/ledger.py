@@ -67,6 +67,8 @@ class Ledger:
             dict(end.notes),
         )
         self._records = self._in_records = self._losses = self._in_losses = 0
+        # The two sides come from different code: the reader's count of the file, and what the
+        # records claim.
         found = account.in_records + account.in_losses + sum(account.apart.values())
         if found != account.total:
             raise ValueError(

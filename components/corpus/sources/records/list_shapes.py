@@ -65,6 +65,7 @@ def refuse_misread(paths: list[Path], source: Path, shown: str, lists: ListSetti
     for path in paths:
         try:
             problem = _misreading(path, lists)
+        # Such a file is a counted loss; only what would be read wrongly stops the run.
         except READ_ERRORS:
             continue
         if problem is not None:
@@ -78,6 +79,7 @@ def _misreading(path: Path, lists: ListSettings) -> str | None:
     kind = list_kind(path)
     if kind == "parquet":
         return _of_parquet(path, lists)
+    # gzip is expected behind .gz, and what is inside is looked at as text.
     container = None if path.suffix.lower() == ".gz" else _container(path)
     if container is not None:
         return f"not text but {container}; name it by what it is, or export it as UTF-8 text"
@@ -120,6 +122,7 @@ def _of_jsonl(head: list[str], lists: ListSettings) -> str | None:
         try:
             values = parse_json(line)
         except ValueError:
+            # A pretty-printed array: its first line is no JSON by itself and says enough.
             values = [{}] if number == 0 and line.lstrip().startswith("[") else None
         if number == 0 and isinstance(values, list) and any(isinstance(v, dict) for v in values):
             return (
@@ -148,6 +151,8 @@ def _of_csv(path: Path, head: list[str], lists: ListSettings) -> str | None:
         return None
     if lists.columns is not None:
         return _no_addresses("column", cells, lists, "one of ingest.lists.columns")
+    # A guess would be wrong for a list of one column; a remedy is named instead, and a person
+    # decides.
     for other, name in SEPARATORS.items():
         names = _heading(head, other)
         if other != separator and names and address_column(names, lists.url_column) is not None:

@@ -31,6 +31,7 @@ class _NotingInfo(tarfile.TarInfo):
         except _Damaged:
             archive.note_damage()
             raise
+        # A header after an end mark: the file goes on, so that mark was not its end.
         archive.is_ended = False
         return info
 
@@ -49,16 +50,20 @@ class NotingTar(tarfile.TarFile):
         Raises:
             tarfile.TarError, OSError, EOFError, zlib.error: it is none, or ends early.
         """
+        # A stream reads archives of any size once. Zero blocks are skipped, or the first of several
+        # archives in one file would end it.
         return cls.open(path, mode="r|*", ignore_zeros=True)
 
     def stream(self) -> Iterator[tarfile.TarInfo]:
         """Every member whose header is whole; to be read before the next is asked for."""
         while (member := self.next()) is not None:
             yield member
+            # `tarfile` keeps every header it has met: a million members would be a gigabyte.
             self.members: list[Any] = []
 
     def note_damage(self) -> None:
         """Count a block that is no header; the first of a file says that it is no archive."""
+        # Otherwise any file would be "an archive with damaged blocks only".
         if self.offset == 0:
             raise tarfile.ReadError("not a tar archive")
         self.damaged_blocks += 1

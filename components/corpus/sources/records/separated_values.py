@@ -30,6 +30,7 @@ def split_line(line: str, separator: str) -> list[str] | None:
     if '"' not in line:
         # What the parser below gives, at a third of its time.
         return line.rstrip("\r\n").split(separator)
+    # The second line shows whether the reader wanted one: then a quoted field is still open.
     reader = csv.reader([line, "\n"], delimiter=separator)
     cells = next(reader)
     return cells if reader.line_num == 1 else None
@@ -70,6 +71,8 @@ class SeparatedValues:
         columns: Sequence[str] | None,
         url_column: str | None,
     ) -> None:
+        # The default of 128 KiB ends the whole file at one long caption; the length of lines is
+        # bounded by `Lines`, and a C long has 32 bits on some platforms.
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         self._lines = Lines(file)
         self._name = name
@@ -98,11 +101,14 @@ class SeparatedValues:
                 self._apart["header"] += 1
                 continue
             cells, problem = self._cells(line)
+            # Physical lines, because that is what `Lines` counts on the other side of the ledger.
             units = self._lines.number - number + 1
             if not self._columns and cells is not None:
                 self._name_columns(cells)
                 self._apart["header"] += units
                 continue
+            # Fewer cells are common (empty ones at the end left out); more mean that a separator
+            # stands inside a cell, and then every later cell is another column's.
             if len(cells or ()) > len(self._columns):
                 problem = f"{len(cells or ())} cells under {len(self._columns)} headings"
                 cells = None
@@ -155,6 +161,8 @@ class SeparatedValues:
             if "unexpected end" in str(problem):
                 return None, f"a quotation mark opens and does not close by the end {stopped}"
             return None, "a quotation mark opens here, and the next one closes nothing"
+        # Only now: a field that does not end costs the line where it began, and the next ones are
+        # read as records again.
         self._lines.skip(reader.line_num - 1)
         return cells, ""
 

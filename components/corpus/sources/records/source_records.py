@@ -71,6 +71,7 @@ def source_files(source: Path, endings: tuple[str, ...], shown: str) -> list[Pat
     ]
     files = sorted(
         (path for path in found if path.is_file()),
+        # By text, not by `Path`: parts compare differently, and on Windows by another separator.
         key=lambda path: path.relative_to(source).as_posix(),
     )
     if not files:

@@ -51,11 +51,14 @@ def open_text(path: Path, encoding: str | None = None) -> TextIO:
     """
     file = _open_bytes(path)
     try:
+        # Peeked, because a gzip stream cannot go back cheaply.
         start = file.peek(4)[:4]
     except BaseException:
         file.close()
         raise
     name = marked_encoding(start) or encoding or "utf-8"
+    # Line ends stay: inside a quoted field they belong to the caption, and "\r" alone ends old
+    # files.
     return io.TextIOWrapper(file, encoding=name, errors="replace", newline="")
 
 
@@ -81,6 +84,8 @@ def foreign_encoding(path: Path) -> str | None:
         while chunk := file.read(_SCAN_BYTES):
             if lines == 0 and marked_encoding(chunk):
                 return None
+            # Latin text in UTF-16 has a zero in every second byte; on which side says the byte
+            # order.
             if lines == 0 and 0 in chunk[:_HEAD_BYTES]:
                 even, odd = chunk[:_HEAD_BYTES:2].count(0), chunk[1:_HEAD_BYTES:2].count(0)
                 name = "utf-16-le" if even < odd else "utf-16-be"
@@ -97,6 +102,8 @@ def foreign_encoding(path: Path) -> str | None:
                     line = lines + text.count("\n", 0, found.start()) + 1
                     first = first or f"byte 0x{ord(found.group()) - 0xDC00:02X} in line {line}"
             lines += chunk.count(b"\n") or 1
+    # Latin-1 read as UTF-8 has wrong bytes and almost no right sequences; a damaged UTF-8 file the
+    # reverse.
     if wrong <= right:
         return None
     return (
@@ -165,6 +172,7 @@ class Lines:
             return None
         self.read += 1
         if len(line) == LONGEST_LINE and not line.endswith(("\n", "\r")):
+            # Read past in pieces, so that the next line begins where it does in the file.
             while (rest := self._file.readline(LONGEST_LINE)) and not rest.endswith(("\n", "\r")):
                 pass
         return line
