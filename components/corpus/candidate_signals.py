@@ -46,6 +46,8 @@ def _refuse_unread(shards: Sequence[Path], names: dict[str, str]) -> None:
         rows = rows[rows["integrity"].str.startswith(candidate.UNREAD, na=False)]
         unread += [f"{names[row.image_id]}: {row.integrity}" for row in rows.itertuples()]
         if len(rows):
+            # The engine would take the shard for finished, and the moment's fault for the
+            # picture's.
             shard.unlink()
     if unread:
         raise ValueError(f"{len(unread)} originals, the first is {unread[0]}")
@@ -71,7 +73,9 @@ def measure_candidates(
             be read now; one line.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # Copies share their signals by image_id: each content is decoded once.
     readable = manifest[(manifest["integrity"] == "ok") & manifest["duplicate_of"].isna()]
+    # Before any worker starts: a corpus that has moved is one line, not a failure per photograph.
     originals = OriginalLookup(root).find_all(readable)
     # What a row depends on beside the picture: given to the function and part of the shards' names.
     measured: dict[str, Any] = {
@@ -98,6 +102,7 @@ def measure_candidates(
         readable["image_id"].tolist(),
         [candidate.Candidate(path=original, **measured) for original in originals],
         stage="signals",
+        # Only what changes numbers: after an edit elsewhere finished shards are still used.
         key={**measured, "kernels": candidate.kernels_digest(), "code": code},
         schema=candidate.CANDIDATE_SCHEMA,
         state_dir=state_dir / "shards",

@@ -37,6 +37,8 @@ def read_derivatives(path: Path) -> Iterator[Derivative]:
 
 def derivative_ids(path: Path) -> list[str]:
     """image_id of what `read_derivatives` yields, without reading any picture twice."""
+    # By the height, which stands exactly where a JPEG does: the pictures' column is nearly all of
+    # the file.
     table = pq.read_table(path, columns=["image_id", "height"])
     return table.filter(table["height"].is_valid())["image_id"].to_pylist()
 
@@ -78,6 +80,7 @@ def score_derivatives(
     Raises:
         ItemsFailed: one of `outside` was raised; what was scored is kept.
     """
+    # Ids are needed at once, for the shards' names; pictures come as a stream beside them.
     ids, pictures = derivative_ids(derivatives), read_derivatives(derivatives)
     if only is not None:
         wanted = frozenset(only)

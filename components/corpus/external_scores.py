@@ -64,6 +64,7 @@ def read_external_scores(
     for name in optional:
         joined[name] = joined[name].astype(object).where(joined[name].notna(), None)
     for name in numeric:
+        # `select` would reject the photograph of a NaN as if it were a bad one.
         values = pd.to_numeric(joined[name], errors="coerce").to_numpy(dtype=float)
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):

@@ -86,6 +86,7 @@ def _spread(paths: Sequence[Path], count: int) -> list[Path]:
     """At most `count` of them, evenly from the first to the last."""
     if len(paths) <= count:
         return list(paths)
+    # Not the first ones: names often hold dates, and the first day is not the collection.
     return [paths[round(n * (len(paths) - 1) / (count - 1))] for n in range(count)]
 
 
@@ -253,6 +254,7 @@ def _propose_captions(found: FolderSurvey, settings: Settings, proposal: Proposa
 
 def _propose_slices(found: FolderSurvey, settings: Settings, proposal: Proposal) -> None:
     """Small slices for a small corpus: what is held out must not be all of it."""
+    # With what has just been proposed: a lower bound on pixels keeps more.
     select_now = settings.select.model_copy(update=proposal.settings.get("select", {}))
     counts = survivors(found, settings.model_copy(update={"select": select_now}))
     expected = found.photographs * counts["kept"] / counts["candidates"]
@@ -283,6 +285,8 @@ def survivors(found: FolderSurvey, settings: Settings) -> dict[str, int]:
             for row in found.measured
         ]
     )
+    # A quota or a near-duplicate rule over two dozen of many thousand would say nothing of the
+    # whole.
     alone = settings.select.model_copy(
         update={
             "max_nsfw": None,

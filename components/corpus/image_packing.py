@@ -62,6 +62,7 @@ def shard_name(prefix: str, image_ids: Sequence[str]) -> str:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One packing at a time; the lock goes with the process."""
+    # The folder itself is locked: a lock file would be one more file in a store that DVC tracks.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,6 +80,8 @@ def _append(archive: tarfile.TarFile, image_id: str, data: bytes) -> Row:
     member.size = len(data)
     row = {
         "image_id": image_id,
+        # USTAR headers are one block, since names are short: the bytes begin right behind it, and a
+        # reader seeks there without opening a tar.
         "offset": archive.offset + _HEADER_BYTES,
         "size": len(data),
         "format": extension.removeprefix("."),
@@ -107,6 +110,7 @@ def _write_shard(
                     continue
                 rows.append(_append(archive, original.image_id, data))
         file.flush()
+        # Its name says what is in it; the name may not be on disk before the bytes.
         os.fsync(file.fileno())
     if not rows:
         temporary.unlink()
@@ -134,6 +138,7 @@ def _scan_shard(path: Path) -> list[Row]:
 def _by_prefix(originals: Sequence[Original], digits: int) -> dict[str, list[Original]]:
     """Each image once, sorted, under the first digits of its id."""
     groups: dict[str, list[Original]] = {}
+    # Backwards, so that of equal originals the first stays, whatever its copies' paths are.
     distinct = {original.image_id: original for original in reversed(originals)}
     for image_id in sorted(distinct):
         groups.setdefault(image_id[:digits], []).append(distinct[image_id])
@@ -142,6 +147,7 @@ def _by_prefix(originals: Sequence[Original], digits: int) -> dict[str, list[Ori
 
 def _remove_unnamed(folder: Path, names: set[str]) -> None:
     for path in folder.iterdir():
+        # Nothing else is touched: the folder may hold what somebody put there.
         ours = SHARD_NAME.fullmatch(path.name) or path.name.endswith(".partial")
         if ours and path.name not in names:
             path.unlink()
@@ -181,6 +187,8 @@ def pack_images(originals: Sequence[Original], folder: Path, *, shard_digits: in
             elif name in present:
                 frames.append(present[name])
             else:
+                # Whole by its name, but the killed run never wrote its rows: they are read back
+                # from the headers.
                 rows = _scan_shard(folder / name)
                 frames.append(pd.DataFrame(rows, columns=INDEX_SCHEMA.names))
         index = pd.concat(frames).sort_values("image_id", ignore_index=True)

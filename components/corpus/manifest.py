@@ -123,6 +123,7 @@ def to_arrow(frame: pd.DataFrame, schema: pa.Schema) -> pa.Table:
             column = pa.nulls(len(frame), field.type)
         else:
             try:
+                # `from_pandas`: NaN becomes null, which a plain conversion would store as a number.
                 column = pa.Array.from_pandas(_uncoded(frame[field.name]), type=field.type)
             except (pa.ArrowInvalid, pa.ArrowTypeError) as problem:
                 raise ValueError(

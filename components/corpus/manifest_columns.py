@@ -79,6 +79,7 @@ def manifest_batches(
 
 
 def _presence(values: pa.Array) -> pa.Array:
+    # One byte a row says what the page asks of a URL of a hundred.
     codes = pa.nulls(len(values), pa.int8())
     codes = pc.if_else(pc.is_valid(values), pa.scalar(0, pa.int8()), codes)
     return pa.DictionaryArray.from_arrays(codes, pa.array([PRESENT]))
@@ -126,6 +127,7 @@ def read_columns(
                 parts[name].append(pa.nulls(len(batch), SCHEMA.field(name).type))
     frame = {}
     for name in wanted:
+        # Popped: a column's parts are free as soon as it is a series, or both would be in memory.
         if chunks := parts.pop(name):
             frame[name] = _series(pa.chunked_array(chunks))
         elif name in SCHEMA.names or name in _LENGTHS:
@@ -179,5 +181,6 @@ class ManifestOnDisk:
 def _digests(text: pa.Array) -> np.ndarray:
     """(N,) uint64 of text, 0 where there is none."""
     digest = xxhash.xxh3_64_intdigest
+    # As bytes, which is what is hashed: no caption is decoded for it.
     values = (0 if value is None else digest(value) for value in text.cast(pa.binary()).to_pylist())
     return np.fromiter(values, np.uint64, len(text))

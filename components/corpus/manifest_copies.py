@@ -37,9 +37,11 @@ def copy_manifest(
             for path, rows in outputs.items()
         ]
         start = 0
+        # Plain text: these batches are written, not compared, and the schema knows no dictionaries.
         for batch in manifest_batches(source, copied, code_text=False):
             stop = start + len(batch)
             anew = to_arrow(changed.iloc[start:stop], fields)
+            # Rows are joined by position, so another number of them means another manifest.
             if len(anew) < len(batch):
                 raise ValueError(f"{source} has more rows than the {len(changed)} changed ones")
             table = _table(batch, anew)

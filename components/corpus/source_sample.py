@@ -58,6 +58,7 @@ def count_items(
     number = 0
     for _ in islice(items, at_most):
         number += 1
+        # A folder is counted to its end: its names come quickly, and every estimate rests on them.
         if time.monotonic() > end and settings.kind != "folder":
             return None
     return number
@@ -116,6 +117,7 @@ def copy_sample(settings: IngestSettings, root: Path, target: Path, count: int, 
 def _bring(path: Path, source: Path, target: Path) -> bool:
     """Whether a regular file was linked or copied to its place below `target`."""
     real = path.resolve()
+    # The rule of `ingest`: a rehearsal must not take what the run will refuse.
     if not real.is_file() or not real.is_relative_to(source.resolve()):
         return False
     place = target / path.relative_to(source)

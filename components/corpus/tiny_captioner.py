@@ -104,6 +104,7 @@ def write_tiny_captioner(folder: Path, seed: int) -> None:
         vision_start_token_id=token(_VISION_START),
         vision_end_token_id=token(_VISION_END),
     )
+    # The caller's own draws must not depend on whether a tiny model was made.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2VLForConditionalGeneration(config)

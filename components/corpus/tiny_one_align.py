@@ -98,6 +98,7 @@ def write_tiny_one_align(folder: Path, seed: int) -> None:
         "max_position_embeddings": 256,
         "visual_config": {"visual_model": vision, "visual_abstractor": abstractor},
     }
+    # The caller's own draws must not depend on whether a tiny model was made.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         build_model(folder, language).save_pretrained(folder)

@@ -139,6 +139,7 @@ def _positions(before: Columns, after: Columns) -> np.ndarray:
         else:
             # Paths are shorter than hashes, and one look-up is enough.
             found = _look_up(old, new)
+        # Paths of two versions are the largest columns; the hashes come next.
         del old, new
         known = np.flatnonzero(found >= 0)
         contents = before["image_id"], after["image_id"]
@@ -153,6 +154,7 @@ def _positions(before: Columns, after: Columns) -> np.ndarray:
         pd.MultiIndex.from_arrays([uris.astype(object), version["image_id"].astype(object)])
         for uris, version in ((old, before), (new, after))
     ]
+    # One path with two contents may be told apart by the pair; one pair twice may not.
     if not pairs[0].is_unique:
         uri = old.iloc[int(np.flatnonzero(pairs[0].duplicated())[0])]
         raise ValueError(f"the older version has {uri} with the same bytes twice")
@@ -276,6 +278,7 @@ def diff(before: Columns, after: Columns) -> CorpusDiff:
         _alone(after, np.flatnonzero(where < 0), "added", "after"),
         _alone(before, np.flatnonzero(gone), "removed", "before"),
     ]
+    # Without empty parts, whose columns of nulls would change the others' types.
     found = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     return CorpusDiff(
         len(before),

@@ -71,6 +71,7 @@ def _source(coverage: Mapping[str, Any] | None) -> dict[str, Any] | None:
         {"unit": unit, **sums, "others": _apart(sums), "notes": sums["notes"]}
         for unit, sums in ledger["totals"].items()
     ]
+    # Of a thousand lists a reader needs those that lost something, the worst first.
     lossy = [file for file in ledger["files"] if file["losses"]]
     lossy.sort(key=lambda file: (-file["losses"], file["file"]))
     return {

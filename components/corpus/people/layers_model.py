@@ -67,6 +67,7 @@ class _Layer:
 
 def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """Zeros before and after, as TensorFlow's "same": the odd one comes after."""
+    # Torch's own "same" refuses strides.
     total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 

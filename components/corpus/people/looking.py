@@ -143,6 +143,7 @@ def _found(derivatives: Path, settings: Settings, root: Path, state_dir: Path) -
     if not rest:
         return table
     found = pd.concat([table, _look(derivatives, settings, plan, state_dir, rest)])
+    # In the order of the derivatives: the same rows whichever of them the table lists.
     return found.set_index("image_id").loc[ids].reset_index()
 
 

@@ -145,6 +145,7 @@ def _boxes_from_output(output: np.ndarray, height: int, width: int) -> list[Dete
     scores = candidates[:, 4:].max(axis=1)
     classes = candidates[:, 4:].argmax(axis=1)
     x, y, w, h = candidates[:, :4].T
+    # The padded square's edge: the picture stands in its top left corner, so no offset is needed.
     scale = max(height, width)
     left = np.clip((x - w / 2) * scale / _INPUT_PX, 0, width)
     top = np.clip((y - h / 2) * scale / _INPUT_PX, 0, height)
@@ -225,6 +226,7 @@ def load_classifier(folder: Path, device: str) -> ImageClassifier:
     model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
     labels = {int(index): str(name).lower() for index, name in model.config.id2label.items()}
     unsafe = tuple(sorted(index for index, name in labels.items() if name in UNSAFE_LABELS))
+    # A score that is always 0 would let everything through.
     if not unsafe:
         raise ValueError(
             f"people.nsfw.weights: {folder.name}: none of its labels {sorted(labels.values())} is "

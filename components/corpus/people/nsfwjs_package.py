@@ -160,6 +160,7 @@ def contents_digest(files: Mapping[str, bytes]) -> str:
 def _check_archive(path: Path, package: NpmPackage, where: str) -> None:
     with path.open("rb") as file:
         digest = base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
+    # Before anything in it is opened: what is parsed below is what the registry published.
     if digest != package.integrity:
         raise PackageRefused(
             f"{where}: not {package.name} {package.version}: sha512 {digest}, "
@@ -203,6 +204,7 @@ def _download(address: str, path: Path) -> None:
         answer.raise_for_status()
         for block in answer.iter_bytes(_BLOCK_BYTES):
             file.write(block)
+            # Counted, because a mirror's Content-Length is only what it says.
             if file.tell() > _MAX_ARCHIVE_BYTES:
                 raise ValueError(f"more than {_MAX_ARCHIVE_BYTES} bytes")
 

@@ -55,6 +55,7 @@ def _detections(boxes: Any, scores: Any, height: int, width: int) -> list[Detect
             round(min(max(right, 0), width)),
         )
         found.append(Detection("person", float(score), corners))
+    # By box among equal scores, whose order the libraries do not promise.
     return sorted(found, key=lambda one: (-one.score, one.box))
 
 
@@ -91,6 +92,7 @@ def _load_rtdetr(folder: Path, device: str, min_score: float) -> FindPeople:
     model = RTDetrForObjectDetection.from_pretrained(folder, local_files_only=True)
     model = model.eval().to(device)
     labels = {int(index): str(name).lower() for index, name in model.config.id2label.items()}
+    # Weights for other things would find nobody, and every photograph would be without people.
     if "person" not in labels.values():
         raise ValueError(f"people.weights: {folder.name}: no label 'person' among its classes")
 

@@ -58,6 +58,8 @@ def preprocess(pixels: np.ndarray) -> np.ndarray:
     """
     from PIL import Image
 
+    # The released code squashes, and its weights have seen nothing else; a crop would be more
+    # beautiful and another scale.
     small = Image.fromarray(pixels).resize((INPUT_PX, INPUT_PX), Image.Resampling.BICUBIC)
     values = (np.asarray(small, np.float32) / 255 - _MEAN) / _STD
     return np.ascontiguousarray(values.transpose(2, 0, 1)[None])
@@ -138,6 +140,7 @@ def open_scorer(job: ScoringJob, kind: Kind) -> DerivativeScorer:
     url = job.settings.quality.artimuse_url
     assert url is not None, "the settings refuse a scorer without what it needs"
     client = ScorerClient(url)
+    # Asked once; every later answer is held against it.
     expected = client.identity()
     client.close()
     return DerivativeScorer(

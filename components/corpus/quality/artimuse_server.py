@@ -131,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif int(length) > MAX_JPEG_BYTES:
             self._answer(413, {"error": f"more than {MAX_JPEG_BYTES} bytes"})
         else:
+            # Read also when the answer is 503: a body left unread resets the connection before the
+            # client has the answer.
             jpeg = self.rfile.read(int(length))
             if self.server.loaded is None:
                 self._answer(LOADING_STATUS, {"error": "the model is loading"})
@@ -164,6 +166,7 @@ def _serve(server: ScorerServer, load: Callable[[], Loaded]) -> int:
             failures.append(" ".join(str(problem).split()) or type(problem).__name__)
             server.shutdown()
 
+    # The port answers at once (503): a client can tell "loading" from "not there".
     threading.Thread(target=fill, daemon=True).start()
     server.serve_forever()
     for failure in failures:

@@ -58,9 +58,11 @@ def noise_sigma(gray: np.ndarray) -> float:
         gray: (H, W) uint8, edges at least 3.
     """
     response = np.abs(cv2.filter2D(gray, cv2.CV_64F, _IMMERKAER_KERNEL))[1:-1, 1:-1]
+    # 16 bits hold a Sobel sum of bytes (at most 1,020), 8 would wrap.
     gradient = np.abs(cv2.Sobel(gray, cv2.CV_16S, 1, 0)).astype(np.int32)
     gradient += np.abs(cv2.Sobel(gray, cv2.CV_16S, 0, 1))
     gradient = gradient[1:-1, 1:-1]
+    # The median and not a fixed gradient: a calm picture has edges too, and a busy one some calm.
     calm = gradient <= np.median(gradient)
     # E|L * n| = 6 sigma sqrt(2 / pi): the kernel's squares sum to 36.
     return float(np.sqrt(np.pi / 2) * response[calm].mean() / 6)

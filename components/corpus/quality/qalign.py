@@ -131,6 +131,7 @@ def _model_class() -> Any:
         wide = wide.to(dtype=self.dtype)
         return (1.0 - wide) * torch.finfo(self.dtype).min
 
+    # Older transformers have it: then theirs is used.
     if not hasattr(MplugOwlVisualAbstractorModel, "invert_attention_mask"):
         MplugOwlVisualAbstractorModel.invert_attention_mask = invert_attention_mask
     return MPLUGOwl2LlamaForCausalLM
@@ -177,6 +178,8 @@ def build_model(folder: Path, config: Mapping[str, Any]) -> Any:
 
 def _single_token(tokenizer: Any, word: str) -> int:
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    # Two levels that begin with the same piece would share a logit, and the score would still look
+    # right.
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise ValueError(f"its tokenizer makes {len(ids)} pieces of the level {word!r}")
     return int(ids[0])

@@ -115,6 +115,7 @@ def model_limits(settings: Settings) -> EngineLimits:
     limits = EngineLimits.for_networks(
         settings, timeout_s=_MODEL_TIMEOUT_S, memory_mb=_MODEL_MEMORY_MB
     )
+    # Two copies of eight billion parameters do not fit where one does.
     return replace(limits, workers=1)
 
 

@@ -129,8 +129,10 @@ class ScorerClient:
                 return body
             detail = str(body.get("error", "")) if isinstance(body, dict) else ""
             problem = f"status {answer.status_code} {detail}".strip()
+            # Of the picture: the engine counts it as a rejected item and goes on.
             if answer.status_code in (400, 413):
                 raise ItemRejected(detail or problem)
+            # 404 and its like: another kind of server, which will not become one by asking again.
             if answer.status_code != 429 and answer.status_code < 500:
                 break
         raise ScorerUnavailable(f"{self._url}{path}: {problem}")
