@@ -72,11 +72,13 @@ def accept_code(root: Path, name: str, why: str) -> Acceptance:
     changed = CodeChanges(root).since(name, entry, versioning.cache_folder(root))
     if not changed:
         raise NotAcceptable(f"{name}: its code means what it meant; there is nothing to accept")
+    # `dvc commit` would take every change into the lock, not only the one that was vouched for.
     others = versioning.changes_beside_code(root, name)
     if others:
         raise NotAcceptable(
             f"{name}: more than its code has changed ({others}); run it, or bring that back first"
         )
+    # The fingerprint has to be in its file before it can be committed as a dependency.
     _dvc(root, "repro", "-q", "-s", CODE)
     _dvc(root, "commit", "-q", "-f", name)
     outputs = versioning.hashes(entry.get("outs", []))

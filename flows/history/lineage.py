@@ -101,6 +101,7 @@ class Lineage:
             found = registered_weights(self.evidence.client)
             if found:
                 return found
+        # Without a server (or with an empty registry) the records still know what was sent to it.
         kept = {}
         for record in all_records(self.evidence.root):
             result = record.result
@@ -143,6 +144,8 @@ class Lineage:
 
     def _generation(self, sha256: str, key: str) -> tuple[StageRun, dict[str, Any]] | None:
         for run, line in self.generations():
+            # By the key too: a picture whose file was saved anew has other bytes and the same
+            # origin.
             if line["image_sha256"] == sha256 or (key and line["key"] == key):
                 return run, line
         return None
@@ -352,6 +355,7 @@ class Lineage:
 
     def photograph(self, image_id: str, path: str = "") -> Node | None:
         """A photograph forward to what it went into; None where no manifest names it."""
+        # The furthest one first: it says most, and an earlier one only matters where that is gone.
         for manifest in _MANIFESTS:
             versions = {r.outputs[manifest]: r for r in self.evidence.runs if manifest in r.outputs}
             node = Node("photograph", path or image_id, {"sha256": image_id})
@@ -375,6 +379,7 @@ class Lineage:
         for path, md5 in sorted(run.outputs.items()):
             if not path.startswith(SLICES_DIR) or not path.endswith(".parquet"):
                 continue
+            # The manifest of slices is no slice: it holds every row.
             if path == _MANIFESTS[0]:
                 continue
             rows = self._table(path, md5)

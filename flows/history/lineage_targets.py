@@ -106,6 +106,7 @@ def _run(lineage: Lineage, target: str) -> Node | None:
 
 def _names(target: str, identifier: str) -> bool:
     return bool(identifier) and (
+        # Fewer digits would too often name two runs, and a stage's name could be taken for a hash.
         target == identifier or (len(target) >= 8 and identifier.startswith(target))
     )
 
@@ -121,6 +122,7 @@ def _model(lineage: Lineage, target: str) -> Node | None:
         known = [v for v in known if match["alias"] in v.aliases]
     if not known:
         return None
+    # As numbers: version "10" is newer than "9".
     newest = max(known, key=lambda v: int(v.version or 0))
     return _both_ways(lineage, newest.digest, newest.title)
 
@@ -146,4 +148,6 @@ def _digest(lineage: Lineage, target: str) -> Node | None:
     for run, line in lineage.generations():
         if line["image_sha256"].startswith(target) or line["key"].startswith(target):
             return lineage.known_picture(run, line)
+    # Manifests are searched for equal hashes; for a beginning each of a million rows would be
+    # looked at in every version.
     return lineage.photograph(target) if len(target) == 64 else None

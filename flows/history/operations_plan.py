@@ -145,6 +145,7 @@ def _candidates(root: Path) -> int:
 def _action(clone: Clone, node: versioning.StageNode, stale: Mapping[str, str]) -> Action:
     if node.name not in stale:
         return "nothing"
+    # What is above decides by its bytes: it may give the old ones, and then DVC skips this one.
     if any(above in stale for above in node.upstream):
         # Its own reason, such as changed code, stands whatever comes from above.
         return "may run" if stale[node.name].startswith("after ") else "run"

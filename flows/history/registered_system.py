@@ -97,6 +97,7 @@ def _weights(root: Path, name: str, version: RegisteredWeights) -> Path:
     )
     if not path.is_dir():
         raise SystemFailed(f"{name}: {version.title}: {version.path} is not there; {back}")
+    # The folder belongs to the newest run; an older version's path may hold its successor.
     digest = folder_digest(path)
     if digest != version.digest:
         raise SystemFailed(

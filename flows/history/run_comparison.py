@@ -81,6 +81,7 @@ def direction(name: str) -> str:
     if metric.startswith("photographs_"):
         return ""
     ends = [c for c in CARDS if metric == c.id or metric.endswith(f"_{c.id}")]
+    # The longest: "psnr_db" and "db" both end the name, and the shorter may mean another direction.
     return max(ends, key=lambda card: len(card.id)).direction if ends else ""
 
 
@@ -300,4 +301,5 @@ def _packages(root: Path, before: Side, after: Side) -> dict[str, list[Any]]:
         locked_packages(_git(root, "show", f"{side.commit}:requirements.lock") or "")
         for side in (before, after)
     ]
+    # An empty side is a commit that is not here: every package would seem new.
     return _changed(*locks) if all(locks) else {}

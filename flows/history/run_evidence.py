@@ -86,6 +86,7 @@ def _from_record(record: Record, lock: Mapping[str, Any]) -> StageRun | None:
         tags=run.tags | result.tags,
         metrics=result.metrics,
         params=run.params,
+        # Between two attempts lies a night, or a week.
         seconds=(result.ended_ms - run.started_ms) / 1000 if run.attempts == 1 else None,
     )
 
@@ -127,6 +128,7 @@ def finished_runs(
     """
     known = (_from_record(record, lock) for record in all_records(root))
     runs = [run for run in known if run is not None]
+    # By both: an upload that was repeated has another run id and the same record.
     ids = {run.run_id for run in runs} | {run.record_id for run in runs}
     for run in _tracked(client):
         if run.run_id not in ids and run.record_id not in ids:
@@ -186,6 +188,8 @@ class Evidence:
         runs = finished_runs(self.root, self.lock, self.client)
         for stage, entry in self.lock.items():
             outputs = versioning.hashes(entry.get("outs", []))
+            # A result that was pulled from a remote has no record here; the lock is all that is
+            # known.
             if outputs and not any(r.stage == stage and r.outputs == outputs for r in runs):
                 inputs = versioning.hashes(entry.get("deps", []))
                 found = StageRun(stage, "dvc.lock", inputs=inputs, outputs=outputs)
@@ -230,6 +234,7 @@ class Evidence:
         if cached.is_file():
             return cached
         here = self.root / path
+        # A folder's hash is that of DVC's list of it, which the folder itself does not hold.
         if here.is_file() and not md5.endswith(".dir"):
             with here.open("rb") as stream:
                 if hashlib.file_digest(stream, "md5").hexdigest() == md5:

@@ -83,6 +83,8 @@ def stage_lock(root: Path, stage: str, stopping: Callable[[], bool]) -> Iterator
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
+        # Asked again and again, not waited for: a blocking flock would not notice that the run is
+        # stopped.
         while not stopping():
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -48,7 +48,9 @@ class PipelineConsole:
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=self.console,
+            # Finished stages leave a line of their own; a bar that stayed would repeat it.
             transient=True,
+            # In a log file a bar is thousands of lines.
             disable=not self.console.is_terminal,
         )
         self._rows: dict[str, object] = {}

@@ -101,6 +101,7 @@ class DvcRunner:
 
     def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
         """Run (or skip) one stage; never raises for a failing stage."""
+        # No dvc process for a stage that is known to be current: starting one costs seconds.
         if name not in self.stale and not self.force:
             return StageOutcome(name, "skipped", message="unchanged")
         return self._run(name, prefect_run)
@@ -108,9 +109,12 @@ class DvcRunner:
     def _run(self, name: str, prefect_run: str | None) -> StageOutcome:
         node = self.graph[name]
         with (
+            # The turn before the cores: a stage that waits for another tree must not keep cores
+            # from this one.
             shared_turn(self.root, name, lambda: self._stopping),
             self._slots.take(node.meta.cpus),
         ):
+            # Both waits above end when the run is stopped, with nothing to start.
             if self._stopping:
                 return interrupted(name)
             started = time.monotonic()
@@ -127,6 +131,8 @@ class DvcRunner:
         progress = self.progress_file(name)
         progress.parent.mkdir(parents=True, exist_ok=True)
         command = ["dvc", "--wait-for-lock", "repro", "-s", name, *(["-f"] if self.force else [])]
+        # A folder for each attempt: an outcome that an earlier one left must not speak for this
+        # one.
         with tempfile.TemporaryDirectory() as folder:
             outcome_file = Path(folder) / "outcome.json"
             env = os.environ | {OUTCOME_FILE: str(outcome_file), PROGRESS_FILE: str(progress)}
@@ -142,7 +148,10 @@ class DvcRunner:
                 lock = until_begun.enter_context(
                     stage_lock(self.root, name, lambda: self._stopping)
                 )
+                # Of a run that was killed: the bar would start where that one ended.
                 progress.unlink(missing_ok=True)
+                # A kill within a write leaves half a JSON file, on which every later dvc command
+                # fails.
                 versioning.clear_torn_rwlock(self.root)
                 with (
                     log.open("wb") as output,
@@ -247,6 +256,8 @@ class DvcRunner:
         """Note in the stage's record which output hashes DVC gave."""
         if outcome.status != "ran":
             return
+        # Only now: DVC hashes outputs after the stage's process, which has closed its record by
+        # then.
         entry = versioning.lock_entry(self.root, outcome.name) or {}
         hashes = versioning.hashes(entry.get("outs", []))
         for folder in records_dir(self.root).glob(f"{outcome.name}-*"):

@@ -64,6 +64,7 @@ def machine_gpus() -> list[Gpu]:
         found = [Gpu(str(index), f"index-{index}", None) for index in range(int(count))]
     else:
         found = _from_driver()
+    # A scheduler (Slurm, Kubernetes) has assigned devices already; the others are not ours to lock.
     allowed = os.environ.get(VISIBLE)
     if allowed is None:
         return found
@@ -185,6 +186,8 @@ def gpus_for(
         taken = _wait(stage, count, free_fraction, wait_s, say)
         for descriptor in taken.values():
             stack.callback(os.close, descriptor)
+        # CUDA's own order is "fastest first": without the second variable index 0 may be another
+        # card than the one that is locked.
         before = {name: os.environ.get(name) for name in (VISIBLE, "CUDA_DEVICE_ORDER")}
         os.environ |= {VISIBLE: ",".join(taken), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         try:

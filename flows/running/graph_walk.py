@@ -23,6 +23,7 @@ def walk_graph(runner: StageRunner, report: Report) -> dict[str, StageOutcome]:
     outcomes: dict[str, StageOutcome] = {}
     waiting = list(runner.graph)
     running: dict[Future[StageOutcome], str] = {}
+    # Threads, since each only waits for a process.
     with ThreadPoolExecutor(max_workers=max(1, len(waiting))) as pool:
         try:
             # Stages above decide, cores do not: a runner keeps a stage waiting until some are free.
@@ -51,6 +52,7 @@ def run_with_retries(runner: StageRunner, name: str) -> StageOutcome:
     """Run a stage, again after a failure that a retry may cure, as often as its meta allows."""
     retries = runner.graph[name].meta.retries
     outcome = runner.run(name)
+    # "refused" is not "failed": wrong settings stay wrong.
     while outcome.status == "failed" and retries > 0 and not runner.stopping:
         retries -= 1
         outcome = runner.run(name)

@@ -61,9 +61,12 @@ class GuardedProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT if output is not None else None,
                 pass_fds=(read_end, *held),
+                # Out of the terminal's group: Ctrl-C reaches the asking process alone, which then
+                # stops its stages in order.
                 start_new_session=True,
             )
         finally:
+            # Held here it would keep the pipe's reading side open; only the launcher watches it.
             os.close(read_end)
         self._write_end: int | None = write_end
 
@@ -102,6 +105,7 @@ def _stop_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
 
     `dvc`, the child, ends at once; the stage below it may be saving its state.
     """
+    # The launcher is in the group that it signals, and has to live to send SIGKILL.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
@@ -138,7 +142,10 @@ def main(arguments: Sequence[str]) -> int:
     pipe, grace_s, command = int(arguments[0]), float(arguments[1]), list(arguments[2:])
     # An asking process that ignores SIGINT must not hand that on to training processes.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # The command gets neither the pipe nor the locks: a grandchild that stays behind would keep
+    # them.
     child = subprocess.Popen(command, close_fds=True)
+    # So that one poll waits for both: the command's end and the asking process's.
     child_fd = os.pidfd_open(child.pid)
     poller = select.poll()
     poller.register(pipe, select.POLLIN | select.POLLHUP)
@@ -147,6 +154,7 @@ def main(arguments: Sequence[str]) -> int:
         if any(fd == pipe for fd, _ in poller.poll()):
             _stop_group(child, grace_s)
     code = child.returncode
+    # As a shell says it: killed by signal 9 is 137.
     return code if code >= 0 else 128 - code
 
 

@@ -137,6 +137,7 @@ def _has_nothing_to_do(root: Path, name: str) -> bool:
 
     Its table is there and is the one that dvc.lock names: DVC keeps it (`persist`).
     """
+    # Only that stage is "always changed" to DVC: it alone looks at files which DVC does not track.
     if name != SOURCE or FORCED in os.environ:
         return False
     entry = versioning.lock_entry(root, name)
@@ -193,6 +194,8 @@ def run_stage(name: str, root: Path) -> int:
         settings = load_settings(root / "params.yaml")
         _prepare(settings)
         clone = Clone(root)
+        # Everything that is asked of DVC is asked here at once, since opening the repository is
+        # slow; none of it stays open while the stage works.
         with clone.opened():
             node = clone.stage(name)
             _refuse_other_code(root, name)
@@ -204,6 +207,7 @@ def run_stage(name: str, root: Path) -> int:
         state_dir = state_folder(root, name, key) if state is None else state.folder
         state_dir.mkdir(parents=True, exist_ok=True)
         record = open_record(root, _describe(root, node, key, inputs, state_dir))
+        # A pipeline uploads for its stages, with one process that has MLflow imported.
         if PARENT_RECORD not in os.environ:
             from flows.tracking.uploader import UploaderProcess
 
@@ -222,6 +226,7 @@ def run_stage(name: str, root: Path) -> int:
             ),
             watched(state_dir / "system.jsonl", root),
         ):
+            # After the wait for devices, which costs nobody a GPU-hour.
             begun = time.monotonic()
             result = with_cost(
                 _run(context, node), time.monotonic() - begun, node.meta.gpus, runtime
@@ -253,6 +258,7 @@ def run_stage(name: str, root: Path) -> int:
     if record is not None:
         record.finish(result)
     status = {0: "finished", EXIT_BAD_INPUT: "refused"}.get(code, "failed")
+    # Before the upload, which may wait for a server: whoever asked for the stage is told at once.
     _report_outcome(status, message, record, time.monotonic() - started)
     print(f"{name}: {message}" if code == 0 else f"error: {message}", file=sys.stderr)
     if uploader is not None and not uploader.drain():

@@ -155,6 +155,7 @@ def open_state(root: Path, identity: RunIdentity, wish: Wish, processes: int) ->
     """
     stage = identity.stage
     folder = state_folder(root, stage, identity.key)
+    # The same identity: nothing that decides has changed, so there is nothing to ask.
     own = read_state(folder)
     if own is not None:
         return resume_state(own, processes)
@@ -166,6 +167,7 @@ def open_state(root: Path, identity: RunIdentity, wish: Wish, processes: int) ->
         chosen = _named(others, wish.continue_from)
         _say(f"{stage}: goes on from {chosen.name} at step {chosen.step}")
         return continue_from(chosen, folder, identity, processes)
+    # Newest first: that is the work which a person has in mind.
     unfinished = next((s for s in others if _is_open(s)), None)
     if unfinished is None:
         _offer_finished(others, identity)
@@ -179,6 +181,8 @@ def open_state(root: Path, identity: RunIdentity, wish: Wish, processes: int) ->
         _say(f"{stage}: goes on from {at} under {changes}")
         return continue_from(unfinished, folder, identity, processes)
     seconds = unfinished.seconds()
+    # Small runs are changed and repeated all day long: a question at each would only be answered by
+    # habit.
     if seconds <= AT_STAKE_S:
         _say(
             f"{stage}: begins at step 0; the unfinished {at} ({seconds:.0f} s of "

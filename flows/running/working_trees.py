@@ -66,6 +66,7 @@ def share(root: Path, tree: Path, source: str | None) -> None:
     """
     from dvc.config import Config
 
+    # config.local is not in Git: remotes and their passwords would be missing in the tree.
     local = Config(str(root / ".dvc")).load_one("local")
     with Config(str(tree / ".dvc")).edit("local") as values:
         values.update(local)
