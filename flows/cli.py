@@ -150,6 +150,7 @@ def run(
     from flows.services.servers import ServiceError
     from flows.versioning.graph import GraphError
 
+    # The wish travels in the environment, which ends at this machine.
     if engine == "pools" and (continue_from or restart):
         raise fail(
             "--continue-from, --restart: stages of pools run elsewhere; set runtime.on_changed_run"

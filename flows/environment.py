@@ -61,8 +61,11 @@ def prepare(*, offline: bool = False, torch_threads: int | None = None) -> None:
     if offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if torch_threads is not None:
+        # Set, not defaulted: the number of threads decides the order of sums, and with it the
+        # weights.
         os.environ["OMP_NUM_THREADS"] = str(torch_threads)
     programs = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
+    # `dvc` in a pipeline is to be this environment's, also where nobody has activated it.
     if path.split(os.pathsep)[0] != programs:
         os.environ["PATH"] = f"{programs}{os.pathsep}{path}"

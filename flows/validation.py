@@ -157,6 +157,7 @@ def presence_read(contracts: Sequence[Contract]) -> list[str]:
     asked: dict[str, set[str]] = {}
     for spec in (spec for part in contracts for spec in part.expectations if spec.column):
         asked.setdefault(str(spec.column), set()).add(spec.expectation)
+    # Captions are nine tenths of a manifest and are asked for nothing else.
     alone = {"expect_column_values_to_not_be_null"}
     return [name for name, kinds in asked.items() if kinds == alone and name not in _ALWAYS_READ]
 
@@ -208,6 +209,7 @@ def _evaluate(column: pd.DataFrame, expectations: list[Any], result_format: str)
         configurations=[expectation.configuration for expectation in expectations],
         runtime_configuration={"result_format": result_format},
     )
+    # The engine returns results grouped by metric, not in the order of the contract.
     by_position = {entry.expectation_config.meta["position"]: entry for entry in found}
     return [by_position[expectation.meta["position"]] for expectation in expectations]
 
@@ -341,6 +343,7 @@ def validate(
         where = f"{spec.expectation} on {spec.column}"
         values = {k: _look_up(v, settings, where) for k, v in spec.arguments.items()}
         resolved.append(values)
+        # A rule that is switched off (its setting is null) has nothing to hold rows against.
         if all(values[k] is not None or spec.arguments[k] is None for k in values):
             key = (spec.rows, spec.column)
             groups.setdefault(key, []).append(_build(spec, values, position))

@@ -81,6 +81,7 @@ def run_arm(root: Path, design: Design, arm: Arm, choice: SuiteChoice | None = N
     words += [] if choice.metrics is None else ["--metrics", choice.metrics]
     words += [] if choice.limit is None else ["--limit", str(choice.limit)]
     suite = Path(choice.suite)
+    # The command runs in the tree, where a relative folder would be another one.
     named = str(suite.absolute()) if suite.is_dir() else choice.suite
     if _ultraflux(tree, "evaluate", named, *words):
         return ArmScores(arm, problem=f"its evaluation did not finish (see above); {again}")

@@ -136,6 +136,7 @@ def _from_revision(evidence: Evidence, name: str) -> Recorded:
             f"{name}: neither a pipeline run, a stage's run, nor a Git revision{away}"
         ) from None
     try:
+        # `git` strips the last line end, and the file's hash is compared.
         lock = git(root, "show", f"{commit}:./dvc.lock").encode() + b"\n"
     except TreeRefused:
         raise ReproductionRefused(
@@ -205,6 +206,7 @@ def _new_tree(root: Path, recorded: Recorded, tree: Path) -> None:
         git(tree, "apply", "--binary", "--whitespace=nowarn", "-", data=recorded.changes)
     if recorded.params is not None:
         (tree / "params.yaml").write_bytes(recorded.params)
+    # DVC then compares against that run: stages whose inputs are equal are restored, not computed.
     (tree / "dvc.lock").write_bytes(recorded.lock)
 
 
@@ -235,6 +237,7 @@ def run_again(
         return ends_well("ultraflux", "run", "--force")
     if not ends_well("ultraflux", "run"):
         return False
+    # In the order of the graph: a later stage is to read what an earlier one has computed anew.
     order = [name for name in versioning.stage_graph(tree) if name in stages]
     return all(ends_well("dvc", "--wait-for-lock", "repro", "-s", "-f", name) for name in order)
 
@@ -243,6 +246,7 @@ def compare_locks(recorded: Recorded, tree: Path) -> list[StageComparison]:
     """Outputs of every stage that the run ended, in the order of the graph."""
     old = versioning.locked_stages(recorded.lock.decode())
     new = versioning.locked_stages((tree / "dvc.lock").read_text(encoding="utf-8"))
+    # Restored stages leave no record.
     computed = {r.run.name for r in all_records(tree) if r.run.kind == "stage" and r.result}
     compared = []
     for stage in versioning.stage_graph(tree):

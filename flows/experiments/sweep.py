@@ -93,6 +93,7 @@ def expand(assignments: Sequence[str], params: Mapping[str, Any]) -> tuple[Arm, 
 
 def _values(text: str, values: str) -> list[Any]:
     try:
+        # As YAML, so that a list in brackets stays one value at its commas.
         found = yaml.safe_load(f"[{values}]")
     except yaml.YAMLError:
         raise SweepRefused(f"-S {text}: the values are not YAML") from None
@@ -140,6 +141,7 @@ def run_sweep(
     except TreeRefused as problem:
         raise SweepRefused(str(problem)) from None
     record = _open(root, name, sets)
+    # Known after the upload that `_open` made; the sets' runs hang below it.
     parent = record.mlflow_run_id
     cores = max(1, (os.cpu_count() or 1) // parallel)
     command = ["ultraflux", "run", "--cpus", str(cores), *(["--until", until] if until else [])]
@@ -148,6 +150,7 @@ def run_sweep(
         tags = {"ultraflux.sweep": name, "ultraflux.sweep_set": one.label}
         tags |= {"mlflow.parentRunId": parent} if parent else {}
         env = tree_environment(tree, record_in=root, tags=tags)
+        # Sets that are equal up to a stage would all compute it at once, and all but one in vain.
         env[SHARED_TURNS] = str(folder / "turns")
         log = tree / "runs" / "sweep.log"
         log.parent.mkdir(exist_ok=True)
@@ -195,6 +198,7 @@ def _open(root: Path, name: str, sets: Sequence[Arm]) -> Record:
 
 def _measured(root: Path, made: Sequence[SetResult]) -> list[SetResult]:
     """Add the headline metrics of the runs that made each set's outputs, in whichever tree."""
+    # A stage that DVC restored was run, and recorded, in another set's tree or in the clone.
     folders = [root, *(root / one.tree for one in made)]
     runs = [run for folder in folders for run in finished_runs(folder, read_lock(folder), None)]
     return [

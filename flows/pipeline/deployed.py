@@ -100,6 +100,8 @@ def run_stage(
     try:
         root = worker_clone(clone, chosen(settings))
         if parent_record is not None and not opened_here(root, parent_record):
+            # A clone of the same path on another machine: its results would be nowhere near the
+            # pipeline.
             raise FileNotFoundError(f"{root} on {socket.gethostname()}{OTHER_CLONE}")
         node = versioning.stage_node(root, stage)
         # A pipeline holds the clone for its stages.
@@ -200,6 +202,8 @@ def run_pipeline(
             own = environment.project_root(Path(named) if named else None)
             values = profile_values(own, profile, values)
         root = worker_clone(clone, values)
+        # Prefect's own reading of prefect.yaml and of relative settings starts at the working
+        # folder.
         os.chdir(root)
         summary = run_graph(root, engine="pools", force=force, remote_data=remote_data)
     except (*REFUSALS, PipelineRefused) as problem:

@@ -94,6 +94,7 @@ def run_pipeline(
     Raises:
         PipelineRefused, SettingsError, ServiceError, versioning.GraphError: nothing was started.
     """
+    # Before the lock: what cannot start must not wait for hours to say so.
     preflight(root)
     rehearsal = rehearsal and engine != "pools"
     if engine == "pools":
@@ -130,7 +131,9 @@ def _run_pipeline(
         if rehearsal and "ingest" in stale:
             _rehearse(root, settings)
     record = open_record(root, _description(root, engine))
+    # Now, not at the end: the clone may be edited while stages run.
     kept = _keep_sources(root, record)
+    # Only once the record is there: the pipeline's run has to exist before its stages' runs.
     uploader = UploaderProcess(root)
     runner: StageRunner
     if remote_data:
@@ -179,6 +182,7 @@ def _run_pipeline(
         runner.stop()
     console.summarise(outcomes.values())
     summary = PipelineSummary(outcomes, time.monotonic() - started, interrupted)
+    # Before the result is written: a record without an end would look as if it still went on.
     close_interrupted(root, record.record_id)
     result = _result(root, summary, [*kept, *_keep(root, record, "dvc.lock")])
     spent = pipeline_cost(
@@ -290,6 +294,8 @@ def _result(root: Path, summary: PipelineSummary, kept: list[str]) -> RunResult:
         if made_by is not None and outcome.ok:
             tags[f"stage.{name}.run_id"] = made_by.mlflow_run_id or made_by.record_id
             result = made_by.result
+            # A stage that ran sends its numbers here by itself; those of a skipped one stand at an
+            # older run.
             if outcome.status == "skipped" and result is not None:
                 metrics |= {f"{name}.{key}": value for key, value in result.metrics.items()}
     if (root / "dvc.lock").is_file():

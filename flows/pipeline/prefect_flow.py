@@ -50,6 +50,8 @@ def _stage_task(runner: StageRunner, name: str, report: Report) -> Task:
         outcome = runner.run(name, prefect_run=flow_run_id)
         logger.info("%s in %.1f s: %s", outcome.status, outcome.seconds, outcome.message)
         if not outcome.ok:
+            # Raised, because only an exception makes Prefect retry; it is reported once it is
+            # final.
             raise StageError(outcome)
         report(outcome)
         state_name = "Skipped" if outcome.status == "skipped" else "Completed"
@@ -114,6 +116,7 @@ def build_flow(runner: StageRunner, report: Report) -> Callable[[], dict[str, St
 
     def run() -> dict[str, StageOutcome]:
         state = pipeline(return_state=True)
+        # A cancelled flow's result raises, and the outcomes so far are wanted.
         if not state.is_cancelled():
             state.result()
         return outcomes

@@ -51,6 +51,7 @@ def preflight(root: Path) -> None:
         probe = folder / f".writable-{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # By writing: permission bits say nothing of read-only mounts and full quotas.
             probe.touch()
             probe.unlink()
         except OSError as problem:

@@ -93,6 +93,7 @@ def rehearse(root: Path, items: int = ITEMS, say: Callable[[str], None] = print)
     settings = load_settings(root / "params.yaml")
     total = count_items(settings.ingest, root)
     scratch = root / FOLDER
+    # Begun anew: what an earlier sample left would make a stage look finished.
     shutil.rmtree(scratch, ignore_errors=True)
     stages = [name for name in stages_until(root, _LAST) if name != CODE]
     _furnish(root, scratch, stages)
@@ -115,6 +116,7 @@ def _furnish(root: Path, scratch: Path, stages: list[str]) -> None:
         if path.name not in stages:
             (scratch / "data" / path.name).symlink_to(path)
     for name in _PAID:
+        # A link also where there is no file yet: what is paid for now is kept for the run.
         (scratch / "runs" / name).symlink_to(root / "runs" / name)
 
 
@@ -211,6 +213,8 @@ def read_outcome(root: Path) -> dict[str, Any] | None:
 def is_due(root: Path, settings: Settings) -> bool:
     """Whether a run should be rehearsed: many items, and settings that have not passed yet."""
     outcome = read_outcome(root)
+    # The same settings have passed; a failed rehearsal is made again, since its cause may lie
+    # outside.
     if outcome is not None and outcome["problem"] is None:
         return False
     try:

@@ -92,6 +92,7 @@ def apply_automation(client: SyncPrefectClient, path: Path) -> Applied:
         error = problem.errors()[0]
         place = ".".join(str(part) for part in error["loc"])
         raise AutomationInvalid(f"{path}: {place}: {error['msg'].lower()}") from None
+    # Names are not unique on a server; two equal automations would act twice.
     for surplus in known[1:]:
         client.delete_automation(surplus.id)
     if not known:

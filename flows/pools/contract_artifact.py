@@ -33,6 +33,7 @@ def _lines(stage: str, record: Record, result: RunResult, pages: str | None) -> 
     lines = []
     for results in (Path(path) for path in result.artifacts if path.endswith(RESULTS)):
         prefix = results.name.removesuffix(RESULTS)
+        # Other stages have a results.json too.
         if f"{prefix}expectations" not in result.metrics:
             continue
         count = {

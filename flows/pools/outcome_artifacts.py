@@ -76,4 +76,5 @@ def _newest(client: SyncPrefectClient, flow_run_id: UUID, description: str) -> s
     ours = [artifact for artifact in found if artifact.description == description]
     if not ours:
         return None
+    # A flow run that was repeated has an artifact of every attempt.
     return str(max(ours, key=lambda artifact: str(artifact.created)).data)

@@ -123,6 +123,7 @@ class PipelineArtifacts:
 
     def ended(self, outcome: StageOutcome) -> None:
         """Move the bar: a stage weighs as many minutes as dvc.yaml expects of it."""
+        # Stages end in threads of their own, and the server must get the shares in their order.
         with self._lock:
             self._outcomes[outcome.name] = outcome
             total = sum(node.meta.est_minutes for node in self._runner.graph.values())

@@ -99,6 +99,7 @@ class PoolRunner(DvcRunner):
                     parameters=self._parameters(node.name),
                     flow_run_name=node.name,
                     timeout=0,
+                    # Below the pipeline's run in the UI, and cancelled with it.
                     as_subflow=True,
                     idempotency_key=f"{run}/{node.name}/{attempt}",
                     tags=["stage"],
@@ -125,6 +126,8 @@ class PoolRunner(DvcRunner):
         """What came of a flow run in a final state."""
         said = read_outcome(client, flow_run.id)
         completed = flow_run.state is not None and flow_run.state.is_completed()
+        # They differ when a run was killed after it had said how its stage went: the state is
+        # later.
         if said is not None and said.ok == completed:
             return said
         return self._unexplained(name, flow_run, seconds)

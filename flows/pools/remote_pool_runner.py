@@ -101,6 +101,8 @@ class RemotePoolRunner(PoolRunner):
             return StageOutcome(node.name, "failed", time.monotonic() - started, message)
 
     def _parameters(self, name: str) -> dict[str, Any]:
+        # Longer each time, see "busy" below: the pool may have one worker, whose clone is needed
+        # for hours.
         patience_s = self._patience_s.setdefault(name, FIRST_PATIENCE_S)
         request = self._clone.request(name, patience_s=patience_s)
         return {"stage": name, "request": as_json(request)}
@@ -114,6 +116,8 @@ class RemotePoolRunner(PoolRunner):
             return StageOutcome(name, "refused", seconds, f"{name}: {problem}")
         state = flow_run.state
         if reply is None:
+            # Without a reply, "crashed" is the machine or its process; "failed" would be the
+            # stage's own end.
             if state is not None and state.is_crashed():
                 raise _SendAgain(f"{name}: lost with its worker ({state.message})", lost=True)
             if state is not None and state.is_completed():

@@ -94,6 +94,7 @@ def job_template(pools: PoolFile, pool: Pool) -> dict[str, Any]:
         template = {**template, **pools.base_job_template, "variables": template["variables"]}
     changed: dict[str, Any] = {}
     for name, value in (pools.defaults | pool.defaults).items():
+        # Prefect takes unknown defaults and uses none of them: a memory limit would hold nobody.
         if name not in variables:
             raise PoolsInvalid(
                 f"pool {pool.name}: defaults.{name}: the job template has no such variable; it "

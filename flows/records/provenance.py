@@ -91,6 +91,7 @@ def _changes(root: Path) -> bytes:
     source = _source(root)
     for name in _untracked(root):
         is_data = source is not None and (root / name).is_relative_to(source)
+        # Otherwise every pipeline over an untracked folder would hash all of its photographs here.
         if is_data and Path(name).suffix not in _KEPT_SUFFIXES:
             continue
         size = (root / name).stat().st_size

@@ -141,6 +141,7 @@ def records_dir(root: Path) -> Path:
 
 def all_records(root: Path) -> Iterator[Record]:
     """Records in the order of their start."""
+    # Not by the folder: a record is one from the moment that its run.json is there, whole.
     found = [Record(path.parent) for path in records_dir(root).glob("*/run.json")]
     yield from sorted(found, key=lambda record: (record.run.started_ms, record.record_id))
 
@@ -152,6 +153,7 @@ def open_record(root: Path, run: RunDescription) -> Record:
             known = record.run
             if known.name == run.name and known.stage_key == run.stage_key:
                 result = record.result
+                # Equal inputs and not finished: its curves go on in the run that has them already.
                 if result is None or result.status != "FINISHED":
                     (record.folder / "result.json").unlink(missing_ok=True)
                     values = asdict(run) | {

@@ -73,6 +73,7 @@ def configure(root: Path) -> str:
 
 def _checked(url: str) -> str:
     parts = urlsplit(url)
+    # The address goes into a file, messages and MLflow tags.
     if parts.password or (parts.username and parts.scheme != "ssh"):
         raise RemoteFailed(
             f"{REMOTE} has credentials in it: leave them out, the storage's own variables "
@@ -87,6 +88,7 @@ def _write(root: Path, url: str) -> None:
     values = {"url": url, **(TIMEOUTS_S if url.startswith("s3://") else {})}
     with open_repo(root) as repo:
         now = repo.config["remote"].get(REMOTE_NAME, {})
+        # Unchanged: another process may be reading the file just now.
         if repo.config["core"].get("remote") == REMOTE_NAME and dict(now) == values:
             return
         with repo.config.edit("local") as config:
@@ -213,6 +215,7 @@ def _errors() -> Iterator[list[str]]:
     """What DVC's loggers call errors while the block runs."""
     lines: list[str] = []
     handler = _Collector(lines)
+    # DVC logs the cause of each file's failure and raises only their number.
     loggers = [logging.getLogger(name) for name in ("dvc", "dvc_data", "dvc_objects")]
     for logger in loggers:
         logger.addHandler(handler)

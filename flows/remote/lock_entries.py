@@ -66,9 +66,12 @@ def merge_entries(root: Path, entries: Mapping[str, LockEntry]) -> None:
     path = root / "dvc.lock"
     with open_repo(root) as repo, repo.lock:
         before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        # DVC's own reader and writer: the file looks as if DVC had written it, and a diff shows
+        # entries.
         document = parse_yaml_for_update(before, str(path))
         document.setdefault("schema", "2.0")
         stages = document.setdefault("stages", {})
+        # Nothing is written where nothing differs: `git status` of a worker stays clean.
         changed = {name: entry for name, entry in entries.items() if stages.get(name) != entry}
         if not changed:
             return
@@ -123,6 +126,7 @@ def _changes(
             changed = code.since(stage.name, entry)
             changes += [changed] if changed else []
             continue
+        # Its bytes may lie in the remote alone: hash against hash, no file is looked at.
         if path in makers:
             status = {} if known.get(path) == made.get(path) else {path: "modified"}
         else:

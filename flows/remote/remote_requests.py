@@ -56,6 +56,7 @@ class PipelineClone:
         self._parent_record = parent_record
         self._force = force
         self._stopping = stopping
+        # Noted once: an edit in the middle of a pipeline must not give its stages two codes.
         self._commit = code_commit(root)
         self._params = (root / "params.yaml").read_text(encoding="utf-8")
         self._merging = threading.Lock()
@@ -120,8 +121,11 @@ class PipelineClone:
                 return failed(f"{name}: {problem}")
             status: OutcomeStatus = "refused" if reply.status == "refused" else "failed"
             return StageOutcome(name, status, reply.seconds, reply.message, self.log(name))
+        # A worker's clone may have had other inputs under the same paths; its result would be a lie
+        # here.
         if foreign := foreign_inputs(reply.entry, versioning.read_lock(self.root)):
             return failed(f"{name}: {where} ran on another version of {', '.join(foreign)}")
+        # Before the figures: the outputs are on the remote, whatever becomes of what is only shown.
         merge_entries(self.root, {name: reply.entry})
         message = f"{reply.message} (in {where})"
         try:

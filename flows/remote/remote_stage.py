@@ -104,6 +104,7 @@ def _answer(
     if name not in graph:
         raise WorkerRefused(f"no such stage in dvc.yaml; stages: {', '.join(graph)}")
     if CODE in graph and name != CODE:
+        # The request's commit is this clone's, so its code files are made here and not sent.
         write_code_files(root)
     data_remote.pull(root, stage_inputs(root, name))
     if held is not None:
@@ -116,6 +117,7 @@ def _answer(
         force=request.force,
         held=() if held is None else (held,),
     )
+    # After the pull: the key of the state is made of the inputs.
     copies = StateCopies(root, name) if graph[name].meta.resumable and copies_wanted() else None
     with stopping_on_signals(runner) if own_signals else nullcontext():
         checkpoint = copies.restore() if copies is not None else None
@@ -211,6 +213,7 @@ def _place(root: Path, request: StageRequest) -> None:
     now = path.read_bytes()
     wanted = request.params.encode()
     if now != wanted:
+        # What an earlier request has placed may be replaced; what a person has edited may not.
         ours = note.is_file() and note.read_text() == hashlib.sha256(now).hexdigest()
         if not ours and _git(root, "status", "--porcelain", "--", "params.yaml"):
             raise WorkerRefused(

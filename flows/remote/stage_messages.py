@@ -80,6 +80,7 @@ def read_request(values: Mapping[str, Any]) -> StageRequest:
             "both to one commit"
         )
     request = _read(StageRequest, values, "a stage request")
+    # It becomes part of a path here.
     if not _RECORD_ID.fullmatch(request.parent) or set(request.parent) == {"."}:
         raise WorkerRefused(f"not a stage request: parent: {request.parent!r} is no record id")
     return request

@@ -118,6 +118,7 @@ class StateCopies:
         self.folder = stage_state_folder(root, stage)
         self._root = root
         self._parts = (stage, self.folder.name)
+        # Drawn, not the host's name: two clones of one machine are two writers.
         self._writer = uuid.uuid4().hex[:12]
         self._newest = ""
         self._sent: dict[str, tuple[int, int]] = {}
@@ -256,6 +257,7 @@ class StateCopies:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         before, self._newest = self._newest, newest
+        # Only after the new pointer: until then the old checkpoint is what a reader finds.
         if before:
             place.remove(CHECKPOINTS, before)
 

@@ -130,6 +130,7 @@ def initialise(programs: Programs, data: Path, password: str) -> None:
                 f"install {made_by}, or convert it with pg_upgrade"
             )
         return
+    # The password in a file that has no name: an argument would stand in the list of processes.
     with _data_folder(data) as (folder, options), tempfile.TemporaryFile() as file:
         file.write(password.encode() + b"\n")
         file.seek(0)
@@ -166,6 +167,7 @@ def start(root: Path, port: int, known: Secrets) -> Service:
         with _data_folder(data) as (folder, options):
             command = [
                 *(str(programs.folder / "postgres"), "-D", folder, "-p", str(port)),
+                # No Unix socket: its folder would have to be one that both accounts may write to.
                 *("-h", LOOPBACK, "-k", "", "-N", str(MAX_CONNECTIONS)),
             ]
             url = f"postgresql://{LOOPBACK}:{port}"
@@ -228,6 +230,8 @@ def create_databases(service: Service, known: Secrets) -> None:
         roles = {row[0] for row in connection.execute("select rolname from pg_roles")}
         names = {row[0] for row in connection.execute("select datname from pg_database")}
         for role in sorted(set(DATABASES.values())):
+            # Altered too, since secrets.json may be newer than the database (it was deleted, or
+            # restored).
             verb = "alter" if role in roles else "create"
             connection.execute(
                 sql.SQL(verb + " role {} login password {}").format(

@@ -60,6 +60,7 @@ def up(root: Path, tier: ServedTier) -> list[Service]:
             f"the served tier needs {', '.join(missing)}: make services SERVED=1 installs them "
             f"as locked, or {install_hint('serve')}"
         )
+    # Looked for before anything is started, or written down.
     postgres.find_programs()
     with services.up_lock(root):
         running = {service.name: service for service in services.running_services(root)}
@@ -100,6 +101,8 @@ def _start_beside_each_other(
             for name, begin in starters.items()
             if name not in running
         ]
+        # All of them, also after a failure: what the other one started must be noted, or nobody
+        # stops it.
         for future in as_completed(waiting):
             if (failure := future.exception()) is None:
                 _note(root, started, future.result())

@@ -56,6 +56,7 @@ class Service:
 def port_is_free(port: int, host: str = HOST) -> bool:
     """Whether host:port can be bound."""
     with socket.socket() as probe:
+        # As servers do: connections of a server that has just ended do not hold the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -208,6 +209,7 @@ def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
     log = root / "runs" / "logs" / "prefect-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
+        # Guarded: a pipeline that is killed leaves no server behind.
         server = GuardedProcess(
             prefect_command(port), cwd=root, env=dict(os.environ), output=output
         )
@@ -326,6 +328,7 @@ def _owns(service: Service) -> bool:
         command = " ".join(psutil.Process(service.pid).cmdline())
     except psutil.Error:
         return False
+    # The port as well: another clone's server may have got the number.
     program = "postgres -D" if service.name == "postgres" else f"-m {service.name}"
     return program in command and service.url.rsplit(":", 1)[1] in command
 

@@ -134,6 +134,7 @@ def _examine(root: Path, service: Service, runs: bool) -> ServiceStatus:
         family = [process, *process.children(recursive=True)]
         started = time.time() - process.create_time()
     except psutil.Error:
+        # It ended between two questions.
         return _examine(root, service, runs=False)
     state: State = "healthy" if _answers(root, service) else "no answer"
     return ServiceStatus(

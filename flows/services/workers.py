@@ -78,6 +78,7 @@ def start_workers(
     for pool in pools:
         if pool not in {worker.pool for worker in known}:
             started.append(_start(root, pool, limit))
+    # Before the wait: an interrupted start leaves workers that `down` knows of.
     write_json(_state(root), [asdict(worker) for worker in [*known, *started]])
     try:
         _wait_until_online(started)
@@ -163,6 +164,8 @@ def _stop(workers: list[Worker]) -> None:
     for worker in workers:
         try:
             parent = psutil.Process(worker.pid)
+            # Now, while the parent lives: afterwards its children belong to init and cannot be
+            # found.
             family += [*parent.children(recursive=True), parent]
             parent.terminate()
         except psutil.NoSuchProcess:

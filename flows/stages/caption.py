@@ -32,6 +32,7 @@ def run(context: StageContext) -> StageResult:
     """
     selected = read_table(context.input("select", "manifest.parquet"))
     derivatives = context.root / "data" / "signals" / "derivatives.parquet"
+    # Only a model needs them; without one a clone can caption before it has measured.
     if asks_models(context.settings.caption):
         derivatives = context.input("signals", "derivatives.parquet")
     try:
@@ -43,6 +44,7 @@ def run(context: StageContext) -> StageResult:
     losses = [{"record": loss.record, "detail": loss.detail} for loss in found.losses]
     losses_path = context.output_dir / "losses.parquet"
     write_parquet(pa.Table.from_pylist(losses, schema=LOSSES_SCHEMA), losses_path)
+    # After the tables: they say of each photograph what its caption lacks.
     if found.kept == 0:
         raise StageFailed(
             f"caption: none of {found.selected} selected images has a usable caption "

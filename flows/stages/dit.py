@@ -48,6 +48,7 @@ def run_dit(context: StageContext, train_slice: str, before: Path | None = None)
             segments=context.segments,
         )
         run_job(job)
+    # These end the stage; all others, such as a lost rank, are worth the retries of dvc.yaml.
     except (StartUnusable, TrainingDiverged, DiskFull, TrainingRefused) as problem:
         raise StageFailed(str(problem)) from problem
     return _result(context, job.settings.steps, write_outcome(job))

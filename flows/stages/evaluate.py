@@ -15,6 +15,8 @@ def run(context: StageContext) -> StageResult:
         StageFailed: a stage before this one has not run, photographs are missing, or the baseline
             is not the one that the settings name.
     """
+    # Asked for here, where a missing one names the stage to run; the library would only say "no
+    # file".
     context.input("slices", "eval.parquet")
     context.input("vae", "autoencoder")
     context.input("generate", "generations.jsonl")

@@ -41,6 +41,7 @@ def check_manifest(
     """
     try:
         loaded = [load_contract(context.root / name) for name in contracts]
+        # As it was written, not as it was in memory: the next stages read the file.
         table = read_columns(manifest, columns_read(loaded), presence=presence_read(loaded))
         report = validate(table, loaded, context.settings)
     except ContractError as problem:

@@ -16,6 +16,7 @@ def run(context: StageContext) -> StageResult:
     context.input("slices", "eval.parquet")
     context.input("vae", "autoencoder")
     context.input("dit_stage2", settings.generate.weights)
+    # Finished images lie in the state: DVC empties the outputs before each run of a stage.
     finished = context.state_dir / "images"
     try:
         images = generate_held_out(

@@ -22,6 +22,7 @@ def run(context: StageContext) -> StageResult:
             settings name.
     """
     settings = context.settings
+    # The decision reads more than one stage's outputs; each is named before anything is judged.
     context.input("evaluate", "metrics.json")
     context.input("evaluate", "scores.parquet")
     context.input("vae", "autoencoder")

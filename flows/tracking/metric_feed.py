@@ -57,6 +57,7 @@ def deliver(
     Returns:
         How many points were sent.
     """
+    # First of all, and as it was: the same points in another request could be doubled by half.
     count = _send_pending(state, send, note)
     if not path.is_file():
         return count
@@ -68,6 +69,7 @@ def deliver(
             points: list[Point] = []
             more = False
             for line in file:
+                # Training is writing it at this moment.
                 if not line.endswith(b"\n"):
                     break
                 position += len(line)

@@ -41,6 +41,7 @@ def signature_of(folder: Path) -> ModelSignature | None:
     shapes = tensor_shapes(json.loads(file.read_text(encoding="utf-8")))
     if shapes is None:
         return None
+    # Of the interface; weights may be stored in bfloat16, for which MLflow has no name.
     single = np.dtype("float32")
     sides = [Schema([TensorSpec(single, s, name) for name, s in side.items()]) for side in shapes]
     return ModelSignature(inputs=sides[0], outputs=sides[1])

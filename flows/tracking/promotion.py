@@ -83,6 +83,7 @@ def keep_baseline(root: Path) -> str:
     _promoted(root)
     data = (root / SCORES).read_bytes()
     digest = hashlib.sha256(data).hexdigest()
+    # Named by content: a baseline is never replaced in place, so old settings keep their meaning.
     kept = BASELINES / f"{digest[:16]}.parquet"
     (root / BASELINES).mkdir(exist_ok=True)
     write_bytes(root / kept, data)

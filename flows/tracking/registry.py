@@ -37,6 +37,7 @@ class Promotion:
 def _version_with_digest(client: MlflowClient, promotion: Promotion) -> ModelVersion | None:
     found = client.search_model_versions(f"name='{promotion.model}'")
     same = [v for v in found if (v.tags or {}).get(DIGEST_TAG) == promotion.digest]
+    # Two uploaders may have registered the same weights; the newest has the alias.
     return max(same, key=lambda version: int(version.version)) if same else None
 
 

@@ -156,6 +156,7 @@ def served_clients(root: Path) -> dict[str, str]:
 def _write_private(path: Path, text: str) -> None:
     """Write a file that only its owner can read, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # O_EXCL below: a file that somebody else has put there would keep its owner and its mode.
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)

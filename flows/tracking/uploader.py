@@ -120,6 +120,7 @@ class Uploader:
         self._uri = uri
         self.experiment_id = self._experiment()
         experiment = self.client.get_experiment(self.experiment_id)
+        # By its time of creation: every new store calls its first experiment 1.
         self._store = f"{self.experiment_id}@{experiment.creation_time}"
         self._ended: set[str] = set()
 
@@ -173,6 +174,8 @@ class Uploader:
         self.client.set_terminated(state["run_id"], result.status, end_time=result.ended_ms)
         state["ended_ms"] = result.ended_ms
         write_json(record.folder / "mlflow.json", state)
+        # A stage's record may still get its output hashes, or a second attempt; it is looked at
+        # again.
         return result.status == "FINISHED" and record.run.kind != "stage"
 
     def _state(self, record: Record, result: RunResult | None) -> dict[str, Any] | None:
@@ -212,6 +215,7 @@ class Uploader:
             )
         )
         state.update(run_id=created.info.run_id)
+        # MLflow's limit; a longer value refuses the whole batch.
         params = [Param(key, str(value)[:6000]) for key, value in run.params.items()]
         self.client.log_batch(created.info.run_id, params=params, tags=[RunTag("source", "dvc")])
         write_json(record.folder / "mlflow.json", state)
@@ -252,6 +256,7 @@ class Uploader:
                 self.client.log_image(
                     state["run_id"], image, key=folder.name, step=step, synchronous=True
                 )
+            # Noted one by one: an image that is sent twice would stand twice in the grid.
             sent.append(path.name)
             note()
 

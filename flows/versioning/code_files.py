@@ -24,6 +24,7 @@ CODE = "code"
 """The stage's name."""
 FOLDER = "data/code"
 _CACHE = Path("runs", "code.json")
+# Part of the digest: a change of how code is read makes every kept answer void.
 _FORMAT = 1
 RUNNING_CODE = Path(__file__).resolve().parents[2]
 """The clone whose code this process runs."""
@@ -50,6 +51,7 @@ def code_texts(root: Path, sources_root: Path | None = None) -> dict[str, str]:
     sources = _sources_digest(sources_root)
     try:
         kept = json.loads((root / _CACHE).read_text(encoding="utf-8"))
+        # By the bytes of all files, which takes milliseconds: times would lie after a checkout.
         if kept["sources"] == sources:
             return dict(kept["texts"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -71,6 +73,8 @@ def write_code_files(root: Path) -> list[str]:
     texts = code_texts(root)
     folder = root / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
+    # A stage that is gone leaves no file behind: DVC takes the folder's content for the stage's
+    # output.
     for path in folder.iterdir():
         if path.stem not in texts or path.suffix != ".json":
             path.unlink()
@@ -88,6 +92,7 @@ def reaches(root: Path, stage: str, module: str) -> bool:
 
 
 def _text(identity: CodeIdentity, module: str) -> str:
+    # Sorted by hash, without names: a renamed or moved module leaves the file's bytes as they are.
     own = sorted(set(identity.own_hashes(module).values()))
     value = {"fingerprint": identity.fingerprint(module), "modules": own}
     return json.dumps(value, indent=1) + "\n"
@@ -142,6 +147,8 @@ class CodeChanges:
 
     def _text_with(self, path: str, md5: str, cache: Path | None) -> str | None:
         """The file with this hash, from the workspace or the cache."""
+        # The workspace first: with a fresh clone, or a cache that was cleaned, it is the only
+        # place.
         places = [self.root / path]
         if cache is not None:
             places.append(cache / md5[:2] / md5[2:])

@@ -93,6 +93,7 @@ def open_repo(root: Path) -> Iterator[Any]:
             yield _OPENED[place]
             return
         clear_torn_rwlock(root)
+        # Waiting: without it a question fails when another dvc process holds the lock for a moment.
         repo = _OPENED[place] = Repo(str(root), _wait_for_lock=True)
         try:
             yield repo
@@ -113,6 +114,8 @@ def clear_torn_rwlock(root: Path) -> None:
 
     folder = root / ".dvc" / "tmp"
     table = folder / RWLOCK_FILE
+    # Looked at without the lock first: it is whole nearly always, and the lock may be held for
+    # long.
     if not _is_torn(table):
         return
     with make_lock(str(folder / RWLOCK_LOCK), tmp_dir=str(folder), wait=True):
@@ -159,6 +162,7 @@ def stage_graph(root: Path) -> dict[str, StageNode]:
                 if isinstance(other, PipelineStage):
                     needs.add_edge(other.name, stage.name)
         by_name = {stage.name: stage for stage in stages}
+        # By name among equals: every command lists and runs the stages in the same order.
         order = networkx.lexicographical_topological_sort(needs)
         return {
             name: StageNode(
@@ -213,6 +217,7 @@ def stages_until(root: Path, name: str | None) -> dict[str, StageNode]:
     if name not in graph:
         raise GraphError(f"no stage '{name}' in dvc.yaml; stages: {', '.join(graph)}")
     wanted = {name}
+    # Backwards through the order: whoever needs a stage has been seen before it.
     for stage in reversed(graph):
         if stage in wanted:
             wanted |= set(graph[stage].upstream)
@@ -263,6 +268,8 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
             changes += [changed] if changed else []
         if changes:
             reasons[name] = _reason(changes)
+        # The stage `code` runs at nearly every edit; who depends on it is asked by its own file
+        # above.
         elif behind := [up for up in node.upstream if up in reasons and up != CODE]:
             reasons[name] = f"after {', '.join(behind)}"
     return reasons
@@ -321,6 +328,7 @@ def has_cached_result(root: Path, name: str) -> bool:
         entry = repo.stage_cache._load(stage) or {}
         folder = Path(repo.cache.local.path)
         made = hashes(entry.get("outs", [])).values()
+        # The run cache remembers results whose files `dvc gc` has removed.
         return bool(made) and all((folder / md5[:2] / md5[2:]).is_file() for md5 in made)
 
 

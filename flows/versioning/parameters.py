@@ -35,5 +35,6 @@ def stage_parameters(
     return {
         name: value
         for name, value in values.items()
+        # A stage may declare a whole section; DVC takes every key below it.
         if any(name == key or name.startswith(f"{key}.") for key in declared)
     }
