@@ -1,21 +1,23 @@
 """What the corpus stages say of a folder of photographs, and of files that are wrong.
 
-    python benchmarks/corpus_walkthrough.py FOLDER >> docs/corpus.md
+    python benchmarks/corpus_walkthrough.py [FOLDER] >> docs/corpus.md
 
-Prints Markdown: every photograph with its measures and the verdict of the released rules, then
-what each kind of bad file (`bad_files.py`) ends as. Runs ingest, signals and select of this
-repository in a temporary folder; no networks are involved, so quality and aesthetics are left out.
+Prints Markdown: every photograph of FOLDER with its measures and the verdict of the released rules,
+then what each kind of bad file (`bad_files.py`) ends as, and whether that is the right answer. Runs
+ingest, signals and select of this repository in a temporary folder; no networks are involved, so
+quality and aesthetics are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 import pandas as pd
-from bad_files import EXTENSIONS, make_files
+from bad_files import EXTENSIONS, KINDS, make_files
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,7 +33,10 @@ from flows.stages import ingest, signals, source  # noqa: E402
 from flows.stages.contract import StageContext  # noqa: E402
 
 PUBLISHED = BucketsSettings(published="table", target_pixels=None)
-MEASURES = ["flat_fraction", "entropy_bits", "glcm_score", "pdq_hash", "pdq_quality", "error"]
+MEASURES = [
+    *("flat_fraction", "entropy_bits", "glcm_score", "pdq_hash", "pdq_quality", "error"),
+    "decode_note",
+]
 
 
 def settings_for(source: Path, **ingest_values: object) -> Settings:
@@ -82,6 +87,13 @@ def photographs(folder: Path) -> None:
     print("\n" + ", ".join(f"{count} {reason}" for reason, count in counts.items()) + ".\n")
 
 
+def is_right(row: dict[str, object]) -> bool:
+    """Whether a bad file got the answer, and if it is readable the note, of its kind."""
+    kind, said = KINDS[str(row["kind"])], str(row["integrity"])
+    noted = said != "ok" or re.search(kind.note, str(row["decode_note"])) is not None
+    return noted and re.fullmatch(kind.answer, said) is not None
+
+
 def wrong_files() -> None:
     """Print what each kind of bad file ends as."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -92,21 +104,29 @@ def wrong_files() -> None:
         names = table["uri"].str.removeprefix("photos/")
     assert sorted(names) == sorted(kinds), "a file is missing or twice"
     table["kind"] = names.map(kinds)
-    print("| kind | files | measured | rejected, with the commonest reason |\n|---|---|---|---|")
-    for kind, rows in table.groupby("kind", sort=False):
-        wrong = rows.loc[rows["integrity"] != "ok", "integrity"]
-        reason = f"{len(wrong)}: {wrong.value_counts().index[0]}" if len(wrong) else ""
-        print(f"| {kind} | {len(rows)} | {rows['entropy_bits'].notna().sum()} | {reason} |")
-    print(f"\n{len(table)} files, {len(table)} rows, {table['error'].notna().sum()} quarantined.")
+    table["right"] = [is_right(row) for row in table.to_dict("records")]
+    order = list(KINDS)
+    print("| kind | right | what is said (commonest) |\n|---|---|---|")
+    for kind, rows in sorted(table.groupby("kind"), key=lambda group: order.index(group[0])):
+        said = rows["integrity"].where(rows["integrity"] != "ok", rows["decode_note"])
+        answer = said.fillna("measured").value_counts().index[0]
+        if rows["integrity"].eq("ok").any() and answer != "measured":
+            answer = f"measured; {answer}"
+        print(f"| {kind} | {rows['right'].sum()} of {len(rows)} | {answer} |")
+    print(
+        f"\n{len(table)} files of {len(KINDS)} kinds, {len(table)} rows, {table['right'].sum()} "
+        f"with the right answer, {table['error'].notna().sum()} quarantined."
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Walk a folder through the corpus stages.")
-    parser.add_argument("folder", type=Path, help="photographs")
-    folder = parser.parse_args().folder.resolve()
-    if not folder.is_dir():
-        parser.error(f"{folder} is not a folder")
-    photographs(folder)
+    parser.add_argument("folder", type=Path, nargs="?", help="photographs")
+    folder = parser.parse_args().folder
+    if folder is not None:
+        if not folder.is_dir():
+            parser.error(f"{folder} is not a folder")
+        photographs(folder.resolve())
     wrong_files()
 
 

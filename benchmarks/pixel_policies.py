@@ -89,7 +89,7 @@ def asked(data: bytes) -> None:
     """What the policy adds to an opened file."""
     image = OPENED[data]
     header_facts.orientation(image, data)
-    header_facts.reading_of(image, header_facts.colours_of(image))
+    header_facts.reading_of(image, header_facts.colours_of(image), data)
     header_facts.bit_depth(image, data)
     _ = image.has_transparency_data
 

@@ -290,6 +290,7 @@ def survivors(found: FolderSurvey, settings: Settings) -> dict[str, int]:
     alone = settings.select.model_copy(
         update={
             "max_nsfw": None,
+            "max_drawing": None,
             "min_quality": None,
             "near_duplicate_distance": None,
             "aesthetic_top_fraction": 1.0,

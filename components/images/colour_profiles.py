@@ -2,13 +2,15 @@
 
 lcms2 through PIL, relative colorimetric with black point compensation. A profile that is sRGB by
 its effect (no colour moves by more than one level) is not applied, so most photographs pay nothing.
-Profiles repeat over a corpus, so what is made of one is kept.
+Profiles repeat over a corpus, so what is made of one is kept. Where a file names its colours by
+numbers instead (`cICP` of PNG, `nclx` of AVIF and HEIF; ITU-T H.273), a profile is made of them.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import struct
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +30,46 @@ _NAME_CHARS = 80
 # Rows are converted in strips: PIL's own copies stay small beside the picture.
 _STRIP_PIXELS = 2**20
 _PROFILE_COLOURS = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+# Red, green and blue as XYZ adapted to D50, rows X, Y, Z (Skia's SkNamedGamut), by H.273 table 2.
+_PRIMARIES = {
+    1: (
+        SRGB,
+        (
+            (0.436066, 0.385147, 0.143066),
+            (0.222488, 0.716873, 0.060608),
+            (0.013916, 0.097076, 0.714096),
+        ),
+    ),
+    9: (
+        "BT.2020",
+        (
+            (0.673459, 0.165661, 0.125100),
+            (0.279033, 0.675338, 0.045629),
+            (-0.001931, 0.029979, 0.797162),
+        ),
+    ),
+    12: (
+        "Display P3",
+        (
+            (0.515102, 0.291965, 0.157153),
+            (0.241182, 0.692236, 0.066582),
+            (-0.001049, 0.041882, 0.784378),
+        ),
+    ),
+}
+# Parameters g, a, b, c, d of ICC's curve of type 3 by H.273 table 3.
+_SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+_CURVES = {
+    4: ("gamma 2.2", (2.2, 1.0, 0.0, 0.0, 0.0)),
+    5: ("gamma 2.8", (2.8, 1.0, 0.0, 0.0, 0.0)),
+    8: ("linear", (1.0, 1.0, 0.0, 0.0, 0.0)),
+    13: (SRGB, _SRGB_CURVE),
+    # Of cameras: what is shown is meant to look as under sRGB, and viewers read it so.
+    **dict.fromkeys((1, 6, 14, 15), ("BT.709", _SRGB_CURVE)),
+}
+_HIGH_RANGE = {16: "PQ", 18: "HLG"}
+_UNSPECIFIED = 2
+_D50 = (0.9642, 1.0, 0.8249)
 _PREFIX = {"RGB": "", "L": "Gray: ", "CMYK": "CMYK: ", "LAB": "Lab: "}
 
 
@@ -106,6 +148,53 @@ def colour_reading(icc: bytes, colours: Colours) -> ColourReading:
     if same:
         return ColourReading(SRGB if source == "RGB" else name)
     return ColourReading(name, source, how)
+
+
+def _fixed(*values: float) -> bytes:
+    return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+
+def _matrix_profile(
+    name: str, rows: tuple[tuple[float, ...], ...], curve: tuple[float, ...]
+) -> bytes:
+    """An ICC profile of three primaries and one curve (ICC.1:2022, sections 7 to 10)."""
+    text = name.encode("utf-16-be")
+    described = struct.pack(">4s4xII4sII", b"mluc", 1, 12, b"enUS", len(text), 28) + text
+    tags = {b"desc": described, b"cprt": described, b"wtpt": b"XYZ \0\0\0\0" + _fixed(*_D50)}
+    for channel, column in zip(b"rgb", zip(*rows, strict=True), strict=True):
+        tags[bytes([channel]) + b"XYZ"] = b"XYZ \0\0\0\0" + _fixed(*column)
+        tags[bytes([channel]) + b"TRC"] = b"para\0\0\0\0\0\3\0\0" + _fixed(*curve)
+    at = 128 + 4 + 12 * len(tags)
+    table, body = struct.pack(">I", len(tags)), b""
+    for tag, content in tags.items():
+        table += struct.pack(">4sII", tag, at + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    head = struct.pack(
+        ">I4sI4s4s4s12x4s", at + len(body), b"", 0x04300000, b"mntr", b"RGB ", b"XYZ ", b"acsp"
+    )
+    return (head + bytes(28) + _fixed(*_D50)).ljust(128, b"\0") + table + body
+
+
+@functools.cache
+def coded_reading(primaries: int, transfer: int) -> ColourReading:
+    """What the numbers of H.273 mean for a picture of red, green and blue (or gray).
+
+    Args:
+        primaries: ColourPrimaries.
+        transfer: TransferCharacteristics.
+    """
+    if _UNSPECIFIED in (primaries, transfer):
+        return ColourReading(UNTAGGED)
+    if primaries not in _PRIMARIES or transfer not in _CURVES:
+        gamut = _PRIMARIES.get(primaries, (f"primaries {primaries}",))[0]
+        curve = _HIGH_RANGE.get(transfer, f"transfer {transfer}")
+        name = f"{gamut}, {curve}"
+        return ColourReading(name, note=f"colours of {name} not applied")
+    (gamut, rows), (curve, parameters) = _PRIMARIES[primaries], _CURVES[transfer]
+    name = gamut if parameters is _SRGB_CURVE else f"{gamut}, {curve}"
+    found = colour_reading(_matrix_profile(name, rows, parameters), "RGB")
+    assert found.note is None
+    return found
 
 
 @functools.cache

@@ -32,6 +32,7 @@ from components.images import (
     image_files,
     jpeg_scans,
     png_chunks,
+    unread_bytes,
 )
 from components.images.arrays import ImageArray
 from components.images.as_seen import (
@@ -54,9 +55,15 @@ from components.images.image_files import (
     read_header,
 )
 from components.images.jpeg_scans import JpegPixels, decode_strictly
+from components.images.png_chunks import missing_rows
 from components.images.scratch import Scratch
 
 _CMYK_BANDS = 4
+SEEN = "as seen, 2"
+"""Version of the policy *as seen*; another one whenever a file that is not plain is read otherwise.
+
+1: orientation, profiles, alpha, depth. 2: colours named by numbers (`cICP`, `nclx`).
+"""
 DECIDING_MODULES = (
     as_seen,
     colour_profiles,
@@ -65,11 +72,13 @@ DECIDING_MODULES = (
     image_files,
     jpeg_scans,
     png_chunks,
+    unread_bytes,
 )
 """What decides pixels beside this module: for digests of the code that rows depend on."""
 
 __all__ = [
     "MAX_MEGAPIXELS",
+    "SEEN",
     "ByteSource",
     "DecodedImage",
     "ImageHeader",
@@ -77,10 +86,22 @@ __all__ = [
     "decode_as_stored",
     "decode_both",
     "decode_rgb",
+    "is_plain",
     "read_as_stored",
     "read_header",
     "read_rgb",
 ]
+
+
+def is_plain(header: ImageHeader) -> bool:
+    """Whether every policy reads a picture alike: upright, 8 bits, opaque, gray or RGB as sRGB."""
+    return (
+        header.orientation == UPRIGHT
+        and header.mode in ("RGB", "L")
+        and header.bit_depth == 8
+        and not header.has_alpha
+        and header.color_space in (colour_profiles.SRGB, colour_profiles.UNTAGGED)
+    )
 
 
 @dataclass(frozen=True)
@@ -172,6 +193,15 @@ def _strict_jpeg(found: OpenedImage, scratch: Scratch | None) -> JpegPixels:
     )
 
 
+def _ends_in_zeros(image: Image.Image) -> bool:
+    """Whether one of the last two rows is what PIL leaves of rows that never came.
+
+    Two, because an interlaced file brings the even and the odd ones apart.
+    """
+    rows = range(max(0, image.height - 2), image.height)
+    return any(not np.asarray(image.crop((0, y, image.width, y + 1))).any() for y in rows)
+
+
 def _decoded(found: OpenedImage, scratch: Scratch | None, damage: str | None) -> _Decoded:
     header = found.header
     if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L", "CMYK"):
@@ -180,6 +210,8 @@ def _decoded(found: OpenedImage, scratch: Scratch | None, damage: str | None) ->
             return _Decoded(found, Bands(strict.pixels, None), "ok", strict.note)
         damage = strict.damage
     bands = bands_of(found.image)
+    if header.format == "PNG" and damage is None and _ends_in_zeros(found.image):
+        damage = "PNG whose pixels end before the last row" if missing_rows(found.data) else None
     return _Decoded(found, bands, damage or "ok", bands.note)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any, cast
 
 from PIL import ExifTags, Image
@@ -11,6 +12,7 @@ from components.images.colour_profiles import (
     UNTAGGED,
     ColourReading,
     Colours,
+    coded_reading,
     colour_reading,
     lab_reading,
 )
@@ -26,7 +28,10 @@ _GRAY_MODES = ("1", "L", "LA", "La", *HIGH_DEPTH_MODES)
 _TIFF_BITS = 258
 _PNG_DEPTH_BYTE, _PNG_COLOUR_BYTE, _PNG_PALETTE = 24, 25, 3
 _MODE_BITS = {"1": 1, "I": 32, "F": 32}
-_PIXI_BOX_SEARCHED = 2**16
+_BOXES_SEARCHED = 2**16
+# Values of sRGB as the PNG chunks gAMA and cHRM hold them, and how far rounding goes.
+_SRGB_GAMMA, _SRGB_CHROMATICITY = 1 / 2.2, (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+_GAMMA_ROUNDING, _CHROMATICITY_ROUNDING = 0.01, 0.005
 
 
 def _exif(image: Image.Image, data: bytes) -> Image.Exif:
@@ -68,22 +73,60 @@ def colours_of(image: Image.Image) -> Colours:
     return "L" if image.mode in _GRAY_MODES else "RGB"
 
 
-def reading_of(image: Image.Image, colours: Colours) -> ColourReading:
-    """How its colours become sRGB."""
+def _codes(image: Image.Image, data: bytes) -> tuple[int, int, bool] | None:
+    """(primaries, transfer, full range) by the chunk `cICP` or the box `colr` of type `nclx`."""
+    if image.format == "PNG":
+        content = png_chunks.find_chunk(data, b"cICP")
+        return (content[0], content[1], content[3] == 1) if content and len(content) == 4 else None
+    at = data.find(b"colrnclx", 0, _BOXES_SEARCHED)
+    if image.format not in ("AVIF", "HEIF") or at == -1 or at + 12 > len(data):
+        return None
+    # Matrix and range are for the way to red, green and blue, which the decoder goes.
+    return (*struct.unpack_from(">HH", data, at + 8), True)
+
+
+def _untagged_png(image: Image.Image) -> ColourReading:
+    """Without a profile: the chunk sRGB, else gAMA and cHRM, which are not applied."""
+    if "srgb" in image.info:
+        return ColourReading("sRGB")
+    notes = []
+    gamma = image.info.get("gamma", _SRGB_GAMMA)
+    if abs(gamma - _SRGB_GAMMA) > _GAMMA_ROUNDING:
+        notes.append(f"PNG gamma {gamma:g} not applied")
+    primaries = image.info.get("chromaticity", _SRGB_CHROMATICITY)
+    pairs = zip(primaries, _SRGB_CHROMATICITY, strict=True)
+    if any(abs(own - usual) > _CHROMATICITY_ROUNDING for own, usual in pairs):
+        notes.append("PNG chromaticities not applied")
+    return ColourReading(UNTAGGED, note=", ".join(notes) or None)
+
+
+def reading_of(image: Image.Image, colours: Colours, data: bytes) -> ColourReading:
+    """How its colours become sRGB.
+
+    Args:
+        image: PIL's, not loaded yet.
+        colours: of its bands.
+        data: the file.
+    """
     if colours == "LAB":
         return lab_reading()
+    codes = _codes(image, data) if image.format in ("PNG", "AVIF", "HEIF") else None
+    # In a PNG they overrule a profile (3rd edition, 4.3); elsewhere a profile says more.
+    if codes is not None and (image.format == "PNG" or not image.info.get("icc_profile")):
+        if not codes[2]:
+            return ColourReading(UNTAGGED, note="cICP of a narrow range not applied")
+        return coded_reading(*codes[:2])
     icc = image.info.get("icc_profile")
     if icc:
         return colour_reading(bytes(icc), colours)
     if colours == "CMYK":
         return ColourReading(f"CMYK: {UNTAGGED}", note="CMYK without a profile")
-    # The PNG chunk of that name.
-    return ColourReading("sRGB" if "srgb" in image.info else UNTAGGED)
+    return _untagged_png(image) if image.format == "PNG" else ColourReading(UNTAGGED)
 
 
 def _container_bits(data: bytes) -> int | None:
     """Bits of the first channel by an AVIF or HEIF file's `pixi` box (ISO/IEC 23008-12, 6.5.6)."""
-    at = data.find(b"pixi", 0, _PIXI_BOX_SEARCHED)
+    at = data.find(b"pixi", 0, _BOXES_SEARCHED)
     # Version and flags, number of channels, bits of each.
     return data[at + 9] if at != -1 and at + 9 < len(data) else None
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from PIL import Image, UnidentifiedImageError, features
 
@@ -31,6 +31,7 @@ from components.images.image_containers import (
     container_family,
     register_optional_formats,
 )
+from components.images.unread_bytes import known_flaw, raw_of_a_camera, what_it_is
 from components.settings.bad_input import BadInput
 
 MAX_MEGAPIXELS = 400.0
@@ -124,10 +125,13 @@ def _formats() -> tuple[str, ...]:
 
 
 def _unknown(data: bytes) -> str:
-    """Why PIL knows no image in `data`: a decoder that is not installed, or nothing it ever is."""
+    """Why PIL knows no image in `data`: a decoder that is not installed, or what it is instead."""
     family = container_family(data)
-    if family is None or family in _formats():
-        return "not an image that PIL knows"
+    if family is None:
+        found = what_it_is(data)
+        return f"not an image that PIL knows{'' if found is None else f' ({found})'}"
+    if family in _formats():
+        return f"not an image that PIL knows ({family} that is cut or damaged)"
     package = OPTIONAL_PACKAGES.get(family, "pillow built with libavif")
     return f"{family} needs a decoder that is not installed: {package}"
 
@@ -162,7 +166,7 @@ def _opened_by_pil(data: bytes) -> tuple[Image.Image, bytes, tuple[str, ...]]:
 
 def _header(image: Image.Image, data: bytes, notes: tuple[str, ...]) -> OpenedImage:
     turned, complaint = orientation(image, data)
-    reading = reading_of(image, colours_of(image))
+    reading = reading_of(image, colours_of(image), data)
     height, width = image.height, image.width
     # PIL gives the size of a TIFF as it will have turned it, of all others as they are stored.
     sizes = [(height, width), (width, height) if turned in SWAPPED_EDGES else (height, width)]
@@ -203,6 +207,8 @@ def opened(data: bytes, max_megapixels: float) -> Iterator[OpenedImage]:
                         f"too large: {image.height}x{image.width} is {megapixels:.1f} megapixels, "
                         f"limit {max_megapixels:g}"
                     )
+                if image.format == "TIFF" and raw_of_a_camera(read, cast(Any, image).tag_v2):
+                    raise ImageUndecodable("camera raw: develop it; PIL shows its preview alone")
                 yield _header(image, read, notes)
     except ImageUndecodable:
         raise
@@ -214,7 +220,10 @@ def opened(data: bytes, max_megapixels: float) -> Iterator[OpenedImage]:
     except Exception as problem:
         # Decoders of untrusted bytes raise whatever they like (OSError, SyntaxError, struct.error).
         detail = " ".join(str(problem).split()) or type(problem).__name__
-        raise ImageUndecodable(f"cannot decode: {detail}") from None
+        flaw = known_flaw(data)
+        raise ImageUndecodable(
+            f"cannot decode: {detail}{'' if flaw is None else f' ({flaw})'}"
+        ) from None
 
 
 def read_header(data: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> ImageHeader:

@@ -17,6 +17,7 @@ from components.images.arrays import ImageArray
 
 END_OF_IMAGE = b"\xff\xd9"
 NO_END = "no end marker (EOI)"
+SCANS_MISSING = "progressive JPEG of which scans are missing"
 _ENDS_EARLY = "premature end of jpeg file"
 _START_OF_SCAN = 0xDA
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC)})
@@ -33,6 +34,17 @@ class JpegPixels:
     """(H, W, 3) RGB or (H, W, 4) CMYK with 255 full ink; None where `damage` is set."""
     damage: str | None
     note: str | None
+
+
+def is_progressive(data: bytes) -> bool:
+    """Whether the frame of a JPEG is a progressive one; reads its header alone."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _FRAMES or marker == _START_OF_SCAN:
+            return marker in _PROGRESSIVE
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 def scans_are_complete(data: bytes) -> bool:
@@ -94,6 +106,9 @@ def decode_strictly(
         again = _strict(data + END_OF_IMAGE, space, buffer)
         if not isinstance(again, str):
             found, note = again, NO_END
+    elif not isinstance(found, str) and is_progressive(data) and not scans_are_complete(data):
+        # Cut between two scans and closed again: libjpeg shows a coarse picture and is content.
+        found = SCANS_MISSING
     if isinstance(found, str):
         return JpegPixels(None, found, None)
     # Four-component files hold inverted inks (Adobe's convention, which PIL assumes, too).

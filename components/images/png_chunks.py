@@ -17,7 +17,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _FRAME_BYTES = 12
 _END = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
 _PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-_LOOK = (b"iCCP", b"eXIf", b"sRGB")
+_LOOK = (b"cICP", b"iCCP", b"eXIf", b"sRGB", b"gAMA", b"cHRM")
 """Beside the pixels, what decides how the picture is seen."""
 
 
@@ -68,9 +68,9 @@ def _content(data: bytes, chunk: Chunk) -> bytes:
 
 
 def find_chunk(data: bytes, name: bytes) -> bytes | None:
-    """Content of the first chunk of that name, also behind the pixels; its checksum is not read."""
+    """Content of the first whole chunk of that name, also behind the pixels."""
     for chunk in chunks(data):
-        if chunk.name == name and chunk.end <= len(data):
+        if chunk.name == name and _is_whole(data, chunk):
             return _content(data, chunk)
     return None
 
@@ -100,6 +100,9 @@ def check_chunks(data: bytes) -> ChunkCheck:
         ended = chunk.name == b"IEND"
         if _is_whole(data, chunk):
             kept.append(chunk)
+            if chunk.name[:1].isupper() and chunk.name not in _PIXELS:
+                # Such as Apple's CgBI, under which nothing means what it says.
+                damage = damage or f"PNG chunk {chunk.name.decode()}: critical, and of no standard"
         elif chunk.makes_pixels:
             what = "cut" if chunk.end > len(data) else "wrong checksum"
             damage = damage or f"PNG chunk {chunk.name.decode()}: {what}"
@@ -110,6 +113,53 @@ def check_chunks(data: bytes) -> ChunkCheck:
     if not notes:
         return ChunkCheck(damage, (), data)
     return ChunkCheck(damage, notes, _joined(data, kept) + (b"" if ended else _END))
+
+
+# Samples of a pixel by colour type; start and step of rows and columns in the seven passes of an
+# interlaced file (PNG, sections 11.2.1 and 8.1).
+_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_PASSES = (
+    *((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2)),
+    (1, 2, 0, 1),
+)
+_INFLATED_AT_ONCE = 2**20
+
+
+def _raw_bytes(header: bytes) -> int:
+    """Bytes of all rows with their filter types, by the content of IHDR."""
+    width, height, depth, colours, _, _, interlaced = struct.unpack(">IIBBBBB", header[:13])
+    passes = _PASSES if interlaced else ((0, 1, 0, 1),)
+    total = 0
+    for top, down, left, right in passes:
+        rows, columns = -(-(height - top) // down), -(-(width - left) // right)
+        if rows > 0 and columns > 0:
+            total += rows * (1 + -(-columns * depth * _SAMPLES.get(colours, 1) // 8))
+    return total
+
+
+def missing_rows(data: bytes) -> bool:
+    """Whether the compressed pixels end before the last row, which PIL paints over with zeros.
+
+    Inflates them once more, in pieces that are thrown away.
+
+    Args:
+        data: a PNG file that PIL has decoded.
+    """
+    header = find_chunk(data, b"IHDR")
+    assert header is not None
+    left = _raw_bytes(header)
+    inflater = zlib.decompressobj()
+    try:
+        for chunk in chunks(data):
+            if chunk.name != b"IDAT":
+                continue
+            rest = _content(data, chunk)
+            while rest and left > 0 and not inflater.eof:
+                left -= len(inflater.decompress(rest, min(left, _INFLATED_AT_ONCE)))
+                rest = inflater.unconsumed_tail
+    except zlib.error:
+        return True
+    return left > 0
 
 
 def without_extras(data: bytes, *, look: bool) -> bytes:

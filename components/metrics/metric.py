@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,20 @@ class Picture:
     prompt: str | None = None
     reference: Path | None = None
     """The picture that a pair metric compares with."""
-    reference_sha256: str | None = None
+    reference_content: str | None = None
+    """`content` of the reference."""
+    reading: str = ""
+    """Version of the policy under which its pixels are read; empty where all read it alike."""
+
+    @property
+    def content(self) -> str:
+        """Of file and reading: what was measured under another reading is of other pixels."""
+        return content_digest(self.sha256, self.reading)
+
+
+def content_digest(sha256: str, reading: str) -> str:
+    """The digest of a file's bytes, or of them and how they are read where that matters."""
+    return hashlib.sha256(f"{sha256} {reading}".encode()).hexdigest() if reading else sha256
 
 
 @runtime_checkable
@@ -141,7 +155,7 @@ def reference_rgb(picture: Picture) -> ImageArray:
     """
     if picture.reference is None:
         raise ValueError(f"{picture.path}: this metric compares with a reference, which is not set")
-    return _decoded(picture.reference, picture.reference_sha256)
+    return _decoded(picture.reference, picture.reference_content)
 
 
 def prompt_of(picture: Picture) -> str:

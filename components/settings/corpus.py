@@ -256,6 +256,9 @@ class SelectSettings(Section):
     ours. None: no rule."""
     max_nsfw: Fraction | None
     """Largest NSFW score, 0 to 1; not published. None: no rule. An image without a score fails."""
+    max_drawing: Fraction | None
+    """Largest `drawing_score` of `people.nsfw.scorer: nsfwjs`, 0 to 1: what looks drawn or rendered
+    is rejected. Not in the paper: ours. None: no rule. An image without a score fails."""
     max_flat_fraction: Fraction
     """Paper: an image with more than 0.5 flat patches is dropped."""
     min_entropy_bits: Annotated[float, Field(ge=0, le=8)]

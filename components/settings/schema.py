@@ -68,6 +68,21 @@ class Settings(Section):
     evaluate: EvaluateSettings
     promote: PromoteSettings
 
+    def unscored_rule(self) -> str | None:
+        """One line naming a rule whose scores no scorer gives: it would reject all; None: none."""
+        scorer = self.people.nsfw.scorer
+        needs = {
+            "max_nsfw": (self.select.max_nsfw, scorer != "none", "another scorer than none"),
+            "max_drawing": (self.select.max_drawing, scorer == "nsfwjs", "nsfwjs"),
+        }
+        for rule, (limit, is_scored, wanted) in needs.items():
+            if limit is not None and not is_scored:
+                return (
+                    f"select.{rule} = {limit:g} would reject every photograph: nothing scores "
+                    f"them; set people.nsfw.scorer to {wanted}, or select.{rule} to null"
+                )
+        return None
+
 
 def _nearest_key(location: tuple[str | int, ...]) -> str | None:
     """The known key closest to the last part of an unknown `location`."""

@@ -26,14 +26,16 @@ def preflight(root: Path) -> None:
     """Check what would otherwise fail late.
 
     Raises:
-        PipelineRefused: the photographs are missing, a folder that must be written cannot be, or a
-            cost cap has no prices.
+        PipelineRefused: the photographs are missing, a folder that must be written cannot be, a
+            cost cap has no prices, or a rule asks for scores that no scorer gives.
         SettingsError: params.yaml is not valid.
     """
     settings = load_settings(root / "params.yaml")
     ingest = settings.ingest
     if (missing := settings.caption.missing_prices()) is not None:
         raise PipelineRefused(missing)
+    if (unscored := settings.unscored_rule()) is not None:
+        raise PipelineRefused(unscored)
     source = root / ingest.source
     # A frozen `source`: the photographs may be gone, the image store holds them.
     if not versioning.is_frozen(root, SOURCE) and not (

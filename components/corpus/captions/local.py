@@ -214,7 +214,7 @@ class _Job:
                 "max_new_tokens": self.local.max_new_tokens,
                 "derivative_px": self.settings.signals.derivative_px,
                 "device": device,
-                "code": code_digest(decoding, sys.modules[__name__]),
+                "code": code_digest(decoding, *decoding.DECIDING_MODULES, sys.modules[__name__]),
             },
             schema=_SCHEMA,
             state_dir=self.state_dir,

@@ -20,6 +20,7 @@ _SCORES = (
     ("quality_score", "quality", "quality_scorer"),
     ("aesthetic", "aesthetic score", "aesthetic_scorer"),
     ("nsfw_score", "NSFW score", "nsfw_scorer"),
+    ("drawing_score", "drawing score", "nsfw_scorer"),
 )
 _ATTRIBUTION = ("license", "photographer", "photographer_url", "image_url", "work_url", "source")
 _LICENCES = 20
@@ -28,7 +29,7 @@ _LOSSY_FILES = 50
 COLUMNS = (
     *("kept", "reject_reason", "channel", "is_character", "megapixels", "aspect_ratio", "bucket"),
     *(name for name, _, _ in _SCORES),
-    *(scorer for _, _, scorer in _SCORES if scorer is not None),
+    *dict.fromkeys(scorer for _, _, scorer in _SCORES if scorer is not None),
     *(WORDS, "caption_status"),
     *_ATTRIBUTION,
 )

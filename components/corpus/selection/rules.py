@@ -28,6 +28,7 @@ REASONS = (
     "resolution",
     "transparency",
     "nsfw",
+    "drawing",
     "flat_fraction",
     "entropy",
     "quality",
@@ -50,6 +51,7 @@ SETTING_OF = {
     "resolution": "select.min_pixels",
     "transparency": "select.max_alpha_fraction",
     "nsfw": "select.max_nsfw",
+    "drawing": "select.max_drawing",
     "flat_fraction": "select.max_flat_fraction",
     "entropy": "select.min_entropy_bits",
     "quality": "select.min_quality",
@@ -70,6 +72,7 @@ COLUMNS = (
     "height",
     "alpha_fraction",
     "nsfw_score",
+    "drawing_score",
     "flat_fraction",
     "entropy_bits",
     "quality_score",
@@ -196,6 +199,9 @@ def _reject_images(
     if settings.max_nsfw is not None:
         nsfw = _numbers(table, "nsfw_score")
         verdicts.reject(~(nsfw <= settings.max_nsfw), "nsfw", nsfw, settings.max_nsfw)
+    if settings.max_drawing is not None:
+        drawn = _numbers(table, "drawing_score")
+        verdicts.reject(~(drawn <= settings.max_drawing), "drawing", drawn, settings.max_drawing)
     flat = _numbers(table, "flat_fraction")
     limit = per_channel(settings.max_flat_fraction, own.max_flat_fraction)
     verdicts.reject(~(flat <= limit) & ~np.isnan(limit), "flat_fraction", flat, limit)
@@ -353,17 +359,18 @@ def select(table: pd.DataFrame, settings: SelectSettings, seed: int = 0) -> pd.D
     """Apply the paper's rules (UltraFlux supplement 2.1), then quotas and the sample size.
 
     Kept: width * height >= min_pixels, alpha_fraction <= max_alpha_fraction, nsfw_score <=
-    max_nsfw, flat_fraction <= max_flat_fraction, entropy_bits >= min_entropy_bits, quality_score >
-    min_quality, no keeper of more pixels within near_duplicate_distance (`duplicates.keepers`), and
-    aesthetic among the top fraction of what is left (ties at the border are kept; 1.0 switches the
-    rule off). Images of the human channel have thresholds of their own. A signal that is missing
-    fails its rule, with a null value (alpha_fraction excepted). Then quotas (`quotas.quota_sizes`)
-    and the stratified sample take the rows with the smallest draws of (seed, image_id); their
-    reject_value is the row's draw and reject_threshold the largest draw that stayed in its group.
+    max_nsfw, drawing_score <= max_drawing, flat_fraction <= max_flat_fraction, entropy_bits >=
+    min_entropy_bits, quality_score > min_quality, no keeper of more pixels within
+    near_duplicate_distance (`duplicates.keepers`), and aesthetic among the top fraction of what is
+    left (ties at the border are kept; 1.0 switches the rule off). Images of the human channel have
+    thresholds of their own. A signal that is missing fails its rule, with a null value
+    (alpha_fraction excepted). Then quotas (`quotas.quota_sizes`) and the stratified sample take the
+    rows with the smallest draws of (seed, image_id); their reject_value is the row's draw and
+    reject_threshold the largest draw that stayed in its group.
 
     Args:
-        table: manifest columns `COLUMNS` (alpha_fraction, nsfw_score, channel, is_character,
-            bucket, pdq_hash and pdq_quality may be absent); unchanged.
+        table: manifest columns `COLUMNS` (alpha_fraction, nsfw_score, drawing_score, channel,
+            is_character, bucket, pdq_hash and pdq_quality may be absent); unchanged.
         settings: thresholds.
         seed: project seed.
 

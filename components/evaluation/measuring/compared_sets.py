@@ -104,6 +104,6 @@ def _features(
     metric: SetMetric, ledger: Ledger, pictures: Mapping[str, Picture]
 ) -> dict[str, Features]:
     """Features by item, in the order of the items; unreadable pictures have none."""
-    keys = {item: feature_key(metric, picture.sha256) for item, picture in pictures.items()}
+    keys = {item: feature_key(metric, picture) for item, picture in pictures.items()}
     known = ledger.find_features(keys.values())
     return {item: known[key] for item, key in keys.items() if key in known}

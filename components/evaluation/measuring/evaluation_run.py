@@ -25,12 +25,14 @@ from components.files.weight_folders import WeightsMissing
 from components.images.arrays import ImageArray
 from components.images.decoding import (
     MAX_MEGAPIXELS,
+    SEEN,
     ImageUndecodable,
     decode_rgb,
+    is_plain,
     read_header,
 )
 from components.metrics.cards import card
-from components.metrics.metric import ImageMetric, Metric, Picture, SetMetric
+from components.metrics.metric import ImageMetric, Metric, Picture, SetMetric, content_digest
 from components.metrics.registry import open_metric
 from components.telemetry.progress import track
 from components.telemetry.rates import Throughput
@@ -87,6 +89,13 @@ class Found:
     width: int = 0
     error: str | None = None
     """Why it is no picture."""
+    reading: str = ""
+    """See `Picture`."""
+
+    @property
+    def content(self) -> str:
+        """See `Picture`."""
+        return content_digest(self.sha256, self.reading)
 
 
 @dataclass
@@ -140,7 +149,8 @@ def find_picture(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Found:
         header = read_header(data, max_megapixels=max_megapixels)
     except ImageUndecodable as problem:
         return Found(path, digest, error=f"{path.name}: {problem}")
-    return Found(path, digest, header.height, header.width)
+    reading = "" if is_plain(header) else SEEN
+    return Found(path, digest, header.height, header.width, reading=reading)
 
 
 def value_key(metric_id: str, picture: Picture, weights_digest: str | None) -> ValueKey:
@@ -149,8 +159,8 @@ def value_key(metric_id: str, picture: Picture, weights_digest: str | None) -> V
     pair = metric.needs == "pair"
     prompted = metric.needs == "prompt and image"
     return ValueKey(
-        image_sha256=picture.sha256,
-        reference_sha256=(picture.reference_sha256 or "") if pair else "",
+        image_sha256=picture.content,
+        reference_sha256=(picture.reference_content or "") if pair else "",
         prompt_sha256=prompt_digest(picture.prompt or "") if prompted else "",
         metric=metric_id,
         protocol=metric.protocol,
@@ -158,9 +168,9 @@ def value_key(metric_id: str, picture: Picture, weights_digest: str | None) -> V
     )
 
 
-def feature_key(metric: SetMetric, sha256: str) -> FeatureKey:
+def feature_key(metric: SetMetric, picture: Picture) -> FeatureKey:
     """The ledger's key of a picture's features."""
-    return FeatureKey(sha256, metric.feature_id, metric.weights_digest or "")
+    return FeatureKey(picture.content, metric.feature_id, metric.weights_digest or "")
 
 
 @dataclass(frozen=True)
@@ -302,7 +312,7 @@ class EvaluationRun:
             )
             if missing:
                 # The same content under two names is one job.
-                same = (picture.sha256, picture.reference_sha256, picture.prompt)
+                same = (picture.sha256, picture.reference_content, picture.prompt)
                 before = jobs.get(same)
                 together = sorted({*missing, *(before.metrics if before else ())})
                 jobs[same] = Job(picture, tuple(together))
@@ -330,7 +340,7 @@ class EvaluationRun:
                 continue
             sides = []
             for pictures in (ours, theirs):
-                keys = [feature_key(metric, picture.sha256) for picture in pictures]
+                keys = [feature_key(metric, picture) for picture in pictures]
                 found = self._ledger.find_features(keys)
                 blocks = [found[key] for key in keys if key in found]
                 sides.append(np.concatenate(blocks) if blocks else None)
@@ -353,7 +363,7 @@ class EvaluationRun:
     def _feature(self, number: int, picture: Picture) -> FeatureKey:
         metric = self._opened.metrics[number]
         assert isinstance(metric, SetMetric)
-        return feature_key(metric, picture.sha256)
+        return feature_key(metric, picture)
 
     def _is_known(
         self,

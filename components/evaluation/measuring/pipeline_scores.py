@@ -26,7 +26,7 @@ from components.evaluation.statistics import scores
 from components.files.weight_folders import file_digest
 from components.images.arrays import ImageArray
 from components.images.aspect_buckets import Bucket, fit_to_bucket
-from components.images.decoding import read_rgb
+from components.images.decoding import SEEN, read_rgb
 from components.images.original_lookup import Original, OriginalLookup
 from components.metrics.native.texture import TEXTURE_IDS, texture_metrics
 from components.models.autoencoder_f16 import AutoencoderKLF16
@@ -67,7 +67,7 @@ def read_generations(root: Path) -> list[dict[str, Any]]:
 
 def _fitted_digest(image_id: str, size: tuple[int, int]) -> str:
     """Stands for a photograph that was cut to (height, width)."""
-    return recipe_digest("fitted/v2", image_id, *size)
+    return recipe_digest(f"fitted/v2, {SEEN}", image_id, *size)
 
 
 class _Photograph:

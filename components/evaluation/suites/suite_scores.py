@@ -83,7 +83,7 @@ def fitted_references(items: Sequence[SuiteItem], folder: Path) -> list[SuiteIte
         if (found.height, found.width) != (item.height, item.width) and found.error is None:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{item.id}.png"
-            key = f"{found.sha256}/{item.height}x{item.width}"
+            key = f"{found.content}/{item.height}x{item.width}"
             if not is_finished(path, key):
                 image = Image.fromarray(read_rgb(item.reference).pixels)
                 fitted_image = fit_to_bucket(image, Bucket(item.height, item.width))
@@ -220,12 +220,17 @@ class _References:
             sha256=found.sha256,
             prompt=item.prompt,
             reference=item.reference,
-            reference_sha256=reference.sha256 if reference is not None else None,
+            reference_content=None if reference is None else reference.content,
+            reading=found.reading,
         )
 
     def all_pictures(self) -> list[Picture]:
         files = [self._find(path) for path in self._paths]
-        return [Picture(file.path, file.sha256) for file in files if file.error is None]
+        return [
+            Picture(file.path, file.sha256, reading=file.reading)
+            for file in files
+            if file.error is None
+        ]
 
 
 def _rows(

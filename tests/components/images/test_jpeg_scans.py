@@ -5,10 +5,17 @@ import re
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from components.images.decoding import ImageUndecodable, decode_rgb
-from components.images.jpeg_scans import NO_END, decode_strictly, scans_are_complete
+from components.images.jpeg_scans import (
+    NO_END,
+    SCANS_MISSING,
+    decode_strictly,
+    is_progressive,
+    scans_are_complete,
+)
 
 
 def jpeg(mode: str = "RGB", **options: object) -> bytes:
@@ -51,10 +58,19 @@ def test_a_progressive_file_cut_between_two_scans_is_not_whole() -> None:
     last_scan = [found.start() for found in re.finditer(b"\xff\xda", whole)][-1]
     # Up to the tables of the last scan: libjpeg alone has nothing to say against it.
     cut = whole[: whole.rindex(b"\xff\xc4", 0, last_scan)]
-    assert decode_strictly(cut + b"\xff\xd9", "RGB").damage is None
+    simplejpeg.decode_jpeg(cut + b"\xff\xd9", strict=True)
+    assert decode_strictly(cut + b"\xff\xd9", "RGB").damage == SCANS_MISSING
+    assert decode_rgb(cut + b"\xff\xd9").integrity == SCANS_MISSING
     assert scans_are_complete(whole)
     assert not scans_are_complete(cut)
     assert decode_strictly(cut, "RGB").damage == "premature end of jpeg file"
+
+
+def test_progressive_is_told_by_the_frame_and_not_by_a_thumbnail() -> None:
+    inner = jpeg(progressive=True)
+    assert is_progressive(inner)
+    assert not is_progressive(jpeg(exif=b"Exif\0\0" + inner[:4000]))
+    assert not is_progressive(inner[:30])
 
 
 def test_a_thumbnail_in_the_metadata_is_no_scan() -> None:

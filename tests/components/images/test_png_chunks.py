@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from components.images.decoding import ImageUndecodable, decode_rgb, read_header
-from components.images.png_chunks import check_chunks, chunks, find_chunk
+from components.images.png_chunks import check_chunks, chunks, find_chunk, missing_rows
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -103,3 +103,61 @@ def test_pixels_that_are_cut_are_refused() -> None:
     data = png()
     with pytest.raises(ImageUndecodable, match="cannot decode"):
         decode_rgb(data[: data.index(b"IDAT") + 1000])
+
+
+def by_hand(
+    rows: bytes, *, depth: int = 8, colours: int = 2, interlaced: int = 0, size: tuple[int, int]
+) -> bytes:
+    """A PNG of these rows (filter types included) with right checksums."""
+
+    def block(name: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + checksum
+
+    height, width = size
+    head = struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, interlaced)
+    palette = block(b"PLTE", bytes(range(48))) if colours == 3 else b""
+    pixels = block(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + block(b"IHDR", head) + palette + pixels + block(b"IEND", b"")
+
+
+# Bytes of all rows, counted by hand. The interlaced one of 5x3: passes of 1x1, 1x1, none, 1x1 (rows
+# x columns), 1x3, 2x2, and 1x5.
+SHAPES = {
+    "rgb": ({"size": (3, 5)}, 3 * (1 + 15)),
+    "gray of 1 bit": ({"size": (3, 9), "depth": 1, "colours": 0}, 3 * (1 + 2)),
+    "16 bits with alpha": ({"size": (2, 3), "depth": 16, "colours": 6}, 2 * (1 + 24)),
+    "palette of 4 bits": ({"size": (4, 3), "depth": 4, "colours": 3}, 4 * (1 + 2)),
+    "interlaced": (
+        {"size": (3, 5), "colours": 0, "interlaced": 1},
+        (1 + 1) + (1 + 1) + 0 + (1 + 1) + (1 + 3) + 2 * (1 + 2) + (1 + 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_that_never_came_are_missing_to_the_byte(shape: str) -> None:
+    options, total = SHAPES[shape]
+    # Black to the end: what PIL leaves of missing rows looks the same.
+    whole = by_hand(bytes(total), **options)  # type: ignore[arg-type]
+    short = by_hand(bytes(total - 1), **options)  # type: ignore[arg-type]
+    assert not missing_rows(whole)
+    assert missing_rows(short)
+    assert decode_rgb(whole).integrity == "ok"
+
+
+def test_a_file_closed_properly_before_its_last_row_is_damaged_whatever_its_rows_hold() -> None:
+    rows = b"".join(b"\0" + bytes([200 + n] * 15) for n in range(6))
+    for count in range(1, 6):
+        short = by_hand(rows[: 16 * count], size=(6, 5))
+        assert decode_rgb(short).integrity == "PNG whose pixels end before the last row"
+    assert decode_rgb(by_hand(rows, size=(6, 5))).integrity == "ok"
+
+
+def test_a_critical_chunk_of_no_standard_is_damage() -> None:
+    data = png()
+    block = (
+        struct.pack(">I", 4) + b"CgBI" + bytes(4) + struct.pack(">I", zlib.crc32(b"CgBI\0\0\0\0"))
+    )
+    damage = check_chunks(data[:33] + block + data[33:]).damage
+    assert damage == "PNG chunk CgBI: critical, and of no standard"

@@ -49,15 +49,13 @@ def project(clone: Callable[..., Path]) -> Path:
     table = pd.DataFrame({"image_id": names, "uri": [f"photos/{name}.jpg" for name in names]})
     write_table(table.assign(kept=True), root / "data" / "select" / "manifest.parquet")
     pixels = data.astronaut()[::8, ::8]
+    pictures = [derivative_jpeg(np.roll(pixels, n, axis=1), 64) for n in range(IMAGES)]
     rows = [
-        {
-            "image_id": name,
-            "height": 64,
-            "width": 64,
-            "jpeg": derivative_jpeg(np.roll(pixels, n, axis=1), 64),
-        }
-        for n, name in enumerate(names)
+        {"image_id": name, "height": 64, "width": 64, "jpeg": jpeg}
+        for name, jpeg in zip(names, pictures, strict=True)
     ]
+    for name, jpeg in zip(names, pictures, strict=True):
+        (root / "photos" / f"{name}.jpg").write_bytes(jpeg)
     derivatives = pa.Table.from_pylist(rows, schema=DERIVATIVES_SCHEMA)
     write_parquet(derivatives, root / "data" / "signals" / "derivatives.parquet")
     return root
@@ -73,7 +71,8 @@ def command(root: Path) -> dict[str, Any]:
 def test_a_killed_stage_asks_the_model_for_no_batch_twice_and_ends_with_the_same_bytes(
     project: Path,
 ) -> None:
-    subprocess.run([*STAGE, "code"], check=True, **command(project))
+    for stage in ("code", "source"):
+        subprocess.run([*STAGE, stage], check=True, **command(project))
     missing = subprocess.run(COMMAND, capture_output=True, text=True, **command(project))
     assert missing.returncode != 0
     error = [line for line in missing.stderr.splitlines() if "weights/tiny" in line]

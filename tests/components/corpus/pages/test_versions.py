@@ -254,6 +254,11 @@ def test_the_datasheet_counts_and_is_the_same_bytes_twice(params: Settings) -> N
     assert "<b>mine" not in pages[0]
     for name in ("vae", "stage2", "ablation", "entropy (bits)", "flat fraction"):
         assert name in pages[0]
+    assert "drawing score" not in pages[0]
+    drawn = table.assign(drawing_score=0.25, nsfw_scorer="nsfwjs 4.4.0")
+    page = datasheet_page(drawn, slices(drawn, params.slices))
+    assert "drawing score by nsfwjs 4.4.0: median" in page
+    assert "0.25, 5% to 95%: 0.25 to" in page
     empty = table.assign(kept=False, split=None)
     assert "0 kept" in datasheet_page(empty, slices(empty, params.slices))
 

@@ -35,6 +35,7 @@ PAPER = SelectSettings(
     min_pixels=3840 * 2160,
     max_alpha_fraction=0.05,
     max_nsfw=None,
+    max_drawing=None,
     max_flat_fraction=0.5,
     min_entropy_bits=7.0,
     min_quality=None,
@@ -107,6 +108,7 @@ def test_the_paper_rules_on_the_official_values_keep_what_the_sample_readme_list
         "rejected_resolution": 3,
         "rejected_transparency": 0,
         "rejected_nsfw": 0,
+        "rejected_drawing": 0,
         "rejected_flat_fraction": 5,
         "rejected_entropy": 2,
         "rejected_quality": 0,
@@ -241,6 +243,18 @@ def test_the_nsfw_rule_needs_a_score() -> None:
     result = select(rows(*changes), PAPER.model_copy(update={"max_nsfw": 0.5}))
     assert result["kept"].tolist() == [True, True, False, False]
     assert result["reject_value"].tolist()[2] == 0.6
+
+
+def test_the_drawing_rule_is_off_by_default_and_needs_a_score() -> None:
+    changes = [{"drawing_score": score} for score in (0.1, 0.5, 0.6, None)]
+    assert select(rows(*changes), PAPER)["kept"].all()
+    result = select(rows(*changes), PAPER.model_copy(update={"max_drawing": 0.5}))
+    assert result["reject_reason"].tolist() == [None, None, "drawing", "drawing"]
+    assert (result["reject_value"][2], result["reject_threshold"][2]) == (0.6, 0.5)
+    # A picture that is both is said to be unsafe.
+    both = [{"drawing_score": 0.9, "nsfw_score": 0.9}]
+    strict = PAPER.model_copy(update={"max_drawing": 0.5, "max_nsfw": 0.5})
+    assert select(rows(*both), strict)["reject_reason"].tolist() == ["nsfw"]
 
 
 def hashes(*bits: int) -> list[str]:

@@ -88,7 +88,7 @@ def test_bad_files_are_rows_that_say_what_is_wrong(photos: Path) -> None:
     (photos / "gone.jpg").symlink_to(photos / "nowhere.jpg")
     rows = by_uri(scan_folder(settings(), photos.parent))
     assert rows["photos/empty.jpg"]["integrity"] == "empty file (0 bytes)"
-    assert rows["photos/text.jpg"]["integrity"] == "not an image that PIL knows"
+    assert rows["photos/text.jpg"]["integrity"] == "not an image that PIL knows (text)"
     assert "4.0 megapixels, limit 1" in str(rows["photos/bomb.png"]["integrity"])
     assert rows["photos/gone.jpg"]["integrity"] == "cannot read: No such file or directory"
     assert "photos/folder.jpg" not in rows

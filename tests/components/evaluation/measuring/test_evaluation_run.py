@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from components.evaluation.measuring import evaluation_run
 from components.evaluation.measuring.evaluation_run import (
     EvaluationRun,
     RunOptions,
@@ -72,7 +73,7 @@ def test_values_equal_the_functions_and_one_more_picture_is_one_more_computation
     new = pair(paint(tmp_path / "new.png", 9), pictures[1])
     (tmp_path / "moved").mkdir()
     moved_path = pictures[0].path.rename(tmp_path / "moved" / "other.png")
-    reference, sha256 = pictures[0].reference, pictures[0].reference_sha256
+    reference, sha256 = pictures[0].reference, pictures[0].reference_content
     moved = Picture(moved_path, pictures[0].sha256, "a prompt", reference, sha256)
     second = run(tmp_path)
     again = second.measure([moved, *pictures[1:], new, bad], name="test")
@@ -110,6 +111,28 @@ def test_keys_hold_what_a_metric_looks_at_and_no_more(tmp_path: Path) -> None:
     assert psnr.reference_sha256 == "r" * 64
     assert len(clip.prompt_sha256) == 64
     assert clip.weights == "w" * 64
+
+
+def test_another_reading_of_the_same_file_is_measured_anew_and_a_plain_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    pixels = np.random.default_rng(3).integers(0, 256, (96, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(pixels).save(tmp_path / "plain.png")
+
+    def keys() -> list[str]:
+        found = [find_picture(tmp_path / name) for name in ("plain.png", "turned.png")]
+        pictures = [Picture(one.path, one.sha256, reading=one.reading) for one in found]
+        return [value_key("entropy_bits", one, None).image_sha256 for one in pictures]
+
+    plain, unusual = keys()
+    assert plain == find_picture(tmp_path / "plain.png").sha256
+    assert unusual != find_picture(tmp_path / "turned.png").sha256
+    monkeypatch.setattr(evaluation_run, "SEEN", "another")
+    assert keys()[0] == plain
+    assert keys()[1] != unusual
 
 
 def test_a_file_that_is_no_picture_is_found_with_its_reason(tmp_path: Path) -> None:
