@@ -67,6 +67,7 @@ def load_text_limits(backbone: Backbone, folder: Path, max_sequence_length: int)
 
     t5 = backbone.t5_part.replace("text_encoder", "tokenizer")
     kinds = {"tokenizer": CLIPTokenizer, t5: T5TokenizerFast}
+    # Asked before loading: transformers would look for a missing one on the hub.
     if not all((folder / name / "tokenizer_config.json").is_file() for name in kinds):
         return None
     try:

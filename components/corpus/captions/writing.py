@@ -42,10 +42,13 @@ def _write(client: ChatClient, question: Question, check: Check) -> Written:
     """Ask until the text passes its check, at most twice; the last answer is recorded."""
     written = Written(None, "missing")
     for attempt in range(_ATTEMPTS):
+        # The attempt is part of what is asked: without it the cache would answer with the text that
+        # failed.
         asked = replace(question, attempt=attempt)
         try:
             answer = client.ask(asked)
         except RequestFailed as problem:
+            # The client has tried again already; a third time would not help this image.
             return Written(None, "error", str(problem))
         text = clean_answer(answer.text)
         if answer.finish_reason == "refusal":
@@ -79,6 +82,7 @@ def _write_all(
     pool = ThreadPoolExecutor(concurrency, thread_name_prefix=name)
     try:
         while True:
+            # A few ahead and not all: each question holds a picture, and a million are to be asked.
             while len(pending) < concurrency * _IN_FLIGHT_PER_THREAD:
                 following = next(source, None)
                 if following is None:

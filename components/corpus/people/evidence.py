@@ -119,6 +119,7 @@ def look_at(derivative: Derivative, plan: LookPlan) -> dict[str, Any]:
     scale = (derivative.height / pixels.shape[0], derivative.width / pixels.shape[1])
     row: dict[str, Any] = {}
     boxes: list[dict[str, Any]] = []
+    # Once for both questions: the network finds faces and exposed parts in one pass.
     seen = nsfw.nudenet_detections(pixels) if "nudenet" in (plan.detector, plan.nsfw) else []
     if plan.detector == "classical":
         boxes = [{"label": "face", "box": _entry(box, scale)} for box in faces.find_faces(pixels)]

@@ -50,6 +50,7 @@ class StopRequest:
         """
         if self._name and number == signal.SIGINT:
             raise KeyboardInterrupt
+        # Only noted: the training loop asks between two steps, when a state is whole.
         self._name = signal.Signals(number).name
 
 

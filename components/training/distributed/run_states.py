@@ -90,6 +90,7 @@ def _canonical(value: Any) -> Any:
         return {name: _canonical(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_canonical(one) for one in value]
+    # By type, since a bool is an int and True is not 1.0 of a setting.
     return float(value) if type(value) is int else value
 
 
@@ -273,6 +274,8 @@ def continue_from(old: RunState, folder: Path, identity: RunIdentity, processes:
             f"{', '.join(hard)}; begin again (--restart), or set what it was made with"
         )
     step, checkpoint = old.checkpoint
+    # A checkpoint beyond the last step would be exported as a result that no run of these settings
+    # has.
     if 0 < int(identity.settings.get(f"{identity.stage}.steps", step)) < step:
         raise StateRefused(
             f"{old.name} is at step {step}, beyond {identity.stage}.steps; set more steps, or "
@@ -292,10 +295,12 @@ def continue_from(old: RunState, folder: Path, identity: RunIdentity, processes:
     write_text(aside / CHECKPOINTS / LATEST_FILE, f"{checkpoint.name}\n", durable=True)
     if (old.folder / METRICS_FILE).is_file():
         shutil.copyfile(old.folder / METRICS_FILE, aside / METRICS_FILE)
+        # Curves end where the checkpoint does: later steps belong to the state that is left.
         MetricLog(aside / METRICS_FILE).rewind(step)
     write_state(RunState(aside, identity, segments, False, None, processes, None))
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+    # Last: a kill before it leaves two states that can both be gone on from, and loses neither.
     write_state(replace(old, continued_by=identity.key))
     return RunState(
         folder, identity, segments, False, None, processes, newest_checkpoint(folder / CHECKPOINTS)

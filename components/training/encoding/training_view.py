@@ -104,6 +104,8 @@ class TrainingViews:
         """Whether the latents are of the autoencoder that the settings name."""
         assert self._store is not None
         digest = self._store.index["encoder_digest"]
+        # Latents of another encoder decode to a picture too, only not to the one that training
+        # sees.
         return bool(len(digest)) and digest.iloc[0] == encoder_digest(self._autoencoder)
 
     def of_file(self, path: Path) -> TrainingView:
@@ -167,6 +169,7 @@ def random_rows(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
         seed: the same rows for the same seed and table.
     """
     usable = table[table["integrity"].eq("ok")].drop_duplicates("image_id")
+    # Before selection nothing is kept yet, and every readable photograph may be looked at.
     if usable["kept"].notna().any():
         usable = usable[usable["kept"].eq(True)]
     order = np.random.default_rng(seed).permutation(len(usable))

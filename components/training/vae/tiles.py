@@ -117,6 +117,7 @@ def tile_places(image_id: str, height: int, width: int, rules: TileRules) -> tup
     """
     tile_h, tile_w = min(height, rules.tile_px), min(width, rules.tile_px)
     rows, columns = height // tile_h, width // tile_w
+    # Of the image id alone, so that the order of a slice, or a photograph more, moves no tile.
     key = int.from_bytes(hashlib.sha256(f"tiles {image_id}".encode()).digest()[:16], "big")
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
     # The ends are exclusive: + 1 lets the grid reach the last row.
