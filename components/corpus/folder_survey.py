@@ -6,8 +6,9 @@ the folder holds.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,11 @@ from typing import Any
 
 import pandas as pd
 
+from components.corpus.captions.caption_files import Sidecars, read_captions
+from components.corpus.captions.checks import Caption
+from components.corpus.captions.local import COMMAND, check_folder
 from components.corpus.selection.rules import count_by_reason, select
+from components.files.weight_folders import WeightsMissing
 from components.images.decoding import ImageUndecodable, read_header
 from components.settings.schema import Settings
 from components.signals.candidate import measure_image
@@ -37,6 +42,8 @@ _HEADERS = 2000
 _MEASURED = 24
 _OVERSAMPLING = 4
 """Pixels of a photograph per pixel of training, at least: twice the edge leaves room to crop."""
+_SUBJECT_PHOTOGRAPHS = 100
+"""Up to so many photographs without captions are taken for those of one subject."""
 _MANY = 0.5
 """Share of a sample that a rule rejects from which on its threshold is worth a line."""
 
@@ -56,16 +63,27 @@ class FolderSurvey:
     measured: tuple[dict[str, Any], ...]
     """`measure_image` of a smaller sample."""
     caption_words: tuple[int, ...]
-    """Words of each English caption of captions.jsonl."""
+    """Words of each English caption of captions.jsonl, and of the text files that were looked
+    at."""
+    caption_lines: int
+    """Photographs with a line of captions.jsonl."""
     caption_files: int
-    """Text files beside photographs."""
-    has_captions: bool
+    """Other photographs with a text file beside them."""
+    caption_problem: str | None
+    """Why captions.jsonl is of no use as a whole; one line."""
     has_attribution: bool
+    captioner: str | None = None
+    """Folder of a captioning model (`local_captioner`)."""
 
     @property
     def photographs(self) -> int:
         """Files that the decoder reads by their endings."""
         return sum(number for ending, number in self.endings.items() if ending in READ)
+
+    @property
+    def captioned(self) -> int:
+        """Photographs that bring a caption."""
+        return self.caption_lines + self.caption_files
 
 
 @dataclass
@@ -90,13 +108,16 @@ def _spread(paths: Sequence[Path], count: int) -> list[Path]:
     return [paths[round(n * (len(paths) - 1) / (count - 1))] for n in range(count)]
 
 
-def survey(folder: Path, *, attribution: str, captions: str) -> FolderSurvey:
+def survey(
+    folder: Path, *, attribution: str, captions: str, captioner: str | None = None
+) -> FolderSurvey:
     """Look into a folder.
 
     Args:
         folder: photographs, perhaps in folders of its own.
         attribution: name of the table of authors and licences.
         captions: name of the JSONL file of captions.
+        captioner: a captioning model that is at hand, see `local_captioner`.
 
     Raises:
         ValueError: no folder, or no photograph in it; one line.
@@ -105,14 +126,11 @@ def survey(folder: Path, *, attribution: str, captions: str) -> FolderSurvey:
         raise ValueError(f"{folder}: no such folder; give a folder of photographs")
     endings: Counter[str] = Counter()
     found: list[Path] = []
-    texts: set[Path] = set()
     for current, _, names in os.walk(folder):
         for name in names:
             path = Path(current, name)
             ending = path.suffix.lower()
-            if ending == ".txt":
-                texts.add(path.with_suffix(""))
-            elif ending in READ or ending in NOT_READ:
+            if ending in READ or ending in NOT_READ:
                 endings[ending] += 1
                 if ending in READ:
                     found.append(path)
@@ -124,6 +142,7 @@ def survey(folder: Path, *, attribution: str, captions: str) -> FolderSurvey:
         )
     found.sort()
     pixels, unreadable = _headers(_spread(found, _HEADERS))
+    brought = _captions(folder, captions, found)
     return FolderSurvey(
         folder=folder,
         endings=dict(endings.most_common()),
@@ -131,10 +150,12 @@ def survey(folder: Path, *, attribution: str, captions: str) -> FolderSurvey:
         pixels=tuple(pixels),
         unreadable=tuple(unreadable),
         measured=tuple(measure_image(path) for path in _spread(found, _MEASURED)),
-        caption_words=tuple(_words(folder / captions)),
-        caption_files=sum(path.with_suffix("") in texts for path in found),
-        has_captions=(folder / captions).is_file(),
+        caption_words=tuple(brought.words),
+        caption_lines=brought.lines,
+        caption_files=brought.files,
+        caption_problem=brought.problem,
         has_attribution=(folder / attribution).is_file(),
+        captioner=captioner,
     )
 
 
@@ -151,17 +172,53 @@ def _headers(paths: Sequence[Path]) -> tuple[list[int], list[str]]:
     return pixels, unreadable
 
 
-def _words(path: Path) -> list[int]:
-    """Words of each caption that can be read; the stage names the lines that cannot."""
-    if not path.is_file():
-        return []
-    counts = []
-    for line in path.read_bytes().splitlines():
+@dataclass
+class _Brought:
+    """Captions that lie in a folder."""
+
+    words: list[int]
+    lines: int = 0
+    files: int = 0
+    problem: str | None = None
+
+
+def _captions(folder: Path, file: str, photographs: Sequence[Path]) -> _Brought:
+    """What the stage `caption` will find, by its own readers; text files of a sample are read."""
+    names = [path.relative_to(folder).as_posix() for path in photographs]
+    found = _Brought([])
+    captions: dict[str, Caption] = {}
+    if (folder / file).is_file():
         try:
-            counts.append(len(json.loads(line)["caption_en"].split()))
-        except (ValueError, LookupError, TypeError, AttributeError):
-            continue
-    return counts
+            captions, _ = read_captions(folder / file, names)
+        except ValueError as problem:
+            found.problem = str(problem)
+    found.lines = len(captions)
+    found.words = [len(caption.english.split()) for caption in captions.values()]
+    sidecars = Sidecars(folder)
+    beside = [sidecar for n in names if n not in captions and (sidecar := sidecars.find(n))]
+    found.files = len(beside)
+    for path in _spread([Path(sidecar) for sidecar in beside], _HEADERS):
+        with contextlib.suppress(ValueError):
+            # The stage names those that are no text.
+            found.words.append(len(sidecars.read(path.as_posix()).split()))
+    return found
+
+
+def local_captioner(root: Path) -> str | None:
+    """The first folder of weights/ that holds a model which captions pictures, below `root`.
+
+    Told from other networks by its chat template; nothing is loaded.
+    """
+    for config in sorted((root / "weights").glob("*/config.json")):
+        folder = config.parent
+        tokenizer = folder / "tokenizer_config.json"
+        talks = any((folder / f"chat_template.{end}").is_file() for end in ("jinja", "json")) or (
+            tokenizer.is_file() and "chat_template" in tokenizer.read_text("utf-8", "replace")
+        )
+        with contextlib.suppress(WeightsMissing, OSError):
+            if talks and check_folder(folder):
+                return folder.relative_to(root).as_posix()
+    return None
 
 
 def propose(found: FolderSurvey, settings: Settings, source: str) -> Proposal:
@@ -228,15 +285,21 @@ def _propose_size(found: FolderSurvey, settings: Settings, proposal: Proposal) -
 
 def _propose_captions(found: FolderSurvey, settings: Settings, proposal: Proposal) -> None:
     caption = settings.caption
-    if not found.has_captions:
+    if found.caption_problem is not None:
+        mend = (
+            ""
+            if settings.caption.provider == "shipped" and not found.captioned
+            else ("; mend or remove it, or the stage caption ends with this")
+        )
+        proposal.remarks.append(f"not read: {found.caption_problem}{mend}")
+    if not found.captioned:
         if caption.provider == "shipped":
-            beside = f"; {found.caption_files} text files lie beside" if found.caption_files else ""
-            proposal.remarks.append(
-                f"no {caption.file}{beside}: write one (file, caption_en, caption_zh on each "
-                "line) or set caption.provider to a model (docs/corpus.md), else no photograph "
-                "gets past the stage caption"
-            )
+            _propose_captioner(found, settings, proposal)
         return
+    places = [(found.caption_lines, f"lines of {caption.file}")]
+    places.append((found.caption_files, "text files beside photographs"))
+    listed = " and ".join(f"{number:,} {what}" for number, what in places if number)
+    proposal.remarks.append(f"captions: {listed}, for {found.photographs:,} photographs")
     outside = [n for n in found.caption_words if not caption.min_words <= n <= caption.max_words]
     if outside:
         low, high = min(found.caption_words), max(found.caption_words)
@@ -245,11 +308,36 @@ def _propose_captions(found: FolderSurvey, settings: Settings, proposal: Proposa
             proposal.set("caption", "min_words", low, why)
         if high > caption.max_words:
             proposal.set("caption", "max_words", high, why)
-    if len(found.caption_words) < found.photographs:
+    without = found.photographs - found.captioned
+    if without > 0 and caption.provider == "shipped":
         proposal.remarks.append(
-            f"{caption.file} has {len(found.caption_words)} captions for {found.photographs} "
-            "photographs; those without are rejected"
+            f"{without:,} photographs without a caption are rejected; caption.provider: local or "
+            "endpoint would write theirs (docs/corpus.md)"
         )
+
+
+def _propose_captioner(found: FolderSurvey, settings: Settings, proposal: Proposal) -> None:
+    """No photograph brings a caption: a model that is there, else one text for all."""
+    none = settings.caption.translate.model_dump() | {"provider": "none"}
+    if found.captioner is not None:
+        proposal.set("caption", "provider", "local", f"no captions, and {found.captioner} is there")
+        local = {"folder": found.captioner, "batch_size": 4, "max_new_tokens": 300}
+        proposal.set("caption", "local", local, "a model that looks at pictures")
+    else:
+        few = found.photographs <= _SUBJECT_PHOTOGRAPHS
+        name = " ".join(re.split(r"[\W_]+", found.folder.resolve().name.lower())).strip()
+        text = f"a photo of {name}" if few and name else "a photograph"
+        proposal.set(
+            "caption",
+            "provider",
+            "fixed",
+            f"no {settings.caption.file} and no text file beside a photograph. For captions of "
+            f"their own: provider local ({COMMAND}) or endpoint (docs/corpus.md)",
+        )
+        proposal.set("caption", "text", text, "of every photograph; say what they show")
+    if found.caption_problem is not None:
+        proposal.set("caption", "provided", "ignore", "what lies there cannot be read")
+    proposal.set("caption", "translate", none, "captions that are made here bring no translation")
 
 
 def _propose_slices(found: FolderSurvey, settings: Settings, proposal: Proposal) -> None:

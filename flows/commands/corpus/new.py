@@ -32,7 +32,7 @@ def new(
     force: Annotated[bool, typer.Option(help="Replace a profile of that name.")] = False,
 ) -> None:
     """Write settings for a folder of photographs, and say how many survive which rule."""
-    from components.corpus.folder_survey import propose, survey
+    from components.corpus.folder_survey import local_captioner, propose, survey
     from components.settings.schema import SettingsError, parse_settings
     from flows.versioning.profiles import composed, derived_profile
 
@@ -47,7 +47,12 @@ def new(
                 f"conf/profiles/{name}.yaml exists already; choose another --name, or --force"
             )
         settings = parse_settings(composed(root, profile), where=f"conf/profiles/{profile}.yaml")
-        found = survey(folder, attribution="ATTRIBUTION.csv", captions=settings.caption.file)
+        found = survey(
+            folder,
+            attribution="ATTRIBUTION.csv",
+            captions=settings.caption.file,
+            captioner=local_captioner(root),
+        )
         proposal = propose(found, settings, _source(folder, root))
         text = derived_profile(root, profile, proposal.settings, proposal.remarks)
         changed = parse_settings(_merged(composed(root, profile), proposal.settings), where=name)

@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from components.corpus.folder_survey import advice, propose, survey, survivors
-from components.settings.schema import Settings, load_settings
+from components.corpus.folder_survey import (
+    advice,
+    local_captioner,
+    propose,
+    survey,
+    survivors,
+)
+from components.corpus.tiny_captioner import write_tiny_captioner
+from components.settings.schema import Settings, load_settings, parse_settings
 
 ROOT = Path(__file__).parents[3]
 
@@ -50,7 +57,9 @@ def test_every_picture_is_counted_and_what_is_not_listed_is_proposed(
     said = "\n".join(proposal.remarks)
     assert "not read: 1 .heic" in said
     assert "1 of 6 files that were looked at cannot be read, such as g.jpg: not an image" in said
-    assert "no captions.jsonl; 1 text files lie beside" in said
+    assert "captions: 1 text files beside photographs, for 6 photographs" in said
+    assert "5 photographs without a caption are rejected" in said
+    assert proposal.settings["caption"] == {"min_words": 1}
 
 
 def test_a_size_rule_far_above_the_training_size_is_lowered_with_a_word(
@@ -79,7 +88,58 @@ def test_captions_outside_the_bounds_move_them(tmp_path: Path, params: Settings)
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     proposal = propose(look(tmp_path), params, "photos")
     assert proposal.settings["caption"] == {"min_words": 12}
-    assert any("1 captions for 2 photographs" in remark for remark in proposal.remarks)
+    said = "\n".join(proposal.remarks)
+    assert "captions: 1 lines of captions.jsonl, for 2 photographs" in said
+    # One with a byte order mark, and a text file where there is no line; both are read.
+    (tmp_path / "captions.jsonl").write_text("\ufeff" + lines[0])
+    (tmp_path / "b.txt").write_text("word " * 200)
+    proposal = propose(look(tmp_path), params, "photos")
+    assert proposal.settings["caption"] == {"min_words": 12, "max_words": 200}
+    said = "\n".join(proposal.remarks)
+    assert "1 lines of captions.jsonl and 1 text files beside photographs, for 2" in said
+    assert "without a caption" not in said
+
+
+def test_a_captions_file_of_no_use_is_said_and_a_text_for_all_proposed(
+    tmp_path: Path, params: Settings
+) -> None:
+    folder = tmp_path / "My_dog Rex"
+    write(folder / "a.png")
+    (folder / "captions.jsonl").write_text('{"image": "a.png"}\n')
+    proposal = propose(look(folder), params, "photos")
+    caption = proposal.settings["caption"]
+    assert (caption["provider"], caption["text"]) == ("fixed", "a photo of my dog rex")
+    assert caption["translate"]["provider"] == "none"
+    said = "\n".join(proposal.remarks)
+    assert "not read: captions.jsonl: none of its 1 lines can be used" in said
+    assert caption["provided"] == "ignore"
+    # The proposal is valid settings.
+    values = params.model_dump(mode="json")
+    parse_settings(values | {"caption": values["caption"] | caption})
+
+
+def test_a_captioning_model_that_is_there_is_proposed_and_other_networks_are_not(
+    tmp_path: Path, params: Settings
+) -> None:
+    write(tmp_path / "photos" / "a.png")
+    scorer = tmp_path / "weights" / "a-scorer"
+    scorer.mkdir(parents=True)
+    for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        (scorer / name).write_text("{}")
+    (scorer / "model.safetensors").write_bytes(bytes(9))
+    assert local_captioner(tmp_path) is None
+    write_tiny_captioner(tmp_path / "weights" / "tiny", seed=0)
+    assert local_captioner(tmp_path) == "weights/tiny"
+    found = survey(
+        tmp_path / "photos",
+        attribution="ATTRIBUTION.csv",
+        captions="captions.jsonl",
+        captioner=local_captioner(tmp_path),
+    )
+    caption = propose(found, params, "photos").settings["caption"]
+    assert (caption["provider"], caption["local"]["folder"]) == ("local", "weights/tiny")
+    values = params.model_dump(mode="json")
+    parse_settings(values | {"caption": values["caption"] | caption})
 
 
 def test_survivors_follow_the_rules_and_advice_names_what_would_keep_more(
