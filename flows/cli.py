@@ -197,7 +197,9 @@ def stage_run(
     from flows.running.recorded_stage import run_stage
 
     _wish(continue_from, restart)
-    raise typer.Exit(run_stage(name, project_root()))
+    root = project_root()
+    rehearse_command.before_stage(name, root)
+    raise typer.Exit(run_stage(name, root))
 
 
 stage_app.command("remote", epilog=remote_command.EPILOG)(remote_command.stage_remote)

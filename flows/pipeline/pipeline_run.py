@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,10 +15,10 @@ from typing import Literal
 import yaml
 
 from components.files.weight_folders import file_digest
-from components.settings.schema import Settings, load_settings
+from components.settings.schema import load_settings
 from flows import environment
 from flows.pipeline.preflight import PipelineRefused, preflight
-from flows.pipeline.rehearsal import ITEMS, is_due
+from flows.pipeline.rehearsal import RehearsalFailed, rehearse_if_due
 from flows.records.costs import pipeline_cost
 from flows.records.provenance import changes_since_commit, provenance_tags
 from flows.records.records import (
@@ -129,7 +128,10 @@ def _run_pipeline(
             graph = clone.graph(until)
             stale = clone.stale(graph)
         if rehearsal and "ingest" in stale:
-            _rehearse(root, settings)
+            try:
+                rehearse_if_due(root, settings, otherwise="--no-rehearsal")
+            except RehearsalFailed as problem:
+                raise PipelineRefused(str(problem)) from None
     record = open_record(root, _description(root, engine))
     # Now, not at the end: the clone may be edited while stages run.
     kept = _keep_sources(root, record)
@@ -195,29 +197,6 @@ def _run_pipeline(
     if not uploader.drain():
         console.console.print("MLflow does not answer: send it later with `ultraflux sync`")
     return summary
-
-
-def _rehearse(root: Path, settings: Settings) -> None:
-    """Rehearse what has many items and has not been rehearsed, in a process of its own.
-
-    Raises:
-        PipelineRefused: a stage would fail.
-    """
-    if not is_due(root, settings):
-        return
-    print(
-        f"Rehearsal: {ITEMS} items through the corpus stages first (--no-rehearsal leaves it out)"
-    )
-    # What a stage imports and its settings of threads must not stay in the process of the run.
-    done = subprocess.run(
-        ["ultraflux", "corpus", "rehearse", "-n", str(ITEMS)], cwd=root, stderr=subprocess.PIPE
-    )
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise PipelineRefused(
-            f"{said[-1].removeprefix('error: ')}; the run would end there: correct it, or go on "
-            "all the same with --no-rehearsal"
-        )
 
 
 def _graph_and_stale_elsewhere(

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -38,6 +39,10 @@ OUTCOME = Path("runs") / "rehearsal.json"
 _LAST = "slices"
 _OWN = {"data", "runs", ".git", ".dvc"}
 _PAID = ("caption-requests.sqlite",)
+
+
+class RehearsalFailed(RuntimeError):
+    """A stage would fail; one line."""
 
 
 @dataclass(frozen=True)
@@ -223,3 +228,32 @@ def is_due(root: Path, settings: Settings) -> bool:
         # The stage says the same in a moment.
         return False
     return number is None or number > MANY_ITEMS
+
+
+def rehearse_if_due(root: Path, settings: Settings, *, otherwise: str) -> None:
+    """Rehearse what has many items and has not been rehearsed, in a process of its own.
+
+    Args:
+        root: repository root.
+        settings: of `params.yaml` there.
+        otherwise: what a person sets to go on without.
+
+    Raises:
+        RehearsalFailed: a stage would fail.
+    """
+    if not is_due(root, settings):
+        return
+    print(
+        f"Rehearsal: {ITEMS} items through the corpus stages first ({otherwise} leaves it out)",
+        flush=True,
+    )
+    # What a stage imports and its settings of threads must not stay in the process of the run.
+    done = subprocess.run(
+        ["ultraflux", "corpus", "rehearse", "-n", str(ITEMS)], cwd=root, stderr=subprocess.PIPE
+    )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        raise RehearsalFailed(
+            f"{said[-1].removeprefix('error: ')}; the run would end there: correct it, or go on "
+            f"all the same with {otherwise}"
+        )

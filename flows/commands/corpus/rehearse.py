@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +13,8 @@ from flows.commands.command_line import fail, project_root
 if TYPE_CHECKING:
     from flows.pipeline.rehearsal import Rehearsal
 
+LEFT_OUT = "ULTRAFLUX_NO_REHEARSAL"
+"""Environment variable: `dvc repro` reads a large new source without a rehearsal."""
 EPILOG = (
     "Example: [bold]ultraflux corpus rehearse -n 20[/]. `ultraflux run` does it by itself before "
     "it reads a source of more than 300 items for the first time."
@@ -38,6 +42,34 @@ def rehearse(
     _show(found)
     if (problem_line := found.problem) is not None:
         raise fail(f"rehearsal of {found.items} items: {problem_line}", 1)
+
+
+def before_stage(name: str, root: Path) -> None:
+    """Rehearse before a plain `dvc repro` reads a large new source, as `ultraflux run` does.
+
+    At `ingest`: the first stage that DVC starts only when it has something to do.
+
+    Raises:
+        typer.Exit: a stage would fail; one line was printed.
+    """
+    # DVC names the stage that it runs.
+    if name != "ingest" or "DVC_STAGE" not in os.environ or os.environ.get(LEFT_OUT):
+        return
+    from components.settings.schema import SettingsError, load_settings
+    from flows.pipeline.rehearsal import RehearsalFailed, rehearse_if_due
+    from flows.running.recorded_stage import OUTCOME_FILE
+
+    # A run that started DVC waits for an outcome, and has rehearsed.
+    if OUTCOME_FILE in os.environ:
+        return
+    try:
+        settings = load_settings(root / "params.yaml")
+        rehearse_if_due(root, settings, otherwise=f"{LEFT_OUT}=1")
+    except SettingsError:
+        # The stage says the same, and keeps a record of it.
+        return
+    except RehearsalFailed as problem:
+        raise fail(str(problem)) from None
 
 
 def _show(found: Rehearsal) -> None:

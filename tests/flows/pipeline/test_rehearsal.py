@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -124,5 +125,19 @@ def test_a_large_source_that_would_fail_late_stops_the_run_at_once(
     assert (said["ingest"], said["signals"], said["slices"]) == ("failed", *["not reached"] * 2)
     settings = load_settings(made / "params.yaml")
     assert is_due(made, settings)
+    # A plain `dvc repro` does the same before it ingests, unless it is told not to.
+    repro, environment = ["dvc", "repro", "-q", "ingest"], os.environ | {"PYTHONPATH": str(made)}
+    for left_out in ("", "1"):
+        done = subprocess.run(
+            repro,
+            cwd=made,
+            capture_output=True,
+            text=True,
+            env=environment | {"ULTRAFLUX_NO_REHEARSAL": left_out},
+        )
+        assert done.returncode != 0
+        assert ("error: rehearsal of 100 items: ingest: ATTR" in done.stderr) == (not left_out)
+        assert "ATTRIBUTION.csv line 3: '0000.jpg' is listed twice" in done.stderr
+        assert not (made / "data" / "ingest").exists()
     (folder / "0000.jpg").unlink()
     assert not is_due(made, settings)

@@ -314,3 +314,23 @@ def test_a_source_reaches_slices_by_both_commands_killed_once_with_the_same_byte
     assert "done" not in command(calm, "ultraflux", "run", "--until", "slices").split()
     command(calm, *repro)
     assert (calm / "dvc.lock").read_bytes() == lock
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["urls", "webdataset", "multiaspect"])
+def test_a_rehearsal_of_records_passes_every_stage_and_leaves_the_clone_alone(
+    clone: Callable[..., Path], web: Any, kind: str
+) -> None:
+    project = project_with(clone, kind, f"{kind}-rehearsed", web.base)
+    web.count.clear()
+    said = command(project, "ultraflux", "corpus", "rehearse", "-n", "4")
+    # Archives are counted by their members, two for each photograph.
+    assert f"4 of {10 if kind == 'webdataset' else 8} items" in said
+    outcome = json.loads((project / "runs" / "rehearsal.json").read_text())
+    assert {stage["status"] for stage in outcome["stages"]} == {"ok"}
+    stages = {stage["stage"]: stage for stage in outcome["stages"]}
+    assert stages["slices"]["rows_out"] >= 2
+    # Nobody was asked for the records behind the sample.
+    assert len(web.count) == (0 if kind == "webdataset" else 4)
+    assert not (project / "data" / "ingest").exists()
+    assert not (project / "dvc.lock").exists()
