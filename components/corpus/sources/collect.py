@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from components.corpus.listing.source_table import read_listing
 from components.corpus.manifest import write_table
 from components.corpus.sources.download_journal import DownloadJournal
@@ -164,11 +166,21 @@ def _collect_records(
     )
     # After all tables are written: the losses are what a person has to read now.
     if counts.kept == 0:
-        raise ValueError(
-            f"none of {counts.candidates} candidates of {settings.source} could be had "
-            f"({collected.described_losses}); data/ingest/losses.parquet lists each"
-        )
+        raise ValueError(_why_nothing(collected, settings.source, folder))
     return collected
+
+
+def _why_nothing(collected: Collected, source: str, folder: Path) -> str:
+    """One line about a source of which nothing came."""
+    if collected.candidates == 0:
+        return f"{source} holds no record: its files are empty, or have a heading and nothing else"
+    with pq.ParquetFile(folder / "losses.parquet") as file:
+        (first,) = next(file.iter_batches(batch_size=1)).to_pylist()
+    return (
+        f"none of {collected.candidates} candidates of {source} could be had "
+        f"({collected.described_losses}); the first, {first['record']}: "
+        f"{first['detail'] or first['cause']}; data/ingest/losses.parquet lists each"
+    )
 
 
 def _download(

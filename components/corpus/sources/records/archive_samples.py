@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import PurePosixPath
@@ -135,6 +135,15 @@ class ArchiveSamples:
             yield from self._sample(key, [Member(*row[1:]) for row in group])
 
     def _sample(self, key: str, members: list[Member]) -> Iterator[SourceRecord]:
+        named: set[int] = set()
+        for turn in _turns(members):
+            yield from self._turn(key, turn, named)
+            # By identity, as below: what stands in several turns is named in the first.
+            named |= {id(member) for member in turn}
+
+    def _turn(
+        self, key: str, members: list[Member], named: Collection[int]
+    ) -> Iterator[SourceRecord]:
         images = [member for member in members if member.kind == "image"]
         others = [member for member in members if member.kind != "image"]
         by_stem: dict[Stem, list[Member]] = {}
@@ -154,7 +163,7 @@ class ArchiveSamples:
                 values["other_members"] = [member.name for member in beside]
             yield SourceRecord(image.place, values)
         known = {id(member) for beside in near.values() for member in beside}
-        alone = [member for member in rest if id(member) not in known]
+        alone = [m for m in rest if id(m) not in known and id(m) not in named]
         # One loss for the sample, not one per member: a folder of labels would bury the other
         # losses.
         if alone:
@@ -163,6 +172,30 @@ class ArchiveSamples:
             place = f"{self._archive}#{alone[0].name if images else key}"
             problem = f"no image under this key, but {listed}"
             yield SourceRecord(place, None, problem, units=0)
+
+
+def _turns(members: list[Member]) -> list[list[Member]]:
+    """Samples of one key: several where images stand in the archive more than once.
+
+    Keys begin again where archives were joined, so the second image of a name goes with the second
+    sidecar of a name. What does not stand there as often describes all of that name.
+    """
+    seen: Counter[str] = Counter()
+    turn_of = []
+    for member in members:
+        turn_of.append(seen[member.name])
+        seen[member.name] += 1
+    repeats = max((seen[member.name] for member in members if member.kind == "image"), default=1)
+    if repeats == 1:
+        return [members]
+    turns: list[list[Member]] = [[] for _ in range(repeats)]
+    for member, turn in zip(members, turn_of, strict=True):
+        if member.kind == "image" or seen[member.name] == repeats:
+            turns[turn].append(member)
+        else:
+            for one in turns:
+                one.append(member)
+    return turns
 
 
 def _named_by(parts: Stem, by_stem: dict[Stem, list[Member]]) -> list[Member]:

@@ -32,6 +32,9 @@ from components.settings.corpus import ListSettings
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _HEAD_LINES = 1000
+_MAGIC_BYTES = 64
+_LINES_ABOVE = 20
+"""Within so many lines a heading is looked for that is not the first."""
 _CONTAINERS = {
     b"PK\x03\x04": "a ZIP archive or workbook",
     b"\xd0\xcf\x11\xe0": "an old workbook",
@@ -93,7 +96,9 @@ def _misreading(path: Path, lists: ListSettings) -> str | None:
 
 def _container(path: Path) -> str | None:
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(_MAGIC_BYTES)
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"<":
+        return "a web page or XML"
     return next((name for magic, name in _CONTAINERS.items() if start.startswith(magic)), None)
 
 
@@ -165,6 +170,12 @@ def _of_csv(path: Path, head: list[str], lists: ListSettings) -> str | None:
         if any(_is_bare(cell) for cell in names):
             return _no_addresses("column", cells, lists) + _name_the_columns(
                 names, other, separator
+            )
+    for above, line in enumerate(head[1:_LINES_ABOVE], start=1):
+        names = split_line(line, separator) or []
+        if len(names) > 1 and address_column(names, lists.url_column) is not None:
+            return _no_addresses("column", cells, lists) + (
+                f"its heading stands below {above} other lines: remove those"
             )
     return _no_addresses("column", cells, lists, _holding_addresses(cells, head, separator))
 

@@ -64,19 +64,27 @@ def source_files(source: Path, endings: tuple[str, ...], shown: str) -> list[Pat
         if not source.name.lower().endswith(endings):
             raise ValueError(f"{shown}: unknown kind of file; {advice}")
         return [source]
-    found = [
-        path
-        for path in source.rglob("*")
-        if path.name.lower().endswith(endings) and not path.name.startswith(_APPLE_DOUBLE)
-    ]
-    files = sorted(
-        (path for path in found if path.is_file()),
-        # By text, not by `Path`: parts compare differently, and on Windows by another separator.
-        key=lambda path: path.relative_to(source).as_posix(),
-    )
-    if not files:
-        raise ValueError(f"{shown}: no files inside; {advice}")
-    return files
+    # By text, not by `Path`: parts compare differently, and on Windows by another separator.
+    inside = sorted(source.rglob("*"), key=lambda path: path.relative_to(source).as_posix())
+    inside = [path for path in inside if not path.name.startswith(_APPLE_DOUBLE)]
+    named = [path for path in inside if path.name.lower().endswith(endings) and not path.is_dir()]
+    for path in named:
+        # Passed over without a word it would be a list less, perhaps of millions.
+        if not path.is_file():
+            what = "a link that leads to no file" if path.is_symlink() else "no regular file"
+            raise ValueError(f"{shown_path(path, source, shown)}: {what}; mend or remove it")
+    if not named:
+        others = [path for path in inside if not path.is_dir()]
+        found = "no files inside"
+        if others:
+            found = f"none of its {len(others)} files is read, such as {shown_name(others[0])}"
+        raise ValueError(f"{shown}: {found}; {advice}")
+    return named
+
+
+def shown_name(path: Path) -> str:
+    """A file's name on one line, whatever it holds."""
+    return path.name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
 def place_of(path: Path, source: Path) -> str:

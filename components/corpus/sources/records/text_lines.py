@@ -27,6 +27,9 @@ _BYTE_ORDER_MARKS = (
 )
 _SCAN_BYTES = 2**20
 _HEAD_BYTES = 4096
+# Of the bytes of text in UTF-16: half of all where it is Latin, few where it is Chinese, but its
+# line ends, commas and addresses are Latin in a list.
+_UTF_16_ZEROS = 0.15
 _WRONG_BYTE = re.compile("[\udc80-\udcff]")
 
 
@@ -86,8 +89,9 @@ def foreign_encoding(path: Path) -> str | None:
                 return None
             # Latin text in UTF-16 has a zero in every second byte; on which side says the byte
             # order.
-            if lines == 0 and 0 in chunk[:_HEAD_BYTES]:
-                even, odd = chunk[:_HEAD_BYTES:2].count(0), chunk[1:_HEAD_BYTES:2].count(0)
+            even, odd = chunk[:_HEAD_BYTES:2].count(0), chunk[1:_HEAD_BYTES:2].count(0)
+            if lines == 0 and even + odd > _UTF_16_ZEROS * len(chunk[:_HEAD_BYTES]):
+                # Fewer are damage, which costs its own line.
                 name = "utf-16-le" if even < odd else "utf-16-be"
                 return f"zero bytes as in UTF-16; set ingest.lists.encoding to {name}"
             # Whole lines: no UTF-8 sequence holds the byte of a line end.

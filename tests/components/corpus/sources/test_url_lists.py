@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from components.corpus.sources.collect import collect
 from components.corpus.sources.ingest_tables import write_candidates
 from components.corpus.sources.multiaspect import read_metadata_shards
 from components.corpus.sources.records.ledger import Ledger, balanced
 from components.corpus.sources.records.source_records import SourceRecord
 from components.corpus.sources.url_lists import read_url_lists
 from components.settings.corpus import ListSettings
+from components.settings.schema import load_settings
+
+ROOT = Path(__file__).parents[4]
 
 
 def records_of(source: Path, **changes: object) -> list[SourceRecord]:
@@ -155,6 +160,47 @@ def test_an_unusable_list_names_the_setting(tmp_path: Path, make: str) -> None:
         source.touch()
     with pytest.raises(ValueError, match=r"^list\.txt: .*ingest\.source"):
         read_url_lists(source, "list.txt", ListSettings())
+
+
+def test_a_folder_without_lists_names_what_is_there_and_a_list_that_leads_nowhere_is_refused(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "lists"
+    source.mkdir()
+    (source / "list\n.txt").write_text("http://a/1.jpg\n")
+    with pytest.raises(ValueError, match=r"^lists: none of its 1 files is read, such as list\\n"):
+        read_url_lists(source, "lists", ListSettings())
+    (source / "a.csv").write_text("url\nhttp://a/1.jpg\n")
+    (source / "b.csv").symlink_to("gone.csv")
+    with pytest.raises(ValueError, match=r"^lists/b\.csv: a link that leads to no file; mend"):
+        read_url_lists(source, "lists", ListSettings())
+    (source / "b.csv").unlink()
+    os.mkfifo(source / "b.csv")
+    with pytest.raises(ValueError, match=r"^lists/b\.csv: no regular file; mend"):
+        read_url_lists(source, "lists", ListSettings())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "in holds no record: its files are empty, or have a heading and nothing else"),
+        (b"\xef\xbb\xbfurl,caption\n", "in holds no record: "),
+        (
+            b"url,caption\nftp://a/1.jpg,x\n",
+            r"none of 1 candidates of in could be had \(bad_url 1\); the first, a\.csv:2: scheme "
+            r"is not http or https; data/ingest/losses\.parquet lists each",
+        ),
+    ],
+)
+def test_a_source_of_which_nothing_comes_says_why_in_one_line(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_bytes(content)
+    ingest = load_settings(ROOT / "params.yaml").ingest
+    ingest = ingest.model_copy(update={"kind": "urls", "source": "in"})
+    with pytest.raises(ValueError, match=f"^{message}"):
+        collect(ingest, tmp_path / "out", root=tmp_path, state_dir=tmp_path / "runs")
 
 
 def test_metadata_shards_are_accounted_for_record_by_record(tmp_path: Path) -> None:

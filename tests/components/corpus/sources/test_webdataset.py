@@ -216,6 +216,29 @@ def test_members_of_a_sample_are_joined_however_far_apart_they_stand(tmp_path: P
     assert read.lost == {}
 
 
+def test_where_keys_begin_again_each_image_keeps_its_own_sidecar(tmp_path: Path) -> None:
+    red, blue = picture(colour="red"), picture(colour="blue")
+
+    def joined(archive: tarfile.TarFile) -> None:
+        for image, caption in ((red, "red"), (blue, "blue")):
+            add(archive, "0.jpg", image)
+            add(archive, "0.json", json.dumps({"caption": caption}).encode())
+            add(archive, "1.jpg", image)
+
+    read = Read(archive_of(tmp_path / "a.tar", joined), tmp_path)
+    assert sorted(values.get("caption", "-") for values in read.kept.values()) == [
+        *("-", "-", "blue", "red")
+    ]
+
+    def shared(archive: tarfile.TarFile) -> None:
+        add(archive, "0.jpg", red)
+        add(archive, "0.txt", b"of both")
+        add(archive, "0.jpg", blue)
+
+    read = Read(archive_of(tmp_path / "b.tar", shared), tmp_path)
+    assert list(read.kept.values()) == [{"txt": "of both"}] * 2
+
+
 def test_pictures_are_known_by_their_bytes_and_unknown_kinds_are_counted_by_name(
     tmp_path: Path,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def test_addresses_under_a_name_of_their_own_are_found_when_it_is_set(
         ("a.csv", b"PK\x03\x04...", "not text but a ZIP archive or workbook"),
         ("a.csv", gzip.compress(b"url\n", mtime=0), "not text but gzipped"),
         ("a.csv", b'url,"caption\nhttp://a/1.jpg,x\n', "the quotation mark in its heading"),
-        ("a.csv", b"<!DOCTYPE html>\n<p>", "columns are <!DOCTYPE html>"),
+        ("a.csv", b"\xef\xbb\xbf\n<!DOCTYPE html>\n<p>", "not text but a web page or XML"),
+        ("a.csv", b"# mine\n\n# too\nurl,x\nhttp://a/1.jpg,y\n", "below 2 other lines: remove"),
         ("a.csv", b"foto,text\nx,http://a/1.jpg\n", r"set ingest\.lists\.url_column to text$"),
         ("a.jsonl", b'[{"url": "http://a/1.jpg"},\n{"url": "http://a/2.jpg"}]\n', "JSON array"),
         ("a.jsonl", b'[{"url": "http://a/1.jpg"}]\n', "kind to multiaspect"),
@@ -150,6 +152,20 @@ def test_of_a_folder_the_first_misread_list_is_named_before_any_record(tmp_path:
     (tmp_path / "c.csv").write_text("http://a/1.jpg\n")
     with pytest.raises(ValueError, match=r"^lists/b\.csv: .*\(and 1 more lists\)$"):
         read_url_lists(tmp_path, "lists", ListSettings())
+
+
+def test_a_few_zero_bytes_are_damage_and_half_of_them_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"url": f"http://a/{n}.jpg"}) for n in range(6)]
+    path.write_text("\n".join([*lines[:3], "\0" * 20, *lines[3:]]))
+    assert foreign_encoding(path) is None
+    assert [record is not None for record in read(path)] == [True] * 3 + [False] + [True] * 3
+    path.write_bytes("\n".join(lines).encode("utf-16-be"))
+    assert str(foreign_encoding(path)).endswith("set ingest.lists.encoding to utf-16-be")
+    # Chinese captions have no zero bytes, but all around them does.
+    wide = [json.dumps({"url": "http://a/1.jpg", "caption": "湖" * 40}, ensure_ascii=False)] * 9
+    path.write_bytes("\n".join(wide).encode("utf-16-le"))
+    assert str(foreign_encoding(path)).endswith("set ingest.lists.encoding to utf-16-le")
 
 
 def test_one_wrong_byte_in_a_utf8_list_is_damage_and_costs_its_character(tmp_path: Path) -> None:
