@@ -42,11 +42,15 @@ $(DEV_READY): $(READY) requirements-dev.lock
 run: $(READY)
 	@$(BIN)/ultraflux run --engine $(ENGINE)
 
+# Files in the order of tests/conftest.py, the longest first: xdist's own order is by the number of
+# tests, and a pipeline of five minutes behind one of them would come last, on one worker alone.
+IN_ORDER = --dist loadfile --no-loadscope-reorder
+
 test: $(DEV_READY)
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) $(IN_ORDER) -m "not slow"
 
 test-all: $(DEV_READY)
-	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -n $(WORKERS) $(IN_ORDER)
 
 lint: $(DEV_READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import shutil
@@ -29,14 +30,22 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-# Whole pipelines: started first, so that no test worker ends with them alone.
+# Whole pipelines, servers and stages as processes: started first, so that no test worker ends with
+# one of them alone. `make test` keeps xdist from ordering the files anew.
 LONGEST = (
     "test_served.py",
     "test_small_pipeline.py",
     "test_extending.py",
+    "test_prefect_flow.py",
     "test_bad_input.py",
-    "test_services.py",
-    "test_pipeline.py",
+    "test_sources_by_command.py",
+    "test_dvc_repro.py",
+    "test_servers.py",
+    "test_settings_reruns.py",
+    "test_corpus_stages.py",
+    "test_map_items.py",
+    "test_uploader.py",
+    "test_bad_files.py",
 )
 
 
@@ -102,6 +111,32 @@ def write_trained_weights() -> Callable[[Path, str], None]:
     return write
 
 
+@pytest.fixture(scope="session")
+def typed() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A command as it is typed in a project, in this process: `typed(project, "lineage", "vae")`.
+
+    Imports are most of what a small command costs: a process of its own is for tests of processes,
+    signals and a clone's own code.
+    """
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    def run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        before = dict(os.environ)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(project)
+            try:
+                done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+            finally:
+                # What a command sets is for its own process.
+                os.environ.clear()
+                os.environ.update(before)
+        return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes clones of this project: `clone(name, {"vae.steps": 2}, photos=[...])`."""
@@ -121,11 +156,20 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 continue
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target / file)
+            # Valid there too, since Python goes by the source's time and size: a clone that runs
+            # its own code need not compile it again.
+            compiled = Path(importlib.util.cache_from_source(str(source)))
+            if source.suffix == ".py" and compiled.is_file():
+                place = target / compiled.relative_to(ROOT)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copy2(compiled, place)
         small_project.change_settings(target, settings)
         if photos is not None:
             small_project.keep_photos(target, photos)
         who = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-        for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "clone"]):
+        # Photographs do not get smaller, and trying takes most of the time.
+        stored = ["-c", "core.compression=0", "add", "."]
+        for command in (["init", "-q"], stored, [*who, "commit", "-qm", "clone"]):
             subprocess.run(["git", *command], cwd=target, check=True)
         return target
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -56,10 +57,10 @@ stages:
 """
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Path:
-    """Root of the project."""
-    project = tmp_path / "toy"
+@pytest.fixture(scope="session")
+def toy_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project that every `toy` is a copy of: Git and DVC need a second or two to make one."""
+    project = tmp_path_factory.mktemp("template") / "toy"
     for folder in ("data", "mlflow", "runs"):
         (project / folder).mkdir(parents=True)
     (project / "dvc.yaml").write_text(DVC_YAML)
@@ -76,6 +77,32 @@ def toy(tmp_path: Path) -> Path:
     ):
         subprocess.run(command, cwd=project, check=True)
     return project
+
+
+@pytest.fixture
+def toy(toy_template: Path, tmp_path: Path) -> Path:
+    """Root of the project."""
+    return shutil.copytree(toy_template, tmp_path / "toy", symlinks=True)
+
+
+@pytest.fixture(scope="session")
+def give_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Puts an empty MLflow store into a project, as its first upload would make it.
+
+    MLflow takes seconds to make its tables; `test_uploader` lets it, in a project without a store.
+    """
+    made = tmp_path_factory.mktemp("store") / "mlflow.db"
+
+    def give(project: Path) -> None:
+        if not made.is_file():
+            from mlflow import MlflowClient
+
+            MlflowClient(f"sqlite:///{made}").search_experiments()
+        place = project / "runs" / "services" / "mlflow.db"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(made, place)
+
+    return give
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ import yaml
 from flows.commands.images.generation import GenerationRefused, parse_size
 from flows.commands.services.doctor import examine
 
+Typed = Callable[..., subprocess.CompletedProcess[str]]
+
 
 def ultraflux(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["ultraflux", *arguments], cwd=cwd, capture_output=True, text=True)
@@ -150,16 +152,18 @@ def test_a_size_is_width_by_height_outside_and_height_first_inside() -> None:
     assert parse_size("5120x2880") == (2880, 5120)
 
 
-def test_generate_without_trained_weights_names_what_makes_them(toy: Path, root: Path) -> None:
+def test_generate_without_trained_weights_names_what_makes_them(
+    toy: Path, root: Path, typed: Typed
+) -> None:
     (toy / "params.yaml").write_text((root / "params.yaml").read_text())
-    done = ultraflux("generate", "--prompt", "a tree", "--size", "64x64", cwd=toy)
+    done = typed(toy, "generate", "--prompt", "a tree", "--size", "64x64")
     assert done.returncode == 2
     assert "ultraflux run" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_promote_without_a_decision_says_what_to_run(toy: Path) -> None:
-    done = ultraflux("promote", cwd=toy)
+def test_promote_without_a_decision_says_what_to_run(toy: Path, typed: Typed) -> None:
+    done = typed(toy, "promote")
     assert done.returncode == 1
     assert "run the pipeline first" in done.stderr
 
@@ -212,18 +216,20 @@ def test_missing_weights_name_the_folder_and_the_command_that_gets_them(
     ],
 )
 def test_what_a_command_cannot_use_is_one_line_before_anything_is_computed(
-    root: Path, arguments: tuple[str, ...], said: str
+    root: Path, arguments: tuple[str, ...], said: str, typed: Typed
 ) -> None:
     photo = str(next((root / "data" / "sample").glob("*.jpg")))
-    done = ultraflux(*(photo if word == "PHOTO" else word for word in arguments), cwd=root)
+    done = typed(root, *(photo if word == "PHOTO" else word for word in arguments))
     assert done.returncode in {1, 2}
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("option", ["--prefect-port=99999", "--mlflow-port=-4"])
-def test_a_port_that_cannot_be_is_refused_by_the_option(toy: Path, option: str) -> None:
-    done = ultraflux("up", option, cwd=toy)
+def test_a_port_that_cannot_be_is_refused_by_the_option(
+    toy: Path, option: str, typed: Typed
+) -> None:
+    done = typed(toy, "up", option)
     assert done.returncode == 2
     assert option.partition("=")[0] in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -226,8 +227,9 @@ def test_the_limit_cuts_rows_and_says_how_many(trained: Path) -> None:
 
 
 def test_with_mlflow_the_registered_version_and_runs_of_other_clones_are_found(
-    trained: Path,
+    trained: Path, give_store: Callable[[Path], None]
 ) -> None:
+    give_store(trained)
     Uploader(trained).sync()
     node = walk(trained, "models:/toy-transformer@candidate", mlflow=True)
     assert titles(node, "version") == ["toy-transformer version 1 (candidate)"]
@@ -239,10 +241,11 @@ def test_with_mlflow_the_registered_version_and_runs_of_other_clones_are_found(
     assert "photos/tree.png" in titles(again, "photograph")
 
 
-def test_the_command_prints_a_tree_or_json_and_one_line_for_the_unknown(trained: Path) -> None:
+def test_the_command_prints_a_tree_or_json_and_one_line_for_the_unknown(
+    trained: Path, typed: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     def ultraflux(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["ultraflux", "lineage", "--no-mlflow", *arguments]
-        return subprocess.run(command, cwd=trained, capture_output=True, text=True)
+        return typed(trained, "lineage", "--no-mlflow", *arguments)
 
     shown = ultraflux("data/generate/images/prompt00_32x32.png")
     assert shown.returncode == 0, shown.stderr

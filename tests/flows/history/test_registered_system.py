@@ -32,6 +32,7 @@ def project(
     settings: Settings,
     write_trained_weights: Callable[[Path, str], None],
     tmp_path_factory: pytest.TempPathFactory,
+    give_store: Callable[[Path], None],
 ) -> Path:
     """Trained weights, as the pipeline leaves them, registered under the alias `candidate`."""
     folder = tmp_path_factory.mktemp("project")
@@ -39,6 +40,7 @@ def project(
     shutil.copytree(root / "mlflow", folder / "mlflow")
     weights = settings.generate.weights
     write_trained_weights(folder, weights)
+    give_store(folder)
     uploader = Uploader(folder)
     for kind, place in (
         ("transformer", f"data/dit_stage2/{weights}"),

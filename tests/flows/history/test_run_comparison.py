@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,13 +175,12 @@ def test_directions_come_from_the_cards(name: str, expected: str) -> None:
 
 
 def test_the_command_prints_tables_and_ends_with_one_where_something_differs(
-    history: tuple[Path, str, str],
+    history: tuple[Path, str, str], typed: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     root, first, second = history
 
     def ultraflux(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["ultraflux", "compare", "--no-mlflow", *arguments]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True)
+        return typed(root, "compare", "--no-mlflow", *arguments)
 
     shown = ultraflux(first, second)
     assert shown.returncode == 1, shown.stderr

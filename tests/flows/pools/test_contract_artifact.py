@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from flows.pools.contract_artifact import contracts_table
@@ -11,7 +12,10 @@ from flows.running.stage_runner import StageOutcome
 from flows.tracking.uploader import Uploader
 
 
-def test_the_contracts_of_a_run_are_a_table_that_links_to_their_pages(toy: Path) -> None:
+def test_the_contracts_of_a_run_are_a_table_that_links_to_their_pages(
+    toy: Path, give_store: Callable[[Path], None]
+) -> None:
+    give_store(toy)
     pipeline = open_record(toy, RunDescription(kind="pipeline", name="pipeline"))
 
     def checked(stage: str, prefix: str, passed: int, critical: int) -> Record:

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -216,7 +217,10 @@ def test_finished_runs_stay_in_their_store_and_open_ones_begin_anew_in_the_next(
     assert running.mlflow_run_id != before[running.record_id]
 
 
-def test_a_run_whose_creation_was_not_noted_is_not_created_twice(toy: Path) -> None:
+def test_a_run_whose_creation_was_not_noted_is_not_created_twice(
+    toy: Path, give_store: Callable[[Path], None]
+) -> None:
+    give_store(toy)
     record = open_record(toy, RunDescription(kind="stage", name="a", stage_key="1"))
     uploader = Uploader(toy)
     uploader.sync()

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas
@@ -27,7 +28,8 @@ from flows.tracking.uploader import Uploader
 
 
 @pytest.fixture
-def uploader(toy: Path) -> Uploader:
+def uploader(toy: Path, give_store: Callable[[Path], None]) -> Uploader:
+    give_store(toy)
     return Uploader(toy)
 
 

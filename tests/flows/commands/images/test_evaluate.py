@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,9 @@ def project(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+Typed = Callable[..., subprocess.CompletedProcess[str]]
+
+
 def evaluate(project: Path, root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "flows.cli", "evaluate", *words],
@@ -45,7 +49,9 @@ def evaluate(project: Path, root: Path, *words: str) -> subprocess.CompletedProc
     )
 
 
-def test_two_systems_are_measured_once_and_reported(project: Path, root: Path) -> None:
+def test_two_systems_are_measured_once_and_reported(
+    project: Path, root: Path, typed: Typed
+) -> None:
     words = (
         *("real", "--system", "photos=references", "--system", "mine=mine"),
         *("--metrics", "compression_ratio,colourfulness,hpsv3,fid"),
@@ -64,7 +70,7 @@ def test_two_systems_are_measured_once_and_reported(project: Path, root: Path) -
     assert metrics["metrics"]["mine.colourfulness_n"] == 3.0
     kept = {name: (out / name).read_bytes() for name in ("scores.parquet", "metrics.json")}
 
-    again = evaluate(project, root, *words)
+    again = typed(project, "evaluate", *words)
     assert "6 pictures, 0 decoded, 0 values computed" in again.stdout
     assert kept == {name: (out / name).read_bytes() for name in kept}
 
@@ -84,9 +90,9 @@ def test_two_systems_are_measured_once_and_reported(project: Path, root: Path) -
     ],
 )
 def test_what_is_wrong_is_one_line(
-    project: Path, root: Path, words: tuple[str, ...], message: str
+    project: Path, words: tuple[str, ...], message: str, typed: Typed
 ) -> None:
-    done = evaluate(project, root, *words)
+    done = typed(project, "evaluate", *words)
     assert done.returncode != 0
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
