@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -83,8 +85,6 @@ Restart = Annotated[
 
 def _wish(continue_from: str | None, restart: bool) -> None:
     """Hand on to the stage's process, which DVC starts, what the person wants."""
-    import os
-
     from flows.running.training_state import CONTINUE_FROM, RESTART
 
     if continue_from is not None and restart:
@@ -103,6 +103,7 @@ def _options(
     ] = False,
 ) -> None:
     """Options of the command itself."""
+    environment.prepare()
 
 
 @app.command(rich_help_panel=PIPELINE)
@@ -376,7 +377,23 @@ app.command(
 
 def main() -> None:
     """Entry point."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        _leave_threads_behind(end.code)
+        raise
+
+
+def _leave_threads_behind(code: object) -> None:
+    """End now where threads of Prefect's client wait for a server that has gone.
+
+    Python joins them before it ends, and they try for minutes; all else has ended by now.
+    """
+    engine = sys.modules.get("flows.pipeline.prefect_flow")
+    if engine is not None and engine.server_lost.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ Values that the user has set already are left alone.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import socket
 import sys
 from pathlib import Path
 
@@ -49,8 +52,58 @@ def project_root(start: Path | None = None) -> Path:
     )
 
 
+PROJECT = "ULTRAFLUX_PROJECT"
+"""Names what this clone owns on a Prefect server that others use too."""
+_PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+def project_name(root: Path) -> str:
+    """What a clone's pools, deployments, automations and flow runs are named and tagged after.
+
+    `ULTRAFLUX_PROJECT`, which clones that work together share; without it a name of this clone's
+    own (of its machine and folder), so that nobody takes what is somebody else's.
+
+    Raises:
+        ValueError: ULTRAFLUX_PROJECT cannot be part of a name on the server; one line.
+    """
+    chosen = os.environ.get(PROJECT)
+    if chosen is None:
+        place = f"{socket.gethostname()}:{root.resolve()}"
+        return f"ultraflux-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
+    if not _PROJECT_NAME.fullmatch(chosen):
+        raise ValueError(
+            f"{PROJECT}={chosen!r}: use 1 to 63 letters, digits, dots, dashes or underscores, and "
+            "begin with a letter or digit"
+        )
+    return chosen
+
+
+def pool_name(project: str, pool: str) -> str:
+    """Name of a work pool on the server, and of the deployment of the flow `stage` for it.
+
+    Args:
+        project: `project_name`.
+        pool: pipelines, cpu or gpu.
+    """
+    return f"{project}-{pool}"
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def _reach_loopback() -> None:
+    """No proxy for this machine: none can reach its loopback, where servers and ranks talk.
+
+    Both spellings, since libraries read one or the other; what the user has set stays.
+    """
+    names = ("no_proxy", "NO_PROXY")
+    given = [part.strip() for name in names for part in os.environ.get(name, "").split(",")]
+    hosts = dict.fromkeys([*(part for part in given if part), *LOOPBACK])
+    os.environ.update(dict.fromkeys(names, ",".join(hosts)))
+
+
 def prepare(*, offline: bool = False, torch_threads: int | None = None) -> None:
-    """Switch telemetry off, keep this environment's programs first in PATH.
+    """Switch telemetry off, keep this environment's programs first in PATH, the loopback direct.
 
     Args:
         offline: forbid the Hugging Face hub, so that a missing weight fails at once.
@@ -58,6 +111,7 @@ def prepare(*, offline: bool = False, torch_threads: int | None = None) -> None:
     """
     for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)
+    _reach_loopback()
     if offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if torch_threads is not None:

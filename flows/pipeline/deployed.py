@@ -21,7 +21,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from components.settings.schema import SettingsError
 from flows import environment
+from flows.pipeline.endings import pipeline_state
 from flows.pools.outcome_artifacts import publish_outcome, publish_reply
+from flows.pools.restarts import give_up_or_wait
 from flows.pools.stage_progress import reported_progress
 from flows.remote.remote_stage import opened_here, run_remote_stage
 from flows.remote.stage_messages import StageReply, WorkerRefused, read_request
@@ -97,6 +99,8 @@ def run_stage(
     if request is not None:
         return _answered(stage, request)
     logger = get_run_logger()
+    if (given_up := give_up_or_wait(logger.info)) is not None:
+        return given_up
     try:
         root = worker_clone(clone, chosen(settings))
         if parent_record is not None and not opened_here(root, parent_record):
@@ -142,6 +146,8 @@ def _run_here(
 def _answered(stage: str, values: Mapping[str, Any]) -> State:
     """Answer the request of a pipeline elsewhere, in this worker's own clone."""
     logger = get_run_logger()
+    if (given_up := give_up_or_wait(logger.info)) is not None:
+        return given_up
     where = socket.gethostname()
     try:
         root = worker_clone(None, {})
@@ -195,6 +201,8 @@ def run_pipeline(
     from flows.pipeline.preflight import PipelineRefused
     from flows.pools.submission import profile_values
 
+    if (given_up := give_up_or_wait(get_run_logger().info)) is not None:
+        return given_up
     values = chosen(settings)
     named = clone or os.environ.get(ROOT_VARIABLE)
     try:
@@ -208,9 +216,4 @@ def run_pipeline(
         summary = run_graph(root, engine="pools", force=force, remote_data=remote_data)
     except (*REFUSALS, PipelineRefused) as problem:
         return Failed(name="Refused", message=str(problem))
-    counts = [outcome.status for outcome in summary.outcomes.values()]
-    text = ", ".join(f"{counts.count(kind)} {kind}" for kind in sorted(set(counts)))
-    if summary.ok:
-        return Completed(message=text)
-    problems = [o.message for o in summary.outcomes.values() if o.status in {"failed", "refused"}]
-    return Failed(message="; ".join([text, *problems]))
+    return pipeline_state(summary.outcomes.values(), stopped=summary.interrupted)

@@ -42,7 +42,7 @@ from flows.running.console import PipelineConsole
 from flows.running.dvc_repro import DvcRunner
 from flows.running.graph_walk import Report, walk_graph
 from flows.running.stage_runner import StageOutcome, StageRunner, stopping_on_signals
-from flows.services.prefect_connection import connect_to_prefect
+from flows.services.prefect_connection import API_URL, connect_to_prefect
 from flows.tracking.uploader import UploaderProcess
 from flows.versioning import graph as versioning
 from flows.versioning.clone import Clone
@@ -96,7 +96,7 @@ def run_pipeline(
     # Before the lock: what cannot start must not wait for hours to say so.
     preflight(root)
     rehearsal = rehearsal and engine != "pools"
-    if engine == "pools":
+    if engine == "pools" or (engine == "prefect" and API_URL in os.environ):
         connect_to_prefect(root)
     with ExitStack() as stack:
         try:

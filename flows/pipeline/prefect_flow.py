@@ -6,23 +6,38 @@ adds states, retries, logs and the UI. DVC is the cache, so tasks use `NO_CACHE`
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, cast
 from uuid import UUID
 
-from prefect import State, Task, flow, get_run_logger, task
+import httpx
+from prefect import State, Task, flow, get_run_logger, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
-from prefect.states import Cancelled, Completed
+from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.environment import project_name
+from flows.pipeline.endings import pipeline_state
+from flows.pipeline.server_watch import watch_server
 from flows.pools.cancellation import stopped_when_cancelled
 from flows.pools.pipeline_artifacts import PipelineArtifacts
-from flows.running.graph_walk import Report
+from flows.running.graph_walk import Report, walk_graph
 from flows.running.stage_runner import StageError, StageOutcome, StageRunner, blocked
 
 RETRY_DELAY_S = 1.0
+JOIN_S = 0.2
+STOP_S = 30.0
+"""How long the flow of a pipeline that was interrupted may take to end."""
+server_lost = threading.Event()
+"""Set when threads of Prefect's client were left behind that wait for a server; a process that ends
+in the usual way would wait for them, too."""
 
 
 def _curable(_task: Task, _run: object, state: State) -> bool:
@@ -88,37 +103,106 @@ def run_tasks(runner: StageRunner, report: Report) -> dict[str, StageOutcome]:
     return outcomes
 
 
-def build_flow(runner: StageRunner, report: Report) -> Callable[[], dict[str, StageOutcome]]:
+class RunOnce:
+    """A runner whose stages run once, whoever asks: the flow's tasks, or the walk without them."""
+
+    def __init__(self, runner: StageRunner) -> None:
+        """Share `runner`."""
+        self._runner = runner
+        self._lock = threading.Lock()
+        self._results: dict[str, Future[StageOutcome]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
+        """As the runner's, but waits where the stage runs already; one that failed runs again."""
+        with self._lock:
+            before = self._results.get(name)
+            mine = before is None or (before.done() and not before.result().ok)
+            if mine:
+                self._results[name] = Future()
+            result = self._results[name]
+        if mine:
+            try:
+                result.set_result(self._runner.run(name, prefect_run=prefect_run))
+            except BaseException as problem:
+                result.set_exception(problem)
+        return result.result()
+
+
+def build_flow(
+    runner: StageRunner, report: Report, say: Callable[[str], None] = print
+) -> Callable[[], dict[str, StageOutcome]]:
     """The flow over the graph of `runner`.
 
     Args:
         runner: runs single stages.
         report: called with each outcome as it comes.
+        say: gets a line when the Prefect server has gone.
 
     Returns:
         A function without parameters that runs it and returns the outcome of every stage. Where the
-        run was cancelled in Prefect, `runner` was stopped.
+        run was cancelled in Prefect, `runner` was stopped. Where the server goes away, the rest of
+        the graph runs without it, and threads of Prefect's client that still try to reach it are
+        left behind (`ServerLost` is set).
     """
     workers: ThreadPoolTaskRunner[StageOutcome] = ThreadPoolTaskRunner(len(runner.graph) or 1)
     outcomes: dict[str, StageOutcome] = {}
+    shared = cast(StageRunner, RunOnce(runner))
+    told: set[str] = set()
+
+    def tell(outcome: StageOutcome) -> None:
+        # After a change of walker both report what was running then.
+        if outcome.name not in told:
+            told.add(outcome.name)
+            report(outcome)
 
     @flow(
         name="ultraflux-pipeline",
         task_runner=workers,  # type: ignore[arg-type]
         persist_result=False,
     )
-    def pipeline() -> State | None:
-        with stopped_when_cancelled(UUID(str(flow_run.id)), runner.stop) as cancelled:
-            outcomes.update(run_tasks(runner, report))
-        if cancelled():
-            return Cancelled(message="Cancelled in Prefect; every stage was stopped.")
-        return None
+    def pipeline() -> State:
+        with stopped_when_cancelled(UUID(str(flow_run.id)), runner.stop):
+            outcomes.update(run_tasks(shared, tell))
+        return pipeline_state(outcomes.values(), stopped=runner.stopping)
+
+    problems: list[BaseException] = []
+
+    def in_prefect() -> None:
+        try:
+            with tags(project_name(runner.root)):
+                state = pipeline(return_state=True)
+            if not outcomes:
+                state.result()
+        except BaseException as problem:
+            problems.append(problem)
 
     def run() -> dict[str, StageOutcome]:
-        state = pipeline(return_state=True)
-        # A cancelled flow's result raises, and the outcomes so far are wanted.
-        if not state.is_cancelled():
-            state.result()
+        thread = threading.Thread(target=in_prefect, name="prefect-flow", daemon=True)
+        with watch_server(os.environ["PREFECT_API_URL"]) as gone:
+            thread.start()
+            try:
+                while thread.is_alive() and not gone.is_set():
+                    thread.join(JOIN_S)
+                if gone.is_set() or any(isinstance(one, httpx.TransportError) for one in problems):
+                    say(
+                        f"The Prefect server at {os.environ['PREFECT_API_URL']} has gone: the "
+                        "pipeline goes on without it"
+                    )
+                    server_lost.set()
+                    return walk_graph(shared, tell)
+            except KeyboardInterrupt:
+                # The flow says that it was stopped; the stages were.
+                deadline = time.monotonic() + STOP_S
+                while thread.is_alive() and not gone.is_set() and time.monotonic() < deadline:
+                    thread.join(JOIN_S)
+                if thread.is_alive():
+                    server_lost.set()
+                raise
+        if problems:
+            raise problems[0]
         return outcomes
 
     return run

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from prefect.client.schemas.objects import WorkPool
 
+from flows.environment import PROJECT, pool_name, project_name
 from flows.pools.automations import Applied, apply_automations
 from flows.pools.work_pools import PoolFile, apply_pools, read_pools
 
@@ -27,6 +28,7 @@ class DeployFailed(RuntimeError):
 class Deployed:
     """What stands on the server now."""
 
+    project: str
     pools: list[str]
     deployments: list[str]
     automations: list[Applied]
@@ -39,23 +41,33 @@ def deploy(root: Path, kind: str) -> Deployed:
         root: the clone.
         kind: which file of conf/work-pools/ says what the pools are.
 
+    Everything is named and tagged after the project, so that nothing of another project or person
+    on the server is touched.
+
     Raises:
         DeployFailed, PoolsInvalid, AutomationInvalid: one line; what was applied before stays.
     """
     from prefect import get_client
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 
+    try:
+        project = project_name(root)
+    except ValueError as problem:
+        raise DeployFailed(str(problem)) from None
     pools: PoolFile = read_pools(root, kind)
     with get_client(sync_client=True) as client:
         for pool in pools.pools:
-            _refuse_other_type(client.read_work_pools(), pool.name, pools.type)
-        names = apply_pools(client, pools)
-        _apply_prefect_yaml(root)
+            named = pool_name(project, pool.name)
+            _refuse_other_type(client.read_work_pools(), named, pools.type)
+        names = apply_pools(client, pools, project)
+        _apply_prefect_yaml(root, project)
+        ours = DeploymentFilter(tags=DeploymentFilterTags(all_=[project]))
         deployments = sorted(
             f"{client.read_flow(found.flow_id).name}/{found.name}"
-            for found in client.read_deployments()
+            for found in client.read_deployments(deployment_filter=ours)
         )
-        automations = apply_automations(client, root)
-    return Deployed(names, deployments, automations)
+        automations = apply_automations(client, root, project, pools.type)
+    return Deployed(project, names, deployments, automations)
 
 
 def _refuse_other_type(present: list[WorkPool], name: str, kind: str) -> None:
@@ -68,12 +80,13 @@ def _refuse_other_type(present: list[WorkPool], name: str, kind: str) -> None:
             )
 
 
-def _apply_prefect_yaml(root: Path) -> None:
+def _apply_prefect_yaml(root: Path, project: str) -> None:
     """`prefect deploy --all`: Prefect's own reading of its own file."""
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
         cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "NO_COLOR": "1", "TERM": "dumb"},
+        env=os.environ
+        | {"PYTHONPATH": str(root), PROJECT: project, "NO_COLOR": "1", "TERM": "dumb"},
         capture_output=True,
         text=True,
         timeout=DEPLOY_TIMEOUT_S,

@@ -20,6 +20,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelling
 
+from flows.environment import pool_name, project_name
 from flows.pools.outcome_artifacts import read_outcome
 from flows.running.dvc_repro import DvcRunner
 from flows.running.stage_runner import OutcomeStatus, StageOutcome
@@ -68,7 +69,7 @@ class PoolRunner(DvcRunner):
             flow_run = self._submit(node, prefect_run or self.parent_record or "")
         except ObjectNotFound:
             message = (
-                f"{node.name}: no deployment {STAGE_FLOW}/{node.meta.pool} on the Prefect server: "
+                f"{node.name}: no deployment {self._deployment(node)} on the Prefect server: "
                 "create it with `ultraflux deploy`"
             )
             return StageOutcome(node.name, "refused", time.monotonic() - started, message)
@@ -76,7 +77,7 @@ class PoolRunner(DvcRunner):
             if problem.response.status_code not in REFUSED_PARAMETERS:
                 raise
             message = (
-                f"{node.name}: the deployment {STAGE_FLOW}/{node.meta.pool} on the Prefect server "
+                f"{node.name}: the deployment {self._deployment(node)} on the Prefect server "
                 "knows other parameters than this clone: `ultraflux deploy` here"
             )
             return StageOutcome(node.name, "refused", time.monotonic() - started, message)
@@ -95,7 +96,7 @@ class PoolRunner(DvcRunner):
             flow_run = cast(
                 FlowRun,
                 run_deployment(
-                    f"{STAGE_FLOW}/{node.meta.pool}",
+                    self._deployment(node),
                     parameters=self._parameters(node.name),
                     flow_run_name=node.name,
                     timeout=0,
@@ -110,6 +111,9 @@ class PoolRunner(DvcRunner):
             if state is None or not state.is_final() or state.is_completed():
                 return flow_run
             self._attempts[node.name] += 1
+
+    def _deployment(self, node: versioning.StageNode) -> str:
+        return f"{STAGE_FLOW}/{pool_name(project_name(self.root), node.meta.pool)}"
 
     def _parameters(self, name: str) -> dict[str, Any]:
         """Parameters of the stage's flow run."""

@@ -16,6 +16,8 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flows.environment import PROJECT, pool_name
+
 PoolType = Literal["process", "docker", "kubernetes"]
 
 
@@ -107,15 +109,20 @@ def job_template(pools: PoolFile, pool: Pool) -> dict[str, Any]:
     }
 
 
-def apply_pools(client: SyncPrefectClient, pools: PoolFile) -> list[str]:
-    """Create or update the pools; returns their names."""
+def apply_pools(client: SyncPrefectClient, pools: PoolFile, project: str) -> list[str]:
+    """Create or update a project's pools; returns their names on the server."""
+    # Flow runs that a container or another machine executes name the same project.
+    shared = {**pools.defaults, "env": {**pools.defaults.get("env", {}), PROJECT: project}}
+    pools = pools.model_copy(update={"defaults": shared})
+    names = []
     for pool in pools.pools:
         wanted = WorkPoolCreate(
-            name=pool.name,
+            name=pool_name(project, pool.name),
             description=pool.description,
             type=pools.type,
             base_job_template=job_template(pools, pool),
             concurrency_limit=pool.concurrency_limit,
         )
         client.create_work_pool(wanted, overwrite=True)
-    return [pool.name for pool in pools.pools]
+        names.append(wanted.name)
+    return names

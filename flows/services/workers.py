@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from flows.environment import PROJECT, pool_name, project_name
 from flows.records.records import read_json, write_json
 from flows.services.servers import ServiceError, services_dir, start_detached
 
@@ -36,6 +37,7 @@ def worker_environment(root: Path) -> dict[str, str]:
     programs = Path(sys.executable).parent
     return {
         "ULTRAFLUX_ROOT": str(root),
+        PROJECT: project_name(root),
         "PREFECT_WORKER_QUERY_SECONDS": QUERY_S,
         "PREFECT_WORKER_PREFETCH_SECONDS": QUERY_S,
         # Job commands are `python -m prefect.engine`: this environment's.
@@ -48,7 +50,7 @@ def worker_command(pool: str, name: str, limit: int | None = None) -> list[str]:
     """Command line of a worker.
 
     Args:
-        pool: its work pool.
+        pool: its work pool's name on the server.
         name: its name on the server.
         limit: flow runs that it takes at once; None: as many as the pool gives.
     """
@@ -81,7 +83,7 @@ def start_workers(
     # Before the wait: an interrupted start leaves workers that `down` knows of.
     write_json(_state(root), [asdict(worker) for worker in [*known, *started]])
     try:
-        _wait_until_online(started)
+        _wait_until_online(root, started)
     except ServiceError:
         _stop(started)
         write_json(_state(root), [asdict(worker) for worker in known])
@@ -122,11 +124,12 @@ def _is_ours(worker: Worker) -> bool:
 def _start(root: Path, pool: str, limit: int | None) -> Worker:
     name = f"{socket.gethostname()}-{pool}-{os.getpid()}"
     log = root / "runs" / "logs" / f"worker-{pool}.log"
-    command, env = worker_command(pool, name, limit), os.environ | worker_environment(root)
+    command = worker_command(pool_name(project_name(root), pool), name, limit)
+    env = os.environ | worker_environment(root)
     return Worker(pool, name, start_detached(command, log, env, cwd=root), str(log))
 
 
-def _wait_until_online(workers: list[Worker]) -> None:
+def _wait_until_online(root: Path, workers: list[Worker]) -> None:
     from prefect import get_client
     from prefect.client.schemas.objects import WorkerStatus
 
@@ -139,7 +142,9 @@ def _wait_until_online(workers: list[Worker]) -> None:
                     raise ServiceError(
                         f"worker {worker.pool} ended while starting; see {worker.log}"
                     )
-                online = client.read_workers_for_work_pool(worker.pool)
+                online = client.read_workers_for_work_pool(
+                    pool_name(project_name(root), worker.pool)
+                )
                 if any(w.name == worker.name and w.status == WorkerStatus.ONLINE for w in online):
                     waiting.remove(worker)
             if waiting and time.monotonic() > deadline:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 POLL_S = 2.0
+PIPELINE_FLOW = "ultraflux-pipeline"
 EPILOG = (
     "Examples: [bold]ultraflux submit --watch[/]; "
     "[bold]ultraflux submit --profile single-gpu -S dit_stage1.steps=2000[/]; "
@@ -76,7 +77,7 @@ def submit(
     if stage is None:
         if pool is not None:
             raise fail("--pool is for --stage: the pipeline's stages run where dvc.yaml says")
-        deployment = "ultraflux-pipeline/pipeline"
+        pool_of_run = None
         if profile is not None:
             _check_profile(root, profile)
             parameters["profile"] = profile
@@ -89,12 +90,20 @@ def submit(
             raise fail("--remote-data is for the pipeline: a stage runs in its worker's clone")
         if pool not in {None, "cpu", "gpu"}:
             raise fail(f"--pool {pool}: choose cpu or gpu")
-        deployment = f"stage/{pool or _pool_of(stage)}"
+        pool_of_run = pool or _pool_of(stage)
         parameters["stage"] = stage
     from prefect import get_client
     from prefect.exceptions import ObjectNotFound
 
+    from flows.environment import pool_name
+
     with get_client(sync_client=True) as client:
+        project = _project(client, root)
+        deployment = (
+            f"{PIPELINE_FLOW}/{project}"
+            if pool_of_run is None
+            else f"stage/{pool_name(project, pool_of_run)}"
+        )
         try:
             found = client.read_deployment_by_name(deployment)
         except ObjectNotFound:
@@ -106,6 +115,34 @@ def submit(
         print(f"watch it  {url.removesuffix('/api')}/runs/flow-run/{run.id}")
         if watch and not _watch(client, run.id):
             raise typer.Exit(1)
+
+
+def _project(client: SyncPrefectClient, root: Path | None) -> str:
+    """The project whose workers are to do it: this clone's, or the only one on the server.
+
+    Raises:
+        typer.Exit: no clone here, no ULTRAFLUX_PROJECT, and none or several projects there.
+    """
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+
+    from flows.environment import PROJECT, project_name
+
+    try:
+        if root is not None or PROJECT in os.environ:
+            return project_name(root or Path())
+    except ValueError as problem:
+        raise fail(str(problem)) from None
+    flows = FlowFilter(name=FlowFilterName(any_=[PIPELINE_FLOW]))
+    there = sorted(found.name for found in client.read_deployments(flow_filter=flows))
+    if len(there) != 1:
+        raise fail(
+            f"no clone here, and {len(there)} projects on the server: set {PROJECT} to one of "
+            f"{', '.join(there)}"
+            if there
+            else "no clone here and no project on the server: run `ultraflux deploy` in a clone",
+            1,
+        )
+    return there[0]
 
 
 def _clone() -> Path | None:

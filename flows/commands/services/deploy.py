@@ -10,7 +10,9 @@ from flows.commands.command_line import fail, project_root
 
 EPILOG = (
     "The server is that of [bold]ultraflux up[/], or the one that PREFECT_API_URL names. "
-    "Then: [bold]ultraflux submit[/], or [bold]ultraflux run --engine pools[/]."
+    "Names on it carry the project: one of this clone's own, or ULTRAFLUX_PROJECT, which clones "
+    "that work together share. Then: [bold]ultraflux submit[/], or "
+    "[bold]ultraflux run --engine pools[/]."
 )
 
 
@@ -58,6 +60,7 @@ def deploy(
     except (DeployFailed, ServiceError) as problem:
         raise fail(str(problem), 1) from None
     print(f"server       {url}")
+    print(f"project      {done.project}")
     print(f"pools        {', '.join(done.pools)}")
     print(f"deployments  {', '.join(done.deployments)}")
     for applied in done.automations:

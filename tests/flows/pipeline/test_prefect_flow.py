@@ -13,6 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from flows.environment import project_name
+
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -44,7 +46,10 @@ with services.embedded_prefect(root) as env:
     with get_client(sync_client=True) as client:
         tasks = client.read_task_runs()
         result["states"] = sorted((t.name, t.state.name, t.run_count) for t in tasks)
-        result["flows"] = [run.state.name for run in client.read_flow_runs()]
+        result["flows"] = [
+            [run.state.name, run.state.message, run.tags]
+            for run in sorted(client.read_flow_runs(), key=lambda run: run.created)
+        ]
         result["artifacts"] = [[a.key, a.type, a.data] for a in client.read_artifacts()]
 print(json.dumps(result))
 """
@@ -99,7 +104,12 @@ def test_the_flow_runs_retries_blocks_skips_and_shows_what_it_made(
     assert set(result["again"]["outcomes"].values()) == {"skipped"}
     # b in the failing flow ran twice: the first attempt and one retry.
     assert ["b", "Failed", 2] in result["states"]
-    assert len(result["flows"]) == 3
+    names = [name for name, _, _ in result["flows"]]
+    assert names == ["Failed", "Completed", "Completed"]
+    failed = result["flows"][0][1]
+    assert failed.startswith("1 blocked, 1 failed, 4 skipped; b: ")
+    # What automations know a run of this project by.
+    assert all(tags == [project_name(toy)] for _, _, tags in result["flows"])
     assert (toy / "data" / "d").is_file()
     kinds = sorted((key or "", kind) for key, kind, _ in result["artifacts"])
     assert kinds == sorted(
@@ -108,3 +118,71 @@ def test_the_flow_runs_retries_blocks_skips_and_shows_what_it_made(
     (uri,) = {data for key, _, data in result["artifacts"] if key == "pictures"}
     with urllib.request.urlopen(uri) as answer, Image.open(io.BytesIO(answer.read())) as shown:
         assert (shown.format, shown.size) == ("JPEG", (1024, 512))
+
+
+KILLED_SERVER = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+import psutil
+from flows import environment
+from flows.records.records import RunDescription, open_record
+from flows.running.dvc_repro import DvcRunner
+from flows.services import servers as services
+from flows.versioning import graph as versioning
+environment.prepare(offline=True)
+root, kills_at = Path(sys.argv[1]), sys.argv[2]
+with services.embedded_prefect(root):
+    from flows.pipeline import prefect_flow
+    graph = versioning.stage_graph(root)
+    record = open_record(root, RunDescription(kind="pipeline", name="pipeline"))
+    stale = versioning.stale_stages(root, graph)
+    runner = DvcRunner(root, graph, parent_record=record.record_id, stale=stale)
+    def kill():
+        for process in psutil.Process().children(recursive=True):
+            if "prefect" in " ".join(process.cmdline()):
+                process.kill()
+    def report(outcome):
+        seen.append([outcome.name, time.monotonic()])
+        if outcome.name == kills_at:
+            kill()
+    seen, said = [], []
+    if kills_at == "start":
+        kill()
+    begun = time.monotonic()
+    outcomes = prefect_flow.build_flow(runner, report, said.append)()
+print(json.dumps({
+    "outcomes": {name: outcome.status for name, outcome in outcomes.items()},
+    "seen": [name for name, _ in seen],
+    "said": said,
+    "lost": prefect_flow.server_lost.is_set(),
+    "longest_wait": max(b - a for a, b in zip([begun] + [at for _, at in seen],
+                                              [at for _, at in seen] + [time.monotonic()])),
+}), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("kills_at", ["a", "d"])
+def test_a_server_that_dies_costs_a_line_and_no_result(
+    toy: Path, root: Path, kills_at: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_SERVER, str(toy), kills_at],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    # What DVC runs without our recorder counts as restored.
+    assert set(result["outcomes"].values()) == {"skipped"}
+    assert sorted(result["seen"]) == ["a", "b", "c", "d"]
+    assert result["lost"]
+    (line,) = result["said"]
+    assert "has gone: the pipeline goes on without it" in line
+    # Each stage once, whoever walked the graph.
+    assert (toy / "b.runs").read_text() == "run\n"
+    assert (toy / "data" / "d").is_file()
+    # It is 2 to 4 s on a quiet machine; Prefect's client would try for minutes.
+    assert result["longest_wait"] < 60

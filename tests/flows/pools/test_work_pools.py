@@ -6,21 +6,31 @@ import json
 import os
 import re
 import subprocess
+from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import jsonschema
 import pytest
 import yaml
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.events.schemas.automations import AutomationCore
+from prefect.events.schemas.events import ReceivedEvent
 from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.server.events.schemas.automations import EventTrigger
 from prefect.utilities.templating import apply_values
 from prefect.workers.process import ProcessJobConfiguration
 
 from flows import environment
 from flows.pipeline import deployed
-from flows.pools.automations import AutomationInvalid, automations_dir, read_automation
+from flows.pools.automations import (
+    AutomationInvalid,
+    automations_dir,
+    read_automation,
+    scoped,
+)
 from flows.pools.work_pools import (
     PoolFile,
     PoolsInvalid,
@@ -29,6 +39,8 @@ from flows.pools.work_pools import (
     read_pools,
 )
 from flows.versioning.graph import stage_graph
+
+PLACE = "{{ $ULTRAFLUX_PROJECT }}"
 
 
 def test_process_pools_exist_for_every_pool_that_stages_name(root: Path) -> None:
@@ -114,14 +126,67 @@ def test_wrong_pool_files_are_one_line(tmp_path: Path) -> None:
 def test_every_automation_file_fits_prefects_schema(root: Path) -> None:
     names = []
     for path in sorted(automations_dir(root).glob("*.yaml")):
-        values = read_automation(path)
+        values = scoped(read_automation(path), "mine")
         actions = [
             {key: value for key, value in action.items() if key != "webhook"}
             | ({"block_document_id": "0" * 32} if "webhook" in action else {})
             for action in values["actions"]
         ]
         names.append(AutomationCore.model_validate({**values, "actions": actions}).name)
-    assert len(names) == len(set(names)) == 5
+    assert len(names) == len(set(names)) == 6
+    assert all(name.startswith("mine-") for name in names)
+
+
+def flow_run_event(name: str, tags: list[str]) -> ReceivedEvent:
+    """What the server tells automations of a flow run."""
+    return ReceivedEvent(
+        occurred=datetime.now(UTC),
+        received=datetime.now(UTC),
+        event=f"prefect.flow-run.{name}",
+        resource={"prefect.resource.id": f"prefect.flow-run.{uuid4()}"},
+        related=[
+            {"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"}
+            for tag in tags
+        ],
+        id=uuid4(),
+    )
+
+
+def test_no_automation_looks_at_a_run_of_somebody_else(root: Path) -> None:
+    for path in automations_dir(root).glob("*.yaml"):
+        trigger = EventTrigger.model_validate(scoped(read_automation(path), "mine")["trigger"])
+        for event in sorted(trigger.after | trigger.expect):
+            name = event.removeprefix("prefect.flow-run.")
+            for tags, is_ours in (
+                (["mine", "stage"], True),
+                (["pipeline", "mine"], True),
+                (["stage"], False),
+                (["mine-too"], False),
+                ([], False),
+            ):
+                told = flow_run_event(name, tags)
+                assert trigger.covers_resources(told.resource, told.related) is is_ours
+    # And what is ours says so.
+    content = yaml.safe_load((root / "prefect.yaml").read_text(encoding="utf-8"))
+    for deployment in content["deployments"]:
+        assert "{{ $ULTRAFLUX_PROJECT }}" in deployment["tags"]
+
+
+@pytest.mark.parametrize(
+    "trigger",
+    [
+        {"type": "compound", "triggers": []},
+        {"type": "event", "match": {"prefect.resource.id": "prefect.deployment.*"}},
+        {
+            "type": "event",
+            "match": {"prefect.resource.id": "prefect.flow-run.*"},
+            "match_related": {"prefect.resource.role": "flow"},
+        },
+    ],
+)
+def test_an_automation_that_cannot_be_narrowed_is_refused(trigger: dict[str, Any]) -> None:
+    with pytest.raises(AutomationInvalid, match="a: trigger"):
+        scoped({"name": "a", "trigger": trigger}, "mine")
 
 
 def test_no_healthy_run_is_taken_for_lost(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +200,10 @@ def test_no_healthy_run_is_taken_for_lost(root: Path, monkeypatch: pytest.Monkey
     assert trigger["within"] == 3 * 30
     ends = {event.removeprefix("prefect.flow-run.") for event in trigger["expect"]}
     own = re.findall(r'"(Skipped|Refused|CloneBusy|Failed)"', Path(deployed.__file__).read_text())
-    assert set(own) | {"heartbeat", "Completed", "Crashed", "Cancelled"} == ends
+    assert (
+        set(own) | {"heartbeat", "Completed", "Crashed", "Cancelling", "Cancelled", "GivenUp"}
+        == ends
+    )
 
 
 def test_one_automation_alone_waits_for_a_lost_run(root: Path) -> None:
@@ -146,7 +214,7 @@ def test_one_automation_alone_waits_for_a_lost_run(root: Path) -> None:
         for values in files
         if any(fnmatch(event, pattern) for pattern in values["trigger"]["expect"])
     ]
-    assert waiting == ["ultraflux-heartbeat-retry"]
+    assert waiting == ["heartbeat-retry"]
 
 
 def test_a_file_that_is_no_automation_is_one_line(tmp_path: Path) -> None:
@@ -169,9 +237,9 @@ def test_deployments_are_unscheduled_run_local_code_and_show_the_settings(root: 
         assert "DitStageOverrides" in (flow.parameters.definitions or {})
         seen.add((flow.name, deployment["name"], deployment["work_pool"]["name"]))
     assert seen == {
-        ("ultraflux-pipeline", "pipeline", "pipelines"),
-        ("stage", "cpu", "cpu"),
-        ("stage", "gpu", "gpu"),
+        ("ultraflux-pipeline", PLACE, f"{PLACE}-pipelines"),
+        ("stage", f"{PLACE}-cpu", f"{PLACE}-cpu"),
+        ("stage", f"{PLACE}-gpu", f"{PLACE}-gpu"),
     }
 
 
