@@ -9,7 +9,7 @@ if [ ! -e .env ]; then
   minio=$(random)
   {
     for name in POSTGRES_PASSWORD PREFECT_DATABASE_PASSWORD MLFLOW_DATABASE_PASSWORD \
-      MLFLOW_TRACKING_PASSWORD MLFLOW_SESSION_KEY; do
+      PREFECT_LOGIN_PASSWORD MLFLOW_TRACKING_PASSWORD MLFLOW_SESSION_KEY; do
       echo "$name=$(random)"
     done
     echo "MINIO_PASSWORD=$minio"
@@ -21,6 +21,8 @@ if [ ! -e .env ]; then
   } > .env.new
   mv .env.new .env
 fi
+# Made before Prefect asked for a login.
+grep -q '^PREFECT_LOGIN_PASSWORD=' .env || echo "PREFECT_LOGIN_PASSWORD=$(random)" >> .env
 . ./.env
 cat > clients.env.new <<CLIENTS
 PREFECT_API_URL=http://127.0.0.1:${PREFECT_PORT:-4200}/api
@@ -29,5 +31,6 @@ PREFECT_CLIENT_RETRY_EXTRA_CODES=500
 MLFLOW_TRACKING_URI=http://127.0.0.1:${MLFLOW_PORT:-5000}
 MLFLOW_TRACKING_USERNAME=admin
 MLFLOW_TRACKING_PASSWORD=$MLFLOW_TRACKING_PASSWORD
+PREFECT_API_AUTH_STRING=admin:$PREFECT_LOGIN_PASSWORD
 CLIENTS
 mv clients.env.new clients.env

@@ -5,12 +5,22 @@ from __future__ import annotations
 import os
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from pathlib import Path
 
 from flows.services.servers import ServiceError, prefect_environment, running_services
 
 API_URL = "PREFECT_API_URL"
 ANSWER_TIMEOUT_S = 10.0
+LOGIN_REFUSED = {401, 403}
+
+
+def _with_login(url: str) -> urllib.request.Request:
+    """A request with PREFECT_API_AUTH_STRING, where that is set."""
+    request = urllib.request.Request(url)
+    if login := os.environ.get("PREFECT_API_AUTH_STRING"):
+        request.add_header("Authorization", f"Basic {b64encode(login.encode()).decode()}")
+    return request
 
 
 def connect_to_prefect(root: Path | None) -> str:
@@ -25,9 +35,13 @@ def connect_to_prefect(root: Path | None) -> str:
     Raises:
         ServiceError: no server is named, or it does not answer.
     """
-    if API_URL not in os.environ and root is not None:
+    if root is not None:
         for service in running_services(root):
-            if service.name == "prefect":
+            # Named or not: where it is this clone's server, its login is known here.
+            if service.name == "prefect" and os.environ.get(API_URL) in {
+                None,
+                f"{service.url}/api",
+            }:
                 os.environ.update(prefect_environment(root, int(service.url.rsplit(":", 1)[1])))
     if API_URL not in os.environ:
         raise ServiceError(
@@ -36,7 +50,17 @@ def connect_to_prefect(root: Path | None) -> str:
     url = os.environ[API_URL]
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=ANSWER_TIMEOUT_S):
+            pass
+        with urllib.request.urlopen(_with_login(f"{url}/admin/version"), timeout=ANSWER_TIMEOUT_S):
             return url
+    except urllib.error.HTTPError as problem:
+        if problem.code in LOGIN_REFUSED:
+            raise ServiceError(
+                f"PREFECT_API_URL = {url}: the server asks for another login: take it from "
+                "runs/services/clients.env of the clone that started it (set -a; . clients.env), "
+                "or set PREFECT_API_AUTH_STRING"
+            ) from None
+        raise ServiceError(f"PREFECT_API_URL = {url}: the server says {problem}") from None
     except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError) as problem:
         reason = getattr(problem, "reason", problem)
         raise ServiceError(

@@ -19,28 +19,17 @@ from flows.services import postgres
 from flows.services import servers as services
 from flows.services.servers import Service, ServiceError
 from flows.tracking.tier import (
-    ADMIN,
     LOOPBACK,
-    Secrets,
     ServedTier,
+    mlflow_login,
     passfile,
     served_tier,
-    services_dir,
     use_served,
 )
 
-PACKAGES = {"psycopg": "psycopg[binary]", "asyncpg": "asyncpg", "flask_wtf": "flask-wtf"}
+PACKAGES = {"psycopg": "psycopg[binary]", "asyncpg": "asyncpg"}
 """Import name and package of what the servers need beyond the embedded tier."""
 MLFLOW_WORKERS = "2"
-AUTH_SETTINGS = """\
-[mlflow]
-default_permission = READ
-database_uri = {uri}
-authorization_function = mlflow.server.auth:authenticate_request_basic_auth
-auth_cache_ttl_seconds = 60
-"""
-"""Users that the administrator adds may read everything and change what is their own. Without the
-cache every request would hash its password slowly, as is right for a password."""
 
 
 def missing_packages() -> list[str]:
@@ -72,7 +61,7 @@ def up(root: Path, tier: ServedTier) -> list[Service]:
                 running["postgres"] = postgres.start(root, tier.postgres_port, known)
                 _note(root, started, running["postgres"])
             postgres.create_databases(running["postgres"], known)
-            _start_beside_each_other(root, tier, known, running, started)
+            _start_beside_each_other(root, tier, running, started)
             services.wait_for_all([*running.values(), *started])
         except BaseException:
             services.stop(root, started)
@@ -89,7 +78,6 @@ def _note(root: Path, started: list[Service], service: Service) -> None:
 def _start_beside_each_other(
     root: Path,
     tier: ServedTier,
-    known: Secrets,
     running: dict[str, Service],
     started: list[Service],
 ) -> None:
@@ -97,7 +85,7 @@ def _start_beside_each_other(
     problem: BaseException | None = None
     with ThreadPoolExecutor() as pool:
         waiting = [
-            pool.submit(begin, root, tier, known)
+            pool.submit(begin, root, tier)
             for name, begin in starters.items()
             if name not in running
         ]
@@ -132,30 +120,21 @@ def _check(root: Path, running: dict[str, Service], tier: ServedTier) -> None:
             services.check_port(name, port, LOOPBACK if name == "postgres" else tier.host)
 
 
-def _start_prefect(root: Path, tier: ServedTier, known: Secrets) -> Service:
+def _start_prefect(root: Path, tier: ServedTier) -> Service:
     environment = services.prefect_environment(root, tier.prefect_port) | {
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": tier.database_uri("prefect", "asyncpg"),
         "PGPASSFILE": str(passfile(root)),
     }
-    if tier.prefect_login:
-        environment["PREFECT_SERVER_API_AUTH_STRING"] = f"{ADMIN}:{known.prefect_login}"
     Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     command = services.prefect_command(tier.prefect_port, tier.host)
     url = f"http://{tier.client_host}:{tier.prefect_port}"
     return services.start_daemon(root, "prefect", url, command, environment)
 
 
-def _start_mlflow(root: Path, tier: ServedTier, known: Secrets) -> Service:
-    folder = services_dir(root)
-    settings = folder / "mlflow-auth.ini"
-    settings.write_text(AUTH_SETTINGS.format(uri=tier.database_uri("mlflow_auth", "psycopg")))
+def _start_mlflow(root: Path, tier: ServedTier) -> Service:
     database = tier.database_uri("mlflow", "psycopg")
-    environment = {
-        "PGPASSFILE": str(passfile(root)),
-        "MLFLOW_AUTH_CONFIG_PATH": str(settings),
-        "MLFLOW_AUTH_ADMIN_USERNAME": ADMIN,
-        "MLFLOW_AUTH_ADMIN_PASSWORD": known.mlflow_admin,
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": known.mlflow_session,
+    environment = mlflow_login(root, tier.database_uri("mlflow_auth", "psycopg")) | {
+        "PGPASSFILE": str(passfile(root))
     }
     migrated = subprocess.run(
         [sys.executable, "-m", "mlflow", "db", "upgrade", database],
@@ -172,6 +151,7 @@ def _start_mlflow(root: Path, tier: ServedTier, known: Secrets) -> Service:
         *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
         *("--host", tier.host, "--port", str(tier.mlflow_port), "--workers", MLFLOW_WORKERS),
         *("--backend-store-uri", database, "--artifacts-destination", tier.artifacts),
+        *services.mlflow_own_address(tier.mlflow_port, tier.host),
     ]
     url = f"http://{tier.client_host}:{tier.mlflow_port}"
     return services.start_daemon(root, "mlflow", url, command, environment)

@@ -29,11 +29,21 @@ import psutil
 from flows.records.records import read_json, write_json
 from flows.running.guarded_process import GuardedProcess
 from flows.tracking.tier import LOOPBACK as HOST
-from flows.tracking.tier import served_clients, served_tier, use_embedded
+from flows.tracking.tier import (
+    embedded_clients,
+    is_loopback,
+    login_to_prefect,
+    mlflow_login,
+    own_secrets,
+    served_clients,
+    served_tier,
+    use_embedded,
+    write_clients,
+)
 from flows.tracking.tier import services_dir as services_dir
 from flows.tracking.uploader import tracking_config
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 LOG_DRAIN_S = 10.0
 DEFAULT_PORTS = {"prefect": 4200, "mlflow": 5000}
@@ -88,9 +98,15 @@ def free_port() -> int:
 def prefect_environment(root: Path, port: int) -> dict[str, str]:
     """Variables that make Prefect use a server on `port` with its database inside the project.
 
-    In the served tier they also hold how its clients log in and how long they wait.
+    For its clients and for the server itself: it asks for the project's login, answers pages of its
+    own address alone, and its pages load nothing from elsewhere. In the served tier they also say
+    how long clients wait.
     """
     home = services_dir(root) / "prefect"
+    tier = served_tier(root)
+    login = login_to_prefect(own_secrets(root)) if tier is None or tier.prefect_login else None
+    hosts = dict.fromkeys([HOST, "localhost", HOST if tier is None else tier.client_host])
+    origins = ",".join(f"http://{host}:{port}" for host in hosts)
     return {
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
@@ -104,6 +120,18 @@ def prefect_environment(root: Path, port: int) -> dict[str, str]:
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
             "prefect.server.concurrency.lease_storage.filesystem"
         ),
+        # Behind a proxy the pages have its address: then the user's value counts.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": os.environ.get(
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS", origins
+        ),
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        **(
+            {}
+            if login is None
+            else {"PREFECT_SERVER_API_AUTH_STRING": login, "PREFECT_API_AUTH_STRING": login}
+        ),
         **{key: value for key, value in served_clients(root).items() if key.startswith("PREFECT_")},
     }
 
@@ -114,20 +142,42 @@ def prefect_command(port: int, host: str = HOST) -> list[str]:
 
 
 def mlflow_command(root: Path, port: int) -> list[str]:
-    """Command line of the MLflow server over the embedded store."""
+    """Command line of the MLflow server over the embedded store; see `mlflow_environment`."""
     config = tracking_config(root)
     return [
-        *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)),
+        *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
+        *("--host", HOST, "--port", str(port)),
         *("--backend-store-uri", config["backend_store"], "--workers", "1"),
         *("--artifacts-destination", str(config["artifact_root"])),
+        *mlflow_own_address(port, HOST),
     ]
+
+
+def mlflow_environment(root: Path) -> dict[str, str]:
+    """Variables of the MLflow server over the embedded store: it asks for the project's login."""
+    users = services_dir(root) / "mlflow-users.db"
+    users.parent.mkdir(parents=True, exist_ok=True)
+    return mlflow_login(root, f"sqlite:///{users}")
+
+
+def mlflow_own_address(port: int, host: str) -> list[str]:
+    """Options that let MLflow answer requests and pages of its own address alone.
+
+    A server that other machines reach keeps MLflow's default of private addresses: under which
+    names they know it is not known here.
+    """
+    if not is_loopback(host):
+        return []
+    names = [f"{name}:{port}" for name in dict.fromkeys([HOST, "localhost", host])]
+    origins = ",".join(f"http://{name}" for name in names)
+    return ["--allowed-hosts", ",".join(names), "--cors-allowed-origins", origins]
 
 
 def wait_until_healthy(name: str, url: str, alive: psutil.Process | None, log: Path) -> None:
     """Poll `url` until it answers 200.
 
     Raises:
-        ServiceError: the process ended or did not answer within 90 s.
+        ServiceError: the process ended or did not answer within 3 minutes.
     """
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -269,7 +319,7 @@ def up(
         Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
         plans = {
             "prefect": (prefect_port, prefect_command(prefect_port), environment),
-            "mlflow": (mlflow_port, mlflow_command(root, mlflow_port), {}),
+            "mlflow": (mlflow_port, mlflow_command(root, mlflow_port), mlflow_environment(root)),
         }
         started: list[Service] = []
         try:
@@ -282,7 +332,10 @@ def up(
         except BaseException:
             stop(root, started)
             raise
-        return sorted([*running.values(), *started], key=lambda service: service.name)
+        servers = sorted([*running.values(), *started], key=lambda service: service.name)
+        addresses = {service.name: service.url for service in servers}
+        write_clients(root, embedded_clients(root, addresses["prefect"], addresses["mlflow"]))
+        return servers
 
 
 def down(root: Path) -> list[Service]:

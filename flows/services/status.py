@@ -18,7 +18,7 @@ from flows.services import postgres
 from flows.services import servers as services
 from flows.services.servers import Service
 from flows.services.workers import known_workers, running_workers
-from flows.tracking.tier import Secrets, served_tier, services_dir
+from flows.tracking.tier import own_secrets, served_tier
 
 PATIENCE_S = 5.0
 State = Literal["healthy", "no answer", "died"]
@@ -145,8 +145,7 @@ def _examine(root: Path, service: Service, runs: bool) -> ServiceStatus:
 def _answers(root: Path, service: Service) -> bool:
     url = services.health_url(service)
     if url is None:
-        known = read_json(services_dir(root) / "secrets.json")
-        return bool(known) and postgres.answers(service, Secrets(**known))
+        return postgres.answers(service, own_secrets(root))
     try:
         with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
             return bool(answer.status == 200)

@@ -5,9 +5,13 @@ talks to those servers, also while they are down (records wait on disk and are s
 `ultraflux up --embedded` goes back. Passwords are generated once, stand in files that only their
 owner can read, and never on a command line.
 
-    secrets.json   what the servers need
-    pgpass         PostgreSQL passwords in libpq's format (PGPASSFILE)
-    clients.env    what clients need; `set -a; . runs/services/clients.env` for other programs
+    secrets.json    what the servers need
+    pgpass          PostgreSQL passwords in libpq's format (PGPASSFILE)
+    mlflow-auth.ini where MLflow keeps its users
+    clients.env     what clients need; `set -a; . runs/services/clients.env` for other programs
+
+Both tiers ask for a login: any page in a browser and any account of this machine can send requests
+to a port on the loopback.
 """
 
 from __future__ import annotations
@@ -16,9 +20,12 @@ import ipaddress
 import json
 import os
 import secrets
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from flows.environment import PROJECT, project_name
 from flows.records.records import read_json, write_json
 
 LOOPBACK = "127.0.0.1"
@@ -55,8 +62,8 @@ class ServedTier:
     """Where Prefect and MLflow listen; PostgreSQL never leaves 127.0.0.1."""
     artifacts: str = ""
     """Where MLflow keeps artifacts: an absolute path or a URI such as s3://bucket/prefix."""
-    prefect_login: bool = False
-    """Whether Prefect asks for a password too (always, where `host` is not loopback)."""
+    prefect_login: bool = True
+    """Whether Prefect asks for a password (always, where `host` is not loopback)."""
 
     @property
     def client_host(self) -> str:
@@ -100,22 +107,80 @@ def served_tier(root: Path) -> ServedTier | None:
 def use_served(root: Path, tier: ServedTier) -> Secrets:
     """Make the project use the served tier; returns its passwords, new ones the first time."""
     folder = services_dir(root)
-    folder.mkdir(parents=True, exist_ok=True)
-    known = read_json(folder / "secrets.json")
-    if known is None:
-        known = {item.name: secrets.token_urlsafe(24) for item in fields(Secrets)}
-        _write_private(folder / "secrets.json", json.dumps(known, indent=1))
-    mine = Secrets(**known)
+    mine = own_secrets(root)
     lines = [
         f"{LOOPBACK}:{tier.postgres_port}:*:{role}:{mine.database_password(role)}"
         for role in (SUPERUSER, *sorted(set(DATABASES.values())))
     ]
     _write_private(passfile(root), "\n".join(lines) + "\n")
-    environment = client_environment(tier, mine)
-    text = "".join(f"{name}={value}\n" for name, value in environment.items())
-    _write_private(folder / "clients.env", text)
+    write_clients(root, client_environment(tier, mine))
     write_json(folder / "served.json", asdict(tier))
     return mine
+
+
+def own_secrets(root: Path) -> Secrets:
+    """The project's passwords: drawn once, in a file that its owner alone can read."""
+    path = services_dir(root) / "secrets.json"
+    if (known := read_json(path)) is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn = {item.name: secrets.token_urlsafe(24) for item in fields(Secrets)}
+        # Two commands may come first at the same time: one of them wins, for both.
+        _write_private(path, json.dumps(drawn, indent=1), replace=False)
+        known = read_json(path)
+    return Secrets(**known)
+
+
+def write_clients(root: Path, environment: Mapping[str, str]) -> None:
+    """Write clients.env for shells and for clones that work with this one's servers."""
+    values = {**environment, PROJECT: project_name(root)}
+    text = "".join(f"{name}={value}\n" for name, value in values.items())
+    _write_private(services_dir(root) / "clients.env", text)
+
+
+def embedded_clients(root: Path, prefect_url: str, mlflow_url: str) -> dict[str, str]:
+    """Variables with which clients find the servers of `ultraflux up` and log in."""
+    known = own_secrets(root)
+    return {
+        "PREFECT_API_URL": f"{prefect_url}/api",
+        "PREFECT_API_AUTH_STRING": login_to_prefect(known),
+        "MLFLOW_TRACKING_URI": mlflow_url,
+        "MLFLOW_TRACKING_USERNAME": ADMIN,
+        "MLFLOW_TRACKING_PASSWORD": known.mlflow_admin,
+    }
+
+
+def login_to_prefect(known: Secrets) -> str:
+    """What Prefect's server asks for and its clients send."""
+    return f"{ADMIN}:{known.prefect_login}"
+
+
+AUTH_SETTINGS = """\
+[mlflow]
+default_permission = READ
+database_uri = {uri}
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+auth_cache_ttl_seconds = 60
+"""
+"""Users that the administrator adds may read everything and change what is their own. Without the
+cache every request would hash its password slowly, as is right for a password."""
+
+
+def mlflow_login(root: Path, users: str) -> dict[str, str]:
+    """Variables of an MLflow server that asks for a login; writes mlflow-auth.ini.
+
+    Args:
+        root: repository root.
+        users: SQLAlchemy URI of the database with its users.
+    """
+    known = own_secrets(root)
+    settings = services_dir(root) / "mlflow-auth.ini"
+    settings.write_text(AUTH_SETTINGS.format(uri=users), encoding="utf-8")
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+        "MLFLOW_AUTH_ADMIN_USERNAME": ADMIN,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": known.mlflow_admin,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": known.mlflow_session,
+    }
 
 
 def use_embedded(root: Path) -> None:
@@ -141,7 +206,7 @@ def client_environment(tier: ServedTier, known: Secrets) -> dict[str, str]:
         "MLFLOW_TRACKING_PASSWORD": known.mlflow_admin,
     }
     if tier.prefect_login:
-        environment["PREFECT_API_AUTH_STRING"] = f"{ADMIN}:{known.prefect_login}"
+        environment["PREFECT_API_AUTH_STRING"] = login_to_prefect(known)
     return environment
 
 
@@ -150,14 +215,25 @@ def served_clients(root: Path) -> dict[str, str]:
     tier = served_tier(root)
     if tier is None:
         return {}
-    return client_environment(tier, Secrets(**read_json(services_dir(root) / "secrets.json")))
+    return client_environment(tier, own_secrets(root))
 
 
-def _write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, whole or not at all."""
+def _write_private(path: Path, text: str, *, replace: bool = True) -> None:
+    """Write a file that only its owner can read, whole or not at all.
+
+    Args:
+        path: the file.
+        text: its content.
+        replace: whether a file that is there already gives way.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # O_EXCL below: a file that somebody else has put there would keep its owner and its mode.
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
-    temporary.replace(path)
+    if replace:
+        temporary.replace(path)
+        return
+    with suppress(FileExistsError):
+        os.link(temporary, path)
+    temporary.unlink()

@@ -195,10 +195,13 @@ class PoolSite:
 
     def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """A question to the Prefect API."""
-        import httpx
+        from prefect.client.orchestration import SyncPrefectClient
 
-        url = self.env["PREFECT_API_URL"] + path
-        answer = httpx.post(url, json=body, timeout=30) if body is not None else httpx.get(url)
+        login = self.env["PREFECT_API_AUTH_STRING"]
+        with SyncPrefectClient(self.env["PREFECT_API_URL"], auth_string=login) as client:
+            method = "GET" if body is None else "POST"
+            # With what the server asks of forms, too, which the client knows.
+            answer = client._client.request(method, path, json=body, timeout=30)
         answer.raise_for_status()
         return answer.json()
 
@@ -254,6 +257,10 @@ def pool_site(
         made.append(PoolSite(root, env))
         ports = ["--prefect-port", str(port), "--mlflow-port", str(services.free_port())]
         made[-1].ultraflux("up", *ports, "--workers")
+        # As a shell elsewhere reads it; without the project's name, which is the only one there.
+        clients = (services.services_dir(root) / "clients.env").read_text().splitlines()
+        login = next(line for line in clients if line.startswith("PREFECT_API_AUTH_STRING="))
+        env["PREFECT_API_AUTH_STRING"] = login.partition("=")[2]
         return made[-1]
 
     yield start

@@ -54,7 +54,15 @@ def up(
     """Start what does not run of the Prefect and MLflow servers; print their addresses."""
     from flows.services import served as served_servers
     from flows.services import servers as services
-    from flows.tracking.tier import is_loopback, passfile, served_tier, services_dir
+    from flows.tracking.tier import (
+        ADMIN,
+        is_loopback,
+        login_to_prefect,
+        own_secrets,
+        passfile,
+        served_tier,
+        services_dir,
+    )
 
     root = project_root()
     before = served_tier(root)
@@ -91,9 +99,13 @@ def up(
         raise fail(str(problem), 1) from None
     for service in started:
         print(f"{service.name:<8} {service.url}   (log: {service.log})")
+    clients = services_dir(root) / "clients.env"
+    if not wanted or tier.prefect_login:
+        known = own_secrets(root)
+        print(f"Log in to Prefect with {login_to_prefect(known)}")
+        print(f"Log in to MLflow as {ADMIN} with {known.mlflow_admin}")
+    print(f"For other shells, programs and clones: set -a; . {clients}")
     if wanted:
-        folder = services_dir(root)
-        print(f"Logins and addresses for clients: {folder / 'clients.env'}")
         print(
             f"Databases: PGPASSFILE={passfile(root)} psql -h 127.0.0.1 "
             f"-p {tier.postgres_port} -U mlflow mlflow"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import stat
 import subprocess
-import urllib.request
 from pathlib import Path
+from uuid import uuid4
 
+import httpx
 import psutil
 import pytest
+from websockets.exceptions import WebSocketException
+from websockets.sync.client import connect
 
 from flows.services import servers as services
+from flows.tracking import tier
 
 
 def test_a_taken_port_is_one_clear_line_and_nothing_is_started(toy: Path) -> None:
@@ -38,14 +44,88 @@ def test_a_taken_port_is_one_clear_line_and_nothing_is_started(toy: Path) -> Non
     assert services.running_services(toy) == []
 
 
+HOSTILE = {"Origin": "http://evil.example", "Host": "evil.example"}
+"""What a page that somebody opens in a browser of this machine makes it send."""
+STRANGERS = [{}, HOSTILE, {"Origin": "http://evil.example"}, {"Authorization": "Basic eA=="}]
+RUN = {"parameters": {"stage": "select"}, "job_variables": {"command": "touch /tmp/was-here"}}
+ASKED = {
+    "prefect": [
+        ("POST", "/api/deployments/filter", {}),
+        ("POST", "/api/flow_runs/filter", {}),
+        ("POST", f"/api/deployments/{uuid4()}/create_flow_run", RUN),
+        ("GET", "/api/admin/settings", None),
+        ("GET", "/api/csrf-token?client=page", None),
+        ("DELETE", f"/api/flow_runs/{uuid4()}", None),
+        ("POST", "/api/variables/name/system-health", {}),
+    ],
+    "mlflow": [
+        ("POST", "/api/2.0/mlflow/experiments/search", {"max_results": 10}),
+        ("POST", "/api/2.0/mlflow/experiments/create", {"name": "page"}),
+        ("GET", "/api/2.0/mlflow-artifacts/artifacts?path=/", None),
+        ("GET", "/ajax-api/2.0/mlflow/experiments/search?max_results=1", None),
+        ("POST", "/graphql", {"query": "{ test { output } }"}),
+        ("GET", "/", None),
+    ],
+}
+
+
+def refuses_strangers(client: httpx.Client, name: str) -> None:
+    """Neither a page nor another account of the machine gets anything."""
+    for method, path, body in ASKED[name]:
+        for headers in (
+            {},
+            HOSTILE,
+            {"Origin": "http://evil.example"},
+            {"Authorization": "Basic eA=="},
+        ):
+            answer = client.request(method, path, json=body, headers=headers)
+            assert answer.status_code in {401, 403}, (name, path, headers, answer.text[:200])
+            assert "evil" not in answer.headers.get("access-control-allow-origin", "")
+            assert answer.headers.get("access-control-allow-origin") != "*"
+        asked = {"Access-Control-Request-Method": "POST", "Origin": "http://evil.example"}
+        answer = client.request("OPTIONS", path, headers=asked)
+        assert answer.headers.get("access-control-allow-origin") in {None, str(client.base_url)}
+    if name == "prefect":
+        for path in ("/api/events/in", "/api/events/out", "/api/logs/out"):
+            url = f"{client.base_url}{path}".replace("http", "ws", 1)
+            with pytest.raises(WebSocketException):
+                talk(url)
+
+
+def talk(url: str) -> None:
+    """Send a websocket an event and hear its answer."""
+    with connect(url, proxy=None) as socket_:
+        socket_.send(json.dumps({"id": str(uuid4()), "event": "page"}))
+        socket_.recv(timeout=30)
+
+
+def lets_in_who_logs_in(client: httpx.Client, name: str, root: Path) -> None:
+    known = tier.own_secrets(root)
+    password = known.prefect_login if name == "prefect" else known.mlflow_admin
+    path = {"prefect": "/api/admin/settings", "mlflow": "/"}[name]
+    answer = client.get(path, auth=("admin", password))
+    assert answer.status_code == 200
+    if name == "prefect":
+        settings = answer.json()["server"]
+        # Its pages ask this before they call their analytics host.
+        assert settings["analytics_enabled"] is False
+        # A form of another page, even from a browser that has logged in.
+        posted = client.post("/api/flow_runs/filter", json={}, auth=("admin", password))
+        assert posted.status_code == 403
+    for file in ("secrets.json", "clients.env"):
+        path_ = tier.services_dir(root) / file
+        assert stat.S_IMODE(path_.stat().st_mode) == 0o600
+
+
 def test_up_gives_two_healthy_servers_again_the_same_ones_and_down_stops_them(toy: Path) -> None:
     ports = {"prefect_port": services.free_port(), "mlflow_port": services.free_port()}
     started = services.up(toy, **ports)
     try:
         assert [service.name for service in started] == ["mlflow", "prefect"]
         for service in started:
-            with urllib.request.urlopen(service.url, timeout=10) as page:
-                assert page.status == 200
+            with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client:
+                refuses_strangers(client, service.name)
+                lets_in_who_logs_in(client, service.name, toy)
             connections = psutil.Process(service.pid).net_connections()
             family = psutil.Process(service.pid).children(recursive=True)
             for process in family:

@@ -85,7 +85,11 @@ def test_only_loopback_addresses_count_as_inside(host: str, inside: bool) -> Non
 def test_prefect_clients_wait_longer_and_log_in_where_it_asks(toy: Path) -> None:
     plain = services.prefect_environment(toy, 4200)
     assert "PREFECT_CLIENT_MAX_RETRIES" not in plain
+    drawn = tier.own_secrets(toy)
+    assert plain["PREFECT_API_AUTH_STRING"] == f"admin:{drawn.prefect_login}"
+    assert plain["PREFECT_SERVER_API_AUTH_STRING"] == plain["PREFECT_API_AUTH_STRING"]
     known = tier.use_served(toy, tier.ServedTier(postgres_port=5433, prefect_login=True))
+    assert known == drawn
     served_one = services.prefect_environment(toy, 4200)
     assert int(served_one["PREFECT_CLIENT_MAX_RETRIES"]) > 5
     assert served_one["PREFECT_API_AUTH_STRING"] == f"admin:{known.prefect_login}"

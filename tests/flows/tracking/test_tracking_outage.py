@@ -24,6 +24,7 @@ def start_server(root: Path, port: int) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             services.mlflow_command(root, port),
             cwd=root,
+            env=os.environ | services.mlflow_environment(root),
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -54,10 +55,13 @@ def wait_for(record: Record, what: str, size: int) -> None:
 
 @pytest.mark.slow
 def test_metrics_arrive_live_and_once_though_the_server_dies_during_the_run(
-    toy: Path, root: Path
+    toy: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = services.free_port()
     server = start_server(toy, port)
+    login = services.mlflow_environment(toy)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", login["MLFLOW_AUTH_ADMIN_USERNAME"])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", login["MLFLOW_AUTH_ADMIN_PASSWORD"])
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
     record = open_record(
         toy,
