@@ -31,6 +31,7 @@ from small_project import LONG_ENOUGH_TO_KILL, PHOTOS, change_settings, keep_pho
 
 from flows.services.servers import free_port
 from flows.services.workers import stop_workers
+from flows.tracking.tier import services_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 VICTIM_STAGE = "vae"
@@ -161,6 +162,11 @@ def servers_and_workers(transcript: Transcript, folder: Path) -> Iterator[None]:
     transcript.env["PREFECT_API_URL"] = f"http://127.0.0.1:{ports[1]}/api"
     try:
         transcript.run("pipeline", "ultraflux", "up", *ports, quiet=True)
+        transcript.line("# on each machine: set -a; . clients.env (address, logins, project)")
+        clients = (services_dir(folder / "pipeline") / "clients.env").read_text().split()
+        said = dict(line.split("=", 1) for line in clients)
+        # Records come with the replies here, not over MLflow's server.
+        transcript.env |= {name: said[name] for name in said if not name.startswith("MLFLOW_")}
         for name in WORKERS:
             transcript.run(name, "ultraflux", "deploy", "--workers", "--limit", "1", quiet=True)
         yield
@@ -221,7 +227,10 @@ def differing_files(one: Path, two: Path) -> list[str]:
 
 def compare(transcript: Transcript, folder: Path, remote_seconds: float) -> None:
     """The same settings in one clone, undisturbed."""
-    shared = {"ULTRAFLUX_DVC_REMOTE", "PREFECT_API_URL"}
+    shared = {
+        *("ULTRAFLUX_DVC_REMOTE", "ULTRAFLUX_PROJECT"),
+        *("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"),
+    }
     env = {key: value for key, value in transcript.env.items() if key not in shared}
     single = Transcript(folder, env)
     started = time.monotonic()
@@ -246,7 +255,7 @@ def main() -> None:
     options = parser.parse_args()
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     left_out = {"PYTHONDONTWRITEBYTECODE", "ULTRAFLUX_DVC_REMOTE"}
-    left_out |= {"MLFLOW_TRACKING_URI", "PREFECT_API_URL"}
+    left_out |= {"MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"}
     env = {k: v for k, v in os.environ.items() if k not in left_out} | {"PATH": programs}
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()

@@ -24,6 +24,7 @@ from components.evaluation.suites.ablation import Arm, with_overrides
 from components.settings.schema import SettingsError
 from flows.history.run_comparison import direction
 from flows.history.run_evidence import StageRun, finished_runs
+from flows.records.owners import own_record
 from flows.records.provenance import provenance_tags
 from flows.records.records import Record, RunDescription, RunResult, open_record, write_json
 from flows.running.guarded_process import GuardedProcess
@@ -188,6 +189,7 @@ def _open(root: Path, name: str, sets: Sequence[Arm]) -> Record:
         tags=provenance_tags(root),
     )
     record = open_record(root, run)
+    own_record(root, record.record_id)
     try:
         sync_once(root)
     except Exception as problem:

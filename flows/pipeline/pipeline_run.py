@@ -20,6 +20,7 @@ from flows import environment
 from flows.pipeline.preflight import PipelineRefused, preflight
 from flows.pipeline.rehearsal import RehearsalFailed, rehearse_if_due
 from flows.records.costs import pipeline_cost
+from flows.records.owners import close_ownerless, own_record
 from flows.records.provenance import changes_since_commit, provenance_tags
 from flows.records.records import (
     RUN_TAGS,
@@ -128,12 +129,10 @@ def _run_pipeline(
             graph = clone.graph(until)
             stale = clone.stale(graph)
         if rehearsal and "ingest" in stale:
-            try:
-                rehearse_if_due(root, settings, otherwise="--no-rehearsal")
-            except RehearsalFailed as problem:
-                raise PipelineRefused(str(problem)) from None
+            _rehearse(root, settings)
+    close_ownerless(root)
     record = open_record(root, _description(root, engine))
-    # Now, not at the end: the clone may be edited while stages run.
+    own_record(root, record.record_id)
     kept = _keep_sources(root, record)
     # Only once the record is there: the pipeline's run has to exist before its stages' runs.
     uploader = UploaderProcess(root)
@@ -222,6 +221,8 @@ def _run(engine: Engine, runner: StageRunner, report: Report) -> dict[str, Stage
     if engine not in {"prefect", "pools"}:
         return walk_graph(runner, report)
     # Imported by name: Prefect costs seconds and reads its environment at import.
+    if engine == "prefect":
+        importlib.import_module("flows.pools.ended_flow_runs").close_killed_flow_runs(runner.root)
     pipeline = importlib.import_module("flows.pipeline.prefect_flow")
     return dict(pipeline.run_in_prefect(runner, report))
 

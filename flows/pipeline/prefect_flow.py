@@ -27,7 +27,9 @@ from flows.environment import project_name
 from flows.pipeline.endings import pipeline_state
 from flows.pipeline.server_watch import watch_server
 from flows.pools.cancellation import stopped_when_cancelled
+from flows.pools.ended_flow_runs import tell_end
 from flows.pools.pipeline_artifacts import PipelineArtifacts
+from flows.records.owners import forget_flow_run, own_flow_run
 from flows.running.graph_walk import Report, walk_graph
 from flows.running.stage_runner import StageError, StageOutcome, StageRunner, blocked
 
@@ -164,11 +166,14 @@ def build_flow(
         persist_result=False,
     )
     def pipeline() -> State:
+        own_flow_run(runner.root, str(flow_run.id))
+        ids.append(str(flow_run.id))
         with stopped_when_cancelled(UUID(str(flow_run.id)), runner.stop):
             outcomes.update(run_tasks(shared, tell))
         return pipeline_state(outcomes.values(), stopped=runner.stopping)
 
     problems: list[BaseException] = []
+    ids: list[str] = []
 
     def in_prefect() -> None:
         try:
@@ -192,7 +197,12 @@ def build_flow(
                         "pipeline goes on without it"
                     )
                     server_lost.set()
-                    return walk_graph(shared, tell)
+                    outcomes.update(walk_graph(shared, tell))
+                    if ids:
+                        # It may be back by now.
+                        end = pipeline_state(outcomes.values(), stopped=runner.stopping)
+                        tell_end(runner.root, ids[0], end)
+                    return outcomes
             except KeyboardInterrupt:
                 # The flow says that it was stopped; the stages were.
                 deadline = time.monotonic() + STOP_S
@@ -203,6 +213,8 @@ def build_flow(
                 raise
         if problems:
             raise problems[0]
+        for flow_run_id in ids:
+            forget_flow_run(runner.root, flow_run_id)
         return outcomes
 
     return run

@@ -6,6 +6,7 @@ lost.
 
     run.json      who, with which key, parameters and tags (written at the start)
     result.json   how it ended, headline metrics, files to log (written at the end)
+    owner.json    which process it belongs to (flows.records.owners)
     outputs.json  DVC hashes of the outputs (written after `dvc repro` by whoever ran it)
     mlflow.json   how far the upload is (written by the uploader alone)
 """

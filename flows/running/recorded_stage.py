@@ -22,6 +22,7 @@ from components.telemetry.metric_log import MetricLog
 from components.training.distributed.run_states import RunState, StateRefused, mark_finished
 from flows import environment
 from flows.records.costs import with_cost
+from flows.records.owners import own_record
 from flows.records.records import Record, RunDescription, RunResult, open_record, write_json
 from flows.records.system_metrics import watched
 from flows.running.gpu_lock import gpus_for
@@ -207,7 +208,7 @@ def run_stage(name: str, root: Path) -> int:
         state_dir = state_folder(root, name, key) if state is None else state.folder
         state_dir.mkdir(parents=True, exist_ok=True)
         record = open_record(root, _describe(root, node, key, inputs, state_dir))
-        # A pipeline uploads for its stages, with one process that has MLflow imported.
+        own_record(root, record.record_id)
         if PARENT_RECORD not in os.environ:
             from flows.tracking.uploader import UploaderProcess
 

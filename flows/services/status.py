@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import psutil
 
+from flows.records.owners import close_ownerless
 from flows.records.records import all_records, read_json
 from flows.services import postgres
 from flows.services import servers as services
@@ -103,6 +104,7 @@ class Status:
 
 def examine(root: Path) -> Status:
     """Ask every server that was started whether it is well, and look for the workers."""
+    close_ownerless(root)
     known = services.known_services(root)
     owned = set(services.running_services(root))
     with ThreadPoolExecutor() as pool:

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from flows import environment
+from flows.records.owners import close_ownerless
 from flows.records.records import (
     ACCEPTED_TAG,
     MAKER_TAG,
@@ -379,6 +380,7 @@ def sync_once(root: Path) -> int:
     Raises:
         Exception: whatever MLflow's client raises when the server cannot be reached.
     """
+    close_ownerless(root)
     with _uploader_lock(root):
         uploader = Uploader(root)
         uploader.sync()

@@ -50,6 +50,29 @@ with services.embedded_prefect(root) as env:
             [run.state.name, run.state.message, run.tags]
             for run in sorted(client.read_flow_runs(), key=lambda run: run.created)
         ]
+        from prefect.states import Running, Completed
+        from flows.pools.ended_flow_runs import close_killed_flow_runs
+        from flows.records import owners
+        left = list((root / "runs" / "flow-runs").glob("*"))
+        killed, alive, ended = (
+            client.create_flow_run(build_flow.__globals__["flow"](lambda: None, name=name))
+            for name in ("killed", "alive", "ended")
+        )
+        for run in (killed, alive, ended):
+            client.set_flow_run_state(run.id, Running(), force=True)
+            owners.own_flow_run(root, str(run.id))
+        client.set_flow_run_state(ended.id, Completed(), force=True)
+        owners.own_flow_run(root, "00000000-0000-0000-0000-000000000000")
+        for path in (root / "runs" / "flow-runs").glob("*.json"):
+            if path.stem != str(alive.id):
+                values = json.loads(path.read_text())
+                path.write_text(json.dumps(values | {"started": values["started"] - 5}))
+        result["closed"] = [
+            len(left),
+            close_killed_flow_runs(root),
+            [client.read_flow_run(run.id).state.name for run in (killed, alive, ended)],
+            [path.stem == str(alive.id) for path in (root / "runs" / "flow-runs").glob("*")],
+        ]
         result["artifacts"] = [[a.key, a.type, a.data] for a in client.read_artifacts()]
 print(json.dumps(result))
 """
@@ -102,6 +125,8 @@ def test_the_flow_runs_retries_blocks_skips_and_shows_what_it_made(
     assert (toy / "b.runs").read_text().count("run") == 3
     assert set(result["mended"]["outcomes"].values()) == {"skipped"}
     assert set(result["again"]["outcomes"].values()) == {"skipped"}
+    # A pipeline in a terminal that was killed is not running for ever; others are left alone.
+    assert result["closed"] == [0, 3, ["Crashed", "Running", "Completed"], [True]]
     # b in the failing flow ran twice: the first attempt and one retry.
     assert ["b", "Failed", 2] in result["states"]
     names = [name for name, _, _ in result["flows"]]

@@ -63,9 +63,11 @@ class Site:
 
     def api(self, path: str, body: dict[str, Any]) -> Any:
         """A question to the Prefect API."""
-        import httpx
+        from prefect.client.orchestration import SyncPrefectClient
 
-        answer = httpx.post(self.env["PREFECT_API_URL"] + path, json=body, timeout=60)
+        login = self.env["PREFECT_API_AUTH_STRING"]
+        with SyncPrefectClient(self.env["PREFECT_API_URL"], auth_string=login) as client:
+            answer = client._client.post(path, json=body, timeout=60)
         answer.raise_for_status()
         return answer.json()
 
@@ -124,6 +126,11 @@ def site(
     ports = ["--prefect-port", str(port), "--mlflow-port", str(services.free_port())]
     try:
         made.ultraflux(pipeline, "up", *ports)
+        # What a person does on the other machines: set -a; . clients.env
+        clients = (services.services_dir(pipeline) / "clients.env").read_text().split()
+        said = dict(line.split("=", 1) for line in clients)
+        # Records come with the replies here, not over MLflow's server.
+        env |= {name: said[name] for name in said if not name.startswith("MLFLOW_")}
         for clone in made.workers:
             made.ultraflux(clone, "deploy", "--workers", "--limit", "1")
         yield made

@@ -257,7 +257,7 @@ def test_with_mlflow_killed_a_run_goes_on_and_its_records_arrive_later(project: 
     assert len({record.mlflow_run_id for record in ran}) == len(ran)
 
 
-def test_with_prefects_server_killed_and_started_again_the_flow_ends_well(
+def test_with_prefects_server_killed_the_run_goes_on_and_the_next_server_hears_how_it_ended(
     project: Project,
 ) -> None:
     def fault() -> None:
@@ -268,6 +268,7 @@ def test_with_prefects_server_killed_and_started_again_the_flow_ends_well(
     before = len(project.flow_states())
     project.set("generate", "num_inference_steps", 4)
     assert during_a_run(project, "generate", fault) == 0
+    assert "goes on without it" in (project.root.parent / "run.log").read_text()
     assert project.flow_states()[before:] == ["COMPLETED"]
     graph = versioning.stage_graph(project.root)
     assert versioning.stale_stages(project.root, graph) == {}

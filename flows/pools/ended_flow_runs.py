@@ -1,0 +1,58 @@
+"""Tells the Prefect server of flow runs that ended while it, or they, could not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from uuid import UUID
+
+import httpx
+from prefect import State
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    temporary_settings,
+)
+from prefect.states import Crashed
+
+from flows.records.owners import forget_flow_run, ownerless_flow_runs
+
+ANSWER_S = 5.0
+
+
+def tell_end(root: Path, flow_run_id: str, state: State) -> bool:
+    """Give a flow run its final state, if the server answers at once; whether that was done.
+
+    A run that has ended on the server, or that it does not know, is left as it is.
+    """
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        try:
+            with SyncPrefectClient(
+                PREFECT_API_URL.value(),
+                auth_string=PREFECT_API_AUTH_STRING.value(),
+                httpx_settings={"timeout": ANSWER_S},
+            ) as client:
+                present = client.read_flow_run(UUID(flow_run_id)).state
+                if present is None or not present.is_final():
+                    client.set_flow_run_state(UUID(flow_run_id), state, force=True)
+        except ObjectNotFound:
+            # Another server's, or a database that was deleted.
+            pass
+        except (httpx.HTTPError, PrefectHTTPStatusError):
+            return False
+    forget_flow_run(root, flow_run_id)
+    return True
+
+
+def close_killed_flow_runs(root: Path) -> int:
+    """Mark flow runs of this clone whose process was killed as crashed; returns how many.
+
+    For pipelines in a terminal, which no worker watches.
+    """
+    message = "Its process was killed; what had ended is kept, the next run goes on from there."
+    return sum(
+        tell_end(root, flow_run_id, Crashed(message=message))
+        for flow_run_id in ownerless_flow_runs(root)
+    )
