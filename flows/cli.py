@@ -328,9 +328,12 @@ def promote(
 @app.command(rich_help_panel=SERVICES)
 def sync() -> None:
     """Upload run records that MLflow has not received yet."""
-    from flows.tracking.uploader import sync_once
+    from flows.tracking.uploader import TrackingAway, sync_now
 
-    open_records = sync_once(project_root())
+    try:
+        open_records = sync_now(project_root())
+    except TrackingAway as problem:
+        raise fail(str(problem), 1) from None
     print("MLflow has everything" if not open_records else f"{open_records} runs still going on")
 
 
@@ -379,6 +382,13 @@ def main() -> None:
     """Entry point."""
     try:
         app()
+    except Exception as problem:
+        # What DVC refuses is said in its words; anything else is a fault of ours, with its trace.
+        errors = sys.modules.get("dvc.exceptions")
+        if errors is None or not isinstance(problem, errors.DvcException):
+            raise
+        print(f"error: DVC: {' '.join(str(problem).split())}", file=sys.stderr)
+        sys.exit(1)
     except SystemExit as end:
         _leave_threads_behind(end.code)
         raise

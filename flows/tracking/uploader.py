@@ -387,6 +387,32 @@ def sync_once(root: Path) -> int:
         return sum(1 for record in all_records(root) if record.result is None)
 
 
+class TrackingAway(RuntimeError):
+    """MLflow cannot be reached or refuses the login; one line."""
+
+
+def sync_now(root: Path) -> int:
+    """`sync_once` for a person who waits.
+
+    Raises:
+        TrackingAway: MLflow did not take the records; they stay where they are.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return sync_once(root)
+    except MlflowException as problem:
+        # MLflow repeats the whole address and each library's words about it.
+        reason = str(problem).partition(" failed with exception ")[2] or str(problem)
+        reason = reason.rpartition("Caused by ")[2] or reason
+        said = " ".join(reason.split())[:200]
+        raise TrackingAway(
+            f"MLflow at {tracking_uri(root)} did not take the records ({said}): they stay in "
+            "runs/records; start it (`ultraflux up`) or set MLFLOW_TRACKING_URI, then run "
+            "`ultraflux sync` again"
+        ) from None
+
+
 def _stdin_closed(wait_s: float) -> bool:
     ready, _, _ = select.select([sys.stdin], [], [], wait_s)
     return bool(ready) and not os.read(sys.stdin.fileno(), 1)

@@ -93,13 +93,38 @@ def open_repo(root: Path) -> Iterator[Any]:
             yield _OPENED[place]
             return
         clear_torn_rwlock(root)
-        # Waiting: without it a question fails when another dvc process holds the lock for a moment.
+        work_without_git(root)
         repo = _OPENED[place] = Repo(str(root), _wait_for_lock=True)
         try:
             yield repo
         finally:
             del _OPENED[place]
             repo.close()
+
+
+def work_without_git(root: Path) -> None:
+    """Let DVC work in a folder that no git repository holds: from an archive, an image layer.
+
+    DVC refuses such a folder unless its own configuration says `core.no_scm`, also where a person
+    types `dvc repro`; so that is written to `.dvc/config.local`, and said once. Results, resuming
+    and reports are the same; there is no commit to record, and sweeps, `reproduce` and clones on
+    other machines need one.
+    """
+    here = root.resolve()
+    if any((folder / ".git").exists() for folder in (here, *here.parents)):
+        return
+    from dvc.config import Config
+
+    config = Config(str(here / ".dvc"), validate=False)
+    if config.load_one("local").get("core", {}).get("no_scm"):
+        return
+    with config.edit("local") as local:
+        local.setdefault("core", {})["no_scm"] = True
+    print(
+        f"{here} is in no git repository: DVC works without one (.dvc/config.local); runs name no "
+        "commit",
+        file=sys.stderr,
+    )
 
 
 def clear_torn_rwlock(root: Path) -> None:
