@@ -129,10 +129,14 @@ def _run_pipeline(
             graph = clone.graph(until)
             stale = clone.stale(graph)
         if rehearsal and "ingest" in stale:
-            _rehearse(root, settings)
+            try:
+                rehearse_if_due(root, settings, otherwise="--no-rehearsal")
+            except RehearsalFailed as problem:
+                raise PipelineRefused(str(problem)) from None
     close_ownerless(root)
     record = open_record(root, _description(root, engine))
     own_record(root, record.record_id)
+    # Now, not at the end: the clone may be edited while stages run.
     kept = _keep_sources(root, record)
     # Only once the record is there: the pipeline's run has to exist before its stages' runs.
     uploader = UploaderProcess(root)

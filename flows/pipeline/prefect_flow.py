@@ -147,7 +147,7 @@ def build_flow(
         A function without parameters that runs it and returns the outcome of every stage. Where the
         run was cancelled in Prefect, `runner` was stopped. Where the server goes away, the rest of
         the graph runs without it, and threads of Prefect's client that still try to reach it are
-        left behind (`ServerLost` is set).
+        left behind (`server_lost` is set).
     """
     workers: ThreadPoolTaskRunner[StageOutcome] = ThreadPoolTaskRunner(len(runner.graph) or 1)
     outcomes: dict[str, StageOutcome] = {}

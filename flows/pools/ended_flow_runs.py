@@ -8,6 +8,7 @@ from uuid import UUID
 import httpx
 from prefect import State
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
@@ -17,15 +18,18 @@ from prefect.settings import (
 )
 from prefect.states import Crashed
 
-from flows.records.owners import forget_flow_run, ownerless_flow_runs
+from flows.records.owners import forget_flow_run, note_flow_run_end, ownerless_flow_runs
 
 ANSWER_S = 5.0
 
 
 def tell_end(root: Path, flow_run_id: str, state: State) -> bool:
-    """Give a flow run its final state, if the server answers at once; whether that was done.
+    """Give a flow run its final state, if the server answers at once; otherwise keep it for later.
 
     A run that has ended on the server, or that it does not know, is left as it is.
+
+    Returns:
+        Whether the server answered.
     """
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
         try:
@@ -41,18 +45,24 @@ def tell_end(root: Path, flow_run_id: str, state: State) -> bool:
             # Another server's, or a database that was deleted.
             pass
         except (httpx.HTTPError, PrefectHTTPStatusError):
+            note_flow_run_end(root, flow_run_id, state.type.value, state.message or "")
             return False
     forget_flow_run(root, flow_run_id)
     return True
 
 
 def close_killed_flow_runs(root: Path) -> int:
-    """Mark flow runs of this clone whose process was killed as crashed; returns how many.
+    """Tell how flow runs of this clone ended whose process has gone; returns how many.
 
-    For pipelines in a terminal, which no worker watches.
+    For pipelines in a terminal, which no worker watches. One that was killed is crashed.
     """
     message = "Its process was killed; what had ended is kept, the next run goes on from there."
+    killed: State = Crashed(message=message)
     return sum(
-        tell_end(root, flow_run_id, Crashed(message=message))
-        for flow_run_id in ownerless_flow_runs(root)
+        tell_end(
+            root,
+            flow_run_id,
+            killed if end is None else State(type=StateType(end[0]), message=end[1]),
+        )
+        for flow_run_id, end in ownerless_flow_runs(root)
     )

@@ -95,9 +95,28 @@ def forget_flow_run(root: Path, flow_run_id: str) -> None:
     (_flow_runs(root) / f"{flow_run_id}.json").unlink(missing_ok=True)
 
 
-def ownerless_flow_runs(root: Path) -> Iterator[str]:
-    """Ids of noted flow runs whose process has gone before the server heard how they ended."""
+def note_flow_run_end(root: Path, flow_run_id: str, state: str, message: str) -> None:
+    """Keep how a flow run ended until a server can be told.
+
+    Args:
+        root: the clone.
+        flow_run_id: the flow run.
+        state: type of its final state, as Prefect names it (COMPLETED, FAILED, ...).
+        message: of that state.
+    """
+    path = _flow_runs(root) / f"{flow_run_id}.json"
+    write_json(path, {**(read_json(path) or {}), "end": [state, message]})
+
+
+def ownerless_flow_runs(root: Path) -> Iterator[tuple[str, tuple[str, str] | None]]:
+    """Noted flow runs whose process has gone before the server heard how they ended.
+
+    Yields:
+        Id, and state and message of the end (`note_flow_run_end`); None: the process was killed.
+    """
     for path in sorted(_flow_runs(root).glob("*.json")):
-        owner = Owner.read(read_json(path))
+        values = read_json(path)
+        owner = Owner.read(values)
         if owner is None or owner.is_gone():
-            yield path.stem
+            end = values.get("end") if isinstance(values, dict) else None
+            yield path.stem, (str(end[0]), str(end[1])) if end else None

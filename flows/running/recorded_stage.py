@@ -209,6 +209,7 @@ def run_stage(name: str, root: Path) -> int:
         state_dir.mkdir(parents=True, exist_ok=True)
         record = open_record(root, _describe(root, node, key, inputs, state_dir))
         own_record(root, record.record_id)
+        # A pipeline uploads for its stages, with one process that has MLflow imported.
         if PARENT_RECORD not in os.environ:
             from flows.tracking.uploader import UploaderProcess
 

@@ -94,6 +94,7 @@ def open_repo(root: Path) -> Iterator[Any]:
             return
         clear_torn_rwlock(root)
         work_without_git(root)
+        # Waiting: without it a question fails when another dvc process holds the lock for a moment.
         repo = _OPENED[place] = Repo(str(root), _wait_for_lock=True)
         try:
             yield repo

@@ -16,6 +16,7 @@ from flows.records.owners import (
     Owner,
     close_ownerless,
     forget_flow_run,
+    note_flow_run_end,
     own_flow_run,
     own_record,
     ownerless_flow_runs,
@@ -46,7 +47,9 @@ def test_a_killed_process_is_closed_at_the_next_look_and_can_still_be_gone_on_wi
     mine = open_record(tmp_path, RunDescription(kind="pipeline", name="pipeline"))
     own_record(tmp_path, mine.record_id)
     own_flow_run(tmp_path, "my-run")
-    assert list(ownerless_flow_runs(tmp_path)) == ["killed-run"]
+    assert list(ownerless_flow_runs(tmp_path)) == [("killed-run", None)]
+    note_flow_run_end(tmp_path, "killed-run", "COMPLETED", "all ran")
+    assert list(ownerless_flow_runs(tmp_path)) == [("killed-run", ("COMPLETED", "all ran"))]
     assert close_ownerless(tmp_path) == ["vae"]
     assert close_ownerless(tmp_path) == []
     assert mine.result is None
