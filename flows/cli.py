@@ -23,6 +23,7 @@ from flows.commands.images import report as report_command
 from flows.commands.model import diagnose as diagnose_commands
 from flows.commands.model import weights as weights_commands
 from flows.commands.pipeline import compare as compare_command
+from flows.commands.pipeline import history as history_command
 from flows.commands.pipeline import lineage as lineage_command
 from flows.commands.pipeline import plan as plan_command
 from flows.commands.pipeline import reproduce as reproduce_command
@@ -31,6 +32,7 @@ from flows.commands.pipeline import stage_plan as stage_plan_command
 from flows.commands.pipeline import store as store_commands
 from flows.commands.pipeline import submit as submit_command
 from flows.commands.pipeline import sweep as sweep_command
+from flows.commands.services import clean as clean_command
 from flows.commands.services import deploy as deploy_command
 from flows.commands.services import remote as remote_command
 from flows.commands.services import services as services_command
@@ -356,6 +358,8 @@ app.command("judge", epilog=judge_command.EPILOG, rich_help_panel=IMAGES)(judge_
 app.command("evaluate", epilog=evaluate_command.EPILOG, rich_help_panel=IMAGES)(
     evaluate_command.evaluate
 )
+app.command(epilog=clean_command.EPILOG, rich_help_panel=SERVICES)(clean_command.clean)
+app.command(epilog=history_command.EPILOG, rich_help_panel=PIPELINE)(history_command.history)
 app.command("compare", epilog=compare_command.EPILOG, rich_help_panel=PIPELINE)(
     compare_command.compare
 )

@@ -17,8 +17,9 @@ import yaml
 
 from components.metrics.cards import CARDS
 from flows.history.run_evidence import Evidence, StageRun
+from flows.history.run_history import pipeline_records
 from flows.records.provenance import locked_packages, provenance_tags
-from flows.records.records import Record, all_records
+from flows.records.records import Record
 from flows.versioning import graph as versioning
 from flows.versioning.parameters import flatten
 
@@ -102,8 +103,7 @@ def find_side(evidence: Evidence, name: str) -> Side:
     """
     if name == WORKSPACE:
         return _workspace(evidence)
-    pipelines = [r for r in all_records(evidence.root) if r.run.kind == "pipeline"]
-    for record in reversed(pipelines):
+    for record in reversed(pipeline_records(evidence.root)):
         if name in {"pipeline", record.record_id, record.mlflow_run_id}:
             return _pipeline(evidence, record)
     runs = [r for r in evidence.runs if name in {r.stage, r.record_id, r.run_id} - {""}]

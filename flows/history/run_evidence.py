@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.history.acceptance import accepted_lines
+from flows.history.run_history import record_trees
 from flows.records.records import ACCEPTED_TAG, Record, all_records
 from flows.versioning import graph as versioning
 from flows.versioning.parameters import flatten
@@ -126,7 +127,9 @@ def finished_runs(
         lock: `stages` of dvc.lock.
         client: of a tracking store that answers, if there is one.
     """
-    known = (_from_record(record, lock) for record in all_records(root))
+    # Working trees of submissions and sweeps are this clone's, too.
+    records = (record for tree in record_trees(root) for record in all_records(tree))
+    known = (_from_record(record, lock) for record in records)
     runs = [run for run in known if run is not None]
     # By both: an upload that was repeated has another run id and the same record.
     ids = {run.run_id for run in runs} | {run.record_id for run in runs}

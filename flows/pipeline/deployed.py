@@ -68,7 +68,12 @@ def worker_clone(clone: str | None, settings: Mapping[str, Any]) -> Path:
     root = environment.project_root(Path(named) if named else None)
     if settings:
         from flows.pools.submission import submitted_tree
+        from flows.tracking.uploader import tracking_uri
 
+        # The tree's runs belong to the clone's store; this process works for no other tree.
+        os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(root)
+        # And stages of its pipeline go to the clone's pools.
+        os.environ.setdefault(environment.PROJECT, environment.project_name(root))
         root = submitted_tree(root, settings)
     # The code of that clone, before an installation that may point elsewhere.
     os.environ["PYTHONPATH"] = str(root)

@@ -24,12 +24,14 @@ from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.environment import project_name
+from flows.history.run_history import PREFECT_FILE
 from flows.pipeline.endings import pipeline_state
 from flows.pipeline.server_watch import watch_server
 from flows.pools.cancellation import stopped_when_cancelled
 from flows.pools.ended_flow_runs import tell_end
 from flows.pools.pipeline_artifacts import PipelineArtifacts
 from flows.records.owners import forget_flow_run, own_flow_run
+from flows.records.records import records_dir, write_json
 from flows.running.graph_walk import Report, walk_graph
 from flows.running.stage_runner import StageError, StageOutcome, StageRunner, blocked
 
@@ -88,6 +90,11 @@ def run_tasks(runner: StageRunner, report: Report) -> dict[str, StageOutcome]:
         Outcome by stage name.
     """
     run_id = str(flow_run.id)
+    parent = getattr(runner, "parent_record", None)
+    if parent is not None:
+        # For `ultraflux history`; the server may be gone by the time somebody asks.
+        place = records_dir(runner.root) / parent / PREFECT_FILE
+        write_json(place, {"flow_run_id": run_id, "api": os.environ.get("PREFECT_API_URL", "")})
     with PipelineArtifacts(runner.root, runner) as artifacts:
 
         def tell(outcome: StageOutcome) -> None:

@@ -79,6 +79,9 @@ def _describe(
     }
     if PREFECT_RUN in os.environ:
         tags["prefect.flow_run_id"] = os.environ[PREFECT_RUN]
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        # `dvc exp run` tells its stages.
+        tags["dvc.experiment"] = experiment
     return RunDescription(
         kind="stage",
         name=node.name,

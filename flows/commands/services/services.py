@@ -149,6 +149,21 @@ def down() -> None:
         print(f"stopped worker {worker.pool}")
     stopped = stop(project_root())
     print("\n".join(f"stopped {s.name} ({s.url})" for s in stopped) or "nothing was running")
+    _say_what_is_left(project_root())
+
+
+def _say_what_is_left(root: Path) -> None:
+    """A line about what runs have left behind, where there is anything worth it."""
+    from flows.history.leftovers import leftovers
+    from flows.versioning.graph import GraphError
+
+    try:
+        found = leftovers(root)
+    except (GraphError, OSError):
+        # Stopping servers has to work in a clone that is broken otherwise.
+        return
+    if size := sum(one.size_bytes for one in found):
+        print(f"left below runs/: {len(found)} things, {size / 2**20:.0f} MiB: ultraflux clean")
 
 
 def status(

@@ -1,0 +1,49 @@
+"""The command `ultraflux clean`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from flows.commands.command_line import fail, project_root
+
+EPILOG = """Examples:
+
+  ultraflux clean
+
+  ultraflux clean --runs
+
+Without --runs it only lists. Results stay: they are in DVC's cache (`dvc gc` is for that), records
+and MLflow's database stay, and so does training that is unfinished."""
+
+
+def clean(
+    runs: Annotated[bool, typer.Option("--runs", help="Remove what is listed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
+) -> None:
+    """List what lies below runs/ that nothing needs, with sizes; remove it with --runs."""
+    from flows.history.leftovers import leftovers, remove
+    from flows.versioning.graph import GraphError
+
+    root = project_root()
+    try:
+        found = leftovers(root)
+    except GraphError as problem:
+        raise fail(str(problem)) from None
+    if runs:
+        for one in found:
+            remove(root, one)
+    if as_json:
+        print(json.dumps([one.as_dict() | {"removed": runs} for one in found], indent=1))
+        return
+    for one in found:
+        print(f"{one.size_bytes / 2**20:10.1f} MiB  {one.path}  ({one.kind}: {one.reason})")
+    total = sum(one.size_bytes for one in found) / 2**20
+    if not found:
+        print("nothing to clean below runs/")
+    elif runs:
+        print(f"{len(found)} removed, {total:.1f} MiB freed")
+    else:
+        print(f"{len(found)} can go, {total:.1f} MiB: ultraflux clean --runs")

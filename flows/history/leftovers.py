@@ -1,0 +1,133 @@
+"""What lies below `runs/` that nothing needs any more: listed with sizes, removed on request."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from components.training.distributed.run_states import read_states, remove_state, unneeded
+from flows.running.clone_lock import LOCK_FILE
+from flows.versioning import graph as versioning
+
+OLD_LOG_S = 30 * 86400.0
+TILES = "runs/vae_tiles"
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """One folder or file that can go."""
+
+    path: str
+    """Relative to the clone."""
+    kind: str
+    reason: str
+    size_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def leftovers(root: Path) -> list[Leftover]:
+    """What can go, the largest first.
+
+    Kept are: what a run uses now, unfinished training that nobody went on from, journals of stages
+    that have not ended, records, databases of the servers, and everything that DVC tracks.
+    """
+    found = [*_submitted(root), *_states(root), *_tiles(root), *_logs(root)]
+    return sorted(found, key=lambda one: (-one.size_bytes, one.path))
+
+
+def remove(root: Path, one: Leftover) -> None:
+    """Remove what `leftovers` listed; Git forgets a working tree with it."""
+    path = root / one.path
+    if one.kind == "training state":
+        states = {state.folder: state for state in read_states(path.parent)}
+        if path in states:
+            remove_state(states[path])
+    elif one.kind == "submitted tree":
+        shutil.rmtree(path, ignore_errors=True)
+        subprocess.run(["git", "worktree", "prune"], cwd=root, capture_output=True)
+    elif path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    """Bytes on disk that only this path holds: DVC's links into its cache cost nothing."""
+    files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
+    total = 0
+    for file in files:
+        if not file.is_symlink() and (status := file.stat()).st_nlink == 1:
+            total += status.st_blocks * 512
+    return total
+
+
+def _in_use(tree: Path) -> bool:
+    """Whether a run holds the clone's lock of a working tree."""
+    try:
+        descriptor = os.open(tree / LOCK_FILE, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _submitted(root: Path) -> Iterator[Leftover]:
+    """Trees of submissions: their results are in DVC's cache, their runs in MLflow."""
+    for tree in sorted((root / "runs" / "submitted").glob("*")):
+        unfinished = any(
+            not state.finished
+            for stage in versioning.stage_graph(root)
+            for state in read_states(tree / "runs" / stage)
+        )
+        if tree.is_dir() and not _in_use(tree) and not unfinished:
+            yield Leftover(
+                str(tree.relative_to(root)), "submitted tree", "no run works there", _size(tree)
+            )
+
+
+def _states(root: Path) -> Iterator[Leftover]:
+    from flows.running.training_state import clone_identity
+
+    for name, node in versioning.stage_graph(root).items():
+        if not node.meta.trains:
+            continue
+        try:
+            key = clone_identity(root, name).key
+        except versioning.GraphError:
+            key = None
+        for state, reason in unneeded(read_states(root / "runs" / name), key):
+            place = str(state.folder.relative_to(root))
+            yield Leftover(place, "training state", reason, state.size_bytes())
+
+
+def _tiles(root: Path) -> Iterator[Leftover]:
+    """Tiles of the VAE: cut anew in minutes, and needed while it trains alone."""
+    folders = sorted(path for path in (root / TILES).glob("*") if path.is_dir())
+    training = any(not state.finished for state in read_states(root / "runs" / "vae"))
+    if not training and not _in_use(root):
+        for folder in folders:
+            place = str(folder.relative_to(root))
+            yield Leftover(place, "tiles", "the autoencoder is not being trained", _size(folder))
+
+
+def _logs(root: Path) -> Iterator[Leftover]:
+    for log in sorted((root / "runs" / "logs").glob("*.log")):
+        age_s = time.time() - log.stat().st_mtime
+        if age_s > OLD_LOG_S:
+            place = str(log.relative_to(root))
+            yield Leftover(place, "log", f"{age_s / 86400:.0f} days old", _size(log))

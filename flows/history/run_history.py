@@ -1,0 +1,98 @@
+"""Every run of a clone on one page: pipelines and sweeps, whatever started them, newest first.
+
+Records are what all ways of starting leave behind: a terminal, Prefect, a submission with settings
+of its own, a sweep's set, `dvc exp run`. Each names its run in MLflow, its flow run in Prefect, its
+commit and its DVC experiment, where there is one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.records.records import Record, all_records, read_json
+
+PREFECT_FILE = "prefect.json"
+"""In a pipeline's record: its flow run."""
+_TREES = ("runs/submitted/*", "runs/sweep/*/*", "runs/ablation/*/*")
+"""Where working trees of a clone lie that keep records of their own."""
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """One run."""
+
+    record: str
+    kind: str
+    status: str
+    """FINISHED, FAILED, KILLED or RUNNING."""
+    started_ms: int
+    seconds: float | None
+    engine: str
+    tree: str
+    """Working tree relative to the clone; empty for the clone itself."""
+    commit: str
+    is_dirty: bool
+    experiment: str
+    """Name of the DVC experiment."""
+    mlflow_run: str
+    prefect_run: str
+    summary: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def record_trees(root: Path) -> list[Path]:
+    """The clone, and those of its working trees that have records."""
+    trees = [path for pattern in _TREES for path in sorted(root.glob(pattern))]
+    return [root, *(tree for tree in trees if (tree / "runs" / "records").is_dir())]
+
+
+def pipeline_records(root: Path) -> list[Record]:
+    """Pipelines of the clone and of its working trees in the order of their start."""
+    found = [
+        record
+        for tree in record_trees(root)
+        for record in all_records(tree)
+        if record.run.kind == "pipeline"
+    ]
+    return sorted(found, key=lambda record: (record.run.started_ms, record.record_id))
+
+
+def run_history(root: Path) -> Iterator[RunLine]:
+    """Pipelines, sweeps and stages that ran by themselves, the newest first."""
+    lines = [
+        _line(root, tree, record)
+        for tree in record_trees(root)
+        for record in all_records(tree)
+        # Stages of a pipeline stand under it.
+        if record.run.kind in {"pipeline", "sweep"} or record.run.parent is None
+    ]
+    yield from sorted(lines, key=lambda line: line.started_ms, reverse=True)
+
+
+def _line(root: Path, tree: Path, record: Record) -> RunLine:
+    run, result = record.run, record.result
+    tags = run.tags
+    flow_run = (read_json(record.folder / PREFECT_FILE) or {}).get("flow_run_id")
+    ended = None if result is None else result.ended_ms
+    return RunLine(
+        record=record.record_id,
+        kind=run.name,
+        status="RUNNING" if result is None else result.status,
+        started_ms=run.started_ms,
+        seconds=((ended or int(time.time() * 1000)) - run.started_ms) / 1000,
+        engine=tags.get("ultraflux.engine", ""),
+        tree="" if tree == root else str(tree.relative_to(root)),
+        commit=tags.get("mlflow.source.git.commit", ""),
+        is_dirty=tags.get("git.dirty") == "true",
+        experiment=tags.get("dvc.experiment", ""),
+        mlflow_run=record.mlflow_run_id or "",
+        prefect_run=str(flow_run or tags.get("prefect.flow_run_id", "")),
+        summary="" if result is None else (result.error or result.summary),
+    )

@@ -1,0 +1,60 @@
+"""What can go below runs/ is listed with its size, what is used or unfinished is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from flows.history.leftovers import leftovers, remove
+from flows.running.clone_lock import clone_lock
+
+
+def submitted(toy: Path, name: str) -> Path:
+    """A working tree as `ultraflux submit -S` makes it, with 64 KiB of its own."""
+    tree = toy / "runs" / "submitted" / name
+    command = ["git", "worktree", "add", "-q", "--detach", str(tree), "HEAD"]
+    subprocess.run(command, cwd=toy, check=True)
+    (tree / "data").mkdir(exist_ok=True)
+    (tree / "data" / "own").write_bytes(os.urandom(65536))
+    os.link(toy / "source", tree / "data" / "linked")
+    return tree
+
+
+def test_trees_and_old_logs_can_go_and_what_is_used_stays(toy: Path) -> None:
+    free, used = submitted(toy, "aaaa"), submitted(toy, "bbbb")
+    logs = toy / "runs" / "logs"
+    logs.mkdir(parents=True)
+    for name, age_days in (("old.log", 40), ("new.log", 1)):
+        (logs / name).write_text("line\n" * 2000)
+        changed = time.time() - age_days * 86400
+        os.utime(logs / name, (changed, changed))
+    tiles = toy / "runs" / "vae_tiles" / "cccc"
+    tiles.mkdir(parents=True)
+    (tiles / "shard.bin").write_bytes(os.urandom(8192))
+    with clone_lock(used, print):
+        found = leftovers(toy)
+        assert [(one.path, one.kind) for one in found] == [
+            ("runs/submitted/aaaa", "submitted tree"),
+            ("runs/logs/old.log", "log"),
+            ("runs/vae_tiles/cccc", "tiles"),
+        ]
+    tree, log, tile = (one.size_bytes for one in found)
+    # Nothing for what the clone and the tree share.
+    assert 65536 <= tree < 65536 + 131072
+    assert 8192 <= tile <= log < 16384 + 4096
+    with clone_lock(toy, print):
+        # A run may be cutting them now.
+        assert "tiles" not in {one.kind for one in leftovers(toy)}
+    for one in found:
+        remove(toy, one)
+    assert not free.exists()
+    assert used.is_dir()
+    assert (logs / "new.log").is_file()
+    listed = subprocess.run(
+        ["git", "worktree", "list"], cwd=toy, capture_output=True, text=True, check=True
+    ).stdout
+    assert "aaaa" not in listed
+    assert "bbbb" in listed
+    assert [one.path for one in leftovers(toy)] == ["runs/submitted/bbbb"]

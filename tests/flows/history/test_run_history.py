@@ -1,0 +1,78 @@
+"""One page of runs, whatever started them and wherever they ran."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flows.commands.pipeline.history import history
+from flows.history.run_history import PREFECT_FILE, pipeline_records, run_history
+from flows.records.owners import OWNER_FILE, own_record
+from flows.records.records import RunDescription, RunResult, open_record, read_json, write_json
+
+
+@pytest.fixture
+def ran(tmp_path: Path) -> Path:
+    """A pipeline, a stage of it, a stage alone, a submission, and a killed pipeline."""
+    root = tmp_path
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    (root / "params.yaml").write_text("{}\n")
+    pipeline = RunDescription(
+        kind="pipeline",
+        name="pipeline",
+        tags={
+            "ultraflux.engine": "prefect",
+            "mlflow.source.git.commit": "0123456789",
+            "git.dirty": "true",
+        },
+        started_ms=1_000,
+    )
+    first = open_record(root, pipeline)
+    write_json(first.folder / "mlflow.json", {"run_id": "m1", "store": "1@s"})
+    write_json(first.folder / PREFECT_FILE, {"flow_run_id": "p1"})
+    stage = RunDescription(kind="stage", name="vae", parent=first.record_id, started_ms=2_000)
+    open_record(root, stage).finish(RunResult(status="FINISHED"))
+    first.finish(RunResult(status="FAILED", summary="1 failed", ended_ms=61_000))
+    alone = replace(stage, parent=None, tags={"dvc.experiment": "hazy-lynx"}, started_ms=3_000)
+    open_record(root, alone).finish(RunResult(status="FINISHED", ended_ms=4_000))
+    tree = root / "runs" / "submitted" / "abcd"
+    open_record(tree, replace(pipeline, started_ms=4_000)).finish(RunResult(status="FINISHED"))
+    killed = open_record(root, replace(pipeline, started_ms=5_000))
+    own_record(root, killed.record_id)
+    owner = read_json(killed.folder / OWNER_FILE)
+    write_json(killed.folder / OWNER_FILE, owner | {"started": owner["started"] - 60})
+    return root
+
+
+def test_every_run_once_the_newest_first_with_its_places(ran: Path) -> None:
+    lines = list(run_history(ran))
+    assert [(line.kind, line.started_ms, line.tree) for line in lines] == [
+        ("pipeline", 5_000, ""),
+        ("pipeline", 4_000, "runs/submitted/abcd"),
+        ("vae", 3_000, ""),
+        ("pipeline", 1_000, ""),
+    ]
+    failed = lines[-1]
+    assert (failed.status, failed.seconds, failed.summary) == ("FAILED", 60.0, "1 failed")
+    assert (failed.mlflow_run, failed.prefect_run, failed.engine) == ("m1", "p1", "prefect")
+    assert (failed.commit, failed.is_dirty) == ("0123456789", True)
+    assert lines[2].experiment == "hazy-lynx"
+    assert [record.run.started_ms for record in pipeline_records(ran)] == [1_000, 4_000, 5_000]
+
+
+def test_the_command_says_killed_of_what_was_killed(
+    ran: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ran)
+    history(limit=0, as_json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert [line["status"] for line in said] == ["KILLED", "FINISHED", "FINISHED", "FAILED"]
+    assert said[0]["summary"] == "its process ended without a result"
+    monkeypatch.setenv("COLUMNS", "200")
+    history(limit=1, as_json=False)
+    table = capsys.readouterr().out
+    assert "killed" in table
+    assert "3 older runs: --limit 0 shows all" in table
