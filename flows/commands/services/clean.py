@@ -24,7 +24,7 @@ def clean(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
 ) -> None:
     """List what lies below runs/ that nothing needs, with sizes; remove it with --runs."""
-    from flows.history.leftovers import leftovers, remove
+    from flows.running.leftovers import leftovers, remove
     from flows.versioning.graph import GraphError
 
     root = project_root()

@@ -154,7 +154,7 @@ def down() -> None:
 
 def _say_what_is_left(root: Path) -> None:
     """A line about what runs have left behind, where there is anything worth it."""
-    from flows.history.leftovers import leftovers
+    from flows.running.leftovers import leftovers
     from flows.versioning.graph import GraphError
 
     try:

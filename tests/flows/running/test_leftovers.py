@@ -7,8 +7,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from flows.history.leftovers import leftovers, remove
 from flows.running.clone_lock import clone_lock
+from flows.running.leftovers import leftovers, remove
 
 
 def submitted(toy: Path, name: str) -> Path:
