@@ -44,7 +44,7 @@ from components.models.tiny import build_tiny_autoencoder, build_tiny_transforme
 from components.objectives.haar import haar
 from components.objectives.objective import objective_loss
 from components.settings.objective import ObjectiveSettings, SnrHuberSettings
-from components.training.dit.curriculum import draw_noise, keyed_generator
+from components.training.dit.curriculum import NoiseLevels, draw_noise, keyed_generator
 from components.training.dit.validation import NOISE_LEVELS
 from components.training.dit.velocity import NoisedBatch, predict_velocity
 from components.training.encoding.latents import encode
@@ -195,7 +195,7 @@ def train(
         chosen, latents = zip(*(cut(maps, size, rng) for _ in range(phase.batch)), strict=True)
         shape = (latents[0].shape[0], 2 * size[0], 2 * size[1])
         noise, t = draw_noise(
-            seed, key, chosen, range(phase.batch), shape, "logit_normal", (0.0, 1.0)
+            seed, key, chosen, range(phase.batch), shape, NoiseLevels("logit_normal")
         )
         part = noised(chosen, torch.stack(latents), noise, t)
         for group in optimizer.param_groups:

@@ -13,9 +13,16 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from torch import Tensor
 
 from components.models.autoencoder_f16 import AutoencoderKLF16
+from components.models.noise_shift import (
+    BASE_MU,
+    BASE_TOKENS,
+    LARGE_MU,
+    LARGE_TOKENS,
+    STATIC_SHIFT,
+)
 
-# The released script's schedule bit for bit; its `time_shift = 4` is read by nothing.
-SHIFT = 3.0
+# The released script's schedule bit for bit.
+SHIFT = STATIC_SHIFT
 Schedule: TypeAlias = Literal["static", "dynamic"]
 
 
@@ -37,10 +44,10 @@ def build_scheduler(
         shift=shift,
         # FLUX.1-dev's four numbers; the line goes on beyond 4096 tokens without a cap.
         use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
+        base_shift=BASE_MU,
+        max_shift=LARGE_MU,
+        base_image_seq_len=BASE_TOKENS,
+        max_image_seq_len=LARGE_TOKENS,
     )
 
 

@@ -6,7 +6,7 @@ A setting counts unless its field says otherwise (`Effect` in `components.settin
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -32,7 +32,12 @@ def _fields(name: str) -> Iterator[FieldInfo]:
     """Fields on the way from the whole settings to a dotted name, as far as they are known."""
     section: Any = Settings
     for part in name.split("."):
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        # A section that may be left out: `AdapterSettings | None`.
+        members = [section, *get_args(section)]
+        section = next(
+            (m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None
+        )
+        if section is None:
             return
         field = section.model_fields.get(part)
         if field is None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, model_validator
+from pydantic import (
+    Field,
+    Strict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from components.settings.section import (
     CHANGES_NO_WEIGHT,
     CONTENT_COUNTS,
     Count,
     Fraction,
+    HeightWidth,
     NonNegative,
     Section,
 )
@@ -19,6 +27,20 @@ Checkpointing = Literal["none", "blocks", "selective"]
 Minutes = Annotated[float, Field(gt=0)]
 Watching = Annotated[Count, CHANGES_NO_WEIGHT]
 """How often, or how much, a run is looked at or saved."""
+
+
+def _one_problem(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """A wrong value is one line, and not one for each member of the union."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError("must be a number greater than 0, or dynamic") from None
+
+
+Shift = Annotated[
+    Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["dynamic"],
+    WrapValidator(_one_problem),
+]
 
 
 class ReconstructionSettings(Section):
@@ -82,6 +104,18 @@ class LatentsSettings(Section):
     max_rejected_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of the photographs that may turn out undecodable (or kill their worker) before the
     stage fails; those within it are listed in `store.json` and left out of training."""
+    posterior: Literal["mode", "sample"] = "mode"
+    """What is stored of the encoder's Gaussian: its mean, or one draw keyed by seed, image and
+    bucket. Diffusion-4K's script draws anew at every step (`latent_dist.sample()`); UltraFlux does
+    not say."""
+
+
+class OwnPrompt(Section):
+    """A validation prompt of one's own."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+    size: HeightWidth | None = None
+    """Pixels (height, width), multiples of 32; None: that of the first held-out image."""
 
 
 class SampleSettings(Section):
@@ -91,6 +125,9 @@ class SampleSettings(Section):
     """Steps between grids; one more at the end. 0: only at the end; None: no grid."""
     prompts: Count
     """Captions of the first held-out images, each at its image's size."""
+    own_prompts: Annotated[tuple[OwnPrompt, ...], Strict(False)] = ()
+    """Further prompts, behind the held-out captions in every grid. They are embedded once, before
+    training begins, by the encoders of the text store."""
     num_inference_steps: Count
     guidance_scale: NonNegative
 
@@ -103,6 +140,9 @@ class AdapterSettings(Section):
     """The adapter's output is scaled by alpha / rank."""
     target_modules: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)]
     """Names, or last parts of names, of the layers that get factors, such as to_q."""
+    trigger: Annotated[str | None, CHANGES_NO_WEIGHT] = None
+    """Words that call up what was trained, for the exported file's metadata; None: the caption
+    where all training images have the same one, else none."""
 
 
 class DitStageSettings(Section):
@@ -137,11 +177,29 @@ class DitStageSettings(Section):
     adapter: AdapterSettings | None
     """None: all weights are trained."""
     sigma_range: Annotated[tuple[Fraction, Fraction], Strict(False)]
-    """Noise levels trained on, 0 data to 1 noise; SACL stage 2: [0.541, 1]."""
+    """Noise levels trained on, 0 data to 1 noise. SACL stage 2: [0.541, 1], UltraFlux' "0-459"
+    (supplement, table 3) as entries of a descending table of 1,000 levels."""
+    sigma_table: Literal["unshifted", "shifted"] = "unshifted"
+    """What `sigma_range` counts in: levels as they are, which are also the entries of FLUX.1-dev's
+    own (unshifted) training table; or entries of the table that the stage's shift moves, as SD3's
+    scheduler and the released sampling script have it: "0-459" is then [0.780, 1] at shift 3."""
     timestep_density: Literal["uniform", "logit_normal", "shifted"]
+    """Of the levels before `timestep_shift`. logit_normal: Esser et al. 2024 (2403.03206), equation
+    19, location 0 and scale 1; uniform: Diffusion-4K's Flux script; shifted: uniform with shift
+    3."""
+    timestep_shift: Shift = 1.0
+    """Moves the levels trained on as sampling moves its own (Esser et al. 2024, equation 23). 1:
+    not; 3: as UltraFlux' released sampling script; dynamic: by the tokens of the bucket, as FLUX.1
+    samples (`generate.schedule: dynamic`). UltraFlux does not say what it trains with."""
     initial_weights: Literal["pretrained", "stage1_ema", "stage1_raw"]
     guidance_scale: NonNegative
-    """Value fed to the guidance embedding during training."""
+    """Value fed to the guidance embedding during training (validation, too). 3.5 in Diffusion-4K
+    (supplement, and the default of its Flux script), 1 in this project: the target is the plain
+    velocity, which no guidance has sharpened."""
+    caption_dropout: Fraction = 0.0
+    """Share of the samples whose caption is replaced by the empty prompt, so that classifier-free
+    guidance has learnt what it contrasts with (Ho and Salimans 2022, 2207.12598, algorithm 1: 0.1
+    or 0.2). UltraFlux states none and Diffusion-4K's scripts have none: 0."""
     validate_every: Watching
     validation_repeats: Watching
     """Fixed noise draws per held-out image and noise level."""
@@ -163,6 +221,11 @@ class DitStageSettings(Section):
     def _consistent(self) -> DitStageSettings:
         if self.sigma_range[0] >= self.sigma_range[1]:
             raise ValueError(f"sigma_range {list(self.sigma_range)} must be increasing")
+        if self.timestep_density == "shifted" and self.timestep_shift != 1.0:
+            raise ValueError(
+                f"timestep_shift {self.timestep_shift} would shift the density 'shifted' twice: "
+                "use timestep_density 'uniform'"
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} must be a multiple of "

@@ -2,24 +2,41 @@
 
 A layer computes W x + (alpha / rank) B A x; B starts at zero, so training starts from the base's
 own output.
+
+What is exported beside the merged weights is one adapter against the weights that anybody can have:
+where training started from weights that were themselves a base and an adapter, both changes are
+added up (exact at the sum of the ranks).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from components.files.install_hints import install_hint
+from components.settings.bad_input import BadInput
 from components.settings.training import AdapterSettings
+from components.training.adapters.adapter_files import (
+    ADAPTER_FILE,
+    BACKBONE,
+    BASE_SHA256,
+    BASE_TITLE,
+    MISSING,
+    STAGES,
+    Adapter,
+    read_adapter,
+    write_adapter,
+)
+from components.training.adapters.low_rank import Change, LowRank, added
 from components.training.dit.export import Card, save_transformer
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+from components.training.dit.job import DitJob
 
 
 def add_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
@@ -78,6 +95,79 @@ def adapter_parameters(model: Any, settings: AdapterSettings) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@dataclass(frozen=True)
+class AdapterBase:
+    """The weights that an exported adapter is a change of."""
+
+    title: str
+    """For people: a repository of the model hub where the base is published."""
+    sha256: str
+    """`export.weights_identity` of its folder; empty for random weights."""
+    before: Adapter | None
+    """What was trained on that base before this stage began."""
+
+
+def adapter_base(job: DitJob, started_from: str) -> AdapterBase:
+    """What an adapter of this run is, in the end, a change of.
+
+    Weights that a stage trained whole have no adapter of small rank beside them: then they are the
+    base, by name.
+
+    Args:
+        job: of the run.
+        started_from: identity of the initial weights; empty for random ones.
+    """
+    folder = job.initial_weights
+    if folder is None:
+        return AdapterBase(f"the random weights of seed {job.seed}", "", None)
+    try:
+        before = read_adapter(folder)
+    except BadInput:
+        # None, or one that does not name its base.
+        before = None
+    if before is not None:
+        return AdapterBase(before.about[BASE_TITLE], before.about[BASE_SHA256], before)
+    published = job.transformer.card.base_model
+    if job.settings.initial_weights == "pretrained":
+        return AdapterBase(published or "the weights that training began with", started_from, None)
+    which = job.settings.initial_weights.removeprefix("stage1_")
+    return AdapterBase(f"this project's dit_stage1 ({which})", started_from, None)
+
+
+def adapter_about(job: DitJob, base: AdapterBase, weights: str) -> dict[str, str]:
+    """Metadata of an exported adapter (ModelSpec, and `ultraflux.` for the base).
+
+    Args:
+        job: of the run.
+        base: that the adapter changes.
+        weights: "raw" or "ema".
+    """
+    assert job.settings.adapter is not None
+    earlier = base.before.about if base.before is not None else {}
+    stages = [one for one in (earlier.get(STAGES), job.name) if one]
+    about = {
+        BACKBONE: job.transformer.backbone,
+        BASE_TITLE: base.title,
+        BASE_SHA256: base.sha256,
+        MISSING: earlier.get(MISSING, "0"),
+        STAGES: "+".join(stages),
+        "modelspec.title": f"UltraFlux {job.name} {weights}",
+        "modelspec.license": job.transformer.card.license_name or job.transformer.card.license,
+    }
+    trigger = job.settings.adapter.trigger or _only_caption(job)
+    if trigger is not None:
+        about["modelspec.trigger_phrase"] = trigger
+    return about
+
+
+def _only_caption(job: DitJob) -> str | None:
+    """The caption, where all training images have the same one."""
+    if job.train_slice is None or "caption_en" not in pq.read_schema(job.train_slice).names:
+        return None
+    captions = pd.read_parquet(job.train_slice, columns=["caption_en"])["caption_en"].unique()
+    return str(captions[0]) if len(captions) == 1 else None
+
+
 def save_adapted(
     base: Any,
     settings: AdapterSettings,
@@ -86,6 +176,8 @@ def save_adapted(
     *,
     max_shard_gb: float,
     card: Card,
+    before: Adapter | None,
+    about: Mapping[str, str],
 ) -> None:
     """Write base and adapter merged as a diffusers folder, with the adapter alone beside it.
 
@@ -100,6 +192,8 @@ def save_adapted(
             `load_lora_weights` of the stock pipelines reads.
         max_shard_gb: as in `save_transformer`.
         card: as in `save_transformer`.
+        before: adapter that is merged into `base` already, and is part of the exported one.
+        about: metadata of the exported adapter.
 
     Raises:
         ValueError: `factors` are not those of this adapter on `base`.
@@ -112,8 +206,9 @@ def save_adapted(
         different = sorted(expected ^ set(factors))[:4]
         raise ValueError(f"trained factors do not fit the adapter; they differ in {different}")
     base.load_state_dict(dict(factors), strict=False)
-    # Before the merge, which consumes the factors.
-    alone, described = _stock_layout(base)
+    change = _change(factors, settings)
+    if before is not None:
+        change = added(before.change, change)
     # Fused, then the layers taken out again: the folder must load where nobody has peft.
     base.fuse_lora()
     base.unload_lora()
@@ -121,15 +216,7 @@ def save_adapted(
     base.requires_grad_(True)
 
     def save_alone(aside: Path) -> None:
-        from diffusers import FluxPipeline
-        from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-
-        def write(tensors: dict[str, Tensor], path: str) -> None:
-            # One entry of metadata only: the order of several differs from process to process.
-            save_file(tensors, path, metadata={LORA_ADAPTER_METADATA_KEY: described})
-
-        # The layout is the same for every pipeline: keys begin with "transformer.".
-        FluxPipeline.save_lora_weights(aside, transformer_lora_layers=alone, save_function=write)
+        write_adapter(Adapter(change, about), aside / ADAPTER_FILE)
 
     save_transformer(
         base,
@@ -141,17 +228,14 @@ def save_adapted(
     )
 
 
-def _stock_layout(model: Any) -> tuple[dict[str, Tensor], str]:
-    """Factors by the names that diffusers stores, and peft's settings of them as JSON."""
-    from peft.utils import get_peft_model_state_dict
-
-    factors = {
-        name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()
-    }
-    described = model.peft_config["default"].to_dict()
-    # The order of a set differs from process to process.
-    metadata = {
-        f"transformer.{key}": sorted(value) if isinstance(value, set) else value
-        for key, value in described.items()
-    }
-    return factors, json.dumps(metadata, sort_keys=True)
+def _change(factors: Mapping[str, Tensor], settings: AdapterSettings) -> Change:
+    """Trained factors as a change of weights, the scale alpha / rank in the second factor."""
+    change = {}
+    for name, down in factors.items():
+        layer, found, adapter = name.partition(".lora_A.")
+        if found:
+            up = factors[f"{layer}.lora_B.{adapter}"]
+            change[layer] = LowRank(
+                down.detach().clone(), up.detach() * (settings.alpha / settings.rank)
+            )
+    return change

@@ -7,6 +7,7 @@ the checkpoint comes last, because it is loaded into everything else.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from components.models.backbones import check_stores
+from components.models.backbones import BACKBONES, backbone_of, check_stores
 from components.settings.training import DitStageSettings
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.ranks import Ranks, initialize_engine
@@ -29,8 +30,8 @@ from components.training.dit.block_compilation import (
     compile_for_buckets,
     uncompiled,
 )
-from components.training.dit.curriculum import draw_noise
-from components.training.dit.job import DitJob, build_transformer
+from components.training.dit.curriculum import NoiseLevels, draw_noise, dropped_captions
+from components.training.dit.job import DitJob, StartUnusable, build_transformer
 from components.training.dit.sample_grids import SampleGrids, grids_of_run
 from components.training.dit.throughput import Throughput
 from components.training.dit.validation import ValidationSet
@@ -44,7 +45,7 @@ from components.training.sharded.ema import WeightAverage
 from components.training.sharded.run_checkpoints import RunCheckpoints
 from components.training.sharded.weight_shards import master_shards
 from components.training.stores.latent_store import LatentStore
-from components.training.stores.text_store import TextStore
+from components.training.stores.text_store import EMPTY_PROMPT_ID, TextStore
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,17 @@ class TrainingData:
 
         Raises:
             ValueError: nothing to train on, or the slice names images without latents.
+            StartUnusable: captions are to be dropped and the store has no empty prompt.
         """
         verify = job.runtime.verify_reads
         latents = LatentStore(job.latents, verify=verify)
         texts = TextStore(job.texts, verify=verify)
+        if job.settings.caption_dropout > 0 and EMPTY_PROMPT_ID not in texts:
+            raise StartUnusable(
+                f"{job.name}.caption_dropout {job.settings.caption_dropout:g}: the text embeddings "
+                "hold no empty prompt; make them again with `ultraflux stage run "
+                "text_embeddings`, or set it to 0"
+            )
         # The slice decides, and not the store: stage 2 reads the store of stage 1 and plans over a
         # part.
         buckets = training_ids(latents.index, job.train_slice, latents.rejected)
@@ -124,10 +132,20 @@ class TrainingData:
             part.sample_ids,
             part.occurrences,
             (channels, height, width),
-            self.job.settings.timestep_density,
-            self.job.settings.sigma_range,
+            NoiseLevels.of(self.job.settings),
         )
-        rest: tuple[Tensor, ...] = (noise, t, *self.texts.read_stored(part.sample_ids))
+        dropped = dropped_captions(
+            self.job.seed,
+            part.step,
+            part.sample_ids,
+            part.occurrences,
+            self.job.settings.caption_dropout,
+        )
+        captions = [
+            EMPTY_PROMPT_ID if is_dropped else sample_id
+            for sample_id, is_dropped in zip(part.sample_ids, dropped, strict=True)
+        ]
+        rest: tuple[Tensor, ...] = (noise, t, *self.texts.read_stored(captions))
         if pins:
             # Text states of several records are no contiguous tensor, which would not be pinned.
             rest = tuple(tensor.contiguous().pin_memory() for tensor in rest)
@@ -248,6 +266,10 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
     )
     # Last of the large things: its autoencoder waits on the host until a grid is drawn.
     grids = grids_of_run(job, data.latents, data.texts, validation.image_ids, ranks)
+    if grids is not None:
+        _check_pictures(grids, engine.module, data, ranks)
+    if ranks.is_first:
+        _say_if_contrast_is_unlearnt(job)
     # One writer: lines of several processes would mix in one file.
     metrics = MetricLog(job.metrics) if ranks.is_first else None
     return AssembledRun(
@@ -266,6 +288,34 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         # Last of all, when everything that a checkpoint is loaded into is there.
         steps_done=_resume(job, engine, data.plan, checkpoints, metrics),
     )
+
+
+def _check_pictures(grids: SampleGrids, transformer: Any, data: TrainingData, ranks: Ranks) -> None:
+    """Refuse pictures of sizes that the network cannot place or divide, before the first step.
+
+    Raises:
+        StartUnusable: see there.
+    """
+    sizes = pd.DataFrame(grids.sizes, columns=["latent_h", "latent_w"])
+    index = sizes.assign(bucket=[f"of {h}x{w} latents" for h, w in grids.sizes])
+    try:
+        for height, width in grids.sizes:
+            backbone_of(transformer).check_size(transformer, height, width)
+        if ranks.context_degree > 1:
+            check_context_parallel(transformer, ranks.context_degree, data.texts.tokens, index)
+    except ValueError as problem:
+        raise StartUnusable(f"samples.own_prompts: {problem}") from None
+
+
+def _say_if_contrast_is_unlearnt(job: DitJob) -> None:
+    """One line where sampling contrasts with an empty prompt that training never meets."""
+    family = BACKBONES[job.transformer.backbone].text_family()
+    if family.negative_prompt is not None and job.settings.caption_dropout == 0:
+        print(
+            f"{job.name}: {job.transformer.backbone} is sampled against the empty prompt, which "
+            f"this training never meets; {job.name}.caption_dropout 0.1 would change that",
+            file=sys.stderr,
+        )
 
 
 def _network(job: DitJob, data: TrainingData, ranks: Ranks) -> nn.Module:

@@ -20,6 +20,7 @@ from components.files.weight_folders import folder_digest
 from components.files.whole_files import write_text
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.supervision import RankFailure, restarts
+from components.training.dit.curriculum import trained_span
 from components.training.dit.job import WEIGHTS_NAMES, DitJob
 from components.training.dit.throughput import CHECKPOINT_STALL, WAIT_WARNING
 from components.training.dit.validation import LEVELS, NOISE_LEVELS, ValidationLoss
@@ -152,7 +153,7 @@ def write_outcome(job: DitJob) -> DitOutcome:
     # Lines of a longer run that this state was made by do not belong to the result.
     rows = [row for row in MetricLog(job.metrics).rows() if row["step"] <= job.settings.steps]
     out = job.export_dir
-    metrics = headline_metrics(rows, job.settings.sigma_range)
+    metrics = headline_metrics(rows, trained_span(job.settings, LatentStore(job.latents).index))
     tables = {"history.csv": history_table(rows), "validation.csv": validation_table(rows)}
     for name, table in tables.items():
         # The line ending is fixed: these files are hashed, and the default follows the system.

@@ -25,7 +25,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class StartUnusable(ValueError):
-    """Training cannot start from the weights that the settings name; one line."""
+    """Training cannot start from what the settings name; one line."""
 
 
 class DitJob(BaseModel):
@@ -59,6 +59,8 @@ class DitJob(BaseModel):
     """JSONL metric log."""
     segments: tuple[Segment, ...] = ()
     """Which steps ran under which settings, data and code; empty: all under these."""
+    text_encoders: Path | None = None
+    """Those that made the text store, for validation prompts of one's own; None: not known."""
 
     @property
     def changed_at(self) -> int | None:
@@ -109,6 +111,7 @@ def stage_job(
         StartUnusable: see `initial_weights`.
     """
     stage = {"dit_stage1": settings.dit_stage1, "dit_stage2": settings.dit_stage2}[name]
+    encoders = settings.models.text_encoders.pretrained
     return DitJob(
         name=name,
         settings=stage,
@@ -125,6 +128,8 @@ def stage_job(
         export_dir=export_dir,
         metrics=metrics,
         segments=segments,
+        # Tiny ones were built beside the store.
+        text_encoders=texts / "encoders" if encoders is None else root / encoders,
     )
 
 

@@ -19,8 +19,11 @@ import yaml
 from components.models.backbones import backbone_of_config
 from components.settings.effects import effect
 from components.settings.section import Effect
+from components.training.adapters.adapter_files import ADAPTER_FILE, STAGES
 from components.training.distributed.run_states import described
+from components.training.dit.adapters import adapter_base
 from components.training.dit.batch_plan import BatchPlan
+from components.training.dit.curriculum import trained_span
 from components.training.dit.export import weights_checksums, weights_identity
 from components.training.dit.validation import NOISE_LEVELS, ValidationLoss
 from components.training.stores.latent_store import LatentStore
@@ -45,6 +48,8 @@ class TrainingFacts:
     autoencoder_digest: str
     """Of the encoder that made the latents."""
     text_encoder_digest: str
+    noise_levels: tuple[float, float]
+    """(lowest, highest) level trained on."""
     started_from: str
     """Identity of the initial weights; empty for random ones."""
     validation: Mapping[str, ValidationLoss]
@@ -66,6 +71,7 @@ def facts_of_run(
         texts_digest=texts.digest,
         autoencoder_digest=str(latents.index["encoder_digest"].iloc[0]),
         text_encoder_digest=str(texts.index["encoder_digest"].iloc[0]),
+        noise_levels=trained_span(job.settings, latents.index),
         started_from=initial_identity(job.initial_weights),
         validation=last_validation(rows),
     )
@@ -99,7 +105,10 @@ def settings_digest(job: DitJob) -> str:
         # Intervals, pictures and retention change no weight (one rule: `settings.effects`).
         "stage": {
             key: value
-            for key, value in job.settings.model_dump(mode="json").items()
+            # What is left at its default says nothing new: cards of before such a setting stay.
+            for key, value in job.settings.model_dump(
+                mode="json", exclude_defaults=True, exclude={"adapter": {"trigger"}}
+            ).items()
             if effect(f"dit_stage1.{key}") is not Effect.NONE
         },
         # Where weights lie, and what a card says of their licence, changes no value of them; what
@@ -131,6 +140,7 @@ def model_card(
         f"# UltraFlux: {job.name}, {_TITLES[weights]}\n",
         _summary(job, facts, config),
         *_segments(job),
+        *_adapter(job, facts),
         "## Validation\n",
         _validation_table(facts.validation, weights),
         "## Use\n",
@@ -161,7 +171,7 @@ def _front_matter(
         "images": facts.images,
         "seed": job.seed,
         "objective": job.objective.kind,
-        "sigma_range": list(settings.sigma_range),
+        "sigma_range": list(facts.noise_levels),
         # A backbone without the resonance embedding has no such entries.
         **{key: config[key] for key in ("rope_variant", "rope_window") if key in config},
         "validation_loss": _rounded(facts.validation[weights].mean),
@@ -182,17 +192,23 @@ def _front_matter(
 
 def _summary(job: DitJob, facts: TrainingFacts, config: Mapping[str, Any]) -> str:
     settings = job.settings
-    low, high = settings.sigma_range
+    low, high = facts.noise_levels
+    shift = "" if settings.timestep_shift == 1.0 else f", shift {settings.timestep_shift}"
+    density = f"{settings.timestep_density}{shift}).{_dropout(settings.caption_dropout)}"
     start = "given weights" if facts.started_from else "random weights"
     rope = f", RoPE `{config['rope_variant']}`" if "rope_variant" in config else ""
     return (
         f"A {job.transformer.backbone} transformer{rope}, trained from {start} for "
         f"{settings.steps} steps of {settings.global_batch_size} images ({facts.images} different "
         f"ones) with the objective `{job.objective.kind}` at noise levels {low:g} to {high:g} "
-        f"({settings.timestep_density}). AdamW, learning rate {settings.learning_rate:g} "
+        f"({density} AdamW, learning rate {settings.learning_rate:g} "
         f"({settings.schedule}), {settings.precision} with float32 masters, average with decay "
         f"{settings.ema_decay:g}. The digests above name data, settings and weights.\n"
     )
+
+
+def _dropout(rate: float) -> str:
+    return f" The empty prompt replaced {rate:.3g} of the captions." if rate else ""
 
 
 def _segments(job: DitJob) -> list[str]:
@@ -208,6 +224,22 @@ def _segments(job: DitJob) -> list[str]:
         "## Segments\n",
         "Settings or data changed under way; the rest of this card speaks of the last steps.\n",
         "\n".join(["| steps | changed |", "|---|---|", *rows]) + "\n",
+    ]
+
+
+def _adapter(job: DitJob, facts: TrainingFacts) -> list[str]:
+    """What the adapter file beside the weights belongs to."""
+    if job.settings.adapter is None:
+        return []
+    base = adapter_base(job, facts.started_from)
+    stages = "" if base.before is None else f" It holds {base.before.about[STAGES]}, too."
+    name = f"`{base.sha256}`" if base.sha256 else "none"
+    return [
+        "## Adapter\n",
+        f"`{ADAPTER_FILE}` is the change from **{base.title}** to these weights in low rank; stock "
+        f"diffusers loads it on that base (`load_lora_weights`).{stages} The base's digest is "
+        f"{name}: `sha256sum *.safetensors | sha256sum` in its transformer folder. `ultraflux "
+        "weights adapter` writes it in ComfyUI's names, or of a smaller rank.\n",
     ]
 
 

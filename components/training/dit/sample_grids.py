@@ -1,14 +1,16 @@
 """Pictures at fixed prompts and seeds while training goes on, from the averaged weights.
 
-The prompts are the captions of the first held-out images, at those images' sizes; their embeddings
-are in the text store. Sampling is that of `ultraflux generate` (the same pipelines). All draws come
-from generators of their own, so training ends with the same bytes with and without pictures.
+The prompts are the captions of the first held-out images, at those images' sizes, whose embeddings
+are in the text store, and behind them prompts of one's own. Sampling is that of `ultraflux
+generate` (the same pipelines). All draws come from generators of their own, so training ends with
+the same bytes with and without pictures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +20,19 @@ from torch import Tensor
 
 from components.files.whole_files import whole_file
 from components.generation.contact_sheet import contact_sheet
-from components.models.backbones import backbone_of
+from components.models.backbones import BACKBONES, backbone_of
 from components.models.latent_tokens import unpack_latents
 from components.settings.training import SampleSettings
 from components.training.distributed.ranks import Ranks
 from components.training.dit.curriculum import keyed_generator
+from components.training.dit.job import DitJob, StartUnusable
 from components.training.dit.validation import LEVELS
+from components.training.encoding.own_prompts import prompt_id, read_own_prompts
 from components.training.stores.latent_store import LatentStore
 from components.training.stores.text_store import EMPTY_PROMPT_ID, TextStore
 
 if TYPE_CHECKING:
     from components.models.autoencoder_f16 import AutoencoderKLF16
-    from components.training.dit.job import DitJob
 
 # Training draws at steps from 0 on, validation at -1 - level.
 # The first number below both, so no picture begins with noise that a loss has seen.
@@ -56,6 +59,7 @@ class SampleGrids:
         last_step: int,
         seed: int,
         ranks: Ranks,
+        own_prompts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         """Choose the prompts.
 
@@ -69,6 +73,11 @@ class SampleGrids:
             last_step: of the run; a grid is always drawn there.
             seed: of the noise.
             ranks: this process.
+            own_prompts: embeddings of `settings.own_prompts` by `prompt_id`; those without are not
+                drawn.
+
+        Raises:
+            StartUnusable: a size of one's own that the pipeline would round.
         """
         self._settings, self._autoencoder, self._texts = settings, autoencoder, texts
         # By id: the same prompts in every run on this corpus, whatever the order of the index.
@@ -81,6 +90,19 @@ class SampleGrids:
             (name, int(height), int(width))
             for name, (height, width) in zip(chosen, sizes, strict=True)
         ]
+        # Here, because diffusers is most of what importing the trainer would cost.
+        from components.models.f16_pipeline import check_image_size
+
+        self._own = dict(own_prompts or {})
+        first = self._prompts[0][1:]
+        for number, own in enumerate(settings.own_prompts):
+            height, width = own.size or first
+            try:
+                check_image_size(height, width, 2 * factor)
+            except ValueError as problem:
+                raise StartUnusable(f"samples.own_prompts[{number}].size: {problem}") from None
+            if (name := prompt_id(own.prompt)) in self._own:
+                self._prompts.append((name, height, width))
         self.folder = folder
         self._last_step, self._seed, self._ranks = last_step, seed, ranks
 
@@ -91,6 +113,12 @@ class SampleGrids:
             return False
         # 0 means at the end alone.
         return step == self._last_step or (every > 0 and step % every == 0)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of every picture in latent pixels."""
+        factor = int(self._autoencoder.spatial_compression)
+        return [(height // factor, width // factor) for _, height, width in self._prompts]
 
     @torch.no_grad()
     def draw(self, transformer: Any, step: int) -> None:
@@ -132,7 +160,8 @@ class SampleGrids:
         device, dtype = self._ranks.device, pipeline.transformer.dtype
 
         def embedding(image_id: str) -> list[Tensor]:
-            return [x[None].to(device, dtype) for x in self._texts.read(image_id)]
+            embedded = self._own.get(image_id) or self._texts.read(image_id)
+            return [x[None].to(device, dtype) for x in embedded]
 
         text, pooled = embedding(name)
         # Guidance without a negative prompt is an input of the network (Flux); the others compare
@@ -191,6 +220,16 @@ def grids_of_run(
     """
     if job.autoencoder is None or job.settings.samples.every is None:
         return None
+    family = BACKBONES[job.transformer.backbone].text_family()
+    if family.negative_prompt is not None and EMPTY_PROMPT_ID not in texts:
+        if ranks.is_first:
+            print(
+                f"{job.name}: no sample grids: the text embeddings hold no empty prompt, which "
+                f"{job.transformer.backbone} samples against; make them again with `ultraflux "
+                "stage run text_embeddings`",
+                file=sys.stderr,
+            )
+        return None
     # diffusers comes with peft, transformers and bitsandbytes: three quarters of what importing the
     # trainer would cost. Only pictures and the transformer itself need it.
     from components.models.loading.base_autoencoder import load_base_autoencoder
@@ -205,4 +244,7 @@ def grids_of_run(
         last_step=job.settings.steps,
         seed=job.seed,
         ranks=ranks,
+        own_prompts=read_own_prompts(
+            [own.prompt for own in job.settings.samples.own_prompts], job.state_dir
+        ),
     )

@@ -25,7 +25,7 @@ from components.settings.training import DitStageSettings
 from components.telemetry.progress import track
 from components.training.distributed.interruption import StopRequest, note_interruption
 from components.training.distributed.ranks import Ranks
-from components.training.dit.adapters import save_adapted
+from components.training.dit.adapters import adapter_about, adapter_base, save_adapted
 from components.training.dit.assembly import AssembledRun, assemble_run
 from components.training.dit.export import Card, save_transformer
 from components.training.dit.job import WEIGHTS_NAMES, DitJob, TrainingDiverged, build_transformer
@@ -317,13 +317,13 @@ def export_weights(parts: AssembledRun) -> None:
         weights = {key: value.cpu() for key, value in tensors if ranks.is_first}
         if facts is not None:
             card = partial(model_card, job, facts, name)
-            _save_weights(parts, weights, job.export_dir / name, card)
+            _save_weights(parts, weights, job.export_dir / name, card, facts.started_from)
     # Together: a rank that leaves takes its end of the process group with it.
     ranks.barrier()
 
 
 def _save_weights(
-    parts: AssembledRun, weights: dict[str, Tensor], folder: Path, card: Card
+    parts: AssembledRun, weights: dict[str, Tensor], folder: Path, card: Card, started_from: str
 ) -> None:
     settings, data = parts.job.settings, parts.data
     size = settings.max_shard_gb
@@ -331,5 +331,15 @@ def _save_weights(
         save_transformer(parts.engine.module, weights, folder, max_shard_gb=size, card=card)
         return
     # `weights` are the adapter's factors alone; they are merged into the base as it was loaded.
-    base = build_transformer(parts.job, data.texts.widths, data.latent_channels)
-    save_adapted(base, settings.adapter, weights, folder, max_shard_gb=size, card=card)
+    model = build_transformer(parts.job, data.texts.widths, data.latent_channels)
+    base = adapter_base(parts.job, started_from)
+    save_adapted(
+        model,
+        settings.adapter,
+        weights,
+        folder,
+        max_shard_gb=size,
+        card=card,
+        before=base.before,
+        about=adapter_about(parts.job, base, folder.name),
+    )

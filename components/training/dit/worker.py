@@ -8,6 +8,8 @@ and both go through `train_here`.
 
 from __future__ import annotations
 
+import sys
+
 from components.files.weight_folders import WeightsMissing
 from components.training.distributed.checkpoints import DiskFull
 from components.training.distributed.interruption import listening
@@ -19,6 +21,7 @@ from components.training.distributed.ranks import (
 )
 from components.training.dit.job import DitJob, TrainingDiverged
 from components.training.dit.trainer import train
+from components.training.encoding.own_prompts import embed_own_prompts
 
 WORKER = "components.training.dit.worker"
 # Everything else is restarted, such as a lost connection or a killed rank.
@@ -35,7 +38,24 @@ def run_job(job: DitJob) -> None:
         TrainingRefused: (several processes) a rank failed in a way that a retry would repeat.
         TrainingFailed: (several processes) a rank failed; names it, its last words and the logs.
     """
+    _embed_own_prompts(job)
     run_in_ranks(job, WORKER, train_here)
+
+
+def _embed_own_prompts(job: DitJob) -> None:
+    """Before any network of training is made, and in one process: text encoders are large.
+
+    Pictures are no reason to stop: where the encoders cannot be had a line says so.
+    """
+    prompts = [own.prompt for own in job.settings.samples.own_prompts]
+    if not prompts or job.autoencoder is None:
+        return
+    # The bits of a sum depend on the number of threads.
+    with deterministic_torch(job.runtime.torch_threads):
+        backbone = job.transformer.backbone
+        problem = embed_own_prompts(prompts, job.texts, job.text_encoders, backbone, job.state_dir)
+    if problem is not None:
+        print(f"{job.name}: no pictures of samples.own_prompts: {problem}", file=sys.stderr)
 
 
 def train_here(job: DitJob) -> None:

@@ -57,7 +57,7 @@ def embed_captions(
     tokenizers = {name: getattr(encoders, name) for name in family.folders if "tokenizer" in name}
     length = settings.models.text_encoders.max_sequence_length
     lengths = text_lengths(text_limits(BACKBONES[backbone], tokenizers, length), rows["caption_en"])
-    digest = _encoder_digest(folder, family)
+    digest = encoders_digest(folder, family)
     # One storage precision for everything that the transformer reads.
     dtype = settings.latents.dtype
     job = TextJob(
@@ -118,7 +118,7 @@ def _encoder_folder(
     return folder
 
 
-def _encoder_digest(folder: Path, family: TextFamily) -> str:
+def encoders_digest(folder: Path, family: TextFamily) -> str:
     """Identity of the text parts (a FLUX.1-dev folder also holds what is not read here)."""
     # Of folders by name, so that exchanged encoders do not have the same digest.
     parts = [f"{name}={folder_digest(folder / name)}" for name in family.folders]

@@ -15,6 +15,7 @@ from components.training.encoding.encoder_workers import Placement, encoder_limi
 from components.training.encoding.latent_workers import LatentJob, latent_workers
 from components.training.encoding.latents import (
     EncodingItem,
+    Posterior,
     Workers,
     encode_corpus,
     encoding_items,
@@ -66,6 +67,7 @@ def encode_slices(
             device=settings.runtime.device,
             max_megapixels=settings.ingest.max_megapixels,
             workers=_workers(settings, root, state_dir, encoder_digest(autoencoder)),
+            posterior=Posterior.of(settings.latents, settings.project.seed),
         )
 
 
@@ -100,6 +102,7 @@ def rebuild_from_slices(
             autoencoder.to(settings.runtime.device),
             settings.latents,
             max_megapixels=settings.ingest.max_megapixels,
+            posterior=Posterior.of(settings.latents, settings.project.seed),
         )
 
 
@@ -122,6 +125,7 @@ def _workers(settings: Settings, root: Path, state_dir: Path, digest: str) -> Wo
         digest=digest,
         dtype=settings.latents.dtype,
         max_megapixels=settings.ingest.max_megapixels,
+        posterior=Posterior.of(settings.latents, settings.project.seed),
         placement=Placement.of(settings, state_dir),
     )
     return latent_workers(job, limits)

@@ -14,7 +14,7 @@ from components.models.loading.base_autoencoder import encoder_digest, load_base
 from components.settings.models import AutoencoderSettings
 from components.training.distributed.ranks import deterministic_torch
 from components.training.encoding.encoder_workers import Placement, own_device
-from components.training.encoding.latents import EncodedBatch, EncodingItem, encode_batch
+from components.training.encoding.latents import EncodedBatch, EncodingItem, Posterior, encode_batch
 from components.training.stores.stored_tensors import StoreDtype
 
 
@@ -30,6 +30,7 @@ class LatentJob:
     """Of the encoder that the parent loaded."""
     dtype: StoreDtype
     max_megapixels: float
+    posterior: Posterior
     placement: Placement
 
 
@@ -55,7 +56,7 @@ def encode_photographs(items: list[EncodingItem], job: LatentJob) -> EncodedBatc
     """Body of a worker: `encode_batch` with the job's network."""
     # As in the stage's own process, so that a store does not tell who encoded it.
     with deterministic_torch(job.placement.threads):
-        return encode_batch(items, _autoencoder(job), job.dtype, job.max_megapixels)
+        return encode_batch(items, _autoencoder(job), job.dtype, job.max_megapixels, job.posterior)
 
 
 def latent_workers(

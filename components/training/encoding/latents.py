@@ -89,28 +89,62 @@ def batches(items: Iterable[EncodingItem], batch_size: int) -> list[list[Encodin
     return plan
 
 
-def plan_digest(plan: Sequence[Sequence[EncodingItem]]) -> str:
-    """Sha256 of which images are encoded, at which size, in which batches."""
+@dataclass(frozen=True)
+class Posterior:
+    """What is kept of the encoder's Gaussian N(mean, std^2) of an image."""
+
+    seed: int | None = None
+    """None: the mean, so that equal photographs have equal latents without a seed; else one draw
+    mean + std * noise, the noise keyed by (seed, image, bucket)."""
+
+    @classmethod
+    def of(cls, settings: LatentsSettings, seed: int) -> Posterior:
+        """Of the settings and the project's seed."""
+        return cls(seed if settings.posterior == "sample" else None)
+
+    def noise(self, item: EncodingItem, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal noise of one image, float32 on the CPU."""
+        # Of image and bucket alone, so that neither batch nor worker changes anything.
+        key = f"posterior/{self.seed}/{item.image_id}/{item.bucket.name}"
+        number = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        generator = torch.Generator("cpu")
+        generator.manual_seed(int.from_bytes(number, "little", signed=True))
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+MEAN = Posterior()
+
+
+def plan_digest(plan: Sequence[Sequence[EncodingItem]], posterior: Posterior = MEAN) -> str:
+    """Sha256 of which images are encoded, at which size, in which batches, and what is kept."""
     # The bucket's name and not the path: a photograph that has moved is the same photograph.
     content = [[(item.image_id, item.split, item.bucket.name) for item in part] for part in plan]
     # How pixels are read, too: unfinished work of another reading is not continued.
-    return hashlib.sha256(json.dumps(["as seen", content]).encode()).hexdigest()
+    drawn = [] if posterior.seed is None else [f"drawn {posterior.seed}"]
+    return hashlib.sha256(json.dumps(["as seen", content, *drawn]).encode()).hexdigest()
 
 
 @torch.no_grad()
-def encode(autoencoder: AutoencoderKLF16, images_BCHW: Tensor) -> Tensor:
-    """Normalised latents (z - shift_factor) * scaling_factor of the posterior mode.
+def encode(
+    autoencoder: AutoencoderKLF16,
+    images_BCHW: Tensor,
+    noise: Callable[[tuple[int, ...]], Tensor] | None = None,
+) -> Tensor:
+    """Normalised latents (z - shift_factor) * scaling_factor of the posterior.
 
     Args:
         autoencoder: base autoencoder.
         images_BCHW: (B, 3, H, W) in [-1, 1], edges multiples of the spatial compression.
+        noise: of a draw, given the latents' shape (B, C, h, w); None: the mean.
 
     Returns:
         (B, C, H/16, W/16) for F16, in the autoencoder's dtype.
     """
-    # The mode and not a sample: equal photographs have equal latents, without a seed.
-    mode: Tensor = autoencoder.encode(images_BCHW).latent_dist.mode()
-    return (mode - (autoencoder.config.shift_factor or 0.0)) * autoencoder.config.scaling_factor
+    gaussian = autoencoder.encode(images_BCHW).latent_dist
+    latents: Tensor = gaussian.mode()
+    if noise is not None:
+        latents = latents + gaussian.std * noise(tuple(latents.shape)).to(latents)
+    return (latents - (autoencoder.config.shift_factor or 0.0)) * autoencoder.config.scaling_factor
 
 
 @torch.no_grad()
@@ -172,6 +206,7 @@ def encode_batch(
     autoencoder: AutoencoderKLF16,
     dtype: StoreDtype,
     max_megapixels: float = MAX_MEGAPIXELS,
+    posterior: Posterior = MEAN,
 ) -> EncodedBatch:
     """Latents of photographs of one bucket; one that cannot be encoded costs only itself.
 
@@ -180,6 +215,7 @@ def encode_batch(
         autoencoder: on the device that encodes.
         dtype: of the records.
         max_megapixels: bound on decoded photographs.
+        posterior: what is kept of the encoder's Gaussian.
     """
     images: dict[str, Tensor] = {}
     rejected: dict[str, str] = {}
@@ -193,7 +229,13 @@ def encode_batch(
         return EncodedBatch({}, (0, 0, 0), rejected)
     device = next(autoencoder.parameters()).device
     # Without those that failed: the others' sums may round as in a smaller batch.
-    latents = encode(autoencoder, torch.stack(list(images.values())).to(device))
+    kept = [item for item in items if item.image_id in images]
+
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.stack([posterior.noise(item, shape[1:]) for item in kept])
+
+    drawn = None if posterior.seed is None else noise
+    latents = encode(autoencoder, torch.stack(list(images.values())).to(device), drawn)
     records: dict[str, bytes] = {}
     for image_id, latent in zip(images, latents.cpu(), strict=True):
         # A NaN in the store would show as a loss that is NaN, weeks later.
@@ -214,6 +256,7 @@ def encode_corpus(
     device: str = "cpu",
     max_megapixels: float = MAX_MEGAPIXELS,
     workers: Workers | None = None,
+    posterior: Posterior = MEAN,
 ) -> LatentStore:
     """Encode all items and publish the store; continues where a killed run stopped.
 
@@ -230,6 +273,7 @@ def encode_corpus(
         device: where the encoder runs.
         max_megapixels: bound on decoded photographs.
         workers: encode batches elsewhere, results in order; None: in this process.
+        posterior: what is kept of the encoder's Gaussian; workers have to know it, too.
 
     Raises:
         TooManyRejected: more photographs fail than `settings.max_rejected_fraction`.
@@ -239,13 +283,13 @@ def encode_corpus(
         # Inside the generator: with workers elsewhere this process never fills its own GPU.
         model = autoencoder.to(device)
         for batch in plan:
-            yield encode_batch(batch, model, settings.dtype, max_megapixels)
+            yield encode_batch(batch, model, settings.dtype, max_megapixels, posterior)
 
     plan = batches(items, settings.batch_size)
     # Work under another plan is kept apart: other batches may round sums differently.
     digest = encoder_digest(autoencoder)
     writer = LatentStoreWriter(
-        work_dir / plan_digest(plan)[:16],
+        work_dir / plan_digest(plan, posterior)[:16],
         dtype=settings.dtype,
         shard_mb=settings.shard_mb,
         encoder_digest=digest,
@@ -299,10 +343,12 @@ def encode_corpus(
     lost = take(pending, len(plan) - len(pending)) if pending else []
     if lost:
         take([[item] for item in lost], len(plan) - len(lost))
-    return writer.publish(destination, provenance(autoencoder, digest, device), rejected)
+    return writer.publish(destination, provenance(autoencoder, digest, device, posterior), rejected)
 
 
-def provenance(autoencoder: AutoencoderKLF16, digest: str, device: str) -> dict[str, Any]:
+def provenance(
+    autoencoder: AutoencoderKLF16, digest: str, device: str, posterior: Posterior = MEAN
+) -> dict[str, Any]:
     """What the latents came from: weights, normalisation, arithmetic, software."""
     config = autoencoder.config
     packages = ("torch", "diffusers", "numpy", "pillow", "simplejpeg")
@@ -313,7 +359,7 @@ def provenance(autoencoder: AutoencoderKLF16, digest: str, device: str) -> dict[
         "stride": config.stride,
         "scaling_factor": config.scaling_factor,
         "shift_factor": config.shift_factor,
-        "posterior": "mode",
+        "posterior": "mode" if posterior.seed is None else f"sample, seed {posterior.seed}",
         "fit": "Lanczos until the bucket is covered, centre kept",
         "device": device,
         "software": {name: importlib.metadata.version(name) for name in packages},

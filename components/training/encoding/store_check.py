@@ -20,7 +20,7 @@ from components.training.stores.record_writer import INDEX_FILE
 
 if TYPE_CHECKING:
     from components.models.autoencoder_f16 import AutoencoderKLF16
-    from components.training.encoding.latents import EncodingItem
+    from components.training.encoding.latents import EncodingItem, Posterior
 
 _BATCH_BYTES = 64 * 2**20
 
@@ -113,6 +113,7 @@ def rebuild_shard(
     settings: LatentsSettings,
     *,
     max_megapixels: float,
+    posterior: Posterior,
 ) -> int:
     """Encode the photographs of one shard again, in the batches of the first time.
 
@@ -125,6 +126,7 @@ def rebuild_shard(
         autoencoder: of the store, on the device that encodes.
         settings: of the store.
         max_megapixels: bound on decoded photographs.
+        posterior: of the store.
 
     Returns:
         number of records.
@@ -145,7 +147,8 @@ def rebuild_shard(
     # Whole batches of the first time: alone, a photograph's sums may be rounded differently.
     for batch in batches(items, settings.batch_size):
         if wanted & {item.image_id for item in batch}:
-            records |= encode_batch(batch, autoencoder, settings.dtype, max_megapixels).records
+            encoded = encode_batch(batch, autoencoder, settings.dtype, max_megapixels, posterior)
+            records |= encoded.records
     # All are compared before one byte is written: a shard half of new bytes helps nobody.
     differs = [
         str(row.image_id)

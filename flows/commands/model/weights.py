@@ -1,6 +1,7 @@
 """`ultraflux weights`: which weights are needed, which are there, and whether they are right.
 
-Nothing is fetched but what `get` is asked for: the table names the command that does.
+Nothing is fetched but what `get` is asked for: the table names the command that does. `adapter`
+writes what was trained for other programs.
 """
 
 from __future__ import annotations
@@ -157,3 +158,60 @@ def verify_weights(
     print(f"{checked} verified, {bad} wrong or missing.")
     if bad:
         raise typer.Exit(1)
+
+
+@app.command(
+    "adapter",
+    epilog="Example: [bold]ultraflux weights adapter data/dit_stage2/ema --out uf.safetensors "
+    "--keys comfyui[/]",
+)
+def export_adapter(
+    source: Annotated[
+        Path, typer.Argument(help="Weights that were trained with an adapter, or its file.")
+    ],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    keys: Annotated[
+        str, typer.Option(help="Names in the file: diffusers, or comfyui (Flux only).")
+    ] = "diffusers",
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Cut every layer to its best change of this rank; what is lost is said."
+        ),
+    ] = None,
+    trigger: Annotated[
+        str | None, typer.Option(help="Words that call up what was trained, for its metadata.")
+    ] = None,
+) -> None:
+    """Write the adapter of trained weights as one file, by other names or of a smaller rank.
+
+    It is the whole change from the base that it names, whichever stages made it.
+    """
+    from components.settings.bad_input import BadInput
+    from components.training.adapters.adapter_files import (
+        BASE_SHA256,
+        BASE_TITLE,
+        MISSING,
+        Adapter,
+        read_adapter,
+        write_adapter,
+    )
+
+    if keys not in ("diffusers", "comfyui"):
+        raise fail(f"--keys {keys}: diffusers or comfyui")
+    if not out.parent.is_dir():
+        raise fail(f"--out {out}: there is no folder {out.parent}")
+    try:
+        adapter = read_adapter(source)
+        if trigger is not None:
+            about = {**adapter.about, "modelspec.trigger_phrase": trigger}
+            adapter = Adapter(adapter.change, about)
+        if rank is not None:
+            adapter = adapter.cut_to(rank)
+        write_adapter(adapter, out, keys)
+    except (BadInput, ValueError) as problem:
+        raise fail(str(problem)) from None
+    missing = float(adapter.about[MISSING])
+    exact = f"{missing:.2%} of the change is missing" if missing else "the whole change"
+    base = adapter.about[BASE_SHA256][:12] or "no digest"
+    print(f"{out}: rank {adapter.rank} on {adapter.about[BASE_TITLE]} ({base}), {exact}")

@@ -32,6 +32,8 @@ from flows.versioning.parameters import flatten
                 "max_shard_gb",
                 "samples.every",
                 "samples.prompts",
+                "samples.own_prompts",
+                "adapter.trigger",
             )
         ),
         *(f"vae.{name}" for name in ("eval_crops", "eval_every", "checkpoint_every")),
@@ -65,8 +67,11 @@ def test_what_changes_no_weight_is_no_part_of_a_runs_identity(name: str) -> None
                 "precision",
                 "sigma_range",
                 "timestep_density",
+                "timestep_shift",
+                "sigma_table",
                 "initial_weights",
                 "guidance_scale",
+                "caption_dropout",
                 "adapter.rank",
             )
         ),

@@ -45,6 +45,9 @@ def test_an_unknown_key_names_the_nearest_known_one() -> None:
         ("signals.patch_px", 0, "greater than or equal to 8"),
         ("dit_stage1.learning_rate", 0.0, "greater than 0"),
         ("dit_stage1.sigma_range", [0.9, 0.1], "must be increasing"),
+        ("dit_stage1.timestep_shift", 0.0, "must be a number greater than 0, or dynamic"),
+        ("dit_stage1.timestep_shift", "flux", "must be a number greater than 0, or dynamic"),
+        ("dit_stage1.caption_dropout", 1.5, "less than or equal to 1"),
         ("dit_stage1.global_batch_size", 7, "multiple of"),
         ("generate.sizes", [[100, 100]], "multiples of 32"),
         ("models.autoencoder.stride", 3, "1 or 2"),
@@ -59,6 +62,14 @@ def test_a_bad_value_names_field_value_and_range(path: str, value: Any, expected
     assert len(message.splitlines()) == 1
     assert path.rsplit(".", 1)[0] in message
     assert expected in message
+
+
+def test_a_density_that_is_shifted_by_itself_is_not_shifted_again() -> None:
+    values = changed("dit_stage1.timestep_density", "shifted")
+    parse_settings(values)
+    values["dit_stage1"]["timestep_shift"] = 3.0
+    with pytest.raises(SettingsError, match="would shift the density 'shifted' twice"):
+        parse_settings(values)
 
 
 def test_every_problem_gets_its_own_line() -> None:

@@ -10,17 +10,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
+from transformers import T5TokenizerFast
 
 from components.corpus.manifest import write_table
+from components.models.text_encoders import encode_prompts, load_text_encoders
 from components.settings.schema import Settings, load_settings, parse_settings
 from components.telemetry.metric_log import MetricLog
 from components.training.dit.curves import write_outcome
 from components.training.dit.job import stage_job
 from components.training.dit.worker import run_job as train_dit
 from components.training.encoding.embedded_captions import embed_captions
-from components.training.encoding.encoded_slices import ENCODED_SLICES, encode_slices
+from components.training.encoding.encoded_slices import (
+    ENCODED_SLICES,
+    encode_slices,
+    rebuild_from_slices,
+)
 from components.training.encoding.latent_summary import write_summary
+from components.training.encoding.own_prompts import prompt_id, read_own_prompts
+from components.training.stores.latent_store import LatentStore
+from components.training.stores.text_store import TextStore
 from components.training.vae.job import slices_job
 from components.training.vae.worker import run_job as train_vae
 from flows.stages.contract import StageContext, StageFailed, StageResult
@@ -49,9 +59,10 @@ def small_settings() -> Settings:
     return parse_settings(values)
 
 
-def run(stage: str, root: Path) -> StageResult:
+def run(stage: str, root: Path, settings: Settings | None = None) -> StageResult:
     state = root / "runs" / stage
-    context = StageContext(stage, small_settings(), root, state, MetricLog(state / "metrics.jsonl"))
+    settings = settings or small_settings()
+    context = StageContext(stage, settings, root, state, MetricLog(state / "metrics.jsonl"))
     return importlib.import_module(f"flows.stages.{stage}").run(context)
 
 
@@ -111,6 +122,26 @@ def test_latents_from_python_are_those_of_the_stage(stores: Path, tmp_path: Path
     assert contents(out) == contents(stores / "data" / "latents")
 
 
+def test_the_posterior_of_the_settings_reaches_the_latents(stores: Path, tmp_path: Path) -> None:
+    values = small_settings().model_dump(mode="json")
+    values["latents"]["posterior"] = "sample"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "slices").symlink_to(stores / "data" / "slices")
+    (tmp_path / "photos").symlink_to(stores / "photos")
+    run("latents", tmp_path, parse_settings(values))
+    drawn = LatentStore(tmp_path / "data" / "latents")
+    seed = values["project"]["seed"]
+    assert drawn.about["provenance"]["posterior"] == f"sample, seed {seed}"
+    assert drawn.digest != LatentStore(stores / "data" / "latents").digest
+    # A damaged shard is made again with the same draws.
+    shard = str(drawn.index["shard"].iloc[0])
+    before = (drawn.folder / shard).read_bytes()
+    (drawn.folder / shard).write_bytes(bytes(len(before)))
+    slices = [stores / "data" / "slices" / name for name in ENCODED_SLICES]
+    rebuild_from_slices(parse_settings(values), slices, drawn, shard, root=tmp_path)
+    assert (drawn.folder / shard).read_bytes() == before
+
+
 def test_embeddings_from_python_are_those_of_the_stage(stores: Path, tmp_path: Path) -> None:
     manifest, out = stores / "data" / "slices" / "manifest.parquet", tmp_path / "texts"
     store = embed_captions(
@@ -118,6 +149,22 @@ def test_embeddings_from_python_are_those_of_the_stage(stores: Path, tmp_path: P
     )
     assert len(store.index) == 6
     assert contents(out) == contents(stores / "data" / "text_embeddings")
+
+
+def test_captions_that_the_encoders_cut_are_counted_warned_of_and_stored(stores: Path) -> None:
+    """8 positions of T5, and longer captions: by its own tokenizer all five are cut."""
+    folder = stores / "data" / "text_embeddings"
+    tokenizer = T5TokenizerFast.from_pretrained(folder / "encoders" / "tokenizer_2")
+    captions = pd.read_parquet(stores / "data" / "slices" / "manifest.parquet")["caption_en"]
+    sizes = [len(tokenizer(caption).input_ids) for caption in captions]
+    assert min(sizes) > 8
+    result = run("text_embeddings", stores)
+    assert result.metrics["captions_cut_t5"] == 5
+    assert result.metrics["captions_cut_clip"] == 0
+    said = f"; warning: T5 cuts 5 of 5 captions at 8 tokens (the longest has {max(sizes)})"
+    assert said in result.summary
+    stored = TextStore(folder).about["provenance"]["caption_lengths"]["T5"]
+    assert stored == {"limit": 8, "captions": 5, "cut": 5, "longest": max(sizes)}
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +257,44 @@ def test_both_stages_trained_from_python_are_those_of_the_pipeline(
         assert contents(out) == contents(stores / "data" / stage)
         before = out / "ema"
     assert result.tags["train_slice.images"] == "3"
+
+
+def test_prompts_of_ones_own_are_drawn_and_change_no_weight(
+    stores: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The grid gets a row more, and the exported bytes are those of a run without."""
+    (tmp_path / "data").mkdir()
+    for name in ("slices", "latents", "text_embeddings"):
+        (tmp_path / "data" / name).symlink_to(stores / "data" / name)
+    values = small_settings().model_dump(mode="json")
+    samples = {"every": 0, "prompts": 1, "num_inference_steps": 1, "guidance_scale": 1.0}
+    grids, exports = [], []
+    for own in ([], [{"prompt": "a red kite", "size": [64, 96]}, {"prompt": "noise"}]):
+        values["dit_stage1"]["samples"] = samples | {"own_prompts": own}
+        run("dit_stage1", tmp_path, parse_settings(values))
+        state = tmp_path / "runs" / "dit_stage1"
+        grids.append(Image.open(next((state / "samples").glob("*.png"))).size)
+        exports.append(contents(tmp_path / "data" / "dit_stage1"))
+        state.rename(tmp_path / f"state{len(own)}")
+    assert grids[0] == (536, 536)
+    assert grids[1] == (1024, 1024)
+    assert exports[0] == exports[1]
+    # As the captions were embedded, by the same encoders.
+    encoders = load_text_encoders(stores / "data" / "text_embeddings" / "encoders")
+    text, pooled = encode_prompts(encoders, ["a red kite"], 8)
+    embedded = read_own_prompts(["a red kite"], tmp_path / "state2")[prompt_id("a red kite")]
+    assert torch.equal(embedded[0], text[0])
+    assert torch.equal(embedded[1], pooled[0])
+    # Encoders that made another store: a line, and the grid of held-out captions alone.
+    (tmp_path / "data" / "text_embeddings").unlink()
+    shutil.copytree(stores / "data" / "text_embeddings", tmp_path / "data" / "text_embeddings")
+    config = tmp_path / "data" / "text_embeddings" / "encoders" / "text_encoder" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    capfd.readouterr()
+    run("dit_stage1", tmp_path, parse_settings(values))
+    assert "no pictures of samples.own_prompts: the text encoders" in capfd.readouterr().err
+    drawn = next((tmp_path / "runs" / "dit_stage1" / "samples").glob("*.png"))
+    assert Image.open(drawn).size == grids[0]
 
 
 def test_problems_of_the_slices_are_one_line_with_the_stage_in_front(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.training.dit.batch_plan import PLAN_VERSION, BatchPlan, PlanMismatch, PlanState
-from components.training.dit.curriculum import draw_noise
+from components.training.dit.curriculum import NoiseLevels, draw_noise
 
 corpora = st.lists(st.integers(1, 40), min_size=1, max_size=6).map(
     lambda sizes: {f"{b}-{i}": f"bucket{b}" for b, size in enumerate(sizes) for i in range(size)}
@@ -170,7 +170,7 @@ def test_noise_belongs_to_the_sample_not_to_the_rank(corpus, world, step):
 
     def noise(part):
         return draw_noise(
-            5, step, part.sample_ids, part.occurrences, (1, 2, 2), "logit_normal", (0.0, 1.0)
+            5, step, part.sample_ids, part.occurrences, (1, 2, 2), NoiseLevels("logit_normal")
         )
 
     whole = noise(batch)

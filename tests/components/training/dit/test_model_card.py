@@ -47,6 +47,7 @@ def facts() -> TrainingFacts:
         texts_digest="c" * 64,
         autoencoder_digest="d" * 64,
         text_encoder_digest="e" * 64,
+        noise_levels=(0.25, 1.0),
         started_from="",
         validation={"start": losses(2.0), "raw": losses(1.5), "ema": losses(1.25)},
     )
@@ -109,6 +110,7 @@ def test_the_card_names_licence_digests_and_validation_and_holds_no_path(
     assert front["license"] == "unknown"
     about = front["ultraflux"]
     assert about["validation_loss"] == 1.25
+    assert about["sigma_range"] == [0.25, 1.0]
     assert about["rope_variant"] == "official"
     checksums = (folder / "weights.sha256").read_text()
     assert about["digests"]["weights"] == hashlib.sha256(checksums.encode()).hexdigest()

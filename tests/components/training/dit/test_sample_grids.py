@@ -10,16 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
+from components.generation.contact_sheet import contact_sheet
 from components.models.pipeline import UltraFluxPipeline
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
 from components.models.transformer import UltraFluxTransformer2DModel
 from components.settings.models import AutoencoderSettings
-from components.settings.training import SampleSettings
+from components.settings.training import OwnPrompt, SampleSettings
 from components.training.distributed.ranks import Ranks
 from components.training.dit.curriculum import keyed_generator
-from components.training.dit.job import DitJob
+from components.training.dit.job import DitJob, StartUnusable
 from components.training.dit.sample_grids import SampleGrids
 from components.training.dit.worker import run_job
+from components.training.encoding.own_prompts import prompt_id
 from components.training.stores.latent_store import LatentStore
 from components.training.stores.text_store import TextStore
 
@@ -35,7 +37,12 @@ def autoencoder_settings() -> AutoencoderSettings:
 
 @pytest.fixture
 def make_grids(dit_corpus: Path, tmp_path: Path) -> Callable[..., SampleGrids]:
-    def make(ranks: Ranks, settings: SampleSettings = SETTINGS, name: str = "grids") -> SampleGrids:
+    def make(
+        ranks: Ranks,
+        settings: SampleSettings = SETTINGS,
+        name: str = "grids",
+        own_prompts: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> SampleGrids:
         return SampleGrids(
             settings,
             build_tiny_autoencoder(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, seed=1),
@@ -46,6 +53,7 @@ def make_grids(dit_corpus: Path, tmp_path: Path) -> Callable[..., SampleGrids]:
             last_step=5,
             seed=3,
             ranks=ranks,
+            own_prompts=own_prompts,
         )
 
     return make
@@ -105,25 +113,46 @@ def test_a_cell_is_the_picture_that_the_pipeline_makes(
     make_grids: Callable[..., SampleGrids], dit_corpus: Path
 ) -> None:
     transformer = tiny_transformer(seed=5)
-    grids = make_grids(Ranks(0, 1, torch.device("cpu")), SETTINGS.model_copy(update={"prompts": 1}))
+    own = OwnPrompt(prompt="a red kite", size=(96, 160))
+    generator = torch.Generator().manual_seed(8)
+    embedded = torch.randn(8, 16, generator=generator), torch.randn(16, generator=generator)
+    grids = make_grids(
+        Ranks(0, 1, torch.device("cpu")),
+        SETTINGS.model_copy(update={"prompts": 1, "own_prompts": (own,)}),
+        own_prompts={prompt_id("a red kite"): embedded},
+    )
     grids.draw(transformer, 4)
     drawn = Image.open(grids.folder / "step-00000004.png")
     pipeline = UltraFluxPipeline.from_components(
         build_tiny_autoencoder(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, seed=1),
         transformer,
     )
-    text, pooled = TextStore(dit_corpus / "texts").read("image00")
-    expected = pipeline(
-        prompt_embeds=text[None],
-        pooled_prompt_embeds=pooled[None],
-        height=128,
-        width=128,
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        generator=keyed_generator(3, -9, "image00"),
-    ).images[0]
-    left = top = 12 + (512 - 128) // 2
-    assert drawn.crop((left, top, left + 128, top + 128)).tobytes() == expected.tobytes()
+
+    def expected(name: str, texts: tuple[torch.Tensor, torch.Tensor], size: tuple[int, int]):
+        return pipeline(
+            prompt_embeds=texts[0][None],
+            pooled_prompt_embeds=texts[1][None],
+            height=size[0],
+            width=size[1],
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            generator=keyed_generator(3, -9, name),
+        ).images[0]
+
+    texts = TextStore(dit_corpus / "texts").read("image00")
+    held_out = expected("image00", texts, (128, 128))
+    # Behind it, the prompt of one's own at its own size.
+    mine = expected(prompt_id("a red kite"), embedded, (96, 160))
+    assert drawn.tobytes() == contact_sheet([held_out, mine], columns=2, cell_px=512).tobytes()
+
+
+def test_a_size_that_would_be_rounded_is_refused_by_the_number_of_its_prompt(
+    make_grids: Callable[..., SampleGrids],
+) -> None:
+    own = (OwnPrompt(prompt="one"), OwnPrompt(prompt="two", size=(100, 128)))
+    settings = SETTINGS.model_copy(update={"own_prompts": own})
+    with pytest.raises(StartUnusable, match=r"own_prompts\[1\]\.size: height.* 32, got 100"):
+        make_grids(Ranks(0, 1, torch.device("cpu")), settings)
 
 
 def test_two_ranks_draw_the_grid_of_one(make_grids: Callable[..., SampleGrids]) -> None:

@@ -34,11 +34,13 @@ def exported(job: DitJob) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("training_environment_restored")
 def test_sd3_learns_resumes_to_the_same_bytes_and_is_loaded_by_stock_diffusers(
-    make_dit_job, tmp_path
+    make_dit_job, tmp_path, capsys
 ):
     options = {"steps": 30, "validate_every": 30, "checkpoint_every": 20, "learning_rate": 2e-3}
     whole = as_sd3(make_dit_job(tmp_path / "whole", **options))
     run_job(whole)
+    # Its guidance contrasts with a prompt that was never trained on.
+    assert "dit_stage1: sd3 is sampled against the empty prompt" in capsys.readouterr().err
     losses = [
         row["validation_loss"]
         for row in MetricLog(whole.metrics).rows()
@@ -61,10 +63,14 @@ def test_sd3_learns_resumes_to_the_same_bytes_and_is_loaded_by_stock_diffusers(
         assert str(tmp_path) not in (folder / "config.json").read_text()
 
     # The second stage starts at the first one's loss; a larger table is carried along.
-    options |= {"steps": 1, "precision": "fp32"}
+    options |= {"steps": 1, "precision": "fp32", "caption_dropout": 0.5}
     second = as_sd3(make_dit_job(tmp_path / "second", **options), pos_embed_max_size=11)
     second = second.model_copy(update={"initial_weights": whole.export_dir / "ema"})
+    capsys.readouterr()
     run_job(second)
+    assert "empty prompt" not in capsys.readouterr().err
+    card = (second.export_dir / "ema" / "README.md").read_text()
+    assert "The empty prompt replaced 0.5 of the captions." in card
     rows = list(MetricLog(whole.metrics).rows())
     ended = next(row["validation_loss_ema"] for row in rows if "validation_loss_ema" in row)
     start = next(iter(MetricLog(second.metrics).rows()))

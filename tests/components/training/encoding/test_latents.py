@@ -34,6 +34,7 @@ from components.training.encoding.latent_workers import LatentJob
 from components.training.encoding.latents import (
     EncodedBatch,
     EncodingItem,
+    Posterior,
     TooManyRejected,
     batches,
     encode,
@@ -127,6 +128,47 @@ def test_decoding_undoes_the_normalisation(autoencoder: AutoencoderKLF16) -> Non
         again = autoencoder.decode(latents).sample
         direct = autoencoder.decode(autoencoder.encode(images).latent_dist.mode()).sample
     torch.testing.assert_close(again, direct, atol=1e-4, rtol=1e-4)
+
+
+def test_a_drawn_latent_is_mean_plus_spread_times_noise_of_its_image_and_bucket(
+    corpus: tuple[Path, pd.DataFrame], tmp_path: Path
+) -> None:
+    vae = build_tiny_autoencoder(block_out_channels=(8, 8, 16, 16), norm_num_groups=4)
+    # The tiny encoder is certain; one that is not, by a spread that differs from place to place.
+    with torch.no_grad():
+        weight, bias = vae.encoder.conv_out.weight, vae.encoder.conv_out.bias
+        half = len(bias) // 2
+        weight[half:] = 0.02 * torch.randn(weight[half:].shape)
+        bias[half:] = -1.0
+    items = encoding_items(corpus[1], corpus[0])
+    stores = {}
+    for name, size, seed in (("pairs", 2, 7), ("single", 1, 7), ("other", 2, 8), ("mean", 2, None)):
+        stores[name] = encode_corpus(
+            items,
+            vae,
+            SETTINGS.model_copy(update={"batch_size": size}),
+            # One work folder: what another posterior left there is not gone on with.
+            work_dir=tmp_path / "work",
+            destination=tmp_path / name,
+            posterior=Posterior(seed),
+        )
+    about = {name: store.about["provenance"]["posterior"] for name, store in stores.items()}
+    assert about["pairs"] == "sample, seed 7"
+    assert about["mean"] == "mode"
+    for item in items:
+        gaussian = vae.encode(load_image(item)[None]).latent_dist
+        key = f"posterior/7/{item.image_id}/{item.bucket.name}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
+        noise = torch.randn(gaussian.mean.shape[1:], generator=torch.Generator().manual_seed(seed))
+        raw = gaussian.mean[0] + (0.5 * gaussian.logvar[0]).exp() * noise
+        expected = (raw - vae.config.shift_factor) * vae.config.scaling_factor
+        for name in ("pairs", "single"):
+            torch.testing.assert_close(
+                stores[name].read(item.image_id), expected, atol=1e-5, rtol=1e-5
+            )
+        distance = (stores["mean"].read(item.image_id) - expected).std()
+        assert distance > 0.2
+        assert (stores["other"].read(item.image_id) - expected).std() > distance
 
 
 def test_batches_never_mix_buckets_and_cover_every_image_once(
@@ -299,7 +341,7 @@ if __name__ == "__main__":
     limits = EngineLimits(workers=2, timeout_s=300, memory_mb=2**24, retries=1)
     encode_corpus(
         items, autoencoder, settings, work_dir=folder / "work", destination=folder / "out",
-        workers=latent_workers(job, limits),
+        workers=latent_workers(job, limits), posterior=job.posterior,
     )
 """
 
@@ -315,9 +357,15 @@ def test_two_workers_killed_and_continued_write_the_bytes_of_one_process(
     settings = SETTINGS.model_copy(update={"batch_size": 1})
     torch.set_num_threads(1)
     encode_corpus(
-        items, autoencoder, settings, work_dir=tmp_path / "work", destination=tmp_path / "alone"
+        items,
+        autoencoder,
+        settings,
+        work_dir=tmp_path / "work",
+        destination=tmp_path / "alone",
+        posterior=Posterior(3),
     )
     job = LatentJob(
+        posterior=Posterior(3),
         autoencoder=chosen,
         seed=3,
         root=str(corpus[0]),

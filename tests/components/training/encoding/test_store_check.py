@@ -14,7 +14,7 @@ from components.images.aspect_buckets import Bucket
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.tiny import build_tiny_autoencoder
 from components.settings.training import LatentsSettings
-from components.training.encoding.latents import EncodingItem, encode_corpus
+from components.training.encoding.latents import MEAN, EncodingItem, encode_corpus
 from components.training.encoding.store_check import RebuildDiffers, check_store, rebuild_shard
 from components.training.stores.latent_store import LatentStore
 from flows.cli import app
@@ -63,7 +63,10 @@ def test_a_rebuilt_shard_has_the_old_bytes(corpus: Corpus) -> None:
     before = (folder / "64x64-00000.bin").read_bytes()
     shard = damage(folder)
     store = LatentStore(folder)
-    assert rebuild_shard(store, shard.name, items, vae, SETTINGS, max_megapixels=100) == 5
+    assert (
+        rebuild_shard(store, shard.name, items, vae, SETTINGS, max_megapixels=100, posterior=MEAN)
+        == 5
+    )
     assert shard.read_bytes() == before
 
 
@@ -73,7 +76,13 @@ def test_another_encoder_leaves_the_shard_alone(corpus: Corpus) -> None:
     damaged = damage(folder).read_bytes()
     with pytest.raises(RebuildDiffers, match="5 of 5 records"):
         rebuild_shard(
-            LatentStore(folder), "64x64-00000.bin", items, other, SETTINGS, max_megapixels=100
+            LatentStore(folder),
+            "64x64-00000.bin",
+            items,
+            other,
+            SETTINGS,
+            max_megapixels=100,
+            posterior=MEAN,
         )
     assert (folder / "64x64-00000.bin").read_bytes() == damaged
 
@@ -81,7 +90,9 @@ def test_another_encoder_leaves_the_shard_alone(corpus: Corpus) -> None:
 def test_an_unknown_shard_is_refused_with_those_there_are(corpus: Corpus) -> None:
     items, vae, folder = corpus
     with pytest.raises(ValueError, match=r"no shard x\.bin; it has 64x64-00000\.bin"):
-        rebuild_shard(LatentStore(folder), "x.bin", items, vae, SETTINGS, max_megapixels=100)
+        rebuild_shard(
+            LatentStore(folder), "x.bin", items, vae, SETTINGS, max_megapixels=100, posterior=MEAN
+        )
 
 
 def test_the_command_prints_a_table_and_its_exit_code_tells(corpus: Corpus, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Low-rank adapters as files: their algebra, names and metadata."""
