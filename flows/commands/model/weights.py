@@ -208,7 +208,7 @@ def export_adapter(
             adapter = Adapter(adapter.change, about)
         if rank is not None:
             adapter = adapter.cut_to(rank)
-        write_adapter(adapter, out, keys)
+        write_adapter(adapter, out, "comfyui" if keys == "comfyui" else "diffusers")
     except (BadInput, ValueError) as problem:
         raise fail(str(problem)) from None
     missing = float(adapter.about[MISSING])
