@@ -31,16 +31,12 @@ import yaml
 
 from components.objectives.objective import objective_loss
 from components.settings.schema import parse_settings
-from components.training.distributed.ranks import (
-    Ranks,
-    deterministic_torch,
-    initialize_engine,
-    open_ranks,
-)
+from components.training.distributed.ranks import Ranks, deterministic_torch, open_ranks
 from components.training.dit.assembly import assemble_run
 from components.training.dit.job import DitJob, build_transformer
 from components.training.dit.trainer import DitTrainer
 from components.training.dit.velocity import NoisedBatch, predict_velocity
+from components.training.sharded.engine import initialize_engine
 from components.training.stores.latent_store import LatentStoreWriter
 from components.training.stores.text_store import build_text_store, embedded_prompts
 

@@ -65,7 +65,14 @@ def without_effect(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if effect(name) is Effect.NONE}
 
 
-_SHAPE = ("precision", "zero_stage", "optimizer", "offload_optimizer", "adapter")
+_SHAPE = (
+    "precision",
+    "zero_stage",
+    "optimizer",
+    "offload_optimizer",
+    "adapter",
+    "decayed_weights",
+)
 """Of a stage's own section: they decide which tensors a checkpoint holds."""
 _NETWORKS = ("models.autoencoder", "models.transformer")
 _MAY_MOVE = ("models.transformer.rope_variant", "models.transformer.rope_window")

@@ -12,6 +12,8 @@ from components.settings.section import (
     Section,
 )
 
+Determinism = Literal["bitwise", "fast"]
+
 
 class ProjectSettings(Section):
     """Identity of a pipeline."""
@@ -29,6 +31,11 @@ class RuntimeSettings(Section):
 
     torch_threads: Count
     """Intra-op threads of a training process; fixed because sums depend on it bit for bit."""
+    determinism: Determinism = "bitwise"
+    """Of training. `bitwise`: deterministic kernels alone, that of attention's backward pass among
+    them, and an error where there is none, so that a run that was killed ends with the same bytes
+    (tested on CPU; CUDA not measured). `fast`: whatever is quickest; on CUDA two runs differ by
+    rounding. Decoding and sampling are not touched."""
     workers: Count
     """Worker processes of the corpus engine (results do not depend on it)."""
     engine: Literal["local", "ray"]

@@ -24,6 +24,8 @@ from components.settings.section import (
 )
 
 Checkpointing = Literal["none", "blocks", "selective"]
+Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "muon"]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 Minutes = Annotated[float, Field(gt=0)]
 Watching = Annotated[Count, CHANGES_NO_WEIGHT]
 """How often, or how much, a run is looked at or saved."""
@@ -145,6 +147,29 @@ class AdapterSettings(Section):
     where all training images have the same one, else none."""
 
 
+class DivergenceSettings(Section):
+    """When loss or gradient norm count as diverged, and how far `on_divergence` goes."""
+
+    sigmas: Annotated[float, Field(gt=0)] | None = 8.0
+    """Deviations above the running mean, in logarithms (a deviation counts as 0.1 at least); None:
+    only a number that is not finite."""
+    warmup_steps: Count = 100
+    """Steps before the running statistics are trusted."""
+    memory_steps: Annotated[int, Field(ge=2)] = 100
+    """Steps over which the statistics forget."""
+    max_events: Annotated[int, Field(ge=0)] = 5
+    """Skips and rollbacks of a run together; one more stops it."""
+    rollback_every: Count = 500
+    """`rollback` returns to a multiple of so many steps (a checkpoint is made at each) ..."""
+    rollback_margin: Annotated[int, Field(ge=0)] = 50
+    """... at least so many steps before the divergence ..."""
+    left_out_steps: Count = 10
+    """... and trains on without the batches of so many steps up to it (PaLM, 2204.02311, section
+    5.1, went back 100 steps and left out 200 to 500 batches)."""
+    rollback_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """By what a rollback multiplies the learning rate from then on."""
+
+
 class DitStageSettings(Section):
     """One stage of SACL training."""
 
@@ -170,8 +195,19 @@ class DitStageSettings(Section):
     gradient_checkpointing: Checkpointing
     """Activations kept for the backward pass: all; only what enters a block (its forward runs
     twice); also what matrix products and attention give (no such product runs twice)."""
-    optimizer: Literal["adamw", "adamw_8bit"]
-    """`adamw_8bit` (extra `gpu`) keeps AdamW's moments in 8 bits."""
+    optimizer: Optimizer
+    """`adamw_8bit` (extra `gpu`) keeps AdamW's moments in 8 bits. `adafactor` keeps a value per row
+    and column in place of moments; `muon` orthogonalises a momentum of hidden matrices and leaves
+    all else to AdamW. These two need whole matrices, hence zero_stage 0."""
+    betas: Annotated[tuple[Momentum, Momentum], Strict(False)] = (0.9, 0.999)
+    """Decay of AdamW's first and second moment (torch's defaults). Not of `adafactor`."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of AdamW's second moment (torch's default). Not of `adafactor`."""
+    muon_momentum: Momentum = 0.95
+    """Of `muon` alone (torch's default)."""
+    decayed_weights: Literal["all", "matrices"] = "all"
+    """What `weight_decay` acts on: all weights, as the published training scripts have it, or all
+    but norms and biases (whatever has fewer than two axes)."""
     offload_optimizer: Literal["none", "cpu"]
     """Where DeepSpeed keeps optimizer states and float32 masters; `cpu`: in host memory."""
     adapter: AdapterSettings | None
@@ -213,6 +249,13 @@ class DitStageSettings(Section):
     async_checkpoints: Annotated[bool, CHANGES_NO_WEIGHT]
     """Write checkpoints in a thread while training goes on: same files, a copy of the state in
     host memory (pinned on CUDA)."""
+    on_divergence: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient norm that is not finite or far above its running mean: end the run; leave
+    the batch out; or go back to a checkpoint before it and leave the batches around it out."""
+    divergence: DivergenceSettings = DivergenceSettings()
+    min_kept_movement: Annotated[Fraction, CHANGES_NO_WEIGHT] = 0.99
+    """Share of what training has moved the weights by that export, merge, load and resume must
+    keep; below it the stage fails. 0: measured only."""
     samples: Annotated[SampleSettings, CHANGES_NO_WEIGHT]
     max_shard_gb: Annotated[float, Field(gt=0), CHANGES_NO_WEIGHT]
     """Exported weights above this size (GB) are divided over several files."""
@@ -249,5 +292,10 @@ class DitStageSettings(Section):
             raise ValueError(
                 "optimizer 'adamw_8bit' updates on the GPU: use 'adamw' with offload_optimizer "
                 "'cpu', or offload_optimizer 'none'"
+            )
+        if self.optimizer in ("adafactor", "muon") and self.zero_stage:
+            raise ValueError(
+                f"optimizer {self.optimizer!r} needs whole matrices, and zero_stage "
+                f"{self.zero_stage} cuts them: use zero_stage 0 (precision fp32), or 'adamw'"
             )
         return self

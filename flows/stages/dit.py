@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from components.settings.training import DitStageSettings
 from components.training.distributed.checkpoints import DiskFull
 from components.training.distributed.interruption import advised_minutes
+from components.training.distributed.optimizers import described_optimizer
+from components.training.distributed.ranks import described_determinism
 from components.training.distributed.supervision import TrainingRefused
 from components.training.dit.curves import DitOutcome, write_outcome
 from components.training.dit.job import StartUnusable, TrainingDiverged, stage_job
 from components.training.dit.worker import run_job
+from components.training.sharded.hand_over import LearningLost
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
 
@@ -49,12 +53,12 @@ def run_dit(context: StageContext, train_slice: str, before: Path | None = None)
         )
         run_job(job)
     # These end the stage; all others, such as a lost rank, are worth the retries of dvc.yaml.
-    except (StartUnusable, TrainingDiverged, DiskFull, TrainingRefused) as problem:
+    except (StartUnusable, TrainingDiverged, DiskFull, TrainingRefused, LearningLost) as problem:
         raise StageFailed(str(problem)) from problem
-    return _result(context, job.settings.steps, write_outcome(job))
+    return _result(context, job.settings, write_outcome(job))
 
 
-def _result(context: StageContext, steps: int, outcome: DitOutcome) -> StageResult:
+def _result(context: StageContext, settings: DitStageSettings, outcome: DitOutcome) -> StageResult:
     folder, runtime = context.output_dir, context.settings.runtime
     metrics, waits, restarts = outcome.metrics, outcome.data_waits, outcome.restarts
     first, last = metrics["validation_loss_first"], metrics["validation_loss_last"]
@@ -62,13 +66,22 @@ def _result(context: StageContext, steps: int, outcome: DitOutcome) -> StageResu
         metrics=metrics,
         artifacts=tuple(folder / name for name in ("curves.png", "history.csv", "validation.csv")),
         tags=outcome.digests
+        | {"optimizer": described_optimizer(settings)}
+        | {"determinism": described_determinism(runtime)}
         | {"data_wait.warnings": str(waits), "restarts": str(len(restarts))}
         | {f"restarts.{number}": str(failure) for number, failure in enumerate(restarts, 1)}
+        | {
+            f"divergence.{number}": str(event)
+            for number, event in enumerate(outcome.divergences, 1)
+        }
+        # The last of each kind speaks: a run may have been resumed many times.
+        | {f"kept_movement.{h.where}": f"{h.kept:.6g}" for h in outcome.hand_overs}
         | _checkpoint_advice(outcome.checkpoint_stall_s, runtime.interruptions_per_day),
         summary=(
-            f"{steps} steps, validation loss {first:.4f} -> {last:.4f} "
+            f"{settings.steps} steps, validation loss {first:.4f} -> {last:.4f} "
             f"({-metrics['validation_loss_drop']:+.1%})"
             + (f"; waited too long for data, {waits} warnings" if waits else "")
+            + (f"; {len(outcome.divergences)} updates refused" if outcome.divergences else "")
             + (f"; {len(restarts)} restarts, last: {restarts[-1]}" if restarts else "")
         ),
     )

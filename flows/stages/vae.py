@@ -7,7 +7,9 @@ from pathlib import Path
 
 from components.engine.ordered_pool import WorkersDoNotStart
 from components.files.weight_folders import WeightsMissing, folder_digest
+from components.settings.schema import Settings
 from components.training.distributed.checkpoints import DiskFull
+from components.training.distributed.ranks import described_determinism
 from components.training.distributed.supervision import TrainingRefused
 from components.training.vae.crops import TilesDamaged
 from components.training.vae.job import slices_job
@@ -50,10 +52,10 @@ def run(context: StageContext) -> StageResult:
         WorkersDoNotStart,
     ) as problem:
         raise StageFailed(f"vae: {problem}") from problem
-    return _describe(context.output_dir, context.settings.vae.steps)
+    return _describe(context.output_dir, context.settings)
 
 
-def _describe(folder: Path, steps: int) -> StageResult:
+def _describe(folder: Path, settings: Settings) -> StageResult:
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     files = ("crops.png", "curves.png", "history.csv", "left_out.csv")
     left_out = [
@@ -64,9 +66,12 @@ def _describe(folder: Path, steps: int) -> StageResult:
     return StageResult(
         metrics=metrics,
         artifacts=tuple(folder / name for name in files),
-        tags={"weights.autoencoder": folder_digest(folder / "autoencoder")},
+        tags={
+            "weights.autoencoder": folder_digest(folder / "autoencoder"),
+            "determinism": described_determinism(settings.runtime),
+        },
         summary=(
-            f"{steps} steps, held-out PSNR {metrics['psnr_before_db']:.2f} -> "
+            f"{settings.vae.steps} steps, held-out PSNR {metrics['psnr_before_db']:.2f} -> "
             f"{metrics['psnr_after_db']:.2f} dB ({metrics['psnr_gain_db']:+.2f})"
             + (f"; left out: {', '.join(left_out)} (left_out.csv)" if left_out else "")
         ),

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 CONTENTS_FILE = "contents.json"
-"""Written last inside a checkpoint: format version, step, and the size of every file."""
+"""Written last inside a checkpoint: format version, step, size of every file, and whether the run
+was healthy when it was made."""
 LATEST_FILE = "latest"
 # A folder of another format is no checkpoint for this code and is passed over.
 _FORMAT = 1
@@ -34,6 +35,8 @@ _DROPPED = ".dropped-"
 # One empty file per rank whose part is on disk; a text where the rank failed. Not in the contents.
 _DONE = ".done-"
 _FAILED = ".failed-"
+# Inside a checkpoint that a diverged run must not go on from.
+_REJECTED = ".rejected"
 _POLL_S = 0.01
 
 
@@ -66,6 +69,8 @@ class OpenCheckpoint:
     """The folder to fill."""
     final: Path
     """Its name once it is whole."""
+    healthy: bool = True
+    """Whether loss and gradient were ordinary when it was made."""
 
 
 def _files(folder: Path) -> list[Path]:
@@ -102,6 +107,7 @@ class CheckpointStore:
         rank: int = 0,
         world_size: int = 1,
         barrier: Callable[[], object] = lambda: None,
+        is_needed: Callable[[int, int], bool] = lambda step, newest: False,
     ) -> None:
         """Use `folder` (created when missing).
 
@@ -111,6 +117,7 @@ class CheckpointStore:
             rank: this process; only rank 0 renames and deletes.
             world_size: number of ranks.
             barrier: returns when every rank has called it, such as `torch.distributed.barrier`.
+            is_needed: asked of (step, newest step) whether a checkpoint stays beside the newest.
 
         Raises:
             ValueError: `keep` is below 1.
@@ -122,6 +129,7 @@ class CheckpointStore:
         self._rank = rank
         self._world_size = world_size
         self._barrier = barrier
+        self._is_needed = is_needed
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, write: Callable[[Path], object]) -> Path:
@@ -140,11 +148,12 @@ class CheckpointStore:
         self._barrier()
         return opened.final
 
-    def begin(self, step: int) -> OpenCheckpoint:
+    def begin(self, step: int, *, healthy: bool = True) -> OpenCheckpoint:
         """Open an empty folder for a checkpoint; the one before it must be finished.
 
         Args:
             step: optimizer steps done, at least 0.
+            healthy: the checkpoint remembers it.
         """
         if step < 0:
             raise ValueError(f"step = {step}: must be at least 0")
@@ -159,7 +168,7 @@ class CheckpointStore:
         final = self._unused_name(step)
         # Nobody may rename before everybody has computed the name.
         self._barrier()
-        return OpenCheckpoint(step, aside, final)
+        return OpenCheckpoint(step, aside, final, healthy)
 
     def finish(
         self, opened: OpenCheckpoint, is_abandoned: Callable[[], bool] = lambda: False
@@ -182,7 +191,7 @@ class CheckpointStore:
             )
         if self._rank == 0:
             self._wait_for_marks(opened, is_abandoned)
-            self._commit(opened.step, opened.aside, opened.final)
+            self._commit(opened)
 
     def fail(self, opened: OpenCheckpoint, reason: str) -> None:
         """Tell rank 0 that this rank cannot write its part."""
@@ -215,6 +224,29 @@ class CheckpointStore:
         """(step, folder) of the newest whole checkpoint, None when there is none."""
         return newest_checkpoint(self.folder)
 
+    def healthy_at(self, step: int) -> Path | None:
+        """The newest whole and healthy checkpoint after `step` steps."""
+        found = [path for at, path in _complete(self.folder) if at == step and is_healthy(path)]
+        return max(found, key=_age, default=None)
+
+    def reject(self, is_wrong: Callable[[int, bool], bool]) -> list[int]:
+        """Let `latest` never return some checkpoints again; on the first rank only.
+
+        Args:
+            is_wrong: asked of (step, healthy) of each.
+
+        Returns:
+            Steps of the rejected ones, ascending.
+        """
+        wrong = [
+            (step, path)
+            for step, path in _complete(self.folder)
+            if is_wrong(step, is_healthy(path))
+        ]
+        for _, path in wrong:
+            write_bytes(path / _REJECTED, b"", durable=True)
+        return sorted(step for step, _ in wrong)
+
     def steps(self) -> list[int]:
         """Steps of all whole checkpoints, ascending."""
         return sorted({step for step, _ in _complete(self.folder)})
@@ -229,12 +261,18 @@ class CheckpointStore:
             repeat += 1
         return candidate
 
-    def _commit(self, step: int, aside: Path, final: Path) -> None:
+    def _commit(self, opened: OpenCheckpoint) -> None:
+        step, aside, final = opened.step, opened.aside, opened.final
         # Every file is on the disk by now (`finish`). The order of what follows is the promise:
         # contents, then the name, then the pointer, each on the disk before the next begins. Any
         # prefix of it is a folder without a checkpoint's name, or a whole checkpoint.
         sizes = {path.relative_to(aside).as_posix(): path.stat().st_size for path in _files(aside)}
-        contents = {"format": _FORMAT, "step": step, "files": sizes}
+        contents = {
+            "format": _FORMAT,
+            "step": step,
+            "files": sizes,
+            "healthy": opened.healthy,
+        }
         (aside / CONTENTS_FILE).write_text(json.dumps(contents, indent=1), encoding="utf-8")
         flush(aside / CONTENTS_FILE)
         flush(aside)
@@ -249,12 +287,19 @@ class CheckpointStore:
         # Steps beyond this one were saved by a run that was later put back. If they stayed,
         # `latest` would choose them, as the highest, once its pointer is lost.
         others = [item for item in _complete(self.folder) if item[1] != newest]
+        rejected = {path for _, path in others if _is_rejected(path)}
         older = sorted(
-            (item for item in others if item[0] < step), key=lambda item: (item[0], item[1].name)
+            (item for item in others if item[0] < step and item[1] not in rejected),
+            key=lambda item: (item[0], _age(item[1])),
         )
         # Never below zero: a negative start would count from the end, and drop what is to be kept.
         first_kept = max(0, len(older) - self.keep + 1)
         kept = {path for _, path in older[first_kept:]}
+        kept |= {path for at, path in older if self._is_needed(at, step)}
+        # One to go back to, however long the run has been unwell.
+        well = [path for _, path in older if is_healthy(path)]
+        if well and not is_healthy(newest):
+            kept.add(well[-1])
         for _, path in others:
             if path not in kept:
                 # Renamed first: a half-deleted folder must never look like a checkpoint.
@@ -275,8 +320,8 @@ class CheckpointStore:
 def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
     """(step, folder) of the newest whole checkpoint in a folder of them, None when there is none.
 
-    The file `latest` decides; where it is missing or points at something incomplete, the whole
-    checkpoint with the highest step is taken.
+    The file `latest` decides; where it is missing, or points at something incomplete or rejected,
+    the whole checkpoint with the highest step is taken.
     """
     # The pointer may be one checkpoint behind, after a kill between rename and pointer. What it
     # names is whole, so that costs some steps and never correctness.
@@ -284,10 +329,28 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
     if pointer.exists():
         named = folder / pointer.read_text(encoding="utf-8").strip()
         step = _complete_step(named)
-        if step is not None:
+        if step is not None and not _is_rejected(named):
             return step, named
-    whole = list(_complete(folder))
-    return max(whole, key=lambda item: (item[0], item[1].name)) if whole else None
+    whole = [item for item in _complete(folder) if not _is_rejected(item[1])]
+    return max(whole, key=lambda item: (item[0], _age(item[1]))) if whole else None
+
+
+def is_healthy(folder: Path) -> bool:
+    """Whether a checkpoint was made while loss and gradient were ordinary, and is not rejected."""
+    if _is_rejected(folder):
+        return False
+    contents = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
+    return bool(contents.get("healthy", True))
+
+
+def _is_rejected(folder: Path) -> bool:
+    return (folder / _REJECTED).exists()
+
+
+def _age(folder: Path) -> tuple[int, str]:
+    """Orders folders of one step as they were made: the repeat number counts."""
+    _, _, repeat = folder.name.partition(".")
+    return int(repeat or 0), folder.name
 
 
 def _complete(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -1,13 +1,11 @@
-"""A process of a training run: process group, determinism, DeepSpeed engine.
+"""A process of a training run: process group, environment, determinism.
 
-DeepSpeed is imported inside functions: it takes seconds (mostly MLflow, through its autotuner).
-The accelerator name must be in the environment before that import, so `training_environment`
-comes first in every process that trains.
+The accelerator name must be in the environment before DeepSpeed is imported, so
+`training_environment` comes first in every process that trains.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
@@ -24,11 +22,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from components.settings.runtime import RuntimeSettings
-from components.settings.training import DitStageSettings
-from components.training.distributed.optimizers import build_optimizer, offload_configuration
+from components.settings.runtime import Determinism, RuntimeSettings
 
 T = TypeVar("T")
 Device = Literal["cpu", "cuda"]
@@ -37,8 +33,6 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 HEARTBEATS = "ULTRAFLUX_HEARTBEATS"
 """Names a folder with a file per rank, touched when the rank gets on."""
 _BEAT_EVERY_S = 1.0
-# Upper limit of DeepSpeed's communication buckets in elements (its default is 5e8).
-BUCKET_ELEMENTS = 200_000_000
 
 
 def _no_beat() -> None:
@@ -206,21 +200,60 @@ def _leave_ranks() -> None:
         dist.destroy_process_group()
 
 
-@contextmanager
-def deterministic_torch(threads: int) -> Iterator[None]:
-    """Deterministic kernels and a fixed number of threads inside the block.
+class NotDeterministic(ValueError):
+    """An operation has no deterministic kernel on this device."""
 
-    On CUDA some kernels have no deterministic form; torch then warns instead of failing.
+
+# The words with which torch refuses such an operation.
+_REFUSED = "does not have a deterministic implementation"
+
+
+@contextmanager
+def deterministic_torch(threads: int, determinism: Determinism = "bitwise") -> Iterator[None]:
+    """A fixed number of threads inside the block, and deterministic kernels if they are asked for.
+
+    `bitwise` is strict on every device: told to warn only, torch takes the other kernels for the
+    backward pass of attention on CUDA, and says so once.
+
+    Raises:
+        NotDeterministic: `bitwise`, and the block calls what has no deterministic kernel.
     """
-    before = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    # Its attribute is made by a class that stands in for the module.
+    filling: Any = torch.utils.deterministic
+    before = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        filling.fill_uninitialized_memory,
+    )
     # A sum is cut into as many parts as there are threads, which changes its last bits.
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.use_deterministic_algorithms(determinism == "bitwise")
+    # Else every new buffer is written with NaN first. Reading one before it is written is a fault
+    # whatever it holds, and costs a pass over memory.
+    filling.fill_uninitialized_memory = False
     try:
         yield
+    except RuntimeError as problem:
+        if _REFUSED not in str(problem):
+            raise
+        operation = str(problem).split(_REFUSED)[0].strip()
+        raise NotDeterministic(
+            f"{operation} has no deterministic kernel on this device: set runtime.determinism to "
+            "fast (results then differ from run to run by rounding)"
+        ) from problem
     finally:
         torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
+        torch.use_deterministic_algorithms(before[1], warn_only=before[2])
+        filling.fill_uninitialized_memory = before[3]
+
+
+def described_determinism(runtime: RuntimeSettings) -> str:
+    """What a run promises about its bytes, and where that was tested; one line."""
+    if runtime.determinism == "fast":
+        return "fast: kernels may differ from run to run, so results differ by rounding"
+    tested = "tested on CPU" if runtime.device == "cpu" else "not measured on CUDA"
+    return f"bitwise: the same bytes after a kill, on one kind of machine ({tested})"
 
 
 def exit_with_parent() -> None:
@@ -245,120 +278,3 @@ def exit_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
-
-
-def engine_configuration(
-    settings: DitStageSettings, world_size: int, parameters: int, context_degree: int = 1
-) -> dict[str, Any]:
-    """DeepSpeed's configuration for one stage.
-
-    Args:
-        settings: the stage.
-        world_size: number of processes.
-        parameters: parameters of the model; bounds the communication buckets.
-        context_degree: processes that share each sample.
-
-    Raises:
-        ValueError: the global batch does not divide over processes and micro batches.
-    """
-    groups = world_size // context_degree
-    share = settings.micro_batch_size * groups
-    if settings.global_batch_size % share:
-        counted = "processes" if context_degree == 1 else "groups of processes"
-        raise ValueError(
-            f"global_batch_size {settings.global_batch_size} must be a multiple of "
-            f"micro_batch_size {settings.micro_batch_size} times {groups} {counted}"
-        )
-    bucket = max(1024, min(BUCKET_ELEMENTS, parameters))
-    return {
-        # DeepSpeed counts a sample once for every process that works on it.
-        "train_batch_size": settings.global_batch_size * context_degree,
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.global_batch_size // share,
-        "gradient_clipping": settings.max_grad_norm,
-        "bf16": {"enabled": settings.precision == "bf16"},
-        # bfloat16 has 8 bits of mantissa: a sum of many micro batches would lose the later ones.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": settings.zero_stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            # Overlapping reduces in several buckets is a CUDA stream feature.
-            "overlap_comm": torch.cuda.is_available(),
-            # Stage 3: no small parameter stays whole on the ranks, so that each share is all of
-            # the weights (the EMA is put in their place for validation).
-            "stage3_param_persistence_threshold": 0,
-            # DeepSpeed would replace torch.nn.functional.linear for the whole process.
-            "memory_efficient_linear": False,
-            **offload_configuration(settings),
-        },
-        # torch's AdamW also for offloaded states: DeepSpeed's CPU kernel needs a compiler.
-        "zero_force_ds_cpu_optimizer": False,
-        # The 8-bit AdamW is not on DeepSpeed's list.
-        "zero_allow_untested_optimizer": True,
-        # Progress is the trainer's to print.
-        "steps_per_print": sys.maxsize,
-    }
-
-
-def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks) -> Any:
-    """Wrap `model` into a DeepSpeed engine with its optimizer.
-
-    Call inside `open_ranks`. Returns a `deepspeed.DeepSpeedEngine`; its learning rate is set by
-    the trainer at every step.
-    """
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    # DeepSpeed asks this table only whether to compile a shared-memory collective; gloo does that
-    # work. Reading the table would first probe every native operator with the compiler.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    # Buckets of the default size would cost a tiny model more memory than itself.
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    configuration = engine_configuration(
-        settings, ranks.world_size, parameters, ranks.context_degree
-    )
-    # The engine rounds buffers with the weights; a table of positions must stay exact, since it is
-    # exported with them.
-    exact = {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
-    if settings.zero_stage == 3:
-        _divide_parameters(model, settings, configuration)
-    optimizer = build_optimizer(model.parameters(), settings)
-    engine, _, _, _ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=configuration,
-        # The group of `open_ranks`, which has the time limit of the settings.
-        dist_init_required=False,
-    )
-    if settings.zero_stage == 0:
-        _clip_with_norm(engine, settings.max_grad_norm)
-    for name, values in exact.items():
-        owner, _, leaf = name.rpartition(".")
-        # Replaced and not copied into: the engine's buffer has the dtype that rounds.
-        setattr(engine.module.get_submodule(owner), leaf, values.to(ranks.device))
-    return engine
-
-
-def _divide_parameters(
-    model: nn.Module, settings: DitStageSettings, configuration: dict[str, Any]
-) -> None:
-    """Divide the weights over the ranks one by one, so that no device ever holds all of them."""
-    import deepspeed
-
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    deepspeed.init_distributed(dist_init_required=False)
-    deepspeed.zero.Init(module=model, config_dict_or_path=configuration, dtype=dtype)
-
-
-def _clip_with_norm(engine: Any, max_norm: float) -> None:
-    """Without ZeRO the engine clips float32 gradients but forgets their norm: keep it."""
-
-    def clip() -> None:
-        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm)
-        # Where `get_global_grad_norm` looks; a ZeRO optimizer would have set it.
-        engine._global_grad_norm = float(norm)
-
-    engine.clip_fp32_gradients = clip

@@ -239,3 +239,23 @@ def _change(factors: Mapping[str, Tensor], settings: AdapterSettings) -> Change:
                 down.detach().clone(), up.detach() * (settings.alpha / settings.rank)
             )
     return change
+
+
+def merged_weights(
+    base: Mapping[str, Tensor], settings: AdapterSettings, factors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """W + (alpha / rank) B A in float64, for the adapted weights of `base` by their names there.
+
+    Args:
+        base: weights by name.
+        settings: of the adapter.
+        factors: trained parameters by their names in the adapted model.
+    """
+    merged = {}
+    for name, down in factors.items():
+        layer, found, rest = name.partition(".lora_A.")
+        if found:
+            up = factors[f"{layer}.lora_B.{rest}"]
+            change = settings.alpha / settings.rank * (up.cpu().double() @ down.cpu().double())
+            merged[f"{layer}.weight"] = base[f"{layer}.weight"].cpu().double() + change
+    return merged

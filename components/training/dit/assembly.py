@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from components.models.backbones import BACKBONES, backbone_of, check_stores
 from components.settings.training import DitStageSettings
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.ranks import Ranks, initialize_engine
+from components.training.distributed.divergence import DivergenceGuard
+from components.training.distributed.optimizers import apply_settings
+from components.training.distributed.ranks import Ranks
 from components.training.dit.adapters import add_adapter
 from components.training.dit.batch_plan import BatchPlan, GlobalBatch, PlanState
 from components.training.dit.block_compilation import (
@@ -42,6 +44,8 @@ from components.training.sharded.context_parallel import (
     enable_context_parallel,
 )
 from components.training.sharded.ema import WeightAverage
+from components.training.sharded.engine import UpdateGate, initialize_engine
+from components.training.sharded.hand_over import loaded, note_hand_over
 from components.training.sharded.run_checkpoints import RunCheckpoints
 from components.training.sharded.weight_shards import master_shards
 from components.training.stores.latent_store import LatentStore
@@ -213,6 +217,8 @@ class AssembledRun:
     metrics: MetricLog | None
     """On the first rank only."""
     checkpoints: RunCheckpoints
+    guard: DivergenceGuard
+    gate: UpdateGate
     steps_done: int
     """Of the checkpoint that was loaded; 0: a fresh start."""
 
@@ -247,6 +253,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         ranks,
         torch.device("cpu") if settings.ema_device == "cpu" else None,
     )
+    guard = DivergenceGuard(settings.divergence, job.changed_at or 0)
     # After average and engine, both of which it saves and loads.
     checkpoints = RunCheckpoints(
         engine,
@@ -255,6 +262,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         job.state_dir / "checkpoints",
         keep=settings.keep_checkpoints,
         in_background=settings.async_checkpoints,
+        is_needed=guard.is_anchor if settings.on_divergence == "rollback" else lambda *_: False,
     )
     throughput = Throughput(
         job.name,
@@ -285,8 +293,10 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         throughput=throughput,
         metrics=metrics,
         checkpoints=checkpoints,
+        guard=guard,
+        gate=UpdateGate(engine),
         # Last of all, when everything that a checkpoint is loaded into is there.
-        steps_done=_resume(job, engine, data.plan, checkpoints, metrics),
+        steps_done=_resume(job, engine, data.plan, checkpoints, guard, metrics, ranks),
     )
 
 
@@ -349,32 +359,43 @@ def _resume(
     engine: Any,
     plan: BatchPlan,
     checkpoints: RunCheckpoints,
+    guard: DivergenceGuard,
     metrics: MetricLog | None,
+    ranks: Ranks,
 ) -> int:
-    """Load the newest checkpoint; returns the number of steps done."""
+    """Load the newest checkpoint; returns the number of steps done.
+
+    Raises:
+        LearningLost: what was learned before did not arrive in the masters.
+    """
+    hand_over = None
     saved = checkpoints.newest()
     if saved is not None:
         # Before any weight is touched: other data must not be continued under an old state. A
         # segment says that this is wished, for the checkpoint that it began with and no other.
         if saved.step != job.changed_at:
             plan.check(PlanState(**saved.plan))
-        checkpoints.load(saved)
-        _apply_settings(engine, job.settings)
+        hand_over = checkpoints.load(saved)
+        apply_settings_after_load(engine, job.settings)
+        if saved.guard is not None:
+            guard.restore(saved.guard)
+    elif job.initial_weights is not None:
+        hand_over = loaded(master_shards(engine, ranks), job.initial_weights, ranks)
+    if hand_over is not None:
+        if ranks.is_first:
+            note_hand_over(job.state_dir, hand_over)
+        # The same numbers on all ranks, so all of them stop.
+        hand_over.check(job.settings.min_kept_movement, job.name)
     if metrics is not None:
         # Steps after the checkpoint happen again and are logged again; without a checkpoint that
         # includes the validation before the first step, which is row 0.
-        metrics.rewind(-1 if saved is None else saved.step)
+        metrics.rewind((saved.step if saved is not None else 0) or -1)
     return 0 if saved is None else saved.step
 
 
-def _apply_settings(engine: Any, settings: DitStageSettings) -> None:
-    """Today's settings in place of those that an optimizer's state brought along.
-
-    torch saves the weight decay and DeepSpeed the clipping with the moments, so that a segment with
-    other values would go on with the old ones. The learning rate is set at every step.
-    """
-    for group in engine.optimizer.param_groups:
-        group["weight_decay"] = settings.weight_decay
-    # Not there where DeepSpeed clips by its configuration.
+def apply_settings_after_load(engine: Any, settings: DitStageSettings) -> None:
+    """Today's settings in place of those that a checkpoint brought along."""
+    apply_settings(engine.optimizer, settings)
+    # DeepSpeed saves its clipping too; not there where it clips by its configuration.
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = settings.max_grad_norm

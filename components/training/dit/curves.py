@@ -19,11 +19,13 @@ from components.files.figures import new_figure, save_png
 from components.files.weight_folders import folder_digest
 from components.files.whole_files import write_text
 from components.telemetry.metric_log import MetricLog
+from components.training.distributed.divergence import DivergenceEvent, read_events
 from components.training.distributed.supervision import RankFailure, restarts
 from components.training.dit.curriculum import trained_span
 from components.training.dit.job import WEIGHTS_NAMES, DitJob
 from components.training.dit.throughput import CHECKPOINT_STALL, WAIT_WARNING
 from components.training.dit.validation import LEVELS, NOISE_LEVELS, ValidationLoss
+from components.training.sharded.hand_over import HandOver, noted_hand_overs
 from components.training.stores.latent_store import LatentStore
 from components.training.stores.text_store import TextStore
 
@@ -141,6 +143,10 @@ class DitOutcome:
     """How often waiting for data became too long."""
     restarts: tuple[RankFailure, ...]
     """Why the ranks had to start again, oldest first."""
+    hand_overs: tuple[HandOver, ...]
+    """How much of what was learned arrived, oldest first."""
+    divergences: tuple[DivergenceEvent, ...]
+    """Updates that were refused, oldest first."""
     checkpoint_stall_s: float | None
     """Median time that a step waited for the checkpoint before it; None: there was none."""
 
@@ -163,7 +169,15 @@ def write_outcome(job: DitJob) -> DitOutcome:
     waits = sum(1 for row in rows if WAIT_WARNING in row)
     stalls = [row[CHECKPOINT_STALL] for row in rows if CHECKPOINT_STALL in row]
     stall_s = statistics.median(stalls) if stalls else None
-    return DitOutcome(metrics, _digests(job), waits, tuple(restarts(job.state_dir)), stall_s)
+    return DitOutcome(
+        metrics,
+        _digests(job),
+        waits,
+        tuple(restarts(job.state_dir)),
+        tuple(noted_hand_overs(job.state_dir)),
+        read_events(job.state_dir),
+        stall_s,
+    )
 
 
 def _digests(job: DitJob) -> dict[str, str]:

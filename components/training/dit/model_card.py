@@ -20,6 +20,9 @@ from components.models.backbones import backbone_of_config
 from components.settings.effects import effect
 from components.settings.section import Effect
 from components.training.adapters.adapter_files import ADAPTER_FILE, STAGES
+from components.training.distributed.divergence import DivergenceEvent
+from components.training.distributed.optimizers import described_optimizer
+from components.training.distributed.ranks import described_determinism
 from components.training.distributed.run_states import described
 from components.training.dit.adapters import adapter_base
 from components.training.dit.batch_plan import BatchPlan
@@ -54,6 +57,8 @@ class TrainingFacts:
     """Identity of the initial weights; empty for random ones."""
     validation: Mapping[str, ValidationLoss]
     """Last losses on held-out images by weights, and those before training as "start"."""
+    divergences: tuple[str, ...] = ()
+    """A line for each step whose update was refused."""
 
 
 def facts_of_run(
@@ -62,8 +67,9 @@ def facts_of_run(
     latents: LatentStore,
     texts: TextStore,
     rows: Iterable[Mapping[str, float]],
+    events: Iterable[DivergenceEvent] = (),
 ) -> TrainingFacts:
-    """Facts of a run whose metric log has `rows`."""
+    """Facts of a run whose metric log has `rows`, and whose guard noted `events`."""
     return TrainingFacts(
         images=len(plan),
         plan_digest=plan.index_digest,
@@ -74,6 +80,7 @@ def facts_of_run(
         noise_levels=trained_span(job.settings, latents.index),
         started_from=initial_identity(job.initial_weights),
         validation=last_validation(rows),
+        divergences=tuple(map(str, events)),
     )
 
 
@@ -141,6 +148,7 @@ def model_card(
         _summary(job, facts, config),
         *_segments(job),
         *_adapter(job, facts),
+        *_divergences(facts),
         "## Validation\n",
         _validation_table(facts.validation, weights),
         "## Use\n",
@@ -171,6 +179,8 @@ def _front_matter(
         "images": facts.images,
         "seed": job.seed,
         "objective": job.objective.kind,
+        "optimizer": described_optimizer(settings),
+        "determinism": described_determinism(job.runtime),
         "sigma_range": list(facts.noise_levels),
         # A backbone without the resonance embedding has no such entries.
         **{key: config[key] for key in ("rope_variant", "rope_window") if key in config},
@@ -201,8 +211,9 @@ def _summary(job: DitJob, facts: TrainingFacts, config: Mapping[str, Any]) -> st
         f"A {job.transformer.backbone} transformer{rope}, trained from {start} for "
         f"{settings.steps} steps of {settings.global_batch_size} images ({facts.images} different "
         f"ones) with the objective `{job.objective.kind}` at noise levels {low:g} to {high:g} "
-        f"({density} AdamW, learning rate {settings.learning_rate:g} "
-        f"({settings.schedule}), {settings.precision} with float32 masters, average with decay "
+        f"({density} {described_optimizer(settings)}, learning rate "
+        f"{settings.learning_rate:g} ({settings.schedule}), {settings.precision} with float32 "
+        f"masters, average with decay "
         f"{settings.ema_decay:g}. The digests above name data, settings and weights.\n"
     )
 
@@ -241,6 +252,14 @@ def _adapter(job: DitJob, facts: TrainingFacts) -> list[str]:
         f"{name}: `sha256sum *.safetensors | sha256sum` in its transformer folder. `ultraflux "
         "weights adapter` writes it in ComfyUI's names, or of a smaller rank.\n",
     ]
+
+
+def _divergences(facts: TrainingFacts) -> list[str]:
+    """Batches that were not trained on, where there are any."""
+    if not facts.divergences:
+        return []
+    lines = "".join(f"- {line}\n" for line in facts.divergences)
+    return ["## Left out\n", f"Updates that the guard against divergence refused:\n\n{lines}"]
 
 
 def _validation_table(validation: Mapping[str, ValidationLoss], weights: str) -> str:

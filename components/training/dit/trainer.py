@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -23,16 +25,34 @@ from components.objectives.haar import BAND_NAMES
 from components.objectives.objective import objective_loss
 from components.settings.training import DitStageSettings
 from components.telemetry.progress import track
+from components.training.distributed.divergence import write_events
 from components.training.distributed.interruption import StopRequest, note_interruption
 from components.training.distributed.ranks import Ranks
-from components.training.dit.adapters import adapter_about, adapter_base, save_adapted
-from components.training.dit.assembly import AssembledRun, assemble_run
+from components.training.dit.adapters import (
+    adapter_about,
+    adapter_base,
+    merged_weights,
+    save_adapted,
+)
+from components.training.dit.assembly import (
+    AssembledRun,
+    apply_settings_after_load,
+    assemble_run,
+)
 from components.training.dit.export import Card, save_transformer
 from components.training.dit.job import WEIGHTS_NAMES, DitJob, TrainingDiverged, build_transformer
 from components.training.dit.model_card import facts_of_run, model_card
 from components.training.dit.throughput import CHECKPOINT_STALL
 from components.training.dit.validation import LEVELS
 from components.training.dit.velocity import NoisedBatch, band_errors, predict_velocity
+from components.training.sharded.hand_over import (
+    StoredWeights,
+    Where,
+    compared,
+    movement,
+    note_hand_over,
+    write_movement,
+)
 from components.training.sharded.weight_shards import assemble, master_shards
 
 
@@ -75,7 +95,8 @@ def train(job: DitJob, ranks: Ranks, stop: StopRequest | None = None) -> None:
 
     Raises:
         TrainingInterrupted: some rank was asked to stop; the state is saved.
-        TrainingDiverged: a loss or gradient is not finite.
+        TrainingDiverged: a loss or gradient norm is not finite or far above its running mean, and
+            the settings do not say how to go on, or not so often.
         CheckpointFailed: a checkpoint could not be written; training goes on from the one before.
         PlanMismatch: the checkpoint was trained on other data.
         ValueError: settings that do not fit together, or nothing to train on.
@@ -89,6 +110,14 @@ def train(job: DitJob, ranks: Ranks, stop: StopRequest | None = None) -> None:
         parts.checkpoints.writer.close()
 
 
+class _Diverged(Exception):
+    """An update was refused, and the run goes back; never leaves this module."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(reason)
+        self.step, self.reason = step, reason
+
+
 class DitTrainer:
     """Takes the steps of one assembled run."""
 
@@ -100,6 +129,7 @@ class DitTrainer:
         self._stalled: dict[str, float] = {}
         self.job, self.ranks, self.settings = parts.job, parts.ranks, parts.job.settings
         self.engine, self.average, self.metrics = parts.engine, parts.average, parts.metrics
+        self.guard, self.gate = parts.guard, parts.gate
         self.step = parts.steps_done
         self._progress = ""
 
@@ -109,6 +139,18 @@ class DitTrainer:
         # reads it.
         if self.step == 0:
             self._validate("")
+        if self.settings.on_divergence == "rollback" and self.step == self.guard.anchor(self.step):
+            # There may be none yet to go back to.
+            self._write_checkpoint()
+        # Resumed after the last step: only the export is left to do.
+        while self.step < self.settings.steps:
+            try:
+                self._run_on()
+            except _Diverged as event:
+                self._go_back(event)
+
+    def _run_on(self) -> None:
+        """Steps to the end, or to a divergence that is gone back from."""
         # One thread and one step ahead hide the reading; more would only hold more memory, since
         # `record_reader` keeps the disk's queue full by itself.
         with ThreadPoolExecutor(1, "batches") as loader:
@@ -118,16 +160,19 @@ class DitTrainer:
                 begin = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - begin
-                values = self._optimize(step, batch)
+                # Not even computed: the event has settled what becomes of it.
+                leaves_out = self.guard.leaves_out(step)
+                values = {"left_out": 1.0} if leaves_out else self._optimize(step, batch)
                 took = time.perf_counter() - begin
                 self.step = step + 1
                 if self.ranks.is_first:
                     values |= self.parts.throughput.measure(self.step, took, waited, batch[0])
                     values |= self._stalled
                     self._stalled = {}
-                    self._progress = (
-                        f"loss {values['loss']:.4f}, {values['images_per_s']:.3g} images/s"
-                    )
+                    if "loss" in values:
+                        self._progress = (
+                            f"loss {values['loss']:.4f}, {values['images_per_s']:.3g} images/s"
+                        )
                 # Before validation and checkpoint: a step must be in the log when a checkpoint
                 # includes it.
                 self._log(values)
@@ -169,7 +214,7 @@ class DitTrainer:
         # One answer for all ranks: a signal and a clock reach each of them at another step.
         stops, is_late = self.ranks.any(bool(self._stop), self._is_late())
         # After validation: a run that goes on from this checkpoint does not validate again.
-        if last or stops or is_late or self.step % self.settings.checkpoint_every == 0:
+        if last or stops or is_late or self._is_due():
             self._write_checkpoint()
         if last or stops:
             # The export follows, and a kill during it must find the last checkpoint whole.
@@ -180,6 +225,13 @@ class DitTrainer:
                 self.job.state_dir, self.job.name, self.step, self.settings.steps
             )
 
+    def _is_due(self) -> bool:
+        """Whether the number of steps asks for a checkpoint."""
+        if self.step % self.settings.checkpoint_every == 0:
+            return True
+        goes_back = self.settings.on_divergence == "rollback"
+        return goes_back and self.guard.is_anchor(self.step, self.step)
+
     def _is_late(self) -> bool:
         """Whether the clock asks for a checkpoint."""
         minutes = self.settings.checkpoint_every_minutes
@@ -187,9 +239,6 @@ class DitTrainer:
 
     def _prefetch(self, loader: ThreadPoolExecutor) -> Iterator[list[NoisedBatch]]:
         """Micro batches of the coming steps, one step ahead of the optimizer."""
-        # Resumed after the last step: only the export is left to do.
-        if self.step >= self.settings.steps:
-            return
         coming = loader.submit(self._load, self.step)
         for step in range(self.step, self.settings.steps):
             # An error of the loading thread is raised here, in training's own thread.
@@ -205,7 +254,7 @@ class DitTrainer:
     def _optimize(self, step: int, batches: list[NoisedBatch]) -> dict[str, float]:
         """One optimizer step on this rank's micro batches; metrics of the global batch."""
         # Set at every step, so that DeepSpeed's own scheduler has no state to resume.
-        rate = learning_rate(step, self.settings)
+        rate = learning_rate(step, self.settings) * self.guard.rate
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         watched = (step + 1) % self.settings.watch_every == 0
@@ -228,25 +277,24 @@ class DitTrainer:
                 columns += band_errors(velocity.detach(), batch)
             rows.append(torch.stack(columns))
             if number == len(batches) - 1:
-                # Checked before the update, so that the weights stay as they were. Every rank
-                # sees the losses of all, so all of them stop at the same collective.
+                # Every rank sees the losses of all, so all of them judge alike.
                 gathered = self.ranks.gather_samples(torch.cat(rows, 1))
                 t, loss = gathered[:2]
-                if not bool(torch.isfinite(loss).all()):
-                    self._diverged(step, batches, "loss")
-            # Called per micro batch; DeepSpeed updates at the last one of the step.
-            self.engine.step()
-        # After the step, because DeepSpeed measures the norm when it clips. None means that there
-        # was nothing to measure.
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
-        # The update may have happened by now, but nothing of this step is saved.
-        if not math.isfinite(norm):
-            self._diverged(step, batches, "gradient norm")
+                # In float64 over all samples: how they were divided leaves no trace in the mean.
+                mean = float(loss.double().mean())
+                # Judged before the update, so that the weights stay as they were.
+                norm, reason = self.gate.take_step(partial(self.guard.judge, mean))
+            else:
+                # DeepSpeed counts micro batches and updates at the last one of the step.
+                self.engine.step()
+        if reason is not None:
+            self._save_batches(step, batches)
+            return self._diverged(step, reason)
+        self.guard.accept(step, mean, norm)
         # Of the masters: the engine's own weights are rounded.
         self.average.update(master_shards(self.engine, self.ranks))
         return {
-            # In float64 over all samples: how they were divided leaves no trace in the mean.
-            "loss": float(loss.double().mean()),
+            "loss": mean,
             "grad_norm": norm,
             "lr": rate,
             **band_losses(t, loss),
@@ -257,22 +305,85 @@ class DitTrainer:
             },
         }
 
-    def _diverged(self, step: int, batches: list[NoisedBatch], what: str) -> None:
-        """Save this rank's batch and stop, with the checkpoint in flight committed."""
-        folder = self.job.state_dir / "diverged" / f"step-{step:08d}"
+    def _save_batches(self, step: int, batches: list[NoisedBatch]) -> None:
+        """Keep this rank's batches of a step whose update was refused."""
+        folder = self._batches_folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         for number, batch in enumerate(batches):
             # A file for each rank: any of them may hold the sample that is at fault.
             name = f"rank{self.ranks.rank}-micro{number}.safetensors"
             ids = json.dumps(batch.sample_ids)
             save_file(batch.tensors(), folder / name, metadata={"sample_ids": ids})
-        self.parts.checkpoints.writer.wait()
+
+    def _batches_folder(self, step: int) -> Path:
+        return self.job.state_dir / "diverged" / f"step-{step:08d}"
+
+    def _diverged(self, step: int, reason: str) -> dict[str, float]:
+        """Do what the settings say about an update that was refused.
+
+        Returns:
+            What there is to log of a step that is left out.
+
+        Raises:
+            TrainingDiverged: the run ends.
+            _Diverged: it goes back.
+        """
+        action = self.settings.on_divergence
+        if action == "stop" or self.guard.is_exhausted:
+            self._give_up(step, reason)
+        if action == "rollback":
+            raise _Diverged(step, reason)
+        event = self.guard.skipped(step, reason)
+        self._tell(str(event))
+        return {"left_out": 1.0}
+
+    def _give_up(self, step: int, reason: str) -> NoReturn:
+        """End the run; a checkpoint that is not healthy is none to go on from."""
+        checkpoints = self.parts.checkpoints
+        checkpoints.writer.wait()
+        if self.ranks.is_first:
+            checkpoints.store.reject(lambda _, healthy: not healthy)
         # The first rank to leave ends the others, which may still be writing their batches.
         self.ranks.barrier()
-        raise TrainingDiverged(
-            f"{self.job.name}: {what} is not finite at step {step}; the batch is in {folder}; "
-            "lower the learning rate or check these latents, the last checkpoint is untouched"
+        newest = checkpoints.store.latest()
+        kept = (
+            f"the checkpoint of step {newest[0]} is whole" if newest else "there is no checkpoint"
         )
+        after = f" after {len(self.guard.events)} events" if self.guard.events else ""
+        raise TrainingDiverged(
+            f"{self.job.name}: {reason} at step {step}{after}; the batch is in "
+            f"{self._batches_folder(step)}; {kept}: lower the learning rate, check these latents, "
+            f"or set {self.job.name}.on_divergence (skip, rollback) and --continue-from this run"
+        )
+
+    def _go_back(self, diverged: _Diverged) -> None:
+        """Return to a healthy checkpoint before a divergence; collective."""
+        step, checkpoints = diverged.step, self.parts.checkpoints
+        checkpoints.writer.wait()
+        target = self.guard.anchor(step)
+        # Written by all of them, and none is rejected before all have looked.
+        self.ranks.barrier()
+        saved = checkpoints.healthy_at(target)
+        if saved is None or saved.guard is None:
+            self._give_up(step, f"{diverged.reason} (no healthy checkpoint of step {target})")
+        self.ranks.barrier()
+        if self.ranks.is_first:
+            checkpoints.store.reject(lambda at, _: at > target)
+        event = self.guard.rolled_back(step, diverged.reason, target)
+        self._tell(str(event))
+        checkpoints.load(saved)
+        apply_settings_after_load(self.engine, self.settings)
+        self.guard.restore(saved.guard, keep_events=True)
+        if self.metrics is not None:
+            self.metrics.rewind(target)
+        self.step = target
+        self.ranks.barrier()
+
+    def _tell(self, line: str) -> None:
+        """Leave the events for the record, and one line for people."""
+        if self.ranks.is_first:
+            write_events(self.job.state_dir, self.guard)
+            print(f"{self.job.name}: {line}", file=sys.stderr, flush=True)
 
     def _validate(self, suffix: str) -> None:
         module = self.engine.module
@@ -294,7 +405,12 @@ class DitTrainer:
 
     def _write_checkpoint(self) -> None:
         begin = time.perf_counter()
-        self.parts.checkpoints.write(self.step, self.parts.data.plan.state(self.step).as_dict())
+        self.parts.checkpoints.write(
+            self.step,
+            self.parts.data.plan.state(self.step).as_dict(),
+            self.guard.state(),
+            healthy=self.guard.is_healthy(self.step),
+        )
         self._saved_at = time.monotonic()
         # What training stood still for; files may still be written beside the next steps. Logged
         # with the next step, since one step is one line.
@@ -302,13 +418,19 @@ class DitTrainer:
 
 
 def export_weights(parts: AssembledRun) -> None:
-    """Diffusers folders of the trained weights and of their average, float32; collective."""
+    """Diffusers folders of the trained weights and of their average, float32; collective.
+
+    Raises:
+        LearningLost: a folder does not hold what was learned.
+    """
     job, ranks, data = parts.job, parts.ranks, parts.data
     # From the float32 masters: the engine's own weights are rounded to bfloat16.
     masters = ((s.name, assemble(s, ranks)) for s in master_shards(parts.engine, ranks))
     # The first rank alone has a log, and alone writes folders.
     facts = (
-        facts_of_run(job, data.plan, data.latents, data.texts, parts.metrics.rows())
+        facts_of_run(
+            job, data.plan, data.latents, data.texts, parts.metrics.rows(), parts.guard.events
+        )
         if parts.metrics is not None
         else None
     )
@@ -318,6 +440,7 @@ def export_weights(parts: AssembledRun) -> None:
         if facts is not None:
             card = partial(model_card, job, facts, name)
             _save_weights(parts, weights, job.export_dir / name, card, facts.started_from)
+            _check_export(parts, weights, job.export_dir / name)
     # Together: a rank that leaves takes its end of the process group with it.
     ranks.barrier()
 
@@ -325,16 +448,15 @@ def export_weights(parts: AssembledRun) -> None:
 def _save_weights(
     parts: AssembledRun, weights: dict[str, Tensor], folder: Path, card: Card, started_from: str
 ) -> None:
-    settings, data = parts.job.settings, parts.data
+    settings = parts.job.settings
     size = settings.max_shard_gb
     if settings.adapter is None:
         save_transformer(parts.engine.module, weights, folder, max_shard_gb=size, card=card)
         return
     # `weights` are the adapter's factors alone; they are merged into the base as it was loaded.
-    model = build_transformer(parts.job, data.texts.widths, data.latent_channels)
     base = adapter_base(parts.job, started_from)
     save_adapted(
-        model,
+        _start(parts),
         settings.adapter,
         weights,
         folder,
@@ -343,3 +465,28 @@ def _save_weights(
         before=base.before,
         about=adapter_about(parts.job, base, folder.name),
     )
+
+
+def _start(parts: AssembledRun) -> Any:
+    """The transformer that training started from, once more."""
+    return build_transformer(parts.job, parts.data.texts.widths, parts.data.latent_channels)
+
+
+def _check_export(parts: AssembledRun, weights: dict[str, Tensor], folder: Path) -> None:
+    """Compare what lies in an exported folder with what was learned, and leave the movement there.
+
+    Raises:
+        LearningLost: see `min_kept_movement`.
+    """
+    job = parts.job
+    start = {name: tensor.detach() for name, tensor in _start(parts).named_parameters()}
+    where: Where = "export"
+    if job.settings.adapter is not None:
+        # Merged here once more, by the definition and in float64.
+        where = "merge"
+        weights = merged_weights(start, job.settings.adapter, weights)
+    squares = movement(weights, start)
+    hand_over = compared(where, weights.items(), StoredWeights(folder).read, squares)
+    write_movement(folder, squares)
+    note_hand_over(job.state_dir, hand_over)
+    hand_over.check(job.settings.min_kept_movement, job.name)

@@ -63,8 +63,8 @@ def train_here(job: DitJob) -> None:
     wait = collective_timeout(job.runtime)
     # Not entered yet: threads and kernels are settled before the group exists.
     ranks_here = open_ranks(job.runtime.device, wait, job.runtime.context_parallel_degree)
-    threads = job.runtime.torch_threads
-    with deterministic_torch(threads), ranks_here as ranks, listening() as stop:
+    here = deterministic_torch(job.runtime.torch_threads, job.runtime.determinism)
+    with here, ranks_here as ranks, listening() as stop:
         train(job, ranks, stop)
 
 

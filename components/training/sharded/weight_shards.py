@@ -76,6 +76,31 @@ def _master_shard(name: str, parameter: Any, ranks: Ranks) -> WeightShard:
     return WeightShard(name, shape, start, mine.float())
 
 
+@torch.no_grad()
+def set_master(name: str, parameter: Any, whole: Tensor, ranks: Ranks) -> None:
+    """Put this rank's share of a whole float32 parameter in place of its master.
+
+    What the model computes with does not change.
+
+    Args:
+        name: of the parameter, for the shard.
+        parameter: trainable, of an engine that keeps masters apart from the weights.
+        whole: float32, on any device.
+        ranks: this process.
+    """
+    shard = _master_shard(name, parameter, ranks)
+    mine = whole.flatten()[shard.start : shard.start + shard.values.numel()]
+    if not is_partitioned(parameter):
+        shard.values.copy_(mine)
+        return
+    from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+    # Where masters are offloaded the shard is a copy: DeepSpeed itself has to write, padding too.
+    padded = safe_get_local_fp32_param(parameter)
+    padded[: mine.numel()] = mine.to(padded.device)
+    safe_set_local_fp32_param(parameter, padded)
+
+
 def is_partitioned(parameter: Any) -> bool:
     """Whether ZeRO 3 has divided this parameter over the ranks."""
     return hasattr(parameter, "ds_id")

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import xxhash
 
-from components.files.whole_files import whole_file, write_text
+from components.files.whole_files import flush, whole_file, write_text
 
 INDEX_FILE = "index.parquet"
 STORE_FILE = "store.json"
@@ -101,7 +101,7 @@ class RecordWriter:
         """Make the store in `destination` (other files in it stay, old shards go).
 
         Shards are hard links where the file system allows, so nothing is held twice. The index
-        comes last: a kill leaves either no index or a whole store.
+        comes last: a kill or a power cut leaves either no index or a whole store.
 
         Args:
             destination: folder of the store.
@@ -111,12 +111,14 @@ class RecordWriter:
         destination.mkdir(parents=True, exist_ok=True)
         # First: without its index the folder is no store, whatever else is in it.
         (destination / INDEX_FILE).unlink(missing_ok=True)
+        # On the disk too: after a power cut an index must not come back to shards that are gone.
+        flush(destination)
         # With whatever a kill has left of one that was being copied.
         for old in destination.glob("*.bin*"):
             old.unlink()
         # Of the journal and not of the folder: a kill may have left a shard that nothing names.
         for shard in sorted(self._sizes):
-            with whole_file(destination / shard) as temporary:
+            with whole_file(destination / shard, durable=True) as temporary:
                 try:
                     # The work folder keeps its name of the same bytes, so a later run goes on from
                     # it.
@@ -126,7 +128,7 @@ class RecordWriter:
         text = json.dumps(dict(about), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         write_text(destination / STORE_FILE, text, durable=True)
         # Last, since readers take the index for the sign of a whole store.
-        with whole_file(destination / INDEX_FILE) as temporary:
+        with whole_file(destination / INDEX_FILE, durable=True) as temporary:
             index.to_parquet(temporary, index=False)
 
     def remove_journal(self) -> None:

@@ -49,7 +49,7 @@ def train_here(job: VaeJob) -> None:
     """This process's share of the training; rank 0 exports."""
     wait = collective_timeout(job.runtime)
     ranks_here = open_ranks(job.runtime.device, wait)
-    here = deterministic_torch(job.runtime.torch_threads)
+    here = deterministic_torch(job.runtime.torch_threads, job.runtime.determinism)
     with full_disks_named(job.export_dir), here, ranks_here as ranks, listening() as stop:
         _train(job, ranks, stop)
 

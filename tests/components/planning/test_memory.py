@@ -137,7 +137,8 @@ def tensor_bytes(state) -> int:
     ("optimizer", "frozen"), [("adamw", 0), ("adamw_8bit", 0), ("adamw", 6), ("adamw_8bit", 6)]
 )
 def test_the_engine_holds_the_planned_states(make_dit_job, tmp_path, optimizer, frozen):
-    from components.training.distributed.ranks import initialize_engine, open_ranks
+    from components.training.distributed.ranks import open_ranks
+    from components.training.sharded.engine import initialize_engine
 
     stage = make_dit_job(tmp_path).settings.model_copy(
         update={

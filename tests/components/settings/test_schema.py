@@ -22,7 +22,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     *sections, key = path.split(".")
     target = values
     for section in sections:
-        target = target[section]
+        # A section with defaults need not be written down.
+        target = target.setdefault(section, {})
     target[key] = value
     return values
 

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from components.models.transformer import UltraFluxTransformer2DModel
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.ranks import engine_configuration
 from components.training.dit.batch_plan import PlanMismatch
 from components.training.dit.curves import (
     draw_curves,
@@ -21,6 +20,7 @@ from components.training.dit.job import DitJob, TrainingDiverged
 from components.training.dit.throughput import MACHINE_METRICS
 from components.training.dit.trainer import band_losses, learning_rate
 from components.training.dit.worker import run_job
+from components.training.sharded.engine import engine_configuration
 from components.training.stores.latent_store import LatentStore
 
 pytestmark = pytest.mark.usefixtures("training_environment_restored")
@@ -53,6 +53,7 @@ def test_a_run_stopped_after_a_checkpoint_ends_with_the_same_bytes(make_dit_job,
             "README.md",
             "config.json",
             "diffusion_pytorch_model.safetensors",
+            "movement.json",
             "weights.sha256",
         )
     }

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from components.models.tiny import build_tiny_transformer
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.ranks import Ranks, engine_configuration
+from components.training.distributed.ranks import Ranks
 from components.training.dit.job import WEIGHTS_NAMES
 from components.training.dit.throughput import MACHINE_METRICS
 from components.training.dit.worker import run_job
@@ -19,6 +19,7 @@ from components.training.sharded.context_parallel import (
     check_context_parallel,
     context_parallel_problem,
 )
+from components.training.sharded.engine import engine_configuration
 
 TABLE = (
     (5440, 3072),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -107,3 +108,41 @@ def test_what_a_kill_left_beside_a_shard_is_gone_after_the_next_publication(tmp_
     write(tmp_path / "work", tmp_path / "larger")
     assert (tmp_path / "store" / "mask-00001.bin").read_bytes() == before
     assert len(MaskStore(tmp_path / "larger")) == 5
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_power_cut_leaves_no_index_of_records_that_are_not_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    """The order of what is flushed: shards and their names before the index gets its own."""
+    destination = tmp_path / "store"
+    write(tmp_path / "work", destination)
+    events: list[str] = []
+    flush, rename = os.fsync, os.replace
+
+    def note_flush(descriptor: int) -> None:
+        flush(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path == destination or path.parent == destination:
+            events.append(f"flush {path.name}")
+
+    def note_rename(source: Path, target: Path) -> None:
+        rename(source, target)
+        if Path(target).parent == destination:
+            events.append(f"rename {Path(target).name}")
+
+    def no_link(*paths: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_link)
+    write(tmp_path / "work", destination)
+    # The old index is gone for good before anything that it names.
+    assert events[0] == "flush store"
+    for name in (*(f"mask-0000{number}.bin" for number in range(5)), "store.json", "index.parquet"):
+        at = events.index(f"rename {name}")
+        assert events[at - 1] == f"flush .{name}.partial"
+        assert events[at + 1] == "flush store"
+    assert events[-2] == "rename index.parquet"

@@ -366,3 +366,21 @@ def test_no_rank_leaves_before_every_batch_that_diverged_is_saved(
     for child in children:
         child.join(120)
     assert [child.exitcode for child in children] == [0, 0]
+
+
+def test_weight_decay_is_that_of_the_settings(data, ranks, tmp_path: Path) -> None:
+    """AdamW decays apart from the gradient: w' = w'(0) - rate * decay * w, entry by entry."""
+    rate, decay = 2e-3, 0.5
+    before = tiny().state_dict()
+    plain, decayed = (
+        train(data, ranks, tmp_path / str(value), settings(steps=1, weight_decay=value))[0]
+        for value in (0.0, decay)
+    )
+    trained = 0
+    for name, weight in plain.decoder.named_parameters():
+        start = before[f"decoder.{name}"]
+        expected = weight.detach() - rate * decay * start
+        after = decayed.decoder.get_parameter(name).detach()
+        torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)
+        trained += not torch.equal(after, start)
+    assert trained > 10
