@@ -8,6 +8,7 @@ from uuid import UUID
 import httpx
 from prefect import State
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import (
@@ -16,7 +17,7 @@ from prefect.settings import (
     PREFECT_CLIENT_MAX_RETRIES,
     temporary_settings,
 )
-from prefect.states import Crashed
+from prefect.states import Cancelled, Completed, Crashed
 
 from flows.records.owners import forget_flow_run, note_flow_run_end, ownerless_flow_runs
 
@@ -41,6 +42,7 @@ def tell_end(root: Path, flow_run_id: str, state: State) -> bool:
                 present = client.read_flow_run(UUID(flow_run_id)).state
                 if present is None or not present.is_final():
                     client.set_flow_run_state(UUID(flow_run_id), state, force=True)
+                _end_tasks(client, UUID(flow_run_id), state)
         except ObjectNotFound:
             # Another server's, or a database that was deleted.
             pass
@@ -49,6 +51,21 @@ def tell_end(root: Path, flow_run_id: str, state: State) -> bool:
             return False
     forget_flow_run(root, flow_run_id)
     return True
+
+
+def _end_tasks(client: SyncPrefectClient, flow_run_id: UUID, state: State) -> None:
+    """Tasks that the server takes for running, or about to run, end with their flow run."""
+    of_run = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+    for task in client.read_task_runs(flow_run_filter=of_run):
+        if task.state is None or task.state.is_final():
+            continue
+        if not task.state.is_running():
+            end: State = Cancelled(message="It did not begin before its flow run ended.")
+        elif state.is_completed():
+            end = Completed(message="The server was away when it ended.")
+        else:
+            end = Crashed(message=state.message)
+        client.set_task_run_state(task.id, end, force=True)
 
 
 def close_killed_flow_runs(root: Path) -> int:

@@ -50,9 +50,13 @@ with services.embedded_prefect(root) as env:
             [run.state.name, run.state.message, run.tags]
             for run in sorted(client.read_flow_runs(), key=lambda run: run.created)
         ]
-        from prefect.states import Running, Completed
+        from prefect.states import Completed, Pending, Running
         from flows.pools.ended_flow_runs import close_killed_flow_runs
         from flows.records import owners
+        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+        def tasks_of(client, run):
+            of_run = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+            return client.read_task_runs(flow_run_filter=of_run)
         left = list((root / "runs" / "flow-runs").glob("*"))
         killed, alive, ended = (
             client.create_flow_run(build_flow.__globals__["flow"](lambda: None, name=name))
@@ -61,6 +65,10 @@ with services.embedded_prefect(root) as env:
         for run in (killed, alive, ended):
             client.set_flow_run_state(run.id, Running(), force=True)
             owners.own_flow_run(root, str(run.id))
+            for state in (Running(), Pending(), Completed()):
+                task = build_flow.__globals__["task"](lambda: None, name=state.name)
+                made = client.create_task_run(task, run.id, dynamic_key=state.name)
+                client.set_task_run_state(made.id, state, force=True)
         client.set_flow_run_state(ended.id, Completed(), force=True)
         owners.own_flow_run(root, "00000000-0000-0000-0000-000000000000")
         for path in (root / "runs" / "flow-runs").glob("*.json"):
@@ -71,6 +79,7 @@ with services.embedded_prefect(root) as env:
             len(left),
             close_killed_flow_runs(root),
             [client.read_flow_run(run.id).state.name for run in (killed, alive, ended)],
+            [sorted(task.state.name for task in tasks_of(client, run)) for run in (killed, alive)],
             [path.stem == str(alive.id) for path in (root / "runs" / "flow-runs").glob("*")],
         ]
         result["artifacts"] = [[a.key, a.type, a.data] for a in client.read_artifacts()]
@@ -126,7 +135,13 @@ def test_the_flow_runs_retries_blocks_skips_and_shows_what_it_made(
     assert set(result["mended"]["outcomes"].values()) == {"skipped"}
     assert set(result["again"]["outcomes"].values()) == {"skipped"}
     # A pipeline in a terminal that was killed is not running for ever; others are left alone.
-    assert result["closed"] == [0, 3, ["Crashed", "Running", "Completed"], [True]]
+    assert result["closed"] == [
+        0,
+        3,
+        ["Crashed", "Running", "Completed"],
+        [["Cancelled", "Completed", "Crashed"], ["Completed", "Pending", "Running"]],
+        [True],
+    ]
     # b in the failing flow ran twice: the first attempt and one retry.
     assert ["b", "Failed", 2] in result["states"]
     names = [name for name, _, _ in result["flows"]]
