@@ -22,6 +22,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from process_tree import peak_of_tree
+
 ROOT = Path(__file__).resolve().parents[1]
 ENGLISH_WORDS, CHINESE_CHARACTERS = 80, 140
 _BATCH = 50_000
@@ -241,26 +243,6 @@ def make_clone(folder: Path) -> Path:
     for command in (["git", "init", "-q"], ["git", "add", "-A"], [*commit, "-qm", "clone"]):
         subprocess.run(command, cwd=clone, check=True)
     return clone
-
-
-def peak_of_tree(root_pid: int, stop: threading.Event, found: list[int]) -> None:
-    """Append the largest sum of resident sizes of a process and its children (Linux), in bytes."""
-    largest = 0
-    while not stop.wait(0.05):
-        parents, sizes = {}, {}
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                values = status.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            pid = int(status.parent.name)
-            parents[pid], sizes[pid] = int(values[1]), int(values[21]) * os.sysconf("SC_PAGE_SIZE")
-        family = {root_pid}
-        for pid in sorted(parents):
-            if parents[pid] in family:
-                family.add(pid)
-        largest = max(largest, sum(sizes.get(pid, 0) for pid in family))
-    found.append(largest)
 
 
 def run(clone: Path, arguments: list[str]) -> tuple[int, float, float, float, float, str]:

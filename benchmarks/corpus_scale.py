@@ -1,0 +1,196 @@
+"""Many small photographs through every stage of the corpus, by the command that a person types.
+
+    python benchmarks/corpus_scale.py --sizes 500 5000 50000
+
+For each size: a fresh clone of the last commit, that many distinct small photographs, and
+`ultraflux run --until slices`. The photographs are cut from the bundled ones at random (256 px
+and less; JPEG, PNG and WebP), each with its caption in a text file beside it. Rules on sizes and
+texture are off, because small cuts of photographs are meant to get through.
+
+Per stage: CPU seconds of its process and all that it starts, and the largest sum of their resident
+sizes (shared pages count in each of them: an upper bound). "ms a row" is the slope between two
+sizes, so that the start of a process does not count. Exit code 1: in some stage or in all
+together, the slope between the two largest sizes is more than 1.1 times the one before; or a stage
+peaks at 2 GiB or more. Of what takes less than a second of CPU the slope says nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import small_project
+from process_tree import family, readings, words
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_GROWTH, MOST_GIB, MEASURABLE_S = 1.1, 2.0, 1.0
+STAGES = tuple("source ingest signals quality people select caption validate slices".split())
+FILES_PER_FOLDER = 1_000
+SETTINGS = {
+    "ingest.source": "photos",
+    "ingest.attribution": None,
+    "select.min_pixels": 1024,
+    "select.max_flat_fraction": 1.0,
+    "select.min_entropy_bits": 0.0,
+    "select.human.min_entropy_bits": None,
+    "people.boxes": None,
+}
+# Of ten photographs.
+KINDS = (".jpg",) * 8 + (".png", ".webp")
+
+
+def make_photographs(folder: Path, count: int, seed: int = 0) -> None:
+    """`count` cuts of the bundled photographs and their captions; the same for the same seed."""
+    sample = ROOT / "data" / "sample"
+    lines = (sample / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    captions = {one["file"]: one["caption_en"] for one in map(json.loads, lines)}
+    photographs = []
+    for file in sorted(captions):
+        pixels = cv2.imread(str(sample / file), cv2.IMREAD_REDUCED_COLOR_2)
+        photographs.append((captions[file], pixels))
+    for number in range(count):
+        rng = np.random.default_rng((seed, number))
+        caption, pixels = photographs[number % len(photographs)]
+        edges = rng.integers(120, 257, 2)
+        # At most twice enlarged and at most eight times shrunk.
+        scale = rng.uniform(0.5, min(8.0, *(np.array(pixels.shape[:2]) / edges)))
+        height, width = (int(edge * scale) for edge in edges)
+        top, left = (
+            int(rng.integers(0, room + 1)) for room in np.array(pixels.shape[:2]) - (height, width)
+        )
+        cut = pixels[top : top + height, left : left + width]
+        small = cv2.resize(cut, tuple(int(edge) for edge in edges[::-1]), None, 0, 0, 3)
+        inner = folder / f"{number // FILES_PER_FOLDER:03}"
+        inner.mkdir(parents=True, exist_ok=True)
+        file = inner / f"{number:06}{KINDS[number // len(photographs) % len(KINDS)]}"
+        cv2.imwrite(str(file), small[:, :: rng.choice((-1, 1))])
+        text = f"Photograph {number} of a series of {count} cuts. {caption}"
+        file.with_suffix(".txt").write_text(text, encoding="utf-8")
+
+
+def watch(root: int, stop: threading.Event, found: dict[str, dict[str, float]]) -> None:
+    """Keep the CPU seconds and the peak of every stage below the process `root`."""
+    stages: dict[int, str] = {}
+    for known in readings(0.1, stop):
+        for pid in family(root, known):
+            if pid not in stages:
+                said = words(pid)
+                place = said.index("stage") if "stage" in said else len(said)
+                is_stage = said[place + 1 : place + 2] == ["run"]
+                stages[pid] = said[place + 2] if is_stage else ""
+            if name := stages[pid]:
+                tree = [known[one] for one in family(pid, known)]
+                row = found.setdefault(f"{name} {pid}", {"cpu_s": 0.0, "gib": 0.0})
+                row["cpu_s"] = max(row["cpu_s"], sum(one.cpu_s for one in tree))
+                row["gib"] = max(row["gib"], sum(one.resident for one in tree) / 2**30)
+
+
+def measured(clone: Path) -> dict[str, dict[str, float]]:
+    """CPU seconds and peak GiB by stage, and of the command as a whole."""
+    command = [str(Path(sys.executable).with_name("ultraflux")), "run", "--until", "slices"]
+    environment = {**os.environ, "PYTHONPATH": str(clone)}
+    found: dict[str, dict[str, float]] = {}
+    with (clone.parent / "said.log").open("w+", encoding="utf-8") as said:
+        started = time.monotonic()
+        process = subprocess.Popen(command, cwd=clone, env=environment, stdout=said, stderr=said)
+        stop = threading.Event()
+        watcher = threading.Thread(target=watch, args=(process.pid, stop, found))
+        watcher.start()
+        _, status, used = os.wait4(process.pid, 0)
+        wall_s = time.monotonic() - started
+        stop.set()
+        watcher.join()
+        if status:
+            said.seek(0)
+            sys.exit(said.read())
+    stages: dict[str, dict[str, float]] = {}
+    for key, row in found.items():
+        # A process and its fork of the same command line: the outer one contains the inner.
+        one = stages.setdefault(key.split()[0], {"cpu_s": 0.0, "gib": 0.0})
+        for name in one:
+            one[name] = max(one[name], row[name])
+    stages["whole command"] = {
+        "cpu_s": used.ru_utime + used.ru_stime,
+        "gib": max(row["gib"] for row in stages.values()),
+        "wall_s": wall_s,
+    }
+    return stages
+
+
+def run_size(folder: Path, count: int) -> dict[str, Any]:
+    """One size in a fresh clone."""
+    clone = folder / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    small_project.change_settings(clone, SETTINGS)
+    make_photographs(clone / "photos", count)
+    stages = measured(clone)
+    slices = json.loads((clone / "data" / "slices" / "summary.json").read_text(encoding="utf-8"))
+    return {"rows": count, "stages": stages, "slices": slices}
+
+
+def slope_ms(name: str, fewer: dict[str, Any], more: dict[str, Any]) -> float:
+    """CPU milliseconds of each row between two sizes."""
+    seconds = more["stages"][name]["cpu_s"] - fewer["stages"][name]["cpu_s"]
+    return 1e3 * seconds / (more["rows"] - fewer["rows"])
+
+
+def report(runs: list[dict[str, Any]]) -> list[str]:
+    """Print the table; what misses the target."""
+    sizes = [run["rows"] for run in runs]
+    columns = [f"CPU s, {rows}" for rows in sizes]
+    columns += [f"ms a row, {a} to {b}" for a, b in pairwise(sizes)]
+    columns += [f"GiB, {rows}" for rows in sizes]
+    print(f"| stage | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    missed = []
+    for name in (*STAGES, "whole command"):
+        rows = [run["stages"][name] for run in runs]
+        slopes = [slope_ms(name, *pair) for pair in pairwise(runs)]
+        cells = [f"{row['cpu_s']:.1f}" for row in rows]
+        cells += [f"{slope:.2f}" for slope in slopes]
+        cells += [f"{row['gib']:.2f}" for row in rows]
+        print(f"| {name} | {' | '.join(cells)} |")
+        grown_s = rows[-1]["cpu_s"] - rows[-2]["cpu_s"] if len(rows) > 1 else 0.0
+        if len(slopes) > 1 and grown_s > MEASURABLE_S and slopes[-1] > MOST_GROWTH * slopes[-2]:
+            missed.append(f"{name}: {slopes[-2]:.2f} ms a row, then {slopes[-1]:.2f}")
+        if max(row["gib"] for row in rows) >= MOST_GIB:
+            missed.append(f"{name}: {max(row['gib'] for row in rows):.2f} GiB")
+    for run in runs:
+        wall_s = run["stages"]["whole command"]["wall_s"]
+        print(f"{run['rows']} photographs: {wall_s:.0f} s of wall time; slices {run['slices']}")
+    return missed
+
+
+def main() -> int:
+    """Measure every size and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[500, 5_000, 50_000])
+    parser.add_argument("--results", type=Path, help="JSON: sizes in it are not measured again.")
+    options = parser.parse_args()
+    runs: list[dict[str, Any]] = []
+    if options.results and options.results.is_file():
+        runs = json.loads(options.results.read_text(encoding="utf-8"))
+    for size in options.sizes:
+        if size in (run["rows"] for run in runs):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append(run_size(Path(folder), size))
+        if options.results:
+            options.results.write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
+    missed = report(sorted(runs, key=lambda run: run["rows"]))
+    print("\n".join(["missed:", *missed]) if missed else "every stage within its target")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
