@@ -3,9 +3,9 @@
     python benchmarks/corpus_scale.py --sizes 500 5000 50000
 
 For each size: a fresh clone of the last commit, that many distinct small photographs, and
-`ultraflux run --until slices`. The photographs are cut from the bundled ones at random (256 px
-and less; JPEG, PNG and WebP), each with its caption in a text file beside it. Rules on sizes and
-texture are off, because small cuts of photographs are meant to get through.
+`ultraflux run --until slices --no-rehearsal`. The photographs are cut at random from the bundled
+ones (256 px and less; JPEG, PNG and WebP), each with its caption in a text file beside it. Rules on
+sizes and texture are off, because small cuts of photographs are meant to get through.
 
 Per stage: CPU seconds of its process and all that it starts, and the largest sum of their resident
 sizes (shared pages count in each of them: an upper bound). "ms a row" is the slope between two
@@ -31,11 +31,13 @@ from typing import Any
 import cv2
 import numpy as np
 import small_project
-from process_tree import family, readings, words
+from process_tree import family, readings
+from process_tree import words as words_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_GROWTH, MOST_GIB, MEASURABLE_S = 1.1, 2.0, 1.0
-STAGES = tuple("source ingest signals quality people select caption validate slices".split())
+STAGES = ("source", "ingest", "signals", "quality", "people", "select", "caption")
+STAGES += ("validate", "slices")
 FILES_PER_FOLDER = 1_000
 SETTINGS = {
     "ingest.source": "photos",
@@ -85,7 +87,7 @@ def watch(root: int, stop: threading.Event, found: dict[str, dict[str, float]]) 
     for known in readings(0.1, stop):
         for pid in family(root, known):
             if pid not in stages:
-                said = words(pid)
+                said = words_of(pid)
                 place = said.index("stage") if "stage" in said else len(said)
                 is_stage = said[place + 1 : place + 2] == ["run"]
                 stages[pid] = said[place + 2] if is_stage else ""
@@ -98,7 +100,9 @@ def watch(root: int, stop: threading.Event, found: dict[str, dict[str, float]]) 
 
 def measured(clone: Path) -> dict[str, dict[str, float]]:
     """CPU seconds and peak GiB by stage, and of the command as a whole."""
-    command = [str(Path(sys.executable).with_name("ultraflux")), "run", "--until", "slices"]
+    # A rehearsal costs the same at every size.
+    words = ["run", "--until", "slices", "--no-rehearsal"]
+    command = [str(Path(sys.executable).with_name("ultraflux")), *words]
     environment = {**os.environ, "PYTHONPATH": str(clone)}
     found: dict[str, dict[str, float]] = {}
     with (clone.parent / "said.log").open("w+", encoding="utf-8") as said:

@@ -143,6 +143,17 @@ def _series(column: pa.ChunkedArray) -> pd.Series:
     return column.to_pandas()
 
 
+def frame_of(batch: pa.RecordBatch, columns: Sequence[str]) -> pd.DataFrame:
+    """Columns of a batch; null where an older manifest lacks them."""
+    present = batch.schema.names
+    arrays = [
+        batch[name] if name in present else pa.nulls(len(batch), SCHEMA.field(name).type)
+        for name in columns
+    ]
+    frame: pd.DataFrame = pa.Table.from_arrays(arrays, names=list(columns)).to_pandas()
+    return frame
+
+
 class ManifestOnDisk:
     """A manifest that is read a column at a time, for comparisons of whole versions.
 
@@ -174,12 +185,12 @@ class ManifestOnDisk:
     def __getitem__(self, name: str) -> pd.Series:
         if not _is_text(name) or is_coded(name) or name in self._values_of:
             return read_columns(self._path, [name])[name]
-        digests = [_digests(batch[name]) for batch in manifest_batches(self._path, [name])]
+        digests = [text_digests(batch[name]) for batch in manifest_batches(self._path, [name])]
         return pd.Series(np.concatenate([np.empty(0, np.uint64), *digests]))
 
 
-def _digests(text: pa.Array) -> np.ndarray:
-    """(N,) uint64 of text, 0 where there is none."""
+def text_digests(text: pa.Array) -> np.ndarray:
+    """(N,) uint64 of text, equal where it is; 0 where there is none."""
     digest = xxhash.xxh3_64_intdigest
     # As bytes, which is what is hashed: no caption is decoded for it.
     values = (0 if value is None else digest(value) for value in text.cast(pa.binary()).to_pylist())

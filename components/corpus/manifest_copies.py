@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from components.corpus.manifest import SCHEMA, to_arrow
-from components.corpus.manifest_columns import manifest_batches
+from components.corpus.manifest_columns import frame_of, manifest_batches
 from components.files.parquet_files import TableStream
 
 
@@ -52,6 +52,30 @@ def copy_manifest(
             raise ValueError(
                 f"{source} has {start} rows, fewer than the {len(changed)} changed ones"
             )
+
+
+def rewrite_manifest(
+    source: Path,
+    read: Sequence[str],
+    change: Callable[[pd.DataFrame], pd.DataFrame],
+    output: Path,
+) -> None:
+    """Write a manifest whose changed columns are made batch by batch.
+
+    Args:
+        source: manifest.
+        read: columns that `change` is given, of a few thousand rows in order.
+        change: gives the columns that replace those of `source`, a row for each row.
+        output: may not be `source`.
+
+    Raises:
+        ValueError: `source` is no manifest, or a changed column does not fit the schema.
+    """
+    with TableStream(output, SCHEMA) as stream:
+        for batch in manifest_batches(source, SCHEMA.names, code_text=False):
+            changed = change(frame_of(batch, read))
+            fields = pa.schema([field for field in SCHEMA if field.name in changed.columns])
+            stream.add(_table(batch, to_arrow(changed, fields)))
 
 
 def _mask(rows: np.ndarray | None, count: int) -> np.ndarray | None:

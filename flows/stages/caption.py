@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -13,7 +15,7 @@ from components.corpus.captions.captioning import (
     caption_photographs,
 )
 from components.corpus.captions.encoder_cuts import encoder_cuts
-from components.corpus.manifest import read_table, write_table
+from components.corpus.manifest_columns import manifest_batches
 from components.files.parquet_files import write_parquet
 from components.files.whole_files import write_text
 from components.models.text_lengths import as_json, describe
@@ -30,17 +32,18 @@ def run(context: StageContext) -> StageResult:
         StageFailed: captions file missing or of no use (with its first line); no such model,
             endpoint of no use or cost cap reached (with what is left); or no row is left.
     """
-    selected = read_table(context.input("select", "manifest.parquet"))
+    selected = context.input("select", "manifest.parquet")
     derivatives = context.root / "data" / "signals" / "derivatives.parquet"
     # Only a model needs them; without one a clone can caption before it has measured.
     if asks_models(context.settings.caption):
         derivatives = context.input("signals", "derivatives.parquet")
+    path = context.output_dir / "manifest.parquet"
     try:
-        found = caption_photographs(selected, derivatives, context.settings, root=context.root)
+        found = caption_photographs(
+            selected, derivatives, context.settings, path, root=context.root
+        )
     except CaptioningRefused as problem:
         raise StageFailed(f"caption: {problem}") from None
-    path = context.output_dir / "manifest.parquet"
-    write_table(found.manifest, path)
     losses = [{"record": loss.record, "detail": loss.detail} for loss in found.losses]
     losses_path = context.output_dir / "losses.parquet"
     write_parquet(pa.Table.from_pylist(losses, schema=LOSSES_SCHEMA), losses_path)
@@ -50,8 +53,7 @@ def run(context: StageContext) -> StageResult:
             f"caption: none of {found.selected} selected images has a usable caption "
             f"({found.described_losses}); in {_source(context)}: {found.remedies}"
         )
-    captions = found.manifest.loc[found.manifest["kept"], "caption_en"].tolist()
-    cuts = encoder_cuts(captions, context.settings, context.root)
+    cuts = encoder_cuts(_kept_captions(path), context.settings, context.root)
     write_text(context.output_dir / "text_lengths.json", json.dumps(as_json(cuts), indent=2) + "\n")
     costs = {} if found.spent_usd is None else {"cost_usd": found.spent_usd}
     return StageResult(
@@ -69,6 +71,11 @@ def run(context: StageContext) -> StageResult:
     )
 
 
+def _kept_captions(manifest: Path) -> Iterator[str]:
+    for batch in manifest_batches(manifest, ["kept", "caption_en"]):
+        yield from batch.filter(batch["kept"])["caption_en"].to_pylist()
+
+
 def _source(context: StageContext) -> str:
     """Where a person would correct the captions."""
     provider = context.settings.caption.provider
@@ -82,7 +89,7 @@ def _source(context: StageContext) -> str:
 def _summary(found: CaptionedPhotographs) -> str:
     parts = [f"{found.kept} captioned, {found.provided} of them by what came with the images"]
     if found.lost:
-        parts.append(f"{len(found.lost)} without a usable caption ({found.described_losses})")
+        parts.append(f"{found.lost} without a usable caption ({found.described_losses})")
     if found.losses:
         parts.append(
             f"{len(found.losses)} lines or files left out or mended (losses.parquet; first: "

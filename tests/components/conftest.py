@@ -7,16 +7,16 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pytest
 
-from components.corpus.captions.checks import Judged
-from components.corpus.captions.models import Captioned, write_captions
+from components.corpus.captions.checks import CaptionBatch, Judged, filled
+from components.corpus.captions.models import write_captions
 from components.corpus.captions.provided import NOT_PROVIDED
 from components.files.parquet_files import write_parquet
 from components.settings.captions import CaptionSettings
@@ -170,6 +170,15 @@ def endpoint(api: Api, **changes: object) -> dict[str, object]:
     } | changes
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the models wrote, by row."""
+
+    rows: list[Judged]
+    spent_usd: float | None
+    problems: list[str]
+
+
 class Corpus:
     """`names` are image ids and, as bytes, the pictures."""
 
@@ -188,20 +197,25 @@ class Corpus:
         kept: list[bool] | None = None,
         provided: list[Judged] | None = None,
         cache: str = "cache.sqlite",
-    ) -> Captioned:
-        manifest = pd.DataFrame({"image_id": self.names, "kept": kept or [True] * len(self.names)})
-        return write_captions(
-            manifest,
-            provided or [NOT_PROVIDED] * len(self.names),
+    ) -> Asked:
+        rows = provided or [NOT_PROVIDED] * len(self.names)
+        was_kept = kept or [True] * len(rows)
+        # In pieces, as a manifest comes.
+        pieces = [slice(start, start + 5) for start in range(0, len(rows), 5)]
+        batches = [CaptionBatch(self.names[one], was_kept[one], rows[one]) for one in pieces]
+        found = write_captions(
+            lambda: batches,
             self.folder / "derivatives.parquet",
             settings,
             derivative_px=1024,
             cache=self.folder / cache,
             root=self.folder,
         )
+        written = [row for one in batches for row in filled(one, found.fills).rows]
+        return Asked(written, found.spent_usd, found.problems)
 
     @staticmethod
-    def statuses(captioned: Captioned) -> list[str | None]:
+    def statuses(captioned: Asked) -> list[str | None]:
         return [row.status for row in captioned.rows]
 
 

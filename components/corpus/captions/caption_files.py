@@ -7,18 +7,20 @@ which one is wrong are half a million captions less one.
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import os
 import posixpath
 import stat
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from components.corpus.captions.checks import Caption
 from components.corpus.captions.flaws import is_unreadable
+from components.corpus.captions.spilled import Spilled
 
 SIDECAR = ".txt"
 _MAX_SIDECAR_BYTES = 2**20
@@ -56,9 +58,11 @@ class KnownFiles:
     def __init__(self, files: Collection[str]) -> None:
         """Index `files`, paths below the folder with slashes."""
         self._files = frozenset(files)
-        self._by_spelling: dict[str, list[str]] = {}
-        for file in sorted(self._files):
-            self._by_spelling.setdefault(comparable_name(file), []).append(file)
+        # None: several have this spelling.
+        self._by_spelling: dict[str, str | None] = {}
+        for file in self._files:
+            spelling = comparable_name(file)
+            self._by_spelling[spelling] = None if spelling in self._by_spelling else file
 
     def find(self, name: str) -> str:
         """The photograph that `name` means: itself, else the only one of that spelling.
@@ -69,11 +73,13 @@ class KnownFiles:
         # Exact names first: two files may differ in nothing but the spelling of an accent.
         if name in self._files:
             return name
-        found = self._by_spelling.get(comparable_name(name), [])
-        if len(found) != 1:
-            why = "fits several photographs" if found else "is not a photograph"
+        spelling = comparable_name(name)
+        found = self._by_spelling.get(spelling)
+        if found is None:
+            is_known = spelling in self._by_spelling
+            why = "fits several photographs" if is_known else "is not a photograph"
             raise ValueError(f"{name!r} {why} of ingest.source")
-        return found[0]
+        return found
 
 
 def _without_surrogates(text: str) -> str:
@@ -110,26 +116,32 @@ def _parse(line: str) -> tuple[str, Caption]:
     )
 
 
-def _lines(data: bytes) -> Iterator[tuple[int, str | None]]:
-    r"""(number from 1, text or None where it is not UTF-8) of lines that are not blank.
-
-    Only "\n" ends a line: `splitlines` would also split at separators inside a caption.
-    """
+def _raw_lines(stream: BinaryIO) -> Iterable[bytes]:
+    r"""Lines in UTF-8, without a mark; only "\n" ends one, a text stream would see others."""
+    start = stream.read(3)
     for mark, encoding in _WIDE_MARKS.items():
-        if data.startswith(mark):
-            data = data.decode(encoding, "replace").encode("utf-8", "replace")
+        if start.startswith(mark):
+            stream.seek(len(mark))
+            wide = io.TextIOWrapper(stream, encoding, "replace", newline="\n")
+            return (line.encode("utf-8", "replace") for line in wide)
+    stream.seek(len(codecs.BOM_UTF8) if start == codecs.BOM_UTF8 else 0)
+    return stream
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, str | None]]:
+    """(number from 1, text or None where it is not UTF-8) of lines that are not blank."""
     # Split before decoding, so that a wrong byte costs its line alone.
-    for number, line in enumerate(data.removeprefix("\ufeff".encode()).split(b"\n"), start=1):
+    for number, line in enumerate(_raw_lines(stream), start=1):
         if line.strip():
             try:
-                yield number, line.decode("utf-8")
+                yield number, line.decode("utf-8").removesuffix("\n")
             except UnicodeDecodeError:
                 yield number, None
 
 
 def read_captions(
     path: Path, known_files: Collection[str]
-) -> tuple[dict[str, Caption], list[CaptionLoss]]:
+) -> tuple[Mapping[str, Caption], list[CaptionLoss]]:
     """Read a captions.jsonl: UTF-8 (or UTF-16 with its mark), with or without a BOM.
 
     Args:
@@ -137,14 +149,15 @@ def read_captions(
         known_files: files of the corpus; names match in any spelling (`comparable_name`).
 
     Returns:
-        (caption by file, what could not be used): lines that are no such object, name a file a
-        second time, or one that is not in the corpus. A line whose text had to be mended has both.
+        (caption by file, on disk; what could not be used): lines that are no such object, name a
+        file a second time, or one that is not in the corpus. A line whose text had to be mended has
+        both.
 
     Raises:
         ValueError: no such file, or it has lines and none can be used: another kind of file.
     """
     try:
-        data = path.read_bytes()
+        stream = path.open("rb")
     except FileNotFoundError:
         raise ValueError(
             f"{path.name}: not found in ingest.source, and no photograph has a text file beside it "
@@ -153,24 +166,26 @@ def read_captions(
     except OSError as problem:
         raise ValueError(f"{path.name}: cannot read: {problem.strerror}") from None
     known = KnownFiles(known_files)
-    captions: dict[str, Caption] = {}
+    captions = Spilled(Caption)
     first_line: dict[str, int] = {}
     losses: list[CaptionLoss] = []
-    for number, line in _lines(data):
-        where = f"{path.name} line {number}"
-        try:
-            if line is None:
-                raise ValueError("not UTF-8")
-            name, caption = _parse(line)
-            file = known.find(name)
-            if file in captions:
-                raise ValueError(f"{name!r} has a caption already, on line {first_line[file]}")
-        except ValueError as problem:
-            losses.append(CaptionLoss(where, str(problem)))
-            continue
-        captions[file], first_line[file] = caption, number
-        if is_unreadable(caption.english + (caption.chinese or "")):
-            losses.append(CaptionLoss(where, "characters that could not be read became U+FFFD"))
+    with stream:
+        for number, line in _lines(stream):
+            where = f"{path.name} line {number}"
+            try:
+                if line is None:
+                    raise ValueError("not UTF-8")
+                name, caption = _parse(line)
+                file = known.find(name)
+                if file in first_line:
+                    raise ValueError(f"{name!r} has a caption already, on line {first_line[file]}")
+            except ValueError as problem:
+                losses.append(CaptionLoss(where, str(problem)))
+                continue
+            first_line[file] = number
+            captions.add(file, caption)
+            if is_unreadable(caption.english + (caption.chinese or "")):
+                losses.append(CaptionLoss(where, "characters that could not be read became U+FFFD"))
     # One wrong line of many is a loss; all of them wrong mean that the wrong file is named.
     if losses and not captions:
         raise ValueError(
@@ -233,7 +248,7 @@ class Sidecars:
         except RuntimeError:
             # Until Python 3.12 `resolve` names a loop of links by this.
             raise ValueError("symbolic links in a loop") from None
-        lines = list(_lines(data))
+        lines = list(_lines(io.BytesIO(data)))
         if any(text is None for _, text in lines):
             raise ValueError("not UTF-8")
         return " ".join(" ".join(text.split()) for _, text in lines if text)

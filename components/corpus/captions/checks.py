@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from components.corpus.captions.flaws import (
     LOOP_CHARACTERS,
@@ -156,15 +157,36 @@ WITHOUT_PICTURE = Written(None, "missing")
 
 
 @dataclass(frozen=True)
+class CaptionBatch:
+    """Some rows of a manifest and their captions so far."""
+
+    image_ids: list[str]
+    kept: list[bool]
+    """What the stage `select` says; the image_id of kept rows are distinct in a manifest."""
+    rows: list[Judged]
+
+
+Fill = Callable[[CaptionBatch], list[Judged]]
+"""The rows of a batch with what one model wrote."""
+
+
+@dataclass(frozen=True)
 class Captioned:
     """What the models wrote."""
 
-    rows: list[Judged]
-    """One per manifest row, in order."""
+    fills: list[Fill]
+    """One per model, in the order in which they were asked."""
     spent_usd: float | None
     """By these settings, over all runs; None where a price is not known."""
     problems: list[str]
     """Why single requests failed, in the order of the rows."""
+
+
+def filled(batch: CaptionBatch, fills: Iterable[Fill]) -> CaptionBatch:
+    """A batch with what the models wrote."""
+    for fill in fills:
+        batch = replace(batch, rows=fill(batch))
+    return batch
 
 
 def needs_english(row: Judged, settings: CaptionSettings) -> bool:
@@ -179,6 +201,50 @@ def needs_chinese(row: Judged, settings: CaptionSettings) -> bool:
     if row.status == "ok":
         return row.chinese is None
     return settings.provided == "replace_failed" and not row.failed_english
+
+
+def in_need(
+    batches: Iterable[CaptionBatch],
+    isin_need: Callable[[Judged, CaptionSettings], bool],
+    settings: CaptionSettings,
+) -> Iterator[tuple[str, Judged]]:
+    """image_id and captions of the kept rows that a model is asked about."""
+    for batch in batches:
+        for image_id, was_kept, row in zip(batch.image_ids, batch.kept, batch.rows, strict=True):
+            if was_kept and isin_need(row, settings):
+                yield image_id, row
+
+
+def fill_english(
+    written: Mapping[str, Written] | Written,
+    author: str,
+    settings: CaptionSettings,
+    *,
+    unasked: Judged | None = None,
+) -> Fill:
+    """What `author` wrote of the kept rows without a usable English caption.
+
+    Args:
+        written: by image_id, what is not in it has no picture; or one for all.
+        author: what the manifest names.
+        settings: `provided`.
+        unasked: what becomes of a rejected row to which nothing came; None: as it is.
+    """
+
+    def fill(batch: CaptionBatch) -> list[Judged]:
+        rows = []
+        for image_id, was_kept, row in zip(batch.image_ids, batch.kept, batch.rows, strict=True):
+            if was_kept and needs_english(row, settings):
+                if isinstance(written, Written):
+                    row = written.as_caption(author)
+                else:
+                    row = written.get(image_id, WITHOUT_PICTURE).as_caption(author)
+            elif unasked is not None and not was_kept and row.status == "missing":
+                row = unasked
+            rows.append(row)
+        return rows
+
+    return fill
 
 
 def judge_provided(caption: Caption, settings: CaptionSettings, origin: str) -> Judged:

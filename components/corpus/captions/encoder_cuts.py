@@ -8,7 +8,8 @@ At a prompt, without the stage::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import chain, islice
 from pathlib import Path
 
 from components.models.backbones import BACKBONES
@@ -25,12 +26,12 @@ _TRAINING_CAPTIONS = 500
 
 
 def encoder_cuts(
-    captions: Sequence[str], settings: Settings, root: Path = Path()
+    captions: Iterable[str], settings: Settings, root: Path = Path()
 ) -> dict[str, TextLength]:
     """Captions against the limit of each encoder.
 
     Args:
-        captions: of the rows that are kept, at least one.
+        captions: of the rows that are kept, at least one; read once.
         settings: `models.text_encoders` and the backbone, which says which encoders there are.
         root: where a relative folder starts.
 
@@ -45,6 +46,8 @@ def encoder_cuts(
     if encoders.pretrained is not None:
         limits = load_text_limits(backbone, root / encoders.pretrained, length)
     else:
-        sample = captions[:_TRAINING_CAPTIONS]
+        captions = iter(captions)
+        sample = list(islice(captions, _TRAINING_CAPTIONS))
+        captions = chain(sample, captions)
         limits = train_text_limits(backbone, sample, encoders.tiny.vocab_size, length)
     return {} if limits is None else text_lengths(limits, captions)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from components.chat.prompts import Prompt, clean_answer
 from components.corpus.captions.checks import Written, check_english
+from components.corpus.captions.spilled import Spilled
 from components.corpus.derivatives import Derivative, derivative_ids, read_derivatives
 from components.corpus.quality.scorer import model_limits
 from components.engine.map_items import EngineLimits, code_digest, map_items
@@ -172,8 +173,8 @@ class LocalCaptions:
 
     name: str
     """What the manifest names as author: folder, digest of the weights, version of the prompt."""
-    written: dict[str, Written]
-    """By image_id."""
+    written: Mapping[str, Written]
+    """By image_id, on disk."""
 
 
 @dataclass(frozen=True)
@@ -271,29 +272,29 @@ def caption_locally(
     job = _Job(folder, digest, prompt, local, settings, derivatives, state_dir, limits)
     # In the order of the derivatives, which are read as a stream beside them.
     ids = [image_id for image_id in derivative_ids(derivatives) if image_id in wanted]
-    written: dict[str, Written] = {}
+    written = Spilled(Written)
     failed: list[str] = []
     for row, group in zip(
         job.run(ids, local.batch_size), _batches(ids, local.batch_size), strict=True
     ):
         if row["error"] is None:
-            written |= _judged(row, settings)
+            _judge(row, settings, written)
         elif len(group) == 1:
-            written[group[0]] = Written(None, "error", row["error"])
+            written.add(group[0], Written(None, "error", row["error"]))
         else:
             failed += group
     for image_id, row in zip(failed, job.run(failed, 1) if failed else (), strict=True):
-        broken = Written(None, "error", row["error"])
-        written |= {image_id: broken} if row["error"] is not None else _judged(row, settings)
+        if row["error"] is None:
+            _judge(row, settings, written)
+        else:
+            written.add(image_id, Written(None, "error", row["error"]))
     return LocalCaptions(f"{folder.name} sha256:{digest}, prompt {prompt.version}", written)
 
 
-def _judged(row: dict[str, Any], settings: Settings) -> dict[str, Written]:
-    """The captions of one batch, checked."""
-    found = {}
+def _judge(row: dict[str, Any], settings: Settings, written: Spilled[Written]) -> None:
+    """Check the captions of one batch."""
     for image_id, answer, ended in zip(row["images"], row["texts"], row["ended"], strict=True):
         text = clean_answer(answer)
         # A text that ran into its limit may end in a full stop by chance.
         status = check_english(text, settings.caption)[0] if ended else "truncated"
-        found[image_id] = Written(text or None, status)
-    return found
+        written.add(image_id, Written(text or None, status))

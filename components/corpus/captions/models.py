@@ -6,22 +6,24 @@ picture, Chinese from a usable English caption that has none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import pandas as pd
 
 from components.chat.client import ChatClient, job_of
 from components.chat.prompts import Prompt
 from components.chat.request_cache import RequestCache
 from components.chat.spending import Budget
 from components.corpus.captions.checks import (
-    WITHOUT_PICTURE,
+    CaptionBatch,
     Captioned,
+    Fill,
     Judged,
     Written,
+    fill_english,
+    filled,
+    in_need,
     needs_chinese,
     needs_english,
 )
@@ -54,6 +56,18 @@ def _model(
     return _Model(part.endpoint, prompt_of(part, built_in, root))
 
 
+def _fill_chinese(written: Mapping[str, Written], model: _Model, settings: CaptionSettings) -> Fill:
+    def fill(batch: CaptionBatch) -> list[Judged]:
+        return [
+            _translated(row, written[image_id], model)
+            if was_kept and needs_chinese(row, settings)
+            else row
+            for image_id, was_kept, row in zip(batch.image_ids, batch.kept, batch.rows, strict=True)
+        ]
+
+    return fill
+
+
 def _translated(row: Judged, written: Written, model: _Model) -> Judged:
     """A translation that failed takes its status to the row."""
     return replace(
@@ -66,8 +80,7 @@ def _translated(row: Judged, written: Written, model: _Model) -> Judged:
 
 
 def write_captions(
-    manifest: pd.DataFrame,
-    provided: Sequence[Judged],
+    batches: Callable[[], Iterable[CaptionBatch]],
     derivatives: Path,
     settings: CaptionSettings,
     *,
@@ -78,8 +91,8 @@ def write_captions(
     """Captions of the kept rows by the models that `settings` names.
 
     Args:
-        manifest: image_id and kept; the image_id of kept rows are distinct.
-        provided: what came with each image, checked; "missing" where nothing did.
+        batches: the rows of the manifest, from the first, as often as they are asked for, with
+            what is there so far: checked, "missing" where nothing is.
         derivatives: pictures for the captioning model, from the signals stage.
         settings: at least one provider is an endpoint.
         derivative_px: long edge of the derivatives.
@@ -96,9 +109,7 @@ def write_captions(
     captioner = _model(settings, CAPTION_PROMPTS, root)
     translator = _model(settings.translate, TRANSLATION_PROMPTS, root)
     models = [model for model in (captioner, translator) if model is not None]
-    kept = manifest["kept"].eq(True)
-    ids = manifest["image_id"].tolist()
-    places = kept.to_numpy().nonzero()[0].tolist()
+    fills: list[Fill] = []
     problems: list[str] = []
     with ExitStack() as stack:
         store = stack.enter_context(RequestCache(cache))
@@ -109,14 +120,8 @@ def write_captions(
         for model in models:
             clients[model] = ChatClient(model.endpoint, model.prompt, store, budget)
             stack.callback(clients[model].close)
-        rows = list(provided)
         if captioner is not None:
-            asked = [index for index in places if needs_english(rows[index], settings)]
-            wanted = {ids[index] for index in asked}
-            rows = [
-                _UNASKED if row.status == "missing" and not is_kept else row
-                for row, is_kept in zip(rows, kept, strict=True)
-            ]
+            wanted = {one for one, _ in in_need(batches(), needs_english, settings)}
             written = caption_images(
                 (item for item in read_derivatives(derivatives) if item.image_id in wanted),
                 len(wanted),
@@ -127,20 +132,21 @@ def write_captions(
             )
             # By id, since answers come in the order of the derivatives and rows are in the
             # manifest's.
-            for index in asked:
-                caption = written.get(ids[index], WITHOUT_PICTURE)
-                rows[index] = caption.as_caption(captioner.name)
+            fills.append(fill_english(written, captioner.name, settings, unasked=_UNASKED))
             problems += [item.detail for item in written.values() if item.detail]
         if translator is not None:
-            usable = [index for index in places if needs_chinese(rows[index], settings)]
+
+            def usable() -> Iterator[tuple[str, Judged]]:
+                return in_need((filled(one, fills) for one in batches()), needs_chinese, settings)
+
             written = translate_captions(
-                {ids[index]: rows[index].english or "" for index in usable},
+                ((image_id, row.english or "") for image_id, row in usable()),
+                sum(1 for _ in usable()),
                 clients[translator],
                 translator.prompt,
                 translator.endpoint.concurrency,
             )
-            for index in usable:
-                rows[index] = _translated(rows[index], written[ids[index]], translator)
+            fills.append(_fill_chinese(written, translator, settings))
             problems += [item.detail for item in written.values() if item.detail]
         is_priced = all(model.endpoint.has_prices for model in models)
-        return Captioned(rows, budget.spent_usd if is_priced else None, problems)
+        return Captioned(fills, budget.spent_usd if is_priced else None, problems)

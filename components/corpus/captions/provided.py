@@ -5,8 +5,9 @@ Nobody pays for them again: they are checked like all others and named in the ma
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import pandas as pd
 
@@ -31,16 +32,6 @@ _SIDECAR_ORIGIN = f"{PROVIDED}text file"
 NOT_PROVIDED = Judged(None, None, "missing", None, None)
 
 
-@dataclass(frozen=True)
-class ProvidedCaptions:
-    """What came with each image, checked."""
-
-    rows: list[Judged]
-    """One per manifest row, in order; status "missing" where nothing came."""
-    losses: list[CaptionLoss] = field(default_factory=list)
-    """Lines and files that gave no caption, or one that had to be mended."""
-
-
 def _judge(caption: Caption, was_kept: bool, settings: CaptionSettings, origin: str) -> Judged:
     """Checks cost most of this stage: of a photograph that was rejected the text alone is kept."""
     if was_kept:
@@ -56,59 +47,103 @@ def _judge(caption: Caption, was_kept: bool, settings: CaptionSettings, origin: 
     )
 
 
-def _from_records(manifest: pd.DataFrame, kind: str, settings: CaptionSettings) -> list[Judged]:
+class ProvidedCaptions(Protocol):
+    """What came with each image, checked as often as it is asked."""
+
+    @property
+    def losses(self) -> list[CaptionLoss]:
+        """Lines and files that gave no caption so far, or one that had to be mended."""
+
+    def of(self, manifest: pd.DataFrame) -> list[Judged]:
+        """One per row, in order; status "missing" where nothing came.
+
+        Args:
+            manifest: some rows: uri, kept, caption_en, caption_zh.
+        """
+
+
+class _None:
+    """Nothing came, or nothing of it is wanted."""
+
+    losses: ClassVar[list[CaptionLoss]] = []
+
+    def of(self, manifest: pd.DataFrame) -> list[Judged]:
+        return [NOT_PROVIDED] * len(manifest)
+
+
+class _OfRecords:
     """Captions that ingest found in the records of its source."""
-    origin = f"{PROVIDED}{_ORIGINS[kind]}"
-    texts = manifest[["caption_en", "caption_zh"]].astype(object)
-    texts = texts.where(texts.notna(), None)
-    pairs = texts.itertuples(index=False, name=None)
-    return [
-        _judge(Caption(english or "", chinese), was_kept, settings, origin)
-        for (english, chinese), was_kept in zip(pairs, manifest["kept"].eq(True), strict=True)
-    ]
+
+    losses: ClassVar[list[CaptionLoss]] = []
+
+    def __init__(self, kind: str, settings: CaptionSettings) -> None:
+        self._origin = f"{PROVIDED}{_ORIGINS[kind]}"
+        self._settings = settings
+
+    def of(self, manifest: pd.DataFrame) -> list[Judged]:
+        texts = manifest[["caption_en", "caption_zh"]].astype(object)
+        texts = texts.where(texts.notna(), None)
+        pairs = texts.itertuples(index=False, name=None)
+        return [
+            _judge(Caption(english or "", chinese), was_kept, self._settings, self._origin)
+            for (english, chinese), was_kept in zip(pairs, manifest["kept"].eq(True), strict=True)
+        ]
 
 
-def _from_folder(
-    manifest: pd.DataFrame, ingest: IngestSettings, settings: CaptionSettings, root: Path
-) -> ProvidedCaptions:
+class _OfFolder:
     """Captions of the file in a folder of photographs, and of text files where it has no line."""
-    if settings.provider != "shipped" and not (root / ingest.source).is_dir():
-        # Models look at derivatives: the photographs themselves may be gone by now.
-        return ProvidedCaptions([NOT_PROVIDED] * len(manifest))
-    folder = source_folder(ingest, root)
-    files = [file_name(uri, folder, root) for uri in manifest["uri"]]
-    sidecars = Sidecars(folder)
-    beside = [sidecars.find(file) for file in files]
-    captions: dict[str, Caption] = {}
-    losses: list[CaptionLoss] = []
-    path = folder / settings.file
-    # Beside models and text files the file is welcome, but nothing that must be there.
-    if path.exists() or (settings.provider == "shipped" and not any(beside)):
-        captions, losses = read_captions(path, set(files))
-    origin = f"{PROVIDED}{settings.file}"
-    rows = []
-    for file, sidecar, was_kept in zip(files, beside, manifest["kept"].eq(True), strict=True):
-        if file in captions:
-            rows.append(_judge(captions[file], was_kept, settings, origin))
-            continue
-        row = NOT_PROVIDED
-        if sidecar is not None:
-            try:
-                caption = Caption(sidecars.read(sidecar), None)
-                row = _judge(caption, was_kept, settings, _SIDECAR_ORIGIN)
-            except ValueError as problem:
-                losses.append(CaptionLoss(sidecar, str(problem)))
-        rows.append(row)
-    return ProvidedCaptions(rows, losses)
+
+    def __init__(
+        self, uris: Iterable[str], ingest: IngestSettings, settings: CaptionSettings, root: Path
+    ) -> None:
+        self._folder = source_folder(ingest, root)
+        self._root = root
+        self._settings = settings
+        self._sidecars = Sidecars(self._folder)
+        self._origin = f"{PROVIDED}{settings.file}"
+        self._captions: Mapping[str, Caption] = {}
+        self._lines_lost: list[CaptionLoss] = []
+        # By name: a file that is read again is lost once.
+        self._files_lost: dict[str, CaptionLoss] = {}
+        path = self._folder / settings.file
+        has_file = path.exists()
+        if not has_file and settings.provider != "shipped":
+            return
+        files = [file_name(uri, self._folder, root) for uri in uris]
+        # Beside models and text files the file is welcome, but nothing that must be there.
+        if has_file or not any(map(self._sidecars.find, files)):
+            self._captions, self._lines_lost = read_captions(path, files)
+
+    @property
+    def losses(self) -> list[CaptionLoss]:
+        return [*self._lines_lost, *self._files_lost.values()]
+
+    def of(self, manifest: pd.DataFrame) -> list[Judged]:
+        return [
+            self._row(file_name(uri, self._folder, self._root), was_kept)
+            for uri, was_kept in zip(manifest["uri"], manifest["kept"].eq(True), strict=True)
+        ]
+
+    def _row(self, file: str, was_kept: bool) -> Judged:
+        if (caption := self._captions.get(file)) is not None:
+            return _judge(caption, was_kept, self._settings, self._origin)
+        if (sidecar := self._sidecars.find(file)) is None:
+            return NOT_PROVIDED
+        try:
+            caption = Caption(self._sidecars.read(sidecar), None)
+        except ValueError as problem:
+            self._files_lost[sidecar] = CaptionLoss(sidecar, str(problem))
+            return NOT_PROVIDED
+        return _judge(caption, was_kept, self._settings, _SIDECAR_ORIGIN)
 
 
 def provided_captions(
-    manifest: pd.DataFrame, ingest: IngestSettings, settings: CaptionSettings, root: Path
+    uris: Iterable[str], ingest: IngestSettings, settings: CaptionSettings, root: Path
 ) -> ProvidedCaptions:
-    """What came with each image; of rows that were kept it is checked.
+    """What came with the images of a manifest; of rows that were kept it is checked.
 
     Args:
-        manifest: uri, kept, caption_en, caption_zh.
+        uris: of the whole manifest; read only where names must be known.
         ingest: where the images came from.
         settings: `provided` and the bounds of the checks.
         root: repository root.
@@ -118,7 +153,10 @@ def provided_captions(
             model nor a text file stands in for it.
     """
     if settings.provided == "ignore":
-        return ProvidedCaptions([NOT_PROVIDED] * len(manifest))
-    if ingest.kind == "folder":
-        return _from_folder(manifest, ingest, settings, root)
-    return ProvidedCaptions(_from_records(manifest, ingest.kind, settings))
+        return _None()
+    if ingest.kind != "folder":
+        return _OfRecords(ingest.kind, settings)
+    if settings.provider != "shipped" and not (root / ingest.source).is_dir():
+        # Models look at derivatives: the photographs themselves may be gone by now.
+        return _None()
+    return _OfFolder(uris, ingest, settings, root)

@@ -20,6 +20,7 @@ from components.chat.client import (
 from components.chat.prompts import Prompt, clean_answer
 from components.chat.spending import CostCapReached
 from components.corpus.captions.checks import Written, check_chinese, check_english
+from components.corpus.captions.spilled import Spilled
 from components.corpus.derivatives import Derivative
 from components.settings.captions import CaptionSettings
 from components.telemetry.progress import track
@@ -118,8 +119,8 @@ def caption_images(
     settings: CaptionSettings,
     *,
     derivative_px: int,
-) -> dict[str, Written]:
-    """English captions by image_id.
+) -> Mapping[str, Written]:
+    """English captions by image_id, on disk.
 
     Args:
         pictures: images to caption, read lazily.
@@ -148,19 +149,21 @@ def caption_images(
     )
     concurrency = settings.endpoint.concurrency
     results = _write_all(client, items, total=total, concurrency=concurrency, name="caption")
-    return dict(track(results, "caption", total=total))
+    return _spilled(track(results, "caption", total=total))
 
 
 def translate_captions(
-    captions: Mapping[str, str],
+    captions: Iterable[tuple[str, str]],
+    total: int,
     client: ChatClient,
     prompt: Prompt,
     concurrency: int,
-) -> dict[str, Written]:
-    """Chinese captions by image_id.
+) -> Mapping[str, Written]:
+    """Chinese captions by image_id, on disk.
 
     Args:
-        captions: usable English captions by image_id, in the order of the corpus.
+        captions: image_id and usable English caption, in the order of the corpus; read lazily.
+        total: their number.
         client: for the translation endpoint.
         prompt: what is asked.
         concurrency: threads.
@@ -174,9 +177,14 @@ def translate_captions(
 
     items = (
         (Question(image_id, prompt, text=english), check_against(english))
-        for image_id, english in captions.items()
+        for image_id, english in captions
     )
-    results = _write_all(
-        client, items, total=len(captions), concurrency=concurrency, name="translate"
-    )
-    return dict(track(results, "translate", total=len(captions)))
+    results = _write_all(client, items, total=total, concurrency=concurrency, name="translate")
+    return _spilled(track(results, "translate", total=total))
+
+
+def _spilled(results: Iterable[tuple[str, Written]]) -> Spilled[Written]:
+    written = Spilled(Written)
+    for image_id, one in results:
+        written.add(image_id, one)
+    return written

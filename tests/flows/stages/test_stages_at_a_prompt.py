@@ -118,8 +118,8 @@ def test_select(project: Path, tmp_path: Path) -> None:
 
 
 def test_caption(project: Path, tmp_path: Path) -> None:
-    selected = read_table(project / "data" / "select" / "manifest.parquet")
+    selected = project / "data" / "select" / "manifest.parquet"
     derivatives = project / "data" / "signals" / "derivatives.parquet"
-    captioned = caption_photographs(selected, derivatives, SETTINGS, root=project)
-    write_table(captioned.manifest, tmp_path / "manifest.parquet")
+    output = tmp_path / "manifest.parquet"
+    caption_photographs(selected, derivatives, SETTINGS, output, root=project)
     assert equal(project, "caption", tmp_path / "manifest.parquet")

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.corpus.captions.caption_files import KnownFiles, read_captions
-from components.corpus.captions.provided import ProvidedCaptions, provided_captions
+from components.corpus.captions.caption_files import CaptionLoss, KnownFiles, read_captions
+from components.corpus.captions.checks import Judged
+from components.corpus.captions.provided import provided_captions
 from components.settings.captions import CaptionSettings
 from components.settings.schema import load_settings
 
@@ -144,10 +145,15 @@ def test_any_bytes_give_captions_and_losses_or_one_line(
     assert len(losses) == sum(bool(one.strip()) for one in lines)
 
 
-def provided(root: Path, *files: str, settings: CaptionSettings = SETTINGS) -> ProvidedCaptions:
+def provided(
+    root: Path, *files: str, settings: CaptionSettings = SETTINGS
+) -> tuple[list[Judged], list[CaptionLoss]]:
     ingest = INGEST.model_copy(update={"source": "photos"})
     table = pd.DataFrame({"uri": [f"photos/{file}" for file in files], "kept": True})
-    return provided_captions(table, ingest, settings, root)
+    found = provided_captions(table["uri"], ingest, settings, root)
+    # Each model that is asked reads what came once more.
+    assert found.of(table[:1]) == found.of(table)[:1]
+    return found.of(table), found.losses
 
 
 def test_text_files_beside_photographs_fill_what_the_file_leaves(tmp_path: Path) -> None:
@@ -164,14 +170,15 @@ def test_text_files_beside_photographs_fill_what_the_file_leaves(tmp_path: Path)
     (tmp_path / "elsewhere.txt").write_text("not ours to read")
     files = ["a.jpg", "sub/b.2024.jpg", unicodedata.normalize("NFD", "é.png"), "blank.jpg"]
     files += ["pipe.jpg", "latin.jpg", "out.jpg", "none.jpg"]
-    found = provided(tmp_path, *files)
-    assert [row.english for row in found.rows[:3]] == [LONG, LONG, "a lake by night"]
-    assert [row.status for row in found.rows] == ["ok"] * 3 + ["missing"] * 5
-    assert [row.caption_model for row in found.rows[:2]] == [
+    rows, losses = provided(tmp_path, *files)
+    assert [row.english for row in rows[:3]] == [LONG, LONG, "a lake by night"]
+    assert [row.status for row in rows] == ["ok"] * 3 + ["missing"] * 5
+    assert [row.caption_model for row in rows[:2]] == [
         "provided: captions.jsonl",
         "provided: text file",
     ]
-    assert {loss.record: loss.detail for loss in found.losses} == {
+    assert len(losses) == 3
+    assert {loss.record: loss.detail for loss in losses} == {
         "pipe.txt": "not a regular file",
         "latin.txt": "not UTF-8",
         "out.txt": "symbolic link that leaves the source folder; not followed",
@@ -183,9 +190,9 @@ def test_text_files_alone_are_enough_and_beside_models_nothing_is_needed(tmp_pat
     with pytest.raises(ValueError, match="no photograph has a text file beside it"):
         provided(tmp_path, "a.jpg")
     writing = SETTINGS.model_copy(update={"provider": "endpoint"})
-    assert provided(tmp_path, "a.jpg", settings=writing).rows[0].status == "missing"
+    assert provided(tmp_path, "a.jpg", settings=writing)[0][0].status == "missing"
     (tmp_path / "photos" / "a.txt").write_text(LONG)
-    assert provided(tmp_path, "a.jpg", "b.jpg").rows[0].status == "ok"
+    assert provided(tmp_path, "a.jpg", "b.jpg")[0][0].status == "ok"
     # Beside models a captions file may be missing, and not of another kind.
     (tmp_path / "photos" / "captions.jsonl").write_text("{")
     with pytest.raises(ValueError, match="line 1: not JSON"):

@@ -272,7 +272,7 @@ def test_one_cap_holds_for_captions_and_translations(api: Api, corpus: Corpus) -
 KILLED_RUN = """
 import json, sys
 from pathlib import Path
-import pandas as pd
+from components.corpus.captions.checks import CaptionBatch
 from components.corpus.captions.models import write_captions
 from components.corpus.captions.provided import NOT_PROVIDED
 from components.settings.captions import CaptionSettings
@@ -281,7 +281,7 @@ folder = Path(sys.argv[1])
 settings = CaptionSettings.model_validate_json((folder / "settings.json").read_text(), strict=False)
 names = [f"picture-{n}" for n in range(40)]
 write_captions(
-    pd.DataFrame({"image_id": names, "kept": True}), [NOT_PROVIDED] * 40,
+    lambda: [CaptionBatch(names, [True] * 40, [NOT_PROVIDED] * 40)],
     folder / "derivatives.parquet", settings, derivative_px=1024,
     cache=folder / "cache.sqlite", root=folder,
 )
