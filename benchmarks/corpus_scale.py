@@ -57,6 +57,7 @@ def make_photographs(folder: Path, count: int, seed: int = 0) -> None:
     sample = ROOT / "data" / "sample"
     lines = (sample / "captions.jsonl").read_text(encoding="utf-8").splitlines()
     captions = {one["file"]: one["caption_en"] for one in map(json.loads, lines)}
+    cv2.setNumThreads(1)
     photographs = []
     for file in sorted(captions):
         pixels = cv2.imread(str(sample / file), cv2.IMREAD_REDUCED_COLOR_2)
@@ -65,8 +66,8 @@ def make_photographs(folder: Path, count: int, seed: int = 0) -> None:
         rng = np.random.default_rng((seed, number))
         caption, pixels = photographs[number % len(photographs)]
         edges = rng.integers(120, 257, 2)
-        # At most twice enlarged and at most eight times shrunk.
-        scale = rng.uniform(0.5, min(8.0, *(np.array(pixels.shape[:2]) / edges)))
+        # At most twice enlarged and at most three times shrunk.
+        scale = rng.uniform(0.5, min(3.0, *(np.array(pixels.shape[:2]) / edges)))
         height, width = (int(edge * scale) for edge in edges)
         top, left = (
             int(rng.integers(0, room + 1)) for room in np.array(pixels.shape[:2]) - (height, width)
