@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.engine.map_items import EngineLimits, code_digest, join_shards, map_items
@@ -41,6 +42,22 @@ def derivative_ids(path: Path) -> list[str]:
     # the file.
     table = pq.read_table(path, columns=["image_id", "height"])
     return table.filter(table["height"].is_valid())["image_id"].to_pylist()
+
+
+def jpegs_of(path: Path, image_ids: Collection[str]) -> dict[str, bytes]:
+    """Derivatives of a few images, those that there are; only their row groups are read."""
+    wanted = pa.array(sorted(image_ids), pa.string())
+    found: dict[str, bytes] = {}
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            ids = file.read_row_group(group, columns=["image_id"])["image_id"]
+            is_wanted = pc.is_in(ids, value_set=wanted)
+            if not pc.any(is_wanted).as_py():
+                continue
+            for row in file.read_row_group(group).filter(is_wanted).to_pylist():
+                if row["jpeg"] is not None:
+                    found[row["image_id"]] = row["jpeg"]
+    return found
 
 
 def score_derivatives(

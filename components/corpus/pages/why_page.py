@@ -7,8 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
+from components.corpus.derivatives import jpegs_of
 from components.corpus.pages.page_figures import render, write_page
 from components.corpus.selection.why import Why
 from components.files.whole_files import write_bytes
@@ -32,7 +31,8 @@ def write_why(why: Why, derivatives: Path, destination: Path) -> None:
     if destination.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{destination}: choose a file name that ends in .html or .png")
     shown = [(why.image_id, why.uri)] + ([why.keeper] if why.keeper is not None else [])
-    jpegs = _jpegs(derivatives, [image_id for image_id, _ in shown])
+    wanted = [image_id for image_id, _ in shown]
+    jpegs = jpegs_of(derivatives, wanted) if derivatives.is_file() else {}
     pictures = [(uri, jpegs[image_id]) for image_id, uri in shown if image_id in jpegs]
     if destination.suffix.lower() == ".html":
         embedded = [(uri, base64.b64encode(jpeg).decode("ascii")) for uri, jpeg in pictures]
@@ -43,15 +43,6 @@ def write_why(why: Why, derivatives: Path, destination: Path) -> None:
     if not pictures:
         raise ValueError(f"{why.uri}: no derivative to show (was it decoded?); write an .html page")
     write_bytes(destination, _side_by_side(pictures))
-
-
-def _jpegs(derivatives: Path, image_ids: Sequence[str]) -> dict[str, bytes]:
-    if not derivatives.is_file():
-        return {}
-    found = pq.read_table(
-        derivatives, columns=["image_id", "jpeg"], filters=[("image_id", "in", list(image_ids))]
-    )
-    return {row["image_id"]: row["jpeg"] for row in found.to_pylist() if row["jpeg"] is not None}
 
 
 def _side_by_side(pictures: Sequence[tuple[str, bytes]]) -> bytes:

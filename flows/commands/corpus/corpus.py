@@ -248,7 +248,7 @@ def why(
     ] = None,
 ) -> None:
     """Why a photograph is kept or dropped: each rule's value against its threshold."""
-    from components.corpus.manifest import read_table
+    from components.corpus.manifest_columns import read_columns
     from components.corpus.pages.why_page import write_why
     from components.corpus.selection.rules import COLUMNS
     from components.corpus.selection.why import explain, find
@@ -260,7 +260,7 @@ def why(
         raise fail(f"{_SELECTED}: not found; run the pipeline first: ultraflux run --until select")
     try:
         settings = load_settings(root / "params.yaml")
-        table = read_table(path, [*COLUMNS, "uri", "reject_reason"])
+        table = read_columns(path, [*COLUMNS, "uri", "reject_reason"])
         found = explain(table, find(table, image, root), settings)
         print("\n".join([*found.lines(), *_what_came_later(root, found.uri)]))
         if out is not None:
@@ -274,15 +274,19 @@ def why(
 
 def _what_came_later(root: Path, uri: str) -> list[str]:
     """What the stages after `select` said of a row, as far as they have run."""
-    import pyarrow.parquet as pq
+    import pyarrow.compute as pc
+
+    from components.corpus.manifest_columns import manifest_batches
 
     lines = []
     for stage, column in (("caption", "caption_status"), ("slices", "split")):
         path = root / "data" / stage / "manifest.parquet"
         if path.is_file():
-            row = pq.read_table(path, columns=[column], filters=[("uri", "==", uri)]).to_pylist()
-            if row and row[0][column] is not None:
-                lines.append(f"  {stage}: {column} {row[0][column]}")
+            batches = manifest_batches(path, ["uri", column])
+            found = (one.filter(pc.equal(one["uri"], uri)).to_pylist() for one in batches)
+            row: dict[str, Any] = next(filter(None, found), [{}])[0]
+            if row.get(column) is not None:
+                lines.append(f"  {stage}: {column} {row[column]}")
     return lines
 
 
@@ -370,7 +374,7 @@ def select(
     from rich.console import Console
     from rich.table import Table
 
-    from components.corpus.manifest import read_table
+    from components.corpus.manifest_columns import read_columns
     from components.corpus.selection import what_if as question
     from components.corpus.selection.rules import COLUMNS
     from components.settings.schema import SettingsError, load_settings
@@ -382,8 +386,7 @@ def select(
     try:
         settings = load_settings(root / "params.yaml")
         changed = question.changed_settings(settings.select, what_if)
-        names = dict.fromkeys([*COLUMNS, "uri", "reject_reason"])
-        table = read_table(path, list(names))
+        table = read_columns(path, [*COLUMNS, "uri", "reject_reason"])
         found = question.what_if(table, settings.select, changed, settings.project.seed)
     except (SettingsError, ValueError) as problem:
         raise fail(str(problem)) from None

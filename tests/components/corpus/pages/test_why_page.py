@@ -68,3 +68,22 @@ def test_what_cannot_be_written_is_one_line(derivatives: Path, tmp_path: Path) -
         write_why(verdict(), derivatives, tmp_path / "why.jpg")
     with pytest.raises(ValueError, match="no derivative to show"):
         write_why(verdict(keeper=None), tmp_path / "missing.parquet", tmp_path / "why.png")
+
+
+def test_only_the_row_groups_of_the_two_pictures_are_read(
+    derivatives: Path, tmp_path: Path
+) -> None:
+    table = pq.read_table(derivatives)
+    path = tmp_path / "in groups.parquet"
+    other = table.slice(1, 1).set_column(0, "image_id", pa.array(["dd" * 32]))
+    pq.write_table(pa.concat_tables([other, table]), path, row_group_size=1, compression="none")
+    # A million pictures are a hundred gigabytes; here reading the first would fail.
+    chunk = pq.read_metadata(path).row_group(0).column(1)
+    data = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=r"."):
+        pq.read_table(path)
+    write_why(verdict(), path, tmp_path / "why.html")
+    assert (tmp_path / "why.html").read_text().count("data:image/jpeg;base64,") == 2
