@@ -183,6 +183,53 @@ def make_tables(clone: Path, rows: int) -> None:
         batches = (table(schema, make(n), len(identifiers[n])) for n in range(len(identifiers)))
         write_row_groups(batches, schema, data / name / f"{name}.parquet")
     (data / "signals" / "derivatives.parquet").touch()
+    (data / "ingest" / "coverage.json").write_text("{}\n", encoding="utf-8")
+
+
+def make_captioned(clone: Path) -> None:
+    """Write what select and caption would leave behind, without running them."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    sys.path.insert(0, str(ROOT))
+    from components.corpus.manifest import SCHEMA
+    from components.files.parquet_files import write_row_groups
+
+    rng = np.random.default_rng(2)
+    data = clone / "data"
+    names = ("signals", "quality", "people")
+    measured = [pq.ParquetFile(data / name / f"{name}.parquet") for name in names]
+    manifest = pq.ParquetFile(data / "ingest" / "manifest.parquet")
+    buckets = pa.array(["2048x2048", "1536x2752", "2752x1536", "1792x2336", "2336x1792"])
+
+    def tables() -> Iterator[pa.Table]:
+        # All have rows of the same images in the same groups.
+        for group in range(manifest.num_row_groups):
+            table = manifest.read_row_group(group)
+            columns = {name: table[name] for name in SCHEMA.names}
+            for file in measured:
+                part = file.read_row_group(group)
+                columns |= {one: part[one] for one in part.column_names if one in columns}
+            sharp = pc.greater_equal(columns["entropy_bits"], 7.0)
+            kept = pc.and_(sharp, pc.equal(columns["integrity"], "ok"))
+            drawn = pa.array(rng.integers(0, len(buckets), len(table)))
+            columns |= {
+                "kept": kept,
+                "reject_reason": pc.if_else(kept, pa.scalar(None, pa.string()), "entropy"),
+                "reject_value": pc.if_else(kept, None, columns["entropy_bits"]),
+                "reject_threshold": pc.if_else(kept, pa.scalar(None, pa.float64()), 7.0),
+                "bucket": buckets.take(drawn),
+                "caption_status": pc.if_else(kept, "ok", pa.scalar(None, pa.string())),
+                "caption_model": pa.array(["provided: list"]).take(
+                    pa.array(np.zeros(len(table), int))
+                ),
+            }
+            yield pa.Table.from_pydict(columns).cast(SCHEMA)
+
+    write_row_groups(tables(), SCHEMA, data / "caption" / "manifest.parquet")
+    (data / "caption" / "text_lengths.json").write_text("{}\n", encoding="utf-8")
 
 
 def make_other_version(clone: Path) -> None:
@@ -280,10 +327,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--only", nargs="*", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--folder", type=Path, help="Keep the clone here, or use the one there.")
-    parser.add_argument("--make", choices=("tables", "after"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--captioned", action="store_true", help="Make what select and caption leave behind, too."
+    )
+    parser.add_argument("--make", choices=("tables", "after", "captioned"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make == "tables":
         return make_tables(options.folder / "clone", options.rows)
+    if options.make == "captioned":
+        return make_captioned(options.folder / "clone")
     if options.make == "after":
         return make_other_version(options.folder / "clone")
     with tempfile.TemporaryDirectory() as temporary:
@@ -294,6 +346,8 @@ def main() -> None:
             for name in ("code", "source"):
                 run(clone, ["stage", "run", name])
             make("tables", clone, options.rows)
+        if options.captioned:
+            make("captioned", clone, options.rows)
         size = (clone / "data" / "ingest" / "manifest.parquet").stat().st_size
         print(f"{options.rows} rows, manifest of {size / 1e9:.2f} GB", flush=True)
         print(f"{'command':<12}{'exit':>5}{'wall s':>8}{'CPU s':>8}{'GiB':>7}{'tree GiB':>10}")
