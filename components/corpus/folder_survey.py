@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ def _captions(folder: Path, file: str, photographs: Sequence[Path]) -> _Brought:
     """What the stage `caption` will find, by its own readers; text files of a sample are read."""
     names = [path.relative_to(folder).as_posix() for path in photographs]
     found = _Brought([])
-    captions: dict[str, Caption] = {}
+    captions: Mapping[str, Caption] = {}
     if (folder / file).is_file():
         try:
             captions, _ = read_captions(folder / file, names)
