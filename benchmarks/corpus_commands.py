@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from process_tree import peak_of_tree
+from process_tree import command_environment, peak_of_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGLISH_WORDS, CHINESE_CHARACTERS = 80, 140
@@ -295,7 +295,7 @@ def make_clone(folder: Path) -> Path:
 def run(clone: Path, arguments: list[str]) -> tuple[int, float, float, float, float, str]:
     """Exit code, wall seconds, CPU seconds, peak GiB of a process and of the tree, last line."""
     command = [str(Path(sys.executable).with_name("ultraflux")), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(clone)}
+    environment = command_environment(clone)
     log = clone / "command.log"
     started = time.perf_counter()
     with log.open("w", encoding="utf-8") as stream:

@@ -31,7 +31,7 @@ from typing import Any
 import cv2
 import numpy as np
 import small_project
-from process_tree import family, readings
+from process_tree import command_environment, family, readings
 from process_tree import words as words_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +104,7 @@ def measured(clone: Path) -> dict[str, dict[str, float]]:
     # A rehearsal costs the same at every size.
     words = ["run", "--until", "slices", "--no-rehearsal"]
     command = [str(Path(sys.executable).with_name("ultraflux")), *words]
-    environment = {**os.environ, "PYTHONPATH": str(clone)}
+    environment = command_environment(clone)
     found: dict[str, dict[str, float]] = {}
     with (clone.parent / "said.log").open("w+", encoding="utf-8") as said:
         started = time.monotonic()

@@ -22,6 +22,12 @@ class Process:
     """Bytes; pages that it shares with others count in each of them."""
 
 
+def command_environment(clone: Path) -> dict[str, str]:
+    """The environment of a command in a clone: its modules, compiled once and not by each start."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return environment | {"PYTHONPATH": str(clone)}
+
+
 def processes() -> dict[int, Process]:
     """Every process that there is."""
     found = {}
