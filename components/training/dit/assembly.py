@@ -275,7 +275,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
     # Last of the large things: its autoencoder waits on the host until a grid is drawn.
     grids = grids_of_run(job, data.latents, data.texts, validation.image_ids, ranks)
     if grids is not None:
-        _check_pictures(grids, engine.module, data, ranks)
+        check_pictures(grids, engine.module, data, ranks)
     if ranks.is_first:
         _say_if_contrast_is_unlearnt(job)
     # One writer: lines of several processes would mix in one file.
@@ -300,7 +300,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
     )
 
 
-def _check_pictures(grids: SampleGrids, transformer: Any, data: TrainingData, ranks: Ranks) -> None:
+def check_pictures(grids: SampleGrids, transformer: Any, data: TrainingData, ranks: Ranks) -> None:
     """Refuse pictures of sizes that the network cannot place or divide, before the first step.
 
     Raises:

@@ -176,6 +176,13 @@ def test_the_command_cuts_renames_and_says_what_is_lost(tmp_path: Path) -> None:
     assert float(cut.about[MISSING]) == pytest.approx(share, rel=0.01)
     assert f"{share:.2%}"[:2] in done.output
     assert "rank 1 on some/base (aaaaaaaaaaaa)" in done.output.replace("\n", "")
+    # Cut again, the shares add up to a bound.
+    again = cut.cut_to(1)
+    assert float(again.about[MISSING]) == pytest.approx(share, rel=0.01)
+    halved = read_adapter(path).cut_to(2)
+    twice = halved.cut_to(1)
+    assert float(twice.about[MISSING]) > float(halved.about[MISSING]) > 0
+    assert float(twice.about[MISSING]) >= share * 0.99
     comfy = tmp_path / "comfy.safetensors"
     asked = ["--out", str(comfy), "--keys", "comfyui", "--trigger", "sks"]
     done = run(app, ["weights", "adapter", str(path), *asked])

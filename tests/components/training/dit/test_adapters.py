@@ -254,7 +254,8 @@ def test_the_exported_adapter_and_the_base_that_it_names_are_the_merged_weights(
     assert float(difference.abs().max()) < 1e-4 * moved
 
     # A stage that was trained whole is no change of low rank: then its weights are the base.
-    whole = trained(make_dit_job(tmp_path / "whole", **options), base)
+    whole = trained(make_dit_job(tmp_path / "whole", adapter=None, **options), base)
+    assert not (whole / ADAPTER_FILE).exists()
     third_job = make_dit_job(tmp_path / "third", adapter=second_adapter, **options)
     third = trained(third_job, whole, "dit_stage2", initial_weights="stage1_ema")
     about = read_adapter(third).about

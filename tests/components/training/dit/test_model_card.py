@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ from components.models.resonance_rope import grid_ids
 from components.models.sd3.transformer import build_tiny_sd3_transformer
 from components.models.tiny import build_tiny_transformer
 from components.models.transformer import UltraFluxTransformer2DModel
+from components.settings.effects import effect
+from components.settings.section import Effect
+from components.settings.training import DitStageSettings
 from components.training.dit.export import (
     save_transformer,
     weights_checksums,
@@ -192,3 +196,39 @@ def test_the_last_validation_of_each_weights_counts_and_the_first_is_the_start()
         "raw": 1.0,
         "ema": 0.5,
     }
+
+
+def test_a_setting_at_its_default_leaves_the_digest_of_settings_as_it_was(
+    make_dit_job: Callable[..., DitJob], tmp_path: Path
+) -> None:
+    """Cards of before a setting existed keep their bytes; any other value is another digest."""
+    plain = make_dit_job(tmp_path)
+    adapter = {"rank": 1, "alpha": 1, "target_modules": ["to_q"]}
+    defaults = {"caption_dropout": 0.0, "timestep_shift": 1.0, "sigma_table": "unshifted"}
+    defaults |= {"guidance_scale": 1.0, "adapter": None}
+    for changes, is_same in (
+        ({}, True),
+        ({"caption_dropout": 0.1}, False),
+        ({"timestep_shift": "dynamic"}, False),
+        ({"sigma_table": "shifted"}, False),
+        ({"guidance_scale": 3.5}, False),
+        ({"adapter": adapter}, False),
+    ):
+        job = make_dit_job(tmp_path, **defaults | changes)
+        assert (settings_digest(job) == settings_digest(plain)) == is_same, changes
+    named = make_dit_job(tmp_path, adapter=adapter | {"trigger": "sks"})
+    assert settings_digest(named) == settings_digest(make_dit_job(tmp_path, adapter=adapter))
+    stage = plain.settings.model_dump(mode="json")
+    dated = {name for name in stage if not DitStageSettings.model_fields[name].is_required()}
+    values = {
+        "objective": plain.objective.model_dump(mode="json"),
+        "seed": plain.seed,
+        "stage": {
+            name: value
+            for name, value in stage.items()
+            if name not in dated and effect(f"dit_stage1.{name}") is not Effect.NONE
+        },
+        "transformer": plain.transformer.model_dump(mode="json", exclude={"pretrained", "card"}),
+    }
+    expected = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    assert settings_digest(plain) == expected

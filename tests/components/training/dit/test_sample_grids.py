@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from components.generation.contact_sheet import contact_sheet
 from components.models.pipeline import UltraFluxPipeline
+from components.models.sd3.transformer import build_tiny_sd3_transformer
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
 from components.models.transformer import UltraFluxTransformer2DModel
 from components.settings.models import AutoencoderSettings
 from components.settings.training import OwnPrompt, SampleSettings
 from components.training.distributed.ranks import Ranks
+from components.training.dit.assembly import TrainingData, check_pictures
 from components.training.dit.curriculum import keyed_generator
 from components.training.dit.job import DitJob, StartUnusable
-from components.training.dit.sample_grids import SampleGrids
+from components.training.dit.sample_grids import SampleGrids, grids_of_run
 from components.training.dit.worker import run_job
 from components.training.encoding.own_prompts import prompt_id
 from components.training.stores.latent_store import LatentStore
-from components.training.stores.text_store import TextStore
+from components.training.stores.text_store import EMPTY_PROMPT_ID, TextStore
 
 pytestmark = pytest.mark.usefixtures("training_environment_restored")
 SETTINGS = SampleSettings(every=2, prompts=2, num_inference_steps=2, guidance_scale=1.0)
@@ -177,3 +181,49 @@ def test_a_grid_is_due_every_so_many_steps_and_at_the_end(
         Ranks(0, 1, torch.device("cpu")), SETTINGS.model_copy(update={"every": every})
     )
     assert [step for step in range(1, 6) if grids.is_due(step)] == due
+
+
+def test_pictures_beyond_a_position_table_are_refused_before_the_first_step(
+    make_grids: Callable[..., SampleGrids], make_dit_job: Callable[..., DitJob], tmp_path: Path
+) -> None:
+    """SD3's table of 12 patches: held-out images of 4 and 6 fit, a prompt of 32 does not."""
+    data = TrainingData.of(make_dit_job(tmp_path))
+    transformer = build_tiny_sd3_transformer(
+        num_layers=1, num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16,
+        latent_channels=16, sample_size=16, pos_embed_max_size=12,
+    )  # fmt: skip
+    here = Ranks(0, 1, torch.device("cpu"))
+    embedded = {prompt_id("wide"): (torch.zeros(8, 16), torch.zeros(16))}
+    for width, fits in ((160, True), (1024, False)):
+        own = (OwnPrompt(prompt="wide", size=(96, width)),)
+        settings = SETTINGS.model_copy(update={"own_prompts": own})
+        grids = make_grids(here, settings, own_prompts=embedded)
+        assert grids.sizes[-1] == (6, width // 16)
+        if fits:
+            check_pictures(grids, transformer, data, here)
+        else:
+            with pytest.raises(StartUnusable, match=r"^samples\.own_prompts: .* 32 patches"):
+                check_pictures(grids, transformer, data, here)
+
+
+def test_without_an_empty_prompt_there_is_a_line_and_no_grid_of_a_backbone_that_needs_it(
+    make_dit_job: Callable[..., DitJob],
+    autoencoder_settings: AutoencoderSettings,
+    dit_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(dit_corpus / "texts", tmp_path / "texts")
+    index = pd.read_parquet(tmp_path / "texts" / "index.parquet")
+    index[index["image_id"] != EMPTY_PROMPT_ID].to_parquet(tmp_path / "texts" / "index.parquet")
+    latents, texts = LatentStore(dit_corpus / "latents"), TextStore(tmp_path / "texts")
+    job = make_dit_job(tmp_path).model_copy(update={"autoencoder": autoencoder_settings})
+    here = Ranks(0, 1, torch.device("cpu"))
+    assert grids_of_run(job, latents, texts, ["image00"], here) is not None
+    assert capsys.readouterr().err == ""
+    sd3 = job.transformer.model_copy(update={"backbone": "sd3"})
+    job = job.model_copy(update={"transformer": sd3})
+    assert grids_of_run(job, latents, texts, ["image00"], here) is None
+    assert (
+        "dit_stage1: no sample grids: the text embeddings hold no empty" in capsys.readouterr().err
+    )
