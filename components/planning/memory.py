@@ -14,7 +14,7 @@ from typing import Literal
 
 from components.planning.model_shapes import MLP_RATIO, AutoencoderShape, FluxShape
 from components.settings.training import Checkpointing
-from components.training.distributed.ranks import BUCKET_ELEMENTS
+from components.training.sharded.engine import BUCKET_ELEMENTS
 
 Precision = Literal["bf16", "fp32"]
 ITEM_BYTES: dict[str, int] = {"bf16": 2, "fp32": 4}
