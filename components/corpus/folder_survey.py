@@ -22,6 +22,7 @@ from components.corpus.captions.caption_files import Sidecars, read_captions
 from components.corpus.captions.checks import Caption
 from components.corpus.captions.local import COMMAND, check_folder
 from components.corpus.selection.rules import count_by_reason, select
+from components.corpus.sources.records.source_records import shown_name
 from components.files.weight_folders import WeightsMissing
 from components.images.decoding import ImageUndecodable, read_header
 from components.settings.schema import Settings
@@ -163,10 +164,14 @@ def _headers(paths: Sequence[Path]) -> tuple[list[int], list[str]]:
     pixels, unreadable = [], []
     for path in paths:
         try:
-            # A pipe would wait for ever.
-            header = read_header(path.read_bytes() if path.is_file() else b"")
+            if not path.is_file():
+                # A pipe would wait for ever.
+                raise ImageUndecodable("not a regular file")
+            header = read_header(path.read_bytes())
         except (ImageUndecodable, OSError) as problem:
-            unreadable.append(f"{path.name}: {problem}")
+            # Without the path that the text of an OSError holds.
+            said = getattr(problem, "strerror", None) or problem
+            unreadable.append(f"{shown_name(path)}: {said}")
         else:
             pixels.append(header.width * header.height)
     return pixels, unreadable

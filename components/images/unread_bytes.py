@@ -30,6 +30,7 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"v/1\1", "OpenEXR: convert it"),
     (b"DDS ", "texture (DDS): convert it"),
     (b"gimp xcf", "GIMP document: export a picture"),
+    (b"\0\5\x16\7", "what macOS keeps beside a file of that name (AppleDouble)"),
     (b"PK\3\4", "archive (ZIP): unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "archive (7z): unpack it"),
     (b"Rar!\x1a\7", "archive (RAR): unpack it"),

@@ -42,7 +42,7 @@ def source_folder(settings: IngestSettings, root: Path) -> Path:
     """The folder that `ingest.source` names, relative to `root` unless absolute.
 
     Raises:
-        ValueError: it is missing, not a folder, or may not be listed.
+        ValueError: it is missing, not a folder, may not be listed, or holds the project itself.
     """
     folder = root / settings.source
     advice = "point ingest.source at a folder of photographs"
@@ -57,7 +57,21 @@ def source_folder(settings: IngestSettings, root: Path) -> Path:
         raise ValueError(
             f"{settings.source}: no permission to list this folder; allow it or {advice}"
         ) from None
+    refuse_project(folder, root, settings.source)
     return folder
+
+
+def refuse_project(folder: Path, root: Path, shown: str) -> None:
+    """Refuse a folder in which the pipeline's own pictures would become candidates.
+
+    Raises:
+        ValueError: it is, or holds, the project or its data.
+    """
+    if (root.resolve() / "data").is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{shown}: holds the project itself, whose own pictures are no source; put the "
+            "photographs in a folder of their own and point ingest.source at it"
+        )
 
 
 def printable(name: str) -> str:

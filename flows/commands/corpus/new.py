@@ -33,6 +33,7 @@ def new(
 ) -> None:
     """Write settings for a folder of photographs, and say how many survive which rule."""
     from components.corpus.folder_survey import local_captioner, propose, survey
+    from components.corpus.listing.source_files import refuse_project
     from components.settings.schema import SettingsError, parse_settings
     from flows.versioning.profiles import composed, derived_profile
 
@@ -46,6 +47,7 @@ def new(
             raise ValueError(
                 f"conf/profiles/{name}.yaml exists already; choose another --name, or --force"
             )
+        refuse_project(folder, root, str(folder))
         settings = parse_settings(composed(root, profile), where=f"conf/profiles/{profile}.yaml")
         found = survey(
             folder,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,16 @@ def test_a_captioning_model_that_is_there_is_proposed_and_other_networks_are_not
     assert (caption["provider"], caption["local"]["folder"]) == ("local", "weights/tiny")
     values = params.model_dump(mode="json")
     parse_settings(values | {"caption": values["caption"] | caption})
+
+
+def test_what_cannot_be_opened_is_named_by_its_cause(tmp_path: Path) -> None:
+    write(tmp_path / "a.png")
+    (tmp_path / "gone\n.jpg").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert sorted(look(tmp_path).unreadable) == [
+        "gone\\n.jpg: not a regular file",
+        "pipe.jpg: not a regular file",
+    ]
 
 
 def test_survivors_follow_the_rules_and_advice_names_what_would_keep_more(

@@ -47,6 +47,7 @@ def test_of_sound_pictures_nothing_is_said(kind: str) -> None:
         (b"\0\0\0\x18ftypqt  \0\0\0\0", "video"),
         (b"\0\0\0\x18ftypcrx \0\0\0\0", "camera raw: develop it"),
         (b"II*\0\x10\0\0\0CR\2\0", "camera raw: develop it"),
+        (b"\0\5\x16\7\0\2", "what macOS keeps beside a file of that name (AppleDouble)"),
         (b"BMx", "BMP with a damaged header"),
         (b"\x07\x99\xfe\xff\x01", None),
     ],

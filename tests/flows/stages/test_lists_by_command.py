@@ -101,6 +101,8 @@ def test_a_stray_quotation_mark_is_one_counted_row(project: Path, web: str) -> N
         (b"http://a/1.jpg\nhttp://a/2.jpg\n", "ingest.lists.columns"),
         (b"url;caption\nhttp://a/1.jpg;x\n", 'ingest.lists.separator to ";"'),
         ("url,caption\nhttp://a/1.jpg,Café\n".encode("latin-1"), "ingest.lists.encoding"),
+        (b"\n<!DOCTYPE html><html></html>\n", "a web page or XML"),
+        (b"# mine\nurl,caption\nhttp://a/1.jpg,x\n", "its heading stands below 1 other lines"),
     ],
 )
 def test_a_list_that_would_be_misread_is_one_line(project: Path, data: bytes, message: str) -> None:
@@ -108,4 +110,21 @@ def test_a_list_that_would_be_misread_is_one_line(project: Path, data: bytes, me
     assert done.exit_code != 0
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ingest: lists/list.csv: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "lists/list.csv holds no record: its files are empty"),
+        (b"url\nftp://a/1.jpg\n", "the first, list.csv:2: scheme is not http or https"),
+    ],
+)
+def test_a_list_of_which_nothing_comes_is_one_line(
+    project: Path, data: bytes, message: str
+) -> None:
+    done = ingest(project, data)
+    assert done.exit_code != 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ingest: ")
     assert message in line

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from components.corpus.listing.source_files import source_folder
 from components.corpus.listing.source_table import describe_source, read_listing
 from components.corpus.manifest import SCHEMA, to_arrow
 from components.corpus.sources.folder import file_name, manifest_of_folder
@@ -170,3 +171,16 @@ def test_a_broken_attribution_file_is_one_clear_error(
         (photos / "who.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         scan_folder(settings(attribution="who.csv"), photos.parent)
+
+
+@pytest.mark.parametrize("source", [".", "..", "data", "linked"])
+def test_the_project_itself_is_no_source(tmp_path: Path, source: str) -> None:
+    root = tmp_path / "project"
+    (root / "data" / "sample").mkdir(parents=True)
+    (root / "linked").symlink_to(root)
+    ingest = load_settings(ROOT / "params.yaml").ingest
+    with pytest.raises(ValueError, match=f"^{source}: holds the project itself, whose own") as said:
+        source_folder(ingest.model_copy(update={"source": source}), root)
+    assert "\n" not in str(said.value)
+    sample = source_folder(ingest.model_copy(update={"source": "data/sample"}), root)
+    assert sample == root / "data" / "sample"
