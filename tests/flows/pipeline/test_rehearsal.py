@@ -103,15 +103,43 @@ def test_a_new_profile_leads_to_slices_with_rows(project: Path) -> None:
     assert len(pd.read_parquet(project / "data" / "slices" / "stage1.parquet")) > 0
 
 
-def test_a_large_source_that_would_fail_late_stops_the_run_at_once(
-    clone: Callable[..., Path],
-) -> None:
-    made = clone("large", {"ingest.source": "photos", "ingest.attribution": "ATTRIBUTION.csv"})
+def wrong_late(clone: Callable[..., Path], name: str) -> Path:
+    """A clone with many files, and a table beside them that only the stage `ingest` reads."""
+    made = clone(name, {"ingest.source": "photos", "ingest.attribution": "ATTRIBUTION.csv"}, [])
     folder = made / "photos"
     folder.mkdir()
     for n in range(MANY_ITEMS + 1):
         (folder / f"{n:04}.jpg").write_bytes(b"no picture %d" % n)
     (folder / "ATTRIBUTION.csv").write_text("file,author\n0000.jpg,a\n0000.jpg,b\n")
+    return made
+
+
+@pytest.mark.slow
+def test_a_plain_dvc_repro_rehearses_before_it_ingests_unless_it_is_told_not_to(
+    clone: Callable[..., Path],
+) -> None:
+    made = wrong_late(clone, "repro")
+    for left_out in ("", "1"):
+        environment = os.environ | {"PYTHONPATH": str(made), "ULTRAFLUX_NO_REHEARSAL": left_out}
+        done = subprocess.run(
+            ["dvc", "repro", "-q", "ingest"],
+            cwd=made,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert done.returncode != 0
+        assert ("error: rehearsal of 100 items: ingest: ATTR" in done.stderr) == (not left_out)
+        assert "ATTRIBUTION.csv line 3: '0000.jpg' is listed twice" in done.stderr
+        assert not (made / "data" / "ingest" / "manifest.parquet").exists()
+        assert ("ULTRAFLUX_NO_REHEARSAL=1" in done.stderr) == (not left_out)
+
+
+def test_a_large_source_that_would_fail_late_stops_the_run_at_once(
+    clone: Callable[..., Path],
+) -> None:
+    made = wrong_late(clone, "large")
+    folder = made / "photos"
     done = ultraflux(made, "run", "--until", "ingest")
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.splitlines()[-1].startswith(
@@ -125,19 +153,5 @@ def test_a_large_source_that_would_fail_late_stops_the_run_at_once(
     assert (said["ingest"], said["signals"], said["slices"]) == ("failed", *["not reached"] * 2)
     settings = load_settings(made / "params.yaml")
     assert is_due(made, settings)
-    # A plain `dvc repro` does the same before it ingests, unless it is told not to.
-    repro, environment = ["dvc", "repro", "-q", "ingest"], os.environ | {"PYTHONPATH": str(made)}
-    for left_out in ("", "1"):
-        done = subprocess.run(
-            repro,
-            cwd=made,
-            capture_output=True,
-            text=True,
-            env=environment | {"ULTRAFLUX_NO_REHEARSAL": left_out},
-        )
-        assert done.returncode != 0
-        assert ("error: rehearsal of 100 items: ingest: ATTR" in done.stderr) == (not left_out)
-        assert "ATTRIBUTION.csv line 3: '0000.jpg' is listed twice" in done.stderr
-        assert not (made / "data" / "ingest").exists()
     (folder / "0000.jpg").unlink()
     assert not is_due(made, settings)
