@@ -19,6 +19,7 @@ from components.planning.memory import (
     state_bytes,
 )
 from components.planning.model_shapes import AutoencoderShape, FluxShape
+from components.settings.schema import load_settings
 
 
 @pytest.mark.parametrize(
@@ -136,11 +137,11 @@ def tensor_bytes(state) -> int:
 @pytest.mark.parametrize(
     ("optimizer", "frozen"), [("adamw", 0), ("adamw_8bit", 0), ("adamw", 6), ("adamw_8bit", 6)]
 )
-def test_the_engine_holds_the_planned_states(make_dit_job, tmp_path, optimizer, frozen):
+def test_the_engine_holds_the_planned_states(root, tmp_path, optimizer, frozen):
     from components.training.distributed.ranks import open_ranks
     from components.training.sharded.engine import initialize_engine
 
-    stage = make_dit_job(tmp_path).settings.model_copy(
+    stage = load_settings(root / "params.yaml").dit_stage1.model_copy(
         update={
             "precision": "bf16",
             "zero_stage": 2,
