@@ -1,10 +1,11 @@
-"""GPU memory of training, before anyone pays for it.
+"""GPU memory in closed form: training, and networks that only run forward.
 
 Exact: weights, gradients, optimizer states and the weight average (bytes per parameter, measured
-on the engine itself), and what autograd keeps of a transformer block (closed form, equal to a
-count on the meta device). Estimates: working memory, communication buffers, and the tensors kept
-outside of the blocks. Not included: CUDA's own context (about half a gigabyte to one) and what
-the allocator loses to fragmentation.
+on the engine itself), and what autograd keeps of a transformer block (equal to a count on the fake
+GPU). The rest follows from which tensors are alive at the fullest moment, and agrees within 3% with
+a trace of the stages' own code (`exact`, tests/components/planning/test_exact.py). Not included:
+CUDA's own context (about half a gigabyte to one), kernels' workspaces, and what the allocator
+loses to fragmentation.
 """
 
 from __future__ import annotations
@@ -12,22 +13,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from components.planning.model_shapes import MLP_RATIO, AutoencoderShape, FluxShape
+from components.planning.model_shapes import (
+    MLP_RATIO,
+    AutoencoderShape,
+    ClipShape,
+    FluxShape,
+    T5Shape,
+)
 from components.settings.training import Checkpointing
-from components.training.sharded.engine import BUCKET_ELEMENTS
+from components.training.distributed.engine_limits import (
+    ALLREDUCE_ELEMENTS,
+    BUCKET_ELEMENTS,
+    GATHERED_ELEMENTS,
+)
 
 Precision = Literal["bf16", "fp32"]
 ITEM_BYTES: dict[str, int] = {"bf16": 2, "fp32": 4}
 GIB = 2**30
-# DeepSpeed's stage3_max_live_parameters: weights that ZeRO-3 keeps gathered at most.
-GATHERED_ELEMENTS = 1_000_000_000
 # State words of the attention's random numbers, kept whether or not there is dropout.
 _WORDS = 24
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on one GPU."""
+    """Bytes of one process on its GPU."""
 
     weights: int
     gradients: int
@@ -36,9 +45,11 @@ class TrainingMemory:
     average: int
     """The exponential moving average: this rank's share of it, 0 where it is in host memory."""
     activations: int
-    """Estimate (what blocks keep is exact)."""
+    """At the fullest moment of a forward or backward pass."""
     buffers: int
-    """Estimate: communication."""
+    """In which gradients and gathered weights travel."""
+    update: int = 0
+    """Copies at the optimizer's update, when activations and buffers are gone."""
 
     @property
     def states(self) -> int:
@@ -47,8 +58,9 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.states + self.average + self.activations + self.buffers
+        """At the fullest moment."""
+        passing = max(self.activations + self.buffers, self.update)
+        return self.states + self.average + passing
 
 
 def moment_bytes(elements: int, *, eight_bits: bool) -> int:
@@ -108,14 +120,14 @@ def state_bytes(
 def flux_block_bytes(
     shape: FluxShape, tokens: int, batch: int, precision: Precision
 ) -> tuple[int, int]:
-    """What autograd keeps of one (double, single) block with fused attention, exactly.
+    """What autograd keeps of one (double, single) block with fused kernels, exactly in bf16.
 
-    Double: 13 tensors of width D per token (inputs of the projections and products, q, k, v, the
-    attention's output, and its copy in two streams, which a batch of one does without: there the
-    streams are views of the joint tensor), the MLP's input and output of its activation (8 D),
-    and in float32 four of width D for the rotation of q and k, four norm statistics, and per
-    head two RMS statistics and the log-sum-exp. Single: 8 D, 9 D (MLP and joint input of the
-    last projection). Then a few vectors per sample.
+    Double: 15 tensors of width D per token (inputs of the projections and products, q and k before
+    their norm, q, k, v, the attention's output, and its copy in two streams, which a batch of one
+    does without: there the streams are views of the joint tensor), the MLP's input and output of
+    its activation (8 D), and in float32 four norm statistics, and per head two RMS statistics and
+    the log-sum-exp. Single: 10 D, 9 D (MLP and joint input of the last projection). Then a few
+    vectors per sample. In float32 the log-sum-exp of another kernel is a little longer.
 
     Args:
         shape: the transformer.
@@ -124,11 +136,10 @@ def flux_block_bytes(
         precision: of the network.
     """
     item, d, rows = ITEM_BYTES[precision], shape.width, batch * tokens
-    rotation = 16 * rows * d
     per_head = 12 * rows * shape.num_attention_heads
-    copies = 13 if batch > 1 else 12
-    double = (copies + 2 * MLP_RATIO) * item * rows * d + rotation + 16 * rows + per_head
-    single = (8 + 2 * MLP_RATIO + 1) * item * rows * d + rotation + 8 * rows + per_head
+    copies = 15 if batch > 1 else 14
+    double = (copies + 2 * MLP_RATIO) * item * rows * d + 16 * rows + per_head
+    single = (10 + 2 * MLP_RATIO + 1) * item * rows * d + 8 * rows + per_head
     return double + 18 * item * batch * d + _WORDS, single + 5 * item * batch * d + _WORDS
 
 
@@ -152,35 +163,62 @@ def flux_product_bytes(
 def flux_activation_bytes(
     shape: FluxShape, tokens: int, batch: int, precision: Precision, *, checkpointing: Checkpointing
 ) -> int:
-    """Peak of activations in the backward pass: blocks, and the working memory of one (estimate).
+    """Peak of activations in the backward pass: what blocks keep, and gradients in flight.
 
     With checkpointing every block keeps its input, and one block at a time is repeated;
-    `selective` keeps `flux_product_bytes` too.
+    `selective` keeps `flux_product_bytes` too. The backward pass comes to the single blocks first,
+    when everything of the double ones is still there.
     """
     item, stream = ITEM_BYTES[precision], batch * tokens * shape.width
     double, single = flux_block_bytes(shape, tokens, batch, precision)
-    # Gradients in flight: of the MLP's hidden layer and of the stream.
-    working = (MLP_RATIO + 2) * item * stream
     # Rotary tables, float32 cos and sin.
     tables = 8 * tokens * shape.attention_head_dim
-    if checkpointing != "none":
-        # Every block's input; 12B at 16,896 tokens: about 10 GB in all, where keeping everything
-        # takes over 150 GB (tested).
-        kept = (shape.num_layers + shape.num_single_layers) * item * stream
-        if checkpointing == "selective":
-            double_kept, single_kept = flux_product_bytes(shape, tokens, batch, precision)
-            kept += shape.num_layers * double_kept + shape.num_single_layers * single_kept
-        # One block at a time is whole again, so the larger kind decides.
-        return kept + max(double, single) + working + tables
-    return shape.num_layers * double + shape.num_single_layers * single + working + tables
+    # Gradients of the MLP's hidden layer and of the streams; three of them end a single block.
+    in_double, in_single = ((MLP_RATIO + n) * item * stream + tables for n in (1, 3))
+    doubles, singles = shape.num_layers, shape.num_single_layers
+    if checkpointing == "none":
+        return doubles * double + singles * single + in_single
+    # 12B at 16,896 tokens: under 9 GB in all, where keeping everything takes over 120 GB (tested).
+    kept_double = kept_single = item * stream
+    if checkpointing == "selective":
+        products = flux_product_bytes(shape, tokens, batch, precision)
+        kept_double, kept_single = kept_double + products[0], kept_single + products[1]
+        # Not made again.
+        double, single = double - products[0], single - products[1]
+    before = doubles * kept_double
+    return max(before + double + in_double, before + singles * kept_single + single + in_single)
+
+
+# Channels of VGG16's five features at 1/1 to 1/16 of the edge, and of maps that its convolutions
+# and poolings keep besides (indices of a pooling are 8 bytes), per pixel of the crop.
+_VGG_FEATURES = 64 + 128 / 4 + 256 / 16 + 512 / 64 + 512 / 256
+_VGG_KEPT = 360
+_VGG_PARAMETERS = 14_714_688
+
+
+def lpips_bytes(pixels: int) -> int:
+    """What LPIPS adds to decoder training: its network, and what it keeps of `pixels` in float32.
+
+    Of the reconstruction everything that VGG16 makes; of both pictures the five features and their
+    normalised form, their difference and its square.
+    """
+    return round(4 * pixels * (_VGG_KEPT + 5 * _VGG_FEATURES)) + 4 * _VGG_PARAMETERS
 
 
 def decoder_activation_bytes(
-    shape: AutoencoderShape, height: int, width: int, batch: int, *, checkpointing: bool
+    shape: AutoencoderShape,
+    height: int,
+    width: int,
+    batch: int,
+    *,
+    checkpointing: bool,
+    perceptual: str = "none",
 ) -> int:
-    """Estimate for the decoder in training: inputs of norms, activations and convolutions.
+    """Peak of decoder training beside weights, gradients and states.
 
-    Counted in float32, also under bf16 autocast, which keeps norms in float32: an upper bound.
+    Inputs of norms, activations and convolutions, level by level. Counted in float32, also under
+    bf16 autocast, which keeps norms in float32: an upper bound. Of perceptual networks only LPIPS
+    counts.
     """
     widths = shape.block_out_channels
     pixels = batch * height * width // shape.compression**2
@@ -198,21 +236,113 @@ def decoder_activation_bytes(
             kept += channels * pixels
         blocks.append(4 * kept)
         before = channels
-    # With checkpointing the inputs of all levels and one level's insides, the largest.
-    return inputs + max(blocks) if checkpointing else sum(blocks)
+    last = 4 * widths[0] * pixels
+    # The head keeps its norm's and activation's inputs and a padded map, which its four
+    # convolutions share; each of them then gives a whole map of gradients.
+    head, head_gradients = 7 * last // 2, 3 * last
+    kept = (inputs if checkpointing else sum(blocks)) + head
+    loss = lpips_bytes(batch * height * width) if perceptual == "lpips" else 0
+    # With checkpointing one level's insides, the largest, are there again.
+    again = inputs + max(blocks) if checkpointing else 0
+    return max(kept + loss, kept + head_gradients, again)
+
+
+def encoder_working_bytes(
+    shape: AutoencoderShape, height: int, width: int, batch: int, item: int
+) -> int:
+    """Peak of encoding without gradients, weights aside: photographs, and maps of one level.
+
+    While a residual block ends there are its input, its last map, their sum and its scaled copy,
+    and what the level was given, where that is not the block's own input.
+
+    Args:
+        shape: the autoencoder.
+        height: of the photographs in pixels.
+        width: likewise.
+        batch: photographs at once.
+        item: bytes of a value.
+    """
+    pixels = batch * height * width // shape.stride**2
+    maps, before = 0, shape.block_out_channels[0]
+    for channels in shape.block_out_channels:
+        given = 0 if shape.layers_per_block == 1 and before == channels else before
+        maps = max(maps, (given + 4 * channels) * pixels)
+        pixels //= 4
+        before = channels
+    return item * (shape.in_channels * batch * height * width + maps)
+
+
+def decoder_working_bytes(
+    shape: AutoencoderShape, height: int, width: int, batch: int, item: int
+) -> int:
+    """Peak of decoding without gradients, weights aside; arguments as `encoder_working_bytes`.
+
+    As there, level by level; and between two levels the map before, after nearest upsampling and
+    after its convolution.
+    """
+    widths = tuple(reversed(shape.block_out_channels))
+    pixels = batch * height * width // shape.compression**2
+    maps, before = 0, widths[0]
+    for level, channels in enumerate(widths):
+        # Norm and activation beside the input of the first block, then as in the encoder.
+        maps = max(maps, 3 * before * pixels, (before + 4 * channels) * pixels)
+        if level < len(widths) - 1:
+            maps = max(maps, (before + channels) * pixels + 2 * channels * 4 * pixels)
+            pixels *= 4
+        before = channels
+    return item * (shape.latent_channels * batch * height * width // shape.compression**2 + maps)
+
+
+def text_working_bytes(shape: T5Shape, tokens: int, batch: int, item: int) -> int:
+    """Peak of T5 without gradients, weights aside: four maps of either width in the gated MLP.
+
+    And the table of relative positions, (heads, tokens, tokens), which all layers share.
+    """
+    rows = batch * tokens
+    positions = shape.num_heads * tokens**2
+    return item * (4 * rows * (shape.d_ff + shape.d_model) + positions)
+
+
+def clip_working_bytes(shape: ClipShape, batch: int, item: int) -> int:
+    """Peak of a CLIP text encoder without gradients: three maps of its MLP, four of its width."""
+    rows = batch * shape.max_position_embeddings
+    return item * rows * (3 * shape.intermediate_size + 4 * shape.hidden_size)
+
+
+def flux_sampling_bytes(shape: FluxShape, tokens: int, batch: int, item: int) -> int:
+    """Peak of a forward pass without gradients, weights aside: a single block rotates q or k.
+
+    Then there are the model's stream and the block's joint one, its norm, the MLP (4 wide), q, k
+    and v; of what is rotated the other half, and two products in float32 with their sum.
+    """
+    rows = batch * tokens
+    tables = 8 * tokens * shape.attention_head_dim
+    return rows * shape.width * ((7 + MLP_RATIO) * item + 12) + tables
 
 
 def communication_bytes(
     parameters: int, processes: int, precision: Precision, zero_stage: int = 2
 ) -> int:
-    """Estimate: two reduction buckets (one filling while the other travels).
+    """Two reduction buckets, one filling while the other travels; also where there is one process.
 
-    Under ZeRO-3 also the weights that are gathered for the layers at work.
+    ZeRO 0 and 1 reduce after the backward pass (`update_bytes`). Under ZeRO 3 also the weights that
+    are gathered for the layers at work.
     """
-    # Nothing travels between GPUs.
-    if processes == 1:
-        return 0
     item = ITEM_BYTES[precision]
-    # A model smaller than the limit is gathered whole.
-    gathered = min(GATHERED_ELEMENTS, parameters) if zero_stage == 3 else 0
-    return item * (2 * min(BUCKET_ELEMENTS, parameters) + gathered)
+    buckets = 2 * min(BUCKET_ELEMENTS, parameters) if zero_stage >= 2 else 0
+    # A model smaller than the limit is gathered whole; one process has all of it.
+    gathered = min(GATHERED_ELEMENTS, parameters) if zero_stage == 3 and processes > 1 else 0
+    return item * (buckets + gathered)
+
+
+def update_bytes(trained: int, processes: int, precision: Precision, zero_stage: int) -> int:
+    """Copies at the update, beside states and gradients, measured on DeepSpeed.
+
+    Stages 2 and 3 flatten this rank's gradients; every stage then holds a root of the second
+    moments. Stages 0 and 1 reduce gradients in copies before.
+    """
+    share = trained if zero_stage == 0 else -(-trained // processes)
+    reduced = ITEM_BYTES[precision] * min(trained, ALLREDUCE_ELEMENTS)
+    # Stage 1 in float32 reduces as stage 2 does.
+    plain = zero_stage == 0 or (zero_stage == 1 and precision == "bf16")
+    return max(4 * share, reduced if plain else 0)

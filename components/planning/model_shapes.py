@@ -8,7 +8,7 @@ not on this machine, they stand in, and `origin` says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +75,38 @@ class FluxShape:
         times += embedder(self.pooled_projection_dim)
         return self.num_layers * double + self.num_single_layers * single + ends + times
 
+    @property
+    def linear_layers(self) -> Iterator[tuple[str, int, int]]:
+        """(name, inputs, outputs) of every linear layer, what adapters are put beside."""
+        d, hidden = self.width, MLP_RATIO * self.width
+        joint = [f"attn.{name}" for name in ("to_q", "to_k", "to_v")]
+        text = [f"attn.add_{name}_proj" for name in "qkv"]
+        square = [*joint, "attn.to_out.0", *text, "attn.to_add_out"]
+        double = [("norm1.linear", d, 6 * d), ("norm1_context.linear", d, 6 * d)]
+        double += [(name, d, d) for name in square]
+        for name in ("ff", "ff_context"):
+            double += [(f"{name}.net.0.proj", d, hidden), (f"{name}.net.2", hidden, d)]
+        single = [("norm.linear", d, 3 * d), ("proj_mlp", d, hidden), ("proj_out", d + hidden, d)]
+        single += [(name, d, d) for name in joint]
+        embedders = [("timestep", TIME_CHANNELS), ("text", self.pooled_projection_dim)]
+        if self.guidance_embeds:
+            embedders.append(("guidance", TIME_CHANNELS))
+        for name, inputs in embedders:
+            yield f"time_text_embed.{name}_embedder.linear_1", inputs, d
+            yield f"time_text_embed.{name}_embedder.linear_2", d, d
+        yield "x_embedder", self.in_channels, d
+        yield "context_embedder", self.joint_attention_dim, d
+        yield "norm_out.linear", d, 2 * d
+        yield "proj_out", d, self.out_channels or self.in_channels
+        blocks = (
+            ("transformer_blocks", self.num_layers, double),
+            ("single_transformer_blocks", self.num_single_layers, single),
+        )
+        for kind, count, layers in blocks:
+            for number in range(count):
+                for name, inputs, outputs in layers:
+                    yield f"{kind}.{number}.{name}", inputs, outputs
+
 
 @dataclass(frozen=True)
 class AutoencoderShape:
@@ -88,6 +120,8 @@ class AutoencoderShape:
     use_quant_conv: bool = False
     use_post_quant_conv: bool = False
     mid_block_add_attention: bool = True
+    sample_size: int = 1024
+    """Edge in pixels of a tile of tiled coding."""
     stride: int = 2
     decode_mode: str = "aligned"
 

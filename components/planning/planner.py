@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from components.images.aspect_buckets import Bucket, buckets
 from components.planning.advice import refusals, too_large
@@ -25,15 +26,15 @@ from components.planning.flops import (
     t5_flops,
     total,
 )
-from components.planning.memory import (
-    ITEM_BYTES,
-    TrainingMemory,
-    decoder_activation_bytes,
-    moment_bytes,
-    state_bytes,
-)
+from components.planning.memory import ITEM_BYTES, TrainingMemory, moment_bytes, state_bytes
 from components.planning.model_shapes import FluxShape, networks
-from components.planning.transformer import Transformer, dit_memory
+from components.planning.stage_memory import (
+    StageMemory,
+    autoencoder_parameters,
+    stage_memory,
+    text_parameters,
+)
+from components.planning.transformer import Transformer
 from components.settings.schema import Settings
 from components.settings.training import DitStageSettings
 from components.training.vae.tiles import TileRules
@@ -88,9 +89,11 @@ class StagePlan:
     parameters: int
     """Of all networks in GPU memory."""
     trained: int
-    memory: TrainingMemory | None
-    """None: weights only (`weights_bytes`)."""
-    weights_bytes: int
+    memory: TrainingMemory
+    """Of one process on its GPU."""
+    processes_per_gpu: int
+    host_bytes: int
+    """In the memory of one machine."""
     disk: dict[str, int]
     """What to bytes."""
     hours: float | None
@@ -118,8 +121,13 @@ class StagePlan:
 
     @property
     def memory_bytes(self) -> int:
-        """On one GPU, as far as it is known."""
-        return self.weights_bytes if self.memory is None else self.memory.total
+        """On one GPU, all its processes."""
+        return self.taken.gpu_bytes
+
+    @property
+    def taken(self) -> StageMemory:
+        """GPU and host together."""
+        return StageMemory(self.memory, self.processes_per_gpu, self.host_bytes)
 
 
 @dataclass(frozen=True)
@@ -164,17 +172,17 @@ def plan(
     sizes = tuple((bucket.height, bucket.width) for bucket in buckets(settings.buckets))
     stages = (
         _latents(transformer, sizes, images, rate),
-        _text(transformer, images, rate),
-        _vae(transformer, images, rate),
+        _text(transformer, sizes, images, rate),
+        _vae(transformer, sizes, images, rate),
         _dit("dit_stage1", settings.dit_stage1, transformer, sizes, images, rate),
         _dit("dit_stage2", settings.dit_stage2, transformer, sizes, images, rate),
-        _generate(transformer, rate),
+        _generate(transformer, sizes, rate),
     )
     # Listed first: a run that would not start needs no memory.
     warnings = refusals(transformer, sizes)
     if limit is not None:
         for stage in stages:
-            warnings += too_large(stage.stage, stage.memory_bytes, transformer, sizes, limit)
+            warnings += too_large(stage.stage, transformer, sizes, limit)
     return Plan(
         profile=settings.project.profile,
         images=images,
@@ -225,8 +233,6 @@ def _latents(
     flops = mean_flops(total(encoder_products(vae, *size)).inference for size in sizes)
     areas = [math.prod(transformer.latent_hw(size)) for size in sizes]
     record = vae.latent_channels * sum(areas) / len(areas) * _STORE_BYTES[dtype]
-    # Parameters do not depend on the size; any bucket serves.
-    held = parameters(encoder_products(vae, *sizes[0]) + decoder_products(vae, *sizes[0]))
     hours, source = _hours(images * flops.model, 1, rate)
     return StagePlan(
         stage="latents",
@@ -235,23 +241,23 @@ def _latents(
         flops_per_item=flops,
         validation=0,
         gpus=1,
-        parameters=held,
+        parameters=sum(autoencoder_parameters(transformer)),
         trained=0,
-        memory=None,
-        weights_bytes=4 * held,
+        **_memory("latents", transformer, sizes),
         disk={"latent store": round(record * images)},
         hours=hours,
         rate=source,
     )
 
 
-def _text(transformer: Transformer, images: int, rate: Rate | None) -> StagePlan:
+def _text(
+    transformer: Transformer, sizes: Sequence[tuple[int, int]], images: int, rate: Rate | None
+) -> StagePlan:
     nets = transformer.networks
     flops = _encoding_flops(transformer)
     dtype = transformer.settings.latents.dtype
     # Padding is stored too: the transformer attends to it, so it is part of its input.
     record = transformer.text_tokens * nets.t5.d_model + transformer.pooled_width
-    held = nets.t5.parameters + sum(clip.parameters for clip in nets.clips)
     # The empty prompt is embedded too.
     hours, source = _hours((images + 1) * flops.model, 1, rate)
     return StagePlan(
@@ -261,10 +267,9 @@ def _text(transformer: Transformer, images: int, rate: Rate | None) -> StagePlan
         flops_per_item=flops,
         validation=0,
         gpus=1,
-        parameters=held,
+        parameters=text_parameters(transformer),
         trained=0,
-        memory=None,
-        weights_bytes=4 * held,
+        **_memory("text_embeddings", transformer, sizes),
         disk={"text store": (images + 1) * record * _STORE_BYTES[dtype]},
         hours=hours,
         rate=source,
@@ -286,7 +291,21 @@ def vae_slice(settings: Settings, images: int) -> int:
     return min(training, max(share, settings.slices.min_images))
 
 
-def _vae(transformer: Transformer, images: int, rate: Rate | None) -> StagePlan:
+def _memory(
+    name: str, transformer: Transformer, sizes: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """Fields of a stage's plan."""
+    taken = stage_memory(name, transformer, sizes)
+    return {
+        "memory": taken.memory,
+        "processes_per_gpu": taken.processes,
+        "host_bytes": taken.host_bytes,
+    }
+
+
+def _vae(
+    transformer: Transformer, sizes: Sequence[tuple[int, int]], images: int, rate: Rate | None
+) -> StagePlan:
     settings, vae = transformer.settings.vae, transformer.networks.autoencoder
     whole = transformer.settings
     # Of held-out photographs only as many as there are crops to measure on.
@@ -308,18 +327,6 @@ def _vae(transformer: Transformer, images: int, rate: Rate | None) -> StagePlan:
     validation = measured * settings.eval_crops * once * gpus
     items = settings.steps * settings.batch_size
     trained, held = parameters(decoder), parameters(decoder) + parameters(encoder)
-    # A process cannot decode more at once than its share of the batch.
-    micro = min(settings.micro_batch_size, max(1, settings.batch_size // gpus))
-    memory = TrainingMemory(
-        weights=4 * held,
-        gradients=4 * trained,
-        # Two moments; the weights are float32 and their own masters.
-        optimizer=8 * trained,
-        average=0,
-        activations=decoder_activation_bytes(vae, *crop, micro, checkpointing=checkpointing),
-        # DistributedDataParallel copies gradients into buckets of the same size.
-        buffers=4 * trained,
-    )
     hours, source = _hours(items * flops.model + validation, gpus, rate)
     return StagePlan(
         stage="vae",
@@ -330,8 +337,7 @@ def _vae(transformer: Transformer, images: int, rate: Rate | None) -> StagePlan:
         gpus=gpus,
         parameters=held,
         trained=trained,
-        memory=memory,
-        weights_bytes=4 * held,
+        **_memory("vae", transformer, sizes),
         disk={
             f"tiles of {cut:,} photographs (at most)": cut * rules.largest_photograph_bytes,
             "checkpoints (one more while writing)": (VAE_CHECKPOINTS + 1) * 12 * trained,
@@ -389,8 +395,7 @@ def _dit(
         gpus=gpus,
         parameters=held,
         trained=trained,
-        memory=dit_memory(stage, transformer, sizes, gpus),
-        weights_bytes=ITEM_BYTES[stage.precision] * held,
+        **_memory(name, transformer, sizes),
         disk={
             "checkpoints (one more while writing)": (stage.keep_checkpoints + 1) * checkpoint,
             "export (raw and ema)": 2 * exported,
@@ -400,7 +405,9 @@ def _dit(
     )
 
 
-def _generate(transformer: Transformer, rate: Rate | None) -> StagePlan:
+def _generate(
+    transformer: Transformer, sizes: Sequence[tuple[int, int]], rate: Rate | None
+) -> StagePlan:
     settings, nets = transformer.settings.generate, transformer.networks
     # Without a guidance input, classifier-free guidance takes a second pass.
     passes = settings.num_inference_steps
@@ -416,9 +423,7 @@ def _generate(transformer: Transformer, rate: Rate | None) -> StagePlan:
     items = settings.prompts * len(settings.sizes)
     flops = mean_flops(each)
     held = transformer.counts(settings.sizes[0], None)[0]
-    held += nets.t5.parameters + sum(clip.parameters for clip in nets.clips)
-    # 64 px: any multiple of the compression, since parameters do not depend on it.
-    held += parameters(decoder_products(vae, 64, 64) + encoder_products(vae, 64, 64))
+    held += text_parameters(transformer) + sum(autoencoder_parameters(transformer))
     hours, source = _hours(items * flops.model, 1, rate or _published_sampling(transformer))
     raw = sum(3 * height * width for height, width in settings.sizes) * settings.prompts
     return StagePlan(
@@ -430,9 +435,7 @@ def _generate(transformer: Transformer, rate: Rate | None) -> StagePlan:
         gpus=1,
         parameters=held,
         trained=0,
-        memory=None,
-        # As `components.generation.sampling` loads them: bfloat16 on a GPU, float32 on a CPU.
-        weights_bytes=(2 if transformer.settings.runtime.device == "cuda" else 4) * held,
+        **_memory("generate", transformer, sizes),
         disk={"images (uncompressed size; PNG is smaller)": raw},
         hours=hours,
         rate=source,

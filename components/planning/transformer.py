@@ -1,23 +1,21 @@
-"""What the planner asks of a transformer, whatever its backbone: counts and memory."""
+"""What the planner asks of a transformer, whatever its backbone: counts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from components.models.backbones import BACKBONES
 from components.planning.flops import Flops, flux_flops
-from components.planning.memory import (
-    ITEM_BYTES,
-    TrainingMemory,
-    communication_bytes,
-    flux_activation_bytes,
-    state_bytes,
-)
+from components.planning.memory import ITEM_BYTES, flux_activation_bytes
 from components.planning.model_shapes import Networks
 from components.settings.schema import Settings
 from components.settings.training import AdapterSettings, Checkpointing, DitStageSettings
+
+if TYPE_CHECKING:
+    import torch
 
 # (height, width) in pixels for counts that do not depend on it.
 _ANY_SIZE = (512, 512)
@@ -86,6 +84,9 @@ class Transformer:
             stage.precision,
             checkpointing=policy,
         )
+        if stage.adapter is not None and policy == "selective":
+            # Its products are kept, too.
+            activations += self._adapter_products(stage, stage.adapter, tokens) // degree
         return shape.parameters, flops, activations
 
     def trained(self, stage: DitStageSettings) -> int:
@@ -94,28 +95,64 @@ class Transformer:
         Raises:
             ValueError: the adapter names layers that there are not.
         """
-        nets = self.networks
         if stage.adapter is None:
             return self.counts(_ANY_SIZE, None)[0]
-        # Imported where something is counted: closed forms need neither torch nor diffusers.
-        from components.planning.counted_flops import backbone_on_meta, flux_on_meta
-        from components.training.dit.adapters import adapter_parameters
-
         if stage.adapter not in self._trained:
-            # Built without storage, and peft put on it: names that match nothing fail as at the
-            # start of a run.
-            model = (
-                backbone_on_meta(
-                    self.settings.models.transformer,
-                    nets.transformer_config,
-                    (nets.t5.d_model, self.pooled_width),
-                    (nets.autoencoder.latent_channels, *self.latent_hw(_ANY_SIZE)),
-                )
-                if nets.transformer is None
-                else flux_on_meta(nets.transformer)
-            )
-            self._trained[stage.adapter] = adapter_parameters(model, stage.adapter)
+            self._trained[stage.adapter] = self._adapter_parameters(stage.adapter)
         return self._trained[stage.adapter]
+
+    def _adapter_products(self, stage: DitStageSettings, adapter: AdapterSettings, n: int) -> int:
+        """Bytes of what an adapter's matrix products give, n image tokens a sample."""
+        values = 0
+        for name, _, outputs in self._linear_layers():
+            if not adapter.is_target(name):
+                continue
+            # Of a double block some layers see text tokens only, and the others image tokens only.
+            is_text = "add_" in name or "_context" in name
+            rows = self.text_tokens if is_text else n
+            if name.startswith("single_"):
+                rows = n + self.text_tokens
+            values += rows * (adapter.rank + outputs)
+        return stage.micro_batch_size * ITEM_BYTES[stage.precision] * values
+
+    def _adapter_parameters(self, adapter: AdapterSettings) -> int:
+        layers = list(self._linear_layers())
+        title = BACKBONES[self.settings.models.transformer.backbone].title
+        # Names that match nothing fail as at the start of a run.
+        adapter.check([name for name, _, _ in layers], f"the {title} transformer")
+        # A maps the inputs to `rank` values, B those to the outputs; neither has a bias.
+        return sum(
+            adapter.rank * (inputs + outputs)
+            for name, inputs, outputs in layers
+            if adapter.is_target(name)
+        )
+
+    def _linear_layers(self) -> Iterable[tuple[str, int, int]]:
+        nets = self.networks
+        if nets.transformer is not None:
+            return nets.transformer.linear_layers
+        # Imported where the sizes are not known otherwise.
+        import torch
+
+        from components.planning.counted_flops import linear_layers
+
+        with torch.device("meta"):
+            return list(linear_layers(self.model(torch.bfloat16)))
+
+    def model(self, dtype: torch.dtype) -> Any:
+        """The real class on the current device of torch, in training mode (imports torch)."""
+        from components.planning.counted_flops import backbone_model, flux_model
+
+        nets = self.networks
+        if nets.transformer is not None:
+            return flux_model(nets.transformer, dtype)
+        return backbone_model(
+            self.settings.models.transformer,
+            nets.transformer_config,
+            (nets.t5.d_model, self.pooled_width),
+            (nets.autoencoder.latent_channels, *self.latent_hw(_ANY_SIZE)),
+            dtype,
+        )
 
     def _counted(
         self, latent_hw: tuple[int, int], stage: DitStageSettings | None
@@ -147,37 +184,3 @@ class Transformer:
         if stage.gradient_checkpointing == "selective":
             return held, flops, scale * (inputs + products + saved // blocks)
         return held, flops, scale * saved
-
-
-def dit_memory(
-    stage: DitStageSettings, transformer: Transformer, sizes: Sequence[tuple[int, int]], gpus: int
-) -> TrainingMemory:
-    """Memory of one GPU at the bucket with the most tokens.
-
-    Activations are an upper bound with `adapter`: frozen layers keep less.
-    """
-    # A step's bucket may be any of them, so the largest decides what must fit.
-    largest = max(sizes, key=lambda size: size[0] * size[1])
-    held, _, activations = transformer.counts(largest, stage)
-    trained = transformer.trained(stage)
-    if stage.adapter is not None:
-        # The adapter's weights come on top of the frozen ones.
-        held += trained
-    weights, gradients, optimizer = state_bytes(
-        held,
-        gpus,
-        stage.zero_stage,
-        stage.precision,
-        trained=trained,
-        eight_bits=stage.optimizer == "adamw_8bit",
-    )
-    return TrainingMemory(
-        weights=weights,
-        gradients=gradients,
-        # Offloaded states are in host memory, which this plan does not count.
-        optimizer=0 if stage.offload_optimizer == "cpu" else optimizer,
-        # Each rank averages its share (`training.sharded.ema`); on "cpu" it is in host memory.
-        average=4 * -(-trained // gpus) if stage.ema_device == "model" else 0,
-        activations=activations,
-        buffers=communication_bytes(held, gpus, stage.precision, stage.zero_stage),
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -145,6 +146,32 @@ class AdapterSettings(Section):
     trigger: Annotated[str | None, CHANGES_NO_WEIGHT] = None
     """Words that call up what was trained, for the exported file's metadata; None: the caption
     where all training images have the same one, else none."""
+
+    def is_target(self, name: str) -> bool:
+        """Whether the layer of this full name gets factors, by peft's rule."""
+        return any(_is_named(name, target) for target in self.target_modules)
+
+    def check(self, names: Sequence[str], where: str) -> None:
+        """Refuse an adapter that names a layer which there is not.
+
+        Args:
+            names: full names of a network's layers.
+            where: the network, for the message.
+
+        Raises:
+            ValueError: no layer has a name of `target_modules`.
+        """
+        for target in self.target_modules:
+            # One by one: peft itself is content when one of them matches.
+            if not any(_is_named(name, target) for name in names):
+                raise ValueError(
+                    f"adapter.target_modules: {where} has no layer {target!r}; "
+                    "attention has to_q, to_k, to_v and to_out.0"
+                )
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 class DivergenceSettings(Section):

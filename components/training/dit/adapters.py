@@ -55,15 +55,7 @@ def add_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
     except ImportError:
         raise ValueError(f"adapter needs peft: {install_hint()}") from None
 
-    names = [name for name, _ in model.named_modules()]
-    for target in settings.target_modules:
-        # The same rule by which peft matches names; peft itself is content when one of them
-        # matches.
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ValueError(
-                f"adapter.target_modules: {type(model).__name__} has no layer {target!r}; "
-                "attention has to_q, to_k, to_v and to_out.0"
-            )
+    settings.check([name for name, _ in model.named_modules()], type(model).__name__)
     # Before the factors are there, which are to be trained.
     model.requires_grad_(False)
     # Equal factors on every rank, and no trace in the caller's random state.
@@ -77,22 +69,6 @@ def add_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
                 target_modules=list(settings.target_modules),
             )
         )
-
-
-def adapter_parameters(model: Any, settings: AdapterSettings) -> int:
-    """Number of trained values of an adapter.
-
-    Args:
-        model: a transformer on the meta device; changed by the call.
-        settings: of the adapter.
-
-    Raises:
-        ValueError: as `add_adapter`.
-    """
-    # Sizes only: the planner asks this of networks that do not fit into its memory.
-    with torch.device("meta"):
-        add_adapter(model, settings, seed=0)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from components.training.dit.velocity import NoisedBatch, predict_velocity
-
 if TYPE_CHECKING:
+    import torch
+
     from components.settings.runtime import RuntimeSettings
     from components.settings.training import DitStageSettings
+    from components.training.dit.velocity import NoisedBatch
 
 _SETTING = "runtime.compile 'blocks'"
 
@@ -96,6 +95,11 @@ def compile_for_buckets(
         guidance_scale: as in training.
         dtype: as in training.
     """
+    # Here, because the planner asks this module without torch.
+    import torch
+
+    from components.training.dit.velocity import predict_velocity
+
     model = engine.module
     # One gradient is enough: its path leads back through every block, and a block's compiled
     # backward pass computes all of its gradients. `torch.autograd.grad` calls none of the hooks by
@@ -124,6 +128,8 @@ def _one_graph_of_a_kind() -> Iterator[None]:
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Run compiled blocks as plain Python inside."""
+    import torch
+
     # Nothing is thrown away: the graphs are there again after the block.
     with torch.compiler.set_stance("force_eager"):
         yield

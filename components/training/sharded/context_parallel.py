@@ -12,12 +12,12 @@ group. ZeRO averages over all ranks: the trainer multiplies the loss by d.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from torch.distributed.device_mesh import init_device_mesh
+if TYPE_CHECKING:
+    import pandas as pd
 
-from components.training.distributed.ranks import Ranks
+    from components.training.distributed.ranks import Ranks
 
 _SETTING = "runtime.context_parallel_degree"
 # diffusers asks for both ways of dividing; only the second is used.
@@ -83,6 +83,9 @@ def enable_context_parallel(model: Any, ranks: Ranks) -> None:
     """
     from diffusers import ContextParallelConfig, ParallelConfig
     from diffusers.hooks.context_parallel import apply_context_parallel
+
+    # Here, because the planner asks this module without torch.
+    from torch.distributed.device_mesh import init_device_mesh
 
     degree = ranks.context_degree
     # The last axis counts fastest: a group is `degree` neighbours, as in `Ranks.data_rank`.

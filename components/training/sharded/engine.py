@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from components.settings.training import DitStageSettings
+from components.training.distributed.engine_limits import BUCKET_ELEMENTS
 from components.training.distributed.optimizers import build_optimizer, offload_configuration
 from components.training.distributed.ranks import Ranks
 from components.training.sharded.weight_shards import set_master
-
-# Upper limit of DeepSpeed's communication buckets in elements (its default is 5e8).
-BUCKET_ELEMENTS = 200_000_000
 
 
 def engine_configuration(
@@ -44,7 +42,8 @@ def engine_configuration(
             f"global_batch_size {settings.global_batch_size} must be a multiple of "
             f"micro_batch_size {settings.micro_batch_size} times {groups} {counted}"
         )
-    bucket = max(1024, min(BUCKET_ELEMENTS, parameters))
+    # Even: DeepSpeed wants buckets that NCCL can align.
+    bucket = max(1024, min(BUCKET_ELEMENTS, parameters + parameters % 2))
     return {
         # DeepSpeed counts a sample once for every process that works on it.
         "train_batch_size": settings.global_batch_size * context_degree,

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -110,6 +110,40 @@ def reconstruct(autoencoder: AutoencoderKLF16, images: Sequence[ImageArray]) -> 
 def mean_psnr_db(references: Sequence[ImageArray], images: Sequence[ImageArray]) -> float:
     """Mean over images of the PSNR in dB of their 8-bit pixels."""
     return float(np.mean([psnr_db(x, y) for x, y in zip(references, images, strict=True)]))
+
+
+def add_gradient(
+    autoencoder: AutoencoderKLF16,
+    decoder: nn.Module,
+    loss: ReconstructionLoss,
+    images: Tensor,
+    weight: float,
+    precision: Literal["bf16", "fp32"],
+) -> dict[str, Tensor]:
+    """Add the gradient of `weight` times the mean loss of a part of a batch.
+
+    Args:
+        autoencoder: frozen encoder.
+        decoder: `TrainableDecoder`, or a wrapper around it.
+        loss: of reconstructions.
+        images: (B, 3, H, W) in [-1, 1].
+        weight: of this part.
+        precision: of the networks; weights and loss stay float32.
+
+    Returns:
+        The weighted terms, detached.
+    """
+    # No gradient scaler: bfloat16 has the exponents of float32.
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        # The encoder is frozen: no activations of it are kept for a backward pass.
+        with torch.no_grad():
+            latents = autoencoder.encode(images).latent_dist.mode()
+        decoded = decoder(latents)
+    # In float32: squares of small differences vanish in bfloat16.
+    terms = loss(decoded.float(), images)
+    # Outside autocast: a backward pass uses the precision of its forward pass.
+    (terms["total"] * weight).backward()
+    return {name: term.detach() * weight for name, term in terms.items()}
 
 
 class _Run:
@@ -212,22 +246,9 @@ class _Run:
         return measured
 
     def _backward(self, images: Tensor, weight: float) -> dict[str, Tensor]:
-        """Add the gradient of `weight` times the mean loss; the weighted terms, detached."""
-        with self._autocast():
-            # The encoder is frozen: no activations of it are kept for a backward pass.
-            with torch.no_grad():
-                latents = self.autoencoder.encode(images).latent_dist.mode()
-            decoded = self.wrapped(latents)
-        # In float32: squares of small differences vanish in bfloat16.
-        terms = self.loss(decoded.float(), images)
-        # Outside autocast: a backward pass uses the precision of its forward pass.
-        (terms["total"] * weight).backward()
-        return {name: term.detach() * weight for name, term in terms.items()}
-
-    def _autocast(self) -> torch.autocast:
-        # No gradient scaler: bfloat16 has the exponents of float32.
-        return torch.autocast(
-            self.ranks.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"
+        """`add_gradient` through the wrapper that averages over ranks."""
+        return add_gradient(
+            self.autoencoder, self.wrapped, self.loss, images, weight, self.settings.precision
         )
 
     def failure(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +14,7 @@ import typer
 from flows.commands.command_line import fail, project_root
 
 if TYPE_CHECKING:
+    from components.planning.comparison import Comparison
     from components.planning.planner import Plan, Rate, StagePlan
     from components.settings.schema import Settings
     from flows.history.operations_plan import OperationsPlan
@@ -26,11 +29,14 @@ EPILOG = """Examples:
 
   ultraflux plan --profile paper --stage dit_stage1 --gpu-memory-gib 80 --price-per-gpu-hour 3
 
+  ultraflux plan --profile paper --exact --stage dit_stage1
+
   ultraflux plan --settings experiments/large.yaml --json
 
-FLOPs, parameters, optimizer states and store sizes are exact (equal to torch's own counts);
-activations and buffers are estimates, so a verdict within a few GiB of the limit is open. Hours
-are FLOPs / (--tflops-per-gpu x --mfu x GPUs), cost is GPU-hours x price; nothing is measured.
+FLOPs, parameters, optimizer states and store sizes are exact (equal to torch's own counts); memory
+agrees within 3% with a trace of the stages' own code on a GPU that is not there, which --exact
+makes (a minute, no GPU needed). Hours are FLOPs / (--tflops-per-gpu x --mfu x GPUs), cost is
+GPU-hours x price; nothing is measured.
 
 Of params.yaml as it stands, the stages that the next run would compute come first, with times of
 past runs (`ultraflux stage plan` shows these alone)."""
@@ -76,6 +82,14 @@ def plan(
     price_per_gpu_hour: Annotated[
         float | None, typer.Option(help="In any currency; needs hours (see --mfu).")
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="Run the stages' own code on a GPU that is not there: peak of memory with its "
+            "line beside the formula, waits of the processor, operations in float64.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say what would run and what it costs before it does: stages, FLOPs, GPU memory, disk."""
@@ -96,16 +110,75 @@ def plan(
     except (SettingsError, ValueError) as problem:
         raise fail(str(problem)) from None
     made = _only(made, stages or [])
+    traced = _traced(settings, root, made) if exact else []
     next_run = _next_run(root) if profile is None and params is None else None
     if as_json:
         values = as_dict(made, counted, limit, price_per_gpu_hour)
         if next_run is not None:
             values["next_run"] = next_run.as_dict(price_per_gpu_hour)
+        if exact:
+            values["exact"] = [asdict(comparison) for comparison in traced]
         print(json.dumps(values, indent=2))
         return
     if next_run is not None:
         _show_next_run(next_run, price_per_gpu_hour, stages or [])
     show(made, counted, limit, price_per_gpu_hour)
+    if exact:
+        _show_traces(traced)
+
+
+def _traced(settings: Settings, root: Path, made: Plan) -> list[Comparison]:
+    """Traces of the plan's stages; where something is missing for one, a line says what."""
+    # Imports torch and the stages, which the formulas do without.
+    from components.planning.comparison import compare_stage
+
+    found = []
+    for stage in made.stages:
+        try:
+            found += compare_stage(stage, settings, root)
+        except (ImportError, ValueError) as problem:
+            print(f"{stage.stage}: not traced: {problem}", file=sys.stderr)
+    return found
+
+
+def _show_traces(found: Sequence[Comparison]) -> None:
+    from rich.console import Console
+
+    from components.planning.exact import host_peak_bytes
+
+    console = Console()
+    table = _table(
+        "Traced: the stages' own code, one process on a GPU that is not there",
+        "stage",
+        "traced",
+        "held",
+        "peak",
+        "formula",
+        "difference",
+        "waits",
+        "float64",
+    )
+    for one in found:
+        table.add_row(
+            one.stage,
+            one.what,
+            bytes_text(one.held_bytes),
+            bytes_text(one.peak_bytes),
+            bytes_text(one.formula_bytes),
+            f"{100 * one.difference:+.1f}%",
+            str(sum(one.waits.values())),
+            str(sum(one.doubles.values())),
+        )
+    console.print(table)
+    for one in found:
+        console.print(f"{one.stage}, {one.what}: peak at {one.at}", soft_wrap=True, markup=False)
+        for what, places in (("waits for the GPU", one.waits), ("float64", one.doubles)):
+            for place, times in places.items():
+                console.print(f"  {what}: {times} x {place}", soft_wrap=True, markup=False)
+    seconds = sum(one.seconds for one in found)
+    console.print(
+        f"{seconds:.0f} s, {bytes_text(host_peak_bytes())} of this machine's memory at most"
+    )
 
 
 def _next_run(root: Path) -> OperationsPlan:
@@ -192,7 +265,7 @@ def as_dict(
     Args:
         made: the plan.
         counted: where the number of images comes from.
-        limit: memory of one GPU in bytes; adds `fits` to each stage.
+        limit: memory of one GPU in bytes; adds `verdict` and `fits` to each stage.
         price: of a GPU-hour; adds `cost` to each stage.
     """
     values = asdict(made)
@@ -201,12 +274,12 @@ def as_dict(
         row["model_flops"], row["hardware_flops"] = stage.model_flops, stage.hardware_flops
         row["gpu_hours"], row["memory_bytes"] = stage.gpu_hours, stage.memory_bytes
         if limit is not None:
-            row["fits"] = stage.memory_bytes <= limit
+            row["verdict"] = stage.taken.verdict(limit)
+            row["fits"] = row["verdict"] == "fits"
         if price is not None:
             row["cost"] = None if stage.gpu_hours is None else stage.gpu_hours * price
-        if stage.memory is not None:
-            row["memory"]["states"] = stage.memory.states
-            row["memory"]["total"] = stage.memory.total
+        row["memory"]["states"] = stage.memory.states
+        row["memory"]["total"] = stage.memory.total
     return values
 
 
@@ -325,9 +398,17 @@ def _cost(stage: StagePlan, price: float) -> str:
 
 def _verdict(stage: StagePlan, limit: int) -> str:
     """Whether one GPU is enough, as far as the plan knows."""
+    verdict = stage.taken.verdict(limit)
     share = f"{stage.memory_bytes / _GIB:.1f} of {limit / _GIB:.1f} GiB"
-    fits = "fits" if stage.memory_bytes <= limit else "[red]does not fit[/]"
-    return f"{stage.stage}: {fits} ({share}{'' if stage.memory else ', weights alone'})"
+    if stage.processes_per_gpu > 1:
+        share += f", {stage.processes_per_gpu} processes"
+    note = {
+        "fits": "",
+        "open": " before CUDA contexts, kernels' workspaces and fragmentation",
+        "does not fit": "",
+    }[verdict]
+    colour = {"fits": "", "open": "[yellow]", "does not fit": "[red]"}[verdict]
+    return f"{stage.stage}: {colour}{verdict}{'[/]' if colour else ''} ({share}{note})"
 
 
 def _duration(hours: float | None) -> str:
@@ -336,16 +417,18 @@ def _duration(hours: float | None) -> str:
 
 def _memory_table(made: Plan) -> Any:
     table = _table(
-        "Memory of one GPU (activations and buffers estimated; CUDA context not included)",
+        "Memory of a GPU at the fullest moment (without CUDA's context and kernels' workspaces), "
+        "and of one machine",
         "stage",
         "parameters",
         "weights",
         "gradients",
         "optimizer",
         "EMA",
-        "activations",
-        "buffers",
-        "total",
+        "working",
+        "a process",
+        "a GPU",
+        "host",
     )
     for stage in made.stages:
         table.add_row(stage.stage, f"{stage.parameters:,}", *_memory_cells(stage))
@@ -353,13 +436,13 @@ def _memory_table(made: Plan) -> Any:
 
 
 def _memory_cells(stage: StagePlan) -> list[str]:
-    memory = stage.memory
-    if memory is None:
-        unknown = ["-"] * 5
-        return [bytes_text(stage.weights_bytes), *unknown, f"> {bytes_text(stage.weights_bytes)}"]
+    memory, shared = stage.memory, stage.processes_per_gpu
     parts = [memory.weights, memory.gradients, memory.optimizer, memory.average]
-    parts += [memory.activations, memory.buffers, memory.total]
-    return [bytes_text(part) if part else "-" for part in parts]
+    # Activations and buffers, or the copies of the update, whichever is more.
+    parts += [memory.total - memory.states - memory.average, memory.total]
+    cells = [bytes_text(part) if part else "-" for part in parts]
+    times = f" ({shared} x)" if shared > 1 else ""
+    return [*cells, bytes_text(stage.memory_bytes) + times, bytes_text(stage.host_bytes)]
 
 
 def _zero_table(made: Plan) -> Any:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from components.planning.counted_flops import flux_call, flux_on_meta, product_bytes, saved_bytes
+from components.planning.counted_flops import flux_call, flux_model, product_bytes, saved_bytes
+from components.planning.fake_gpu import GPU, fake_gpu
 from components.planning.memory import (
     decoder_activation_bytes,
     flux_activation_bytes,
@@ -44,17 +45,21 @@ def test_blocks_keep_the_bytes_that_autograd_saves(heads, head, grid, text, batc
             pooled_projection_dim=12,
             in_channels=8,
         )
-        model = flux_on_meta(shape, dtype)
-        call = flux_call(model, grid, text, batch)
-        return saved_bytes(model, call), product_bytes(call)
+        with fake_gpu():
+            with GPU:
+                model = flux_model(shape, dtype)
+            call = flux_call(model, grid, text, batch)
+            return saved_bytes(model, call), product_bytes(call)
 
     # Differences, so that what is kept outside of the blocks does not matter.
     base, two_double, two_single = saved(1, 1), saved(2, 1), saved(1, 2)
     shape = FluxShape(1, 1, head, heads)
     for number, closed_form in enumerate((flux_block_bytes, flux_product_bytes)):
         double, single = closed_form(shape, grid[0] * grid[1] + text, batch, precision)
-        assert two_double[number] - base[number] == double
-        assert two_single[number] - base[number] == single
+        # Another kernel attends in float32; its log-sum-exp is padded to 32 tokens.
+        error = 0 if precision == "bf16" else 0.02
+        assert two_double[number] - base[number] == pytest.approx(double, rel=error, abs=0)
+        assert two_single[number] - base[number] == pytest.approx(single, rel=error, abs=0)
 
 
 def test_selective_checkpointing_lies_between_keeping_all_and_keeping_inputs():
@@ -66,16 +71,18 @@ def test_selective_checkpointing_lies_between_keeping_all_and_keeping_inputs():
 
 
 @pytest.mark.slow
-def test_the_12b_transformer_keeps_over_150_gb_without_checkpointing_and_10_with_it():
+def test_the_12b_transformer_keeps_over_120_gb_without_checkpointing_and_10_with_it():
     shape = FluxShape()
     whole, little = (
         flux_activation_bytes(shape, 16384 + 512, 1, "bf16", checkpointing=on)
         for on in ("none", "blocks")
     )
-    assert 150e9 < whole < 170e9
+    assert 120e9 < whole < 135e9
     assert 8e9 < little < 11e9
-    model = flux_on_meta(shape)
-    counted = saved_bytes(model, flux_call(model, (128, 128), 512))
+    with fake_gpu():
+        with GPU:
+            model = flux_model(shape)
+        counted = saved_bytes(model, flux_call(model, (128, 128), 512))
     assert abs(whole / counted - 1) < 0.02
 
 
@@ -83,14 +90,15 @@ def test_the_decoder_estimate_is_near_what_autograd_saves():
     from components.models.autoencoder_f16 import AutoencoderKLF16
 
     shape = AutoencoderShape()
-    with torch.device("meta"):
-        model = AutoencoderKLF16(
-            **vars(shape),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
-        latents = torch.empty(2, 16, 32, 32)
-    counted = saved_bytes(model, lambda: model.decode(latents).sample)
+    with fake_gpu():
+        with GPU:
+            model = AutoencoderKLF16(
+                **vars(shape),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+            )
+            latents = torch.empty(2, 16, 32, 32)
+        counted = saved_bytes(model, lambda: model.decode(latents).sample)
     estimate = decoder_activation_bytes(shape, 512, 512, 2, checkpointing=False)
     assert abs(estimate / counted - 1) < 0.2
 

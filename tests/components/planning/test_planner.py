@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -10,32 +12,19 @@ import yaml
 
 from components.corpus.selection.slices import slices as cut_slices
 from components.corpus.selection.slices import split
+from components.models.backbones import BACKBONES
 from components.models.text_encoders import build_tiny_text_encoders
 from components.models.tiny import build_tiny_autoencoder
 from components.planning import planner
+from components.planning.counted_flops import flux_on_meta, linear_layers
 from components.planning.flops import decoder_products, encoder_products, flux_flops, total
 from components.planning.model_shapes import AutoencoderShape, FluxShape, networks
 from components.planning.planner import Plan, Rate, plan, vae_slice
-from components.settings.schema import Settings, parse_settings
+from components.settings.schema import Settings
+from components.training.dit.adapters import add_adapter
 from components.training.dit.validation import LEVELS
-from flows.versioning.profiles import compose
 
 GIB = 2**30
-
-
-@pytest.fixture
-def profile(root):
-    def load(name: str, **changes: object) -> Settings:
-        values = yaml.safe_load(compose(root, name))
-        for path, value in changes.items():
-            *sections, key = path.split("__")
-            place = values
-            for section in sections:
-                place = place[section]
-            place[key] = value
-        return parse_settings(values)
-
-    return load
 
 
 def stage(made: Plan, name: str) -> planner.StagePlan:
@@ -226,11 +215,43 @@ def test_an_adapter_is_planned_by_its_own_size(profile, tmp_path):
         plan(profile("paper", dit_stage1__adapter=adapter), tmp_path, 9)
 
 
-def test_the_second_backbones_adapter_is_counted_too(profile, tmp_path):
-    adapter = {"rank": 2, "alpha": 2, "target_modules": ["to_q"]}
-    changes = {"models__transformer__backbone": "sd3", "dit_stage1__adapter": adapter}
-    first = stage(plan(profile("embedded", **changes), tmp_path, 21), "dit_stage1")
-    assert 0 < first.trained < first.parameters / 10
+@pytest.mark.parametrize("backbone", ["flux", "sd3"])
+def test_an_adapter_is_planned_with_as_many_values_as_peft_trains(profile, tmp_path, backbone):
+    adapter = {"rank": 2, "alpha": 2, "target_modules": ["to_q", "proj_out", "ff.net.2", "proj"]}
+    changes = {"models__transformer__backbone": backbone, "dit_stage1__adapter": adapter}
+    chosen = profile("embedded", **changes)
+    first = stage(plan(chosen, tmp_path, 21), "dit_stage1")
+    model = build_tiny(chosen)
+    add_adapter(model, chosen.dit_stage1.adapter, seed=0)
+    assert first.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def build_tiny(settings: Settings):
+    backbone = BACKBONES[settings.models.transformer.backbone]
+    return backbone.build_tiny(settings.models.transformer, (64, 64), 16, 0)
+
+
+def test_linear_layers_have_the_names_and_sizes_of_the_real_class():
+    for shape in (
+        FluxShape(2, 3, 32, 4, joint_attention_dim=48, pooled_projection_dim=20, in_channels=8),
+        FluxShape(1, 1, 32, 2, guidance_embeds=False, out_channels=12),
+    ):
+        assert sorted(shape.linear_layers) == sorted(linear_layers(flux_on_meta(shape)))
+
+
+def test_planning_flux_imports_neither_torch_nor_pandas_nor_peft(root):
+    code = (
+        "import sys, pathlib, yaml; from components.planning.planner import plan;"
+        "from components.settings.schema import parse_settings;"
+        "from flows.versioning.profiles import compose; root = pathlib.Path(sys.argv[1]);"
+        "settings = parse_settings(yaml.safe_load(compose(root, 'single-gpu')));"
+        "plan(settings, root / 'nowhere', 1000, limit=24 << 30);"
+        "print({'torch', 'pandas', 'peft', 'diffusers'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(root)], cwd=root, capture_output=True, text=True
+    )
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_moments_in_8_bits_take_a_quarter(profile, tmp_path):
