@@ -42,20 +42,21 @@ def main() -> None:
         plan = planned(profile)
         print(f"## {profile}, {plan['images']:,} images ({plan['images_from']})\n")
         print(
-            "| stage | items | FLOPs per item | total with validation | memory of one GPU | disk "
-            "| GPUs | GPU-hours at the paper's rate |\n|---|---|---|---|---|---|---|---|"
+            "| stage | items | FLOPs per item | total with validation | memory of one GPU "
+            "| of one machine | disk | GPUs | GPU-hours at the paper's rate |\n"
+            "|---|---|---|---|---|---|---|---|---|"
         )
         for stage in plan["stages"]:
             item = sum(stage["flops_per_item"].values()) - stage["flops_per_item"]["recompute"]
-            # Without a plan of activations, weights are a lower bound.
             memory = si(stage["memory_bytes"], "B")
-            if stage["memory"] is None:
-                memory = f"> {memory}"
+            if stage["processes_per_gpu"] > 1:
+                memory += f" ({stage['processes_per_gpu']} processes)"
             hours = "-" if stage["gpu_hours"] is None else f"{stage['gpu_hours']:,.0f}"
             print(
                 f"| {stage['stage']} | {stage['items']:,} | {si(item, 'FLOP')} "
                 f"| {si(stage['model_flops'], 'FLOP')} | {memory} "
-                f"| {si(sum(stage['disk'].values()), 'B')} | {stage['gpus']} | {hours} |"
+                f"| {si(stage['host_bytes'], 'B')} | {si(sum(stage['disk'].values()), 'B')} "
+                f"| {stage['gpus']} | {hours} |"
             )
         sums = (f"{zero}: {si(sum(parts), 'B')}" for zero, parts in plan["states_by_zero"].items())
         print(f"\nWeights, gradients and optimizer on one GPU by ZeRO stage: {', '.join(sums)}.\n")

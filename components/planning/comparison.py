@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from components.images.aspect_buckets import buckets
 from components.planning.exact import (
@@ -35,13 +36,30 @@ class Comparison(Trace):
         return self.formula_bytes / self.peak_bytes - 1
 
 
-def compare_stage(planned: StagePlan, settings: Settings, root: Path) -> list[Comparison]:
+# What of a DiT stage's settings decides its memory; the trace of an equal step serves again.
+_DECIDES = (
+    "adapter",
+    "ema_device",
+    "global_batch_size",
+    "gradient_checkpointing",
+    "micro_batch_size",
+    "offload_optimizer",
+    "optimizer",
+    "precision",
+    "zero_stage",
+)
+
+
+def compare_stage(
+    planned: StagePlan, settings: Settings, root: Path, before: dict[Any, Trace]
+) -> Comparison:
     """Trace one planned stage at its largest size; the fullest of its pieces is what was planned.
 
     Args:
         planned: the stage by formula.
         settings: that it was planned from.
         root: where relative weight folders start.
+        before: traces of training steps so far, added to: two stages are often alike.
 
     Raises:
         ImportError: something that the stage needs is not installed.
@@ -58,6 +76,14 @@ def compare_stage(planned: StagePlan, settings: Settings, root: Path) -> list[Co
         "dit_stage2": lambda: trace_training(transformer, "dit_stage2", size),
         "generate": lambda: trace_generate(transformer, picture),
     }
-    # One line a stage: its other pieces need less, and have no formula of their own here.
-    trace = max(ways[planned.stage](), key=lambda one: one.peak_bytes)
-    return [Comparison(**vars(trace), formula_bytes=planned.memory.total)]
+    key: Any = planned.stage
+    if planned.stage.startswith("dit_"):
+        stage = getattr(settings, planned.stage)
+        key = tuple(getattr(stage, name) for name in _DECIDES)
+    if key not in before:
+        # One line a stage: its other pieces need less, and have no formula of their own here.
+        before[key] = max(ways[planned.stage](), key=lambda one: one.peak_bytes)
+    found = vars(before[key]) | {"stage": planned.stage}
+    if before[key].stage != planned.stage:
+        found["seconds"] = 0.0
+    return Comparison(**found, formula_bytes=planned.memory.total)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -258,7 +259,10 @@ def _reconstruction_loss(settings: ReconstructionSettings) -> Any:
     loss = ReconstructionLoss(settings.model_copy(update={"perceptual_kind": "none"}))
     loss.settings = settings
     # As `build_lpips` makes it.
-    loss.perceptual = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    with warnings.catch_warnings():
+        # Of torchvision, about how the package calls it.
+        warnings.simplefilter("ignore")
+        loss.perceptual = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     # Some of its constants are made on the host, whatever the device.
     return loss.eval().requires_grad_(False).to(GPU)
 

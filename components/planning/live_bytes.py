@@ -12,8 +12,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 _ROOT = Path(__file__).resolve().parents[2]
 # A line of these says where memory was counted, not where it was asked for.
-_OWN = str(_ROOT / "components" / "planning") + "/"
+_OWN = tuple(
+    str(_ROOT / "components" / "planning" / f"{name}.py")
+    for name in ("live_bytes", "fake_gpu", "zero_engine")
+)
 _OURS = tuple(str(_ROOT / name) + "/" for name in ("components", "flows"))
 # Operators whose answer the processor waits for.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim")
@@ -33,16 +35,12 @@ _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"
 def line_of_ours() -> str:
     """Innermost line of this project on the stack, "components/models/transformer.py:210"."""
     frame = sys._getframe(1)
-    fallback = "outside of the project"
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(_OURS):
-            place = f"{name[len(str(_ROOT)) + 1 :]}:{frame.f_lineno}"
-            if not name.startswith(_OWN):
-                return place
-            fallback = place
+        if name.startswith(_OURS) and name not in _OWN:
+            return f"{name[len(str(_ROOT)) + 1 :]}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
-    return fallback
+    return "outside of the project"
 
 
 class LiveBytes(TorchDispatchMode):
@@ -166,10 +164,3 @@ class LiveBytes(TorchDispatchMode):
         return name in ("index", "index_put_") and any(
             tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:]
         )
-
-
-@contextmanager
-def counted(watched: str = "cuda") -> Iterator[LiveBytes]:
-    """Count what happens to real tensors inside the block."""
-    with LiveBytes(watched) as live:
-        yield live

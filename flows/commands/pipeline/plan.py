@@ -15,6 +15,7 @@ from flows.commands.command_line import fail, project_root
 
 if TYPE_CHECKING:
     from components.planning.comparison import Comparison
+    from components.planning.exact import Trace
     from components.planning.planner import Plan, Rate, StagePlan
     from components.settings.schema import Settings
     from flows.history.operations_plan import OperationsPlan
@@ -132,10 +133,11 @@ def _traced(settings: Settings, root: Path, made: Plan) -> list[Comparison]:
     # Imports torch and the stages, which the formulas do without.
     from components.planning.comparison import compare_stage
 
-    found = []
+    found: list[Comparison] = []
+    before: dict[Any, Trace] = {}
     for stage in made.stages:
         try:
-            found += compare_stage(stage, settings, root)
+            found.append(compare_stage(stage, settings, root, before))
         except (ImportError, ValueError) as problem:
             print(f"{stage.stage}: not traced: {problem}", file=sys.stderr)
     return found

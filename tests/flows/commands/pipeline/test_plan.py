@@ -79,3 +79,24 @@ def test_a_stage_gets_a_verdict_and_a_price():
     (only,) = values["stages"]
     assert only["fits"] is True
     assert only["cost"] == pytest.approx(3 * only["gpu_hours"])
+
+
+def test_the_exact_plan_stands_beside_the_formula():
+    words = "plan --profile embedded --stage latents --exact"
+    shown = run(app, words.split(), env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    assert "peak at components/models/autoencoder_f16.py:" in shown.output
+    assert "waits for the GPU: 1 x _to_copy at components/planning/exact.py" in shown.output
+    (one,) = json.loads(run(app, [*words.split(), "--json"]).stdout)["exact"]
+    assert abs(one["formula_bytes"] / one["peak_bytes"] - 1) < 0.03
+    # The latents leave for the host.
+    assert sum(one["waits"].values()) == 1
+    assert one["doubles"] == {}
+
+
+def test_an_open_verdict_says_what_it_leaves_open():
+    words = "plan --profile single-gpu --stage latents --images 1000 --gpu-memory-gib 24"
+    shown = run(app, words.split(), env={"COLUMNS": "240"})
+    assert "latents: open (21.2 of 24.0 GiB, 2 processes before CUDA contexts" in shown.output
+    (only,) = json.loads(run(app, [*words.split(), "--json"]).stdout)["stages"]
+    assert (only["verdict"], only["fits"]) == ("open", False)
