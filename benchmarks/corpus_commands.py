@@ -213,7 +213,9 @@ def make_captioned(clone: Path) -> None:
                 part = file.read_row_group(group)
                 columns |= {one: part[one] for one in part.column_names if one in columns}
             sharp = pc.greater_equal(columns["entropy_bits"], 7.0)
-            kept = pc.and_(sharp, pc.equal(columns["integrity"], "ok"))
+            detailed = pc.less_equal(columns["flat_fraction"], 0.5)
+            sound = pc.equal(columns["integrity"], "ok")
+            kept = pc.and_(pc.and_(sharp, detailed), sound)
             drawn = pa.array(rng.integers(0, len(buckets), len(table)))
             columns |= {
                 "kept": kept,

@@ -36,7 +36,7 @@ from scipy.stats import entropy as scipy_entropy
 from skimage.feature import graycomatrix
 from skimage.measure import shannon_entropy
 
-from components.images.decoding import decode_rgb
+from components.images.decoding import decode_both, decode_rgb
 from components.images.scratch import Scratch
 from components.signals.candidate import (
     Candidate,
@@ -166,8 +166,9 @@ def measure_files(paths: list[Path], rounds: int, glcm_px: int) -> tuple[dict[st
         square = np.ascontiguousarray(gray[top : top + edge, left : left + edge])
 
         def texture(data: bytes = data) -> tuple[float, float]:
-            pixels = decode_rgb(data, scratch=scratch).pixels
-            measured = fused_texture(pixels, scratch=scratch)
+            # Of a photograph with a profile the published signals see what is stored.
+            _, stored = decode_both(data, scratch=scratch)
+            measured = fused_texture(stored, scratch=scratch)
             return measured.entropy_bits, measured.flat_fraction
 
         def one_pass(glcm: bool, path: Path = path) -> dict[str, Any]:

@@ -104,9 +104,12 @@ _SENTENCE_END = re.compile(
 )
 
 
+_UNREADABLE = re.compile("[\ufffd\ud800-\udfff]")
+
+
 def is_unreadable(text: str) -> bool:
     """Whether a decoder left U+FFFD in it, or half of a surrogate pair, which no file can hold."""
-    return any(one == "\ufffd" or 0xD800 <= ord(one) <= 0xDFFF for one in text)
+    return bool(_UNREADABLE.search(text))
 
 
 def is_refusal(text: str) -> bool:
