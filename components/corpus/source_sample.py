@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from components.corpus.sources.multiaspect import read_metadata_shards
+from components.corpus.sources.records.source_records import SourceEnd
 from components.corpus.sources.url_lists import read_url_lists
 from components.settings.corpus import IngestSettings
 
@@ -54,6 +55,8 @@ def count_items(
         items = read_metadata_shards(source, settings.source, settings.lists)
     else:
         items = _members(source)
+    # Readers close each file with their own count of it, which is no item.
+    items = (item for item in items if not isinstance(item, SourceEnd))
     end = time.monotonic() + seconds
     number = 0
     for _ in islice(items, at_most):
