@@ -66,7 +66,6 @@ def test_items_are_counted_up_to_a_bound(root: Path) -> None:
     assert count_items(settings(recursive=False), root) == 0
     (root / "list.csv").write_text("url\n" + "https://x.org/a.jpg\n" * 5)
     urls = settings(kind="urls", source="list.csv")
-    # The list's own count is an item too.
     assert count_items(urls, root) == 5
     assert count_items(urls, root, seconds=-1) is None
     with tarfile.open(root / "a.tar", "w") as archive:
