@@ -227,6 +227,7 @@ def test_sizes_are_upright_and_of_the_first_frame(case: Case) -> None:
             assert (row["stored_width"], row["stored_height"]) == stored
 
 
+@pytest.mark.slow
 def test_one_worker_from_a_prompt_gives_the_same_bytes(case: Case) -> None:
     root, _, _, _ = case
     tables = sorted((root / "data").rglob("*.parquet"))
