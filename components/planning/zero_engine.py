@@ -105,6 +105,12 @@ class ZeroEngine:
             self._shares[key].add_(part)
         self._added.clear()
         self._micro += 1
+        if stage < 2 and self._micro % self.accumulation_steps == 0:
+            # When the last pass is through they travel: bucket by bucket, or this rank's share.
+            plain = stage == 0 or self._low
+            dtype = torch.bfloat16 if self._low else torch.float32
+            size = self._in_flight if plain else self._share
+            torch.empty(size, dtype=dtype, device=self._device)
 
     def _take(self, parameter: Tensor) -> None:
         """A gradient is there."""
@@ -125,10 +131,6 @@ class ZeroEngine:
         if self._micro % self.accumulation_steps:
             return
         stage = self._settings.zero_stage
-        dtype = torch.bfloat16 if self._low else torch.float32
-        if stage < 2 and (stage == 0 or self._low):
-            # They travel bucket by bucket, each a copy.
-            torch.empty(self._in_flight, dtype=dtype, device=self._device)
         if stage >= 1:
             masters = self._masters[0]
             masters.grad = self._flat_gradients().to(masters.device)

@@ -103,8 +103,9 @@ def test_a_rank_holds_the_planned_states_and_update(stage, monkeypatch, zero, pr
         engine.optimizer.param_groups[0]["foreach"] = True
         return engine
 
-    _, (_, _, after, update) = moments_of(stand_in, dtype)
+    _, (_, peak, after, update) = moments_of(stand_in, dtype)
     states = sum(state_bytes(PARAMETERS, ranks, zero, precision)) / PARAMETERS
     assert after == pytest.approx(states, rel=0.01)
     extra = update_bytes(PARAMETERS, ranks, precision, zero) / PARAMETERS
-    assert update == pytest.approx(states + extra, rel=0.03)
+    # Some copies are made when the backward pass is through, others at the update.
+    assert max(peak, update) == pytest.approx(states + extra, rel=0.03)
