@@ -143,6 +143,7 @@ def survey(
         )
     found.sort()
     pixels, unreadable = _headers(_spread(found, _HEADERS))
+    regular = [path for path in found if path.is_file()]
     brought = _captions(folder, captions, found)
     return FolderSurvey(
         folder=folder,
@@ -150,7 +151,7 @@ def survey(
         nested=any(path.parent != folder for path in found),
         pixels=tuple(pixels),
         unreadable=tuple(unreadable),
-        measured=tuple(measure_image(path) for path in _spread(found, _MEASURED)),
+        measured=tuple(measure_image(path) for path in _spread(regular, _MEASURED)),
         caption_words=tuple(brought.words),
         caption_lines=brought.lines,
         caption_files=brought.files,

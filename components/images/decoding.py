@@ -20,6 +20,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -276,6 +277,9 @@ def decode_both(
 
 def _bytes_of(path: ByteSource) -> bytes:
     try:
+        if isinstance(path, Path) and path.exists() and not path.is_file():
+            # A pipe would wait for ever.
+            raise ImageUndecodable("not a regular file")
         return path.read_bytes()
     except OSError as problem:
         raise ImageUndecodable(f"cannot read: {problem.strerror}") from None
