@@ -82,7 +82,10 @@ def toy_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def toy(toy_template: Path, tmp_path: Path) -> Path:
     """Root of the project."""
-    return shutil.copytree(toy_template, tmp_path / "toy", symlinks=True)
+    project = shutil.copytree(toy_template, tmp_path / "toy", symlinks=True)
+    # The index knows files by their inode and change time, which a copy has not kept.
+    subprocess.run(["git", "update-index", "-q", "--refresh"], cwd=project, check=True)
+    return project
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,7 @@ def test_a_good_manifest_keeps_the_contract_and_null_settings_are_skipped(
         ("quality_score", "general"),
         ("quality_score", "human"),
         ("nsfw_score", "kept"),
+        ("drawing_score", "kept"),
     ]
     assert list(dict.fromkeys(o.contract for o in report.outcomes)) == list(NAMES)
 
