@@ -101,15 +101,13 @@ def _submitted(root: Path) -> Iterator[Leftover]:
 
 
 def _states(root: Path) -> Iterator[Leftover]:
-    from flows.running.training_state import clone_identity
+    from flows.running.training_state import present_identity
 
     for name, node in versioning.stage_graph(root).items():
         if not node.meta.trains:
             continue
-        try:
-            key = clone_identity(root, name).key
-        except versioning.GraphError:
-            key = None
+        current = present_identity(root, name)
+        key = None if current is None else current.key
         for state, reason in unneeded(read_states(root / "runs" / name), key):
             place = str(state.folder.relative_to(root))
             yield Leftover(place, "training state", reason, state.size_bytes())

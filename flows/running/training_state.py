@@ -107,6 +107,14 @@ def clone_identity(
     return identity_of(root, stage, stage_parameters(root, stage, settings), inputs)
 
 
+def present_identity(root: Path, stage: str) -> RunIdentity | None:
+    """The identity that settings, inputs and code give now; None: an input is not there."""
+    try:
+        return clone_identity(root, stage)
+    except versioning.GraphError:
+        return None
+
+
 def stage_state_folder(root: Path, stage: str) -> Path:
     """Where a stage keeps its state with the inputs, settings and code that the clone has now.
 

@@ -91,6 +91,7 @@ def stage_states(
 ) -> None:
     """List the training states of this clone: step, size, age, and what each differs in."""
     from components.training.distributed.run_states import read_states, remove_state, unneeded
+    from flows.running.training_state import present_identity
     from flows.versioning import graph as versioning
 
     root = project_root()
@@ -104,7 +105,7 @@ def stage_states(
     rows: list[dict[str, Any]] = []
     for stage in stages:
         states = read_states(root / "runs" / stage)
-        current = _current(root, stage)
+        current = present_identity(root, stage)
         key = None if current is None else current.key
         gone = {state.name: reason for state, reason in unneeded(states, key)}
         for state in states:
@@ -119,17 +120,6 @@ def stage_states(
     if prune:
         removed_mib = [row["mib"] for row in rows if row["removed"]]
         print(f"{len(removed_mib)} removed, {sum(removed_mib):.1f} MiB freed.")
-
-
-def _current(root: Path, stage: str) -> RunIdentity | None:
-    """The identity that settings, inputs and code give now; None: an input is not there."""
-    from flows.running.training_state import clone_identity
-    from flows.versioning.graph import GraphError
-
-    try:
-        return clone_identity(root, stage)
-    except GraphError:
-        return None
 
 
 def _row(
