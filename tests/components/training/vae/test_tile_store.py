@@ -170,15 +170,25 @@ def test_more_undecodable_photographs_than_allowed_end_it_with_the_first_named(
 def test_a_photograph_that_its_worker_does_not_survive_is_left_out(
     photographs: list[Photograph], tmp_path: Path
 ) -> None:
-    # Opening it waits for a writer for ever.
-    os.mkfifo(tmp_path / "pipe.jpg")
-    hangs = Photograph("hangs", tmp_path / "pipe.jpg")
-    limits = EngineLimits(workers=1, timeout_s=2.0, memory_mb=1024, retries=0)
-    store = make_tiles([photographs[0], hangs, photographs[1]], RULES, tmp_path, limits=limits)
+    # A few kilobytes on the disk, 768 MB as RGB.
+    Image.new("1", (16_000, 16_000)).save(tmp_path / "vast.png")
+    vast = Photograph("vast", tmp_path / "vast.png")
+    rules = replace(RULES, max_megapixels=300.0)
+    limits = EngineLimits(workers=1, timeout_s=60.0, memory_mb=512, retries=0)
+    store = make_tiles([photographs[0], vast, photographs[1]], rules, tmp_path, limits=limits)
     index, _, left_out = read_tiles(store)
     assert index["photograph"].nunique() == 2
-    assert [(one.name, one.kind) for one in left_out] == [("pipe.jpg", "undecodable")]
-    assert left_out[0].reason == "quarantined: no result within 2 s"
+    assert [(one.name, one.kind) for one in left_out] == [("vast.png", "undecodable")]
+    assert left_out[0].reason == "quarantined: more than 512 MiB needed"
+
+
+def test_a_pipe_is_left_out_and_holds_nothing_up(
+    photographs: list[Photograph], tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    pipe = Photograph("pipe", tmp_path / "pipe.jpg")
+    _, _, left_out = read_tiles(make_tiles([photographs[0], pipe], RULES, tmp_path))
+    assert [(one.name, one.reason) for one in left_out] == [("pipe.jpg", "not a regular file")]
 
 
 def test_no_photograph_with_room_for_a_crop_is_one_line(
