@@ -232,11 +232,14 @@ KILLED = """\
 import sys
 from pathlib import Path
 from typing import Any
+from components.corpus.listing import known_files
 from components.corpus.listing.source_table import describe_source
 from components.engine.map_items import EngineLimits
 from components.settings.corpus import IngestSettings
 
 if __name__ == "__main__":
+    # All files would be read before a second commit.
+    known_files._COMMIT_EVERY_S = 0.05
     root = Path(sys.argv[1])
     values = IngestSettings.model_validate_json(sys.argv[2])
     limits = EngineLimits(workers=1, timeout_s=60.0, memory_mb=2048, retries=0)
