@@ -23,14 +23,17 @@ from components.engine.worker_pool import WorkerPool
 from components.evaluation.measuring.ledger import FeatureKey, Ledger, ValueKey, prompt_digest
 from components.files.weight_folders import WeightsMissing
 from components.images.arrays import ImageArray
+from components.images.colour_profiles import SRGB, UNTAGGED
 from components.images.decoding import (
     MAX_MEGAPIXELS,
     SEEN,
+    ImageHeader,
     ImageUndecodable,
     decode_rgb,
     is_plain,
     read_header,
 )
+from components.images.header_facts import UPRIGHT
 from components.metrics.cards import card
 from components.metrics.metric import ImageMetric, Metric, Picture, SetMetric, content_digest
 from components.metrics.registry import open_metric
@@ -91,6 +94,8 @@ class Found:
     """Why it is no picture."""
     reading: str = ""
     """See `Picture`."""
+    kind: str = ""
+    """What is not plain about it, such as "16-bit gray, EXIF orientation 6"."""
 
     @property
     def content(self) -> str:
@@ -149,8 +154,20 @@ def find_picture(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Found:
         header = read_header(data, max_megapixels=max_megapixels)
     except ImageUndecodable as problem:
         return Found(path, digest, error=f"{path.name}: {problem}")
-    reading = "" if is_plain(header) else SEEN
-    return Found(path, digest, header.height, header.width, reading=reading)
+    if is_plain(header):
+        return Found(path, digest, header.height, header.width)
+    return Found(path, digest, header.height, header.width, reading=SEEN, kind=_kind(header))
+
+
+def _kind(header: ImageHeader) -> str:
+    parts = [f"{header.bit_depth}-bit {header.mode}"]
+    if header.has_alpha:
+        parts.append("with transparency")
+    if header.orientation != UPRIGHT:
+        parts.append(f"EXIF orientation {header.orientation}")
+    if header.color_space not in (SRGB, UNTAGGED):
+        parts.append(f"colours of {header.color_space}")
+    return " ".join(parts)
 
 
 def value_key(metric_id: str, picture: Picture, weights_digest: str | None) -> ValueKey:

@@ -7,10 +7,11 @@ machine paths and no dates: the same evaluation and options give the same bytes.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from components.evaluation.statistics.comparison import Comparison, Refusal
 from components.evaluation.statistics.set_comparison import SetComparison
 from components.evaluation.statistics.worst_cases import WorstCase, by_rank, worst_cases
 from components.evaluation.suites.against_baseline import against_baseline, verdict
+from components.evaluation.suites.suite_scores import count_note
 from components.evaluation.viewer import Viewer
 from components.metrics.cards import CARDS, status
 from components.metrics.metric_card import MetricCard
@@ -79,6 +81,12 @@ class Evaluation:
     pictures: list[dict[str, str]]
     set_comparisons: tuple[SetComparison, ...] = ()
     """Of `ultraflux evaluate --baseline NAME`."""
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By system: pictures of each measured size."""
+    other_sizes: dict[str, str] = field(default_factory=dict)
+    """Systems that were not measured at the suite's sizes, and how."""
+    notes: tuple[str, ...] = ()
+    """How pictures were matched, read and taken over."""
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -94,7 +102,8 @@ class Evaluation:
     @property
     def measured(self) -> list[str]:
         """Ids with a number for some system, in the order of the cards."""
-        names = {name.rsplit(".", 1)[-1] for name in self.metrics}
+        endings = {name.rsplit(".", 1)[-1] for name in self.metrics}
+        names = endings | {name.removesuffix("_infinite") for name in endings}
         return [c.id for c in CARDS if c.id in names]
 
 
@@ -131,7 +140,10 @@ def read_evaluation(folder: Path) -> Evaluation:
         scores = (folder / "scores.parquet").read_bytes()
         # Only "\n" ends a line: splitlines() would also split at separators inside a prompt.
         lines = (folder / "pictures.jsonl").read_text(encoding="utf-8").split("\n")
-        table = pd.read_parquet(folder / "scores.parquet")
+        table = pd.read_parquet(io.BytesIO(scores))
+        digest = hashlib.sha256(scores).hexdigest()
+        if description.get("scores_sha256", digest) != digest:
+            raise ValueError("scores.parquet is of another run than metrics.json")
         return Evaluation(
             suite=description["suite"],
             protocol=description["protocol"],
@@ -140,11 +152,14 @@ def read_evaluation(folder: Path) -> Evaluation:
             unavailable=description["unavailable"],
             failed_systems=description["failed_systems"],
             table=table,
-            scores_sha256=hashlib.sha256(scores).hexdigest(),
+            scores_sha256=digest,
             pictures=[json.loads(line) for line in lines if line.strip()],
             set_comparisons=tuple(
                 SetComparison(**one) for one in description.get("set_comparisons", ())
             ),
+            sizes=description.get("sizes", {}),
+            other_sizes=description.get("other_sizes", {}),
+            notes=tuple(description.get("notes", ())),
         )
     except (OSError, KeyError, TypeError, ValueError) as problem:
         detail = f"{problem.strerror}" if isinstance(problem, OSError) else f"{problem}"
@@ -179,7 +194,12 @@ def _cell(evaluation: Evaluation, prefix: str, metric: str) -> Cell:
     interval = (
         "" if low is None or high is None else f"{fixed(low, metric)} to {fixed(high, metric)}"
     )
-    return Cell(fixed(values.get(name), metric), interval)
+    value, note = fixed(values.get(name), metric), count_note(values, name)
+    if not note:
+        return Cell(value, interval)
+    # An infinite value is the best there is: it stands first, the mean over the others below.
+    others = f"; the others {value} {f'({interval})' if interval else ''}".rstrip()
+    return Cell("∞", note + (others if name in values else ""))
 
 
 def _strata(evaluation: Evaluation) -> list[str]:
@@ -188,10 +208,12 @@ def _strata(evaluation: Evaluation) -> list[str]:
     return strata if len(strata) > 1 else []
 
 
-def _ours(evaluation: Evaluation, metrics: Sequence[str], stratum: str = "") -> list[Row]:
+def _ours(
+    evaluation: Evaluation, systems: Sequence[str], metrics: Sequence[str], stratum: str = ""
+) -> list[Row]:
     """A row per system, over all of its pictures or those of one stratum."""
     rows = []
-    for index, system in enumerate(evaluation.systems):
+    for index, system in enumerate(systems):
         scores = evaluation.table[evaluation.table["system"] == system]
         prefix, name = system, system
         if stratum:
@@ -211,15 +233,18 @@ def _table(
     *,
     source: str = "",
     published: Sequence[Row] = (),
+    systems: Sequence[str] | None = None,
 ) -> Table:
     strata = _strata(evaluation)
+    if systems is None:
+        systems = [name for name in evaluation.systems if name not in evaluation.other_sizes]
     return Table(
         caption,
         source,
         "System",
         columns,
-        (*published, *_ours(evaluation, metrics)),
-        tuple(row for stratum in strata for row in _ours(evaluation, metrics, stratum)),
+        (*published, *_ours(evaluation, systems, metrics)),
+        tuple(row for stratum in strata for row in _ours(evaluation, systems, metrics, stratum)),
         len(strata),
     )
 
@@ -245,6 +270,10 @@ def _tables(evaluation: Evaluation) -> list[Table]:
         columns = tuple(column_name(metric) for metric in rest)
         caption = "Means over pictures, 95% intervals below; the compression ratio is of the set"
         tables.append(_table(evaluation, caption, columns, rest))
+    columns = tuple(column_name(metric) for metric in evaluation.measured)
+    for system, sizes in evaluation.other_sizes.items():
+        caption = f"Not at the suite's sizes, so not comparable with it: {sizes}"
+        tables.append(_table(evaluation, caption, columns, evaluation.measured, systems=(system,)))
     return tables
 
 

@@ -6,8 +6,9 @@ The template is split like a shell command but run without a shell. Its placehol
     {out}              folder; each picture is written there as its `file`
     {width} {height}   of every picture in this call: one call per size
 
-Finished pictures are moved away one by one and named by what made them, so that a program that is
-killed, or exits early, is asked for the rest only.
+Finished pictures are moved away one by one and named by what made them (the item, and what is seen
+of the program: `program_fingerprint`), so that a program that is killed, or exits early, is asked
+for the rest only, and one that changed makes all of them anew.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
 
+from components.evaluation.suites.program_fingerprint import ProgramRecord
 from components.evaluation.suites.suites import SuiteItem
 
 _TAIL_CHARACTERS = 400
@@ -60,6 +62,12 @@ class CommandSystem:
 
     name: str
     template: str
+    _said: list[str] = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """See `Remarking`."""
+        return tuple(self._said)
 
     def __post_init__(self) -> None:
         for placeholder in ("{prompts}", "{out}"):
@@ -76,16 +84,29 @@ class CommandSystem:
             SystemFailed: the command does not start or exits with an error, or pictures are
                 missing, unreadable or of another size.
         """
+        self._said.clear()
         out_dir.mkdir(parents=True, exist_ok=True)
-        paths = [out_dir / f"{item.id}_{self._key(item)[:16]}.png" for item in items]
+        program = ProgramRecord(self.template, out_dir)
+        paths = [
+            out_dir / f"{item.id}_{self._key(item, program.identity)[:16]}.png" for item in items
+        ]
         pending = [pair for pair in zip(items, paths, strict=True) if not pair[1].exists()]
+        if kept := len(items) - len(pending):
+            self._said.append(
+                f"{kept} of {len(items)} pictures are those of an earlier run, since the command, "
+                "the files that it names, its packages and variables are as they were; to make "
+                f"them anew, empty {out_dir}"
+            )
         pending.sort(key=lambda pair: (pair[0].height, pair[0].width))
         for (height, width), group in groupby(pending, lambda p: (p[0].height, p[0].width)):
-            self._run(list(group), height, width, out_dir / f".incoming_{width}x{height}")
+            try:
+                self._run(list(group), height, width, out_dir / f".incoming_{width}x{height}")
+            finally:
+                program.note_logs()
         return paths
 
-    def _key(self, item: SuiteItem) -> str:
-        values = [self.template, item.prompt, item.seed, item.height, item.width]
+    def _key(self, item: SuiteItem, program: str) -> str:
+        values = [program, item.prompt, item.seed, item.height, item.width]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def _run(

@@ -7,9 +7,8 @@ the picture, and why there is no number.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,14 @@ from components.evaluation.statistics import scores
 from components.evaluation.statistics.bootstrap import bootstrap_mean
 from components.evaluation.statistics.comparison import Refusal
 from components.evaluation.statistics.set_comparison import SetComparison
+from components.evaluation.suites.picture_checks import (
+    measured_sizes,
+    other_size,
+    reading_notes,
+)
 from components.evaluation.suites.suites import Suite, SuiteItem
-from components.evaluation.suites.system import System, SystemFailed
+from components.evaluation.suites.system import References, System, SystemFailed, remarks
 from components.files.weight_folders import WeightsMissing
-from components.files.whole_files import whole_file, write_text
 from components.metrics.cards import card
 from components.metrics.metric import Picture, SetMetric
 
@@ -60,6 +63,13 @@ class SuiteResult:
     """Set metrics of each system against the baseline."""
     set_refusals: dict[str, list[Refusal]] = field(default_factory=dict)
     """By system: set metrics that could not be compared with the baseline."""
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By system: pictures of each measured size, "width x height"."""
+    other_sizes: dict[str, str] = field(default_factory=dict)
+    """Systems whose pictures have another size than the suite asks for, and which; their numbers
+    stand under a title of their own."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader has to know of how pictures were matched, read and taken over."""
 
 
 def fitted_references(items: Sequence[SuiteItem], folder: Path) -> list[SuiteItem]:
@@ -105,6 +115,7 @@ def evaluate_suite(
     baseline: str | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    any_size: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> SuiteResult:
     """Make or find the pictures of every system and measure them.
@@ -120,6 +131,8 @@ def evaluate_suite(
         baseline: system that set metrics of the others are tested against; None: no test.
         resamples: of the bootstrap intervals, and exchanges of the tests.
         seed: of both.
+        any_size: pictures of another size than the suite asks for are measured, under a title of
+            their own; else such a system fails. The suite's own pictures always are.
         say: gets a line for a person now and then.
 
     Raises:
@@ -135,7 +148,7 @@ def evaluate_suite(
     items: Sequence[SuiteItem] = suite.items
     if suite.is_reconstruction:
         items = fitted_references(items, out_dir / "references")
-    references = _References(items)
+    references = _ReferenceFiles(items)
     reported = [metric_id for metric_id in metric_ids if metric_id in opened.ids]
     unavailable = dict(opened.unavailable)
     rows: list[dict[str, Any]] = []
@@ -143,14 +156,27 @@ def evaluate_suite(
     failed: dict[str, str] = {}
     listed: list[dict[str, str]] = []
     by_system: dict[str, dict[str, Picture]] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    others: dict[str, str] = {}
+    notes: list[str] = []
     for system in systems:
         try:
             paths = system.pictures(items, out_dir / "images" / system.name)
+            found = [find_picture(path, options.max_megapixels) for path in paths]
+            other = other_size(items, found)
+            if other and not any_size and not isinstance(system, References):
+                raise SystemFailed(
+                    f"{system.name}: {other}; give pictures of the suite's size, or measure these "
+                    "under a title of their own with --any-size"
+                )
         except (SystemFailed, WeightsMissing, ValueError) as problem:
             failed[system.name] = str(problem)
             say(f"{system.name}: {problem}")
             continue
-        found = [find_picture(path, options.max_megapixels) for path in paths]
+        notes += [f"{system.name}: {note}" for note in (*remarks(system), *reading_notes(found))]
+        sizes[system.name] = measured_sizes(found)
+        if other:
+            others[system.name] = other
         good = [place for place, file in enumerate(found) if file.error is None]
         pictures = [references.picture(items[place], found[place]) for place in good]
         theirs = references.all_pictures() if _has_sets(opened) else []
@@ -179,10 +205,22 @@ def evaluate_suite(
     table = _table(rows)
     metrics |= headline(table, resamples=resamples, seed=seed)
     result = SuiteResult(
-        table, dict(sorted(metrics.items())), unavailable, failed, run.statistics, listed
+        table,
+        dict(sorted(metrics.items())),
+        unavailable,
+        failed,
+        run.statistics,
+        listed,
+        sizes=sizes,
+        other_sizes=others,
+        notes=notes,
     )
     if baseline in by_system and _has_sets(opened):
         for name in (name for name in by_system if name != baseline):
+            if sizes[name] != sizes[baseline]:
+                reason = f"{name} and {baseline} have pictures of other sizes"
+                result.set_refusals[name] = [Refusal("sets", reason)]
+                continue
             compared, refused = compare_measured_sets(
                 opened,
                 ledger,
@@ -201,7 +239,7 @@ def _has_sets(opened: OpenedMetrics) -> bool:
     return any(isinstance(metric, SetMetric) for metric in opened.metrics)
 
 
-class _References:
+class _ReferenceFiles:
     """Digests of reference files, each read once."""
 
     def __init__(self, items: Sequence[SuiteItem]) -> None:
@@ -293,11 +331,16 @@ def headline(table: pd.DataFrame, *, resamples: int, seed: int) -> dict[str, flo
 def _summary(
     name: str, rows: pd.DataFrame, metric: str, resamples: int, seed: int
 ) -> dict[str, float]:
-    measured = rows[(rows["metric"] == metric) & np.isfinite(rows["value"])]
+    ours = rows[rows["metric"] == metric]
+    measured = ours[np.isfinite(ours["value"])]
+    infinite = int(np.isposinf(ours["value"]).sum())
+    # Counted, never dropped: a PSNR of equal pictures is the best there is, and a mean over the
+    # others alone would punish the system that has most of them.
+    counts = {f"{name}_infinite": float(infinite)} if infinite else {}
     value = scores.set_value(measured, metric)
     if value is None or not math.isfinite(value):
-        return {f"{name}_n": 0.0}
-    out = {name: value, f"{name}_n": float(len(measured))}
+        return {f"{name}_n": 0.0, **counts}
+    out = {name: value, f"{name}_n": float(len(measured)), **counts}
     # The set's compression ratio is a ratio of sums: no mean whose interval this would be.
     if len(measured) >= 2 and metric != "compression_ratio":
         estimate = bootstrap_mean(measured["value"].to_list(), resamples=resamples, seed=seed)
@@ -305,24 +348,12 @@ def _summary(
     return out
 
 
-def write_result(result: SuiteResult, suite: Suite, out_dir: Path) -> None:
-    """`scores.parquet`, `metrics.json`, and for reports on this machine `pictures.jsonl`."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with whole_file(out_dir / "scores.parquet") as temporary:
-        result.table.to_parquet(temporary, index=False)
-    description: dict[str, Any] = {
-        "suite": suite.name,
-        "protocol": suite.protocol,
-        "items": len(suite.items),
-        "metrics": result.metrics,
-        "unavailable": dict(sorted(result.unavailable.items())),
-        "failed_systems": dict(sorted(result.failed_systems.items())),
-    }
-    if result.set_comparisons:
-        description["set_comparisons"] = [asdict(one) for one in result.set_comparisons]
-    write_text(out_dir / "metrics.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
-    lines = [json.dumps(picture, ensure_ascii=False) for picture in result.pictures]
-    write_text(out_dir / "pictures.jsonl", "\n".join(lines) + "\n")
+def count_note(metrics: Mapping[str, float], name: str) -> str:
+    """Such as "4 of 7 identical" where a metric is infinite for some pictures; else empty."""
+    infinite = int(metrics.get(f"{name}_infinite", 0))
+    if not infinite:
+        return ""
+    return f"{infinite} of {infinite + int(metrics.get(f'{name}_n', 0))} identical"
 
 
 def statistics_of(result: SuiteResult) -> dict[str, int]:

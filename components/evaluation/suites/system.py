@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from components.evaluation.suites.suites import SuiteItem
 from components.generation.image_metadata import read_metadata
@@ -53,6 +53,21 @@ class System(Protocol):
             WeightsMissing: the system's weights are not there.
         """
         ...
+
+
+@runtime_checkable
+class Remarking(Protocol):
+    """A system that has something to say about the pictures that it gave last."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """A line each, without the system's name."""
+        ...
+
+
+def remarks(system: System) -> tuple[str, ...]:
+    """What a reader of the numbers has to know of how the system's pictures came about."""
+    return system.remarks if isinstance(system, Remarking) else ()
 
 
 @dataclass(frozen=True)

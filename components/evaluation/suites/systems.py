@@ -2,7 +2,7 @@
 
 A system is written NAME=SPEC; SPEC is one of
 
-    a folder of pictures       by file name, or by order, to the suite's items
+    a folder of pictures       by file name to the suite's items, or by number (2 before 10)
     references                 the suite's own pictures
     command:TEMPLATE           any program; see `CommandSystem`
     trained                    the weights that this project's pipeline trained
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from components.evaluation.suites.system import (
     item_key,
 )
 from components.files.install_hints import download_command
+from components.files.natural_order import natural_key
 from components.files.weight_folders import WeightsMissing, folder_digest, resolve_folder
 from components.generation.image_metadata import save_with_metadata
 from components.generation.sampling import (
@@ -67,15 +68,25 @@ class FolderSystem:
 
     name: str
     folder: Path
+    _said: list[str] = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """See `Remarking`."""
+        return tuple(self._said)
 
     def pictures(self, items: Sequence[SuiteItem], out_dir: Path) -> list[Path]:
-        """By name where every item's id is a file's name, else by sorted order if numbers agree."""
+        """By name where every item's id is a file's name, else in natural order if counts agree."""
+        self._said.clear()
         if not self.folder.is_dir():
             raise SystemFailed(f"{self.name}: {self.folder} is not a folder")
         files = sorted(
-            path
-            for path in self.folder.iterdir()
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+            (
+                path
+                for path in self.folder.iterdir()
+                if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+            ),
+            key=lambda path: natural_key(path.name),
         )
         by_name: dict[str, Path] = {}
         for path in files:
@@ -90,13 +101,19 @@ class FolderSystem:
             return [by_name[item.id] for item in items]
         matched = len(items) - len(missing)
         if matched == 0 and len(files) == len(items):
+            # Said, since a folder that was numbered by anything else would give wrong numbers.
+            self._said.append(
+                f"no file has an item's name, so the {len(files)} pictures were matched by their "
+                f"order (2 before 10): {files[0].name} is item {items[0].id}, ... "
+                f"{files[-1].name} is item {items[-1].id}"
+            )
             return files
         named = ", ".join(missing[:_NAMED_IN_MESSAGES])
         raise SystemFailed(
             f"{self.name}: {self.folder} has {len(files)} pictures for {len(items)} items; "
             f"{matched} match by name and these do not: {named}"
             f"{', ...' if len(missing) > _NAMED_IN_MESSAGES else ''}. Name the files after the "
-            "items, or give exactly one per item (then their sorted order counts)"
+            "items, or give exactly one per item (then their order counts, 2 before 10)"
         )
 
 

@@ -11,6 +11,8 @@ import typer
 from flows.commands.command_line import fail, project_root
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from components.evaluation.statistics.comparison import Comparison
     from components.evaluation.statistics.set_comparison import SetComparison
     from components.evaluation.suites.suite_scores import SuiteResult
@@ -82,6 +84,10 @@ def evaluate(
         int, typer.Option(min=0, help="Pictures before the clock starts; for the runtime suite.")
     ] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed pictures; for the runtime suite.")] = 3,
+    any_size: Annotated[
+        bool,
+        typer.Option("--any-size", help="Measure pictures of another size too, in a table apart."),
+    ] = False,
     log: Annotated[bool, typer.Option("--log", help="Also as a run in MLflow.")] = False,
 ) -> None:
     """Measure systems on a suite; what has been measured before is not measured again.
@@ -95,11 +101,8 @@ def evaluate(
     from components.engine.ordered_pool import WorkersDoNotStart
     from components.evaluation.measuring.evaluation_run import RunOptions, open_metrics
     from components.evaluation.measuring.ledger import Ledger
-    from components.evaluation.suites.suite_scores import (
-        evaluate_suite,
-        statistics_of,
-        write_result,
-    )
+    from components.evaluation.suites.result_folder import taken, write_result
+    from components.evaluation.suites.suite_scores import evaluate_suite, statistics_of
     from components.evaluation.suites.suites import load_suite, runtime_items
     from components.evaluation.suites.system import Sampling
     from components.settings.schema import SettingsError, load_settings
@@ -125,9 +128,10 @@ def evaluate(
         folder = out or root / "runs" / "evaluations" / loaded.name
         if loaded.protocol.startswith("runtime/"):
             items = runtime_items(parse_sizes(size))
-            timed, failed = time_and_show(
-                systems, items, sampling, folder, warm_up=warm_up, repeats=repeats
-            )
+            with taken(folder):
+                timed, failed = time_and_show(
+                    systems, items, sampling, folder, warm_up=warm_up, repeats=repeats
+                )
             if log:
                 _log(root, loaded, timed, [folder / "runtime.json"], is_complete=not failed)
             if failed:
@@ -140,19 +144,21 @@ def evaluate(
             max_megapixels=settings.ingest.max_megapixels,
         )
         opened = open_metrics(ids, root / "weights", chosen.split(",")[0])
-        result = evaluate_suite(
-            loaded,
-            systems,
-            opened,
-            ids,
-            ledger=Ledger(ledger or root / "runs" / "ledger"),
-            options=options,
-            out_dir=folder,
-            baseline=baseline,
-            resamples=settings.evaluate.bootstrap_resamples,
-            seed=settings.project.seed,
-        )
-        write_result(result, loaded, folder)
+        with taken(folder):
+            result = evaluate_suite(
+                loaded,
+                systems,
+                opened,
+                ids,
+                ledger=Ledger(ledger or root / "runs" / "ledger"),
+                options=options,
+                out_dir=folder,
+                baseline=baseline,
+                resamples=settings.evaluate.bootstrap_resamples,
+                seed=settings.project.seed,
+                any_size=any_size,
+            )
+            written = write_result(result, loaded, folder)
     except (SettingsError, ValueError, WorkersDoNotStart) as problem:
         raise fail(str(problem)) from None
     _show(loaded, result, ids)
@@ -164,12 +170,17 @@ def evaluate(
         f"{did['pictures']} pictures, {did['decoded']} decoded, {did['computed']} values computed, "
         f"{did['reused']} found in the ledger; {seconds:.1f} s"
     )
-    print(f"Scores: {folder / 'scores.parquet'}")
+    print(f"Scores: {written / 'scores.parquet'}")
+    if written != folder:
+        print(f"A system failed: the earlier result in {folder} stays as it was")
     if log:
-        files = [folder / "metrics.json", folder / "scores.parquet"]
+        files = [written / "metrics.json", written / "scores.parquet"]
         _log(root, loaded, result.metrics, files, is_complete=not result.failed_systems)
     if result.failed_systems:
-        lines = [f"{name}: {text}" for name, text in result.failed_systems.items()]
+        lines = [
+            text if text.startswith(f"{name}: ") else f"{name}: {text}"
+            for name, text in result.failed_systems.items()
+        ]
         raise fail("\n".join(lines), 1)
 
 
@@ -201,14 +212,31 @@ def _devices(chosen: str) -> tuple[str, ...]:
 
 
 def _number(metrics: dict[str, float], name: str, decimals: int) -> str:
+    from components.evaluation.suites.suite_scores import count_note
+
+    note = count_note(metrics, name)
     value = metrics.get(name)
     if value is None:
-        return "-"
+        return f"∞ ({note})" if note else "-"
     low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
     text = f"{value:.{decimals}f}"
-    if low is None or high is None:
-        return text
-    return f"{text} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    if low is not None and high is not None:
+        text = f"{text} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    return f"∞ ({note}; {text} over the others)" if note else text
+
+
+def _measured_table(ids: tuple[str, ...]) -> Table:
+    """An empty table with a column per metric."""
+    from rich.table import Table
+
+    from components.metrics.cards import card
+
+    table = Table()
+    # Names of systems and strata stay whole; numbers wrap.
+    table.add_column("system", no_wrap=True)
+    for metric_id in ids:
+        table.add_column(f"{card(metric_id).name} {card(metric_id).arrow}", justify="right")
+    return table
 
 
 def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
@@ -222,22 +250,37 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
     console = Console()
     systems = sorted(set(result.table["system"]))
     strata = sorted(set(result.table["stratum"]))
-    table = Table(title=f"{suite.title} ({len(suite.items)} items)", title_justify="left")
-    # Names of systems and strata stay whole; numbers wrap.
-    table.add_column("system", no_wrap=True)
-    measured = [i for i in ids if any(key.endswith(f".{i}") for key in result.metrics)]
-    for metric_id in measured:
-        table.add_column(f"{card(metric_id).name} {card(metric_id).arrow}", justify="right")
-    prefixes = [
-        prefix
-        for name in systems
-        for prefix in (name, *(f"{name}.{s}" for s in strata if len(strata) > 1))
-    ]
-    for prefix in prefixes:
-        cells = [_number(result.metrics, f"{prefix}.{i}", card(i).decimals) for i in measured]
-        table.add_row(prefix, *cells)
-    if systems:
-        console.print(table)
+    endings = ("", "_infinite")
+    measured = tuple(
+        i
+        for i in ids
+        if any(key.endswith(f".{i}{end}") for key in result.metrics for end in endings)
+    )
+    titles = {
+        f"{suite.title} ({len(suite.items)} items)": [
+            s for s in systems if s not in result.other_sizes
+        ]
+    }
+    titles |= {
+        f"Not at the suite's sizes, so not comparable with it: {result.other_sizes[s]}": [s]
+        for s in systems
+        if s in result.other_sizes
+    }
+    for title, shown in titles.items():
+        table = _measured_table(measured)
+        for prefix in (
+            prefix
+            for name in shown
+            for prefix in (name, *(f"{name}.{s}" for s in strata if len(strata) > 1))
+        ):
+            cells = [_number(result.metrics, f"{prefix}.{i}", card(i).decimals) for i in measured]
+            table.add_row(prefix, *cells)
+        if shown:
+            # Not as the table's title, which wraps at the width of its columns.
+            console.print(title, markup=False, soft_wrap=True)
+            console.print(table)
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     published = TABLES_OF_SUITE.get(suite.name)
     if published is not None:
         beside = Table(

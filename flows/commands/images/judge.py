@@ -69,12 +69,13 @@ def read_pairs(a: Path, b: Path, prompts: Path) -> list[Pair]:
         a: folder of the first system.
         b: folder of the second one.
         prompts: `metadata.jsonl` with file_name and text; or a file of prompts, of which the i-th
-            belongs to the i-th picture by name.
+            belongs to the i-th picture by name, 2 before 10.
 
     Raises:
         ValueError: a picture without partner or prompt, or an unreadable file.
     """
     from components.evaluation.judge.judge import Pair
+    from components.files.natural_order import natural_key
     from components.generation.prompt_files import read_prompts
 
     first, second = _pictures(a, "--a"), _pictures(b, "--b")
@@ -85,7 +86,7 @@ def read_pairs(a: Path, b: Path, prompts: Path) -> list[Pair]:
     if not prompts.is_file():
         raise ValueError(f"--prompts {prompts}: no such file")
     texts = _named_prompts(prompts)
-    names = sorted(first)
+    names = sorted(first, key=natural_key)
     if texts is None:
         lines = [line.prompt for line in read_prompts(prompts)]
         if len(lines) != len(names):

@@ -128,7 +128,8 @@ def test_a_baseline_is_compared_in_numbers_page_and_corrected_together(tmp_path:
     from components.evaluation.measuring.ledger import FeatureKey, Ledger
     from components.evaluation.pages.suite_report import ReportOptions, build_suite_report
     from components.evaluation.suites.against_baseline import against_baseline
-    from components.evaluation.suites.suite_scores import evaluate_suite, write_result
+    from components.evaluation.suites.result_folder import write_result
+    from components.evaluation.suites.suite_scores import evaluate_suite
     from components.evaluation.suites.suites import load_suite
     from components.evaluation.suites.systems import FolderSystem
     from components.statistics.multiple_tests import holm

@@ -178,3 +178,59 @@ def test_systems_are_written_name_equals_spec(tmp_path: Path, settings: Settings
     for bad in ("mine", "=x", "mine=", "../x=references", "mine=no-such"):
         with pytest.raises(ValueError, match="--system"):
             parse(bad)
+
+
+def test_numbers_without_leading_zeros_are_matched_by_value_and_said(tmp_path: Path) -> None:
+    items = [SuiteItem(f"scene_{n:02d}", "a", 32, 64, n) for n in range(12)]
+    system = FolderSystem("mine", paint(tmp_path, *(f"{n}.png" for n in range(12))))
+    found = system.pictures(items, tmp_path)
+    assert [path.stem for path in found] == [str(n) for n in range(12)]
+    (remark,) = system.remarks
+    assert "matched by their order" in remark
+    assert "11.png is item scene_11" in remark
+    named = FolderSystem("mine", paint(tmp_path / "named", *(f"{i.id}.png" for i in items)))
+    named.pictures(items, tmp_path)
+    assert named.remarks == ()
+
+
+LEVEL = """
+import json, os, sys
+from pathlib import Path
+from PIL import Image
+import shade
+level = int(Path("WEIGHTS").read_text()) + shade.MORE + int(os.environ.get("MY_SHADE", "0"))
+for line in Path(sys.argv[1]).read_text().splitlines():
+    wanted = json.loads(line)
+    size = wanted["width"], wanted["height"]
+    Image.new("RGB", size, (level, 0, 0)).save(Path(sys.argv[2]) / wanted["file"])
+"""
+
+
+def test_a_command_whose_program_weights_or_environment_changed_makes_its_pictures_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, beside = tmp_path / "weights.txt", tmp_path / "shade.py"
+    weights.write_text("10")
+    beside.write_text("MORE = 0")
+    script = tmp_path / "my.py"
+    script.write_text(LEVEL.replace("WEIGHTS", str(weights)))
+    system = CommandSystem("m", f"{sys.executable} {script} {{prompts}} {{out}}")
+
+    def level() -> int:
+        (path,) = system.pictures(ITEMS[:1], tmp_path / "out")
+        with Image.open(path) as image:
+            pixel = image.getpixel((0, 0))
+        assert isinstance(pixel, tuple)
+        return int(pixel[0])
+
+    assert level() == 10
+    assert system.remarks == ()
+    assert level() == 10
+    assert "1 of 1 pictures are those of an earlier run" in system.remarks[0]
+    weights.write_text("11")
+    assert level() == 11
+    beside.write_text("MORE = 100")
+    assert level() == 111
+    monkeypatch.setenv("MY_SHADE", "5")
+    assert level() == 116
+    assert system.remarks == ()

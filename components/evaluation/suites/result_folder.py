@@ -1,0 +1,92 @@
+"""The folder of an evaluation: one run at a time, and a run that failed replaces no good result."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from components.evaluation.suites.suite_scores import SuiteResult
+from components.evaluation.suites.suites import Suite
+from components.files.whole_files import whole_file, write_text
+
+LOCK = ".evaluate.lock"
+FAILED = "failed"
+"""Folder below a good result for what a run that failed has to say."""
+
+
+class FolderTaken(ValueError):
+    """Another run writes to the folder; one line."""
+
+
+@contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """Have the folder to oneself until the block, or the process, ends.
+
+    Raises:
+        FolderTaken: another run has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+            raise FolderTaken(
+                f"{folder}: another run (process {holder or 'unknown'}) writes there; wait until "
+                "it has ended, or give another --out"
+            ) from None
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        # The file stays: whoever removed it would remove the lock of a run that has just begun.
+        os.close(descriptor)
+
+
+def _is_good(folder: Path) -> bool:
+    """Whether a complete result lies there."""
+    try:
+        found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return not found["failed_systems"] and (folder / "scores.parquet").is_file()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_result(result: SuiteResult, suite: Suite, out_dir: Path) -> Path:
+    """`scores.parquet`, `metrics.json`, and for reports on this machine `pictures.jsonl`.
+
+    Returns:
+        Where they are: `out_dir`, or below it where a system of this run failed and the result of
+        an earlier run was complete.
+    """
+    folder = out_dir / FAILED if result.failed_systems and _is_good(out_dir) else out_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "scores.parquet") as temporary:
+        result.table.to_parquet(temporary, index=False)
+    lines = [json.dumps(picture, ensure_ascii=False) for picture in result.pictures]
+    write_text(folder / "pictures.jsonl", "\n".join(lines) + "\n")
+    description: dict[str, Any] = {
+        "suite": suite.name,
+        "protocol": suite.protocol,
+        "items": len(suite.items),
+        "metrics": result.metrics,
+        "unavailable": dict(sorted(result.unavailable.items())),
+        "failed_systems": dict(sorted(result.failed_systems.items())),
+        # Three files are no one file: a reader sees by the digest that they are of one run.
+        "scores_sha256": hashlib.sha256((folder / "scores.parquet").read_bytes()).hexdigest(),
+        "sizes": result.sizes,
+        "other_sizes": dict(sorted(result.other_sizes.items())),
+        "notes": result.notes,
+    }
+    if result.set_comparisons:
+        description["set_comparisons"] = [asdict(one) for one in result.set_comparisons]
+    write_text(folder / "metrics.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
+    return folder

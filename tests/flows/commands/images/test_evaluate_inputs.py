@@ -1,0 +1,167 @@
+"""Inputs that used to give wrong numbers without a word, through the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from components.evaluation.suites.result_folder import taken
+
+Typed = Callable[..., subprocess.CompletedProcess[str]]
+Pixels = np.ndarray[Any, np.dtype[Any]]
+
+
+@pytest.fixture
+def project(root: Path, tmp_path: Path) -> Path:
+    """A project folder without code: settings and what marks its root."""
+    for name in ("params.yaml", "dvc.yaml", "pyproject.toml"):
+        shutil.copy2(root / name, tmp_path / name)
+    shutil.copytree(root / "conf", tmp_path / "conf")
+    return tmp_path
+
+
+def texture(number: int, size: int = 64) -> Pixels:
+    blocks = np.random.default_rng(number).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(blocks).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def noisy(pixels: Pixels, sigma: float, seed: int) -> Pixels:
+    noise = np.random.default_rng(seed).normal(0, sigma, pixels.shape)
+    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
+
+
+def write(folder: Path, pictures: dict[str, Pixels]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pixels in pictures.items():
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    return folder
+
+
+def suite(folder: Path, pictures: dict[str, Pixels]) -> Path:
+    lines = [json.dumps({"file_name": f"{n}.png", "text": f"prompt {n}"}) for n in pictures]
+    write(folder, pictures)
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def scores(project: Path, name: str) -> pd.DataFrame:
+    return pd.read_parquet(project / "runs" / "evaluations" / name / "scores.parquet")
+
+
+def words(system: str, metrics: str, *more: str) -> Sequence[str]:
+    return ("--system", system, "--metrics", metrics, *more)
+
+
+def test_pictures_named_by_bare_numbers_are_measured_against_their_own_item(
+    project: Path, typed: Typed
+) -> None:
+    suite(project / "order", {f"scene_{n:02d}": texture(n) for n in range(12)})
+    write(project / "mine", {str(n): noisy(texture(n), 3, n) for n in range(12)})
+    done = typed(project, "evaluate", "order", *words("s=mine", "psnr_db"))
+    assert done.returncode == 0
+    assert "matched by their order (2 before 10)" in done.stdout
+    values = scores(project, "order")["value"]
+    assert values.min() > 37
+    assert values.max() < 40
+
+
+def test_sixteen_bits_are_scaled_and_said(project: Path, typed: Typed) -> None:
+    gray = np.asarray(Image.fromarray(texture(0)).convert("L"))
+    suite(project / "depth", {"gray8": texture(0), "gray16": texture(0)})
+    write(project / "mine", {"gray8": gray, "gray16": gray.astype(np.uint16) * 257})
+    done = typed(project, "evaluate", "depth", *words("s=mine", "psnr_db,nmse"))
+    assert "1 of 2 pictures are not plain 8-bit sRGB (16-bit" in done.stdout
+    for _, rows in scores(project, "depth").groupby("metric"):
+        assert rows["value"].nunique() == 1
+
+
+def test_identical_pictures_are_counted_on_the_table_and_the_page(
+    project: Path, typed: Typed
+) -> None:
+    suite(project / "identical", {name: texture(n) for n, name in enumerate("abcdefg")})
+    write(
+        project / "mine",
+        {n: texture(i) if i < 4 else noisy(texture(i), 25, i) for i, n in enumerate("abcdefg")},
+    )
+    write(project / "same", {name: texture(n) for n, name in enumerate("abcdefg")})
+    more = ("--system", "lossless=same")
+    done = typed(project, "evaluate", "identical", *words("s=mine", "psnr_db,ssim", *more))
+    assert "4 of 7 identical" in done.stdout
+    assert "∞ (7 of 7 identical)" in done.stdout
+    folder = project / "runs" / "evaluations" / "identical"
+    numbers = json.loads((folder / "metrics.json").read_text())["metrics"]
+    assert numbers["s.psnr_db_n"] == 3
+    assert numbers["s.psnr_db_infinite"] == 4
+    assert "lossless.psnr_db" not in numbers
+    assert typed(project, "report", str(folder)).returncode == 0
+    page = (folder / "report.html").read_text()
+    assert "4 of 7 identical" in page
+    assert "7 of 7 identical" in page
+
+
+def test_another_size_is_refused_or_stands_under_its_own_title(project: Path, typed: Typed) -> None:
+    suite(project / "half", {name: texture(n) for n, name in enumerate("abc")})
+    write(project / "mine", {name: texture(n, 32) for n, name in enumerate("abc")})
+    write(project / "right", {name: texture(n) for n, name in enumerate("abc")})
+    wanted = words("s=mine", "colourfulness")
+    refused = typed(project, "evaluate", "half", *wanted)
+    assert refused.returncode == 1
+    assert "3 of 3 pictures are 32x32 instead of 64x64" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    more = ("--system", "right=right", "--any-size", "--baseline", "right")
+    done = typed(project, "evaluate", "half", *wanted, *more)
+    assert done.returncode == 0
+    own, _, _ = done.stdout.partition("not compared")
+    title = "Not at the suite's sizes, so not comparable with it"
+    assert title in own
+    before, after = own.split(title)
+    assert "right" in before
+    assert "│ s " not in before
+    assert "│ s " in after
+    assert "have no partner" in done.stdout
+    folder = project / "runs" / "evaluations" / "half"
+    assert json.loads((folder / "metrics.json").read_text())["sizes"]["s"] == {"32x32": 3}
+    typed(project, "report", str(folder), "--baseline", "right")
+    assert title.replace("'", "&#39;") in (folder / "report.html").read_text()
+
+
+def test_a_second_run_on_a_folder_is_refused_and_a_failed_one_replaces_nothing(
+    project: Path, typed: Typed
+) -> None:
+    suite(project / "s", {name: texture(n) for n, name in enumerate("ab")})
+    write(project / "mine", {name: texture(n) for n, name in enumerate("ab")})
+    folder = project / "runs" / "evaluations" / "s"
+    wanted = words("m=mine", "colourfulness")
+    with taken(folder):
+        refused = typed(project, "evaluate", "s", *wanted)
+    assert refused.returncode == 2
+    assert "another run (process" in refused.stderr
+    assert typed(project, "evaluate", "s", *wanted).returncode == 0
+    names = ("scores.parquet", "metrics.json", "pictures.jsonl")
+    good = {name: (folder / name).read_bytes() for name in names}
+    (project / "mine" / "b.png").unlink()
+    failed = typed(project, "evaluate", "s", *wanted)
+    assert failed.returncode == 1
+    assert "stays as it was" in failed.stdout
+    assert good == {name: (folder / name).read_bytes() for name in names}
+    assert (folder / "failed" / "metrics.json").is_file()
+
+
+def test_files_of_two_runs_are_no_evaluation(project: Path, typed: Typed) -> None:
+    suite(project / "s", {name: texture(n) for n, name in enumerate("ab")})
+    typed(project, "evaluate", "s", *words("m=references", "colourfulness"))
+    folder = project / "runs" / "evaluations" / "s"
+    table = scores(project, "s")
+    table.assign(value=table["value"] + 1).to_parquet(folder / "scores.parquet")
+    done = typed(project, "report", str(folder))
+    assert done.returncode == 2
+    assert "scores.parquet is of another run than metrics.json" in done.stderr
