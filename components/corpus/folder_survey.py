@@ -7,7 +7,6 @@ the folder holds.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import statistics
 from collections import Counter
@@ -21,6 +20,7 @@ import pandas as pd
 from components.corpus.captions.caption_files import Sidecars, read_captions
 from components.corpus.captions.checks import Caption
 from components.corpus.captions.local import COMMAND, check_folder
+from components.corpus.listing.source_files import photographs
 from components.corpus.selection.rules import count_by_reason, select
 from components.corpus.sources.records.source_records import shown_name
 from components.files.weight_folders import WeightsMissing
@@ -127,14 +127,11 @@ def survey(
         raise ValueError(f"{folder}: no such folder; give a folder of photographs")
     endings: Counter[str] = Counter()
     found: list[Path] = []
-    for current, _, names in os.walk(folder):
-        for name in names:
-            path = Path(current, name)
-            ending = path.suffix.lower()
-            if ending in READ or ending in NOT_READ:
-                endings[ending] += 1
-                if ending in READ:
-                    found.append(path)
+    for path in photographs(folder, (*READ, *NOT_READ)):
+        ending = path.suffix.lower()
+        endings[ending] += 1
+        if ending in READ:
+            found.append(path)
     if not found:
         others = ", ".join(f"{number} {ending}" for ending, number in endings.most_common())
         raise ValueError(

@@ -10,22 +10,12 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from components.corpus.listing.source_files import photographs
 from components.corpus.sources.multiaspect import read_metadata_shards
-from components.corpus.sources.records.source_records import SourceEnd
+from components.corpus.sources.records.source_records import SourceEnd, source_files
 from components.corpus.sources.url_lists import read_url_lists
+from components.corpus.sources.webdataset import ARCHIVE_ENDINGS
 from components.settings.corpus import IngestSettings
-
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-
-
-def photographs(folder: Path, settings: IngestSettings) -> Iterator[Path]:
-    """Files below a folder that `ingest` would take for photographs, in no order."""
-    for current, _, files in os.walk(folder):
-        for name in files:
-            if Path(name).suffix.lower() in settings.extensions:
-                yield Path(current, name)
-        if not settings.recursive:
-            return
 
 
 def count_items(
@@ -48,7 +38,7 @@ def count_items(
     source = root / settings.source
     items: Iterator[object]
     if settings.kind == "folder":
-        items = photographs(source, settings)
+        items = photographs(source, settings.extensions, recursive=settings.recursive)
     elif settings.kind == "urls":
         items = read_url_lists(source, settings.source, settings.lists)
     elif settings.kind == "multiaspect":
@@ -71,14 +61,12 @@ def _members(source: Path) -> Iterator[object]:
     """Members of all archives by their headers; a damaged archive ends where it is damaged."""
     import tarfile
 
-    archives = [source] if source.is_file() else sorted(source.rglob("*"))
-    for path in archives:
-        if path.name.lower().endswith(_ARCHIVES) and path.is_file():
-            try:
-                with tarfile.open(path) as archive:
-                    yield from archive
-            except (tarfile.TarError, OSError, EOFError):
-                continue
+    for path in source_files(source, ARCHIVE_ENDINGS, source.name):
+        try:
+            with tarfile.open(path) as archive:
+                yield from archive
+        except (tarfile.TarError, OSError, EOFError):
+            continue
 
 
 def copy_sample(settings: IngestSettings, root: Path, target: Path, count: int, file: str) -> int:
@@ -99,7 +87,8 @@ def copy_sample(settings: IngestSettings, root: Path, target: Path, count: int, 
         photographs that were brought; fewer than `count` where some are no regular files.
     """
     source = root / settings.source
-    paths = sorted(photographs(source, settings))
+    found = photographs(source, settings.extensions, recursive=settings.recursive)
+    paths = sorted(found)
     # The first, the last, and evenly between them.
     steps = max(1, min(count, len(paths)))
     places = {round(n * (len(paths) - 1) / max(1, steps - 1)) for n in range(steps)}

@@ -10,6 +10,8 @@ loses to fragmentation.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +22,7 @@ from components.planning.model_shapes import (
     FluxShape,
     T5Shape,
 )
-from components.settings.training import Checkpointing
+from components.settings.training import Checkpointing, Optimizer
 from components.training.distributed.engine_limits import (
     ALLREDUCE_ELEMENTS,
     BUCKET_ELEMENTS,
@@ -41,7 +43,7 @@ class TrainingMemory:
     weights: int
     gradients: int
     optimizer: int
-    """Adam's two moments, and the float32 masters of bf16 weights."""
+    """What the optimizer keeps, and the float32 masters of bf16 weights."""
     average: int
     """The exponential moving average: this rank's share of it, 0 where it is in host memory."""
     activations: int
@@ -76,16 +78,67 @@ def moment_bytes(elements: int, *, eight_bits: bool) -> int:
     return 2 * (elements + 4 * -(-elements // 256) + 4 * 256)
 
 
+@dataclass(frozen=True)
+class TrainedTensors:
+    """Sizes of trained parameters, as far as an optimizer's states depend on them."""
+
+    elements: int
+    """Of all."""
+    matrices: int
+    """Of those with two axes."""
+    factors: int
+    """Row and column means of all with at least two axes: n / (last axis) + n / (last but one)."""
+    vectors: int
+    """Elements of those with fewer axes."""
+
+    @classmethod
+    def of(cls, shapes: Iterable[tuple[int, ...]]) -> TrainedTensors:
+        """Of parameters of these shapes."""
+        elements = matrices = factors = vectors = 0
+        for shape in shapes:
+            count = math.prod(shape)
+            elements += count
+            if len(shape) < 2:
+                vectors += count
+            else:
+                factors += count // shape[-1] + count // shape[-2]
+            if len(shape) == 2:
+                matrices += count
+        return cls(elements, matrices, factors, vectors)
+
+
+WHOLE_TENSORS: frozenset[Optimizer] = frozenset({"adafactor", "muon"})
+"""Optimizers that work with ZeRO 0 alone: every rank keeps all of their states."""
+
+
+def optimizer_bytes(optimizer: Optimizer, trained: TrainedTensors, shares: int = 1) -> int:
+    """What an optimizer keeps on one rank, in float32 where nothing else is said; masters aside.
+
+    AdamW: two moments. Muon: a momentum for matrices, AdamW's moments for the rest. Adafactor: the
+    row and column means of a tensor's squared gradients, a vector's squares themselves.
+
+    Args:
+        optimizer: kind.
+        trained: parameters.
+        shares: ranks that divide AdamW's moments (1 with ZeRO 0).
+    """
+    if optimizer == "adafactor":
+        return 4 * (trained.factors + trained.vectors)
+    if optimizer == "muon":
+        return 4 * trained.matrices + 8 * (trained.elements - trained.matrices)
+    # Of the share and not the whole: scales are per block of a rank's flat tensor.
+    return moment_bytes(-(-trained.elements // shares), eight_bits=optimizer == "adamw_8bit")
+
+
 def state_bytes(
     parameters: int,
     processes: int,
     zero_stage: int,
     precision: Precision,
-    *,
-    trained: int | None = None,
-    eight_bits: bool = False,
+    trained: TrainedTensors,
+    optimizer: Optimizer = "adamw",
 ) -> tuple[int, int, int]:
-    """(weights, gradients, optimizer) bytes on each GPU under DeepSpeed ZeRO with AdamW.
+    """(weights, gradients, optimizer) bytes on each GPU under DeepSpeed ZeRO.
 
     Gradients are accumulated in float32. ZeRO-1 with bf16 keeps its float32 gradients whole, and
     beside them the bf16 ones of a micro batch; ZeRO-2 keeps its share of the float32 ones.
@@ -95,11 +148,10 @@ def state_bytes(
         processes: ranks that share what is sharded.
         zero_stage: 0 shares nothing, 1 the optimizer, 2 gradients too, 3 weights too.
         precision: of weights.
-        trained: so many of the parameters have gradients and optimizer states; None: all.
-        eight_bits: whether the moments are kept in 8 bits.
+        trained: those of the parameters that have gradients and optimizer states.
+        optimizer: kind.
     """
     low = precision == "bf16"
-    trained = parameters if trained is None else trained
     sharded_from = {"optimizer": 1, "gradients": 2, "weights": 3}
 
     def count(what: str, whole: int) -> int:
@@ -107,14 +159,13 @@ def state_bytes(
         return -(-whole // processes) if zero_stage >= sharded_from[what] else whole
 
     weights = ITEM_BYTES[precision] * count("weights", parameters)
-    gradients = 4 * count("gradients", trained)
+    gradients = 4 * count("gradients", trained.elements)
     if low and zero_stage < 2:
-        gradients += 2 * trained
-    # Of the share and not the whole: scales are per block of a rank's flat tensor.
-    moments = moment_bytes(count("optimizer", trained), eight_bits=eight_bits)
+        gradients += 2 * trained.elements
+    kept = optimizer_bytes(optimizer, trained, processes if zero_stage else 1)
     # In float32 the weights are their own masters, but ZeRO keeps a flat copy of its share.
-    masters = 4 * count("optimizer", trained) if low or zero_stage else 0
-    return weights, gradients, moments + masters
+    masters = 4 * count("optimizer", trained.elements) if low or zero_stage else 0
+    return weights, gradients, kept + masters
 
 
 def flux_block_bytes(
@@ -335,14 +386,23 @@ def communication_bytes(
     return item * (buckets + gathered)
 
 
-def update_bytes(trained: int, processes: int, precision: Precision, zero_stage: int) -> int:
+def update_bytes(
+    trained: TrainedTensors,
+    processes: int,
+    precision: Precision,
+    zero_stage: int,
+    optimizer: Optimizer = "adamw",
+) -> int:
     """Copies at the update, beside states and gradients, measured on DeepSpeed.
 
     Stages 2 and 3 flatten this rank's gradients; every stage then holds a root of the second
-    moments. Stages 0 and 1 reduce gradients in copies before.
+    moments, of as many values as there are weights (Adafactor's are as many). Muon goes matrix by
+    matrix and is left out. Stages 0 and 1 reduce gradients in copies before.
     """
-    share = trained if zero_stage == 0 else -(-trained // processes)
-    reduced = ITEM_BYTES[precision] * min(trained, ALLREDUCE_ELEMENTS)
+    elements = trained.elements
+    share = elements if zero_stage == 0 else -(-elements // processes)
+    roots = elements - trained.matrices if optimizer == "muon" else share
+    reduced = ITEM_BYTES[precision] * min(elements, ALLREDUCE_ELEMENTS)
     # Stage 1 in float32 reduces as stage 2 does.
     plain = zero_stage == 0 or (zero_stage == 1 and precision == "bf16")
-    return max(4 * share, reduced if plain else 0)
+    return max(4 * roots, reduced if plain else 0)

@@ -26,7 +26,13 @@ from components.planning.flops import (
     t5_flops,
     total,
 )
-from components.planning.memory import ITEM_BYTES, TrainingMemory, moment_bytes, state_bytes
+from components.planning.memory import (
+    ITEM_BYTES,
+    WHOLE_TENSORS,
+    TrainingMemory,
+    optimizer_bytes,
+    state_bytes,
+)
 from components.planning.model_shapes import FluxShape, networks
 from components.planning.stage_memory import (
     StageMemory,
@@ -180,6 +186,7 @@ def plan(
     )
     # Listed first: a run that would not start needs no memory.
     warnings = refusals(transformer, sizes)
+    first = settings.dit_stage1
     if limit is not None:
         for stage in stages:
             warnings += too_large(stage.stage, transformer, sizes, limit)
@@ -191,15 +198,15 @@ def plan(
         stages=stages,
         states_by_zero={
             zero: state_bytes(
-                # Stage 1; all four ZeRO stages, for the table beside the plan.
                 stages[3].parameters,
                 transformer.gpus,
                 zero,
-                settings.dit_stage1.precision,
-                trained=stages[3].trained,
-                eight_bits=settings.dit_stage1.optimizer == "adamw_8bit",
+                first.precision,
+                transformer.trained_tensors(first),
+                first.optimizer,
             )
-            for zero in range(4)
+            # All that the optimizer works with, for the table beside the plan.
+            for zero in range(1 if first.optimizer in WHOLE_TENSORS else 4)
         },
         warnings=tuple(warnings),
     )
@@ -374,12 +381,14 @@ def _dit(
     items = stage.steps * stage.global_batch_size
     # Then the weights are the masters; every other way keeps a flat float32 copy (`state_bytes`).
     whole = stage.precision == "fp32" and stage.zero_stage == 0
-    # Rank by rank and then summed, because each rank's vector is padded and scaled on its own.
-    moments = moment_bytes(-(-trained // gpus), eight_bits=stage.optimizer == "adamw_8bit") * gpus
+    # Rank by rank and then summed, because each rank's vector is padded and scaled on its own;
+    # without ZeRO all ranks have the same states, and one of them writes.
+    shares = gpus if stage.zero_stage else 1
+    states = optimizer_bytes(stage.optimizer, transformer.trained_tensors(stage), shares) * shares
     # The engine's weights (of an adapter alone, except with ZeRO-3), masters (where they are not
-    # the weights), moments, the average.
+    # the weights), the optimizer's states, the average.
     kept = held if stage.zero_stage == 3 else trained
-    checkpoint = ITEM_BYTES[stage.precision] * kept + moments + (4 if whole else 8) * trained
+    checkpoint = ITEM_BYTES[stage.precision] * kept + states + (4 if whole else 8) * trained
     # The adapter alone lies beside the merged weights.
     exported = 4 * base + (4 * trained if stage.adapter is not None else 0)
     hours, source = _hours(

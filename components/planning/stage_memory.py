@@ -18,7 +18,7 @@ from components.planning.memory import (
     decoder_working_bytes,
     encoder_working_bytes,
     flux_sampling_bytes,
-    moment_bytes,
+    optimizer_bytes,
     state_bytes,
     text_working_bytes,
     update_bytes,
@@ -226,22 +226,14 @@ def dit_memory(
     Activations are an upper bound with `adapter`: frozen layers keep a little less.
     """
     held, _, activations = transformer.counts(largest(sizes), stage)
-    trained = transformer.trained(stage)
+    trained = transformer.trained_tensors(stage)
     if stage.adapter is not None:
         # The adapter's weights come on top of the frozen ones.
-        held += trained
+        held += trained.elements
     weights, gradients, optimizer = state_bytes(
-        held,
-        gpus,
-        stage.zero_stage,
-        stage.precision,
-        trained=trained,
-        eight_bits=stage.optimizer == "adamw_8bit",
+        held, gpus, stage.zero_stage, stage.precision, trained, stage.optimizer
     )
-    if stage.optimizer in ("adafactor", "muon"):
-        # A momentum; or a value per row and column, which is next to nothing.
-        optimizer -= moment_bytes(trained, eight_bits=False)
-        optimizer += 4 * trained if stage.optimizer == "muon" else 0
+    update = update_bytes(trained, gpus, stage.precision, stage.zero_stage, stage.optimizer)
     offloaded = stage.offload_optimizer == "cpu"
     buffers = communication_bytes(held, gpus, stage.precision, stage.zero_stage)
     groups = gpus // transformer.settings.runtime.context_parallel_degree
@@ -255,10 +247,10 @@ def dit_memory(
         # Offloaded states are in host memory, and are updated there.
         optimizer=0 if offloaded else optimizer,
         # Each rank averages its share (`training.sharded.ema`); on "cpu" it is in host memory.
-        average=4 * -(-trained // gpus) if stage.ema_device == "model" else 0,
+        average=4 * -(-trained.elements // gpus) if stage.ema_device == "model" else 0,
         activations=activations,
         buffers=buffers,
-        update=0 if offloaded else update_bytes(trained, gpus, stage.precision, stage.zero_stage),
+        update=0 if offloaded else update,
     )
 
 
@@ -271,10 +263,9 @@ def dit_host_bytes(stage: DitStageSettings, transformer: Transformer) -> int:
     """
     gpus = transformer.gpus
     base = transformer.counts(_ANY_SIZE, None)[0]
-    trained = transformer.trained(stage)
-    share = -(-trained // gpus)
-    moments = moment_bytes(share, eight_bits=stage.optimizer == "adamw_8bit")
-    states = 4 * share + moments
+    trained = transformer.trained_tensors(stage)
+    share = -(-trained.elements // gpus)
+    states = 4 * share + optimizer_bytes(stage.optimizer, trained, gpus)
     kept = 4 * share if stage.ema_device == "cpu" else 0
     kept += states if stage.offload_optimizer == "cpu" else 0
     kept += states + 4 * share if stage.async_checkpoints else 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.models.backbones import BACKBONES
 from components.planning.flops import Flops, flux_flops
-from components.planning.memory import ITEM_BYTES, flux_activation_bytes
+from components.planning.memory import ITEM_BYTES, TrainedTensors, flux_activation_bytes
 from components.planning.model_shapes import Networks
 from components.settings.schema import Settings
 from components.settings.training import AdapterSettings, Checkpointing, DitStageSettings
@@ -32,7 +32,9 @@ class Transformer:
         default_factory=dict, compare=False
     )
     """Counts on the meta device by latent area, on which alone they depend."""
-    _trained: dict[AdapterSettings, int] = field(default_factory=dict, compare=False)
+    _trained: dict[AdapterSettings | None, TrainedTensors] = field(
+        default_factory=dict, compare=False
+    )
 
     @property
     def gpus(self) -> int:
@@ -97,9 +99,31 @@ class Transformer:
         """
         if stage.adapter is None:
             return self.counts(_ANY_SIZE, None)[0]
-        if stage.adapter not in self._trained:
-            self._trained[stage.adapter] = self._adapter_parameters(stage.adapter)
-        return self._trained[stage.adapter]
+        return self.trained_tensors(stage).elements
+
+    def trained_tensors(self, stage: DitStageSettings) -> TrainedTensors:
+        """What an optimizer's states depend on, of the parameters that `stage` trains.
+
+        Raises:
+            ValueError: the adapter names layers that there are not.
+        """
+        key = stage.adapter
+        if key not in self._trained:
+            shapes = self._shapes() if key is None else self._adapter_shapes(key)
+            self._trained[key] = TrainedTensors.of(shapes)
+        return self._trained[key]
+
+    def _shapes(self) -> Iterable[tuple[int, ...]]:
+        """Of all parameters; vectors of a network of closed form as one."""
+        shape = self.networks.transformer
+        if shape is not None:
+            # Everything of Flux that has two axes is a linear layer.
+            matrices = [(outputs, inputs) for _, inputs, outputs in shape.linear_layers]
+            return [*matrices, (shape.parameters - sum(map(math.prod, matrices)),)]
+        import torch
+
+        with torch.device("meta"):
+            return [tuple(each.shape) for each in self.model(torch.bfloat16).parameters()]
 
     def _adapter_products(self, stage: DitStageSettings, adapter: AdapterSettings, n: int) -> int:
         """Bytes of what an adapter's matrix products give, n image tokens a sample."""
@@ -115,17 +139,19 @@ class Transformer:
             values += rows * (adapter.rank + outputs)
         return stage.micro_batch_size * ITEM_BYTES[stage.precision] * values
 
-    def _adapter_parameters(self, adapter: AdapterSettings) -> int:
+    def _adapter_shapes(self, adapter: AdapterSettings) -> Iterable[tuple[int, ...]]:
+        """Of an adapter's factors; those beside a convolution as matrices."""
         layers = list(self._linear_layers())
         title = BACKBONES[self.settings.models.transformer.backbone].title
         # Names that match nothing fail as at the start of a run.
         adapter.check([name for name, _, _ in layers], f"the {title} transformer")
         # A maps the inputs to `rank` values, B those to the outputs; neither has a bias.
-        return sum(
-            adapter.rank * (inputs + outputs)
+        return [
+            factor
             for name, inputs, outputs in layers
             if adapter.is_target(name)
-        )
+            for factor in ((adapter.rank, inputs), (outputs, adapter.rank))
+        ]
 
     def _linear_layers(self) -> Iterable[tuple[str, int, int]]:
         nets = self.networks

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,7 +20,12 @@ from components.settings.corpus import IngestSettings
 _THREADS = 16
 """Folders and stats asked for at once: what a network file system answers in milliseconds."""
 _STATS_AT_ONCE = 2048
+_LONGEST_SHOWN = 200
 LOOP = "symbolic links in a loop"
+SYSTEM_FOLDERS = frozenset(
+    {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+)
+"""What archives of macOS, disk stations and file systems put among a person's files."""
 
 
 class SourceFile(NamedTuple):
@@ -74,6 +79,32 @@ def refuse_project(folder: Path, root: Path, shown: str) -> None:
         )
 
 
+def is_of_system(name: str) -> bool:
+    """Whether an entry of a folder is no one's photograph or list, and is not looked at.
+
+    Its name begins with a dot (`.git`, `.thumbnails`, `.DS_Store`, `._photo.jpg`), or is one of
+    `SYSTEM_FOLDERS`.
+    """
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def photographs(folder: Path, endings: Container[str], *, recursive: bool = True) -> Iterator[Path]:
+    """Files below a folder that a source would take for photographs by name, in no order.
+
+    Args:
+        folder: where to look; links to folders are not followed.
+        endings: in lower case, with the dot.
+        recursive: also in the folders inside.
+    """
+    for current, folders, files in os.walk(folder):
+        # In place: `os.walk` enters what is left in the list.
+        folders[:] = [name for name in folders if recursive and not is_of_system(name)]
+        for name in files:
+            path = Path(current, name)
+            if path.suffix.lower() in endings and not is_of_system(name):
+                yield path
+
+
 def printable(name: str) -> str:
     r"""Bytes of a name that are not UTF-8 as \xNN, so that it can be stored."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
@@ -82,7 +113,8 @@ def printable(name: str) -> str:
 def list_source(settings: IngestSettings, root: Path) -> list[SourceFile]:
     """Everything under `ingest.source` in sorted order; a list or an archive may be one file.
 
-    Linked folders are listed as they are and never entered.
+    Linked folders are listed as they are and never entered; what is the system's (`is_of_system`)
+    is left out.
 
     Raises:
         ValueError: no usable source, a folder that may not be listed, or, for a folder of
@@ -158,8 +190,8 @@ def _walk(folder: Path, settings: IngestSettings) -> Iterator[SourceFile]:
                 # be a corpus that is smaller for no visible reason.
                 pool.shutdown(cancel_futures=True)
                 raise ValueError(
-                    f"{problem.filename}: {problem.strerror}; every folder under ingest.source "
-                    f"({settings.source}) must be readable"
+                    f"{_short(str(problem.filename))}: {problem.strerror}; every folder under "
+                    f"ingest.source ({settings.source}) must be readable"
                 ) from None
             yield from found.files
             files = []
@@ -176,7 +208,16 @@ def _walk(folder: Path, settings: IngestSettings) -> Iterator[SourceFile]:
 
 def _scan(folder: Path, prefix: str) -> _Found:
     with os.scandir(folder) as entries:
-        return _Found(prefix, list(entries))
+        return _Found(prefix, [entry for entry in entries if not is_of_system(entry.name)])
+
+
+def _short(path: str) -> str:
+    """Both ends of a path that is too long for a line, such as one that the system refuses."""
+    shown = printable(path)
+    if len(shown) <= _LONGEST_SHOWN:
+        return shown
+    half = _LONGEST_SHOWN // 2
+    return f"{shown[:half]}...{shown[-half:]}"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -33,6 +32,7 @@ from components.corpus.sources.ingest_tables import (
 from components.corpus.sources.multiaspect import read_metadata_shards
 from components.corpus.sources.originals import prune_originals
 from components.corpus.sources.record_fields import Coverage
+from components.corpus.sources.records.source_records import SourceItem, SourceRecord
 from components.corpus.sources.url_lists import read_url_lists
 from components.corpus.sources.webdataset import read_webdataset
 from components.files.whole_files import write_text
@@ -146,7 +146,9 @@ def _collect_records(
                 source, settings.source, originals, journal, settings.download
             )
         coverage = write_candidates(
-            track(islice(records, first), "ingest: records"), candidates, keyed_by_url=from_web
+            track(first_records(records, first), "ingest: records"),
+            candidates,
+            keyed_by_url=from_web,
         )
         if from_web:
             _download(settings.download, candidates, originals, journal, root)
@@ -168,6 +170,24 @@ def _collect_records(
     if counts.kept == 0:
         raise ValueError(_why_nothing(collected, settings.source, folder))
     return collected
+
+
+def first_records(items: Iterable[SourceItem], count: int | None) -> Iterator[SourceItem]:
+    """The first records and losses, and the counts of files that were read to their end for them.
+
+    Nothing is asked of the source after the last of them: what follows may be another archive.
+
+    Args:
+        items: of a reader.
+        count: records and losses; None: all.
+    """
+    left = count
+    for item in items if left != 0 else ():
+        yield item
+        if left is not None and isinstance(item, SourceRecord):
+            left -= 1
+            if not left:
+                return
 
 
 def _why_nothing(collected: Collected, source: str, folder: Path) -> str:

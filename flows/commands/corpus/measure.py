@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"}
 COLUMNS = {
     "width": "{}",
     "height": "{}",
@@ -20,9 +19,12 @@ COLUMNS = {
 
 def image_paths(paths: Sequence[Path]) -> Iterator[Path]:
     """Files as given; folders give the images in them, recursively, sorted."""
+    from components.corpus.folder_survey import READ
+    from components.corpus.listing.source_files import photographs
+
     for path in paths:
         if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            yield from sorted(photographs(path, READ))
         else:
             yield path
 

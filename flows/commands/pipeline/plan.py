@@ -249,11 +249,12 @@ def _settings(root: Path, profile: str | None, params: Path | None) -> Settings:
 
 def _images(root: Path, settings: Settings) -> tuple[int, str]:
     """(images, where the number comes from)."""
+    from components.corpus.listing.source_files import photographs
+
     folder = root / settings.ingest.source
     if settings.ingest.kind == "folder" and folder.is_dir():
-        wanted = {extension.lower() for extension in settings.ingest.extensions}
-        files = folder.rglob("*") if settings.ingest.recursive else folder.glob("*")
-        found = sum(path.suffix.lower() in wanted for path in files)
+        files = photographs(folder, settings.ingest.extensions, recursive=settings.ingest.recursive)
+        found = sum(1 for _ in files)
         if found:
             return found, f"files in {settings.ingest.source}, before any is rejected"
     return PUBLISHED_IMAGES, "MultiAspect-4K-1M as published; set --images"

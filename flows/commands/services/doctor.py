@@ -189,6 +189,7 @@ def _project(root: Path) -> Iterator[Finding]:
 
 
 def _photos(root: Path) -> Iterator[Finding]:
+    from components.corpus.listing.source_files import photographs
     from components.settings.schema import load_settings
 
     ingest = load_settings(root / "params.yaml").ingest
@@ -200,7 +201,8 @@ def _photos(root: Path) -> Iterator[Finding]:
         else:
             yield Finding("photographs", "problem", detail, "set ingest.source in params.yaml")
         return
-    count = sum(1 for p in folder.rglob("*") if p.suffix.lower() in ingest.extensions)
+    found = photographs(folder, ingest.extensions, recursive=ingest.recursive)
+    count = sum(1 for _ in found)
     fix = "" if count else "set ingest.source in params.yaml to a folder of photographs"
     yield Finding("photographs", "ok" if count else "problem", f"{count} in {ingest.source}", fix)
 

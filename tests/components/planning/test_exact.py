@@ -117,6 +117,24 @@ def test_formula_and_trace_of_the_embedded_profile_agree_within_3_percent(transf
     assert formula == pytest.approx(peak, rel=0.03)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_what_an_optimizer_holds_is_planned_and_traced_alike(transformer, optimizer):
+    subject = transformer(
+        "single-gpu",
+        FluxShape(1, 1),
+        dit_stage1__optimizer=optimizer,
+        dit_stage1__zero_stage=0,
+        dit_stage1__precision="fp32",
+        dit_stage1__adapter=None,
+        dit_stage1__gradient_checkpointing="blocks",
+    )
+    (trace,) = exact.trace_training(subject, "dit_stage1", (512, 512))
+    planned = stage_memory("dit_stage1", subject, [(512, 512)]).memory
+    held = planned.weights + planned.optimizer + planned.average
+    assert trace.held_bytes == pytest.approx(held, rel=1e-6)
+    assert planned.total == pytest.approx(trace.peak_bytes, rel=0.03)
+
+
 def test_one_float32_photograph_of_4096_px_takes_the_known_10_gib(transformer):
     (trace,) = exact.trace_latents(transformer("single-gpu"), (4096, 4096))
     assert trace.working_bytes == pytest.approx(10.19 * GIB, rel=0.001)

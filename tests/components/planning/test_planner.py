@@ -328,6 +328,27 @@ def test_moments_in_8_bits_take_a_quarter(profile, tmp_path):
     assert eight.memory.optimizer == pytest.approx((4 + 2 + 8 / 256) * share, rel=1e-6)
 
 
+def test_a_checkpoint_holds_the_states_of_its_optimizer(profile, tmp_path):
+    def first(kind: str):
+        changes = {"optimizer": kind, "zero_stage": 0, "precision": "fp32"}
+        chosen = profile("paper", **{f"dit_stage1__{key}": each for key, each in changes.items()})
+        made = plan(chosen, tmp_path, 9)
+        assert list(made.states_by_zero) == ([0, 1, 2, 3] if kind == "adamw" else [0])
+        assert made.states_by_zero[0][2] == stage(made, "dit_stage1").memory.optimizer
+        return stage(made, "dit_stage1")
+
+    adamw, muon, adafactor = map(first, ("adamw", "muon", "adafactor"))
+    files = profile("paper").dit_stage1.keep_checkpoints + 1
+    title = "checkpoints (one more while writing)"
+    # Without ZeRO, weights and average in float32, and the states once.
+    for one in (adamw, muon, adafactor):
+        assert one.disk[title] == files * (8 * one.trained + one.memory.optimizer)
+    assert adamw.memory.optimizer == 8 * adamw.trained
+    # A momentum for nearly all; a mean for each row and column.
+    assert muon.memory.optimizer == pytest.approx(4 * muon.trained, rel=0.001)
+    assert adafactor.memory.optimizer < 0.01 * adafactor.trained
+
+
 def test_too_few_images_are_refused(profile, tmp_path):
     with pytest.raises(ValueError, match="images 1"):
         plan(profile("paper"), tmp_path, 1)

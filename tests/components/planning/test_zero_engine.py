@@ -8,13 +8,14 @@ from torch import nn
 
 from components.planning import zero_engine
 from components.planning.live_bytes import LiveBytes
-from components.planning.memory import state_bytes, update_bytes
+from components.planning.memory import TrainedTensors, state_bytes, update_bytes
 from components.planning.zero_engine import ZeroEngine
 from components.training.distributed.ranks import open_ranks
 from components.training.sharded import engine as real_engine
 
 LAYERS, WIDTH = 61, 128
 PARAMETERS = LAYERS * WIDTH**2
+TRAINED = TrainedTensors.of([(WIDTH, WIDTH)] * LAYERS)
 
 
 def moments_of(make_engine, dtype: torch.dtype) -> list[tuple[float, ...]]:
@@ -104,8 +105,8 @@ def test_a_rank_holds_the_planned_states_and_update(stage, monkeypatch, zero, pr
         return engine
 
     _, (_, peak, after, update) = moments_of(stand_in, dtype)
-    states = sum(state_bytes(PARAMETERS, ranks, zero, precision)) / PARAMETERS
+    states = sum(state_bytes(PARAMETERS, ranks, zero, precision, TRAINED)) / PARAMETERS
     assert after == pytest.approx(states, rel=0.01)
-    extra = update_bytes(PARAMETERS, ranks, precision, zero) / PARAMETERS
+    extra = update_bytes(TRAINED, ranks, precision, zero) / PARAMETERS
     # Some copies are made when the backward pass is through, others at the update.
     assert max(peak, update) == pytest.approx(states + extra, rel=0.03)

@@ -126,9 +126,10 @@ def values(kind: str, source: str, **download: object) -> dict[str, Any]:
     return found
 
 
-def run(root: Path, settings: Settings) -> StageResult:
+def run(root: Path, settings: Settings, first: int | None = None) -> StageResult:
     state = root / "runs" / "ingest" / "key"
-    return ingest.run(StageContext("ingest", settings, root, state, MetricLog(state / "m.jsonl")))
+    log = MetricLog(state / "m.jsonl")
+    return ingest.run(StageContext("ingest", settings, root, state, log, first=first))
 
 
 def accounted(root: Path, result: StageResult) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -301,6 +302,32 @@ def test_archives_give_the_same_bytes_twice(tmp_path: Path) -> None:
     assert losses["cause"].tolist() == ["wrong_content", "duplicate_bytes"]
     run(tmp_path, settings)
     assert [(folder / name).read_bytes() for name in SIDE_FILES] == first
+
+
+def archive(path: Path, photographs: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as file:
+        for name, data in photographs.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+
+
+def test_the_first_records_need_no_more_archives_than_hold_them(tmp_path: Path) -> None:
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for number in range(3):
+        pair = {f"{number}{n}.jpg": photograph(2 * number + n) for n in range(2)}
+        archive(folder / f"{number}.tar", pair)
+    # Reading it would be one candidate more: "broken archive".
+    (folder / "2.tar").write_bytes(b"no archive")
+    settings = parse_settings(values("webdataset", "tars"))
+    for first, archives in ((1, []), (2, []), (3, ["0.tar"]), (4, ["0.tar"])):
+        manifest, losses = accounted(tmp_path, run(tmp_path, settings, first))
+        assert (len(manifest), len(losses)) == (first, 0)
+        coverage = json.loads((tmp_path / "data" / "ingest" / "coverage.json").read_text())
+        # The counts of archives are no records, and those of one that is not finished are not kept.
+        assert [file["file"] for file in coverage["ledger"]["files"]] == archives
+    assert len(accounted(tmp_path, run(tmp_path, settings, 99))[1]) == 1
 
 
 def test_nothing_to_be_had_is_one_line_with_the_causes(tmp_path: Path, web: Any) -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# What macOS puts beside every file of an archive for file systems without resource forks.
-_APPLE_DOUBLE = "._"
+from components.corpus.listing.source_files import is_of_system
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def source_files(source: Path, endings: tuple[str, ...], shown: str) -> list[Pat
         return [source]
     # By text, not by `Path`: parts compare differently, and on Windows by another separator.
     inside = sorted(source.rglob("*"), key=lambda path: path.relative_to(source).as_posix())
-    inside = [path for path in inside if not path.name.startswith(_APPLE_DOUBLE)]
+    inside = [path for path in inside if not any(map(is_of_system, path.relative_to(source).parts))]
     named = [path for path in inside if path.name.lower().endswith(endings) and not path.is_dir()]
     for path in named:
         # Passed over without a word it would be a list less, perhaps of millions.

@@ -149,6 +149,36 @@ def test_a_table_with_equal_rows_in_other_bytes_is_left_alone(project: Path) -> 
     assert len(rows(project)) == 4
 
 
+def test_what_the_system_left_among_photographs_is_not_looked_at(project: Path) -> None:
+    describe(project)
+    before = (project / "listing.parquet").read_bytes()
+    folders = [".thumbnails", ".git/objects", "@eaDir/b.jpg", "__MACOSX/deep", "deep/#recycle"]
+    folders += ["$RECYCLE.BIN", "System Volume Information", "deep/lost+found"]
+    for number, name in enumerate([*(f"{one}/x.jpg" for one in folders), "._b.jpg", ".c.jpg"]):
+        photograph(project / "photos" / name, 20 + number)
+    (project / "photos" / ".DS_Store").write_bytes(b"1")
+    assert describe(project) == Described(files=4, candidates=3, read=0, unusable={})
+    assert (project / "listing.parquet").read_bytes() == before
+    # Only whole names count, and the folder that is the source may have any.
+    photograph(project / "photos" / "my@eaDir" / "e.jpg", 40)
+    photograph(project / "photos" / ".thumbnails" / "f.jpg", 41)
+    assert describe(project).candidates == 4
+    assert describe(project, source="photos/.thumbnails").candidates == 2
+
+
+def test_a_path_that_the_system_refuses_is_one_short_line(project: Path) -> None:
+    folder, name = os.open(project / "photos", os.O_RDONLY), "d" * 200
+    for _ in range(25):
+        os.mkdir(name, dir_fd=folder)
+        inner = os.open(name, os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
+    with pytest.raises(ValueError, match=r"\.\.\..*: File name too long; every folder") as caught:
+        describe(project)
+    assert len(str(caught.value)) < 400
+
+
 def test_the_table_that_would_come_is_known_without_opening_a_file(project: Path) -> None:
     assert known_table(settings(**HASHED), project) is None
     describe(project, **HASHED)
@@ -310,8 +340,9 @@ def reference_names(folder: Path, values: IngestSettings) -> Iterator[str]:
     """Candidates as one thread finds them."""
     for current, folders, names in os.walk(folder):
         here = Path(current)
+        folders[:] = [name for name in folders if name[0] != "." and name != "@eaDir"]
         for name in names:
-            if Path(name).suffix.lower() in values.extensions:
+            if name[0] != "." and Path(name).suffix.lower() in values.extensions:
                 yield (here / name).relative_to(folder).as_posix()
         if not values.recursive:
             return
@@ -324,7 +355,11 @@ NAMES = st.sampled_from(
     ["a.jpg", "b.JPG", ".jpg", "..jpg", "c", "d.txt", "e.jpg.txt", " .png", "湖.webp", "x\n.jpg"]
 )
 TREES = st.lists(
-    st.tuples(st.sampled_from(["", "one", "two.jpg", "one/three"]), NAMES, st.sampled_from("fdl")),
+    st.tuples(
+        st.sampled_from(["", "one", "two.jpg", "one/three", ".git", "one/@eaDir"]),
+        NAMES,
+        st.sampled_from("fdl"),
+    ),
     min_size=1,
     max_size=12,
 )
