@@ -7,7 +7,7 @@ write_decision(decision, root / "data" / "promote")
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,15 @@ def trained_models(settings: Settings) -> dict[str, Path]:
     }
 
 
-def decide_promotion(root: Path, settings: Settings) -> dict[str, Any]:
+def decide_promotion(
+    root: Path, settings: Settings, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """The gate's decision on the evaluated models, with the folders that it is about.
 
     Args:
         root: repository root; `data/evaluate` and the models' folders are read.
         settings: all settings.
+        say: gets the power of each comparison before it is decided.
 
     Returns:
         JSON-ready: what `gate.decide` returns, and `paths`.
@@ -51,6 +54,7 @@ def decide_promotion(root: Path, settings: Settings) -> dict[str, Any]:
         candidate=pd.read_parquet(evaluated / "scores.parquet"),
         baseline=baseline_scores(root, settings.promote.baseline),
         seed=settings.project.seed,
+        say=say,
     )
     return decision | {"paths": {kind: folder.as_posix() for kind, folder in models.items()}}
 

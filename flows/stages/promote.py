@@ -28,7 +28,7 @@ def run(context: StageContext) -> StageResult:
     context.input("vae", "autoencoder")
     context.input("dit_stage2", settings.generate.weights)
     try:
-        decision = decide_promotion(context.root, settings)
+        decision = decide_promotion(context.root, settings, print)
     except BaselineUnusable as problem:
         raise StageFailed(f"{context.stage}: {problem}") from None
     wanted = promotions(context.root, decision, settings.project.name)

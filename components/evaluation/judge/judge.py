@@ -28,11 +28,11 @@ from components.chat.request_cache import RequestCache
 from components.chat.spending import Budget, CostCapReached
 from components.evaluation.judge.exhibits import EXHIBITS_VERSION, exhibits
 from components.evaluation.judge.prompts import AnswerInvalid, Verdict, judge_prompt, parse_verdict
-from components.evaluation.statistics.bootstrap import FEWEST_STUDENTISED_CLUSTERS, mean_interval
 from components.evaluation.statistics.bradley_terry import Judged, fit_bradley_terry
 from components.images.arrays import ImageArray
 from components.images.decoding import ImageUndecodable, read_rgb
 from components.settings.captions import EndpointSettings
+from components.statistics.shares import wilson_interval
 from components.telemetry.progress import track
 
 _ATTEMPTS = 3
@@ -183,11 +183,11 @@ def judge_pairs(
                 client.close()
 
 
-def summarise(judgements: Sequence[Judgement], *, resamples: int, seed: int) -> dict[str, Any]:
+def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
     """Counts, win rate and Bradley-Terry strengths of each question, JSON-ready.
 
-    The win rate counts a tie as half; it and all intervals take prompts as units. With fewer
-    than 6 answered prompts there is no interval, and fewer than 2 give no strengths.
+    The win rate counts a tie as half and weighs prompts alike; it (Wilson) and all intervals take
+    prompts as units. Fewer than 2 answered prompts give no strengths.
     """
     summary: dict[str, Any] = {}
     for name in dict.fromkeys(one.question for one in judgements):
@@ -201,13 +201,16 @@ def summarise(judgements: Sequence[Judgement], *, resamples: int, seed: int) -> 
         part["problems"] = sorted({one.problem for one in asked if one.problem})
         points = [{"a": 1.0, "b": 0.0, "tie": 0.5}[one.outcome] for one in answered]
         prompts = [one.pair.prompt for one in answered]
-        part["win_rate_a"] = float(np.mean(points)) if points else None
-        if len(set(prompts)) >= FEWEST_STUDENTISED_CLUSTERS:
-            # Percentile: a rate's interval must stay within [0, 1].
-            estimate = mean_interval(
-                points, clusters=prompts, resamples=resamples, seed=seed, method="percentile"
-            )
-            part["win_rate_interval"] = [estimate.low, estimate.high]
+        if points:
+            # Prompts are the units: several pictures of one say little more than one.
+            by_prompt: dict[str, list[float]] = {}
+            for prompt, point in zip(prompts, points, strict=True):
+                by_prompt.setdefault(prompt, []).append(point)
+            rate = float(np.mean([np.mean(of_one) for of_one in by_prompt.values()]))
+            part["win_rate_a"] = rate
+            part["win_rate_interval"] = list(wilson_interval(rate, len(by_prompt)))
+        else:
+            part["win_rate_a"] = None
         if len(set(prompts)) >= 2:
             fitted = fit_bradley_terry([row for one in answered for row in _rows(one)])
             # The parametrisation puts a at 0: what is reported is a's lead over b.

@@ -78,8 +78,7 @@ def _estimate_cell(table: pd.DataFrame, system: str, metric: str, settings: Sett
         resamples=settings.evaluate.bootstrap_resamples,
         seed=settings.project.seed,
     )
-    # The interval is one of a mean, so a ratio of sums gets none.
-    if estimate is None or metric == "compression_ratio":
+    if estimate is None:
         return Cell(fixed(value, metric))
     return Cell(
         fixed(value, metric), f"{fixed(estimate.low, metric)} to {fixed(estimate.high, metric)}"

@@ -283,7 +283,7 @@ class Paired:
 
     system: str
     rows: tuple[tuple[Comparison, str], ...]
-    """With "better", "worse" or an empty text."""
+    """With what `verdict` says."""
     sets: tuple[tuple[SetComparison, float, str], ...]
     """Distances to the reference set, with the corrected p-value and the same."""
     refusals: tuple[Refusal, ...]
@@ -302,7 +302,18 @@ def _paired(evaluation: Evaluation, baseline: str, options: ReportOptions) -> li
     return [
         Paired(
             one.system,
-            tuple((c, verdict(c.metric, c.difference.mean, c.adjusted_p)) for c in one.comparisons),
+            tuple(
+                (
+                    c,
+                    verdict(
+                        c.metric,
+                        c.difference.mean,
+                        c.adjusted_p,
+                        (c.difference.low, c.difference.high),
+                    ),
+                )
+                for c in one.comparisons
+            ),
             tuple((s, p, verdict(s.metric, s.difference, p)) for s, p in one.sets),
             one.refusals,
         )

@@ -116,7 +116,12 @@ def fit_bradley_terry(judged: Sequence[Judged]) -> BradleyTerry:
     covariance = bread @ (scores.T @ scores) @ bread * len(prompts) / (len(prompts) - 1)
     from scipy.stats import t
 
-    half = t.ppf(0.975, len(prompts) - 1) * np.sqrt(np.diag(covariance))
+    # Answers that agree to the last one have residuals that cancel, and the sandwich would call a
+    # strength certain that nothing was learnt about (a judge that always says A): never less than
+    # the model's own variance. A repeated answer is the same observation again.
+    repeats = len(judged) / len({(one.first, one.second, one.prompt) for one in judged})
+    variance = np.maximum(np.diag(covariance), np.diag(bread) * repeats)
+    half = t.ppf(0.975, len(prompts) - 1) * np.sqrt(variance)
     fitted = [
         Strength(float(v), float(v - h), float(v + h))
         for v, h in zip(parameters, half, strict=True)

@@ -8,7 +8,7 @@ absolute bounds, and non-inferiority to a baseline once there is one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -46,6 +46,7 @@ def decide(
     candidate: pd.DataFrame | None = None,
     baseline: pd.DataFrame | None = None,
     seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Decide whether the models behind `metrics` may take the alias `settings.alias`.
 
@@ -57,6 +58,7 @@ def decide(
         candidate: scores table behind `metrics`; needed with a baseline.
         baseline: scores table of the baseline; None: there is none yet.
         seed: of the bootstrap.
+        say: gets the power of each comparison before it is decided.
 
     Returns:
         JSON-ready `{promoted, alias, rules: [{name, kind, value, threshold, passed, margin, ...}],
@@ -73,7 +75,7 @@ def decide(
         # A baseline with nothing to hold against it must not pass for "no baseline".
         if candidate is None:
             raise ValueError("a baseline needs the candidate's scores table beside it")
-        rules += judge_non_inferiority(baseline, candidate, settings, seed)
+        rules += judge_non_inferiority(baseline, candidate, settings, seed, say)
     return {
         # All rules were judged before, also after one had failed: whoever repairs the model wants
         # every reason at once.

@@ -1,15 +1,17 @@
 """Non-inferiority to a baseline: the paired lower bound of each metric against its margin.
 
 A rule holds when the candidate may, with the stated confidence, be worse than the baseline by less
-than the margin. Bound and p-value come from the same studentised bootstrap over prompts, so they
-never disagree, and Holm's steps run over the rules.
+than the margin. Bound and p-value come from the same studentised bootstrap over prompts, guarded by
+Student's t as every interval of a page is (`bootstrap.mean_interval`), so they never disagree, and
+Holm's steps run over the rules.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.special import stdtr
 
-from components.evaluation.statistics.bootstrap import ClusterSums, cluster_sums, studentised_draws
+from components.evaluation.statistics.bootstrap import (
+    ClusterSums,
+    cluster_sums,
+    student_quantile,
+    studentised_draws,
+)
 from components.evaluation.statistics.comparison import ComparisonInvalid, paired_scores
-from components.evaluation.statistics.power import minimum_detectable_effect
+from components.evaluation.statistics.power import (
+    minimum_detectable_effect,
+    non_inferiority_power,
+)
 from components.metrics.cards import card
 from components.settings.evaluation import BaselineSettings, NonInferioritySettings, PromoteSettings
 
@@ -45,7 +56,9 @@ class _Evidence:
         # +1 in both: the observed sample is one of its own resamples, so p is never 0.
         # "left": a draw that equals the observed room counts against the candidate.
         above = self.draws.size - int(np.searchsorted(self.draws, room / error, side="left"))
-        return (above + 1) / (self.draws.size + 1)
+        drawn = (above + 1) / (self.draws.size + 1)
+        # Student's upper tail, as in `lower_bound`: the worse of the two counts.
+        return max(drawn, float(stdtr(self.grouped.clusters - 1, -room / error)))
 
     def lower_bound(self, level: float) -> float:
         """Of the mean improvement; below -margin exactly where `p_value` is above `level`."""
@@ -60,7 +73,14 @@ class _Evidence:
             return -math.inf
         # The pivot is subtracted, so its upper tail gives the lower end. Where that draw is
         # infinite the bound is too, and the rule fails.
-        return self.grouped.centre - float(self.draws[self.draws.size - may_exceed - 1]) * error
+        pivot = float(self.draws[self.draws.size - may_exceed - 1])
+        reach = max(pivot, student_quantile(1.0 - level, self.grouped.clusters))
+        return self.grouped.centre - reach * error
+
+    def power(self, level: float) -> float:
+        """Chance that an equal model would pass at this size and spread."""
+        error, df = self.grouped.standard_error, self.grouped.clusters - 1
+        return non_inferiority_power(self.rule.margin, error, df, level)
 
 
 class BaselineUnusable(ValueError):
@@ -95,7 +115,8 @@ def baseline_scores(root: Path, baseline: BaselineSettings | None) -> pd.DataFra
             f"{baseline.scores} has sha256 {digest}, promote.baseline.sha256 says "
             f"{baseline.sha256}; restore the file, or set the new digest on purpose"
         )
-    return pd.read_parquet(path)
+    # From the bytes that were checked: a second reading could meet another file.
+    return pd.read_parquet(io.BytesIO(data))
 
 
 def rule_name(rule: NonInferioritySettings) -> str:
@@ -180,12 +201,17 @@ def _judged(evidence: _Evidence, level: float) -> dict[str, Any]:
         "n": n,
         "prompts": evidence.grouped.clusters,
         "detectable": evidence.detectable,
+        "power": evidence.power(level),
         "reason": reason,
     }
 
 
 def judge_non_inferiority(
-    baseline: pd.DataFrame, candidate: pd.DataFrame, settings: PromoteSettings, seed: int
+    baseline: pd.DataFrame,
+    candidate: pd.DataFrame,
+    settings: PromoteSettings,
+    seed: int,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Judge every rule of `settings.non_inferiority`.
 
@@ -194,6 +220,7 @@ def judge_non_inferiority(
         candidate: the same of the models that ask for promotion.
         settings: rules, significance, resamples and correction.
         seed: of the bootstrap.
+        say: gets each rule's power before any is decided.
 
     Returns:
         JSON-ready rules in the order of the settings. `value` is the lower bound of the mean
@@ -209,6 +236,15 @@ def judge_non_inferiority(
             # Kept out of Holm's count: it fails at any level, so it must not make the others
             # harder.
             judged[index] = _refused(rule, str(problem))
+    # At the hardest level of the correction, which does not depend on what was found.
+    hardest = settings.significance / max(1, len(gathered) if settings.correction == "holm" else 1)
+    for evidence in gathered.values():
+        prompts = evidence.grouped.clusters
+        say(
+            f"{rule_name(evidence.rule)}: with {prompts} prompts, a model as good as the baseline "
+            f"passes the margin of {evidence.rule.margin:g} in {evidence.power(hardest):.0%} of "
+            "cases"
+        )
     for index, level in _levels(gathered, settings):
         judged[index] = _judged(gathered[index], level)
     # Holm's order is by p-value; a reader expects that of the settings.

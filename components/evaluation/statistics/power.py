@@ -27,6 +27,25 @@ def paired_power(effect: float, standard_error: float, df: int, alpha: float) ->
     return float(nct.sf(critical, df, shift) + nct.cdf(-critical, df, shift))
 
 
+def non_inferiority_power(margin: float, standard_error: float, df: int, level: float) -> float:
+    """Chance that a model that is truly equal to the baseline passes a rule of non-inferiority.
+
+    Of the one-sided t-test (Julious 2004): the lower bound of a true difference of 0 lies above
+    -margin.
+
+    Args:
+        margin: >= 0, in the metric's unit.
+        standard_error: of the mean difference, >= 0.
+        df: independent prompts minus 1, >= 1.
+        level: one-sided, in (0, 1).
+    """
+    from scipy.stats import nct, t
+
+    if standard_error == 0.0:
+        return 1.0
+    return float(nct.sf(t.ppf(1.0 - level, df), df, margin / standard_error))
+
+
 def minimum_detectable_effect(
     differences: Sequence[float] | npt.ArrayLike,
     *,

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from components.evaluation.statistics.bootstrap import Estimate, bootstrap_mean, paired_difference
+from components.evaluation.statistics.bootstrap import (
+    Estimate,
+    mean_interval,
+    ratio_sums,
+    sums_interval,
+)
 from components.metrics.cards import card
 from components.metrics.native.texture import set_compression_ratio
 
@@ -82,14 +87,49 @@ def values_of(table: pd.DataFrame, system: str, metric: str) -> pd.DataFrame:
     return finite
 
 
+def prompt_clusters(rows: pd.DataFrame, picture: str = "image") -> list[str]:
+    """What is independent among rows: their prompt, or the picture itself where it has none."""
+    prompts = rows["prompt"] if "prompt" in rows else pd.Series([None] * len(rows))
+    # Marked, so that a prompt that reads like a picture's name is no cluster with it.
+    return [
+        f"prompt {prompt}" if isinstance(prompt, str) else f"picture {name}"
+        for prompt, name in zip(prompts, rows[picture], strict=True)
+    ]
+
+
+def set_estimate(
+    rows: pd.DataFrame, metric: str, *, resamples: int, seed: int, picture: str = "image"
+) -> Estimate | None:
+    """`set_value` of finite rows of one metric, with its interval.
+
+    Args:
+        rows: with the columns `COLUMNS`; all of one system and metric.
+        metric: id of a card.
+        resamples: of the bootstrap.
+        seed: of it.
+        picture: column that names a picture.
+
+    Returns:
+        None with fewer than two independent prompts or pictures.
+    """
+    clusters = prompt_clusters(rows, picture)
+    if len(set(clusters)) < 2:
+        return None
+    values = rows["value"].to_numpy(dtype=np.float64)
+    if metric != "compression_ratio":
+        return mean_interval(values, clusters=clusters, resamples=resamples, seed=seed)
+    pixels = (rows["height"] * rows["width"]).to_numpy(dtype=np.float64)
+    # Raw over compressed bytes, as `set_value` has it; three bytes a pixel cancel.
+    grouped = ratio_sums(pixels, pixels / values, clusters)
+    return sums_interval(grouped, len(rows), resamples=resamples, seed=seed)
+
+
 def mean_estimate(
     table: pd.DataFrame, system: str, metric: str, *, resamples: int, seed: int
 ) -> Estimate | None:
-    """Mean and interval over images; None with fewer than two of them."""
-    values = values_of(table, system, metric)["value"].to_list()
-    if len(values) < 2:
-        return None
-    return bootstrap_mean(values, resamples=resamples, seed=seed)
+    """Number of a set and its interval over prompts; None with fewer than two of them."""
+    rows = values_of(table, system, metric)
+    return set_estimate(rows, metric, resamples=resamples, seed=seed)
 
 
 def _pairs(table: pd.DataFrame, metric: str) -> tuple[list[float], list[float]]:
@@ -105,14 +145,18 @@ def _pairs(table: pd.DataFrame, metric: str) -> tuple[list[float], list[float]]:
 def reconstruction_gain(
     table: pd.DataFrame, metric: str, *, resamples: int, seed: int
 ) -> Estimate | float | None:
-    """Paired after-minus-before: an interval from two images on, a bare number for one."""
+    """Paired after-minus-before: an interval from two images on, a bare number for one.
+
+    Both are reconstructions of one photograph, which has no prompt: photographs are the units.
+    """
     before, after = _pairs(table, metric)
     if not before:
         return None
     # A number without an interval, never one with an interval of width zero.
     if len(before) == 1:
         return after[0] - before[0]
-    return paired_difference(before, after, resamples=resamples, seed=seed)
+    differences = np.asarray(after) - np.asarray(before)
+    return mean_interval(differences, resamples=resamples, seed=seed)
 
 
 def set_value(rows: pd.DataFrame, metric: str) -> float | None:

@@ -18,7 +18,7 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class AgainstBaseline:
-    """One system's statistics; Holm runs over `comparisons` and `sets` together."""
+    """One system's statistics; Holm runs over `comparisons` and `sets` of all systems together."""
 
     system: str
     comparisons: tuple[Comparison, ...]
@@ -51,36 +51,62 @@ def against_baseline(
     by_system = {name: table[table["system"] == name] for name in systems}
     finite = set(table.loc[np.isfinite(table["value"]), "metric"])
     metrics = [c.id for c in CARDS if c.id in finite]
-    return [
-        _one(
-            system,
-            compare_systems(
-                by_system[baseline], by_system[system], metrics, resamples=resamples, seed=seed
-            ),
-            [one for one in sets if (one.baseline, one.system) == (baseline, system)],
+    found = {
+        system: compare_systems(
+            by_system[baseline], by_system[system], metrics, resamples=resamples, seed=seed
         )
         for system in systems
         if system != baseline
+    }
+    ours = [one for one in sets if one.baseline == baseline and one.system in found]
+    p_values = {
+        (system, one.metric): one.p_value
+        for system, several in found.items()
+        for one in several
+        if isinstance(one, Comparison)
+    } | {(one.system, one.metric): one.p_value for one in ours}
+    # Over the whole page: whoever looks through three systems and nine metrics for a difference
+    # looks at 27 tests, however they are spread over tables.
+    numbered = holm({str(place): p for place, p in enumerate(p_values.values())})
+    adjusted = dict(zip(p_values, numbered.values(), strict=True))
+    return [
+        AgainstBaseline(
+            system,
+            tuple(
+                replace(one, adjusted_p=adjusted[system, one.metric])
+                for one in several
+                if isinstance(one, Comparison)
+            ),
+            tuple((one, adjusted[system, one.metric]) for one in ours if one.system == system),
+            tuple(one for one in several if isinstance(one, Refusal)),
+        )
+        for system, several in found.items()
     ]
 
 
-def _one(
-    system: str, found: Sequence[Comparison | Refusal], sets: Sequence[SetComparison]
-) -> AgainstBaseline:
-    comparisons = [one for one in found if isinstance(one, Comparison)]
-    p_values = {one.metric: one.p_value for one in comparisons}
-    adjusted = holm(p_values | {one.metric: one.p_value for one in sets})
-    return AgainstBaseline(
-        system,
-        tuple(replace(one, adjusted_p=adjusted[one.metric]) for one in comparisons),
-        tuple((one, adjusted[one.metric]) for one in sets),
-        tuple(one for one in found if isinstance(one, Refusal)),
-    )
+def verdict(
+    metric: str, difference: float, adjusted_p: float, interval: tuple[float, float] | None = None
+) -> str:
+    """What may be said of a difference at the level `LEVEL`.
 
+    Args:
+        metric: id of a card.
+        difference: after - before.
+        adjusted_p: after Holm over the page.
+        interval: 95%, of this difference alone; None where there is none (sets).
 
-def verdict(metric: str, difference: float, adjusted_p: float) -> str:
-    """Either better or worse; empty where nothing was found or the metric has no direction."""
+    Returns:
+        "better" or "worse"; "differs" for a metric without direction; "not after correction" where
+        the interval alone excludes zero, and "undecided" where the test alone finds a difference,
+        so that no cell says "no difference" beside an interval without zero; else empty.
+    """
+    outside = interval is not None and not interval[0] <= 0.0 <= interval[1]
+    found = adjusted_p < LEVEL
+    if found and interval is not None and not outside:
+        return "undecided"
+    if not found:
+        return "not after correction" if outside else ""
     direction = card(metric).direction
-    if adjusted_p >= LEVEL or direction == "neither":
-        return ""
+    if direction == "neither":
+        return "differs"
     return "better" if (difference > 0) == (direction == "higher") else "worse"

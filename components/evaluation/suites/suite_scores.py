@@ -28,7 +28,6 @@ from components.evaluation.measuring.evaluation_run import (
 )
 from components.evaluation.measuring.ledger import Ledger
 from components.evaluation.statistics import scores
-from components.evaluation.statistics.bootstrap import bootstrap_mean
 from components.evaluation.statistics.comparison import Refusal
 from components.evaluation.statistics.set_comparison import SetComparison
 from components.evaluation.suites.picture_checks import (
@@ -314,7 +313,7 @@ def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def headline(table: pd.DataFrame, *, resamples: int, seed: int) -> dict[str, float]:
-    """Means with 95% intervals (from two pictures on) by system, and by stratum if several."""
+    """Means with 95% intervals (from two prompts on) by system, and by stratum if several."""
     out: dict[str, float] = {}
     strata = sorted(set(table["stratum"]))
     for system in sorted(set(table["system"])):
@@ -341,10 +340,13 @@ def _summary(
     if value is None or not math.isfinite(value):
         return {f"{name}_n": 0.0, **counts}
     out = {name: value, f"{name}_n": float(len(measured)), **counts}
-    # The set's compression ratio is a ratio of sums: no mean whose interval this would be.
-    if len(measured) >= 2 and metric != "compression_ratio":
-        estimate = bootstrap_mean(measured["value"].to_list(), resamples=resamples, seed=seed)
-        out |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    estimate = scores.set_estimate(measured, metric, resamples=resamples, seed=seed, picture="item")
+    if estimate is not None:
+        out |= {
+            f"{name}_low": estimate.low,
+            f"{name}_high": estimate.high,
+            f"{name}_prompts": float(estimate.clusters or 0),
+        }
     return out
 
 

@@ -302,20 +302,26 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
 
 
 def _cells(
-    found: Comparison | SetComparison, difference: float, adjusted: float
+    found: Comparison | SetComparison,
+    difference: float,
+    adjusted: float,
+    interval: tuple[float, float] | None = None,
 ) -> tuple[str, ...]:
     from components.evaluation.suites.against_baseline import verdict
     from components.metrics.cards import card
 
     metric = card(found.metric)
     levels = (f"{value:.{metric.decimals}f}" for value in (found.before, found.after))
+    ends = (
+        "" if interval is None else " [{:+.{d}f}, {:+.{d}f}]".format(*interval, d=metric.decimals)
+    )
     return (
         metric.name,
         *levels,
-        f"{difference:+.{metric.decimals}f}",
+        f"{difference:+.{metric.decimals}f}{ends}",
         f"{found.p_value:.2g}",
         f"{adjusted:.2g}",
-        verdict(found.metric, difference, adjusted) or "-",
+        verdict(found.metric, difference, adjusted, interval) or "-",
     )
 
 
@@ -338,7 +344,8 @@ def _show_tests(result: SuiteResult, baseline: str, resamples: int, seed: int) -
         for name in ("metric", baseline, one.system, "difference", "p", "p, Holm", "at 5%"):
             table.add_column(name, justify="left" if name == "metric" else "right")
         for found in one.comparisons:
-            table.add_row(*_cells(found, found.difference.mean, found.adjusted_p))
+            interval = found.difference.low, found.difference.high
+            table.add_row(*_cells(found, found.difference.mean, found.adjusted_p, interval))
         for distance, adjusted in one.sets:
             table.add_row(*_cells(distance, distance.difference, adjusted))
         if table.row_count:

@@ -125,7 +125,7 @@ def judge(
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 120.0,
     retries: Annotated[int, typer.Option(help="After 429, 5xx or a lost connection.")] = 4,
     max_tokens: Annotated[int, typer.Option(help="Of one answer.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of sampling and of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for results and cache.")] = Path("judged"),
 ) -> None:
     """Compare two folders of pictures by a vision-language model, in both orders."""
@@ -177,9 +177,7 @@ def judge(
         raise fail(str(problem)) from None
     except JudgeStopped as problem:
         raise fail(str(problem), 1) from None
-    summary = {"model": model, "pairs": len(pairs)} | {
-        "questions": summarise(judgements, resamples=2000, seed=seed)
-    }
+    summary = {"model": model, "pairs": len(pairs)} | {"questions": summarise(judgements)}
     rows = [
         {
             "question": one.question,

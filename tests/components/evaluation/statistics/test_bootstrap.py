@@ -1,71 +1,107 @@
-"""Known answers and properties of bootstrap means and paired differences."""
+"""How often printed intervals hold what they claim to hold, and how often a page errs at all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from components.evaluation.statistics.bootstrap import bootstrap_mean, paired_difference
+from components.evaluation.statistics.bootstrap import mean_interval
+from components.evaluation.statistics.permutation import paired_permutation
+from components.evaluation.suites.against_baseline import LEVEL, against_baseline, verdict
+from components.metrics.cards import card
+from components.statistics.multiple_tests import holm
 
-values_lists = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30)
-
-
-def test_interval_of_a_large_sample_matches_the_normal_approximation() -> None:
-    values = np.random.default_rng(0).normal(5.0, 2.0, 2000)
-    estimate = bootstrap_mean(values, resamples=4000, seed=1)
-    half_width = 1.96 * values.std() / np.sqrt(values.size)
-    assert estimate.mean == pytest.approx(values.mean(), abs=1e-12)
-    assert estimate.low == pytest.approx(values.mean() - half_width, abs=0.1 * half_width)
-    assert estimate.high == pytest.approx(values.mean() + half_width, abs=0.1 * half_width)
-    assert estimate.n == 2000
+Generator = np.random.Generator
+PER_PROMPT = 4
+SHAPES: dict[str, tuple[Callable[[Generator, int], np.ndarray], float]] = {
+    "normal": (lambda rng, k: rng.normal(0.0, 1.0, k), 0.0),
+    "exponential": (lambda rng, k: rng.exponential(1.0, k), 1.0),
+    "log-normal": (lambda rng, k: rng.lognormal(0.0, 0.5, k), float(np.exp(0.125))),
+}
 
 
-def test_coverage_is_close_to_nominal_over_many_samples() -> None:
-    generator = np.random.default_rng(3)
+def coverage(shape: str, clusters: int, trials: int, *, by_prompt: bool = True) -> float:
+    """Share of samples of `PER_PROMPT` pictures a prompt whose 95% interval holds the mean."""
+    draw, truth = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(clusters), PER_PROMPT).tolist()
     hits = 0
-    for trial in range(300):
-        estimate = bootstrap_mean(generator.normal(0, 1, 40), resamples=300, seed=trial)
-        hits += estimate.low <= 0.0 <= estimate.high
-    assert 0.90 <= hits / 300 <= 0.98
+    for trial in range(trials):
+        values = np.repeat(draw(rng, clusters), PER_PROMPT) + rng.normal(0, 0.25, len(labels))
+        found = mean_interval(
+            values, clusters=labels if by_prompt else None, resamples=499, seed=trial
+        )
+        hits += found.low <= truth <= found.high
+    return hits / trials
 
 
-@settings(max_examples=40, deadline=None)
-@given(values_lists)
-def test_interval_contains_the_mean_of_resamples_range_and_is_ordered(values: list[float]) -> None:
-    estimate = bootstrap_mean(values, resamples=200, seed=0)
-    assert min(values) - 1e-9 <= estimate.low <= estimate.high <= max(values) + 1e-9
+@pytest.mark.parametrize("clusters", [8, 20])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_intervals_over_prompts_cover_the_mean_as_often_as_they_say(
+    shape: str, clusters: int
+) -> None:
+    assert 0.93 <= coverage(shape, clusters, 1500) <= 0.97
 
 
-@settings(max_examples=40, deadline=None)
-@given(values_lists, st.floats(-10, 10))
-def test_a_constant_shift_is_found_exactly_by_pairs(values: list[float], shift: float) -> None:
-    moved = [value + shift for value in values]
-    estimate = paired_difference(values, moved, resamples=200, seed=0)
-    for number in (estimate.mean, estimate.low, estimate.high):
-        assert number == pytest.approx(shift, abs=1e-9)
+def test_intervals_over_pictures_would_cover_two_thirds() -> None:
+    assert coverage("normal", 20, 500, by_prompt=False) < 0.75
 
 
-def test_the_seed_decides_the_interval() -> None:
-    values = [1.0, 2.0, 4.0, 8.0]
-    first, again = (bootstrap_mean(values, resamples=500, seed=5) for _ in range(2))
-    assert first == again
-    assert first != bootstrap_mean(values, resamples=500, seed=6)
+def _page(rng: Generator, systems: int, metrics: list[str], prompts: int) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "system": f"s{system}",
+            "item": f"i{prompt}",
+            "image": f"i{prompt}.png",
+            "height": 8,
+            "width": 8,
+            "metric": metric,
+            "protocol": card(metric).protocol,
+            "value": value,
+            "prompt": f"p{prompt}",
+        }
+        for system in range(systems)
+        for metric in metrics
+        for prompt, value in enumerate(rng.normal(size=prompts))
+    )
 
 
-def test_memory_chunks_do_not_change_the_distribution_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("components.evaluation.statistics.bootstrap._CHUNK_VALUES", 7)
-    estimate = bootstrap_mean([0.0, 1.0, 2.0], resamples=500, seed=0)
-    assert 0.0 <= estimate.low < 1.0 < estimate.high <= 2.0
+def test_families_of_equal_systems_err_on_one_page_in_twenty() -> None:
+    rng = np.random.default_rng(1)
+    pages, tests, wrong, uncorrected = 2000, 6, 0, 0
+    for _ in range(pages):
+        p_values = {
+            str(number): paired_permutation(
+                np.zeros(10), rng.normal(size=10), permutations=100, seed=0
+            ).p_value
+            for number in range(tests)
+        }
+        wrong += min(holm(p_values).values()) < LEVEL
+        uncorrected += min(p_values.values()) < LEVEL
+    assert 0.04 <= wrong / pages <= 0.06
+    assert uncorrected / pages > 0.2
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [[1.0, 2.0]], [1.0, float("nan")]])
-def test_too_few_or_unmeasured_values_are_refused(values: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"at least 2 values|finite"):
-        bootstrap_mean(values, resamples=200, seed=0)
+def test_holm_runs_over_all_systems_and_metrics_of_a_page() -> None:
+    metrics = ["psnr_db", "ssim", "glcm_score"]
+    table = _page(np.random.default_rng(1), 3, metrics, 10)
+    found = against_baseline(table, ["s0", "s1", "s2"], "s0", resamples=100, seed=0)
+    raw = {f"{one.system} {c.metric}": c.p_value for one in found for c in one.comparisons}
+    assert len(raw) == 6
+    expected = holm(raw)
+    for one in found:
+        for c in one.comparisons:
+            assert c.adjusted_p == expected[f"{one.system} {c.metric}"]
 
 
-def test_pairs_of_unequal_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="equal lengths, got 2 and 3"):
-        paired_difference([1.0, 2.0], [1.0, 2.0, 3.0], resamples=200, seed=0)
+def test_no_cell_says_no_difference_beside_an_interval_without_zero() -> None:
+    assert verdict("psnr_db", 1.0, 0.2, (0.1, 1.9)) == "not after correction"
+    assert verdict("psnr_db", 1.0, 0.2, (-0.1, 1.9)) == ""
+    assert verdict("psnr_db", 1.0, 0.01, (0.1, 1.9)) == "better"
+    assert verdict("nmse", 1.0, 0.01, (0.1, 1.9)) == "worse"
+    assert verdict("psnr_db", 1.0, 0.01, (-0.1, 1.9)) == "undecided"
+    assert verdict("colourfulness", 1.0, 0.01, (0.1, 1.9)) == "differs"
+    assert verdict("psnr_db", 1.0, 0.01) == "better"

@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from components.evaluation.statistics.bootstrap import (
-    bootstrap_mean,
+    _bca_levels,
     cluster_sums,
     mean_interval,
+    ratio_sums,
     studentised_draws,
+    sums_interval,
 )
 
-METHODS = ("percentile", "bca", "studentised")
+METHODS = ("percentile", "bca", "studentised", "guarded")
 SKEWED = np.random.default_rng(5).lognormal(0.0, 1.0, 40)
 values_lists = st.lists(st.floats(-1e3, 1e3), min_size=8, max_size=20)
 
@@ -85,10 +87,50 @@ def test_equal_values_have_an_interval_of_one_point() -> None:
         assert (estimate.low, estimate.mean, estimate.high) == (2.5, 2.5, 2.5)
 
 
-def test_percentile_equals_the_plain_bootstrap() -> None:
-    ours = mean_interval(SKEWED, resamples=300, seed=9, method="percentile")
-    plain = bootstrap_mean(SKEWED, resamples=300, seed=9)
-    assert (ours.low, ours.high) == pytest.approx((plain.low, plain.high), rel=0.05)
+def test_a_guarded_interval_contains_the_studentised_one_and_students() -> None:
+    guarded = mean_interval(SKEWED, resamples=999, seed=1)
+    drawn = mean_interval(SKEWED, resamples=999, seed=1, method="studentised")
+    half = stats.t.ppf(0.975, SKEWED.size - 1) * stats.sem(SKEWED)
+    assert guarded.low == pytest.approx(min(drawn.low, SKEWED.mean() - half), rel=1e-12)
+    assert guarded.high == pytest.approx(max(drawn.high, SKEWED.mean() + half), rel=1e-12)
+    assert guarded.high > SKEWED.mean() + half
+
+
+def test_with_few_prompts_the_interval_is_students() -> None:
+    values, labels = [1.0, 1.2, 4.0, 4.4, 2.0, 2.4], ["a", "a", "b", "b", "c", "c"]
+    found = mean_interval(values, clusters=labels, resamples=100, seed=0)
+    expected = stats.t.interval(
+        0.95, 2, *(lambda m: (m.mean(), stats.sem(m)))(np.array([1.1, 4.2, 2.2]))
+    )
+    assert (found.low, found.high) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_ratio_of_sums_has_the_delta_methods_error() -> None:
+    rng = np.random.default_rng(2)
+    pixels = rng.uniform(1.0, 4.0, 400)
+    compressed = pixels / rng.uniform(5.0, 15.0, 400)
+    grouped = ratio_sums(pixels, compressed, list(range(400)))
+    assert grouped.centre == pytest.approx(pixels.sum() / compressed.sum(), rel=1e-12)
+    # Of the same ratio by the jackknife.
+    left_out = (pixels.sum() - pixels) / (compressed.sum() - compressed)
+    jackknife = np.sqrt(399 / 400 * np.square(left_out - left_out.mean()).sum())
+    assert grouped.standard_error == pytest.approx(jackknife, rel=0.01)
+    found = sums_interval(grouped, 400, resamples=2000, seed=0)
+    assert found.high - found.low == pytest.approx(2 * 1.97 * jackknife, rel=0.1)
+    equal = ratio_sums(pixels, np.ones(400), list(range(400)))
+    assert equal.standard_error == pytest.approx(cluster_sums(pixels).standard_error, rel=1e-12)
+
+
+def test_bca_levels_are_numbers_where_all_draws_lie_on_one_side_or_the_pole_is_passed() -> None:
+    grouped = cluster_sums(SKEWED)
+    levels = np.array([0.025, 0.975])
+    for means in (np.full(200, -1.0), np.full(200, 1.0)):
+        corrected = _bca_levels(grouped, means, levels)
+        assert np.isfinite(corrected).all()
+        assert (np.diff(corrected) >= 0).all()
+    extreme = cluster_sums([0.0] * 49 + [1e6])
+    for means in (np.full(200, -1.0), np.full(200, 1.0), np.linspace(-1, 1, 200)):
+        assert np.isfinite(_bca_levels(extreme, means, np.array([1e-9, 1 - 1e-9]))).all()
 
 
 def test_the_seed_decides_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
