@@ -7,34 +7,32 @@ machine paths and no dates: the same evaluation and options give the same bytes.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from markupsafe import Markup
 
 from components.evaluation.pages.charts import Series, line_chart
+from components.evaluation.pages.evaluation_files import (
+    Evaluation,
+    EvaluationIncomplete,
+    read_evaluation,
+)
 from components.evaluation.pages.report_page import (
     RULE_NAMES,
     SCRIPTS,
     STYLES,
-    Cell,
     ImageRow,
     ImageTable,
-    Row,
-    Table,
     Tile,
     assets,
     column_name,
     environment,
     fixed,
-    published_rows,
 )
 from components.evaluation.pages.report_pictures import Source
 from components.evaluation.pages.suite_pictures import (
@@ -43,15 +41,13 @@ from components.evaluation.pages.suite_pictures import (
     PictureOptions,
     build_viewer,
 )
+from components.evaluation.pages.suite_tables import metric_tables
 from components.evaluation.statistics.comparison import Comparison, Refusal
 from components.evaluation.statistics.set_comparison import SetComparison
 from components.evaluation.statistics.worst_cases import WorstCase, by_rank, worst_cases
 from components.evaluation.suites.against_baseline import against_baseline, verdict
-from components.evaluation.suites.suite_scores import count_note
 from components.evaluation.viewer import Viewer
 from components.metrics.cards import CARDS, status
-from components.metrics.metric_card import MetricCard
-from components.metrics.published import TABLES_OF_SUITE
 
 REFERENCE = "reference"
 """What the viewer calls the pictures that pair metrics compare with."""
@@ -60,51 +56,6 @@ _ROW_LIMIT = 2000
 _MOST_BINS = 24
 _PAGE_RESERVE_BYTES = 3_000_000
 """Of the budget, for everything that is not a picture."""
-
-
-class EvaluationIncomplete(ValueError):
-    """A folder without what `ultraflux evaluate` writes; one line with the fix."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `ultraflux evaluate` wrote."""
-
-    suite: str
-    protocol: str
-    items: int
-    metrics: dict[str, float]
-    unavailable: dict[str, str]
-    failed_systems: dict[str, str]
-    table: pd.DataFrame
-    scores_sha256: str
-    pictures: list[dict[str, str]]
-    set_comparisons: tuple[SetComparison, ...] = ()
-    """Of `ultraflux evaluate --baseline NAME`."""
-    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By system: pictures of each measured size."""
-    other_sizes: dict[str, str] = field(default_factory=dict)
-    """Systems that were not measured at the suite's sizes, and how."""
-    notes: tuple[str, ...] = ()
-    """How pictures were matched, read and taken over."""
-
-    @property
-    def systems(self) -> tuple[str, ...]:
-        """Names in the order in which they were evaluated."""
-        return tuple(dict.fromkeys(picture["system"] for picture in self.pictures))
-
-    @property
-    def image_metrics(self) -> list[MetricCard]:
-        """Cards of metrics with a finite value of some picture, in the order of the cards."""
-        finite = self.table.loc[np.isfinite(self.table["value"]), "metric"]
-        return [c for c in CARDS if c.id in set(finite)]
-
-    @property
-    def measured(self) -> list[str]:
-        """Ids with a number for some system, in the order of the cards."""
-        endings = {name.rsplit(".", 1)[-1] for name in self.metrics}
-        names = endings | {name.removesuffix("_infinite") for name in endings}
-        return [c.id for c in CARDS if c.id in names]
 
 
 @dataclass(frozen=True)
@@ -129,47 +80,6 @@ class SuiteReport:
     held: Held
 
 
-def read_evaluation(folder: Path) -> Evaluation:
-    """What `ultraflux evaluate` left in `folder`.
-
-    Raises:
-        EvaluationIncomplete: a file is missing or not readable.
-    """
-    try:
-        description = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        scores = (folder / "scores.parquet").read_bytes()
-        # Only "\n" ends a line: splitlines() would also split at separators inside a prompt.
-        lines = (folder / "pictures.jsonl").read_text(encoding="utf-8").split("\n")
-        table = pd.read_parquet(io.BytesIO(scores))
-        digest = hashlib.sha256(scores).hexdigest()
-        if description.get("scores_sha256", digest) != digest:
-            raise ValueError("scores.parquet is of another run than metrics.json")
-        return Evaluation(
-            suite=description["suite"],
-            protocol=description["protocol"],
-            items=int(description["items"]),
-            metrics=description["metrics"],
-            unavailable=description["unavailable"],
-            failed_systems=description["failed_systems"],
-            table=table,
-            scores_sha256=digest,
-            pictures=[json.loads(line) for line in lines if line.strip()],
-            set_comparisons=tuple(
-                SetComparison(**one) for one in description.get("set_comparisons", ())
-            ),
-            sizes=description.get("sizes", {}),
-            other_sizes=description.get("other_sizes", {}),
-            notes=tuple(description.get("notes", ())),
-        )
-    except (OSError, KeyError, TypeError, ValueError) as problem:
-        detail = f"{problem.strerror}" if isinstance(problem, OSError) else f"{problem}"
-        name = Path(str(getattr(problem, "filename", "") or "")).name
-        raise EvaluationIncomplete(
-            f"{folder}: not an evaluation ({name + ': ' if name else ''}{detail}); make one with "
-            "ultraflux evaluate SUITE --system NAME=SPEC --out FOLDER"
-        ) from None
-
-
 def _item_sources(evaluation: Evaluation, root: Path) -> list[ItemSources]:
     """Files by item, references first where pair metrics were measured."""
     with_reference = any(c.needs == "pair" for c in evaluation.image_metrics)
@@ -185,96 +95,6 @@ def _item_sources(evaluation: Evaluation, root: Path) -> list[ItemSources]:
             digest = hashlib.sha256((root / reference).read_bytes()).hexdigest()
             entry.sources[REFERENCE] = Source(root / reference, digest)
     return list(items.values())
-
-
-def _cell(evaluation: Evaluation, prefix: str, metric: str) -> Cell:
-    name = f"{prefix}.{metric}"
-    values = evaluation.metrics
-    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
-    interval = (
-        "" if low is None or high is None else f"{fixed(low, metric)} to {fixed(high, metric)}"
-    )
-    value, note = fixed(values.get(name), metric), count_note(values, name)
-    if not note:
-        return Cell(value, interval)
-    # An infinite value is the best there is: it stands first, the mean over the others below.
-    others = f"; the others {value} {f'({interval})' if interval else ''}".rstrip()
-    return Cell("∞", note + (others if name in values else ""))
-
-
-def _strata(evaluation: Evaluation) -> list[str]:
-    """Strata of the suite, if several."""
-    strata = sorted(set(evaluation.table["stratum"]))
-    return strata if len(strata) > 1 else []
-
-
-def _ours(
-    evaluation: Evaluation, systems: Sequence[str], metrics: Sequence[str], stratum: str = ""
-) -> list[Row]:
-    """A row per system, over all of its pictures or those of one stratum."""
-    rows = []
-    for index, system in enumerate(systems):
-        scores = evaluation.table[evaluation.table["system"] == system]
-        prefix, name = system, system
-        if stratum:
-            scores = scores[scores["stratum"] == stratum]
-            prefix, name = f"{system}.{stratum}", f"{stratum}, {system}"
-        cells = tuple(_cell(evaluation, prefix, metric) for metric in metrics)
-        label = f"{name} (n = {scores['item'].nunique()})"
-        rows.append(Row(label, cells, first_ours=index == 0))
-    return rows
-
-
-def _table(
-    evaluation: Evaluation,
-    caption: str,
-    columns: tuple[str, ...],
-    metrics: Sequence[str],
-    *,
-    source: str = "",
-    published: Sequence[Row] = (),
-    systems: Sequence[str] | None = None,
-) -> Table:
-    strata = _strata(evaluation)
-    if systems is None:
-        systems = [name for name in evaluation.systems if name not in evaluation.other_sizes]
-    return Table(
-        caption,
-        source,
-        "System",
-        columns,
-        (*published, *_ours(evaluation, systems, metrics)),
-        tuple(row for stratum in strata for row in _ours(evaluation, systems, metrics, stratum)),
-        len(strata),
-    )
-
-
-def _tables(evaluation: Evaluation) -> list[Table]:
-    """The paper's layout where the suite has one, and a table of all other metrics."""
-    tables = []
-    rest = evaluation.measured
-    paper = TABLES_OF_SUITE.get(evaluation.suite)
-    if paper is not None:
-        tables.append(
-            _table(
-                evaluation,
-                paper.caption,
-                paper.columns,
-                paper.metrics,
-                source=paper.source,
-                published=published_rows(paper),
-            )
-        )
-        rest = [metric for metric in rest if metric not in paper.metrics]
-    if rest:
-        columns = tuple(column_name(metric) for metric in rest)
-        caption = "Means over pictures, 95% intervals below; the compression ratio is of the set"
-        tables.append(_table(evaluation, caption, columns, rest))
-    columns = tuple(column_name(metric) for metric in evaluation.measured)
-    for system, sizes in evaluation.other_sizes.items():
-        caption = f"Not at the suite's sizes, so not comparable with it: {sizes}"
-        tables.append(_table(evaluation, caption, columns, evaluation.measured, systems=(system,)))
-    return tables
 
 
 @dataclass(frozen=True)
@@ -489,7 +309,7 @@ def build_suite_report(
             js=assets(SCRIPTS),
             sections=[(key, name) for key, name, shown in sections if shown],
             tiles=_tiles(evaluation, baseline, held),
-            tables=_tables(evaluation),
+            tables=metric_tables(evaluation),
             paired=paired,
             fixed=fixed,
             column_name=column_name,

@@ -1,0 +1,107 @@
+"""The metric tables of an evaluation's page: the papers' layout, ours, and sizes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from components.evaluation.pages.evaluation_files import Evaluation
+from components.evaluation.pages.report_page import (
+    Cell,
+    Row,
+    Table,
+    column_name,
+    fixed,
+    published_rows,
+)
+from components.evaluation.suites.suite_scores import count_note
+from components.metrics.published import TABLES_OF_SUITE
+
+
+def _cell(evaluation: Evaluation, prefix: str, metric: str) -> Cell:
+    name = f"{prefix}.{metric}"
+    values = evaluation.metrics
+    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+    interval = (
+        "" if low is None or high is None else f"{fixed(low, metric)} to {fixed(high, metric)}"
+    )
+    value, note = fixed(values.get(name), metric), count_note(values, name)
+    if not note:
+        return Cell(value, interval)
+    # An infinite value is the best there is: it stands first, the mean over the others below.
+    others = f"; the others {value} {f'({interval})' if interval else ''}".rstrip()
+    return Cell("∞", note + (others if name in values else ""))
+
+
+def _strata(evaluation: Evaluation) -> list[str]:
+    """Strata of the suite, if several."""
+    strata = sorted(set(evaluation.table["stratum"]))
+    return strata if len(strata) > 1 else []
+
+
+def _ours(
+    evaluation: Evaluation, systems: Sequence[str], metrics: Sequence[str], stratum: str = ""
+) -> list[Row]:
+    """A row per system, over all of its pictures or those of one stratum."""
+    rows = []
+    for index, system in enumerate(systems):
+        scores = evaluation.table[evaluation.table["system"] == system]
+        prefix, name = system, system
+        if stratum:
+            scores = scores[scores["stratum"] == stratum]
+            prefix, name = f"{system}.{stratum}", f"{stratum}, {system}"
+        cells = tuple(_cell(evaluation, prefix, metric) for metric in metrics)
+        label = f"{name} (n = {scores['item'].nunique()})"
+        rows.append(Row(label, cells, first_ours=index == 0))
+    return rows
+
+
+def _table(
+    evaluation: Evaluation,
+    caption: str,
+    columns: tuple[str, ...],
+    metrics: Sequence[str],
+    *,
+    source: str = "",
+    published: Sequence[Row] = (),
+    systems: Sequence[str] | None = None,
+) -> Table:
+    strata = _strata(evaluation)
+    if systems is None:
+        systems = [name for name in evaluation.systems if name not in evaluation.other_sizes]
+    return Table(
+        caption,
+        source,
+        "System",
+        columns,
+        (*published, *_ours(evaluation, systems, metrics)),
+        tuple(row for stratum in strata for row in _ours(evaluation, systems, metrics, stratum)),
+        len(strata),
+    )
+
+
+def metric_tables(evaluation: Evaluation) -> list[Table]:
+    """The paper's layout where the suite has one, and a table of all other metrics."""
+    tables = []
+    rest = evaluation.measured
+    paper = TABLES_OF_SUITE.get(evaluation.suite)
+    if paper is not None:
+        tables.append(
+            _table(
+                evaluation,
+                paper.caption,
+                paper.columns,
+                paper.metrics,
+                source=paper.source,
+                published=published_rows(paper),
+            )
+        )
+        rest = [metric for metric in rest if metric not in paper.metrics]
+    if rest:
+        columns = tuple(column_name(metric) for metric in rest)
+        caption = "Means over pictures, 95% intervals below; the compression ratio is of the set"
+        tables.append(_table(evaluation, caption, columns, rest))
+    columns = tuple(column_name(metric) for metric in evaluation.measured)
+    for system, sizes in evaluation.other_sizes.items():
+        caption = f"Not at the suite's sizes, so not comparable with it: {sizes}"
+        tables.append(_table(evaluation, caption, columns, evaluation.measured, systems=(system,)))
+    return tables
