@@ -18,7 +18,8 @@ from PIL import Image
 from components.files.whole_files import write_text
 from components.generation import sampling
 from components.generation.contact_sheet import contact_sheet
-from components.models.loading.memory_modes import MemoryModes
+from components.generation.held_weights import encoder_loader
+from components.models.loading.memory_modes import memory_modes
 from components.models.loading.released import source_digests
 from components.settings.schema import Settings
 
@@ -94,15 +95,17 @@ def generate_held_out(
     digests = source_digests(sources)
     sampler = sampling.sampler_settings(settings)
     sizes = settings.generate.sizes
+    device, memory = settings.runtime.device, memory_modes(settings.generate.memory)
+    memory.check(sampler.quantisation, sampler.text_quantisation)
+    encoders = encoder_loader(sources, sampler, device=device, memory=memory)
     generations = sampling.generate_images(
-        lambda: sampling.load_model(
-            sources, sampler, device=settings.runtime.device, memory=MemoryModes()
-        ),
+        lambda: sampling.load_model(sources, sampler, device=device, memory=memory),
         sampling.make_requests(prompts, sizes, settings.generate.seed),
         finished,
         sampler=sampler,
         digests=digests,
         description=description,
+        load_encoders=encoders if memory.text_first else None,
     )
     return HeldOutImages(generations, finished, len(prompts), len(sizes), digests)
 

@@ -24,6 +24,7 @@ from components.generation.image_metadata import (
     save_with_metadata,
     software_version,
 )
+from components.settings.models import Quantisation
 from components.settings.schema import Settings
 from components.telemetry.progress import track
 
@@ -73,6 +74,19 @@ class SamplerSettings:
     dtype: DtypeName = "float32"
     vae_tiling: bool = False
     """Tiles are blended: close to the whole decode, not equal."""
+    quantisation: Quantisation = "none"
+    """Of the transformer's blocks."""
+    text_quantisation: Quantisation = "none"
+    """Of the text encoders' blocks."""
+
+    def deciding(self) -> dict[str, Any]:
+        """Values by name, without rounding that is off.
+
+        Pictures from before there was such a choice keep their identity.
+        """
+        off = ("quantisation", "text_quantisation")
+        values = asdict(self).items()
+        return {key: value for key, value in values if key not in off or value != "none"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,7 @@ def request_key(
         "seed": request.seed,
         "height": request.height,
         "width": request.width,
-        "sampler": asdict(sampler),
+        "sampler": sampler.deciding(),
         "weights": digests,
     }
     if request.image is not None:
@@ -202,17 +216,22 @@ def load_model(
     """
     import torch
 
+    from components.generation.held_weights import round_pipeline
     from components.models.loading.memory_modes import place_pipeline
     from components.models.loading.released import load_pipeline
 
+    # Said before gigabytes are read.
+    memory.check(sampler.quantisation, sampler.text_quantisation)
+    dtype = getattr(torch, sampler.dtype)
     pipeline = load_pipeline(
         sources,
-        dtype=getattr(torch, sampler.dtype),
+        dtype=dtype,
         with_encoders=not memory.text_first,
         schedule=sampler.schedule,
         shift=sampler.shift,
         **options,
     )
+    round_pipeline(pipeline, sampler, dtype, device if memory.offload == "none" else "cpu")
     place_pipeline(pipeline, memory, device)
     return pipeline
 
@@ -226,6 +245,9 @@ def sampler_settings(settings: Settings) -> SamplerSettings:
         max_sequence_length=settings.models.text_encoders.max_sequence_length,
         schedule=settings.generate.schedule,
         dtype=default_dtype(settings),
+        vae_tiling="vae-tiling" in settings.generate.memory,
+        quantisation=settings.models.transformer.quantisation,
+        text_quantisation=settings.models.text_encoders.quantisation,
     )
 
 
@@ -253,7 +275,7 @@ def _fields(
         "seed": str(request.seed),
         "size": f"{request.height}x{request.width}",
         **start,
-        **{name: str(value) for name, value in asdict(sampler).items()},
+        **{name: str(value) for name, value in sampler.deciding().items()},
         **{f"sha256_{name}": digest for name, digest in sorted(digests.items())},
         "software": software_version(),
         KEY_CHUNK: key,

@@ -75,7 +75,12 @@ _SHAPE = (
 )
 """Of a stage's own section: they decide which tensors a checkpoint holds."""
 _NETWORKS = ("models.autoencoder", "models.transformer")
-_MAY_MOVE = ("models.transformer.rope_variant", "models.transformer.rope_window")
+_MAY_MOVE = (
+    "models.transformer.rope_variant",
+    "models.transformer.rope_window",
+    # A checkpoint holds what is trained, and rounded weights are frozen.
+    "models.transformer.quantisation",
+)
 
 
 def shapes_state(stage: str, name: str) -> bool:

@@ -14,6 +14,8 @@ from components.settings.section import (
     Section,
 )
 
+MemoryMode = Literal["text-first", "model-offload", "block-offload", "vae-slicing", "vae-tiling"]
+
 
 class GenerateSettings(Section):
     """Sampling."""
@@ -31,6 +33,9 @@ class GenerateSettings(Section):
     the number of image tokens, as in stock Flux."""
     weights: Literal["ema", "raw"]
     seed: Annotated[int, Field(ge=0)]
+    memory: Annotated[tuple[MemoryMode, ...], Strict(False)] = ()
+    """Ways to sample with less memory, as of `ultraflux generate --memory`. Only `vae-tiling`
+    changes a picture."""
 
     @model_validator(mode="after")
     def _multiples(self) -> GenerateSettings:

@@ -15,6 +15,8 @@ from components.settings.section import (
     Section,
 )
 
+Quantisation = Literal["none", "int8", "nf4", "fp8"]
+
 
 class BucketsSettings(Section):
     """Aspect-ratio buckets."""
@@ -78,6 +80,10 @@ class TransformerSettings(OpenSection):
     rope_variant: Literal["official", "official_prefix", "paper", "flux"]
     rope_window: Count
     """Training window in tokens per axis; paper: 64."""
+    quantisation: Quantisation = "none"
+    """Weights of its blocks in 8 or 4 bits, frozen: for training an adapter beside them, and for
+    sampling. int8 and fp8 need torchao, nf4 bitsandbytes (extra `gpu`). What is exported is the
+    unrounded base with the adapter merged."""
     card: Annotated[ModelCardSettings, CHANGES_NO_WEIGHT]
     tiny: TinyTransformer
     """Of the backbone flux."""
@@ -100,6 +106,8 @@ class TextEncodersSettings(Section):
     """FLUX.1-dev folder (tokenizer, tokenizer_2, text_encoder, text_encoder_2), or for another
     backbone the folder with its parts; None: `tiny`."""
     max_sequence_length: Annotated[int, Field(ge=8, le=512)]
+    quantisation: Quantisation = "none"
+    """As `models.transformer.quantisation`, for the text store and for sampling."""
     tiny: TinyTextEncoders
 
 

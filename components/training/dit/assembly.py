@@ -235,6 +235,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
     settings = job.settings
     # Settings and tables first: a wrong slice must not cost the loading of a large network.
     check_compilation(settings, job.runtime)
+    check_quantisation(job)
     data = TrainingData.of(job)
     validation = data.validation()
     model = _network(job, data, ranks)
@@ -344,6 +345,8 @@ def _network(job: DitJob, data: TrainingData, ranks: Ranks) -> nn.Module:
     if ranks.context_degree > 1:
         check_context_parallel(model, ranks.context_degree, data.texts.tokens, index)
         enable_context_parallel(model, ranks)
+    if job.transformer.quantisation != "none":
+        _freeze_rounded(job, data, model, ranks)
     if settings.adapter is not None:
         add_adapter(model, settings.adapter, job.seed)
     enable_activation_checkpointing(model, settings.gradient_checkpointing)
@@ -352,6 +355,50 @@ def _network(job: DitJob, data: TrainingData, ranks: Ranks) -> nn.Module:
     if job.runtime.compile == "blocks":
         compile_blocks(model)
     return model
+
+
+def check_quantisation(job: DitJob) -> None:
+    """Refuse a rounded base where the stage cannot train on one.
+
+    Raises:
+        StartUnusable: the weights are trained themselves or divided, or a library is missing.
+    """
+    kind = job.transformer.quantisation
+    if kind == "none":
+        return
+    # diffusers' quantisers are asked for only where there is something to round.
+    from components.models.loading.quantisation import (
+        QuantisationUnavailable,
+        require_library,
+        training_problem,
+    )
+
+    try:
+        require_library(kind, "models.transformer.quantisation")
+    except QuantisationUnavailable as missing:
+        raise StartUnusable(str(missing)) from None
+    problem = training_problem(kind, job.settings)
+    if problem is not None:
+        raise StartUnusable(f"{job.name}: {problem}")
+
+
+def _freeze_rounded(job: DitJob, data: TrainingData, model: nn.Module, ranks: Ranks) -> None:
+    """Round the base, every rank in the same way; the first measures what that changes."""
+    from components.models.loading.quantisation import quantise
+    from components.training.adapters.base_rounding import measured_rounding
+    from components.training.dit.model_card import initial_identity
+
+    dtype = torch.bfloat16 if job.settings.precision == "bf16" else torch.float32
+    measuring: AbstractContextManager[None] = nullcontext()
+    # Divided over ranks a pass needs all of them: the measurement is one process's alone.
+    if ranks.is_first and ranks.context_degree == 1:
+        name = min(data.held_out)
+        states, pooled = data.texts.read(name)
+        image = data.latents.read(name)[None], (states[None], pooled[None])
+        base = initial_identity(job.initial_weights) or f"random weights of seed {job.seed}"
+        measuring = measured_rounding(job, model, image, base, dtype=dtype, device=ranks.device)
+    with measuring:
+        quantise(model, job.transformer.quantisation, dtype=dtype, device=ranks.device)
 
 
 def _resume(

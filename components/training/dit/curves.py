@@ -19,6 +19,7 @@ from components.files.figures import new_figure, save_png
 from components.files.weight_folders import folder_digest
 from components.files.whole_files import write_text
 from components.telemetry.metric_log import MetricLog
+from components.training.adapters.base_rounding import noted_rounding
 from components.training.distributed.divergence import DivergenceEvent, read_events
 from components.training.distributed.supervision import RankFailure, restarts
 from components.training.dit.curriculum import trained_span
@@ -160,6 +161,9 @@ def write_outcome(job: DitJob) -> DitOutcome:
     rows = [row for row in MetricLog(job.metrics).rows() if row["step"] <= job.settings.steps]
     out = job.export_dir
     metrics = headline_metrics(rows, trained_span(job.settings, LatentStore(job.latents).index))
+    rounding = None if job.transformer.quantisation == "none" else noted_rounding(job.state_dir)
+    if rounding is not None:
+        metrics |= rounding.metrics()
     tables = {"history.csv": history_table(rows), "validation.csv": validation_table(rows)}
     for name, table in tables.items():
         # The line ending is fixed: these files are hashed, and the default follows the system.

@@ -20,6 +20,7 @@ from components.models.backbones import backbone_of_config
 from components.settings.effects import effect
 from components.settings.section import Effect
 from components.training.adapters.adapter_files import ADAPTER_FILE, STAGES
+from components.training.adapters.base_rounding import BaseRounding, noted_rounding
 from components.training.distributed.divergence import DivergenceEvent
 from components.training.distributed.optimizers import described_optimizer
 from components.training.distributed.ranks import described_determinism
@@ -59,6 +60,8 @@ class TrainingFacts:
     """Last losses on held-out images by weights, and those before training as "start"."""
     divergences: tuple[str, ...] = ()
     """A line for each step whose update was refused."""
+    rounding: BaseRounding | None = None
+    """What rounding the frozen base changed; None: it was not rounded."""
 
 
 def facts_of_run(
@@ -81,6 +84,7 @@ def facts_of_run(
         started_from=initial_identity(job.initial_weights),
         validation=last_validation(rows),
         divergences=tuple(map(str, events)),
+        rounding=None if job.transformer.quantisation == "none" else noted_rounding(job.state_dir),
     )
 
 
@@ -120,10 +124,18 @@ def settings_digest(job: DitJob) -> str:
         },
         # Where weights lie, and what a card says of their licence, changes no value of them; what
         # they are is told by `initial_weights` beside this digest.
-        "transformer": job.transformer.model_dump(mode="json", exclude={"pretrained", "card"}),
+        "transformer": _deciding_transformer(job),
     }
     # Sorted, so that the order of fields in the settings does not matter.
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _deciding_transformer(job: DitJob) -> dict[str, Any]:
+    values = job.transformer.model_dump(mode="json", exclude={"pretrained", "card"})
+    # Unrounded is what all weights were before there was the choice: their digests stay.
+    if values["quantisation"] == "none":
+        del values["quantisation"]
+    return values
 
 
 def model_card(
@@ -148,6 +160,7 @@ def model_card(
         _summary(job, facts, config),
         *_segments(job),
         *_adapter(job, facts),
+        *_rounding(facts),
         *_divergences(facts),
         "## Validation\n",
         _validation_table(facts.validation, weights),
@@ -252,6 +265,13 @@ def _adapter(job: DitJob, facts: TrainingFacts) -> list[str]:
         f"{name}: `sha256sum *.safetensors | sha256sum` in its transformer folder. `ultraflux "
         "weights adapter` writes it in ComfyUI's names, or of a smaller rank.\n",
     ]
+
+
+def _rounding(facts: TrainingFacts) -> list[str]:
+    """What the adapter saw of its base, where that was rounded."""
+    if facts.rounding is None:
+        return []
+    return ["## Rounded base\n", facts.rounding.described()]
 
 
 def _divergences(facts: TrainingFacts) -> list[str]:

@@ -14,7 +14,9 @@ from components.files.weight_folders import folder_digest
 from components.files.whole_files import whole_folder
 from components.models.backbone import TextFamily
 from components.models.backbones import BACKBONES
+from components.models.loading.quantisation import require_library
 from components.models.text_lengths import as_json, text_lengths, text_limits
+from components.settings.models import Quantisation
 from components.settings.schema import Settings
 from components.training.encoding.encoder_workers import Placement, encoder_limits
 from components.training.encoding.text_workers import TextJob, embed_batches
@@ -57,7 +59,10 @@ def embed_captions(
     tokenizers = {name: getattr(encoders, name) for name in family.folders if "tokenizer" in name}
     length = settings.models.text_encoders.max_sequence_length
     lengths = text_lengths(text_limits(BACKBONES[backbone], tokenizers, length), rows["caption_en"])
-    digest = encoders_digest(folder, family)
+    rounding = settings.models.text_encoders.quantisation
+    # Here and not in a worker, which would be started again and again.
+    require_library(rounding, "models.text_encoders.quantisation")
+    digest = encoders_digest(folder, family, rounding)
     # One storage precision for everything that the transformer reads.
     dtype = settings.latents.dtype
     job = TextJob(
@@ -66,6 +71,7 @@ def embed_captions(
         max_sequence_length=settings.models.text_encoders.max_sequence_length,
         dtype=dtype,
         placement=Placement.of(settings, state_dir),
+        quantisation=rounding,
     )
     limits = encoder_limits(settings, settings.models.text_encoders.pretrained)
     return build_text_store(
@@ -118,10 +124,12 @@ def _encoder_folder(
     return folder
 
 
-def encoders_digest(folder: Path, family: TextFamily) -> str:
+def encoders_digest(folder: Path, family: TextFamily, quantisation: Quantisation = "none") -> str:
     """Identity of the text parts (a FLUX.1-dev folder also holds what is not read here)."""
     # Of folders by name, so that exchanged encoders do not have the same digest.
     parts = [f"{name}={folder_digest(folder / name)}" for name in family.folders]
+    if quantisation != "none":
+        parts.append(f"quantisation={quantisation}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import safe_open
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from components.files.whole_files import whole_file
 from components.models.backbones import BACKBONES
+from components.models.loading.quantisation import quantise
+from components.settings.models import Quantisation
 from components.training.encoding.embedded_captions import encoders_digest
 from components.training.stores.text_store import TextStore, caption_sha256
 
@@ -55,7 +58,16 @@ def embed_own_prompts(
     family = BACKBONES[backbone].text_family()
     if encoders is None or not all((encoders / name).is_dir() for name in family.folders):
         return "the text encoders (models.text_encoders.pretrained) are not there"
-    if encoders_digest(encoders, family) != wanted:
+    # Rounded or not is part of the store's identity; a prompt is embedded as its captions were.
+    rounding = next(
+        (
+            kind
+            for kind in get_args(Quantisation)
+            if encoders_digest(encoders, family, kind) == wanted
+        ),
+        None,
+    )
+    if rounding is None:
         return (
             "the text encoders (models.text_encoders.pretrained) are not those that made the text "
             "embeddings"
@@ -63,6 +75,8 @@ def embed_own_prompts(
     length = int(store.about["provenance"]["max_sequence_length"])
     # Gone when this returns, and with them the memory that training wants.
     loaded = family.load(encoders)
+    for model in family.models(loaded):
+        quantise(model, rounding, dtype=torch.float32, device="cpu")
     tensors: dict[str, Tensor] = {}
     with torch.no_grad():
         for prompt in prompts:

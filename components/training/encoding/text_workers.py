@@ -14,6 +14,8 @@ from torch import Tensor
 from components.engine.map_items import open_pool
 from components.engine.ordered_pool import EngineLimits, Failure
 from components.models.backbones import BACKBONES
+from components.models.loading.quantisation import quantise
+from components.settings.models import Quantisation
 from components.training.encoding.encoder_workers import Placement, own_device
 from components.training.stores.stored_tensors import StoreDtype
 from components.training.stores.text_store import EmbeddedPrompts, embedded_prompts
@@ -34,6 +36,7 @@ class TextJob:
     max_sequence_length: int
     dtype: StoreDtype
     placement: Placement
+    quantisation: Quantisation = "none"
 
 
 # Loaded by the first batch and kept: loading costs more than many batches.
@@ -41,8 +44,16 @@ class TextJob:
 def _encoders(job: TextJob) -> Any:
     family = BACKBONES[job.backbone].text_family()
     encoders = family.load(Path(job.folder))
+    device = own_device(job.placement)
     for model in family.models(encoders):
-        model.to(own_device(job.placement))
+        quantise(
+            model,
+            job.quantisation,
+            dtype=torch.float32,
+            device=device,
+            setting="models.text_encoders.quantisation",
+        )
+        model.to(device)
     return encoders
 
 

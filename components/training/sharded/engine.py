@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from components.models.loading.quantisation import is_quantised
 from components.settings.training import DitStageSettings
 from components.training.distributed.engine_limits import BUCKET_ELEMENTS
 from components.training.distributed.optimizers import build_optimizer, offload_configuration
@@ -111,13 +114,14 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
     given = _rounded(model, device) if settings.precision == "bf16" else {}
     if settings.zero_stage == 3:
         _divide_parameters(model, configuration)
-    engine, _, _, _ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=configuration,
-        # The group of `open_ranks`, which has the time limit of the settings.
-        dist_init_required=False,
-    )
+    with _left_alone(model):
+        engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=configuration,
+            # The group of `open_ranks`, which has the time limit of the settings.
+            dist_init_required=False,
+        )
     for name, parameter in engine.module.named_parameters():
         if name in given:
             # Taken out, so that each tensor goes as soon as its part is copied.
@@ -138,10 +142,42 @@ def _rounded(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """
     given = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and is_quantised(parameter):
+            # On its device already, in 8 or 4 bits.
+            continue
         if parameter.requires_grad:
             given[name] = parameter.detach()
         parameter.data = parameter.data.to(device, torch.bfloat16)
     return given
+
+
+@contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Inside the block no cast, move or broadcast reaches layers whose weights are rounded.
+
+    They are on their device in their final form, and every rank has rounded the same base alike.
+    """
+    layers = [
+        layer
+        for layer in model.modules()
+        if any(map(is_quantised, layer.parameters(recurse=False)))
+    ]
+    for layer in layers:
+        # As DeepSpeed marks the base of its own low-rank layers, which it does not send either.
+        for parameter in layer.parameters(recurse=False):
+            parameter.ds_optim_param = True  # type: ignore[attr-defined]
+        layer._apply = partial(_same, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._apply
+            for parameter in layer.parameters(recurse=False):
+                del parameter.ds_optim_param  # type: ignore[attr-defined]
+
+
+def _same(layer: nn.Module, *_: Any, **__: Any) -> nn.Module:
+    return layer
 
 
 def _divide_parameters(model: nn.Module, configuration: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from components.models.loading.quantisation import is_quantised
 from components.training.distributed.ranks import Ranks
 from components.training.sharded.elastic_resume import WorldSizeUnsupported, rank_files, repartition
 from components.training.sharded.host_copies import HostCopies
@@ -31,6 +32,7 @@ _CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 _OPTIMIZER_FILE = "_optim_states.pt"
 _OPTIMIZER_KEY = "optimizer_state_dict"
 _PROCESSES_KEY = "dp_world_size"
+_MODULE_KEY = "module"
 # ZeRO 3 has a model file per rank, below 3 there is one for all.
 _PARTITIONED_MODEL = "zero_pp_rank_"
 
@@ -59,9 +61,22 @@ class SnapshotEngine(CheckpointEngine):  # type: ignore[misc]
     def save(self, state_dict: Any, path: str) -> None:
         """Copy one file's content."""
         file = Path(path)
+        if _MODULE_KEY in state_dict:
+            state_dict = {**state_dict, _MODULE_KEY: self._without_scales(state_dict[_MODULE_KEY])}
         # By the name alone, which is the same in every checkpoint, so that memory is used again.
         copied = self._copies.take(file.name, state_dict)
         self._writes.append(partial(write_state, copied, file))
+
+    def _without_scales(self, weights: Any) -> Any:
+        """The module's state without what belongs to frozen 4-bit weights, which are left out."""
+        rounded = tuple(
+            f"{name}."
+            for name, parameter in self._engine.module.named_parameters()
+            if not parameter.requires_grad and is_quantised(parameter)
+        )
+        if not rounded or weights is None:
+            return weights
+        return {name: value for name, value in weights.items() if not name.startswith(rounded)}
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file; only tensors, plain values and a few classes of DeepSpeed's.

@@ -47,12 +47,19 @@ def generate(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     memory: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="none, or of text-first, model-offload, vae-slicing, "
-            "vae-tiling; several with commas."
+            help="none, or of text-first, model-offload, block-offload, vae-slicing, "
+            "vae-tiling; several with commas. Default: the settings' generate.memory."
         ),
-    ] = "none",
+    ] = None,
+    quantise: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights of transformer and text encoders in none, int8, nf4 or fp8. Default: "
+            "the settings' models.*.quantisation."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images made together; 1 is exact.")] = 1,
     image: Annotated[Path | None, typer.Option(help="Starting picture (image-to-image).")] = None,
     strength: Annotated[float, typer.Option(help="0: keep --image, 1: forget it.")] = 0.6,
@@ -114,6 +121,7 @@ def generate(
         schedule=schedule,
         dtype=dtype,
         memory=memory,
+        quantise=quantise,
         batch_size=batch_size,
         image=image,
         strength=strength,

@@ -62,7 +62,8 @@ class GenerateOptions:
     guidance_scale: float | None = None
     schedule: str | None = None
     dtype: str | None = None
-    memory: str = "none"
+    memory: str | None = None
+    quantise: str | None = None
     batch_size: int = 1
     image: Path | None = None
     strength: float = 0.6
@@ -191,12 +192,17 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
     if options.size is not None:
         parse_size(options.size, round_size=options.round_size)
     from components.generation import sampling
-    from components.models.loading.memory_modes import parse_memory
+    from components.generation.held_weights import encoder_loader
+    from components.models.loading.memory_modes import memory_modes, parse_memory
     from components.settings.schema import load_settings
     from flows import environment
 
-    memory = parse_memory(options.memory)
     settings = load_settings(root / "params.yaml")
+    memory = (
+        memory_modes(settings.generate.memory)
+        if options.memory is None
+        else parse_memory(options.memory)
+    )
     environment.prepare(offline=settings.runtime.offline)
     if options.model is None:
         sources = sampling.model_sources(root, settings)
@@ -210,14 +216,16 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
         "guidance_scale": options.guidance_scale,
         "schedule": options.schedule,
         "dtype": options.dtype,
+        "quantisation": options.quantise,
+        "text_quantisation": options.quantise,
     }
     sampler = replace(
         sampling.sampler_settings(settings),
         vae_tiling=memory.vae_tiling,
         **{name: value for name, value in chosen.items() if value is not None},
     )
+    memory.check(sampler.quantisation, sampler.text_quantisation)
     requests = _requests(root, options, settings)
-    from components.models.backbones import family_in
     from components.models.loading.released import source_digests
 
     digests = source_digests(sources)
@@ -232,12 +240,7 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
     ]
     requests = list({request.name: request for request in requests}.values())
 
-    def load_encoders() -> Any:
-        import torch
-
-        family = family_in(sources.text_encoders)
-        return family.load(sources.text_encoders, dtype=getattr(torch, sampler.dtype))
-
+    load_encoders = encoder_loader(sources, sampler, device=settings.runtime.device, memory=memory)
     made = sampling.generate_images(
         lambda: sampling.load_model(
             sources,

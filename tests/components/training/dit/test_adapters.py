@@ -29,9 +29,12 @@ from components.training.adapters.adapter_files import (
     read_adapter,
     write_adapter,
 )
+from components.training.adapters.base_rounding import noted_rounding
 from components.training.dit.adapters import adapter_about, adapter_base, add_adapter, save_adapted
+from components.training.dit.assembly import check_quantisation
+from components.training.dit.curves import write_outcome
 from components.training.dit.export import CHECKSUM_FILE, weights_checksums, weights_identity
-from components.training.dit.job import WEIGHTS_NAMES, build_transformer
+from components.training.dit.job import WEIGHTS_NAMES, StartUnusable, build_transformer
 from components.training.dit.worker import run_job
 
 TEXT_WIDTH = 16
@@ -284,3 +287,66 @@ def test_the_trigger_is_the_settings_or_the_only_caption(
     assert about.get("modelspec.trigger_phrase") == expected
     assert about[BASE_SHA256] == ""
     assert about[BASE_TITLE].startswith("the random weights of seed")
+
+
+@pytest.mark.usefixtures("training_environment_restored")
+@pytest.mark.parametrize(("kind", "zero_stage", "worst"), [("int8", 2, 0.01), ("nf4", 0, 0.06)])
+def test_an_adapter_on_a_rounded_base_resumes_exactly(
+    make_dit_job, tmp_path, kind, zero_stage, worst
+):
+    """Bytes of an undisturbed run after an interruption; the card says what rounding changed."""
+    adapter = {"rank": 2, "alpha": 2, "target_modules": ["to_q", "to_k"]}
+    precision = "fp32" if zero_stage == 0 else "bf16"
+
+    def adapted(folder, steps):
+        job = make_dit_job(
+            tmp_path / folder,
+            steps=steps,
+            checkpoint_every=1,
+            adapter=adapter,
+            zero_stage=zero_stage,
+            precision=precision,
+        )
+        transformer = job.transformer.model_copy(update={"quantisation": kind})
+        return job.model_copy(
+            update={"initial_weights": tmp_path / "base", "transformer": transformer}
+        )
+
+    base = build_transformer(make_dit_job(tmp_path), (TEXT_WIDTH, TEXT_WIDTH), 16)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in base.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    base.save_pretrained(tmp_path / "base")
+    whole, parts = adapted("whole", 2), adapted("parts", 2)
+    run_job(whole)
+    run_job(adapted("parts", 1))
+    run_job(parts)
+    for name in WEIGHTS_NAMES:
+        files = sorted(path.name for path in (whole.export_dir / name).iterdir())
+        for file in files:
+            one, other = (job.export_dir / name / file for job in (whole, parts))
+            assert one.read_bytes() == other.read_bytes()
+    # Neither rounded weights nor their scales are written again with every checkpoint.
+    saved = sum(f.stat().st_size for f in (whole.state_dir / "checkpoints").rglob("*model*.pt"))
+    assert 0 < saved < 0.25 * sum(weights.nbytes for weights in base.state_dict().values())
+    rounding = noted_rounding(whole.state_dir)
+    assert (rounding.kind, len(rounding.velocity)) == (kind, 8)
+    assert 0 < rounding.worst < worst
+    card = (whole.export_dir / "ema" / "README.md").read_text()
+    assert f"held as `{kind}`" in card
+    assert f"{rounding.velocity[0]:.3%}" in card
+    metrics = json.loads((write_outcome(whole), whole.export_dir / "metrics.json")[1].read_text())
+    assert metrics["rounding_velocity_error_worst"] == rounding.worst
+    # What is exported is the unrounded base with the adapter on it.
+    trained = load_file(whole.export_dir / "raw" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(
+        trained["transformer_blocks.0.ff.net.2.weight"],
+        base.state_dict()["transformer_blocks.0.ff.net.2.weight"],
+    )
+
+
+def test_weights_that_are_trained_cannot_be_rounded(make_dit_job, tmp_path):
+    job = make_dit_job(tmp_path)
+    transformer = job.transformer.model_copy(update={"quantisation": "int8"})
+    with pytest.raises(StartUnusable, match=r"dit_stage1: .* int8 freezes the weights"):
+        check_quantisation(job.model_copy(update={"transformer": transformer}))
