@@ -8,6 +8,7 @@ they do not fit, cached, and paid for under a cap, by the client that also write
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from components.telemetry.progress import track
 
 _ATTEMPTS = 3
 """Answers that do not fit the schema are asked again with another seed."""
+_ONE_PLACE = 6
+"""Answers for one place in a row that chance gives in 1 of 32 runs; fewer say nothing."""
 _SCORES = {"A": 1.0, "tie": 0.5, "B": 0.0}
 _MAX_MEGAPIXELS = 400.0
 
@@ -198,6 +201,7 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
         part["orders_disagree"] = sum(
             one.outcome == "tie" and not _both_tie(one) for one in answered
         )
+        part |= _reading(answered)
         part["problems"] = sorted({one.problem for one in asked if one.problem})
         points = [{"a": 1.0, "b": 0.0, "tie": 0.5}[one.outcome] for one in answered]
         prompts = [one.pair.prompt for one in answered]
@@ -217,8 +221,60 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
             lead = fitted.strengths["b"]
             part["strength_a_minus_b"] = [-lead.value, -lead.high, -lead.low]
             part["order_effect"] = [fitted.order.value, fitted.order.low, fitted.order.high]
+        part["warnings"] = _warnings(part, len(answered))
         summary[name] = part
     return summary
+
+
+def _answers(answered: Sequence[Judgement]) -> list[Verdict]:
+    return [v for one in answered for v in (one.a_first, one.b_first) if v is not None]
+
+
+def _reading(answered: Sequence[Judgement]) -> dict[str, Any]:
+    """How the answers had to be read, and which place they preferred."""
+    answers = _answers(answered)
+    repairs = Counter(repair for verdict in answers for repair in set(verdict.repairs))
+    decided = [verdict.preferred for verdict in answers if verdict.preferred != "tie"]
+    part: dict[str, Any] = {
+        "answers": len(answers),
+        "repaired": sum(bool(verdict.repairs) for verdict in answers),
+        "repairs": dict(sorted(repairs.items())),
+        "contradictory": sum(verdict.is_contradictory for verdict in answers),
+        "decided": len(decided),
+    }
+    if decided:
+        share = decided.count("A") / len(decided)
+        prompts = len({one.pair.prompt for one in answered})
+        part["first_place_share"] = share
+        # Prompts are the units; both answers about one are about the same pictures.
+        part["first_place_interval"] = list(wilson_interval(share, prompts))
+    return part
+
+
+def _warnings(part: dict[str, Any], pairs: int) -> list[str]:
+    """What forbids reading the numbers as the judge's taste, in sentences."""
+    lines = []
+    if part["contradictory"]:
+        lines.append(
+            f"{part['contradictory']} of {part['answers']} answers prefer one picture and give "
+            "the other the higher score"
+        )
+    share = part.get("first_place_share")
+    if share in (0.0, 1.0) and part["decided"] >= _ONE_PLACE:
+        lines.append(
+            f"the judge prefers {'A' if share else 'B'} in all {part['decided']} decided answers, "
+            "whichever system stands there: it goes by the place and says nothing of the systems"
+        )
+    elif share is not None:
+        low, high = part["first_place_interval"]
+        if not low <= 0.5 <= high:
+            lines.append(
+                f"order bias: the first place is preferred in {share:.0%} of decided answers "
+                f"[{low:.0%}, {high:.0%}]"
+            )
+    if pairs and part["orders_disagree"] > pairs / 2:
+        lines.append(f"the two orders disagree in {part['orders_disagree']} of {pairs} pairs")
+    return lines
 
 
 def _both_tie(one: Judgement) -> bool:

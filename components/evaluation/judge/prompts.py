@@ -1,4 +1,4 @@
-"""What a pairwise judge is asked, and the one form of answer that counts.
+"""What a pairwise judge is asked, and how its answer is read.
 
 The questions are in our own words: aesthetics with the criteria and the answer format of UltraFlux
 supplement 11.1, alignment and detail after the preference study of Diffusion-4K (section 4.3). A
@@ -7,9 +7,10 @@ published text can be sent instead from a file.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -46,6 +47,8 @@ QUESTIONS = {
 _VERSION = 1
 _FENCE = re.compile(r"^```[a-zA-Z]*\s*|\s*```$")
 _THOUGHTS = re.compile(r"^\s*<think>.*?(?:</think>|$)", re.DOTALL)
+_PLACE = re.compile(r"(?:image|picture|option)?\s*([ab])\.?", re.IGNORECASE)
+_SCORE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:/\s*100|%)?")
 
 
 class AnswerInvalid(ValueError):
@@ -61,6 +64,14 @@ class Verdict(BaseModel):
     a_score: Annotated[float, Field(ge=0.0, le=100.0)]
     b_score: Annotated[float, Field(ge=0.0, le=100.0)]
     reasons: str
+    repairs: tuple[str, ...] = Field(default=(), exclude=True)
+    """What was not as asked, though it could be read one way only."""
+
+    @property
+    def is_contradictory(self) -> bool:
+        """Whether the scores say the opposite of the preference."""
+        lead = self.a_score - self.b_score
+        return {"A": lead < 0.0, "B": lead > 0.0, "tie": lead != 0.0}[self.preferred]
 
 
 def judge_prompt(question: str, file: Path | None = None) -> Prompt:
@@ -76,15 +87,84 @@ def judge_prompt(question: str, file: Path | None = None) -> Prompt:
 
 
 def parse_verdict(text: str) -> Verdict:
-    """Validate an answer against the schema; thoughts and a code fence around it are left out.
+    """Read an answer; what is not as asked but can be read one way only is repaired and named.
+
+    Thoughts and a code fence around the object are left out without a word. Repaired are: prose
+    around it, keys that were not asked for, other case, line breaks in a text, numbers as text, and
+    missing or listed reasons. A preference or a score is never guessed.
 
     Raises:
-        AnswerInvalid: not JSON, unknown or missing keys, scores out of range, another preference.
+        AnswerInvalid: no object, two that differ, no preference or score, or one out of range.
     """
     body = _FENCE.sub("", _THOUGHTS.sub("", text).strip()).strip()
     try:
         return Verdict.model_validate_json(body)
     except ValidationError as problem:
-        error = problem.errors()[0]
-        where = ".".join(str(part) for part in error["loc"]) or "answer"
-        raise AnswerInvalid(f"{where}: {error['msg']}") from None
+        first = problem
+    fields, repairs = _found_object(body, first)
+    verdict = _repaired(fields, repairs)
+    try:
+        return Verdict.model_validate(verdict | {"repairs": tuple(repairs)})
+    except ValidationError as problem:
+        raise AnswerInvalid(_where(problem)) from None
+
+
+def _where(problem: ValidationError) -> str:
+    error = problem.errors()[0]
+    return f"{'.'.join(str(part) for part in error['loc']) or 'answer'}: {error['msg']}"
+
+
+def _found_object(body: str, problem: ValidationError) -> tuple[dict[str, Any], list[str]]:
+    """The one JSON object of a text, keys in lower case, and what had to be passed over."""
+    # Not strict: line breaks within a text are no valid JSON, and can mean nothing else.
+    decoder = json.JSONDecoder(strict=False)
+    found: list[dict[str, Any]] = []
+    place, prose = 0, ""
+    while (start := body.find("{", place)) >= 0:
+        try:
+            value, end = decoder.raw_decode(body, start)
+        except ValueError:
+            end, value = start + 1, None
+        lower = {str(k).strip().lower(): v for k, v in value.items()} if value else {}
+        if "preferred" in lower:
+            found.append(lower)
+            prose += body[place:start]
+        else:
+            prose += body[place:end]
+        place = end
+    if not found:
+        raise AnswerInvalid(_where(problem))
+    if any(one != found[0] for one in found):
+        raise AnswerInvalid(f"answer: {len(found)} verdicts that differ")
+    prose += body[place:]
+    return found[0], ["prose around the verdict"] if prose.strip("`\n json") else []
+
+
+def _repaired(fields: dict[str, Any], repairs: list[str]) -> dict[str, Any]:
+    asked = ("preferred", "a_score", "b_score")
+    known: dict[str, Any] = {name: fields[name] for name in asked if name in fields}
+    if set(fields) - {*known, "reasons"}:
+        repairs.append("keys that were not asked for")
+    preferred = known.get("preferred")
+    if isinstance(preferred, str) and preferred not in {"A", "B", "tie"}:
+        text = preferred.strip()
+        match = _PLACE.fullmatch(text)
+        known["preferred"] = match[1].upper() if match else text.lower()
+        repairs.append("preference in other words")
+    for name in ("a_score", "b_score"):
+        value = known.get(name)
+        if isinstance(value, str) and (match := _SCORE.fullmatch(value.strip())):
+            known[name] = float(match[1])
+            repairs.append("score as text")
+    reasons = fields.get("reasons")
+    if isinstance(reasons, list):
+        known["reasons"] = "; ".join(str(reason) for reason in reasons)
+        repairs.append("list of reasons")
+    elif reasons is None:
+        known["reasons"] = ""
+        repairs.append("no reasons")
+    else:
+        known["reasons"] = reasons
+        if isinstance(reasons, str) and "\n" in reasons:
+            repairs.append("line break in a text")
+    return known

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,9 @@ from components.files.whole_files import write_text
 from flows.commands.command_line import fail, project_root
 
 if TYPE_CHECKING:
-    from components.evaluation.judge.judge import Pair
+    from collections.abc import Callable, Sequence
+
+    from components.evaluation.judge.judge import Judgement, Pair
 
 EPILOG = """Examples:
 
@@ -102,6 +104,31 @@ def read_pairs(a: Path, b: Path, prompts: Path) -> list[Pair]:
     return [Pair(name, texts[name], first[name], second[name]) for name in names]
 
 
+def _calibrate(
+    pairs: Sequence[Pair],
+    questions: Sequence[str],
+    output: Path,
+    ask: Callable[[Sequence[Pair], Sequence[str]], list[Judgement]],
+) -> None:
+    """Stop before the run where the judge does not see a blur.
+
+    Raises:
+        JudgeStopped: it failed a planted pair.
+    """
+    from components.evaluation.judge.calibration import QUESTIONS, failure, planted_pairs
+    from components.evaluation.judge.judge import JudgeStopped
+
+    asked = [name for name in questions if name in QUESTIONS]
+    planted = planted_pairs(pairs, output / "calibration") if asked else []
+    if not planted:
+        print("calibration: no question or picture that a blur would decide; not calibrated")
+        return
+    judgements = ask(planted, asked)
+    if problem := failure(judgements):
+        raise JudgeStopped(f"{problem}; take another judge, or go on with --no-calibrate")
+    print(f"calibration: all {len(judgements)} planted pairs right")
+
+
 def judge(
     a: Annotated[Path, typer.Option("--a", help="Folder of pictures of system A.")],
     b: Annotated[Path, typer.Option("--b", help="The same prompts by system B, same names.")],
@@ -126,6 +153,14 @@ def judge(
     retries: Annotated[int, typer.Option(help="After 429, 5xx or a lost connection.")] = 4,
     max_tokens: Annotated[int, typer.Option(help="Of one answer.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="First ask about pictures and their blurred twins, which must lose; default: "
+            "where requests have a price.",
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for results and cache.")] = Path("judged"),
 ) -> None:
     """Compare two folders of pictures by a vision-language model, in both orders."""
@@ -159,16 +194,22 @@ def judge(
             input_usd_per_million=input_usd,
             output_usd_per_million=output_usd,
         )
-        judgements = list(
-            judge_pairs(
-                pairs,
-                questions,
-                settings,
-                cache=output / "answers.sqlite",
-                max_cost_usd=max_cost_usd,
-                prompt_file=prompt_file,
+
+        def ask(shown: Sequence[Pair], names: Sequence[str]) -> list[Judgement]:
+            return list(
+                judge_pairs(
+                    shown,
+                    names,
+                    settings,
+                    cache=output / "answers.sqlite",
+                    max_cost_usd=max_cost_usd,
+                    prompt_file=prompt_file,
+                )
             )
-        )
+
+        if calibrate or (calibrate is None and (input_usd or output_usd)):
+            _calibrate(pairs, questions, output, ask)
+        judgements = ask(pairs, questions)
     except ValidationError as problem:
         error = problem.errors()[0]
         # The value is not repeated: an address may hold a password.
@@ -177,7 +218,9 @@ def judge(
         raise fail(str(problem)) from None
     except JudgeStopped as problem:
         raise fail(str(problem), 1) from None
-    summary = {"model": model, "pairs": len(pairs)} | {"questions": summarise(judgements)}
+    summary: dict[str, Any] = {"model": model, "pairs": len(pairs)} | {
+        "questions": summarise(judgements)
+    }
     rows = [
         {
             "question": one.question,
@@ -194,5 +237,15 @@ def judge(
     write_text(output / "judgements.jsonl", lines)
     write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
+    for name, part in summary["questions"].items():
+        for line in part["warnings"]:
+            typer.echo(f"warning: {name}: {line}", err=True)
+        if part["repaired"]:
+            kinds = ", ".join(f"{kind} {count}" for kind, count in part["repairs"].items())
+            typer.echo(
+                f"note: {name}: {part['repaired']} of {part['answers']} answers were not as asked "
+                f"and repaired ({kinds})",
+                err=True,
+            )
     if all(row["outcome"] == "unanswered" for row in rows):
         raise fail(f"no pair was answered: {rows[0]['problem']}", 1)

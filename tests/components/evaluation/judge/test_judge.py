@@ -176,6 +176,12 @@ def test_a_judge_that_likes_the_first_place_says_nothing_about_the_systems(
     assert (found["tie"], found["orders_disagree"]) == (8, 8)
     assert found["strength_a_minus_b"][0] == pytest.approx(0.0, abs=1e-6)
     assert found["order_effect"][0] > 3.0
+    assert found["win_rate_interval"] == pytest.approx([0.2152, 0.7848], abs=1e-4)
+    # Nothing was learnt about the systems, so nothing is certain about them.
+    assert found["strength_a_minus_b"][1] < -1.0
+    assert found["strength_a_minus_b"][2] > 1.0
+    assert "prefers A in all 16 decided answers" in found["warnings"][0]
+    assert "the two orders disagree in 8 of 8 pairs" in found["warnings"]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +193,6 @@ def test_a_judge_that_likes_the_first_place_says_nothing_about_the_systems(
         (200, {}, "I prefer A."),
         (200, {}, verdict("C")),
         (200, {}, verdict("A", a_score=101)),
-        (200, {}, verdict("A", comment="more")),
         (200, {}, '{"preferred": "A"}'),
     ],
 )
@@ -303,3 +308,95 @@ def test_the_command_writes_results_and_names_what_is_missing(
         judge_command.read_pairs(tmp_path / "a", tmp_path / "b", tmp_path / "metadata.jsonl")
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
+
+
+GOOD = verdict("A", a_score=80, b_score=60)
+MODES = {
+    "chatty": f"Sure, here is my verdict:\n```json\n{GOOD}\n```\nHope that helps!",
+    "extra": verdict("A", confidence=0.9),
+    "lower": verdict("a"),
+    "Tie": verdict("Tie", a_score=70, b_score=70),
+    "strnum": verdict("A", a_score="80", b_score="60"),
+    "noreason": '{"preferred":"A","a_score":80,"b_score":60}',
+    "newline": '{"preferred":"A","a_score":80,"b_score":60,"reasons":"line\nbreak"}',
+    "listreason": verdict("A", reasons=["x", "y"]),
+    "contra": verdict("A", a_score=10, b_score=95),
+}
+"""Answers whose verdict is plain though their form is not as asked, and one against itself."""
+
+
+def judged(server: Server, tmp_path: Path, *more: str) -> tuple[dict[str, Any], str]:
+    arguments = ["judge", "--a", f"{tmp_path}/a", "--b", f"{tmp_path}/b", "--endpoint", server.url]
+    arguments += ["--model", "m", "--requests-per-minute", "60000", "--question", "detail"]
+    arguments += ["--output", f"{tmp_path}/out", "--prompts", f"{tmp_path}/prompts.txt", *more]
+    done = CliRunner().invoke(app, arguments)
+    summary = tmp_path / "out" / "summary.json"
+    found = json.loads(summary.read_text())["questions"]["detail"] if summary.is_file() else {}
+    return found | {"exit_code": done.exit_code}, done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_plain_verdict_in_another_form_is_read_with_one_request(
+    server: Server, pairs: list[Pair], tmp_path: Path, mode: str
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(pair.prompt for pair in pairs))
+    server.respond = lambda body, n: (200, {}, MODES[mode])
+    found, said = judged(server, tmp_path)
+    assert (found["exit_code"], found["unanswered"], len(server.bodies)) == (0, 0, 16)
+    if mode == "contra":
+        assert (found["contradictory"], found["repaired"]) == (16, 0)
+        assert "16 of 16 answers prefer one picture and give the other the higher score" in said
+    else:
+        assert (found["contradictory"], found["repaired"]) == (0, 16)
+        assert "16 of 16 answers were not as asked and repaired" in said
+    if mode != "Tie":
+        assert "goes by the place" in said
+
+
+def test_a_verdict_that_can_be_read_two_ways_is_not_guessed() -> None:
+    two = f"{verdict('A')} or {verdict('B')}"
+    for text in (
+        two,
+        "I prefer A.",
+        '{"preferred": "A"}',
+        verdict("both"),
+        verdict("A", a_score="x"),
+    ):
+        with pytest.raises(AnswerInvalid):
+            parse_verdict(text)
+    assert parse_verdict(f"{verdict('B')} Again: {verdict('B')}").preferred == "B"
+    assert parse_verdict(verdict("Image B")).preferred == "B"
+
+
+def sharpness(body: dict[str, Any]) -> list[float]:
+    parts = body["messages"][0]["content"]
+    wholes = [
+        after["image_url"]["url"].split(",")[1]
+        for before, after in itertools.pairwise(parts)
+        if before.get("text", "").endswith("whole:")
+    ]
+    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(one))), float) for one in wholes]
+    return [float(np.abs(np.diff(one, axis=1)).mean()) for one in pictures]
+
+
+def test_a_paid_run_begins_only_after_blurred_twins_have_lost(
+    server: Server, pairs: list[Pair], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(pair.prompt for pair in pairs))
+    rng = np.random.default_rng(0)
+    for pair in pairs:
+        for path in (pair.a, pair.b):
+            Image.fromarray(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)).save(path)
+    paid = ("--input-usd", "1", "--output-usd", "1")
+    server.respond = lambda body, n: (200, {}, verdict("A"))
+    refused, said = judged(server, tmp_path, *paid)
+    assert refused["exit_code"] == 1
+    assert "failed 3 of 3 planted pairs" in said
+    assert len(server.bodies) == 6, "only the planted pairs were paid for"
+    assert judged(server, tmp_path, *paid, "--no-calibrate")[0]["exit_code"] == 0
+
+    server.bodies.clear()
+    (tmp_path / "out" / "answers.sqlite").unlink()
+    server.respond = lambda body, n: (200, {}, verdict("AB"[int(np.argmax(sharpness(body)))]))
+    assert judged(server, tmp_path, *paid)[0]["exit_code"] == 0
+    assert len(server.bodies) == 6 + 16
