@@ -32,6 +32,7 @@ from flows.commands.pipeline import stage_plan as stage_plan_command
 from flows.commands.pipeline import store as store_commands
 from flows.commands.pipeline import submit as submit_command
 from flows.commands.pipeline import sweep as sweep_command
+from flows.commands.services import chaos as chaos_command
 from flows.commands.services import clean as clean_command
 from flows.commands.services import deploy as deploy_command
 from flows.commands.services import remote as remote_command
@@ -359,6 +360,7 @@ app.command("evaluate", epilog=evaluate_command.EPILOG, rich_help_panel=IMAGES)(
     evaluate_command.evaluate
 )
 app.command(epilog=clean_command.EPILOG, rich_help_panel=SERVICES)(clean_command.clean)
+app.command(epilog=chaos_command.EPILOG, rich_help_panel=SERVICES)(chaos_command.chaos)
 app.command(epilog=history_command.EPILOG, rich_help_panel=PIPELINE)(history_command.history)
 app.command("compare", epilog=compare_command.EPILOG, rich_help_panel=PIPELINE)(
     compare_command.compare

@@ -9,8 +9,8 @@ its result when another dvc process holds the repository lock for three seconds.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +30,8 @@ from flows.running.stage_runner import OutcomeStatus, StageOutcome, interrupted
 from flows.versioning import graph as versioning
 
 TIMEOUT_STEP_S = 5.0
+ATTEMPTS = "runs/attempts"
+"""Folders in which stages and whoever asked for them talk."""
 
 
 class CpuSlots:
@@ -131,12 +133,10 @@ class DvcRunner:
         progress = self.progress_file(name)
         progress.parent.mkdir(parents=True, exist_ok=True)
         command = ["dvc", "--wait-for-lock", "repro", "-s", name, *(["-f"] if self.force else [])]
-        # A folder for each attempt: an outcome that an earlier one left must not speak for this
-        # one.
-        with tempfile.TemporaryDirectory() as folder:
-            outcome_file = Path(folder) / "outcome.json"
+        with _attempt_folder(self.root, name) as folder:
+            outcome_file = folder / "outcome.json"
             env = os.environ | {OUTCOME_FILE: str(outcome_file), PROGRESS_FILE: str(progress)}
-            waiting = Path(folder) / "waiting"
+            waiting = folder / "waiting"
             env[WAITING_VARIABLE] = str(waiting)
             if self.parent_record is not None:
                 env[PARENT_RECORD] = self.parent_record
@@ -264,6 +264,20 @@ class DvcRunner:
             record = Record(folder)
             if record.run.parent == self.parent_record:
                 record.set_outputs(hashes)
+
+
+@contextmanager
+def _attempt_folder(root: Path, stage: str) -> Iterator[Path]:
+    """A folder for one attempt: an outcome that an earlier one left must not speak for this one.
+
+    Below the clone, where `ultraflux clean` finds what a killed run leaves.
+    """
+    folder = root / ATTEMPTS / f"{stage}-{os.getpid()}-{time.monotonic_ns()}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _last_error(log: Path, code: int) -> str:

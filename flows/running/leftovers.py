@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from components.training.distributed.run_states import read_states, remove_state, unneeded
-from flows.running.clone_lock import LOCK_FILE
+from flows.running.clone_lock import LOCK_FILE, STAGE_LOCKS
+from flows.running.dvc_repro import ATTEMPTS
 from flows.versioning import graph as versioning
 
 OLD_LOG_S = 30 * 86400.0
@@ -41,7 +42,10 @@ def leftovers(root: Path) -> list[Leftover]:
     Kept are: what a run uses now, unfinished training that nobody went on from, journals of stages
     that have not ended, records, databases of the servers, and everything that DVC tracks.
     """
-    found = [*_submitted(root), *_states(root), *_tiles(root), *_logs(root)]
+    found = [
+        *(*_submitted(root), *_states(root), *_tiles(root), *_logs(root)),
+        *_killed(root),
+    ]
     return sorted(found, key=lambda one: (-one.size_bytes, one.path))
 
 
@@ -72,9 +76,14 @@ def _size(path: Path) -> int:
 
 
 def _in_use(tree: Path) -> bool:
-    """Whether a run holds the clone's lock of a working tree."""
+    """Whether a run holds the clone's lock of a working tree, or a worker that of a stage."""
+    locks = [tree / LOCK_FILE, *(tree / STAGE_LOCKS).glob("*")]
+    return any(_is_held(path) for path in locks)
+
+
+def _is_held(lock: Path) -> bool:
     try:
-        descriptor = os.open(tree / LOCK_FILE, os.O_RDWR)
+        descriptor = os.open(lock, os.O_RDWR)
     except OSError:
         return False
     try:
@@ -121,6 +130,16 @@ def _tiles(root: Path) -> Iterator[Leftover]:
         for folder in folders:
             place = str(folder.relative_to(root))
             yield Leftover(place, "tiles", "the autoencoder is not being trained", _size(folder))
+
+
+def _killed(root: Path) -> Iterator[Leftover]:
+    """What runs keep for as long as they work, and could not remove when they were killed."""
+    if _in_use(root):
+        return
+    for folder in (root / ATTEMPTS, root / "runs" / "progress"):
+        for path in sorted(folder.glob("*")):
+            place = str(path.relative_to(root))
+            yield Leftover(place, "killed run", "no run works here", _size(path))
 
 
 def _logs(root: Path) -> Iterator[Leftover]:

@@ -12,8 +12,10 @@ import fcntl
 import logging
 import os
 import select
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,7 +99,24 @@ def _uploader_lock(root: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        with _own_temporary(path.with_name(".uploading")):
+            yield
+
+
+@contextmanager
+def _own_temporary(folder: Path) -> Iterator[None]:
+    """MLflow's client packs what it sends in temporary folders: here the next uploader clears them.
+
+    A killed one would leave its own in TMPDIR for ever.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
         yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Uploader:
