@@ -6,17 +6,15 @@ and fetched. Registering the same digest again returns the version that exists.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.tracking.logged_models import DIGEST_TAG, PATH_TAG, LoggedModels, describe
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
     from mlflow.entities.model_registry import ModelVersion
-
-DIGEST_TAG = "weights.sha256"
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,18 @@ def register(
         tags: dict[str, Any] = {
             **promotion.tags,
             DIGEST_TAG: promotion.digest,
-            "weights.path": promotion.path,
+            PATH_TAG: promotion.path,
         }
-        logged = client.create_logged_model(
-            experiment_id, name=promotion.model, source_run_id=run_id, tags=tags
-        )
-        _describe(client, logged, None if root is None else root / promotion.path)
-        client.finalize_logged_model(logged.model_id, "READY")
+        # The export of the run that trained these weights, with its curves; weights that came from
+        # elsewhere have none.
+        place = Path() if root is None else root
+        logged = LoggedModels(client, experiment_id, place).with_digest(promotion.digest)
+        if logged is None:
+            logged = client.create_logged_model(
+                experiment_id, name=promotion.model, source_run_id=run_id, tags=tags
+            )
+            describe(client, logged, None if root is None else root / promotion.path)
+            client.finalize_logged_model(logged.model_id, "READY")
         version = client.create_model_version(
             promotion.model,
             source=f"models:/{logged.model_id}",
@@ -90,24 +93,6 @@ def register(
     if promotion.alias is not None:
         client.set_registered_model_alias(promotion.model, promotion.alias, version.version)
     return version
-
-
-def _describe(client: MlflowClient, logged: LoggedModel, folder: Path | None) -> None:
-    """Write the `MLmodel` file, with the signature where the weights' configuration is there."""
-    from mlflow.models import Model
-
-    from flows.tracking.model_signatures import signature_of
-
-    described = Model(
-        artifact_path=logged.artifact_location,
-        model_uuid=logged.model_id,
-        model_id=logged.model_id,
-        run_id=logged.source_run_id,
-        signature=None if folder is None else signature_of(folder),
-    )
-    with tempfile.TemporaryDirectory() as aside:
-        described.save(str(Path(aside) / "MLmodel"))
-        client.log_model_artifacts(logged.model_id, aside)
 
 
 @dataclass(frozen=True)
@@ -144,7 +129,7 @@ def registered_weights(client: MlflowClient) -> list[RegisteredWeights]:
                         model=model.name,
                         version=str(version.version),
                         digest=tags[DIGEST_TAG],
-                        path=tags.get("weights.path", ""),
+                        path=tags.get(PATH_TAG, ""),
                         aliases=names,
                     )
                 )

@@ -37,6 +37,7 @@ from flows.records.records import (
     write_json,
 )
 from flows.tracking import metric_feed
+from flows.tracking.logged_models import LoggedModels
 from flows.tracking.registry import Promotion, register
 from flows.tracking.run_pages import NOTE_TAG, pipeline_note, stage_note
 from flows.tracking.tier import served_clients
@@ -48,6 +49,8 @@ DRAIN_TIMEOUT_S = 120.0
 _GRID_PX = 1024
 """Long edge in the image grid: MLflow takes seconds to pack a picture of 4096 px."""
 
+_KIND_TAG, _TRAINING = "mlflow.experimentKind", "custom_model_development"
+"""What MLflow's pages read: the experiment opens on runs, charts and models, not on traces."""
 _ORIGIN_TAGS = ("mlflow.source.git.commit", "git.dirty", "settings.sha256", "lock.sha256")
 
 
@@ -143,17 +146,21 @@ class Uploader:
         # By its time of creation: every new store calls its first experiment 1.
         self._store = f"{self.experiment_id}@{experiment.creation_time}"
         self._ended: set[str] = set()
+        self._models = LoggedModels(self.client, self.experiment_id, root)
 
     def _experiment(self) -> str:
         name = self.project
         found = self.client.get_experiment_by_name(name)
         if found is not None:
+            if found.tags.get(_KIND_TAG) is None:
+                self.client.set_experiment_tag(found.experiment_id, _KIND_TAG, _TRAINING)
             return str(found.experiment_id)
         # A server has its own artifact store; the SQLite store needs to be told one.
         location = None
         if self._uri.startswith("sqlite:"):
             location = Path(tracking_config(self._root)["artifact_root"]).as_uri()
-        return str(self.client.create_experiment(name, artifact_location=location))
+        tags = {_KIND_TAG: _TRAINING}
+        return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
 
     def sync(self) -> int:
         """Upload what is new; returns the number of records that are still not complete."""
@@ -249,6 +256,10 @@ class Uploader:
             write_json(record.folder / "mlflow.json", state)
 
         def send(points: list[metric_feed.Point]) -> None:
+            metrics = self._models.judged(record, state["run_id"], points)
+            self.client.log_batch(state["run_id"], metrics=metrics)
+
+        def send_load(points: list[metric_feed.Point]) -> None:
             metrics = [Metric(point.key, point.value, point.ms, point.step) for point in points]
             self.client.log_batch(state["run_id"], metrics=metrics)
 
@@ -256,7 +267,7 @@ class Uploader:
             metric_feed.deliver(self._root / record.run.metrics_file, state, send, note)
         if record.run.system_file:
             system = state.setdefault("system", {})
-            metric_feed.deliver(self._root / record.run.system_file, system, send, note)
+            metric_feed.deliver(self._root / record.run.system_file, system, send_load, note)
         if record.run.images_dir:
             self._images(self._root / record.run.images_dir, state, note)
 
@@ -300,6 +311,9 @@ class Uploader:
         datasets = dataset_inputs(self._root, record.run, result, record.outputs)
         if datasets:
             self.client.log_inputs(run_id, datasets=datasets)
+        if result.status == "FINISHED" and record.run.kind == "stage":
+            last = max(state.get("sent", {}).values(), default=0)
+            self._models.exported(record, run_id, result.tags, last)
         for promotion in result.promotions:
             self._register(record, run_id, Promotion(**promotion))
         note = self._note(record, run_id, result)

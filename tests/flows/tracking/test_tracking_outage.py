@@ -95,7 +95,8 @@ def test_metrics_arrive_live_and_once_though_the_server_dies_during_the_run(
         # The training process was killed too and goes on from step 25.
         log.rewind(25)
         for step in range(26, 91):
-            log.log({"loss": 1 / step, "step_s": 0.2}, step)
+            judged = {"validation_loss": 1 / step} if step % 30 == 0 else {}
+            log.log({"loss": 1 / step, "step_s": 0.2} | judged, step)
         Image.new("RGB", (8, 8), "blue").save(samples / "step-00000040.png")
         time.sleep(3)
         server = start_server(toy, port)
@@ -121,6 +122,13 @@ def test_metrics_arrive_live_and_once_though_the_server_dies_during_the_run(
             ["samples", "step", "20"],
             ["samples", "step", "40"],
         ]
-        assert client.get_run(run_id).info.status == "FINISHED"
+        run = client.get_run(run_id)
+        assert run.info.status == "FINISHED"
+        models = client.search_logged_models(
+            [run.info.experiment_id],
+            order_by=[{"field_name": "metrics.validation_loss", "ascending": True}],
+        )
+        assert [model.params["step"] for model in models] == ["90", "60", "30"]
+        assert {str(model.status) for model in models} == {"READY"}
     finally:
         kill_server(server)
