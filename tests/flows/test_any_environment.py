@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,17 @@ def project(clone: Callable[..., Path]) -> Path:
 
 
 def ultraflux(
-    folder: Path, *arguments: str, env: dict[str, str | None] | None = None, **options: Any
+    folder: Path,
+    *arguments: str,
+    env: dict[str, str | None] | None = None,
+    before: Sequence[str] = (),
+    **options: Any,
 ) -> subprocess.CompletedProcess[str]:
     """A command in a folder, with variables changed (None: taken away)."""
     changed = os.environ | {"PYTHONPATH": str(folder)} | (env or {})
+    # By its path: what PATH holds is one of the things that are changed.
     return subprocess.run(
-        ["ultraflux", *arguments],
+        [*before, str(Path(sys.executable).parent / "ultraflux"), *arguments],
         cwd=folder,
         env={name: value for name, value in changed.items() if value is not None},
         stdin=subprocess.DEVNULL,
@@ -60,7 +67,47 @@ WORKS: dict[str, dict[str, str | None]] = {
     "another time zone": {"TZ": "Pacific/Kiritimati"},
     "warnings shown": {"PYTHONWARNINGS": "default"},
     "no bytecode": {"PYTHONDONTWRITEBYTECODE": "1"},
+    "optimised Python": {"PYTHONOPTIMIZE": "1", "PYTHONSAFEPATH": "1", "PYTHONHASHSEED": "7"},
+    "a bare PATH": {"PATH": "/usr/bin:/bin"},
+    "forced colours": {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1", "NO_COLOR": None},
+    "another language": {"LC_ALL": "de_DE.UTF-8", "LANGUAGE": "de:fr", "LANG": "de_DE.UTF-8"},
+    "a foreign MLflow experiment": {
+        "MLFLOW_EXPERIMENT_NAME": "theirs",
+        "MLFLOW_RUN_ID": "0" * 32,
+        "MLFLOW_REGISTRY_URI": DEAD,
+    },
+    "a foreign Prefect home": {"PREFECT_HOME": "/nonexistent/prefect", "PREFECT_DEBUG_MODE": "1"},
+    "caches that cannot be made": {"XDG_CACHE_HOME": "/proc/cache", "HF_HOME": "/proc/hf"},
+    "a scheduler's variables": {
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "3",
+        "MASTER_ADDR": "10.0.0.1",
+        "SLURM_PROCID": "3",
+        "OMP_NUM_THREADS": "64",
+    },
+    "a hook of another repository": {"GIT_DIR": "/nonexistent/.git", "GIT_INDEX_FILE": "x"},
+    "a foreign DVC environment": {"DVC_GLOBAL_CONFIG_DIR": "/proc/dvc", "DVC_EXP_NAME": None},
 }
+NAMES = ("with a space", "größer", "100% sure", "a#b?c", "it's", "-dash", "d" * 120)
+"""Folders that people have."""
+HOSTILE_GIT = """\
+[color]
+    ui = always
+[diff]
+    noprefix = true
+    external = /bin/false
+[status]
+    short = true
+[log]
+    showSignature = true
+[commit]
+    gpgsign = true
+[core]
+    autocrlf = true
+    hooksPath = /nonexistent
+    pager = /bin/false
+"""
 
 
 @pytest.mark.parametrize("quirk", WORKS)
@@ -161,7 +208,133 @@ def test_foreign_dvc_settings_do_not_reach_the_pipeline(project: Path, tmp_path:
     assert staged == ""
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_clone_may_be_called(project: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    subprocess.run(
+        ["git", "clone", "-q", f"file://{project}", f"./{name}"], cwd=tmp_path, check=True
+    )
+    done = ultraflux(folder, "run", "--until", "source")
+    assert done.returncode == 0, done.stdout + done.stderr
+    # The records have reached the store of this clone, whatever its address had to look like.
+    synced = ultraflux(folder, "sync")
+    assert synced.stdout.strip() == "MLflow has everything", synced.stderr
+    assert (folder / "runs" / "services" / "mlflow.db").stat().st_size > 0
+
+
+def test_a_link_to_a_clone_and_a_folder_in_it_are_the_clone(project: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(project)
+    for place in (link, project / "flows" / "stages"):
+        done = ultraflux(place, "run", "--until", "source", env={"PYTHONPATH": str(project)})
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", ["submodule", "partial", "sparse"])
+def test_clones_that_are_not_whole_repositories_work(
+    project: Path, tmp_path: Path, kind: str
+) -> None:
+    allowed = ["-c", "protocol.file.allow=always"]
+    if kind == "submodule":
+        above = tmp_path / "above"
+        subprocess.run(["git", "init", "-q", str(above)], check=True)
+        command = ["git", *allowed, "submodule", "add", "-q", f"file://{project}", "inner"]
+        subprocess.run(command, cwd=above, check=True)
+        folder = above / "inner"
+    else:
+        folder = tmp_path / kind
+        options = ["--filter=blob:none"] if kind == "partial" else ["--sparse"]
+        subprocess.run(
+            ["git", *allowed, "clone", "-q", *options, f"file://{project}", folder], check=True
+        )
+    if kind == "sparse":
+        wanted = ["flows", "components", "conf", "data", "mlflow", "benchmarks", ".dvc"]
+        subprocess.run(["git", "sparse-checkout", "set", *wanted], cwd=folder, check=True)
+    done = ultraflux(folder, "run", "--until", "source")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_settings_of_git_that_change_its_answers_change_nothing(
+    project: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "gitconfig"
+    config.write_text(HOSTILE_GIT)
+    done = ultraflux(project, "run", "--until", "source", env={"GIT_CONFIG_GLOBAL": str(config)})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_few_open_files_are_enough(project: Path) -> None:
+    before = ["bash", "-c", 'ulimit -n 256; exec "$0" "$@"']
+    done = ultraflux(project, "run", "--until", "source", before=before)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_input_at_all_is_enough(project: Path) -> None:
+    before = ["bash", "-c", 'exec "$0" "$@" <&-']
+    done = ultraflux(project, "run", "--until", "source", before=before)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_narrow_terminal_shows_every_stage(project: Path) -> None:
+    """A real terminal of 40 columns, as a program sees it."""
+    seen = bytearray()
+
+    def read(descriptor: int) -> bytes:
+        data = os.read(descriptor, 1024)
+        seen.extend(data)
+        return b""
+
+    program = str(Path(sys.executable).parent / "ultraflux")
+    code = f"cd {project} && stty cols 40 && exec {program} run --until source"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(project))
+        patch.setenv("TERM", "xterm")
+        patch.delenv("COLUMNS", raising=False)
+        status = pty.spawn(["bash", "-c", code], read)
+    assert status == 0, seen.decode(errors="replace")[-2000:]
+    assert b"Pipeline up to date" in seen
+
+
+def _read_only(place: Path) -> list[str]:
+    """Words before a command that then sees a folder as a mount that nobody can write to."""
+    script = f'mount --bind "{place}" "{place}" && mount -o remount,ro,bind "{place}"'
+    return ["unshare", "--mount", "bash", "-c", f'{script} && exec "$0" "$@"']
+
+
+def _may_mount(tmp_path: Path) -> bool:
+    return subprocess.run([*_read_only(tmp_path), "true"], capture_output=True).returncode == 0
+
+
+def test_a_home_that_cannot_be_written_is_enough(project: Path, tmp_path: Path) -> None:
+    if not _may_mount(tmp_path):
+        pytest.skip("nothing can be mounted here")
+    home = tmp_path / "home"
+    home.mkdir()
+    env = {"HOME": str(home), "XDG_CONFIG_HOME": None, "XDG_CACHE_HOME": None}
+    done = ultraflux(project, "run", "--until", "source", env=env, before=_read_only(home))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_clone_that_cannot_be_written_is_one_line(project: Path, tmp_path: Path) -> None:
+    if not _may_mount(tmp_path):
+        pytest.skip("nothing can be mounted here")
+    folder = copied(project, tmp_path / "theirs")
+    done = ultraflux(folder, "run", before=_read_only(folder))
+    assert is_one_line(done, "cannot be written"), done.stderr
+
+
+def _others_run_this_python() -> bool:
+    """Whether another account may start what these tests start."""
+    if os.geteuid() != 0:
+        return False
+    program = [str(Path(sys.executable).resolve()), "-c", ""]
+    try:
+        return not subprocess.run(program, user=NOBODY, group=NOBODY, extra_groups=[]).returncode
+    except PermissionError:
+        return False
+
+
+@pytest.mark.skipif(not _others_run_this_python(), reason="no other account can run this Python")
 def test_a_clone_of_somebody_else_is_one_line(project: Path, tmp_path: Path) -> None:
     folder = copied(project, Path(shutil.os.path.realpath(tmp_path)) / "theirs")
     for path in (tmp_path, *tmp_path.parents):

@@ -152,9 +152,11 @@ def make_site(root: Path, folder: Path, token: str, settings: Mapping[str, Any] 
     _git(folder, "clone", "-q", str(root), str(origin))
     if settings is not None:
         make_small(origin, settings)
-        _git(origin, "add", "-A")
-        who = ["-c", "user.name=chaos", "-c", "user.email=chaos@localhost"]
-        _git(origin, *who, "commit", "-q", "--allow-empty", "-m", "Small settings")
+    # Results of other settings, and of another machine.
+    _git(origin, "rm", "-q", "--ignore-unmatch", "dvc.lock")
+    _git(origin, "add", "-A")
+    who = ["-c", "user.name=chaos", "-c", "user.email=chaos@localhost"]
+    _git(origin, *who, "commit", "-q", "--allow-empty", "-m", "Drill")
     for clone in (site.undisturbed, site.disturbed):
         _git(folder, "clone", "-q", str(origin), str(clone))
     return site
