@@ -6,8 +6,8 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,8 +84,10 @@ def chaos(
     def say(line: str) -> None:
         typer.echo(line, err=as_json)
 
+    # Ended by whatever, a drill first stops what it has started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     settings: dict[str, Any] | None = None
-    begun = time.monotonic()
     report = None
     try:
         if not as_is:
@@ -97,14 +99,18 @@ def chaos(
         drill = Drill(
             site,
             schedule(seed, every, kind or list(WEIGHTS)),
-            until=begun + 60 * minutes,
+            lasts_s=60 * minutes,
             most_faults=faults,
             served=on_postgres,
             say=say,
         )
         report = drill.run(engines)  # type: ignore[arg-type]
     except ChaosRefused as problem:
-        raise fail(str(problem), 1) from None
+        raise fail(f"{problem} (kept: {place})", 1) from None
+    except KeyboardInterrupt:
+        raise fail(
+            f"interrupted; what the drill had started is stopped (kept: {place})", 130
+        ) from None
     finally:
         if folder is None and report is not None and not report.problems:
             shutil.rmtree(place, ignore_errors=True)

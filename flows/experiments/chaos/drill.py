@@ -24,7 +24,7 @@ from flows.services.servers import free_port, services_dir
 from flows.services.workers import running_workers
 
 Engine = Literal["local", "prefect", "pools"]
-FAULTS_A_ROUND = 15
+FAULTS_A_ROUND = 40
 """Then a round is left alone, so that it comes to its end."""
 START_LASTS_S = 1800.0
 """A start of the pipeline that lasts longer hangs."""
@@ -69,7 +69,7 @@ class Drill:
         site: Site,
         draws: Iterator[Draw],
         *,
-        until: float,
+        lasts_s: float,
         most_faults: int,
         served: bool,
         say: Callable[[str], None],
@@ -79,15 +79,16 @@ class Drill:
         Args:
             site: the clones.
             draws: the schedule.
-            until: time (monotonic) after which nothing is disturbed any more.
+            lasts_s: for how long faults are sent; the last round then comes to its end alone.
             most_faults: likewise, by their number.
             served: servers on PostgreSQL instead of SQLite.
             say: told a line per fault and round.
         """
-        self._site, self._draws, self._say = site, draws, say
-        self._until, self._most, self._served = until, most_faults, served
+        self.site, self._draws, self._say = site, draws, say
+        self._lasts_s, self._most, self._served = lasts_s, most_faults, served
         self._begun = time.monotonic()
         self.report = Report()
+        self._until = 0.0
         self._right: dict[str, str] = {}
         self._files: set[str] = set()
         self._back_at: float | None = None
@@ -102,13 +103,11 @@ class Drill:
         Raises:
             ChaosRefused: the undisturbed run fails, or servers cannot be started.
         """
-        site = self._site
+        site = self.site
         self._say("undisturbed run")
         site.must(site.undisturbed, "ultraflux", "run", "--no-rehearsal")
-        self._right = output_hashes(site.undisturbed)
-        self._files = _names(site.undisturbed)
-        # What the undisturbed run leaves in TMPDIR is not the faults' doing.
-        _emptied(site.temporary)
+        self.learn_what_is_right()
+        self._until = time.monotonic() + self._lasts_s
         try:
             while self.report.rounds == 0 or not self._is_over():
                 engine = engines[self.report.rounds % len(engines)]
@@ -121,12 +120,19 @@ class Drill:
         self.report.seconds = time.monotonic() - self._begun
         return self.report
 
+    def learn_what_is_right(self) -> None:
+        """Take hashes and files of the undisturbed clone for those that must come out."""
+        self._right = output_hashes(self.site.undisturbed)
+        self._files = _names(self.site.undisturbed)
+        # What the undisturbed run leaves in TMPDIR is not the faults' doing.
+        _emptied(self.site.temporary)
+
     def _is_over(self) -> bool:
         return time.monotonic() >= self._until or len(self.report.faults) >= self._most
 
     def _round(self, engine: Engine) -> None:
         """One pipeline, started again until it ends well, then looked at."""
-        site, before, known = self._site, len(self.report.faults), len(self.report.problems)
+        site, before, known = self.site, len(self.report.faults), len(self.report.problems)
         made_anew(site.disturbed)
         self._servers(engine)
         unexplained = 0
@@ -142,7 +148,7 @@ class Drill:
                 break
         self._remote_back()
         self._repair(engine)
-        self._look(engine)
+        self.look(engine)
         faults = len(self.report.faults) - before
         self._say(
             f"round {self.report.rounds + 1} ({engine}): {faults} faults, "
@@ -151,7 +157,7 @@ class Drill:
 
     def _start(self, engine: Engine, round_began: int) -> tuple[int, bool, str]:
         """One start of the pipeline, disturbed; exit code, whether it was, its last words."""
-        site = self._site
+        site = self.site
         command = ["ultraflux", "run", "--no-rehearsal"]
         command += [] if engine == "local" else ["--engine", engine]
         command += ["--remote-data"] if engine == "pools" else []
@@ -189,7 +195,7 @@ class Drill:
         return run.returncode, bool(mine), said
 
     def _inflict(self, draw: Draw, engine: Engine) -> Fault | None:
-        site = self._site
+        site = self.site
         alive = victims(site.token, self._clones())
         done = inflict(draw, alive, site.remote if engine == "pools" else None)
         if done is None:
@@ -207,7 +213,7 @@ class Drill:
         return fault
 
     def _note(self, fault: Fault) -> None:
-        with (self._site.folder / "faults.jsonl").open("a", encoding="utf-8") as file:
+        with (self.site.folder / "faults.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(fault.as_dict()) + "\n")
         self._say(
             f"  {fault.at_s:7.1f} s  {fault.kind}  {fault.what}"
@@ -218,7 +224,7 @@ class Drill:
         self.report.problems.append(text)
 
     def _clones(self) -> list[Path]:
-        return [path for path in (self._site.disturbed, self._site.worker) if path.is_dir()]
+        return [path for path in (self.site.disturbed, self.site.worker) if path.is_dir()]
 
     # What a person, or the machine's supervisor, does beside a run.
 
@@ -230,27 +236,27 @@ class Drill:
 
     def _remote_back(self) -> None:
         self._back_at = None
-        if away(self._site.remote).is_dir():
-            away(self._site.remote).rename(self._site.remote)
+        if away(self.site.remote).is_dir():
+            away(self.site.remote).rename(self.site.remote)
 
     def _repair(self, engine: Engine) -> None:
         """Start what was killed of servers and workers, as one types it."""
         self._repair_at = None
         if self._up:
-            self._typed(self._site.disturbed, "ultraflux", "up")
+            self._typed(self.site.disturbed, "ultraflux", "up")
             if engine == "pools":
                 self._workers()
 
     def _typed(self, clone: Path, *command: str) -> None:
         """A command that has to work, also beside faults; the second time at the latest."""
         for _ in range(2):
-            done = self._site.run(clone, *command)
+            done = self.site.run(clone, *command)
             if done.returncode == 0:
                 return
         self._problem(f"{' '.join(command)}: {last_words(done.stdout + done.stderr)}")
 
     def _servers(self, engine: Engine) -> None:
-        site = self._site
+        site = self.site
         wanted = engine == "pools" or (engine == "prefect" and self._served)
         if wanted and not self._up:
             ports = [
@@ -274,7 +280,7 @@ class Drill:
             self._workers()
 
     def _workers(self) -> None:
-        site = self._site
+        site = self.site
         beside = Site(site.folder, site.token, site.shared | self._clients)
         command = ["ultraflux", "deploy", "--workers", "--limit", "1"]
         done = beside.run(site.worker, *command)
@@ -285,27 +291,38 @@ class Drill:
 
     # What must hold after a round, and at the end.
 
-    def _look(self, engine: Engine) -> None:
-        site = self._site
-        found = output_hashes(site.disturbed)
-        for path in sorted({*self._right, *found}):
-            if self._right.get(path) != found.get(path):
-                self._problem(
-                    f"{engine}: {path} has {found.get(path)}, undisturbed {self._right.get(path)}"
-                )
+    def look(self, engine: Engine) -> None:
+        """Note every way in which the disturbed clone is not as the undisturbed one."""
+        site = self.site
         self._typed(site.disturbed, "ultraflux", "sync")
-        for record in all_records(site.disturbed):
-            if record.result is None:
-                self._problem(f"{engine}: {record.run.name} reads as running ({record.record_id})")
-        for flow_run, _ in ownerless_flow_runs(site.disturbed):
-            if engine == "prefect":
-                self._problem(f"prefect: flow run {flow_run} has no owner and no end")
-        if left := self._left_running():
-            self._problem(f"{engine}: left running: {', '.join(left)}")
-        if left := self._left_on_disk():
-            self._problem(f"{engine}: left on disk: {', '.join(left[:5])} ({len(left)} in all)")
+        listed = json.loads(site.must(site.disturbed, "ultraflux", "clean", "--json"))
+        found = [*self.other_hashes(), *self.open_runs(engine)]
+        if left := self.left_running():
+            found.append(f"left running: {', '.join(left)}")
+        if left := self.left_on_disk([one["path"] for one in listed]):
+            found.append(f"left on disk: {', '.join(left[:5])} ({len(left)} in all)")
+        for problem in found:
+            self._problem(f"{engine}: {problem}")
 
-    def _left_running(self) -> list[str]:
+    def other_hashes(self) -> list[str]:
+        """Outputs that are not those of the undisturbed run."""
+        right, found = self._right, output_hashes(self.site.disturbed)
+        return [
+            f"{path} has {found.get(path)}, undisturbed {right.get(path)}"
+            for path in sorted({*right, *found})
+            if right.get(path) != found.get(path)
+        ]
+
+    def open_runs(self, engine: Engine) -> list[str]:
+        """Runs that read as running, although nothing runs."""
+        clone = self.site.disturbed
+        records = [r for r in all_records(clone) if r.result is None]
+        found = [f"{r.run.name} reads as running ({r.record_id})" for r in records]
+        # Other engines have no server that could be told.
+        flow_runs = ownerless_flow_runs(clone) if engine == "prefect" else ()
+        return found + [f"flow run {one} has no owner and no end" for one, _ in flow_runs]
+
+    def left_running(self) -> list[str]:
         """Processes that are neither servers nor workers, after a while."""
         kept = set()
         if self._up:
@@ -320,7 +337,7 @@ class Drill:
         deadline = time.monotonic() + GOING_S
         while True:
             left = []
-            for process in marked(self._site.token, self._clones()):
+            for process in marked(self.site.token, self._clones()):
                 try:
                     above = {process.pid, *(parent.pid for parent in process.parents())}
                     if not above & kept:
@@ -331,11 +348,9 @@ class Drill:
                 return left
             time.sleep(0.5)
 
-    def _left_on_disk(self) -> list[str]:
-        """Files that the undisturbed clone does not have and `clean` does not list."""
-        site = self._site
-        listed = json.loads(site.must(site.disturbed, "ultraflux", "clean", "--json"))
-        prefixes = tuple(one["path"] for one in listed)
+    def left_on_disk(self, listed: Sequence[str]) -> list[str]:
+        """Files that the undisturbed clone does not have and `clean` has not listed."""
+        site, prefixes = self.site, tuple(listed)
         left = {
             name
             for name, path in _names_and_paths(site.disturbed)
@@ -345,7 +360,7 @@ class Drill:
 
     def _end(self) -> None:
         """Stop everything that the drill started, whatever happened."""
-        site = self._site
+        site = self.site
         self._remote_back()
         if site.worker.is_dir():
             from flows.services.workers import stop_workers
