@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +40,8 @@ from flows.commands.services import deploy as deploy_command
 from flows.commands.services import remote as remote_command
 from flows.commands.services import services as services_command
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ROOM_SAID = "disk I/O error|database or disk is full"
 PIPELINE, CORPUS = "Pipeline", "Corpus"
 IMAGES, MODEL, SERVICES = "Images and evaluation", "Model", "Services"
 
@@ -389,15 +393,29 @@ def main() -> None:
     try:
         app()
     except Exception as problem:
-        # What DVC refuses is said in its words; anything else is a fault of ours, with its trace.
-        errors = sys.modules.get("dvc.exceptions")
-        if errors is None or not isinstance(problem, errors.DvcException):
+        # What others refuse is said in their words; anything else is a fault of ours, with its
+        # trace.
+        said = _refusal(problem)
+        if said is None:
             raise
-        print(f"error: DVC: {' '.join(str(problem).split())}", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
         _leave_threads_behind(end.code)
         raise
+
+
+def _refusal(problem: Exception) -> str | None:
+    """One line for what DVC refuses and for a disk that is full; None: something else."""
+    text = " ".join(str(problem).split())
+    errors = sys.modules.get("dvc.exceptions")
+    if errors is not None and isinstance(problem, errors.DvcException):
+        return f"DVC: {text}"
+    full = isinstance(problem, OSError) and problem.errno in _NO_ROOM
+    # SQLite says no more than this, of DVC's own databases as of ours.
+    if full or (type(problem).__name__ == "OperationalError" and re.search(_NO_ROOM_SAID, text)):
+        return f"a file cannot be written ({text}): make room on the disk, then run it again"
+    return None
 
 
 def _leave_threads_behind(code: object) -> None:

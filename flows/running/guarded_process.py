@@ -6,6 +6,11 @@ asking process holds. When that process ends, however it ends (kill -9 included)
 and the whole group is stopped: SIGTERM, then SIGKILL. A parent-death signal would not do: it
 follows the thread that forked, and it does not reach grandchildren such as the training process
 under `dvc`.
+
+Should the launcher itself be killed, the asking process ends what is left of its group, and without
+an asking process the group ends itself: COMMAND by a parent-death signal (the launcher has one
+thread), a stage below it by `end_with_launcher`. Otherwise a stage would work on beside the one
+that the next run starts.
 """
 
 from __future__ import annotations
@@ -15,12 +20,17 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 GRACE_S = 5.0
+LAUNCHER = "ULTRAFLUX_LAUNCHER"
+"""Process id of the launcher, in the environment of what it runs."""
+_PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
 
 
@@ -87,17 +97,55 @@ class GuardedProcess:
         """
         code = self._process.wait(timeout_s)
         self._close()
+        self._end_orphans(code)
         return code
 
     def stop(self) -> int:
         """Stop the whole group and return the exit code."""
         self._close()
-        return self._process.wait()
+        code = self._process.wait()
+        self._end_orphans(code)
+        return code
+
+    def _end_orphans(self, code: int) -> None:
+        """Kill the group of a launcher that was killed (it ends by itself with a code of 0 up)."""
+        if code < 0:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def _close(self) -> None:
         if self._write_end is not None:
             os.close(self._write_end)
             self._write_end = None
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends (Linux)."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_with_launcher() -> None:
+    """Kill this process's group when its launcher is killed; nothing without a launcher."""
+    pid = os.environ.get(LAUNCHER, "")
+    # In another group (a terminal's, a rank's) this process is not the launcher's to end.
+    if not pid.isdigit() or os.getpgrp() != int(pid):
+        return
+    try:
+        launcher = os.pidfd_open(int(pid))
+    except ProcessLookupError:
+        os.killpg(0, signal.SIGKILL)
+        return
+
+    def watch() -> None:
+        poller = select.poll()
+        poller.register(launcher, select.POLLIN)
+        poller.poll()
+        # A launcher that ends in order has seen to its group before.
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-launcher").start()
 
 
 def _stop_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
@@ -144,7 +192,8 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The command gets neither the pipe nor the locks: a grandchild that stays behind would keep
     # them.
-    child = subprocess.Popen(command, close_fds=True)
+    os.environ[LAUNCHER] = str(os.getpid())
+    child = subprocess.Popen(command, close_fds=True, preexec_fn=_die_with_parent)
     # So that one poll waits for both: the command's end and the asking process's.
     child_fd = os.pidfd_open(child.pid)
     poller = select.poll()

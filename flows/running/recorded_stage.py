@@ -26,6 +26,7 @@ from flows.records.owners import own_record
 from flows.records.records import Record, RunDescription, RunResult, open_record, write_json
 from flows.records.system_metrics import watched
 from flows.running.gpu_lock import gpus_for
+from flows.running.guarded_process import end_with_launcher
 from flows.running.training_state import Wish, identity_of, open_state, segment_tags
 from flows.stages.contract import StageContext, StageFailed, StageResult, state_folder
 from flows.versioning import graph as versioning
@@ -194,6 +195,7 @@ def run_stage(name: str, root: Path) -> int:
     started = time.monotonic()
     record: Record | None = None
     uploader = None
+    end_with_launcher()
     try:
         settings = load_settings(root / "params.yaml")
         _prepare(settings)

@@ -137,6 +137,9 @@ class Drill:
         self._servers(engine)
         unexplained = 0
         while True:
+            if self._repair_at is not None and unexplained:
+                # Whoever reads what the run said does as it says.
+                self._repair(engine)
             code, injected, said = self._start(engine, before)
             if code == 0:
                 break
