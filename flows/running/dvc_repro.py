@@ -30,6 +30,8 @@ from flows.running.stage_runner import OutcomeStatus, StageOutcome, interrupted
 from flows.versioning import graph as versioning
 
 TIMEOUT_STEP_S = 5.0
+BUSY_MARK = "is busy, it is being blocked by"
+BUSY_PATIENCE_S, BUSY_PAUSE_S = 120.0, 1.0
 ATTEMPTS = "runs/attempts"
 """Folders in which stages and whoever asked for them talk."""
 
@@ -144,25 +146,17 @@ class DvcRunner:
                 env[PREFECT_RUN] = prefect_run
             if self.force:
                 env[FORCED] = "1"
-            with ExitStack() as until_begun:
-                lock = until_begun.enter_context(
-                    stage_lock(self.root, name, lambda: self._stopping)
-                )
-                # Of a run that was killed: the bar would start where that one ended.
-                progress.unlink(missing_ok=True)
-                # A kill within a write leaves half a JSON file, on which every later dvc command
-                # fails.
-                versioning.clear_torn_rwlock(self.root)
-                with (
-                    log.open("wb") as output,
-                    self._process(node, command, env=env, output=output, lock=lock) as process,
-                ):
-                    if process is None:
-                        return interrupted(name)
-                    # The stage's processes hold the lock now; this one may be frozen or cut off.
-                    until_begun.close()
-                    code = self._wait(process, node.meta.timeout_min, waiting)
-            said = read_json(outcome_file)
+            while True:
+                code = self._attempt(node, command, env, log, waiting)
+                if code is None:
+                    return interrupted(name)
+                said = read_json(outcome_file)
+                patient = time.monotonic() - started < BUSY_PATIENCE_S
+                if code == 0 or said or not patient or BUSY_MARK not in _text(log):
+                    break
+                # Somebody reads what this stage writes (`dvc status`, `stage list`), or what a
+                # killed run had started is ending; DVC does not wait for that.
+                time.sleep(BUSY_PAUSE_S)
         progress.unlink(missing_ok=True)
         seconds = time.monotonic() - started
         if code == 0:
@@ -178,6 +172,34 @@ class DvcRunner:
             )
         message = f"{name}: {_last_error(log, code)} (log: {log.relative_to(self.root)})"
         return StageOutcome(name, "failed", seconds, message, log)
+
+    def _attempt(
+        self,
+        node: versioning.StageNode,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log: Path,
+        waiting: Path,
+    ) -> int | None:
+        """Exit code of one `dvc repro`; None after a `stop`."""
+        with ExitStack() as until_begun:
+            lock = until_begun.enter_context(
+                stage_lock(self.root, node.name, lambda: self._stopping)
+            )
+            # Of a run that was killed: the bar would start where that one ended.
+            self.progress_file(node.name).unlink(missing_ok=True)
+            # A kill within a write leaves half a JSON file, on which every later dvc command
+            # fails.
+            versioning.clear_torn_rwlock(self.root)
+            with (
+                log.open("wb") as output,
+                self._process(node, command, env=env, output=output, lock=lock) as process,
+            ):
+                if process is None:
+                    return None
+                # The stage's processes hold the lock now; this one may be frozen or cut off.
+                until_begun.close()
+                return self._wait(process, node.meta.timeout_min, waiting)
 
     @contextmanager
     def _process(
@@ -280,9 +302,13 @@ def _attempt_folder(root: Path, stage: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _text(log: Path) -> str:
+    return log.read_text(errors="replace")
+
+
 def _last_error(log: Path, code: int) -> str:
     """The line of a log that says most about a failure."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in _text(log).splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith("error")]
     if code in {137, 143, -9, -15}:
         return "killed"

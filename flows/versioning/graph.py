@@ -74,6 +74,10 @@ class StageNode:
     """Paths relative to the repository root."""
 
 
+BUSY = "works now, or was killed a moment ago"
+"""Reason of a stage that another process holds."""
+
+
 class GraphError(ValueError):
     """dvc.yaml does not describe a graph that can be run; one line."""
 
@@ -267,7 +271,7 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
     """
     with open_repo(root) as repo:
         # From outside the repository DVC calls a stage "path/dvc.yaml:name".
-        status = {name.rsplit(":", 1)[-1]: changes for name, changes in repo.status().items()}
+        status = _status(repo)
         cache = Path(repo.cache.local.path)
     reasons: dict[str, str] = {}
     locked = read_lock(root)
@@ -299,6 +303,26 @@ def stale_stages(root: Path, graph: dict[str, StageNode]) -> dict[str, str]:
         elif behind := [up for up in node.upstream if up in reasons and up != CODE]:
             reasons[name] = f"after {', '.join(behind)}"
     return reasons
+
+
+def _status(repo: Any) -> dict[str, list[Any]]:
+    """DVC's changes by stage; a stage that some process works on at this moment is one of them.
+
+    DVC refuses to look at such a stage, and with it at all others. Whoever then asks for it waits
+    for the stage's own lock (`flows.running.clone_lock.stage_lock`).
+    """
+    from dvc.lock import LockError
+
+    try:
+        found = repo.status()
+    except LockError:
+        found = {}
+        for stage in repo.index.stages:
+            try:
+                found |= repo.status(targets=[stage.addressing])
+            except LockError:
+                found[stage.addressing] = [BUSY]
+    return {name.rsplit(":", 1)[-1]: changes for name, changes in found.items()}
 
 
 def changes_beside_code(root: Path, name: str) -> str:

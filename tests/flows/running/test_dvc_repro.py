@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -197,3 +198,40 @@ def test_a_full_disk_under_the_dvc_cache_costs_no_result(toy: Path) -> None:
         assert (toy / "data" / "c").stat().st_size == 400_000
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def claimed(toy: Path, path: str, kind: str) -> subprocess.Popen[bytes]:
+    """A living process that says in DVC's table that it works on a path."""
+    process = subprocess.Popen(["sleep", "600"])
+    claim = {"pid": process.pid, "cmd": "dvc repro -s b"}
+    place = str(toy / path)
+    table = {"read": {}, "write": {}} | {kind: {place: [claim] if kind == "read" else claim}}
+    folder = toy / ".dvc" / "tmp"
+    folder.mkdir(exist_ok=True)
+    (folder / "rwlock").write_text(json.dumps(table))
+    return process
+
+
+def test_a_stage_that_somebody_works_on_is_stale_and_hides_no_other(toy: Path) -> None:
+    subprocess.run(["dvc", "repro", "-q"], cwd=toy, check=True)
+    graph = versioning.stage_graph(toy)
+    (toy / "source").write_text("others\n")
+    process = claimed(toy, "data/b", "write")
+    try:
+        found = versioning.stale_stages(toy, graph)
+    finally:
+        process.kill()
+        process.wait()
+    # c reads the source; d reads b.
+    assert found["b"] == versioning.BUSY
+    assert set(found) == {"a", "b", "c", "d"}
+    assert "source" in found["c"]
+
+
+def test_a_reader_delays_a_stage_and_does_not_fail_it(toy: Path) -> None:
+    process = claimed(toy, "data/a", "read")
+    threading.Timer(2.0, process.kill).start()
+    threading.Thread(target=process.wait, daemon=True).start()
+    outcomes = walk_graph(runner_for(toy), lambda outcome: None)
+    assert all(outcome.ok for outcome in outcomes.values()), outcomes
+    assert outcomes["a"].seconds >= 2.0
