@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.models.autoencoder_f16 import AutoencoderKLF16, DecodeMode
 from components.models.resonance_rope import RopeVariant
-from components.models.transformer import UltraFluxTransformer2DModel
+
+if TYPE_CHECKING:
+    # Imported where they are built: each brings seconds of diffusers that the other does not need.
+    from components.models.autoencoder_f16 import AutoencoderKLF16, DecodeMode
+    from components.models.transformer import UltraFluxTransformer2DModel
 
 # Orthonormal opponent colours: luma, red-blue, green-magenta.
 OPPONENT_COLOURS = torch.tensor(
@@ -289,6 +292,8 @@ def build_tiny_autoencoder(
             f"block_out_channels: {widths} needs two or more levels, each a multiple of "
             f"norm_num_groups {norm_num_groups}"
         )
+    from components.models.autoencoder_f16 import AutoencoderKLF16
+
     # Forked: building a model must not move the random state of whoever builds it.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -343,6 +348,8 @@ def build_tiny_transformer(
     Returns:
         Model in evaluation mode, float32.
     """
+    from components.models.transformer import UltraFluxTransformer2DModel
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = UltraFluxTransformer2DModel(
