@@ -202,7 +202,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("kills_at", ["a", "d"])
+@pytest.mark.parametrize("kills_at", [pytest.param("a", marks=pytest.mark.slow), "d"])
 def test_a_server_that_dies_costs_a_line_and_no_result(
     toy: Path, root: Path, kills_at: str
 ) -> None:

@@ -21,6 +21,7 @@ import yaml
 from flows.versioning import graph as versioning
 
 CHANGED = "generate.num_inference_steps"
+Typed = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def ultraflux(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -67,7 +68,9 @@ def test_selection_follows_the_official_signals(project: Path, root: Path) -> No
         assert row["kept"] == passes
 
 
-def test_the_human_channel_is_retrieved_has_evidence_and_is_merged(project: Path) -> None:
+def test_the_human_channel_is_retrieved_has_evidence_and_is_merged(
+    project: Path, typed: Typed
+) -> None:
     released = pandas.read_parquet(project / "data" / "slices" / "manifest.parquet")
     released.index = [Path(uri).stem for uri in released["uri"]]
     hikers = released.loc["mount-batok-java"]
@@ -81,7 +84,7 @@ def test_the_human_channel_is_retrieved_has_evidence_and_is_merged(project: Path
     # Its folder is a dependency of the stage: a box that is marked anew is looked at.
     assert "data/scores" in versioning.dependencies(project, "people")
     page = project / "datasheet.html"
-    done = ultraflux(project, "corpus", "datasheet", "--output", page.name)
+    done = typed(project, "corpus", "datasheet", "--output", page.name)
     assert done.returncode == 0, done.stderr
     text = page.read_text(encoding="utf-8")
     assert all(word in text for word in ("1 with people", "human", "general"))
@@ -157,9 +160,11 @@ def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(project: Path
         assert run.data.tags["stage.vae.run_id"] == vae.info.run_id
 
 
-def test_lineage_walks_from_a_generated_picture_to_photographs_and_back(project: Path) -> None:
+def test_lineage_walks_from_a_generated_picture_to_photographs_and_back(
+    project: Path, typed: Typed
+) -> None:
     picture = sorted((project / "data/generate/images").glob("*.png"))[0]
-    done = ultraflux(project, "lineage", str(picture), "--json")
+    done = typed(project, "lineage", str(picture), "--json")
     assert done.returncode == 0, done.stderr
 
     def steps(node: dict[str, Any]) -> list[dict[str, Any]]:
@@ -173,7 +178,7 @@ def test_lineage_walks_from_a_generated_picture_to_photographs_and_back(project:
     runs = {step["title"].split()[0] for step in back if step["kind"] == "run"}
     assert {"ingest", "slices", "vae", "dit_stage1", "dit_stage2", "generate"} <= runs
     stage2 = pandas.read_parquet(project / "data/slices/stage2.parquet")["uri"].iloc[0]
-    forth = steps(json.loads(ultraflux(project, "lineage", stage2, "--json").stdout))
+    forth = steps(json.loads(typed(project, "lineage", stage2, "--json").stdout))
     assert picture.name in {step["title"] for step in forth if step["kind"] == "picture"}
 
 
@@ -196,7 +201,7 @@ def test_a_run_is_reproduced_with_equal_outputs_restored_and_computed_again(proj
         assert (Path(found["tree"]) / path.relative_to(project)).read_bytes() == data
 
 
-def test_the_report_and_the_images_are_there(project: Path) -> None:
+def test_the_report_and_the_images_are_there(project: Path, typed: Typed) -> None:
     page = (project / "data" / "evaluate" / "report.html").read_text(encoding="utf-8")
     for photo in small_project.PHOTOS:
         assert photo in page
@@ -204,7 +209,7 @@ def test_the_report_and_the_images_are_there(project: Path) -> None:
     assert len(images) == len(small_project.SETTINGS["generate.sizes"])
     decision = json.loads((project / "data/promote/decision.json").read_text())
     assert decision["promoted"] is False  # four steps teach nothing: the gate must refuse
-    refused = ultraflux(project, "promote")
+    refused = typed(project, "promote")
     assert refused.returncode == 1
     assert "not promoted" in refused.stderr
 
@@ -442,12 +447,14 @@ def first_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout.splitlines()[0]
 
 
-def test_an_unfinished_training_run_meets_settings_that_have_changed(project: Path) -> None:
+def test_an_unfinished_training_run_meets_settings_that_have_changed(
+    project: Path, typed: Typed
+) -> None:
     """Killed, edited and gone on with, through the commands a person types."""
     copy = project.with_name("edited-run")
     shutil.copytree(project, copy, symlinks=True)
     small_project.change_settings(copy, {"dit_stage1.steps": 500, "dit_stage1.checkpoint_every": 2})
-    key = first_line(run_own_code(copy, "stage", "key", "dit_stage1"))
+    key = first_line(typed(copy, "stage", "key", "dit_stage1"))
     state = copy / "runs" / "dit_stage1" / key[:16]
     with (copy / "stage.log").open("w+") as log:
         process = subprocess.Popen(
@@ -473,7 +480,7 @@ def test_an_unfinished_training_run_meets_settings_that_have_changed(project: Pa
 
     unseen = {"dit_stage1.checkpoint_every": 3, "dit_stage1.watch_every": 7}
     small_project.change_settings(copy, unseen | {"models.transformer.card.license": "mit"})
-    assert first_line(run_own_code(copy, "stage", "key", "dit_stage1")) == key
+    assert first_line(typed(copy, "stage", "key", "dit_stage1")) == key
     small_project.change_settings(copy, {"dit_stage1.learning_rate": 5e-5})
     refused = run_own_code(copy, "stage", "run", "dit_stage1")
     assert refused.returncode == 2
@@ -490,10 +497,10 @@ def test_an_unfinished_training_run_meets_settings_that_have_changed(project: Pa
     card = (copy / "data/dit_stage1/ema/README.md").read_text(encoding="utf-8")
     assert f"| 1 to {step} | as begun |" in card
     assert f"| {step + 1} to {step + 1} | dit_stage1.learning_rate" in card
-    listed = json.loads(run_own_code(copy, "stage", "states", "--json").stdout)
+    listed = json.loads(typed(copy, "stage", "states", "--json").stdout)
     now = next(row for row in listed if row["differs"] == "current")
     assert (now["step"], now["status"], len(now["segments"])) == (step + 1, "finished", 2)
-    pruned = run_own_code(copy, "stage", "states", "dit_stage1", "--prune")
+    pruned = typed(copy, "stage", "states", "dit_stage1", "--prune")
     assert pruned.returncode == 0, pruned.stderr
     assert not state.exists()
     assert (copy / "runs" / now["state"]).is_dir()

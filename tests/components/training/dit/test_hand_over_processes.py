@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("training_environment_restored")
 @pytest.mark.parametrize(
     ("zero_stage", "precision"),
     [
-        (2, "bf16"),
+        pytest.param(2, "bf16", marks=pytest.mark.slow),
         pytest.param(0, "fp32", marks=pytest.mark.slow),
         pytest.param(1, "bf16", marks=pytest.mark.slow),
         pytest.param(3, "bf16", marks=pytest.mark.slow),
