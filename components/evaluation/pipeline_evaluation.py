@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from components.evaluation.measuring.pipeline_scores import pipeline_scores, read_generations
+from components.evaluation.measuring.twin_scores import pipeline_twins, twin_metrics
 from components.evaluation.pages.report import build_report
 from components.evaluation.statistics import gate, scores
 from components.evaluation.statistics.non_inferiority import baseline_scores
@@ -81,7 +82,8 @@ def evaluate_pipeline(root: Path, settings: Settings) -> PipelineEvaluation:
         resamples=settings.evaluate.bootstrap_resamples,
         seed=settings.project.seed,
     )
-    metrics = dict(sorted((headline | validation_loss(root)).items()))
+    twins = pipeline_twins(root, settings)
+    metrics = dict(sorted((headline | validation_loss(root) | twin_metrics(twins)).items()))
     # All images of a run are made by the same weights.
     digests: dict[str, str] = read_generations(root)[0]["digests"]
     decision = gate.decide(
@@ -92,15 +94,23 @@ def evaluate_pipeline(root: Path, settings: Settings) -> PipelineEvaluation:
         baseline=baseline_scores(root, settings.promote.baseline),
         seed=settings.project.seed,
     )
-    page = build_report(root, settings, table=table, metrics=metrics, decision=decision)
+    page = build_report(
+        root, settings, table=table, metrics=metrics, decision=decision, twins=twins
+    )
     return PipelineEvaluation(table, metrics, decision, digests, page)
 
 
 def validation_loss(root: Path) -> dict[str, float]:
-    """First value before stage 1, last value after stage 2, and the relative fall between them."""
+    """First value before stage 1, last value after stage 2, and the relative fall between them.
+
+    Where stage 1 measured training images like held-out ones, its numbers stand beside.
+    """
     before, after = (json.loads((root / path).read_text(encoding="utf-8")) for path in LOSSES)
     first, last = before["validation_loss_first"], after["validation_loss_last"]
+    # Of stage 1 alone: stage 2 trains on other images.
+    by_heart = {k: v for k, v in before.items() if k.startswith("training_images_loss_")}
     return {
+        **by_heart,
         "validation_loss_first": float(first),
         "validation_loss_last": float(last),
         "validation_loss_drop": 1.0 - float(last) / float(first),

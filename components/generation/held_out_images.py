@@ -1,5 +1,7 @@
 """Images from the captions of held-out photographs, every size, with the models just trained.
 
+Beside them stand the twins of training images (`twins.py`): one loaded model paints both.
+
 images = generate_held_out(root, load_settings(root / "params.yaml"), finished=root / "drafts")
 images.write(root / "data" / "generate")
 """
@@ -19,6 +21,7 @@ from components.files.whole_files import write_text
 from components.generation import sampling
 from components.generation.contact_sheet import contact_sheet
 from components.generation.held_weights import encoder_loader
+from components.generation.twins import twin_requests, write_twins
 from components.models.loading.memory_modes import memory_modes
 from components.models.loading.released import source_digests
 from components.settings.schema import Settings
@@ -37,6 +40,8 @@ class HeldOutImages:
 
     generations: list[sampling.Generation]
     """In the order of prompts, then sizes."""
+    twins: list[sampling.Generation]
+    """From captions of training images."""
     finished: Path
     """Folder that holds the files."""
     prompts: int
@@ -45,7 +50,7 @@ class HeldOutImages:
     """Model name to content digest."""
 
     def write(self, folder: Path) -> dict[str, Path]:
-        """Write `images/*.png`, `generations.jsonl` and `grid.png`.
+        """Write `images/*.png`, `generations.jsonl`, `grid.png` and `twins/`.
 
         Args:
             folder: exists; pictures of an earlier run in it go.
@@ -68,7 +73,8 @@ class HeldOutImages:
         write_text(log, "".join(f"{line}\n" for line in lines))
         pictures = [Image.open(images / generation.file) for generation in self.generations]
         contact_sheet(pictures, columns=self.sizes, cell_px=_CELL_PX).save(grid)
-        return {"images": images, "generations.jsonl": log, "grid.png": grid}
+        twins = write_twins(self.twins, self.finished, folder / "twins")
+        return {"images": images, "generations.jsonl": log, "grid.png": grid, "twins": twins}
 
 
 def generate_held_out(
@@ -84,7 +90,7 @@ def generate_held_out(
         description: for the progress bar.
 
     Raises:
-        FileNotFoundError: the held-out table is missing.
+        FileNotFoundError: the held-out table, or that of training images, is missing.
         NoCaptions: no held-out image has a caption.
         WeightsMissing: a model has not been trained yet.
     """
@@ -98,16 +104,18 @@ def generate_held_out(
     device, memory = settings.runtime.device, memory_modes(settings.generate.memory)
     memory.check(sampler.quantisation, sampler.text_quantisation)
     encoders = encoder_loader(sources, sampler, device=device, memory=memory)
+    held_out = sampling.make_requests(prompts, sizes, settings.generate.seed)
     generations = sampling.generate_images(
         lambda: sampling.load_model(sources, sampler, device=device, memory=memory),
-        sampling.make_requests(prompts, sizes, settings.generate.seed),
+        [*held_out, *twin_requests(root, settings)],
         finished,
         sampler=sampler,
         digests=digests,
         description=description,
         load_encoders=encoders if memory.text_first else None,
     )
-    return HeldOutImages(generations, finished, len(prompts), len(sizes), digests)
+    images, twins = generations[: len(held_out)], generations[len(held_out) :]
+    return HeldOutImages(images, twins, finished, len(prompts), len(sizes), digests)
 
 
 def held_out_prompts(root: Path, settings: Settings) -> list[tuple[str, str]]:

@@ -376,7 +376,8 @@ def _dit(
     held = base if stage.adapter is None else base + trained
     # At the start, every validate_every steps, at the end, and there once more for the average.
     validations = 2 + -(-stage.steps // stage.validate_every)
-    samples = held_out(transformer.settings, images) * VALIDATION_LEVELS * stage.validation_repeats
+    measured = held_out(transformer.settings, images) + stage.validation_training_images
+    samples = measured * VALIDATION_LEVELS * stage.validation_repeats
     validation = validations * samples * flops.forward
     items = stage.steps * stage.global_batch_size
     # Then the weights are the masters; every other way keeps a flat float32 copy (`state_bytes`).

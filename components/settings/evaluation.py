@@ -24,6 +24,11 @@ class GenerateSettings(Section):
     """(height, width) in pixels, multiples of 32."""
     prompts: Count
     """How many held-out captions are sampled (all sizes each)."""
+    twins: Annotated[int, Field(ge=0)] = 0
+    """How many captions of *training* images are sampled, each in its image's own bucket size, and
+    the first `prompts` of them in the three sizes least like it. Such a picture shows what was
+    memorised, and that corpus, latents, texts, objective and sampler fit together; it says nothing
+    of captions that training never saw."""
     num_inference_steps: Count
     guidance_scale: NonNegative
     shift: Annotated[float, Field(gt=0)]
@@ -97,8 +102,14 @@ class PromoteSettings(Section):
 
     alias: Literal["candidate", "champion"]
     min_vae_psnr_gain_db: float
-    min_validation_loss_drop: float
-    """Relative fall of the DiT validation loss over both stages, 0 to 1."""
+    min_validation_loss_drop: float | None
+    """Relative fall of the DiT validation loss over both stages, 0 to 1; None: not asked, for runs
+    on a handful of photographs, which memorise them while held-out loss rises."""
+    min_training_images_loss_drop: float | None = None
+    """The same of `validation_training_images` in stage 1."""
+    min_twin_psnr_db: float | None = None
+    """Of the worst of `generate.twins` beside its photograph, both at 1/8 size; also asks that the
+    photograph nearest to each twin is its own. None: not asked."""
     baseline: BaselineSettings | None
     """None: there is none yet; `non_inferiority` is then stated as not compared."""
     non_inferiority: Annotated[tuple[NonInferioritySettings, ...], Strict(False)]

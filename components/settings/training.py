@@ -266,6 +266,9 @@ class DitStageSettings(Section):
     validate_every: Watching
     validation_repeats: Watching
     """Fixed noise draws per held-out image and noise level."""
+    validation_training_images: Annotated[int, Field(ge=0), CHANGES_NO_WEIGHT] = 0
+    """So many training images are measured like the held-out ones: what has been learned by heart,
+    beside what carries over."""
     watch_every: Watching
     """Steps between readings of the error by wavelet band and of memory; the other metrics are
     logged at every step."""

@@ -80,6 +80,11 @@ def _result(context: StageContext, settings: DitStageSettings, outcome: DitOutco
         summary=(
             f"{settings.steps} steps, validation loss {first:.4f} -> {last:.4f} "
             f"({-metrics['validation_loss_drop']:+.1%})"
+            + (
+                f", of training images {-metrics['training_images_loss_drop']:+.1%}"
+                if "training_images_loss_drop" in metrics
+                else ""
+            )
             + (f"; waited too long for data, {waits} warnings" if waits else "")
             + (f"; {len(outcome.divergences)} updates refused" if outcome.divergences else "")
             + (f"; {len(restarts)} restarts, last: {restarts[-1]}" if restarts else "")

@@ -7,7 +7,7 @@ from flows.stages.contract import StageContext, StageFailed, StageResult
 
 
 def run(context: StageContext) -> StageResult:
-    """Write `data/generate/{images/*.png, generations.jsonl, grid.png}`.
+    """Write `data/generate/{images/*.png, generations.jsonl, grid.png, twins/}`.
 
     Raises:
         StageFailed: a stage before this one has not run, or no held-out image has a caption.
@@ -28,7 +28,10 @@ def run(context: StageContext) -> StageResult:
     count = len(images.generations)
     return StageResult(
         metrics={"images": float(count), "sizes": float(images.sizes)},
-        artifacts=(written["grid.png"], written["images"], written["generations.jsonl"]),
+        artifacts=tuple(
+            written[name] for name in ("grid.png", "images", "generations.jsonl", "twins")
+        ),
         tags={f"sha256.{name}": digest for name, digest in images.digests.items()},
-        summary=f"{count} images: {images.prompts} prompts at {images.sizes} sizes",
+        summary=f"{count} images: {images.prompts} prompts at {images.sizes} sizes"
+        + (f"; {len(images.twins)} from captions of training images" if images.twins else ""),
     )

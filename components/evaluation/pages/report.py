@@ -8,13 +8,14 @@ bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
+from components.evaluation.measuring.twin_scores import Twin
 from components.evaluation.pages.report_page import (
     RULE_NAMES,
     SCRIPTS,
@@ -38,6 +39,7 @@ from components.evaluation.pages.report_sources import (
     read_crops,
     read_figures,
     read_samples,
+    read_twin_groups,
 )
 from components.evaluation.statistics import scores
 from components.evaluation.viewer import EmbeddedPictures
@@ -184,7 +186,19 @@ def _tiles(corpus: Corpus, metrics: Mapping[str, float], table: pd.DataFrame) ->
         tiles.append(Tile("Autoencoder PSNR, dB", f"{before:.2f} → {after:.2f}", gain))
     drop = metrics.get("validation_loss_drop")
     if drop is not None:
-        tiles.append(Tile("Transformer validation loss", f"{-100 * drop:+.1f} %", "both stages"))
+        tiles.append(Tile("Transformer, held-out loss", f"{-100 * drop:+.1f} %", "both stages"))
+    by_heart = metrics.get("training_images_loss_drop")
+    if by_heart is not None:
+        tiles.append(
+            Tile(
+                "Transformer, training images", f"{-100 * by_heart:+.1f} %", "stage 1, fixed noise"
+            )
+        )
+    if "twins" in metrics:
+        count = f"{metrics['twins_recognised']:.0f} of {metrics['twins']:.0f}"
+        tiles.append(
+            Tile("Twins recognised", count, f"worst {metrics['twin_psnr_db_worst']:.1f} dB")
+        )
     generated = table.loc[table["system"] == scores.GENERATED]
     if not generated.empty:
         sizes = generated[["height", "width"]].drop_duplicates().shape[0]
@@ -210,6 +224,7 @@ def build_report(
     table: pd.DataFrame,
     metrics: Mapping[str, float],
     decision: Mapping[str, Any],
+    twins: Sequence[Twin] = (),
 ) -> str:
     """The whole page.
 
@@ -220,6 +235,7 @@ def build_report(
         table: `scores_table` of this run.
         metrics: flat numbers of `metrics.json`.
         decision: what `components.evaluation.statistics.gate.decide` returned.
+        twins: pictures from training captions, scored.
 
     Returns:
         HTML text. Outputs that do not exist yet leave their section out.
@@ -234,15 +250,17 @@ def build_report(
     embedded = EmbeddedPictures()
     crops = read_crops(data_dir, CROP_LIMIT, embedded)
     samples = read_samples(data_dir, image_px, SAMPLE_LIMIT)
+    twin_groups = read_twin_groups(data_dir, twins[:SAMPLE_LIMIT], image_px)
     measured = set(table.loc[table["value"].notna(), "metric"])
     per_image = _image_tables(table)
     sections = [
         ("summary", "Summary", True),
+        ("twins", "Photographs and twins", bool(twin_groups)),
+        ("samples", "Samples", bool(samples)),
         ("corpus", "Corpus", bool(corpus.accepted_total or corpus.rejected_total)),
         ("contract", "Contract", contract is not None),
         ("training", "Training", bool(figures)),
         ("autoencoder", "Autoencoder", bool(crops.items)),
-        ("samples", "Samples", bool(samples)),
         ("metrics", "Metrics", True),
         ("images", "Per image", bool(per_image)),
         ("cards", "Metric cards", True),
@@ -271,6 +289,7 @@ def build_report(
             viewer=crops.as_json(),
             blocks=embedded.blocks,
             samples=samples,
+            twins=twin_groups,
             tables=[_vae_table(table, settings), _text_to_image_table(table), _detail_table(table)],
             gain_text=_gain_text(metrics),
             small_sample=smallest if smallest < 30 else 0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from components.evaluation.measuring.twin_scores import Twin
 from components.evaluation.pages.charts import Series, line_chart
 from components.evaluation.pages.pictures import clean_png, picture_uri, thumbnail_uri
 from components.evaluation.viewer import (
@@ -28,6 +29,7 @@ from components.evaluation.viewer import (
     ViewedPicture,
     Viewer,
 )
+from components.generation.twins import read_twins
 
 _THUMBNAIL_PX = 320
 _SMOOTHING = 0.9
@@ -348,6 +350,70 @@ def read_crops(data_dir: Path, limit: int, embedded: EmbeddedPictures) -> Viewer
             pictures[system] = ViewedPicture(height, width, (layer,), picture)
         items.append(ViewedItem(name, f"Held-out crop {name}", pictures))
     return Viewer(tuple(CROP_SYSTEMS.values()), items)
+
+
+@dataclass(frozen=True)
+class TwinGroup:
+    """A photograph of the training set and what its caption gives."""
+
+    name: str
+    photograph: str
+    """Picture of it."""
+    twin: Sample
+    others: tuple[Sample, ...]
+    psnr_db: float
+    is_nearest: bool
+
+
+def read_twin_groups(
+    data_dir: Path, twins: Sequence[Twin], long_edge_px: int
+) -> tuple[TwinGroup, ...]:
+    """The scored twins with their photographs and their other sizes, in their order.
+
+    Args:
+        data_dir: where the stages write.
+        twins: from `twin_scores`.
+        long_edge_px: of a picture.
+    """
+    if not twins:
+        return ()
+    rows = read_twins(data_dir.parent)
+    manifest = pd.read_parquet(
+        data_dir / "slices" / "manifest.parquet", columns=["image_id", "uri"]
+    ).set_index("image_id")["uri"]
+    jpegs = _derivatives(
+        data_dir / "signals" / "derivatives.parquet", [twin.image_id for twin in twins]
+    )
+
+    def sample(row: Mapping[str, Any]) -> Sample:
+        path = data_dir / "generate" / "twins" / row["file"]
+        return Sample(
+            picture_uri(path, long_edge_px),
+            row["prompt"],
+            int(row["seed"]),
+            int(row["height"]),
+            int(row["width"]),
+            row["image_sha256"],
+        )
+
+    groups = []
+    for twin in twins:
+        made = [row for row in rows if row["source_image_id"] == twin.image_id]
+        photograph = ""
+        if twin.image_id in jpegs:
+            with Image.open(io.BytesIO(jpegs[twin.image_id])) as image:
+                photograph = thumbnail_uri(image, _THUMBNAIL_PX)
+        groups.append(
+            TwinGroup(
+                Path(str(manifest[twin.image_id])).name,
+                photograph,
+                sample(made[0]),
+                tuple(map(sample, made[1:])),
+                twin.psnr_db,
+                twin.is_nearest,
+            )
+        )
+    return tuple(groups)
 
 
 def read_samples(data_dir: Path, long_edge_px: int, limit: int) -> list[SampleGroup]:

@@ -20,8 +20,10 @@ from components.settings.evaluation import PromoteSettings
 RULES: tuple[tuple[str, str], ...] = (
     ("vae_psnr_gain_db", "min_vae_psnr_gain_db"),
     ("validation_loss_drop", "min_validation_loss_drop"),
+    ("training_images_loss_drop", "min_training_images_loss_drop"),
+    ("twin_psnr_db_worst", "min_twin_psnr_db"),
 )
-"""(metric, settings field holding its lower bound)."""
+"""(metric, settings field holding its lower bound; None there: not asked)."""
 
 
 def _judge(metric: str, value: float | None, threshold: float) -> dict[str, Any]:
@@ -51,8 +53,9 @@ def decide(
     """Decide whether the models behind `metrics` may take the alias `settings.alias`.
 
     Args:
-        metrics: flat numbers of `data/evaluate/metrics.json`; `vae_psnr_gain_db` in dB and
-            `validation_loss_drop` as a fraction are read.
+        metrics: flat numbers of `data/evaluate/metrics.json`; `vae_psnr_gain_db` and
+            `twin_psnr_db_worst` in dB, `validation_loss_drop` and `training_images_loss_drop` as
+            fractions, `twins` and `twins_recognised` as counts are read.
         settings: lower bounds, and rules of non-inferiority.
         digests: model name to content digest, copied into the decision.
         candidate: scores table behind `metrics`; needed with a baseline.
@@ -66,10 +69,15 @@ def decide(
         `baseline` is the digest of its file or None, `not_compared` names the rules that wait for
         a baseline.
     """
+    bounds = [(metric, getattr(settings, bound)) for metric, bound in RULES]
+    if settings.min_twin_psnr_db is not None:
+        # All of them, however many there are.
+        bounds.append(("twins_recognised", metrics.get("twins")))
     rules = [
         # `get`: a number that was never written fails its rule; a KeyError would leave no decision.
-        _judge(metric, metrics.get(metric), float(getattr(settings, bound)))
-        for metric, bound in RULES
+        _judge(metric, metrics.get(metric), float(bound))
+        for metric, bound in bounds
+        if bound is not None
     ]
     if baseline is not None:
         # A baseline with nothing to hold against it must not pass for "no baseline".

@@ -114,6 +114,21 @@ class TrainingData:
             seed=self.job.seed,
         )
 
+    def training_images(self) -> ValidationSet | None:
+        """The first images of the slice by id, with noise as fixed as that of held-out ones."""
+        settings = self.job.settings
+        count = settings.validation_training_images
+        if count == 0:
+            return None
+        return ValidationSet(
+            self.latents,
+            self.texts,
+            self.plan.sample_ids[:count],
+            repeats=settings.validation_repeats,
+            batch_size=settings.micro_batch_size,
+            seed=self.job.seed,
+        )
+
     def micro_batches(self, step: int, ranks: Ranks) -> list[NoisedBatch]:
         """This rank's share of the global batch of one step, in host memory.
 
@@ -212,6 +227,8 @@ class AssembledRun:
     """Inside it compiled blocks run as plain Python; does nothing where there are none."""
     average: WeightAverage
     validation: ValidationSet
+    training_images: ValidationSet | None
+    """Measured beside `validation`; None: the settings ask for none."""
     grids: SampleGrids | None
     throughput: Throughput
     metrics: MetricLog | None
@@ -290,6 +307,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         uncompiled=uncompiled if is_compiled else nullcontext,
         average=average,
         validation=validation,
+        training_images=data.training_images(),
         grids=grids,
         throughput=throughput,
         metrics=metrics,

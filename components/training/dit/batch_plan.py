@@ -205,6 +205,11 @@ class BatchPlan:
         """Number of different samples."""
         return sum(len(ids) for ids in self._samples.values())
 
+    @property
+    def sample_ids(self) -> list[str]:
+        """All samples, sorted."""
+        return sorted(one.decode() for ids in self._samples.values() for one in ids.tolist())
+
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of optimizer step `step` (0 is the first).
 

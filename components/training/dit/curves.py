@@ -80,7 +80,8 @@ def headline_metrics(
     Returns:
         `validation_loss_first`, `_last`, `_last_raw`, `_drop` (relative, 1 - last / first), the
         same restricted to `sigma_range` (`validation_loss_in_range_*`), the objective's own
-        values, and `train_loss_first` / `_last` (means over a tenth of the steps).
+        values, `train_loss_first` / `_last` (means over a tenth of the steps), and where training
+        images were measured like held-out ones, `training_images_loss_first`, `_last` and `_drop`.
     """
     # Row 0 is the validation before the first step.
     measured = validations(rows)
@@ -88,6 +89,18 @@ def headline_metrics(
     raw = [losses for _, weights, losses in measured if weights == "raw"][-1]
     # Raw and average are compared with the same start: before training they are equal.
     last = [losses for _, weights, losses in measured if weights == "ema"][-1]
+    # One row may hold the losses of both weights: the last step's.
+    seen = [row["training_images_loss"] for row in rows if "training_images_loss" in row]
+    seen += [row["training_images_loss_ema"] for row in rows if "training_images_loss_ema" in row]
+    by_heart = (
+        {
+            "training_images_loss_first": seen[0],
+            "training_images_loss_last": seen[-1],
+            "training_images_loss_drop": 1.0 - seen[-1] / seen[0],
+        }
+        if seen
+        else {}
+    )
     losses = history_table(rows)["loss"].to_numpy()
     # Single steps scatter by their noise levels; a tenth of the run does not.
     tenth = max(1, len(losses) // 10)
@@ -102,6 +115,7 @@ def headline_metrics(
         "validation_objective_last": float(np.mean(last.objective)),
         "train_loss_first": float(np.mean(losses[:tenth])),
         "train_loss_last": float(np.mean(losses[-tenth:])),
+        **by_heart,
     }
 
 

@@ -43,7 +43,7 @@ from components.training.dit.export import Card, save_transformer
 from components.training.dit.job import WEIGHTS_NAMES, DitJob, TrainingDiverged, build_transformer
 from components.training.dit.model_card import facts_of_run, model_card
 from components.training.dit.throughput import CHECKPOINT_STALL
-from components.training.dit.validation import LEVELS
+from components.training.dit.validation import LEVELS, ValidationLoss, ValidationSet
 from components.training.dit.velocity import NoisedBatch, band_errors, predict_velocity
 from components.training.sharded.hand_over import (
     StoredWeights,
@@ -388,16 +388,22 @@ class DitTrainer:
     def _validate(self, suffix: str) -> None:
         module = self.engine.module
         module.eval()
-        with self.parts.uncompiled():
-            result = self.parts.validation.evaluate(
+
+        def measured(images: ValidationSet) -> ValidationLoss:
+            return images.evaluate(
                 module,
                 self.job.objective,
                 self.settings.guidance_scale,
                 self.parts.dtype,
                 self.ranks,
             )
+
+        with self.parts.uncompiled():
+            values = measured(self.parts.validation).metrics(suffix)
+            if self.parts.training_images is not None:
+                values[f"training_images_loss{suffix}"] = measured(self.parts.training_images).mean
         module.train()
-        self._log(result.metrics(suffix))
+        self._log(values)
 
     def _log(self, values: dict[str, float]) -> None:
         if self.metrics is not None:

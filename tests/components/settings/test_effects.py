@@ -25,6 +25,7 @@ from flows.versioning.parameters import flatten
             for name in (
                 "validate_every",
                 "validation_repeats",
+                "validation_training_images",
                 "watch_every",
                 "checkpoint_every",
                 "keep_checkpoints",

@@ -21,7 +21,6 @@ import yaml
 from flows.versioning import graph as versioning
 
 CHANGED = "generate.num_inference_steps"
-Typed = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def ultraflux(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -68,9 +67,7 @@ def test_selection_follows_the_official_signals(project: Path, root: Path) -> No
         assert row["kept"] == passes
 
 
-def test_the_human_channel_is_retrieved_has_evidence_and_is_merged(
-    project: Path, typed: Typed
-) -> None:
+def test_the_human_channel_is_retrieved_has_evidence_and_is_merged(project, typed) -> None:
     released = pandas.read_parquet(project / "data" / "slices" / "manifest.parquet")
     released.index = [Path(uri).stem for uri in released["uri"]]
     hikers = released.loc["mount-batok-java"]
@@ -160,9 +157,7 @@ def test_mlflow_has_the_tree_the_curves_the_corpus_and_the_lineage(project: Path
         assert run.data.tags["stage.vae.run_id"] == vae.info.run_id
 
 
-def test_lineage_walks_from_a_generated_picture_to_photographs_and_back(
-    project: Path, typed: Typed
-) -> None:
+def test_lineage_walks_from_a_generated_picture_to_photographs_and_back(project, typed) -> None:
     picture = sorted((project / "data/generate/images").glob("*.png"))[0]
     done = typed(project, "lineage", str(picture), "--json")
     assert done.returncode == 0, done.stderr
@@ -201,7 +196,7 @@ def test_a_run_is_reproduced_with_equal_outputs_restored_and_computed_again(proj
         assert (Path(found["tree"]) / path.relative_to(project)).read_bytes() == data
 
 
-def test_the_report_and_the_images_are_there(project: Path, typed: Typed) -> None:
+def test_the_report_and_the_images_are_there(project, typed) -> None:
     page = (project / "data" / "evaluate" / "report.html").read_text(encoding="utf-8")
     for photo in small_project.PHOTOS:
         assert photo in page
@@ -447,9 +442,7 @@ def first_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout.splitlines()[0]
 
 
-def test_an_unfinished_training_run_meets_settings_that_have_changed(
-    project: Path, typed: Typed
-) -> None:
+def test_an_unfinished_training_run_meets_settings_that_have_changed(project, typed) -> None:
     """Killed, edited and gone on with, through the commands a person types."""
     copy = project.with_name("edited-run")
     shutil.copytree(project, copy, symlinks=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from components.evaluation.measuring.twin_scores import Twin
 from components.evaluation.pages.report import build_report
 from components.evaluation.pages.report_page import SCRIPTS, STYLES, assets
 from components.evaluation.statistics import gate, scores
@@ -78,6 +80,18 @@ def write_samples(data: Path) -> None:
     (data / "generate" / "generations.jsonl").write_text(line + "\n")
 
 
+def write_twins(data: Path) -> None:
+    (data / "generate" / "twins").mkdir()
+    lines = []
+    for image_id, file in (("a", "own.png"), ("a", "other.png"), ("b", "own2.png")):
+        picture(3, 32, 64).save(data / "generate" / "twins" / file)
+        record = {"source_image_id": image_id, "file": file, "prompt": ATTACK, "seed": 5}
+        lines.append(json.dumps(record | {"height": 32, "width": 64, "image_sha256": "e" * 64}))
+    (data / "generate" / "twins" / "twins.jsonl").write_text("\n".join(lines) + "\n")
+    uris = {"image_id": ["a", "b"], "uri": ["p/a.jpg", f"p/{ATTACK}.jpg"]}
+    pd.DataFrame(uris).to_parquet(data / "slices" / "manifest.parquet")
+
+
 def write_contract(data: Path) -> None:
     entry = {"expectation": "expect_column_values_to_not_be_null", "column": "uri"}
     entry |= {"severity": "critical", "status": "passed", "why": ATTACK, "observed": None}
@@ -103,7 +117,10 @@ def settings() -> Settings:
     return load_settings(ROOT / "params.yaml")
 
 
-def render(root: Path, settings: Settings) -> str:
+TWINS = (Twin("a", "own.png", 21.26, True), Twin("b", "own2.png", 9.0, False))
+
+
+def render(root: Path, settings: Settings, twins: Sequence[Twin] = ()) -> str:
     rows = [
         *scores.image_scores("a", scores.RECONSTRUCTION_BEFORE, (32, 64), {"psnr_db": 20.0}),
         *scores.image_scores("b", scores.RECONSTRUCTION_BEFORE, (32, 64), {"psnr_db": 21.0}),
@@ -114,7 +131,9 @@ def render(root: Path, settings: Settings) -> str:
     table = scores.scores_table(rows)
     metrics = scores.headline_metrics(table, resamples=200, seed=0) | {"validation_loss_drop": 0.3}
     decision = gate.decide(metrics, settings.promote, {"transformer": "0" * 64})
-    return build_report(root, settings, table=table, metrics=metrics, decision=decision)
+    return build_report(
+        root, settings, table=table, metrics=metrics, decision=decision, twins=twins
+    )
 
 
 class Page(HTMLParser):
@@ -159,6 +178,23 @@ def test_text_from_outside_is_escaped(root: Path, settings: Settings) -> None:
     # Caption, photographer, prompt and the reasons of two expectations show it as text.
     assert text.count('<script>alert("x")') == 5
     assert "山间湖泊" in text
+
+
+def test_photographs_and_their_twins_come_first_and_say_what_they_prove(
+    root: Path, settings: Settings
+) -> None:
+    write_twins(root / "data")
+    html = render(root, settings, TWINS)
+    assert ATTACK not in html
+    assert html.index('id="twins"') < html.index('id="samples"') < html.index('id="corpus"')
+    section = html[html.index('id="twins"') : html.index('id="samples"')]
+    # Two photographs, two twins, one more size of the first caption.
+    assert section.count("<img src=") == 5
+    text = " ".join("".join(Page(section).text).split())
+    assert "a.jpg recognised, 21.3 dB" in text
+    assert "another photograph is nearer, 9.0 dB" in text
+    assert "These pictures were memorised" in text
+    assert "twins" not in {key for key in re.findall(r'id="(\w+)"', render(root, settings))}
 
 
 def test_a_second_build_gives_the_same_bytes_without_machine_paths(

@@ -51,3 +51,55 @@ def test_a_missing_or_non_finite_number_never_promotes(value: float | None) -> N
 def test_an_absent_metric_fails_its_rule_only() -> None:
     decision = decide({"validation_loss_drop": 0.5}, SETTINGS)
     assert [rule["passed"] for rule in decision["rules"]] == [False, True]
+
+
+BY_HEART = SETTINGS.model_copy(
+    update={
+        "min_validation_loss_drop": None,
+        "min_training_images_loss_drop": 0.5,
+        "min_twin_psnr_db": 18.0,
+    }
+)
+LEARNED = {
+    "vae_psnr_gain_db": 4.0,
+    "validation_loss_drop": -1.6,
+    "training_images_loss_drop": 0.5,
+    "twin_psnr_db_worst": 18.0,
+    "twins": 8.0,
+    "twins_recognised": 8.0,
+}
+
+
+def test_a_run_that_memorises_is_judged_by_training_images_and_twins() -> None:
+    decision = decide(LEARNED, BY_HEART)
+    assert decision["promoted"] is True
+    assert [rule["name"] for rule in decision["rules"]] == [
+        "vae_psnr_gain_db",
+        "training_images_loss_drop",
+        "twin_psnr_db_worst",
+        "twins_recognised",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("training_images_loss_drop", 0.49),
+        ("twin_psnr_db_worst", 17.9),
+        ("twins_recognised", 7.0),
+        ("training_images_loss_drop", None),
+        ("twin_psnr_db_worst", None),
+        ("twins_recognised", None),
+    ],
+)
+def test_each_of_them_is_needed(name: str, value: float | None) -> None:
+    assert decide({**LEARNED, name: value}, BY_HEART)["promoted"] is False
+    without = {key: number for key, number in LEARNED.items() if key != name}
+    assert decide(without, BY_HEART)["promoted"] is False
+
+
+def test_a_run_without_twins_is_none_whose_twins_were_recognised() -> None:
+    none = {key: value for key, value in LEARNED.items() if not key.startswith("twin")}
+    decision = decide(none, BY_HEART)
+    assert decision["promoted"] is False
+    json.dumps(decision, allow_nan=False)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from components.models.transformer import UltraFluxTransformer2DModel
 from components.telemetry.metric_log import MetricLog
+from components.training.distributed.ranks import Ranks
 from components.training.dit.batch_plan import PlanMismatch
 from components.training.dit.curves import (
     draw_curves,
@@ -16,12 +17,14 @@ from components.training.dit.curves import (
     history_table,
     validation_table,
 )
-from components.training.dit.job import DitJob, TrainingDiverged
+from components.training.dit.job import DitJob, TrainingDiverged, build_transformer
 from components.training.dit.throughput import MACHINE_METRICS
 from components.training.dit.trainer import band_losses, learning_rate
+from components.training.dit.validation import ValidationSet
 from components.training.dit.worker import run_job
 from components.training.sharded.engine import engine_configuration
 from components.training.stores.latent_store import LatentStore
+from components.training.stores.text_store import TextStore
 
 pytestmark = pytest.mark.usefixtures("training_environment_restored")
 
@@ -101,6 +104,41 @@ def test_training_from_exported_weights_starts_at_their_loss(make_dit_job, tmp_p
     assert start["validation_loss"] == pytest.approx(last["validation_loss_ema"], rel=1e-6)
     config = (job.export_dir / "raw" / "config.json").read_text()
     assert str(tmp_path) not in config
+
+
+def test_training_images_are_measured_like_held_out_ones_and_change_no_weight(
+    make_dit_job, tmp_path
+):
+    options = {"precision": "fp32", "steps": 1, "validation_repeats": 2}
+    plain = make_dit_job(tmp_path / "plain", **options)
+    run_job(plain)
+    job = make_dit_job(tmp_path / "measured", validation_training_images=2, **options)
+    run_job(job)
+    weights = "ema/diffusion_pytorch_model.safetensors"
+    assert exported(job)[weights] == exported(plain)[weights]
+    store = LatentStore(job.latents)
+    train = sorted(store.index.loc[store.index["split"] == "train", "image_id"])
+    # By the image, one at a time: the mean over images is the mean of theirs.
+    by_hand = ValidationSet(
+        store, TextStore(job.texts), train[:2], repeats=2, batch_size=1, seed=job.seed
+    ).evaluate(
+        build_transformer(
+            job, TextStore(job.texts).widths, int(store.index["latent_channels"].iloc[0])
+        ),
+        job.objective,
+        job.settings.guidance_scale,
+        torch.float32,
+        Ranks(0, 1, torch.device("cpu")),
+    )
+    first, last = lasting(job)[0], lasting(job)[-1]
+    assert first["training_images_loss"] == pytest.approx(by_hand.mean, rel=1e-6)
+    numbers = headline_metrics(list(MetricLog(job.metrics).rows()), (0.0, 1.0))
+    # The averaged weights speak last: they are the ones that paint.
+    assert numbers["training_images_loss_last"] == last["training_images_loss_ema"]
+    assert numbers["training_images_loss_drop"] == pytest.approx(
+        1 - last["training_images_loss_ema"] / first["training_images_loss"]
+    )
+    assert not any(name.startswith("training_images") for name in lasting(plain)[0])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(
