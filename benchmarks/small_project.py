@@ -14,6 +14,15 @@ _SMALL = yaml.safe_load(
 )
 PHOTOS: tuple[str, ...] = tuple(_SMALL["photos"])
 SETTINGS: dict[str, Any] = _SMALL["settings"]
+LEARNED: dict[str, float] = {
+    "vae_psnr_gain_db": 5.0,
+    "validation_loss_drop": 0.5,
+    "training_images_loss_drop": 0.9,
+    "twins": 8.0,
+    "twins_recognised": 8.0,
+    "twin_psnr_db_worst": 20.0,
+}
+"""Measures of a run that passes the gate of the embedded profile."""
 LONG_ENOUGH_TO_KILL: dict[str, Any] = SETTINGS | {
     "vae.steps": 12,
     "vae.eval_every": 4,

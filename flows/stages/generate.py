@@ -14,6 +14,8 @@ def run(context: StageContext) -> StageResult:
     """
     settings = context.settings
     context.input("slices", "eval.parquet")
+    if settings.generate.twins:
+        context.input("slices", "stage1.parquet")
     context.input("vae", "autoencoder")
     context.input("dit_stage2", settings.generate.weights)
     # Finished images lie in the state: DVC empties the outputs before each run of a stage.

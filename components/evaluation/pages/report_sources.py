@@ -29,7 +29,7 @@ from components.evaluation.viewer import (
     ViewedPicture,
     Viewer,
 )
-from components.generation.twins import read_twins
+from components.generation.twins import TRAINED, read_twins
 
 _THUMBNAIL_PX = 320
 _SMOOTHING = 0.9
@@ -378,9 +378,8 @@ def read_twin_groups(
     if not twins:
         return ()
     rows = read_twins(data_dir.parent)
-    manifest = pd.read_parquet(
-        data_dir / "slices" / "manifest.parquet", columns=["image_id", "uri"]
-    ).set_index("image_id")["uri"]
+    trained = pd.read_parquet(data_dir.parent / TRAINED, columns=["image_id", "uri"])
+    uris = trained.set_index("image_id")["uri"]
     jpegs = _derivatives(
         data_dir / "signals" / "derivatives.parquet", [twin.image_id for twin in twins]
     )
@@ -405,7 +404,7 @@ def read_twin_groups(
                 photograph = thumbnail_uri(image, _THUMBNAIL_PX)
         groups.append(
             TwinGroup(
-                Path(str(manifest[twin.image_id])).name,
+                Path(str(uris[twin.image_id])).name,
                 photograph,
                 sample(made[0]),
                 tuple(map(sample, made[1:])),

@@ -89,7 +89,7 @@ def write_twins(data: Path) -> None:
         lines.append(json.dumps(record | {"height": 32, "width": 64, "image_sha256": "e" * 64}))
     (data / "generate" / "twins" / "twins.jsonl").write_text("\n".join(lines) + "\n")
     uris = {"image_id": ["a", "b"], "uri": ["p/a.jpg", f"p/{ATTACK}.jpg"]}
-    pd.DataFrame(uris).to_parquet(data / "slices" / "manifest.parquet")
+    pd.DataFrame(uris).to_parquet(data / "slices" / "stage1.parquet")
 
 
 def write_contract(data: Path) -> None:
@@ -194,7 +194,7 @@ def test_photographs_and_their_twins_come_first_and_say_what_they_prove(
     assert "a.jpg recognised, 21.3 dB" in text
     assert "another photograph is nearer, 9.0 dB" in text
     assert "These pictures were memorised" in text
-    assert "twins" not in {key for key in re.findall(r'id="(\w+)"', render(root, settings))}
+    assert 'id="twins"' not in render(root, settings)
 
 
 def test_a_second_build_gives_the_same_bytes_without_machine_paths(

@@ -26,6 +26,7 @@ def small_project(root: Path, folder: Path) -> Settings:
     """What the stages before `generate` would leave, with tiny random models; the settings."""
     params = read_params(root)
     params["generate"] |= {"sizes": [[64, 96]], "prompts": 2, "num_inference_steps": 2}
+    params["generate"]["twins"] = 2
     params["evaluate"] |= {"reconstruction_images": 1, "bootstrap_resamples": 100}
     settings = parse_settings(params)
     data = folder / "data"
@@ -38,7 +39,8 @@ def small_project(root: Path, folder: Path) -> Settings:
         row = {"image_id": hashlib.sha256(path.read_bytes()).hexdigest(), "uri": path.name}
         rows.append(row | {"caption_en": caption, "bucket_height": 64, "bucket_width": 96})
     (data / "slices").mkdir(parents=True)
-    pd.DataFrame(rows).to_parquet(data / "slices" / "eval.parquet", index=False)
+    for name in ("eval", "stage1"):
+        pd.DataFrame(rows).to_parquet(data / "slices" / f"{name}.parquet", index=False)
     build_tiny_autoencoder(seed=5).save_pretrained(data / "vae" / "autoencoder")
     build_tiny_text_encoders(
         data / "text_embeddings" / "encoders", CAPTIONS, t5_dim=32, clip_dim=32
@@ -94,7 +96,7 @@ def test_three_lines_at_a_prompt_do_what_each_stage_does(root: Path, tmp_path: P
 
     expected = written(staged)
     assert {name.split("/")[1] for name in expected} == {"generate", "evaluate", "promote"}
-    assert len(expected) == 2 + 2 + 3 + 2
+    assert len(expected) == 2 + 2 + 3 + 3 + 2
     assert written(plain) == expected
 
 
@@ -110,7 +112,8 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(
     module: type, gone: str, root: Path, tmp_path: Path
 ) -> None:
     settings = parse_settings(read_params(root))
-    for name in ("slices/eval.parquet", "vae/autoencoder", "dit_stage2/ema"):
+    needed = ("slices/eval.parquet", "slices/stage1.parquet", "vae/autoencoder", "dit_stage2/ema")
+    for name in needed:
         if name != gone:
             (tmp_path / "data" / name).mkdir(parents=True)
     name = module.__name__.rsplit(".", 1)[-1]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_project
 import yaml
 
 from components.evaluation.statistics.scores import Score, scores_table
@@ -38,9 +39,7 @@ def _project(project: Path, shift: float, noise: float) -> None:
     )
     (project / "data/evaluate").mkdir(parents=True, exist_ok=True)
     table.to_parquet(project / "data/evaluate/scores.parquet", index=False)
-    (project / "data/evaluate/metrics.json").write_text(
-        json.dumps({"vae_psnr_gain_db": 5.0, "validation_loss_drop": 0.5})
-    )
+    (project / "data/evaluate/metrics.json").write_text(json.dumps(small_project.LEARNED))
     for weights in ("data/vae/autoencoder", "data/dit_stage2/ema"):
         (project / weights).mkdir(parents=True, exist_ok=True)
         (project / weights / "model.safetensors").write_bytes(b"weights")

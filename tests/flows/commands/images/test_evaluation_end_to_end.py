@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_project
 import yaml
 from PIL import Image, ImageFilter
 
@@ -141,9 +142,7 @@ def test_a_worse_system_is_refused_and_the_report_says_by_which_rule(
     baseline = project / "same" / "scores.parquet"
     digest = hashlib.sha256(baseline.read_bytes()).hexdigest()
     (project / "data" / "evaluate").mkdir(parents=True)
-    (project / "data" / "evaluate" / "metrics.json").write_text(
-        json.dumps({"vae_psnr_gain_db": 5.0, "validation_loss_drop": 0.5})
-    )
+    (project / "data" / "evaluate" / "metrics.json").write_text(json.dumps(small_project.LEARNED))
     for weights in ("data/vae/autoencoder", "data/dit_stage2/ema"):
         (project / weights).mkdir(parents=True)
         (project / weights / "model.safetensors").write_bytes(b"weights")
