@@ -28,6 +28,7 @@ Checkpointing = Literal["none", "blocks", "selective"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "muon"]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Minutes = Annotated[float, Field(gt=0)]
+OnDivergence = Literal["stop", "skip", "rollback"]
 Watching = Annotated[Count, CHANGES_NO_WEIGHT]
 """How often, or how much, a run is looked at or saved."""
 
@@ -56,6 +57,29 @@ class ReconstructionSettings(Section):
     lpips_backbone: Annotated[str | None, CONTENT_COUNTS]
     """Local backbone file for `lpips`."""
     lpips_sha256: str | None
+
+
+class DivergenceSettings(Section):
+    """When loss or gradient norm count as diverged, and how far `on_divergence` goes."""
+
+    sigmas: Annotated[float, Field(gt=0)] | None = 8.0
+    """Deviations above the running mean, in logarithms (a deviation counts as 0.1 at least); None:
+    only a number that is not finite."""
+    warmup_steps: Count = 100
+    """Steps before the running statistics are trusted."""
+    memory_steps: Annotated[int, Field(ge=2)] = 100
+    """Steps over which the statistics forget."""
+    max_events: Annotated[int, Field(ge=0)] = 5
+    """Skips and rollbacks of a run together; one more stops it."""
+    rollback_every: Count = 500
+    """`rollback` returns to a multiple of so many steps (a checkpoint is made at each) ..."""
+    rollback_margin: Annotated[int, Field(ge=0)] = 50
+    """... at least so many steps before the divergence ..."""
+    left_out_steps: Count = 10
+    """... and trains on without the batches of so many steps up to it (PaLM, 2204.02311, section
+    5.1, went back 100 steps and left out 200 to 500 batches)."""
+    rollback_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """By what a rollback multiplies the learning rate from then on."""
 
 
 class VaeSettings(Section):
@@ -89,6 +113,9 @@ class VaeSettings(Section):
     checkpoint_every: Watching
     checkpoint_every_minutes: Annotated[Minutes | None, CHANGES_NO_WEIGHT] = None
     """A checkpoint also when so much time has passed since the last one."""
+    on_divergence: OnDivergence = "stop"
+    """As in the stages of the transformer, and by the same guard."""
+    divergence: DivergenceSettings = DivergenceSettings()
 
     @model_validator(mode="after")
     def _a_tile_holds_a_crop(self) -> VaeSettings:
@@ -174,29 +201,6 @@ def _is_named(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-class DivergenceSettings(Section):
-    """When loss or gradient norm count as diverged, and how far `on_divergence` goes."""
-
-    sigmas: Annotated[float, Field(gt=0)] | None = 8.0
-    """Deviations above the running mean, in logarithms (a deviation counts as 0.1 at least); None:
-    only a number that is not finite."""
-    warmup_steps: Count = 100
-    """Steps before the running statistics are trusted."""
-    memory_steps: Annotated[int, Field(ge=2)] = 100
-    """Steps over which the statistics forget."""
-    max_events: Annotated[int, Field(ge=0)] = 5
-    """Skips and rollbacks of a run together; one more stops it."""
-    rollback_every: Count = 500
-    """`rollback` returns to a multiple of so many steps (a checkpoint is made at each) ..."""
-    rollback_margin: Annotated[int, Field(ge=0)] = 50
-    """... at least so many steps before the divergence ..."""
-    left_out_steps: Count = 10
-    """... and trains on without the batches of so many steps up to it (PaLM, 2204.02311, section
-    5.1, went back 100 steps and left out 200 to 500 batches)."""
-    rollback_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """By what a rollback multiplies the learning rate from then on."""
-
-
 class DitStageSettings(Section):
     """One stage of SACL training."""
 
@@ -279,7 +283,7 @@ class DitStageSettings(Section):
     async_checkpoints: Annotated[bool, CHANGES_NO_WEIGHT]
     """Write checkpoints in a thread while training goes on: same files, a copy of the state in
     host memory (pinned on CUDA)."""
-    on_divergence: Literal["stop", "skip", "rollback"] = "stop"
+    on_divergence: OnDivergence = "stop"
     """A loss or gradient norm that is not finite or far above its running mean: end the run; leave
     the batch out; or go back to a checkpoint before it and leave the batches around it out."""
     divergence: DivergenceSettings = DivergenceSettings()

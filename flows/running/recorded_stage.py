@@ -168,7 +168,7 @@ def _training_state(
     """
     if not node.meta.trains:
         return None
-    identity = identity_of(clone.root, node.name, clone.parameters(node.name), inputs)
+    identity = identity_of(clone.root, node.name, settings, inputs)
     runtime = settings.runtime
     try:
         processes = runtime.processes * runtime.nodes

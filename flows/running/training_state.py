@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from components.settings import effects
-from components.settings.schema import Settings
+from components.settings.schema import Settings, load_settings, parse_settings
 from components.training.distributed.checkpoints import newest_checkpoint
 from components.training.distributed.run_states import (
     CHECKPOINTS,
@@ -67,16 +67,18 @@ class Wish:
 
 
 def identity_of(
-    root: Path, stage: str, parameters: Mapping[str, Any], inputs: Mapping[str, str]
+    root: Path, stage: str, settings: Settings, inputs: Mapping[str, str]
 ) -> RunIdentity:
     """The identity of a run of `stage`.
 
     Args:
         root: repository root.
         stage: that trains.
-        parameters: values that dvc.yaml declares for it, by dotted name.
+        settings: of which those count that dvc.yaml declares for it. Whole ones, because a default
+            that is written out is the same setting as one that is not.
         inputs: DVC hash by path of its dependencies.
     """
+    parameters = stage_parameters(root, stage, settings.model_dump(mode="json"))
     seen = {name: value for name, value in parameters.items() if not effects.only_seen(stage, name)}
     code = inputs.get(code_path(stage), "")
     return RunIdentity(
@@ -102,9 +104,11 @@ def clone_identity(
 
     Raises:
         GraphError: no such stage, or an input is not there.
+        SettingsError: settings that are none.
     """
     _, inputs = versioning.stage_identity(root, stage)
-    return identity_of(root, stage, stage_parameters(root, stage, settings), inputs)
+    here = load_settings(root / "params.yaml") if settings is None else parse_settings(settings)
+    return identity_of(root, stage, here, inputs)
 
 
 def present_identity(root: Path, stage: str) -> RunIdentity | None:

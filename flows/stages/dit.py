@@ -6,12 +6,13 @@ from pathlib import Path
 
 from components.settings.training import DitStageSettings
 from components.training.distributed.checkpoints import DiskFull
+from components.training.distributed.divergence import TrainingDiverged
 from components.training.distributed.interruption import advised_minutes
 from components.training.distributed.optimizers import described_optimizer
 from components.training.distributed.ranks import described_determinism
 from components.training.distributed.supervision import TrainingRefused
 from components.training.dit.curves import DitOutcome, write_outcome
-from components.training.dit.job import StartUnusable, TrainingDiverged, stage_job
+from components.training.dit.job import StartUnusable, stage_job
 from components.training.dit.worker import run_job
 from components.training.sharded.hand_over import LearningLost
 from flows.stages.contract import StageContext, StageFailed, StageResult

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from components.engine.ordered_pool import WorkersDoNotStart
 from components.files.weight_folders import WeightsMissing, folder_digest
-from components.settings.schema import Settings
 from components.training.distributed.checkpoints import DiskFull
+from components.training.distributed.divergence import TrainingDiverged, read_events
 from components.training.distributed.ranks import described_determinism
 from components.training.distributed.supervision import TrainingRefused
 from components.training.vae.crops import TilesDamaged
 from components.training.vae.job import slices_job
 from components.training.vae.tile_store import NoRoomForTiles
-from components.training.vae.trainer import LossNotFinite
 from components.training.vae.worker import run_job
 from flows.stages.contract import StageContext, StageFailed, StageResult
 
@@ -38,12 +36,13 @@ def run(context: StageContext) -> StageResult:
         state_dir=context.state_dir,
         export_dir=context.output_dir,
         metrics=context.metrics.path,
+        begun_at=context.segments[-1].from_step if context.segments else 0,
     )
     try:
         run_job(job)
     except (
         DiskFull,
-        LossNotFinite,
+        TrainingDiverged,
         NoRoomForTiles,
         TilesDamaged,
         TrainingRefused,
@@ -52,10 +51,12 @@ def run(context: StageContext) -> StageResult:
         WorkersDoNotStart,
     ) as problem:
         raise StageFailed(f"vae: {problem}") from problem
-    return _describe(context.output_dir, context.settings)
+    return _describe(context)
 
 
-def _describe(folder: Path, settings: Settings) -> StageResult:
+def _describe(context: StageContext) -> StageResult:
+    folder, settings = context.output_dir, context.settings
+    divergences = read_events(context.state_dir)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     files = ("crops.png", "curves.png", "history.csv", "left_out.csv")
     left_out = [
@@ -69,10 +70,12 @@ def _describe(folder: Path, settings: Settings) -> StageResult:
         tags={
             "weights.autoencoder": folder_digest(folder / "autoencoder"),
             "determinism": described_determinism(settings.runtime),
+            **{f"divergence.{number}": str(event) for number, event in enumerate(divergences, 1)},
         },
         summary=(
             f"{settings.vae.steps} steps, held-out PSNR {metrics['psnr_before_db']:.2f} -> "
             f"{metrics['psnr_after_db']:.2f} dB ({metrics['psnr_gain_db']:+.2f})"
+            + (f"; {len(divergences)} updates refused" if divergences else "")
             + (f"; left out: {', '.join(left_out)} (left_out.csv)" if left_out else "")
         ),
     )

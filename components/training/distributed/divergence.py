@@ -27,6 +27,10 @@ _ELEVATED = 0.5
 _CALM_STEPS = 10
 
 
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient is not finite, or far above its mean; names the step and its batch."""
+
+
 @dataclass(frozen=True)
 class DivergenceEvent:
     """A step whose update was refused, and what was done."""

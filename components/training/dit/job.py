@@ -20,10 +20,6 @@ from components.training.distributed.run_states import Segment
 WEIGHTS_NAMES = ("raw", "ema")
 
 
-class TrainingDiverged(RuntimeError):
-    """A loss or gradient is not finite; the message names the step and the saved batch."""
-
-
 class StartUnusable(ValueError):
     """Training cannot start from what the settings name; one line."""
 

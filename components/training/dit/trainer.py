@@ -25,7 +25,7 @@ from components.objectives.haar import BAND_NAMES
 from components.objectives.objective import objective_loss
 from components.settings.training import DitStageSettings
 from components.telemetry.progress import track
-from components.training.distributed.divergence import write_events
+from components.training.distributed.divergence import TrainingDiverged, write_events
 from components.training.distributed.interruption import StopRequest, note_interruption
 from components.training.distributed.ranks import Ranks
 from components.training.dit.adapters import (
@@ -40,7 +40,7 @@ from components.training.dit.assembly import (
     assemble_run,
 )
 from components.training.dit.export import Card, save_transformer
-from components.training.dit.job import WEIGHTS_NAMES, DitJob, TrainingDiverged, build_transformer
+from components.training.dit.job import WEIGHTS_NAMES, DitJob, build_transformer
 from components.training.dit.model_card import facts_of_run, model_card
 from components.training.dit.throughput import CHECKPOINT_STALL
 from components.training.dit.validation import LEVELS, ValidationLoss, ValidationSet

@@ -12,6 +12,7 @@ import sys
 
 from components.files.weight_folders import WeightsMissing
 from components.training.distributed.checkpoints import DiskFull
+from components.training.distributed.divergence import TrainingDiverged
 from components.training.distributed.interruption import listening
 from components.training.distributed.rank_jobs import rank_main, run_in_ranks
 from components.training.distributed.ranks import (
@@ -19,7 +20,7 @@ from components.training.distributed.ranks import (
     deterministic_torch,
     open_ranks,
 )
-from components.training.dit.job import DitJob, TrainingDiverged
+from components.training.dit.job import DitJob
 from components.training.dit.trainer import train
 from components.training.encoding.own_prompts import embed_own_prompts
 

@@ -55,6 +55,8 @@ class VaeJob(BaseModel):
     export_dir: Path
     metrics: Path
     """JSONL metric log."""
+    begun_at: int = 0
+    """Steps done when the newest segment began; 0: nothing has changed under way."""
 
 
 def slices_job(
@@ -67,6 +69,7 @@ def slices_job(
     state_dir: Path,
     export_dir: Path,
     metrics: Path,
+    begun_at: int = 0,
 ) -> VaeJob:
     """The job of training on one slice of the corpus and measuring on another.
 
@@ -79,6 +82,7 @@ def slices_job(
         state_dir: see `VaeJob`.
         export_dir: see `VaeJob`.
         metrics: see `VaeJob`.
+        begun_at: see `VaeJob`.
     """
     return VaeJob(
         settings=settings.vae,
@@ -94,6 +98,7 @@ def slices_job(
         limits=EngineLimits.of(settings),
         export_dir=export_dir,
         metrics=metrics,
+        begun_at=begun_at,
     )
 
 

@@ -10,14 +10,14 @@ the whole state: a resumed run ends with the same bytes as an undisturbed one.
 
 from __future__ import annotations
 
-import math
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -35,6 +35,12 @@ from components.telemetry.metric_log import MetricLog
 from components.telemetry.progress import track
 from components.training.distributed.checkpoint_writer import CheckpointWriter
 from components.training.distributed.checkpoints import CheckpointStore, load_state, save_state
+from components.training.distributed.divergence import (
+    DivergenceEvent,
+    DivergenceGuard,
+    TrainingDiverged,
+    write_events,
+)
 from components.training.distributed.interruption import StopRequest, note_interruption
 from components.training.distributed.ranks import Ranks
 from components.training.vae.crops import Crop, TileCrops
@@ -48,8 +54,8 @@ _STATE_FILE = "state.pt"
 _EVAL_BATCH = 4
 
 
-class LossNotFinite(RuntimeError):
-    """The loss or the gradient became NaN or infinite; the message names the saved batch."""
+class _Diverged(Exception):
+    """An update was refused, and the run goes back; never leaves this module."""
 
 
 class TrainableDecoder(nn.Module):
@@ -82,6 +88,8 @@ class VaeTraining:
     """Their reconstructions by the base autoencoder."""
     after: list[ImageArray]
     """Their reconstructions by the trained one."""
+    divergences: tuple[DivergenceEvent, ...] = ()
+    """Updates that the guard refused."""
 
 
 def freeze_encoder(autoencoder: AutoencoderKLF16) -> None:
@@ -150,18 +158,26 @@ class _Run:
     """Mutable state of one training run in one rank."""
 
     def __init__(
-        self, autoencoder: AutoencoderKLF16, settings: VaeSettings, ranks: Ranks, state_dir: Path
+        self,
+        autoencoder: AutoencoderKLF16,
+        settings: VaeSettings,
+        ranks: Ranks,
+        state_dir: Path,
+        begun_at: int,
     ) -> None:
         self.autoencoder = autoencoder
         self.settings = settings
         self.ranks = ranks
         self.state_dir = state_dir
+        self.guard = DivergenceGuard(settings.divergence, begun_at)
+        self.goes_back = settings.on_divergence == "rollback"
         self.store = CheckpointStore(
             state_dir / "checkpoints",
             KEEP_CHECKPOINTS,
             rank=ranks.rank,
             world_size=ranks.world_size,
             barrier=ranks.barrier,
+            is_needed=self.guard.is_anchor if self.goes_back else lambda *_: False,
         )
         # Not in the background: the states are small, and a full disk is said in the same words.
         self.writer = CheckpointWriter(self.store, in_background=False)
@@ -189,9 +205,9 @@ class _Run:
             "decoder": self.decoder.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
+            "guard": self.guard.state(),
         }
-
-        opened = self.store.begin(self.step)
+        opened = self.store.begin(self.step, healthy=self.guard.is_healthy(self.step))
         # The replicas are equal, so one copy is enough.
         writes = [partial(save_state, opened.aside / _STATE_FILE, state)]
         self.writer.submit(opened, writes if self.ranks.is_first else [])
@@ -202,22 +218,33 @@ class _Run:
         found = self.store.latest()
         if found is None:
             return False
+        self._load(found[1])
+        return True
+
+    def _load(self, checkpoint: Path, *, keep_events: bool = False) -> None:
         # On the CPU: `load_state_dict` puts each value where its parameter is.
-        state = load_state(found[1] / _STATE_FILE)
+        state = load_state(checkpoint / _STATE_FILE)
         self.decoder.load_state_dict(state["decoder"])
         self.optimizer.load_state_dict(state["optimizer"])
         # torch saves both with the moments; those of the settings count, which a segment may have
         # changed.
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate
             group["weight_decay"] = self.settings.weight_decay
         # The tables are made from it, so a resumed run has to remember all of its past.
         self.history = state["history"]
         self.step = state["step"]
-        return True
+        # One of a state from before there was a guard has none.
+        if "guard" in state:
+            self.guard.restore(state["guard"], keep_events=keep_events)
 
-    def train_step(self, images: Tensor) -> dict[str, float]:
-        """One optimizer step on this rank's crops; loss terms averaged over ranks."""
+    def train_step(self, images: Tensor) -> tuple[dict[str, float], str | None]:
+        """One optimizer step on this rank's crops.
+
+        Returns:
+            Loss terms averaged over ranks, and why there was no update; None: there was.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * self.guard.rate
         self.optimizer.zero_grad(set_to_none=True)
         parts = images.split(self.settings.micro_batch_size)
         terms: dict[str, Tensor] = {}
@@ -239,11 +266,12 @@ class _Run:
         values /= self.ranks.world_size
         # The norm is not averaged: gradients are equal on every rank already.
         measured = dict(zip(names, values.tolist(), strict=True)) | {"grad_norm": float(norm)}
-        # Every rank sees the same averages, so all of them stop, before the weights are spoilt.
-        if _finite(measured):
+        # Every rank sees the same averages, so all of them judge alike, before the weights change.
+        reason = self.guard.judge(measured["loss"], measured["grad_norm"])
+        if reason is None:
             self.optimizer.step()
-            self.step += 1
-        return measured
+            self.guard.accept(self.step, measured["loss"], measured["grad_norm"])
+        return measured, reason
 
     def _backward(self, images: Tensor, weight: float) -> dict[str, Tensor]:
         """`add_gradient` through the wrapper that averages over ranks."""
@@ -251,27 +279,80 @@ class _Run:
             self.autoencoder, self.wrapped, self.loss, images, weight, self.settings.precision
         )
 
-    def failure(
-        self, images: Tensor, crops: Sequence[Crop], measured: dict[str, float]
-    ) -> LossNotFinite:
-        """Save what is needed to repeat the failed step, and say where."""
-        number = self.step + 1
-        path = self.state_dir / f"not-finite-step{number:08d}-rank{self.ranks.rank}.pt"
+    @property
+    def _batch_folder(self) -> Path:
+        return self.state_dir / "diverged" / f"step-{self.step + 1:08d}"
+
+    def refused(
+        self, images: Tensor, crops: Sequence[Crop], measured: dict[str, float], reason: str
+    ) -> None:
+        """Keep what is needed to repeat a step whose update was refused, and do as settings say.
+
+        Raises:
+            TrainingDiverged: the run ends.
+            _Diverged: it goes back.
+        """
+        self._batch_folder.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {
-            "step": number,
+            "step": self.step + 1,
             "images": images,
             "crops": [[one.photograph, one.tile, one.top, one.left, one.flip] for one in crops],
             "measured": measured,
             "decoder": self.decoder.state_dict(),
         }
-        save_state(path, state)
+        # A file for each rank: any of them may hold the crop that is at fault.
+        save_state(self._batch_folder / f"rank{self.ranks.rank}.pt", state)
+        if self.settings.on_divergence == "stop" or self.guard.is_exhausted:
+            self.give_up(reason)
+        if self.goes_back:
+            raise _Diverged(reason)
+        self._tell(self.guard.skipped(self.step, reason))
+
+    def give_up(self, reason: str) -> NoReturn:
+        """End the run; a checkpoint that is not healthy is none to go on from."""
+        if self.ranks.is_first:
+            self.store.reject(lambda _, healthy: not healthy)
         # The first rank to leave ends the others, which may still be writing their batches.
         self.ranks.barrier()
-        bad = ", ".join(f"{k} = {v}" for k, v in measured.items() if not math.isfinite(v))
-        return LossNotFinite(
-            f"vae step {number}: {bad}; the batch and the weights before it are in {path}; lower "
-            f"vae.learning_rate (now {self.settings.learning_rate:g}) or look at the batch"
+        newest = self.store.latest()
+        kept = f"the checkpoint of step {newest[0]} is whole" if newest else "no checkpoint is left"
+        after = f" after {len(self.guard.events)} events" if self.guard.events else ""
+        raise TrainingDiverged(
+            f"vae: {reason} at step {self.step + 1}{after}; the batch and the weights before it "
+            f"are in {self._batch_folder}; {kept}: lower vae.learning_rate (now "
+            f"{self.settings.learning_rate:g}), look at the batch, or set vae.on_divergence (skip, "
+            "rollback) and --continue-from this run"
         )
+
+    def go_back(self, reason: str, metrics: MetricLog) -> None:
+        """Return to a healthy checkpoint before a divergence; collective."""
+        target = self.guard.anchor(self.step)
+        # Written by all of them, and none is rejected before all have looked.
+        self.ranks.barrier()
+        saved = self.store.healthy_at(target)
+        if saved is None:
+            self.give_up(f"{reason} (no healthy checkpoint of step {target})")
+        self.ranks.barrier()
+        if self.ranks.is_first:
+            self.store.reject(lambda at, _: at > target)
+        self._tell(self.guard.rolled_back(self.step, reason, target))
+        self._load(saved, keep_events=True)
+        if self.ranks.is_first:
+            metrics.rewind(target)
+        self.ranks.barrier()
+
+    def _tell(self, event: DivergenceEvent) -> None:
+        """Leave the events for the record, and one line for people."""
+        if self.ranks.is_first:
+            write_events(self.state_dir, self.guard)
+            print(f"vae: {event}", file=sys.stderr, flush=True)
+
+    def is_due(self) -> bool:
+        """Whether the number of steps asks for a checkpoint."""
+        if self.step == self.settings.steps:
+            return True
+        anchors = self.goes_back and self.guard.is_anchor(self.step, self.step)
+        return anchors or self.step % self.settings.checkpoint_every == 0
 
 
 def train_vae(
@@ -285,6 +366,7 @@ def train_vae(
     state_dir: Path,
     metrics: MetricLog,
     stop: StopRequest | None = None,
+    begun_at: int = 0,
 ) -> VaeTraining:
     """Train the decoder of `autoencoder` in place; continues from the newest checkpoint.
 
@@ -300,10 +382,12 @@ def train_vae(
         state_dir: checkpoints, and the batch of a failed step.
         metrics: loss terms, grad_norm and images_per_s every step, psnr_db when measured.
         stop: asked after every step.
+        begun_at: steps done when the newest segment began, whose checkpoint is there.
 
     Raises:
         TrainingInterrupted: some rank was asked to stop; the state is saved.
-        LossNotFinite: NaN or infinity; weights are those before the offending step.
+        TrainingDiverged: a loss or gradient norm is not finite or far above its running mean, and
+            `on_divergence` is `stop` or exhausted; weights are those before the offending step.
         DiskFull: no room for a checkpoint; the one before it is whole.
         ValueError: the global batch does not divide by the number of processes.
     """
@@ -320,7 +404,7 @@ def train_vae(
     held_out = held_out_photographs.held_out(seed, settings.eval_crops)
     # Before a checkpoint is loaded into the decoder: this is the base autoencoder's work.
     before = reconstruct(autoencoder, held_out)
-    run = _Run(autoencoder, settings, ranks, state_dir)
+    run = _Run(autoencoder, settings, ranks, state_dir, begun_at)
     if not run.resume():
         run.history.append({"step": 0, "psnr_db": mean_psnr_db(held_out, before)})
     if ranks.is_first:
@@ -328,6 +412,32 @@ def train_vae(
         metrics.rewind(run.step or -1)
         if run.step == 0:
             metrics.log({"psnr_db": run.history[0]["psnr_db"]}, 0)
+    if run.goes_back and run.step == run.guard.anchor(run.step):
+        # There may be none yet to go back to.
+        run.save()
+    while run.step < settings.steps:
+        try:
+            _run_on(run, photographs, held_out, seed, metrics, stop)
+        except _Diverged as event:
+            run.go_back(str(event), metrics)
+    if ranks.is_first:
+        write_events(state_dir, run.guard)
+    after = reconstruct(autoencoder, held_out)
+    # It is handed over for use, and an export or a metric needs no gradients.
+    autoencoder.requires_grad_(False)
+    return VaeTraining(run.history, held_out, before, after, tuple(run.guard.events))
+
+
+def _run_on(
+    run: _Run,
+    photographs: TileCrops,
+    held_out: Sequence[ImageArray],
+    seed: int,
+    metrics: MetricLog,
+    stop: StopRequest | None,
+) -> None:
+    """Steps to the end, or to a divergence that is gone back from; with what is due after each."""
+    settings, ranks = run.settings, run.ranks
     share = settings.batch_size // ranks.world_size
     # Numbers of the global batch: with other ranks the same crops make up a step.
     mine = range(ranks.rank * share, (ranks.rank + 1) * share)
@@ -335,15 +445,21 @@ def train_vae(
     saved_at = time.monotonic()
     for step in track(todo, "vae", total=settings.steps, initial=run.step):
         started = time.perf_counter()
-        images = photographs.batch(seed, step, mine)
-        measured = run.train_step(images.to(ranks.device))
-        if not _finite(measured):
-            crops = [photographs.crop_at(seed, step, index) for index in mine]
-            raise run.failure(images, crops, measured)
+        measured: dict[str, float] = {"left_out": 1.0}
+        # Not even computed: the event has settled what becomes of it.
+        if not run.guard.leaves_out(step):
+            images = photographs.batch(seed, step, mine)
+            found, reason = run.train_step(images.to(ranks.device))
+            if reason is None:
+                measured = found
+            else:
+                crops = [photographs.crop_at(seed, step, index) for index in mine]
+                run.refused(images, crops, found, reason)
+        run.step = step + 1
         step_s = time.perf_counter() - started
         last = run.step == settings.steps
         if last or run.step % settings.eval_every == 0:
-            measured["psnr_db"] = mean_psnr_db(held_out, reconstruct(autoencoder, held_out))
+            measured["psnr_db"] = mean_psnr_db(held_out, reconstruct(run.autoencoder, held_out))
         run.history.append({"step": run.step, **measured})
         if ranks.is_first:
             # Throughput depends on the machine, so it is not part of the history.
@@ -353,16 +469,8 @@ def train_vae(
         is_late = minutes is not None and time.monotonic() - saved_at >= 60.0 * minutes
         # One answer for all ranks: a signal and a clock reach each of them at another step.
         stops, is_late = ranks.any(bool(stop), is_late)
-        if last or stops or is_late or run.step % settings.checkpoint_every == 0:
+        if stops or is_late or run.is_due():
             run.save()
             saved_at = time.monotonic()
         if stops and not last:
-            raise note_interruption(state_dir, "vae", run.step, settings.steps)
-    after = reconstruct(autoencoder, held_out)
-    # It is handed over for use, and an export or a metric needs no gradients.
-    autoencoder.requires_grad_(False)
-    return VaeTraining(run.history, held_out, before, after)
-
-
-def _finite(measured: dict[str, float]) -> bool:
-    return all(math.isfinite(value) for value in measured.values())
+            raise note_interruption(run.state_dir, "vae", run.step, settings.steps)

@@ -13,6 +13,7 @@ from components.files.weight_folders import WeightsMissing
 from components.models.loading.base_autoencoder import load_base_autoencoder
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.checkpoints import DiskFull, no_room
+from components.training.distributed.divergence import TrainingDiverged
 from components.training.distributed.interruption import StopRequest, listening
 from components.training.distributed.rank_jobs import rank_main, run_in_ranks
 from components.training.distributed.ranks import (
@@ -24,10 +25,10 @@ from components.training.distributed.ranks import (
 from components.training.vae.crops import TileCrops, TilesDamaged
 from components.training.vae.export import export_training
 from components.training.vae.job import VaeJob, cut_tiles
-from components.training.vae.trainer import LossNotFinite, train_vae
+from components.training.vae.trainer import train_vae
 
 WORKER = "components.training.vae.worker"
-LASTING = (LossNotFinite, TilesDamaged, WeightsMissing, DiskFull, ValueError, PermissionError)
+LASTING = (TrainingDiverged, TilesDamaged, WeightsMissing, DiskFull, ValueError, PermissionError)
 """Failures that another attempt would only repeat."""
 
 
@@ -37,7 +38,7 @@ def run_job(job: VaeJob) -> None:
     Raises:
         ValueError: a slice is empty, an original is missing, or no photograph can be used.
         NoRoomForTiles: the disk is too small for the tiles.
-        LossNotFinite: training diverged (with several ranks: `TrainingRefused`).
+        TrainingDiverged: training diverged (with several ranks: `TrainingRefused`).
         DiskFull: no room for a checkpoint (with several ranks: `TrainingRefused`).
         TrainingFailed: (several ranks) a rank failed; names it, its last words and the logs.
     """
@@ -85,6 +86,7 @@ def _train(job: VaeJob, ranks: Ranks, stop: StopRequest) -> None:
         state_dir=job.state_dir,
         metrics=MetricLog(job.metrics),
         stop=stop,
+        begun_at=job.begun_at,
     )
     if ranks.is_first:
         left_out = {"vae": photographs.left_out, "eval": held_out.left_out}

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.checkpoints import newest_checkpoint
-from components.training.distributed.divergence import read_events
+from components.training.distributed.divergence import TrainingDiverged, read_events
 from components.training.dit.batch_plan import BatchPlan
-from components.training.dit.job import DitJob, TrainingDiverged
+from components.training.dit.job import DitJob
 from components.training.dit.worker import run_job
 from components.training.stores.latent_store import LatentStoreWriter
 from components.training.stores.text_store import build_text_store, embedded_prompts

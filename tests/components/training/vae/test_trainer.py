@@ -25,11 +25,12 @@ from components.models.tiny import build_tiny_autoencoder, synthetic_images
 from components.settings.training import ReconstructionSettings, VaeSettings
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.checkpoints import DiskFull, load_state
+from components.training.distributed.divergence import TrainingDiverged, read_events
 from components.training.distributed.ranks import Ranks, deterministic_torch, open_ranks
 from components.training.vae import trainer
 from components.training.vae.crops import Photograph, WorkingCopies
 from components.training.vae.export import export_training, history_table
-from components.training.vae.trainer import LossNotFinite, VaeTraining, train_vae
+from components.training.vae.trainer import VaeTraining, train_vae
 from components.training.vae.worker import LASTING, full_disks_named
 
 CROP_PX = 64
@@ -260,12 +261,88 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(
     with torch.no_grad():
         broken.decoder.conv_out.bias[0] = float("inf")
     before = weights(broken)
-    with pytest.raises(LossNotFinite, match=r"step 1.*not-finite-step00000001-rank0\.pt"):
+    with pytest.raises(TrainingDiverged, match=r"loss is not finite at step 1;.*no checkpoint"):
         train(data, ranks, tmp_path, settings(), broken)
     assert weights(broken) == before
-    saved = load_state(tmp_path / "not-finite-step00000001-rank0.pt")
+    saved = load_state(tmp_path / "diverged" / "step-00000001" / "rank0.pt")
     assert torch.equal(saved["images"], data[0].batch(SEED, 0, range(4)))
     assert len(saved["crops"]) == 4
+
+
+class Spoiled(WorkingCopies):
+    """Photographs of which the batch of the fifth step is far too bright."""
+
+    @classmethod
+    def of(cls, data: tuple[WorkingCopies, WorkingCopies]) -> tuple[WorkingCopies, WorkingCopies]:
+        spoiled = cls.__new__(cls)
+        spoiled.__dict__.update(data[0].__dict__)
+        return spoiled, data[1]
+
+    def batch(self, seed: int, step: int, numbers: range) -> torch.Tensor:
+        return super().batch(seed, step, numbers) * (50.0 if step == 4 else 1.0)
+
+
+def guarded(action: str, **changes: object) -> VaeSettings:
+    rules = {"warmup_steps": 3, "rollback_every": 2, "rollback_margin": 0, "left_out_steps": 1}
+    own = {name: changes.pop(name) for name in list(changes) if name in (*rules, "max_events")}
+    return settings(on_divergence=action, divergence=rules | own, **changes)
+
+
+def test_a_diverged_batch_is_left_out_and_every_way_there_gives_the_same_bytes(
+    data: tuple[WorkingCopies, WorkingCopies], ranks: Ranks, tmp_path: Path
+) -> None:
+    spoiled = Spoiled.of(data)
+    skipped, training = train(spoiled, ranks, tmp_path / "skip", guarded("skip"))
+    (event,) = training.divergences
+    assert str(event).startswith("step 5: loss ")
+    assert str(event).endswith("; step 5 left out")
+    assert read_events(tmp_path / "skip") == training.divergences
+    assert training.history[5] == {"step": 5, "left_out": 1.0}
+    assert np.isnan(history_table(training.history).set_index("step").loc[5, "loss"])
+    saved = load_state(tmp_path / "skip" / "diverged" / "step-00000005" / "rank0.pt")
+    assert torch.equal(saved["images"], spoiled[0].batch(SEED, 4, range(4)))
+    # Nothing of it reached weights or moments: as many steps without it, and none after it.
+    before, _ = train(data, ranks, tmp_path / "four", guarded("skip", steps=4))
+    until, _ = train(spoiled, ranks, tmp_path / "five", guarded("skip", steps=5))
+    assert weights(until) == weights(before)
+    # Stopped before the event, whose statistics come back with the checkpoint.
+    train(spoiled, ranks, tmp_path / "resumed", guarded("skip", steps=4))
+    resumed, again = train(spoiled, ranks, tmp_path / "resumed", guarded("skip"))
+    assert (weights(resumed), again.divergences) == (weights(skipped), training.divergences)
+    # Back to the checkpoint of step 4, and on without the batch.
+    back, gone_back = train(spoiled, ranks, tmp_path / "back", guarded("rollback"))
+    assert weights(back) == weights(skipped) != weights(before)
+    assert str(gone_back.divergences[0]).endswith("; back to step 4, step 5 left out")
+    log = MetricLog(tmp_path / "back" / "metrics.jsonl").rows()
+    assert [int(row["step"]) for row in log] == list(range(7))
+    # Three batches up to the event left out: none since step 2.
+    far, _ = train(
+        spoiled, ranks, tmp_path / "far",
+        guarded("rollback", rollback_margin=1, left_out_steps=3, steps=5),
+    )  # fmt: skip
+    two, _ = train(data, ranks, tmp_path / "two", guarded("skip", steps=2))
+    assert weights(far) == weights(two)
+
+
+def test_a_rollback_can_lower_the_rate_and_events_are_bounded(
+    data: tuple[WorkingCopies, WorkingCopies], ranks: Ranks, tmp_path: Path
+) -> None:
+    spoiled = Spoiled.of(data)
+    rates = {"divergence": {"warmup_steps": 3, "rollback_every": 4, "rollback_margin": 0,
+                            "left_out_steps": 1, "rollback_rate": 0.5}}  # fmt: skip
+    slower, _ = train(spoiled, ranks, tmp_path / "a", settings(on_divergence="rollback", **rates))
+    state = load_state(next((tmp_path / "a" / "checkpoints").glob("step-00000006")) / "state.pt")
+    assert state["optimizer"]["param_groups"][0]["lr"] == 1e-3
+    same, _ = train(spoiled, ranks, tmp_path / "b", guarded("rollback"))
+    assert weights(slower) != weights(same)
+    with pytest.raises(TrainingDiverged, match=r"deviations above.* at step 5;.*step 4 is whole"):
+        train(spoiled, ranks, tmp_path / "c", guarded("stop"))
+    with pytest.raises(TrainingDiverged, match=r"deviations above.* at step 5;"):
+        train(spoiled, ranks, tmp_path / "d", guarded("skip", max_events=0))
+    # Goes on from there under other settings, as a segment does.
+    _, training = train(spoiled, ranks, tmp_path / "c", guarded("skip"))
+    assert len(training.divergences) == 1
+    assert training.history[-1]["step"] == 6
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(
@@ -355,8 +432,8 @@ def test_no_rank_leaves_before_every_batch_that_diverged_is_saved(
             broken.decoder.conv_out.bias[0] = float("inf")
         try:
             train(data, Ranks(rank, 2, torch.device("cpu")), tmp_path, settings(), broken)
-        except LossNotFinite:
-            os._exit(0 if len(list(tmp_path.glob("not-finite-step00000001-rank*.pt"))) == 2 else 1)
+        except TrainingDiverged:
+            os._exit(0 if len(list(tmp_path.glob("diverged/step-00000001/rank*.pt"))) == 2 else 1)
         os._exit(2)
 
     context = multiprocessing.get_context("fork")
