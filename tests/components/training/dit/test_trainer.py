@@ -9,11 +9,8 @@ from safetensors.torch import load_file
 
 from components.models.transformer import UltraFluxTransformer2DModel
 from components.telemetry.metric_log import MetricLog
-<<<<<<< HEAD
-from components.training.distributed.ranks import Ranks
-=======
 from components.training.distributed.divergence import TrainingDiverged
->>>>>>> aa62c48 (The decoder's training has the divergence guard of the transformer's; a default that is written out is no edit, and a table of edits is tried)
+from components.training.distributed.ranks import Ranks
 from components.training.dit.batch_plan import PlanMismatch
 from components.training.dit.curves import (
     draw_curves,
@@ -21,11 +18,7 @@ from components.training.dit.curves import (
     history_table,
     validation_table,
 )
-<<<<<<< HEAD
-from components.training.dit.job import DitJob, TrainingDiverged, build_transformer
-=======
-from components.training.dit.job import DitJob
->>>>>>> aa62c48 (The decoder's training has the divergence guard of the transformer's; a default that is written out is no edit, and a table of edits is tried)
+from components.training.dit.job import DitJob, build_transformer
 from components.training.dit.throughput import MACHINE_METRICS
 from components.training.dit.trainer import band_losses, learning_rate
 from components.training.dit.validation import ValidationSet
