@@ -33,11 +33,17 @@ class Picture:
     """`content` of the reference."""
     reading: str = ""
     """Version of the policy under which its pixels are read; empty where all read it alike."""
+    fitted: tuple[int, int] | None = None
+    """(height, width) to which it is resized to cover and cut about its centre before it is
+    measured; None: as it is."""
 
     @property
     def content(self) -> str:
-        """Of file and reading: what was measured under another reading is of other pixels."""
-        return content_digest(self.sha256, self.reading)
+        """Of file, reading and fit: what was measured under another one is of other pixels."""
+        if self.fitted is None:
+            return content_digest(self.sha256, self.reading)
+        height, width = self.fitted
+        return content_digest(self.sha256, f"{self.reading} fitted {width}x{height}")
 
 
 def content_digest(sha256: str, reading: str) -> str:

@@ -36,6 +36,9 @@ class MetricCard:
     weights: Weights | None = None
     decimals: int = 3
     """Digits after the point in tables."""
+    fits_references: bool = False
+    """Of set metrics: reference pictures are first brought to the size that was asked for, by
+    their short side and a cut about the centre; else they are taken as they are."""
 
     @property
     def arrow(self) -> str:

@@ -21,6 +21,31 @@ class PublishedTable:
     """(system, values in column order, digits as printed)."""
     metrics: tuple[str, ...] = ()
     """Ids of our metrics under the columns."""
+    protocols: tuple[str, ...] = ()
+    """Our protocol id that the column was measured under; empty where the paper and the released
+    code do not say, so that nothing may be compared with it."""
+    wants: str = ""
+    """Pictures, prompts and sampling that the table was made with, as far as they are stated."""
+
+    def comparison(self, place: int, protocol: str) -> str:
+        """Why numbers of ours do not compare with a column; empty where protocol ids are equal.
+
+        Args:
+            place: of the column.
+            protocol: id of our metric.
+        """
+        theirs = self.protocols[place] if self.protocols else ""
+        if not theirs:
+            return "the paper and its released code do not state the protocol"
+        return "" if theirs == protocol else f"measured under {theirs}, ours under {protocol}"
+
+
+_FID_4K = "fid/inception2048-noantialias-cover-crop/v1"
+_CLIP_4K = "clip/vit-b-16/v1"
+_SAMPLING_4K = (
+    "Diffusion-4K: guidance scale 7.0, flow-matching sampling, 28 steps for SD3-2B and 50 for "
+    "Flux-12B; prompts of Aesthetic-Eval at either size; seeds not stated"
+)
 
 
 VAE_RECONSTRUCTION = PublishedTable(
@@ -54,7 +79,11 @@ TEXT_TO_IMAGE = PublishedTable(
         ("Diffusion-4K", ("152.43", "8.92", "21.88", "63.76", "33.00", "4.69", "27.51")),
         ("UltraFlux", ("143.11", "11.47", "22.69", "68.36", "34.62", "4.85", "46.13")),
     ),
-    metrics=("fid", "hpsv3", "pickscore", "artimuse", "clip_score", "qalign", "musiq"),
+    metrics=("fid_fitted", "hpsv3", "pickscore", "artimuse", "clip_score_b16", "qalign", "musiq"),
+    # UltraFlux says that it follows Diffusion-4K's benchmark; of FID and CLIP score the script is
+    # released, the checkpoints and scripts behind the other columns are not named.
+    protocols=(_FID_4K, "", "", "", _CLIP_4K, "", ""),
+    wants="Aesthetic-Eval@4096 prompts at 4096 x 4096; seeds, steps and guidance not stated",
 )
 
 DETAIL = PublishedTable(
@@ -68,6 +97,8 @@ DETAIL = PublishedTable(
         ("SD3-F16-WLF@4096", ("0.77", "10.50")),
     ),
     metrics=("glcm_score", "compression_ratio"),
+    protocols=("glcm/diffusion4k/v1", "jpeg95-420/v1"),
+    wants=_SAMPLING_4K,
 )
 
 ABLATION_LADDER = PublishedTable(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +24,8 @@ def compare_measured_sets(
     *,
     permutations: int,
     seed: int,
+    fitted: Sequence[Picture] = (),
+    stratum: str = "",
 ) -> tuple[list[SetComparison], list[Refusal]]:
     """Every set metric of a system against a baseline, by exchanging the pictures of a prompt.
 
@@ -32,6 +35,8 @@ def compare_measured_sets(
         baseline: name, and picture by item.
         system: name, and picture by item.
         reference: pictures of the reference set.
+        fitted: the same for metrics whose card `fits_references`.
+        stratum: what the pictures are a part of; empty: of nothing.
         permutations: at least 100.
         seed: of the exchanges.
 
@@ -44,7 +49,9 @@ def compare_measured_sets(
         if not isinstance(metric, SetMetric):
             continue
         try:
-            found += _compared(metric, ledger, baseline, system, reference, permutations, seed)
+            target = fitted if card(metric.ids[0]).fits_references else reference
+            compared = _compared(metric, ledger, baseline, system, target, permutations, seed)
+            found += [replace(one, stratum=stratum) for one in compared]
         except ValueError as problem:
             refused.append(Refusal(metric.ids[0], f"{metric.ids[0]}: {problem}"))
     return found, refused
@@ -68,7 +75,7 @@ def _compared(
             f"{len(alone)} pictures have no partner, such as {alone[0]}; compare the same prompts, "
             "seeds and sizes"
         )
-    target = list(_features(metric, ledger, {p.sha256: p for p in reference}).values())
+    target = list(_features(metric, ledger, {p.content: p for p in reference}).values())
     if not ours or not target:
         raise ValueError(f"no {'reference' if ours else 'system'} picture has features")
     # Pictures of one prompt are dependent (seeds, sizes): they change sides together.

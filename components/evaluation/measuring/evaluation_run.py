@@ -259,6 +259,8 @@ class _Measure:
             if hashlib.sha256(data).hexdigest() != picture.sha256:
                 raise ImageUndecodable("the file changed while it was being evaluated")
             rgb = decode_rgb(data, max_megapixels=self._options.max_megapixels).pixels
+            if picture.fitted is not None:
+                rgb = _fitted(rgb, picture.fitted)
         except (OSError, ImageUndecodable) as problem:
             reason = f"{picture.path.name}: {problem}"
             answer.errors = dict.fromkeys(job.metrics, reason)
@@ -278,6 +280,15 @@ class _Measure:
             answer.features[number] = metric.features(rgb, picture)
         else:
             answer.values |= metric.measure(rgb, picture)
+
+
+def _fitted(rgb: ImageArray, size: tuple[int, int]) -> ImageArray:
+    import numpy as np
+    from PIL import Image
+
+    from components.images.aspect_buckets import Bucket, fit_to_bucket
+
+    return np.asarray(fit_to_bucket(Image.fromarray(rgb), Bucket(*size)))
 
 
 class EvaluationRun:
@@ -329,7 +340,7 @@ class EvaluationRun:
             )
             if missing:
                 # The same content under two names is one job.
-                same = (picture.sha256, picture.reference_content, picture.prompt)
+                same = (picture.content, picture.reference_content, picture.prompt)
                 before = jobs.get(same)
                 together = sorted({*missing, *(before.metrics if before else ())})
                 jobs[same] = Job(picture, tuple(together))
@@ -341,9 +352,14 @@ class EvaluationRun:
         return [self._measured(picture, known, errors) for picture in pictures]
 
     def combine(
-        self, ours: Sequence[Picture], theirs: Sequence[Picture]
+        self,
+        ours: Sequence[Picture],
+        theirs: Sequence[Picture],
+        fitted: Sequence[Picture] = (),
     ) -> tuple[dict[str, float], dict[str, str]]:
         """Numbers of two sets, and reasons where there are none, by metric id.
+
+        `fitted` are the references of metrics whose card `fits_references`.
 
         Pictures without features (unreadable ones) are left out of both sets; `measure` has said
         which.
@@ -356,7 +372,8 @@ class EvaluationRun:
             if not isinstance(metric, SetMetric):
                 continue
             sides = []
-            for pictures in (ours, theirs):
+            fits = card(metric.ids[0]).fits_references
+            for pictures in (ours, fitted if fits else theirs):
                 keys = [feature_key(metric, picture) for picture in pictures]
                 found = self._ledger.find_features(keys)
                 blocks = [found[key] for key in keys if key in found]

@@ -14,7 +14,8 @@ from components.evaluation.pages.report_page import (
     published_rows,
 )
 from components.evaluation.suites.suite_scores import count_note
-from components.metrics.published import TABLES_OF_SUITE
+from components.metrics.cards import card
+from components.metrics.published import TABLES_OF_SUITE, PublishedTable
 
 
 def _cell(evaluation: Evaluation, prefix: str, metric: str) -> Cell:
@@ -79,6 +80,22 @@ def _table(
     )
 
 
+def comparisons(paper: PublishedTable) -> str:
+    """Which columns compare with ours, by protocol id, and why the others do not."""
+    equal: list[str] = []
+    other: dict[str, list[str]] = {}
+    for place, (column, metric) in enumerate(zip(paper.columns, paper.metrics, strict=True)):
+        reason = paper.comparison(place, card(metric).protocol)
+        if reason:
+            other.setdefault(reason, []).append(column)
+        else:
+            equal.append(column)
+    parts = [f"Equal protocol ids: {', '.join(equal)}"] if equal else []
+    parts += [f"Not comparable: {', '.join(names)} ({reason})" for reason, names in other.items()]
+    wanted = f". Made with: {paper.wants}" if paper.wants else ""
+    return "; ".join(parts) + wanted
+
+
 def metric_tables(evaluation: Evaluation) -> list[Table]:
     """The paper's layout where the suite has one, and a table of all other metrics."""
     tables = []
@@ -91,7 +108,7 @@ def metric_tables(evaluation: Evaluation) -> list[Table]:
                 paper.caption,
                 paper.columns,
                 paper.metrics,
-                source=paper.source,
+                source=f"{paper.source}. {comparisons(paper)}",
                 published=published_rows(paper),
             )
         )

@@ -49,6 +49,8 @@ class SetComparison:
     prompts: int
     """Units of the exchange."""
     permutations: int
+    stratum: str = ""
+    """Of a part of the suite; empty: of all pictures."""
 
     @property
     def difference(self) -> float:

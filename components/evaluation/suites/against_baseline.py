@@ -60,11 +60,11 @@ def against_baseline(
     }
     ours = [one for one in sets if one.baseline == baseline and one.system in found]
     p_values = {
-        (system, one.metric): one.p_value
+        (system, one.metric, ""): one.p_value
         for system, several in found.items()
         for one in several
         if isinstance(one, Comparison)
-    } | {(one.system, one.metric): one.p_value for one in ours}
+    } | {(one.system, one.metric, one.stratum): one.p_value for one in ours}
     # Over the whole page: whoever looks through three systems and nine metrics for a difference
     # looks at 27 tests, however they are spread over tables.
     numbered = holm({str(place): p for place, p in enumerate(p_values.values())})
@@ -73,11 +73,15 @@ def against_baseline(
         AgainstBaseline(
             system,
             tuple(
-                replace(one, adjusted_p=adjusted[system, one.metric])
+                replace(one, adjusted_p=adjusted[system, one.metric, ""])
                 for one in several
                 if isinstance(one, Comparison)
             ),
-            tuple((one, adjusted[system, one.metric]) for one in ours if one.system == system),
+            tuple(
+                (one, adjusted[system, one.metric, one.stratum])
+                for one in ours
+                if one.system == system
+            ),
             tuple(one for one in several if isinstance(one, Refusal)),
         )
         for system, several in found.items()

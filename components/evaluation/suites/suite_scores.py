@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,13 @@ from components.evaluation.suites.picture_checks import (
     measured_sizes,
     other_size,
     reading_notes,
+)
+from components.evaluation.suites.set_scores import (
+    NO_SET_INTERVAL,
+    ReferenceFiles,
+    groups,
+    set_movers,
+    set_numbers,
 )
 from components.evaluation.suites.suites import Suite, SuiteItem
 from components.evaluation.suites.system import References, System, SystemFailed, remarks
@@ -76,8 +83,6 @@ def fitted_references(items: Sequence[SuiteItem], folder: Path) -> list[SuiteIte
 
     A reference that has the size already is used as it is.
     """
-    from dataclasses import replace
-
     from PIL import Image
 
     from components.evaluation.suites.system import is_finished
@@ -147,7 +152,7 @@ def evaluate_suite(
     items: Sequence[SuiteItem] = suite.items
     if suite.is_reconstruction:
         items = fitted_references(items, out_dir / "references")
-    references = _ReferenceFiles(items)
+    references = ReferenceFiles()
     reported = [metric_id for metric_id in metric_ids if metric_id in opened.ids]
     unavailable = dict(opened.unavailable)
     rows: list[dict[str, Any]] = []
@@ -178,7 +183,7 @@ def evaluate_suite(
             others[system.name] = other
         good = [place for place, file in enumerate(found) if file.error is None]
         pictures = [references.picture(items[place], found[place]) for place in good]
-        theirs = references.all_pictures() if _has_sets(opened) else []
+        theirs = references.needed(opened, items)
         measured = run.measure(pictures, sets_only=theirs, name=f"measure {system.name}")
         by_place = dict(zip(good, measured, strict=True))
         for place, item in enumerate(items):
@@ -197,9 +202,15 @@ def evaluate_suite(
             items[place].id: picture for place, picture in zip(good, pictures, strict=True)
         }
         if _has_sets(opened):
-            values, reasons = run.combine(pictures, theirs)
-            metrics |= {f"{system.name}.{name}": value for name, value in values.items()}
+            numbers, reasons = set_numbers(
+                run, opened, system.name, by_system[system.name], items, references
+            )
+            metrics |= numbers
             unavailable |= {name: reason for name, reason in reasons.items() if name in reported}
+            moved = set_movers(opened, ledger, by_system[system.name], references, items)
+            notes += [f"{system.name}: {line}" for line in moved]
+    if by_system and _has_sets(opened):
+        notes.append(NO_SET_INTERVAL)
     ledger.compact()
     table = _table(rows)
     metrics |= headline(table, resamples=resamples, seed=seed)
@@ -220,54 +231,34 @@ def evaluate_suite(
                 reason = f"{name} and {baseline} have pictures of other sizes"
                 result.set_refusals[name] = [Refusal("sets", reason)]
                 continue
-            compared, refused = compare_measured_sets(
-                opened,
-                ledger,
-                (baseline, by_system[baseline]),
-                (name, by_system[name]),
-                references.all_pictures(),
-                permutations=resamples,
-                seed=seed,
-            )
-            result.set_comparisons += [one for one in compared if one.metric in reported]
-            result.set_refusals[name] = [one for one in refused if one.metric in reported]
+            for stratum, chosen in groups(items).items():
+                ids = {item.id for item in chosen}
+                one, other_one = (
+                    {item: picture for item, picture in by_system[side].items() if item in ids}
+                    for side in (baseline, name)
+                )
+                compared, refused = compare_measured_sets(
+                    opened,
+                    ledger,
+                    (baseline, one),
+                    (name, other_one),
+                    references.as_they_are(chosen),
+                    permutations=resamples,
+                    seed=seed,
+                    fitted=references.fitted(chosen),
+                    stratum=stratum,
+                )
+                result.set_comparisons += [one for one in compared if one.metric in reported]
+                result.set_refusals.setdefault(name, []).extend(
+                    replace(one, reason=f"{stratum}: {one.reason}" if stratum else one.reason)
+                    for one in refused
+                    if one.metric in reported
+                )
     return result
 
 
 def _has_sets(opened: OpenedMetrics) -> bool:
     return any(isinstance(metric, SetMetric) for metric in opened.metrics)
-
-
-class _ReferenceFiles:
-    """Digests of reference files, each read once."""
-
-    def __init__(self, items: Sequence[SuiteItem]) -> None:
-        self._paths = list(dict.fromkeys(i.reference for i in items if i.reference is not None))
-        self._found: dict[Path, Found] = {}
-
-    def _find(self, path: Path) -> Found:
-        if path not in self._found:
-            self._found[path] = find_picture(path)
-        return self._found[path]
-
-    def picture(self, item: SuiteItem, found: Found) -> Picture:
-        reference = None if item.reference is None else self._find(item.reference)
-        return Picture(
-            path=found.path,
-            sha256=found.sha256,
-            prompt=item.prompt,
-            reference=item.reference,
-            reference_content=None if reference is None else reference.content,
-            reading=found.reading,
-        )
-
-    def all_pictures(self) -> list[Picture]:
-        files = [self._find(path) for path in self._paths]
-        return [
-            Picture(file.path, file.sha256, reading=file.reading)
-            for file in files
-            if file.error is None
-        ]
 
 
 def _rows(

@@ -22,7 +22,8 @@ BENCHMARKS = Path("data/benchmarks")
 _REPOSITORY = "zhang0jhon/Aesthetic-4K"
 
 TEXT_TO_IMAGE_METRICS = (
-    *("fid", "hpsv3", "pickscore", "artimuse", "clip_score", "qalign", "musiq"),
+    *("fid_fitted", "hpsv3", "pickscore", "artimuse", "clip_score_b16", "qalign", "musiq"),
+    *("fid", "fid_extrapolated", "kid", "clip_score"),
     *("glcm_score", "compression_ratio"),
 )
 DETAIL_METRICS = ("glcm_score", "compression_ratio", "laion_aesthetics")

@@ -6,13 +6,24 @@ from dataclasses import replace
 from pathlib import Path
 
 from components.metrics.metric import Metric
-from components.metrics.metric_card import MetricCard, MetricFamily
+from components.metrics.metric_card import MetricCard, MetricFamily, Opener
 from components.metrics.metric_weights import Weights, hub
 
 _L14 = hub(
     "clip-vit-large-patch14",
     "openai/clip-vit-large-patch14",
     "1.7 GB",
+    "MIT",
+    "model.safetensors",
+    "config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    needs=("model.safetensors", "config.json", "tokenizer.json"),
+)
+_B16 = hub(
+    "clip-vit-base-patch16",
+    "openai/clip-vit-base-patch16",
+    "600 MB",
     "MIT",
     "model.safetensors",
     "config.json",
@@ -33,11 +44,14 @@ _H14_TOKENIZER = replace(
 )
 
 
-def _clip_score(files: tuple[Path, ...], digest: str, device: str) -> Metric:
-    (folder,) = files
-    from components.metrics.networks.clip import ClipEncoder, PromptMetric
+def _clip_score(metric_id: str) -> Opener:
+    def open_it(files: tuple[Path, ...], digest: str, device: str) -> Metric:
+        (folder,) = files
+        from components.metrics.networks.clip import ClipEncoder, PromptMetric
 
-    return PromptMetric("clip_score", ClipEncoder(folder, device), "cosine", digest)
+        return PromptMetric(metric_id, ClipEncoder(folder, device), "cosine", digest)
+
+    return open_it
 
 
 def _pickscore(files: tuple[Path, ...], digest: str, device: str) -> Metric:
@@ -72,7 +86,25 @@ CLIP_SCORE = MetricFamily(
             weights=_L14,
         ),
     ),
-    opener=_clip_score,
+    opener=_clip_score("clip_score"),
+)
+
+CLIP_SCORE_B16 = MetricFamily(
+    cards=(
+        MetricCard(
+            "clip_score_b16",
+            "CLIP score (B/16)",
+            "higher",
+            "0 to 100",
+            "224 px",
+            "clip/vit-b-16/v1",
+            "prompt and image",
+            note="As `clip_score` with ViT-B/16, the network of Diffusion-4K's released script, "
+            "whose numbers stand in the papers' column.",
+            weights=_B16,
+        ),
+    ),
+    opener=_clip_score("clip_score_b16"),
 )
 
 PICKSCORE = MetricFamily(

@@ -19,6 +19,7 @@ from components.images.arrays import ImageArray
 from components.metrics.networks.frechet import (
     GramFrechet,
     GramKernel,
+    extrapolated_frechet_distance,
     frechet_distance,
     kernel_distance,
     kernel_distance_spread,
@@ -98,6 +99,11 @@ def frechet_only(metric_id: str) -> Distances:
     return lambda ours, theirs: {metric_id: frechet_distance(ours, theirs)}
 
 
+def extrapolated_only(metric_id: str) -> Distances:
+    """The Fréchet distance read off at infinitely many pictures, under one id."""
+    return lambda ours, theirs: {metric_id: extrapolated_frechet_distance(ours, theirs)}
+
+
 class InceptionFeatures:
     """The FID network behind one of three preprocessings."""
 
@@ -151,7 +157,11 @@ def load_inception(file: Path) -> FidInception:
 
 
 def inception_metric(
-    ids: tuple[str, ...], preprocessing: Preprocessing, distances: Distances
+    ids: tuple[str, ...],
+    preprocessing: Preprocessing,
+    distances: Distances,
+    *,
+    pooled: bool = True,
 ) -> Callable[[Path, str, str], FeatureMetric]:
     """Opens a metric on the FID network: (file, digest, device) -> metric.
 
@@ -159,6 +169,7 @@ def inception_metric(
         ids: a Fréchet distance, then perhaps a kernel distance and its spread.
         preprocessing: how an image becomes 299 px.
         distances: that yield the ids.
+        pooled: whether the first ids are the plain distances, which tests may take from a pool.
     """
 
     def open_it(file: Path, digest: str, device: str) -> FeatureMetric:
@@ -169,7 +180,7 @@ def inception_metric(
         feature_id = f"inception2048/{preprocessing}{size}/v1"
         # A third id is the spread, which is no distance.
         prepare: tuple[Callable[[Features], PooledDistance], ...] = (GramFrechet, GramKernel)
-        pools = dict(zip(ids, prepare, strict=False))
+        pools = dict(zip(ids, prepare, strict=False)) if pooled else {}
         return FeatureMetric(ids, feature_id, digest, features, distances, pools)
 
     return open_it

@@ -244,6 +244,7 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from components.evaluation.pages.suite_tables import comparisons
     from components.metrics.cards import card
     from components.metrics.published import TABLES_OF_SUITE
 
@@ -294,6 +295,7 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
         for model, values in published.rows:
             beside.add_row(model, *values)
         console.print(beside)
+        console.print(comparisons(published), markup=False, soft_wrap=True)
     for metric_id, reason in result.unavailable.items():
         console.print(f"not measured: {metric_id}: {reason}", markup=False, soft_wrap=True)
     errors = result.table[result.table["error"].notna()]
@@ -315,8 +317,9 @@ def _cells(
     ends = (
         "" if interval is None else " [{:+.{d}f}, {:+.{d}f}]".format(*interval, d=metric.decimals)
     )
+    stratum = getattr(found, "stratum", "")
     return (
-        metric.name,
+        f"{metric.name}, {stratum}" if stratum else metric.name,
         *levels,
         f"{difference:+.{metric.decimals}f}{ends}",
         f"{found.p_value:.2g}",

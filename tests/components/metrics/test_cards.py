@@ -52,3 +52,19 @@ def test_measured_wins_over_everything(tmp_path: Path) -> None:
 def test_an_unknown_metric_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown metric 'bleu'; known: psnr_db"):
         card("bleu")
+
+
+def test_a_published_column_compares_only_under_an_equal_protocol_id() -> None:
+    from components.evaluation.pages.suite_tables import comparisons
+    from components.metrics.published import DETAIL, TEXT_TO_IMAGE, VAE_RECONSTRUCTION
+
+    place = TEXT_TO_IMAGE.metrics.index("clip_score_b16")
+    assert TEXT_TO_IMAGE.comparison(place, card("clip_score_b16").protocol) == ""
+    other = TEXT_TO_IMAGE.comparison(place, card("clip_score").protocol)
+    assert other == "measured under clip/vit-b-16/v1, ours under clip/vit-l-14/v1"
+    assert "do not state the protocol" in VAE_RECONSTRUCTION.comparison(0, card("rfid").protocol)
+    assert comparisons(DETAIL).startswith("Equal protocol ids: GLCM score")
+    for table in (TEXT_TO_IMAGE, DETAIL):
+        assert len(table.protocols) == len(table.columns) == len(table.metrics)
+        known = {metric.protocol for metric in CARDS}
+        assert {protocol for protocol in table.protocols if protocol} <= known

@@ -196,3 +196,95 @@ def test_a_baseline_is_compared_in_numbers_page_and_corrected_together(tmp_path:
     assert "prompts exchanged" not in build_suite_report(tmp_path / "out-old", tmp_path, other).html
     with pytest.raises(ValueError, match="--baseline gone: the systems are old, new"):
         evaluate("gone")
+
+
+class Mean:
+    """A network stood in for by the mean colour of the pixels that it is given."""
+
+    ids = ("fid_fitted",)
+    feature_id = "mean-colour/v1"
+    weights_digest = None
+
+    def features(self, rgb: np.ndarray, picture: object) -> np.ndarray:
+        return rgb.reshape(-1, 3).mean(axis=0, dtype=np.float64)[None].astype(np.float32)
+
+    def combine(self, ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+        return {"fid_fitted": frechet_distance(ours, theirs)}
+
+    def pooled(self, pool: np.ndarray) -> dict[str, GramFrechet]:
+        return {"fid_fitted": GramFrechet(pool)}
+
+
+def test_sets_are_measured_and_tested_by_stratum_against_references_cut_to_its_shape(
+    tmp_path: Path,
+) -> None:
+    from components.evaluation.measuring.evaluation_run import OpenedMetrics, RunOptions
+    from components.evaluation.measuring.ledger import FeatureKey, Ledger
+    from components.evaluation.suites.suite_scores import evaluate_suite
+    from components.evaluation.suites.suites import Suite, SuiteItem
+    from components.evaluation.suites.systems import FolderSystem
+    from components.metrics.metric import Picture
+
+    rng = np.random.default_rng(0)
+    items = []
+    ledger = Ledger(tmp_path / "ledger")
+    metric = Mean()
+    for number in range(12):
+        # The middle square is the subject; what stands at its sides is cut off at 1:1.
+        scene = np.full((32, 64, 3), 255, np.uint8)
+        scene[:, 16:48] = rng.integers(20, 90, (1, 1, 3))
+        (tmp_path / "real").mkdir(exist_ok=True)
+        reference = tmp_path / "real" / f"{number}.png"
+        Image.fromarray(scene).save(reference)
+        size = (32, 32) if number < 6 else (32, 64)
+        name = f"i{number}"
+        items.append(SuiteItem(name, f"p{number}", *size, 0, reference, f"{size[1]}x{size[0]}"))
+        for system, added in (("same", 0), ("shifted", 60)):
+            (tmp_path / system).mkdir(exist_ok=True)
+            pixels = scene[:, 16:48] if number < 6 else scene
+            Image.fromarray((pixels.astype(int) + added).clip(0, 255).astype(np.uint8)).save(
+                tmp_path / system / f"{name}.png"
+            )
+    # Features as a run of the network would have kept them, of pictures cut as the metric asks.
+    for item in items:
+        whole = np.asarray(Image.open(item.reference))
+        digest = hashlib.sha256(item.reference.read_bytes()).hexdigest()
+        fitted = None if item.width == 64 else (item.height, item.width)
+        key = Picture(item.reference, digest, fitted=fitted).content
+        block = metric.features(whole[:, 16:48] if fitted else whole, None)
+        ledger.append_features({FeatureKey(key, metric.feature_id, ""): block})
+        for system in ("same", "shifted"):
+            path = tmp_path / system / f"{item.id}.png"
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            block = metric.features(np.asarray(Image.open(path)), None)
+            ledger.append_features({FeatureKey(digest, metric.feature_id, ""): block})
+    result = evaluate_suite(
+        Suite("s", "S", "s/v1", metric.ids, tuple(items)),
+        [FolderSystem(name, tmp_path / name) for name in ("same", "shifted")],
+        OpenedMetrics((metric,), {}),
+        metric.ids,
+        ledger=ledger,
+        options=RunOptions(tmp_path),
+        out_dir=tmp_path / "out",
+        baseline="same",
+        resamples=100,
+    )
+    for stratum, count in (("", 12), (".32x32", 6), (".64x32", 6)):
+        # Squashed references would differ by what stands at their sides.
+        assert result.metrics[f"same{stratum}.fid_fitted"] == pytest.approx(0.0, abs=1e-2)
+        assert result.metrics[f"same{stratum}.fid_fitted_n"] == count
+        assert result.metrics[f"shifted{stratum}.fid_fitted"] > 100
+    assert [one.stratum for one in result.set_comparisons] == ["", "32x32", "64x32"]
+    assert result.set_comparisons[1].p_value == pytest.approx(2 / 64)
+    assert any("moves most" in note and "without" in note for note in result.notes)
+    assert any("have no interval" in note for note in result.notes)
+
+
+def test_the_worker_cuts_a_fitted_picture_before_its_features(tmp_path: Path) -> None:
+    from components.evaluation.measuring.evaluation_run import _fitted
+
+    scene = np.full((32, 64, 3), 255, np.uint8)
+    scene[:, 16:48] = 40
+    cut = _fitted(scene, (16, 16))
+    assert cut.shape == (16, 16, 3)
+    assert int(cut[:, 2:-2].max()) <= 45

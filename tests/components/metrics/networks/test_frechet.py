@@ -101,3 +101,19 @@ def test_sets_that_cannot_be_compared_are_refused() -> None:
         kernel_distance(np.zeros((2, 3)), np.zeros((2, 4)))
     with pytest.raises(ValueError, match="finite"):
         frechet_distance(np.full((2, 3), np.nan), np.zeros((4, 3)))
+
+
+def test_an_extrapolated_distance_is_nearer_to_the_truth_than_the_plain_one() -> None:
+    from components.metrics.networks.frechet import extrapolated_frechet_distance
+
+    rng = np.random.default_rng(0)
+    plain, corrected = [], []
+    for _ in range(6):
+        x = rng.standard_normal((80, 24))
+        y = rng.standard_normal((80, 24)) + 0.5
+        plain.append(frechet_distance(x, y))
+        corrected.append(extrapolated_frechet_distance(x, y))
+    # Equal covariances: the distance is that of the means, 24 times 0.25.
+    assert abs(np.mean(corrected) - 6.0) < 0.25 * abs(np.mean(plain) - 6.0)
+    with pytest.raises(ValueError, match="at least 16 pictures in both sets, got 10"):
+        extrapolated_frechet_distance(rng.standard_normal((10, 4)), rng.standard_normal((80, 4)))
