@@ -8,6 +8,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
+# Programs of an environment hold its place: those of a clone that was moved or copied start the other
+# clone's Python, or none. A link is somebody's own arrangement.
+ifneq ($(shell test ! -L $(VENV) -a -f $(BIN)/ultraflux && ! head -n 3 $(BIN)/ultraflux | grep -qF "$(realpath $(VENV))/" && echo moved),)
+  $(info $(VENV) was made for another folder (this clone was moved or copied): making it anew)
+  $(shell rm -rf $(VENV))
+endif
 WORKERS ?= 2
 ENGINE ?= prefect
 export PATH := $(CURDIR)/$(BIN):$(PATH)
