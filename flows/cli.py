@@ -34,6 +34,7 @@ from flows.commands.pipeline import stage_plan as stage_plan_command
 from flows.commands.pipeline import store as store_commands
 from flows.commands.pipeline import submit as submit_command
 from flows.commands.pipeline import sweep as sweep_command
+from flows.commands.pipeline import verify as verify_command
 from flows.commands.services import chaos as chaos_command
 from flows.commands.services import clean as clean_command
 from flows.commands.services import deploy as deploy_command
@@ -372,6 +373,7 @@ app.command("compare", epilog=compare_command.EPILOG, rich_help_panel=PIPELINE)(
 app.command("lineage", epilog=lineage_command.EPILOG, rich_help_panel=PIPELINE)(
     lineage_command.lineage
 )
+app.command("verify", epilog=verify_command.EPILOG, rich_help_panel=PIPELINE)(verify_command.verify)
 app.command("reproduce", epilog=reproduce_command.EPILOG, rich_help_panel=PIPELINE)(
     reproduce_command.reproduce
 )

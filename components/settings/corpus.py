@@ -246,8 +246,30 @@ class AspectQuotaSettings(ShareSettings):
         return self
 
 
+class LicenseSettings(Section):
+    """Which licences a corpus takes, by names as `selection.rights.license_id` writes them.
+
+    Such as CC0-1.0, CC-BY-SA-4.0, public-domain, or unknown where a photograph has none; patterns
+    such as CC-BY-NC* are allowed, upper and lower case are the same. Not in the paper: ours.
+    """
+
+    allow: Annotated[tuple[str, ...], Strict(False)] | None
+    """Only these; None: all that are not denied."""
+    deny: Annotated[tuple[str, ...], Strict(False)]
+    """Never these, allowed or not."""
+    share_alike: Literal["mixed", "without", "only"]
+    """Licences that ask for themselves in what is made from the work: `mixed` with the others, or
+    a corpus `without` them, or of them `only`, so that the two stay apart."""
+
+
 class SelectSettings(Section):
     """Selection rules (UltraFlux supplement 2.1); None switches a rule off."""
+
+    exclusions: str
+    """CSV below the repository root with columns kind, value, why: an identity (sha256 or path),
+    url, photographer or host that no corpus may hold (`ultraflux corpus forget` writes it)."""
+    licenses: LicenseSettings
+    """Rules about licences."""
 
     min_pixels: Count
     """Paper: 3840 * 2160 = 8294400, without resizing."""

@@ -7,6 +7,7 @@ import json
 from components.corpus.manifest_copies import copy_manifest
 from components.corpus.selection.join_signals import read_candidates
 from components.corpus.selection.quotas import QuotaInfeasible
+from components.corpus.selection.rights import EXCLUDED, Exclusions, read_exclusions
 from components.corpus.selection.rules import count_by_reason, select, why_nothing_is_kept
 from components.files.whole_files import write_text
 from flows.stages.contract import StageContext, StageFailed, StageResult
@@ -20,16 +21,22 @@ def run(context: StageContext) -> StageResult:
     contract_failed_rows.parquet say what it found.
 
     Raises:
-        StageFailed: nothing is kept (both files are written all the same), quotas that cannot
-            hold, or a critical expectation of the scored contract is violated.
+        StageFailed: the list of exclusions cannot be read, nothing is kept (both files are written
+            all the same), quotas that cannot hold, or a critical expectation of the scored
+            contract is violated.
     """
     candidates = context.input("ingest", "manifest.parquet")
+    try:
+        listed = read_exclusions(context.root / context.settings.select.exclusions)
+    except ValueError as problem:
+        raise StageFailed(f"select: {problem}") from None
     table = read_candidates(
         candidates,
         context.input("signals", "signals.parquet"),
         context.input("quality", "quality.parquet"),
         context.input("people", "people.parquet"),
         context.settings,
+        Exclusions(listed),
     )
     try:
         table = select(table, context.settings.select, context.settings.project.seed)
@@ -37,7 +44,9 @@ def run(context: StageContext) -> StageResult:
         raise StageFailed(f"select: {problem}") from None
 
     path = context.output_dir / "manifest.parquet"
-    copy_manifest(candidates, table.drop(columns=["image_id"]), {path: None})
+    copy_manifest(
+        candidates, table.drop(columns=["image_id", EXCLUDED], errors="ignore"), {path: None}
+    )
     counts = count_by_reason(table)
     summary_path = context.output_dir / "summary.json"
     write_text(summary_path, json.dumps(counts, indent=2) + "\n")

@@ -95,6 +95,23 @@ def register(
     return version
 
 
+RETIRED_TAG = "ultraflux.retired"
+
+
+def retire(client: MlflowClient, known: RegisteredWeights, why: str) -> None:
+    """Take every alias from a version and say on it why; nothing is deleted.
+
+    Args:
+        client: MLflow client.
+        known: of `registered_weights`, with a version number.
+        why: one line, in the version's description and its tag.
+    """
+    for alias in known.aliases:
+        client.delete_registered_model_alias(known.model, alias)
+    client.set_model_version_tag(known.model, known.version, RETIRED_TAG, why)
+    client.update_model_version(known.model, known.version, description=f"Retired: {why}")
+
+
 @dataclass(frozen=True)
 class RegisteredWeights:
     """A model version and the weights that it stands for."""

@@ -14,6 +14,7 @@ from pandas.api.extensions import take
 from components.corpus.manifest import SCHEMA
 from components.corpus.manifest_columns import is_coded, read_columns
 from components.corpus.selection.bucket_columns import assign_buckets
+from components.corpus.selection.rights import EXCLUDED, Exclusions
 from components.corpus.selection.rules import COLUMNS
 from components.images.aspect_buckets import buckets
 from components.settings.schema import Settings
@@ -58,7 +59,12 @@ MANIFEST_COLUMNS = tuple(name for name in COLUMNS if name in SCHEMA.names)
 
 
 def read_candidates(
-    manifest: Path, signals: Path, quality: Path, people: Path, settings: Settings
+    manifest: Path,
+    signals: Path,
+    quality: Path,
+    people: Path,
+    settings: Settings,
+    exclusions: Exclusions,
 ) -> pd.DataFrame:
     """`join_signals` of tables on disk, without the columns of which nothing is asked.
 
@@ -68,17 +74,20 @@ def read_candidates(
         quality: scores.
         people: evidence of people, NSFW scores, channels.
         settings: see `join_signals`.
+        exclusions: who is on the list.
 
     Returns:
-        `MANIFEST_COLUMNS` and all that was measured.
+        `MANIFEST_COLUMNS`, all that was measured, and `EXCLUDED` where the list names somebody.
     """
-    return join_signals(
+    table = join_signals(
         read_columns(manifest, MANIFEST_COLUMNS),
         _read(signals, [*_SIGNALS, *_COMPLAINTS]),
         _read(quality, _QUALITY),
         _read(people, _PEOPLE),
         settings,
     )
+    excluded = exclusions.column(manifest)
+    return table if excluded is None else table.assign(**{EXCLUDED: excluded})
 
 
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:

@@ -20,11 +20,15 @@ from components.corpus.selection.quotas import (
     smallest_draws,
     stratified_sizes,
 )
+from components.corpus.selection.rights import EXCLUDED, kept_apart, refused_licenses
 from components.settings.corpus import SelectSettings
 
 REASONS = (
+    "excluded",
     "integrity",
     "duplicate",
+    "license",
+    "share_alike",
     "resolution",
     "transparency",
     "nsfw",
@@ -46,6 +50,9 @@ the aesthetic percentile, quotas, and the sample of the wanted size.
 """
 
 SETTING_OF = {
+    "excluded": "select.exclusions",
+    "license": "select.licenses",
+    "share_alike": "select.licenses.share_alike",
     "integrity": "ingest.source",
     "duplicate": "ingest.source",
     "resolution": "select.min_pixels",
@@ -66,6 +73,7 @@ SETTING_OF = {
 # Columns that the rules read; the others pass through.
 COLUMNS = (
     "image_id",
+    "license",
     "integrity",
     "duplicate_of",
     "width",
@@ -185,9 +193,15 @@ def _reject_images(
 
     # Rules that are off have a NaN limit, which the comparisons below turn into "passes".
     own = settings.human
-    # Without number or threshold: these two say all with their reason.
+    # Without number or threshold: these say all with their reason. What somebody has asked to be
+    # left out comes first, so that no other rule looks at it.
+    verdicts.reject(_flags(table, EXCLUDED, True), "excluded")
     verdicts.reject(~_flags(table, "integrity", "ok"), "integrity")
     verdicts.reject(table["duplicate_of"].notna().to_numpy(), "duplicate")
+    if (refused := refused_licenses(table, settings.licenses)) is not None:
+        verdicts.reject(refused, "license")
+    if (apart := kept_apart(table, settings.licenses)) is not None:
+        verdicts.reject(apart, "share_alike")
     pixels = _numbers(table, "width") * _numbers(table, "height")
     # Negated comparisons, so that a missing signal (NaN) fails.
     verdicts.reject(~(pixels >= settings.min_pixels), "resolution", pixels, settings.min_pixels)
@@ -358,7 +372,8 @@ def strata(table: pd.DataFrame) -> np.ndarray:
 def select(table: pd.DataFrame, settings: SelectSettings, seed: int = 0) -> pd.DataFrame:
     """Apply the paper's rules (UltraFlux supplement 2.1), then quotas and the sample size.
 
-    Kept: width * height >= min_pixels, alpha_fraction <= max_alpha_fraction, nsfw_score <=
+    Kept: not on the list of exclusions, of a licence that the settings take (ours, not the
+    paper's), width * height >= min_pixels, alpha_fraction <= max_alpha_fraction, nsfw_score <=
     max_nsfw, drawing_score <= max_drawing, flat_fraction <= max_flat_fraction, entropy_bits >=
     min_entropy_bits, quality_score > min_quality, no keeper of more pixels within
     near_duplicate_distance (`duplicates.keepers`), and aesthetic among the top fraction of what is
@@ -370,7 +385,8 @@ def select(table: pd.DataFrame, settings: SelectSettings, seed: int = 0) -> pd.D
 
     Args:
         table: manifest columns `COLUMNS` (alpha_fraction, nsfw_score, drawing_score, channel,
-            is_character, bucket, pdq_hash and pdq_quality may be absent); unchanged.
+            is_character, bucket, license, pdq_hash and pdq_quality may be absent), and `EXCLUDED`
+            where somebody is; unchanged.
         settings: thresholds.
         seed: project seed.
 
@@ -444,7 +460,11 @@ def as_candidates(selected: pd.DataFrame) -> pd.DataFrame:
     A near duplicate names its keeper there, which the exact-duplicate rule would take for its own.
     """
     is_near = selected["reject_reason"].eq("near_duplicate")
-    return selected.assign(duplicate_of=selected["duplicate_of"].astype(object).mask(is_near, None))
+    originals = selected["duplicate_of"].astype(object).mask(is_near, None)
+    result = selected.assign(duplicate_of=originals)
+    # Whom the list of exclusions met is not asked again: it is no threshold that one tries.
+    excluded = selected["reject_reason"].eq("excluded")
+    return result.assign(**{EXCLUDED: excluded}) if excluded.any() else result
 
 
 def count_by_reason(table: pd.DataFrame) -> dict[str, int]:

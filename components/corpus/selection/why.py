@@ -176,7 +176,7 @@ def explain(selected: pd.DataFrame, row: int, settings: Settings) -> Why:
         name
         for name, rule in last.items()
         # Rules that measure something compare it; without a threshold there was no comparison.
-        if name not in ("integrity", "duplicate", "near_duplicate")
+        if name not in (*_QUIET, "near_duplicate", "license", "share_alike")
         and math.isnan(rule.threshold)
         and not rule.fails
     } | set(REASONS) - set(last)
@@ -204,7 +204,7 @@ def explain(selected: pd.DataFrame, row: int, settings: Settings) -> Why:
     )
 
 
-_QUIET = ("integrity", "duplicate")
+_QUIET = ("excluded", "integrity", "duplicate")
 
 
 def _text(value: object) -> str | None:

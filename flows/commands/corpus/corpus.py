@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.commands.command_line import fail, project_root
+from flows.commands.corpus import forget as forget_command
 from flows.commands.corpus.look import look
 
 if TYPE_CHECKING:
@@ -295,6 +296,7 @@ app.command(
     epilog="Example: [bold]ultraflux corpus look holiday.jpg -n 24 --out look[/] writes the crop "
     "that the encoder would get of it, and a sheet of 24 random rows of the corpus.",
 )(look)
+app.command("forget", epilog=forget_command.EPILOG)(forget_command.forget)
 
 
 @app.command()

@@ -26,7 +26,10 @@ def adjusted(**sections: dict[str, object]) -> Settings:
     contracts = ROOT / "data" / "contracts"
     values["validation"] = {n: str(contracts / f"{n}.yaml") for n in values["validation"]}
     values["ingest"] |= {"source": "photos", "attribution": None}
-    values["select"] |= {"min_pixels": 300 * 300}
+    values["select"] |= {
+        "min_pixels": 300 * 300,
+        "exclusions": str(ROOT / "conf" / "exclusions.csv"),
+    }
     values["caption"] |= {"min_words": 2}
     values["people"] |= {"boxes": None}
     values["signals"] |= {"timeout_s": 60.0}

@@ -70,6 +70,7 @@ def settings() -> Settings:
     contracts = ROOT / "data" / "contracts"
     values["validation"] = {n: str(contracts / f"{n}.yaml") for n in values["validation"]}
     values["ingest"] |= {"source": "photos", "attribution": None}
+    values["select"] |= {"exclusions": str(ROOT / "conf" / "exclusions.csv")}
     values["select"] |= {"min_pixels": 1, "near_duplicate_distance": None, "min_entropy_bits": 1}
     values["people"] |= {"boxes": None}
     values["signals"] |= {"timeout_s": 60.0}

@@ -39,6 +39,7 @@ def _settings() -> Settings:
     values["signals"] |= {"timeout_s": 120.0}
     # The smallest of the bundled photographs, for speed: the published thresholds keep none.
     values["select"] |= {"min_pixels": 1, "min_entropy_bits": 1.0, "max_flat_fraction": 1.0}
+    values["select"] |= {"exclusions": str(ROOT / "conf" / "exclusions.csv")}
     return parse_settings(values)
 
 

@@ -26,12 +26,15 @@ from components.corpus.selection.rules import (
 from components.settings.corpus import (
     AspectQuotaSettings,
     HumanChannelSettings,
+    LicenseSettings,
     SelectSettings,
     ShareSettings,
 )
 
 ROOT = Path(__file__).parents[4]
 PAPER = SelectSettings(
+    exclusions="conf/exclusions.csv",
+    licenses=LicenseSettings(allow=None, deny=(), share_alike="mixed"),
     min_pixels=3840 * 2160,
     max_alpha_fraction=0.05,
     max_nsfw=None,
@@ -71,6 +74,28 @@ def rows(*changes: dict[str, object]) -> pd.DataFrame:
     )
 
 
+def test_rights_come_before_measurements_and_move_no_quota() -> None:
+    table = rows(
+        {"license": "CC-BY-NC-4.0", "width": 10},
+        {"license": "CC-BY-SA-4.0"},
+        {"license": "CC0", "excluded": True, "integrity": "broken"},
+        {"license": "CC0"},
+    )
+    licenses = LicenseSettings(allow=None, deny=("*-NC*",), share_alike="without")
+    strict = PAPER.model_copy(update={"licenses": licenses})
+    result = select(table, strict)
+    assert result["reject_reason"].tolist() == ["license", "share_alike", "excluded", None]
+    alone = select(table.iloc[[3]].drop(columns="excluded"), strict)
+    assert result.loc[result["kept"], "image_id"].tolist() == alone["image_id"].tolist()
+    # Judged again from its own verdicts, under any other rule.
+    assert select(as_candidates(result), PAPER)["reject_reason"].tolist() == [
+        "resolution",
+        None,
+        "excluded",
+        None,
+    ]
+
+
 def test_the_paper_rules_on_the_official_values_keep_what_the_sample_readme_lists() -> None:
     with (ROOT / "tests" / "reference" / "signals.csv").open() as file:
         official = {row["file"]: row for row in csv.DictReader(file)}
@@ -103,8 +128,11 @@ def test_the_paper_rules_on_the_official_values_keep_what_the_sample_readme_list
     assert count_by_reason(result) == {
         "candidates": 21,
         "kept": 11,
+        "rejected_excluded": 0,
         "rejected_integrity": 0,
         "rejected_duplicate": 0,
+        "rejected_license": 0,
+        "rejected_share_alike": 0,
         "rejected_resolution": 3,
         "rejected_transparency": 0,
         "rejected_nsfw": 0,

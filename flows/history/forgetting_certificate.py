@@ -1,0 +1,229 @@
+"""The certificate that weights descend from data without some photographs.
+
+It is written only after looking: the chain of dvc.lock from the weights back to the slices, every
+table on it searched for the photographs, the weights hashed. What it does not say, it says too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from components.corpus.selection.rights import Exclusion, Exclusions
+from components.files.weight_folders import folder_digest
+from components.settings.schema import load_settings
+from flows.history.affected import Affected, kept_rows
+from flows.history.lineage import SLICES_DIR, TRAINING
+from flows.history.run_evidence import Evidence
+from flows.versioning import graph as versioning
+
+FORMAT = "ultraflux-forgetting-certificate"
+VERSION = 1
+CHAIN = ("slices", "vae", "latents", "text_embeddings", "dit_stage1", "dit_stage2")
+WEIGHTS = {
+    "vae": ("autoencoder",),
+    "dit_stage1": ("raw", "ema"),
+    "dit_stage2": ("raw", "ema"),
+}
+STORES = ("latents", "text_embeddings")
+LIMITS = (
+    "Tables of candidates (data/ingest, signals, quality, people, select) still name the "
+    "photographs: that is how they are recognised and kept out. Their derivatives are in "
+    "data/signals.",
+    "Older versions in DVC's cache and remotes, in MLflow and in backups are not deleted by this "
+    "(`dvc gc`, `ultraflux clean`).",
+    "Copies under another photographer's name, crops and edits are other photographs; those that "
+    "were near duplicates are listed.",
+)
+
+
+class NotForgotten(RuntimeError):
+    """The present weights do not show that they descend from other data; one line."""
+
+
+def statement(evidence: Evidence, entries: Sequence[Exclusion], before: Affected) -> dict[str, Any]:
+    """What can be said of the present weights; see the module.
+
+    Args:
+        evidence: of the clone after the rebuild.
+        entries: who is forgotten.
+        before: what `affected_by` found before.
+
+    Raises:
+        NotForgotten: a stage is out of date or has other files than dvc.lock says, a photograph is
+            still in a table or store, or training went on from a state of other data.
+    """
+    root = evidence.root
+    images = set(before.images)
+    lock = versioning.read_lock(root)
+    chain = []
+    for stage in CHAIN:
+        if stage not in lock:
+            raise NotForgotten(f"{stage} has not run: run `ultraflux run`")
+        entry = lock[stage]
+        chain.append(
+            {
+                "stage": stage,
+                "inputs": versioning.hashes(entry.get("deps", [])),
+                "outputs": versioning.hashes(entry.get("outs", [])),
+            }
+        )
+    _check_links(chain)
+    settings = load_settings(root / "params.yaml")
+    given = [settings.models.transformer.pretrained, settings.models.autoencoder.pretrained]
+    bases = [str(base) for base in given if base is not None]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "project": settings.project.name,
+        "issued": datetime.now(UTC).isoformat(timespec="seconds"),
+        "forgotten": {
+            "entries": [{"kind": entry.kind, "value": entry.value} for entry in entries],
+            "images": before.images,
+            "look_alikes_of_others": before.look_alikes,
+        },
+        "before": {
+            "weights": before.weights,
+            "registry": [known.title for known in before.versions],
+            "pictures": len(before.pictures),
+        },
+        "weights": _weights(evidence, chain, set(before.weights)),
+        "chain": chain,
+        "searched": _searched(root, chain, images),
+        "determinism": settings.runtime.determinism,
+        "equal_to_a_run_without_them": _equality(evidence, settings.runtime.determinism),
+        "begun_from": bases or ["random weights"],
+        "settings_sha256": hashlib.sha256((root / "params.yaml").read_bytes()).hexdigest(),
+        "limits": [
+            *LIMITS,
+            *(f"What {base} was trained on before is not known here." for base in bases),
+        ],
+    }
+
+
+def _check_links(chain: Sequence[Mapping[str, Any]]) -> None:
+    """What a stage read is what the stage before it wrote, both by dvc.lock."""
+    made: dict[str, str] = {}
+    for link in chain:
+        for path, md5 in link["inputs"].items():
+            if path in made and made[path] != md5:
+                raise NotForgotten(
+                    f"{link['stage']} read another {path} than there is now: run `ultraflux run`"
+                )
+        made |= link["outputs"]
+
+
+def _searched(
+    root: Path, chain: Sequence[Mapping[str, Any]], images: set[str]
+) -> list[dict[str, Any]]:
+    """Every table and store between the corpus and the weights, with what was found in it."""
+    found = []
+    for path, md5 in sorted(chain[0]["outputs"].items()):
+        if not path.endswith(".parquet"):
+            continue
+        file = root / path
+        _check_md5(file, path, md5)
+        rows = len(pd.read_parquet(file, columns=["image_id"]))
+        found.append({"path": path, "md5": md5, "rows": rows, "found": kept_rows(file, images)})
+    for store in STORES:
+        file = root / "data" / store / "index.parquet"
+        index = pd.read_parquet(file)
+        hits = int(index["image_id"].isin(images).sum()) if "image_id" in index else 0
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        found.append(
+            {
+                "path": f"data/{store}/index.parquet",
+                "sha256": digest,
+                "rows": len(index),
+                "found": hits,
+            }
+        )
+    for one in found:
+        if one["found"]:
+            raise NotForgotten(
+                f"{one['path']} still holds {one['found']} of the photographs: "
+                "run `ultraflux run`, then ask again"
+            )
+    return found
+
+
+def _check_md5(file: Path, path: str, md5: str) -> None:
+    with file.open("rb") as stream:
+        if hashlib.file_digest(stream, "md5").hexdigest() != md5:
+            raise NotForgotten(f"{path} is not what dvc.lock says: run `ultraflux run`")
+
+
+def _weights(
+    evidence: Evidence, chain: Sequence[Mapping[str, Any]], before: set[str]
+) -> list[dict[str, str]]:
+    root, found = evidence.root, []
+    outputs = {path: md5 for link in chain for path, md5 in link["outputs"].items()}
+    for stage, parts in WEIGHTS.items():
+        for part in parts:
+            path = f"data/{stage}/{part}"
+            digest = folder_digest(root / path)
+            if digest in before:
+                raise NotForgotten(f"{path} holds the weights of before: run `ultraflux run`")
+            makers = evidence.makers_of_weights(digest)
+            if not any(run.outputs.get(path) == outputs[path] for run in makers):
+                raise NotForgotten(f"{path} is not what dvc.lock says: run `ultraflux run`")
+            found.append({"path": path, "sha256": digest, "dvc": outputs[path]})
+    return found
+
+
+def _equality(evidence: Evidence, determinism: str) -> str:
+    """Whether another run without the photographs would give the same bytes, in a sentence.
+
+    Raises:
+        NotForgotten: a present result was trained in segments, of which one may have read them.
+    """
+    lock = versioning.read_lock(evidence.root)
+    for stage in TRAINING:
+        outputs = versioning.hashes(lock[stage].get("outs", []))
+        made = [run for run in evidence.runs if run.stage == stage and run.outputs == outputs]
+        if made and any(name.startswith("segments.") for name in made[-1].tags):
+            raise NotForgotten(
+                f"{stage} went on from a training state of other data or settings: run "
+                f"`ultraflux stage run {stage} --restart`"
+            )
+    if determinism != "bitwise":
+        return "not claimed: runtime.determinism is not bitwise"
+    return (
+        "yes: settings, code and packages being equal, a run whose source never held them gives "
+        "these bytes on a machine of the same kind"
+    )
+
+
+def differences(root: Path, certificate: Mapping[str, Any]) -> list[str]:
+    """Differences between a certificate and the clone that stands here; empty: none.
+
+    Weights are hashed and the slices searched for the photographs, by identity and by name.
+    """
+    problems = []
+    for one in certificate["weights"]:
+        folder = root / one["path"]
+        if not folder.is_dir():
+            problems.append(f"{one['path']}: not here, so its weights were not compared")
+        elif folder_digest(folder) != one["sha256"]:
+            problems.append(f"{one['path']}: other weights than the certificate's")
+    images = set(certificate["forgotten"]["images"])
+    listed = Exclusions(Exclusion(**one) for one in certificate["forgotten"]["entries"])
+    for file in sorted((root / SLICES_DIR).glob("*.parquet")):
+        known = images | listed.images(file)
+        if rows := kept_rows(file, known):
+            problems.append(f"{SLICES_DIR}{file.name}: {rows} rows show what was forgotten")
+    return problems
+
+
+def is_certificate(text: str) -> bool:
+    """Whether a file looks like a certificate of this module, valid or not."""
+    try:
+        return bool(json.loads(text)["statement"]["format"] == FORMAT)
+    except (ValueError, LookupError, TypeError):
+        return False

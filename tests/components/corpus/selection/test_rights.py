@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from components.corpus.manifest import write_table
+from components.corpus.selection.attribution import (
+    attribution_rows,
+    counted_licenses,
+    read_attribution_file,
+    write_attribution,
+)
+from components.corpus.selection.rights import (
+    Exclusion,
+    Exclusions,
+    exclusion,
+    is_refused,
+    is_share_alike,
+    kept_apart,
+    license_id,
+    license_url,
+    parse_exclusions,
+    read_exclusions,
+    refused_licenses,
+    write_exclusions,
+)
+from components.settings.corpus import LicenseSettings
+
+ALL = LicenseSettings(allow=None, deny=(), share_alike="mixed")
+
+
+# Names: SPDX's list, and the titles and addresses that creativecommons.org gives these licences.
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("CC-BY-SA-4.0", "CC-BY-SA-4.0"),
+        ("cc by-sa 3.0", "CC-BY-SA-3.0"),
+        ("CC BY 4.0", "CC-BY-4.0"),
+        ("cc-by-nc-nd-4.0", "CC-BY-NC-ND-4.0"),
+        ("https://creativecommons.org/licenses/by-nc-sa/2.0/", "CC-BY-NC-SA-2.0"),
+        ("http://creativecommons.org/licenses/by/4.0/deed.de", "CC-BY-4.0"),
+        ("Attribution-ShareAlike 4.0 International", "CC-BY-SA-4.0"),
+        ("Creative Commons Attribution-NonCommercial 2.5", "CC-BY-NC-2.5"),
+        ("CC0", "CC0-1.0"),
+        ("CC0-1.0", "CC0-1.0"),
+        ("https://creativecommons.org/publicdomain/zero/1.0/", "CC0-1.0"),
+        ("Public Domain", "public-domain"),
+        ("https://creativecommons.org/publicdomain/mark/1.0/", "public-domain"),
+        ("Unsplash License", "Unsplash License"),
+        ("all rights reserved by me", "all rights reserved by me"),
+        ("", "unknown"),
+        (None, "unknown"),
+        (float("nan"), "unknown"),
+    ],
+)
+def test_a_licence_has_one_spelling(said: object, name: str) -> None:
+    assert license_id(said) == name
+    assert license_id(name) == name
+
+
+def test_the_address_of_a_licence_is_that_of_its_text() -> None:
+    assert license_url("CC-BY-SA-4.0") == "https://creativecommons.org/licenses/by-sa/4.0/"
+    assert license_url("CC0-1.0") == "https://creativecommons.org/publicdomain/zero/1.0/"
+    assert license_url("Unsplash License") == ""
+
+
+def test_share_alike_is_what_asks_for_itself() -> None:
+    asked = ("CC-BY-SA-4.0", "CC-BY-NC-SA-3.0", "GFDL-1.3", "ODbL-1.0")
+    assert all(map(is_share_alike, asked))
+    assert not any(map(is_share_alike, ("CC-BY-4.0", "CC0-1.0", "CC-BY-NC-ND-4.0", "unknown")))
+
+
+def test_denied_wins_over_allowed_and_patterns_know_no_case() -> None:
+    rules = LicenseSettings(allow=("cc-by*", "CC0-1.0"), deny=("*-NC*",), share_alike="mixed")
+    taken = {n: not is_refused(n, rules) for n in ("CC-BY-4.0", "CC0-1.0", "CC-BY-NC-4.0", "x")}
+    assert taken == {"CC-BY-4.0": True, "CC0-1.0": True, "CC-BY-NC-4.0": False, "x": False}
+
+
+def test_an_unknown_licence_can_be_denied() -> None:
+    table = pd.DataFrame({"license": [None, "CC BY 4.0"]})
+    rules = LicenseSettings(allow=None, deny=("unknown",), share_alike="mixed")
+    refused = refused_licenses(table, rules)
+    assert refused is not None
+    assert refused.tolist() == [True, False]
+    assert refused_licenses(table, ALL) is None
+
+
+def test_share_alike_stands_apart_from_both_sides() -> None:
+    table = pd.DataFrame({"license": ["CC-BY-SA-4.0", "CC0", None]})
+
+    def out(mode: str) -> list[bool] | None:
+        mask = kept_apart(table, ALL.model_copy(update={"share_alike": mode}))
+        return None if mask is None else mask.tolist()
+
+    assert out("mixed") is None
+    assert out("without") == [True, False, False]
+    assert out("only") == [False, True, True]
+
+
+ROWS = pd.DataFrame(
+    {
+        "image_id": ["a" * 64, "b" * 64, "c" * 64, "d" * 64, "b" * 64],
+        "uri": ["x/1.jpg", "x/2.jpg", "x/3.jpg", "x/4.jpg", "x/5.jpg"],
+        "photographer": ["Ann  Lee (Unsplash)", "Bo Ek", None, "Ann Leeson", "Someone Else"],
+        "image_url": [
+            "https://img.example.org/1.jpg",
+            None,
+            "http://www.other.net/3.jpg?w=1",
+            "https://badexample.org/4.jpg",
+            None,
+        ],
+        "work_url": [None, "https://site.org/works/2/", None, None, None],
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "meant"),
+    [
+        ("photographer", "ann lee", [0]),
+        ("photographer", "Ann Lee (Unsplash)", [0]),
+        ("photographer", "Ann Lee (Flickr)", []),
+        ("identity", "B" * 64, [1, 4]),
+        ("identity", "x/3.jpg", [2]),
+        ("url", "http://other.net/3.jpg?w=1", [2]),
+        ("url", "https://other.net/3.jpg", []),
+        ("url", "site.org/works/2", [1]),
+        ("host", "example.org", [0]),
+        ("host", "https://WWW.example.org/anything", [0]),
+        ("host", "img.example.org", [0]),
+    ],
+)
+def test_an_entry_means_these_rows(kind: str, value: str, meant: list[int]) -> None:
+    mask = Exclusions([exclusion(kind, value, "", "here")]).mask(ROWS)
+    assert np.flatnonzero(mask).tolist() == meant
+
+
+def test_equal_bytes_are_excluded_whoever_is_credited(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.parquet"
+    write_table(ROWS, path)
+    listed = Exclusions([Exclusion("photographer", "Bo Ek")])
+    assert listed.images(path) == {"b" * 64}
+    column = listed.column(path)
+    assert column is not None
+    assert column.tolist() == [False, True, False, False, True]
+    assert Exclusions([Exclusion("photographer", "Nobody")]).column(path) is None
+
+
+def test_a_list_comes_back_without_entries_that_stand_twice(tmp_path: Path) -> None:
+    path = tmp_path / "exclusions.csv"
+    entries = [
+        Exclusion("photographer", "Lee, Ann", "asked on 2026-11-01"),
+        Exclusion("photographer", "LEE,  ann"),
+        Exclusion("host", "example.org"),
+    ]
+    write_exclusions(path, entries)
+    assert read_exclusions(path) == [entries[0], entries[2]]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kind,value\nperson,X\n", "list, line 2: kind 'person'; choose identity, url"),
+        ("kind,value\nphotographer,  \n", "list, line 2: photographer has no value"),
+        ("kind,value\nhost,https://\n", "list, line 2: host has no value"),
+        ("who\nX\n", "list: no column kind; the columns are kind, value, why"),
+    ],
+)
+def test_an_entry_that_means_nobody_is_refused(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match="^" + said):
+        parse_exclusions(text, "list")
+
+
+def test_attribution_names_author_licence_source_and_changes(tmp_path: Path) -> None:
+    table = ROWS.assign(license=["CC-BY-SA-4.0", None, "CC0", "CC0 1.0", None])
+    write_attribution(table, {"stage1": np.array([0, 2, 3])}, tmp_path)
+    rows = read_attribution_file(tmp_path / "stage1.csv")
+    assert [row["image_id"][0] for row in rows] == ["a", "c", "d"]
+    assert rows[0] == attribution_rows(table)[0]
+    assert rows[0]["photographer"] == "Ann  Lee (Unsplash)"
+    assert rows[0]["license_url"] == "https://creativecommons.org/licenses/by-sa/4.0/"
+    assert [row["share_alike"] for row in rows] == ["yes", "no", "no"]
+    assert "cropped" in rows[0]["changes"]
+    assert rows[1]["photographer"] == ""
+    assert [(name, n) for name, _, n in counted_licenses(rows)] == [
+        ("CC0-1.0", 2),
+        ("CC-BY-SA-4.0", 1),
+    ]
