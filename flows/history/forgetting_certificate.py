@@ -75,6 +75,9 @@ def statement(evidence: Evidence, entries: Sequence[Exclusion], before: Affected
             }
         )
     _check_links(chain)
+    # Data first: where a photograph is still there, all that follows is the old weights' fault.
+    searched = _searched(root, chain, images)
+    weights = _weights(evidence, chain, set(before.weights))
     settings = load_settings(root / "params.yaml")
     given = [settings.models.transformer.pretrained, settings.models.autoencoder.pretrained]
     bases = [str(base) for base in given if base is not None]
@@ -93,9 +96,9 @@ def statement(evidence: Evidence, entries: Sequence[Exclusion], before: Affected
             "registry": [known.title for known in before.versions],
             "pictures": len(before.pictures),
         },
-        "weights": _weights(evidence, chain, set(before.weights)),
+        "weights": weights,
         "chain": chain,
-        "searched": _searched(root, chain, images),
+        "searched": searched,
         "determinism": settings.runtime.determinism,
         "equal_to_a_run_without_them": _equality(evidence, settings.runtime.determinism),
         "begun_from": bases or ["random weights"],
