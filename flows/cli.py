@@ -27,6 +27,7 @@ from flows.commands.model import weights as weights_commands
 from flows.commands.pipeline import compare as compare_command
 from flows.commands.pipeline import history as history_command
 from flows.commands.pipeline import lineage as lineage_command
+from flows.commands.pipeline import papers as papers_command
 from flows.commands.pipeline import plan as plan_command
 from flows.commands.pipeline import reproduce as reproduce_command
 from flows.commands.pipeline import stage_code, training_states
@@ -373,6 +374,7 @@ app.command("compare", epilog=compare_command.EPILOG, rich_help_panel=PIPELINE)(
 app.command("lineage", epilog=lineage_command.EPILOG, rich_help_panel=PIPELINE)(
     lineage_command.lineage
 )
+app.command("papers", epilog=papers_command.EPILOG, rich_help_panel=PIPELINE)(papers_command.papers)
 app.command("verify", epilog=verify_command.EPILOG, rich_help_panel=PIPELINE)(verify_command.verify)
 app.command("reproduce", epilog=reproduce_command.EPILOG, rich_help_panel=PIPELINE)(
     reproduce_command.reproduce

@@ -33,6 +33,7 @@ ROOMS = (
     "components.metrics",
     "components.training",
     "components.evaluation",
+    "components.papers",
     "components.planning",
     "components.diagnostics",
     # What runs of the library leave behind, and who runs it.

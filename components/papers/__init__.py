@@ -1,0 +1,1 @@
+"""Papers of a corpus and a model: what others read before they use them."""

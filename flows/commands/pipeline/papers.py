@@ -1,0 +1,36 @@
+"""The command `ultraflux papers`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.command_line import fail, project_root
+
+EPILOG = """Example: [bold]ultraflux papers[/], then upload papers/dataset and papers/model beside
+the photographs and the weights. All that is said comes from lineage, tables and settings: run it
+again after the pipeline."""
+
+
+def papers(
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("papers"),
+    as_json: Annotated[bool, typer.Option("--json", help="The files as a JSON list.")] = False,
+) -> None:
+    """Write dataset card, Croissant file, model card, attribution and bill of materials."""
+    from components.papers.facts import PapersIncomplete
+    from components.settings.schema import SettingsError
+    from flows.history.papers import write_papers
+
+    root = project_root()
+    try:
+        written = write_papers(root, out)
+    except (PapersIncomplete, SettingsError) as problem:
+        raise fail(str(problem)) from None
+    if as_json:
+        print(json.dumps([str(path) for path in written], indent=1))
+        return
+    for path in written:
+        print(path)

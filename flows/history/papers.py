@@ -1,0 +1,95 @@
+"""Papers of a clone: facts from its files, origins from its records, written to one folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+from components.corpus.selection.attribution import FIELDS
+from components.files.weight_folders import file_digest
+from components.files.whole_files import whole_file, write_text
+from components.papers.bill_of_materials import bill_of_materials
+from components.papers.cards import ATTRIBUTION, dataset_card, model_card
+from components.papers.croissant import TABLES, croissant
+from components.papers.facts import Facts, Origin, read_facts
+from components.settings.schema import load_settings
+from flows.history.run_evidence import Evidence, StageRun
+from flows.records.provenance import locked_packages
+from flows.versioning import graph as versioning
+
+STAGES = ("slices", "vae", "dit_stage1", "dit_stage2", "evaluate")
+
+
+def write_papers(root: Path, folder: Path) -> list[Path]:
+    """Write `dataset/` and `model/` below a folder; equal results give equal files.
+
+    Args:
+        root: the clone; its pipeline has run.
+        folder: made if need be.
+
+    Returns:
+        what was written.
+
+    Raises:
+        PapersIncomplete, SettingsError: see there.
+    """
+    facts = read_facts(root, load_settings(root / "params.yaml"), _origin(root))
+    dataset, model = folder / "dataset", folder / "model"
+    texts = {
+        dataset / "README.md": dataset_card(facts),
+        dataset / "croissant.json": json.dumps(croissant(facts), indent=1, ensure_ascii=False)
+        + "\n",
+        model / "README.md": model_card(facts),
+        model / "bom.cdx.json": bill_of_materials(facts),
+    }
+    (dataset / TABLES).mkdir(parents=True, exist_ok=True)
+    model.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        write_text(path, text)
+    written = [*texts]
+    for one in facts.slices:
+        table = dataset / TABLES / one.path.name
+        with whole_file(table) as aside:
+            shutil.copyfile(root / one.path, aside)
+        written.append(table)
+    for place in (dataset, model):
+        written.append(_attribution(facts, place / ATTRIBUTION))
+    return written
+
+
+def _attribution(facts: Facts, path: Path) -> Path:
+    with whole_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(facts.credits)
+    return path
+
+
+def _origin(root: Path) -> Origin:
+    evidence = Evidence(root, mlflow=False)
+    runs = {stage: run for stage in STAGES if (run := _maker(evidence, stage)) is not None}
+    trained = runs.get("dit_stage2")
+    cut = runs.get("slices")
+    # A result that came over a remote has no record: its file knows when it came.
+    moment = cut.started_ms / 1000 if cut is not None and cut.started_ms else None
+    if moment is None:
+        manifest = root / "data/slices/manifest.parquet"
+        moment = manifest.stat().st_mtime if manifest.is_file() else 0.0
+    lock = root / "requirements.lock"
+    return Origin(
+        published=datetime.fromtimestamp(moment, UTC).date().isoformat(),
+        commit=trained.tags.get("mlflow.source.git.commit", "") if trained else "",
+        runs={stage: run.name for stage, run in runs.items()},
+        packages=locked_packages(lock.read_text(encoding="utf-8")) if lock.is_file() else {},
+        lock_sha256=file_digest(lock) if lock.is_file() else "",
+    )
+
+
+def _maker(evidence: Evidence, stage: str) -> StageRun | None:
+    """The newest run whose outputs are those of dvc.lock."""
+    outputs = versioning.hashes(evidence.lock.get(stage, {}).get("outs", []))
+    made = [run for run in evidence.runs if run.stage == stage and run.outputs == outputs]
+    return made[-1] if made and outputs else None
