@@ -21,7 +21,8 @@ _NAMESPACE = uuid.UUID("6f2d2f0c-7b0e-5a5e-9a57-0f1d3a3f6c11")
 def bill_of_materials(facts: Facts) -> str:
     """CycloneDX JSON; equal facts give equal text."""
     bom = Bom()
-    key = "".join(one.sha256 for one in (*facts.weights, *facts.slices))
+    digests = [one.sha256 for one in facts.weights] + [one.sha256 for one in facts.slices]
+    key = "".join(digests)
     bom.serial_number = uuid.uuid5(_NAMESPACE, key)
     bom.metadata.timestamp = datetime.fromisoformat(facts.origin.published).replace(tzinfo=UTC)
     model = Component(

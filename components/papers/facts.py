@@ -133,16 +133,14 @@ def read_facts(root: Path, settings: Settings, origin: Origin) -> Facts:
     Raises:
         PapersIncomplete: a stage has not run.
     """
-    weights = [
-        Weights("autoencoder", Path("data/vae/autoencoder"), "", "vae"),
-        Weights(
-            "transformer", Path("data/dit_stage2", settings.generate.weights), "", "dit_stage2"
-        ),
-    ]
-    card = root / weights[1].path / "README.md"
+    folders = {
+        "autoencoder": Path("data/vae/autoencoder"),
+        "transformer": Path("data/dit_stage2", settings.generate.weights),
+    }
+    card = root / folders["transformer"] / "README.md"
     needed = [
         *(root / "data/slices" / f"{name}.parquet" for name in SLICES),
-        *(root / one.path for one in weights),
+        *(root / folder for folder in folders.values()),
         *(root / "data/slices/attribution" / f"{name}.csv" for name in SLICES),
         *(card, root / "data/select/summary.json", root / "data/evaluate/metrics.json"),
     ]
@@ -167,8 +165,8 @@ def read_facts(root: Path, settings: Settings, origin: Origin) -> Facts:
         settings=settings,
         slices=slices,
         weights=[
-            Weights(one.name, one.path, folder_digest(root / one.path), one.stage)
-            for one in weights
+            Weights(name, folder, folder_digest(root / folder), folder.parts[1])
+            for name, folder in folders.items()
         ],
         card=card.read_text("utf-8"),
         metrics=json.loads((root / "data/evaluate/metrics.json").read_text("utf-8")),

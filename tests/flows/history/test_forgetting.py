@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,155 +14,40 @@ import pytest
 import small_project
 import yaml
 from mlflow import MlflowClient
+from recorded_project import ROWS, RecordedProject, image
 
-from components.corpus.manifest import write_table
 from components.corpus.selection.rights import Exclusion, Exclusions, read_exclusions
 from components.files.signatures import checked, signed, signing_key
 from components.files.weight_folders import folder_digest
 from flows.history.affected import Affected, affected_by
 from flows.history.forgetting_certificate import NotForgotten, differences, statement
 from flows.history.run_evidence import Evidence
-from flows.records.records import RunDescription, RunResult, open_record
 from flows.tracking.registry import Promotion, register, registered_weights, retire
 from flows.tracking.uploader import Uploader, tracking_uri
 
-ROOT = Path(__file__).parents[3]
 LEE = Exclusion("photographer", "Ann Lee")
-ROWS = [
-    # (image, photographer, split; None: not kept)
-    ("tree", "Ann Lee (Unsplash)", "train"),
-    ("sea", "Bo Ek", "train"),
-    ("hill", "Bo Ek", "eval"),
-    ("blur", "Ann Lee", None),
-]
 
 
-def image(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
+def affected(project: RecordedProject) -> Affected:
+    return affected_by(Evidence(project.root, mlflow=False), Exclusions([LEE]))
 
 
-def md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-class Small:
-    """A project whose files and records are true in form: no photograph, no network."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.lock: dict[str, Any] = {}
-        self.clock = 0
-        shutil.copy(ROOT / "params.yaml", root / "params.yaml")
-        (root / "conf").mkdir(exist_ok=True)
-        shutil.copy(ROOT / "conf" / "exclusions.csv", root / "conf")
-
-    def run(
-        self,
-        stage: str,
-        inputs: list[str],
-        outputs: list[str],
-        tags: dict[str, str] | None = None,
-    ) -> None:
-        """Record a run that read and wrote these paths as they are now."""
-        self.clock += 1
-        hashes = {path: self.hash(path) for path in inputs}, {p: self.hash(p) for p in outputs}
-        made = open_record(
-            self.root,
-            RunDescription(
-                kind="stage",
-                name=stage,
-                stage_key=f"{stage}-{self.clock}",
-                inputs=hashes[0],
-                tags={"ultraflux.stage_key": f"{stage}-{self.clock}"},
-                started_ms=self.clock,
-            ),
-        )
-        weights = {
-            f"weights.{Path(path).name}": folder_digest(self.root / path)
-            for path in outputs
-            if stage in ("vae", "dit_stage1", "dit_stage2")
-        }
-        tags = weights | (tags or {})
-        made.finish(RunResult(status="FINISHED", tags=tags, ended_ms=self.clock + 1))
-        made.set_outputs(hashes[1])
-        self.lock[stage] = {
-            "cmd": "true",
-            "deps": [{"path": p, "md5": h} for p, h in hashes[0].items()],
-            "outs": [{"path": p, "md5": h} for p, h in hashes[1].items()],
-        }
-        document = {"schema": "2.0", "stages": self.lock}
-        (self.root / "dvc.lock").write_text(yaml.safe_dump(document))
-
-    def hash(self, path: str) -> str:
-        place = self.root / path
-        return f"{folder_digest(place)[:32]}.dir" if place.is_dir() else md5(place)
-
-    def train(self, rows: list[tuple[str, str, str | None]], seed: str, **tags: str) -> None:
-        """Every stage from the manifest to a picture's weights."""
-        table = pd.DataFrame(
-            {
-                "image_id": [image(name) for name, _, _ in rows],
-                "uri": [f"photos/{name}.jpg" for name, _, _ in rows],
-                "photographer": [who for _, who, _ in rows],
-                "kept": [split is not None for _, _, split in rows],
-                "split": [split for _, _, split in rows],
-            }
-        )
-        self.write("ingest/manifest", table.drop(columns=["kept", "split"]))
-        self.run("ingest", [], ["data/ingest/manifest.parquet"])
-        train, held_out = (table[table["split"] == split] for split in ("train", "eval"))
-        parts = {"manifest": table, "vae": train, "stage1": train, "stage2": train}
-        parts |= {"ablation": train, "eval": held_out}
-        for name, part in parts.items():
-            self.write(f"slices/{name}", part)
-        cut = {name: f"data/slices/{name}.parquet" for name in parts}
-        self.run("slices", ["data/ingest/manifest.parquet"], list(cut.values()))
-        for stage in ("latents", "text_embeddings"):
-            folder = self.root / "data" / stage
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = table[table["kept"]][["image_id"]]
-            kept.to_parquet(folder / "index.parquet")
-        self.weights("vae", ["autoencoder"], seed)
-        self.run("vae", [cut["vae"], cut["eval"]], ["data/vae/autoencoder"])
-        self.run("latents", [cut["stage1"], cut["eval"]], ["data/latents"])
-        self.run("text_embeddings", [cut["manifest"]], ["data/text_embeddings"])
-        stores, read = ["data/latents", "data/text_embeddings"], [cut["stage1"]]
-        for stage in ("dit_stage1", "dit_stage2"):
-            self.weights(stage, ["raw", "ema"], seed)
-            made = [f"data/{stage}/raw", f"data/{stage}/ema"]
-            self.run(stage, [*stores, *read], made, tags)
-            read = [cut["stage2"], *made]
-
-    def write(self, name: str, table: pd.DataFrame) -> None:
-        path = self.root / "data" / f"{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_table(table, path)
-
-    def weights(self, stage: str, parts: list[str], seed: str) -> None:
-        for part in parts:
-            folder = self.root / "data" / stage / part
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "w.safetensors").write_text(f"{stage} {part} {seed}")
-
-    def affected(self) -> Affected:
-        return affected_by(Evidence(self.root, mlflow=False), Exclusions([LEE]))
-
-    def certificate(self, before: Affected) -> dict[str, Any]:
-        return statement(Evidence(self.root, mlflow=False), [LEE], before)
+def certificate(project: RecordedProject, before: Affected) -> dict[str, Any]:
+    return statement(Evidence(project.root, mlflow=False), [LEE], before)
 
 
 WITHOUT = [row for row in ROWS if row[0] != "tree"]
 
 
 @pytest.fixture
-def small(toy: Path) -> Small:
-    project = Small(toy)
+def small(toy: Path) -> RecordedProject:
+    project = RecordedProject(toy)
     project.train(ROWS, "with")
     return project
 
 
-def test_all_that_rests_on_a_photograph_is_found(small: Small) -> None:
-    found = small.affected()
+def test_all_that_rests_on_a_photograph_is_found(small: RecordedProject) -> None:
+    found = affected(small)
     # The rejected photograph is theirs, too; nothing was made from it.
     assert found.images == sorted([image("tree"), image("blur")])
     assert found.slices == {"vae": 1, "stage1": 1, "stage2": 1, "ablation": 1, "eval": 0}
@@ -186,15 +69,15 @@ def test_all_that_rests_on_a_photograph_is_found(small: Small) -> None:
 
 
 def test_weights_that_never_saw_it_are_not_affected(toy: Path) -> None:
-    project = Small(toy)
+    project = RecordedProject(toy)
     project.train([("blur", "Ann Lee", None), *ROWS[1:3]], "without")
-    found = project.affected()
+    found = affected(project)
     assert found.images == [image("blur")]
     assert found.weights == {}
     assert found.runs == []
 
 
-def test_a_later_stage_is_affected_through_what_it_read(small: Small) -> None:
+def test_a_later_stage_is_affected_through_what_it_read(small: RecordedProject) -> None:
     """Stage 2 on other photographs begins from weights that saw this one."""
     stage2 = pd.DataFrame({"image_id": [image("sea")], "uri": ["photos/sea.jpg"], "kept": [True]})
     small.write("slices/stage2", stage2)
@@ -203,10 +86,10 @@ def test_a_later_stage_is_affected_through_what_it_read(small: Small) -> None:
     before = ["data/dit_stage1/raw", "data/dit_stage1/ema"]
     small.run("dit_stage2", ["data/slices/stage2.parquet", *before], made)
     digest = folder_digest(small.root / made[0])
-    assert small.affected().weights[digest] == "dit_stage2/raw"
+    assert affected(small).weights[digest] == "dit_stage2/raw"
 
 
-def test_a_near_duplicate_of_another_photographer_is_named(small: Small) -> None:
+def test_a_near_duplicate_of_another_photographer_is_named(small: RecordedProject) -> None:
     table = pd.DataFrame(
         {
             "image_id": [image("tree"), image("crop")],
@@ -216,21 +99,21 @@ def test_a_near_duplicate_of_another_photographer_is_named(small: Small) -> None
         }
     )
     small.write("select/manifest", table)
-    assert small.affected().look_alikes == ["photos/crop.jpg"]
+    assert affected(small).look_alikes == ["photos/crop.jpg"]
 
 
-def test_a_table_that_is_gone_is_said_and_not_taken_for_clean(small: Small) -> None:
+def test_a_table_that_is_gone_is_said_and_not_taken_for_clean(small: RecordedProject) -> None:
     small.train(WITHOUT, "without")
     # Its tables of training rows are equal, and so are one table.
-    assert any("data/slices/vae.parquet" in name for name in small.affected().unknown)
+    assert any("data/slices/vae.parquet" in name for name in affected(small).unknown)
 
 
 def test_a_certificate_names_the_new_weights_and_every_table_that_was_searched(
-    small: Small, typed: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    small: RecordedProject, typed: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    before = small.affected()
+    before = affected(small)
     small.train(WITHOUT, "without")
-    said = small.certificate(before)
+    said = certificate(small, before)
     assert said["before"]["weights"] == before.weights
     assert {one["path"]: one["sha256"] for one in said["weights"]} == {
         path: folder_digest(small.root / path)
@@ -264,14 +147,14 @@ def test_a_certificate_names_the_new_weights_and_every_table_that_was_searched(
 
 
 def test_verify_takes_no_other_key_than_the_one_that_was_named(
-    small: Small, typed: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    small: RecordedProject, typed: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    before = small.affected()
+    before = affected(small)
     small.train(WITHOUT, "without")
     ours, theirs = signing_key(tmp_path / "ours"), signing_key(tmp_path / "theirs")
     assert ours.public != theirs.public
     path = tmp_path / "certificate.json"
-    path.write_text(signed(small.certificate(before), ours), encoding="utf-8")
+    path.write_text(signed(certificate(small, before), ours), encoding="utf-8")
     good, bad = (str(tmp_path / who / "development.pem") for who in ("ours", "theirs"))
     assert typed(small.root, "verify", str(path), "--key", good).returncode == 0
     done = typed(small.root, "verify", str(path), "--key", bad)
@@ -279,47 +162,47 @@ def test_verify_takes_no_other_key_than_the_one_that_was_named(
     assert "signed by key" in done.stdout
 
 
-def test_there_is_no_certificate_while_a_photograph_is_still_there(small: Small) -> None:
-    before = small.affected()
+def test_there_is_no_certificate_while_a_photograph_is_still_there(small: RecordedProject) -> None:
+    before = affected(small)
     with pytest.raises(NotForgotten, match="still holds 1 of the photographs"):
-        small.certificate(before)
+        certificate(small, before)
     small.train(WITHOUT, "with")
     with pytest.raises(NotForgotten, match="holds the weights of before"):
-        small.certificate(before)
+        certificate(small, before)
 
 
 def test_there_is_no_certificate_for_training_that_went_on_from_another_state(
-    small: Small,
+    small: RecordedProject,
 ) -> None:
-    before = small.affected()
+    before = affected(small)
     small.train(WITHOUT, "without", **{"segments.1": "abc steps 0 to 2"})
     with pytest.raises(NotForgotten, match="went on from a training state"):
-        small.certificate(before)
+        certificate(small, before)
 
 
-def test_there_is_no_certificate_where_files_are_not_what_was_made(small: Small) -> None:
-    before = small.affected()
+def test_there_is_no_certificate_where_files_are_not_what_was_made(small: RecordedProject) -> None:
+    before = affected(small)
     small.train(WITHOUT, "without")
     store = small.root / "data" / "latents" / "index.parquet"
     kept = store.read_bytes()
     pd.DataFrame({"image_id": [image("tree")]}).to_parquet(store)
     with pytest.raises(NotForgotten, match=r"data/latents/index\.parquet still holds 1"):
-        small.certificate(before)
+        certificate(small, before)
     store.write_bytes(kept)
     (small.root / "data/dit_stage2/ema/w.safetensors").write_text("another")
     with pytest.raises(NotForgotten, match=r"not what dvc\.lock says"):
-        small.certificate(before)
+        certificate(small, before)
     small.weights("dit_stage2", ["ema"], "without")
     small.lock["dit_stage2"]["deps"][0]["md5"] = "0" * 32
     (small.root / "dvc.lock").write_text(yaml.safe_dump({"stages": small.lock}))
     with pytest.raises(NotForgotten, match="read another"):
-        small.certificate(before)
+        certificate(small, before)
 
 
-def test_a_photograph_that_came_back_is_seen_by_its_photographer(small: Small) -> None:
-    before = small.affected()
+def test_a_photograph_that_came_back_is_seen_by_its_photographer(small: RecordedProject) -> None:
+    before = affected(small)
     small.train(WITHOUT, "without")
-    said = small.certificate(before)
+    said = certificate(small, before)
     small.train([*WITHOUT, ("new", "ANN LEE", "train")], "without")
     assert any("stage1.parquet: 1 rows" in line for line in differences(small.root, said))
 
@@ -353,7 +236,7 @@ def test_versions_of_affected_weights_lose_their_aliases(
     ],
 )
 def test_nobody_is_refused_in_one_line(
-    small: Small,
+    small: RecordedProject,
     typed: Callable[..., subprocess.CompletedProcess[str]],
     options: list[str],
     said: str,
@@ -367,7 +250,7 @@ def test_nobody_is_refused_in_one_line(
 
 
 def test_a_list_names_people_addresses_and_digests_by_the_line(
-    small: Small, typed: Callable[..., subprocess.CompletedProcess[str]]
+    small: RecordedProject, typed: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     listed = small.root / "names.txt"
     listed.write_text(f"Ann Lee\n\n{image('sea')}\n")
