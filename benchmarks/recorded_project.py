@@ -91,6 +91,7 @@ class RecordedProject:
         (self.root / "dvc.lock").write_text(yaml.safe_dump(document))
 
     def hash(self, path: str) -> str:
+        """As DVC writes it: md5 of a file, a digest with .dir of a folder."""
         place = self.root / path
         return f"{folder_digest(place)[:32]}.dir" if place.is_dir() else md5(place)
 
@@ -151,11 +152,13 @@ class RecordedProject:
             path.write_text(json.dumps(value), encoding="utf-8")
 
     def write(self, name: str, table: pd.DataFrame) -> None:
+        """A manifest below data/."""
         path = self.root / "data" / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_table(table, path)
 
     def weights(self, stage: str, parts: list[str], seed: str) -> None:
+        """Folders of weights that another seed makes others."""
         for part in parts:
             folder = self.root / "data" / stage / part
             folder.mkdir(parents=True, exist_ok=True)
