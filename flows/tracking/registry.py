@@ -95,9 +95,6 @@ def register(
     return version
 
 
-RETIRED_TAG = "ultraflux.retired"
-
-
 def retire(client: MlflowClient, known: RegisteredWeights, why: str) -> None:
     """Take every alias from a version and say on it why; nothing is deleted.
 
