@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+RETIRED_TAG = "ultraflux.retired"
+"""On a version whose data was withdrawn: why."""
+
 
 @dataclass(frozen=True)
 class Promotion:
