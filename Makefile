@@ -21,10 +21,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # compiles it anew, which costs four times the import.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-all lint services services-down clean setup lock help
+.PHONY: run test test-all bench lint services services-down clean setup lock help
 
 help:
-	@sed -n '1,2p' Makefile; echo "also: test-all, lint, services, services-down, lock, clean"
+	@sed -n '1,2p' Makefile; echo "also: test-all, bench, lint, services, services-down, lock, clean"
 
 setup: $(READY)
 
@@ -57,6 +57,9 @@ test: $(DEV_READY)
 
 test-all: $(DEV_READY)
 	@HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -n $(WORKERS) $(IN_ORDER)
+
+bench: $(DEV_READY)
+	@$(BIN)/python benchmarks/bench.py
 
 lint: $(DEV_READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -16,12 +16,15 @@ import os
 import platform
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from verdicts import Verdict, conclude
 
 from components.engine.map_items import EngineLimits, join_shards, map_items
 from components.signals.candidate import CANDIDATE_SCHEMA
@@ -69,8 +72,8 @@ def seconds_per_item(items: int) -> tuple[float, float]:
     return (wall - clocks[0][0]) / (items - warm), (processor - clocks[0][1]) / (items - warm)
 
 
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Measure and print; 1 where the target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=7)
@@ -86,9 +89,11 @@ def main() -> None:
     ):
         print(
             f"{name:20} median {statistics.median(values):.2f} ms per item, "
-            f"{min(values):.2f} to {max(values):.2f}  (target below 1)"
+            f"{min(values):.2f} to {max(values):.2f}"
         )
+    parents = tuple(processor * 1e3 for _, processor in runs)
+    return conclude([Verdict("corpus engine: ms of the parent's processor an item", parents, 1.0)])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

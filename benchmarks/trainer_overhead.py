@@ -20,6 +20,7 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import yaml
+from verdicts import Verdict, conclude
 
 from components.objectives.objective import objective_loss
 from components.settings.schema import parse_settings
@@ -186,28 +188,34 @@ class InterleavedTrainer(DitTrainer):
         self._begun = time.thread_time()
 
 
-def report(size: str, trainer: InterleavedTrainer) -> None:
-    """One block of lines."""
+def report(size: str, trainer: InterleavedTrainer) -> list[Verdict]:
+    """One block of lines; the trainer's ratios."""
     kept = {name: values[WARM_UP:] for name, values in trainer.seconds.items()}
     parameters = sum(p.numel() for p in trainer.engine.module.parameters())
     print(f"\n{size}: {parameters / 1e6:.2f}M parameters, {len(kept['trainer'])} steps")
     for name, values in kept.items():
         print(f"  {name:<8} {1000 * statistics.median(values):9.2f} ms")
+    verdicts = []
     for name in trainer.turns:
         ratios = [a / b for a, b in zip(kept["trainer"], kept[name], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
         median = statistics.median(ratios)
         print(f"  trainer / {name}: {median:.3f} (quartiles {low:.3f} to {high:.3f})")
+        # Single steps scatter: what a share of all steps keeps is within the spread.
+        title = f"trainer step, {size}: trainer / {name}"
+        verdicts.append(Verdict(title, (low, median, high), 1.05))
+    return verdicts
 
 
-def main() -> None:
-    """Print one block per size."""
+def main() -> int:
+    """Print one block per size; 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     options = parser.parse_args()
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {load}, torch {torch.__version__}")
+    verdicts: list[Verdict] = []
     with (
         tempfile.TemporaryDirectory() as folder,
         deterministic_torch(1),
@@ -218,8 +226,9 @@ def main() -> None:
             trainer = InterleavedTrainer(make_job(Path(folder), size, options.steps), ranks)
             trainer.run()
             trainer.parts.checkpoints.writer.close()
-            report(size, trainer)
+            verdicts += report(size, trainer)
+    return conclude(verdicts)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
