@@ -30,7 +30,8 @@ SHORT: dict[str, str] = {
     "engine": "corpus_engine.py --items 1000 --repeats 5",
     "objective": "objective_cost.py --device cpu --batches 1 4",
     "store": "store_reading.py --gib 0.5 --batches 20",
-    "trainer": "trainer_overhead.py --steps 30 --sizes embedded",
+    "trainer": "trainer_overhead.py --steps 30 --sizes embedded --zero-stage 0",
+    "trainer, ZeRO 2": "trainer_overhead.py --steps 30 --sizes embedded --zero-stage 2",
 }
 """Command of each, below benchmarks/; together within ten minutes on two cores."""
 
