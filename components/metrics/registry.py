@@ -16,6 +16,7 @@ from components.metrics.catalog import (
     fidelity,
     hpsv3,
     inception,
+    lattice,
     lpips,
     musiq,
     niqe,
@@ -28,11 +29,15 @@ from components.metrics.metric_card import MetricFamily
 from components.metrics.weight_files import trusted_files
 
 METRICS: tuple[MetricFamily, ...] = (
-    fidelity.FIDELITY,
+    fidelity.PSNR,
+    fidelity.SSIM,
+    fidelity.MS_SSIM,
+    fidelity.NMSE,
     texture.GLCM,
     texture.COMPRESSION,
     texture.TEXTURE,
     texture.APPEARANCE,
+    lattice.LATTICE,
     piqe.PIQE,
     niqe.NIQE,
     lpips.LPIPS,

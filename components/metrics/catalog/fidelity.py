@@ -1,4 +1,7 @@
-"""PSNR, SSIM, MS-SSIM and NMSE: a picture against its reference, pixel by pixel."""
+"""PSNR, SSIM, MS-SSIM and NMSE: a picture against its reference, pixel by pixel.
+
+Each is a family of its own, so that whoever asks for PSNR does not wait for MS-SSIM.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +11,55 @@ from components.metrics.metric import FunctionMetric, Metric
 from components.metrics.metric_card import NATIVE, MetricCard, MetricFamily
 
 
-def _fidelity(files: tuple[Path, ...], digest: str, device: str) -> Metric:
-    from components.metrics.native.native_metrics import pair_metrics
+def _family(card: MetricCard) -> MetricFamily:
+    def open_it(files: tuple[Path, ...], digest: str, device: str) -> Metric:
+        from components.metrics.native.native_metrics import pair_metric
 
-    return FunctionMetric(("psnr_db", "nmse", "ssim", "ms_ssim"), of_pair=pair_metrics)
+        return FunctionMetric(
+            (card.id,), of_pair=lambda theirs, ours: {card.id: pair_metric(card.id, theirs, ours)}
+        )
+
+    return MetricFamily(cards=(card,), opener=open_it)
 
 
-FIDELITY = MetricFamily(
-    cards=(
-        MetricCard("psnr_db", "PSNR", "higher", "dB", NATIVE, "psnr/rgb8/v1", "pair", decimals=2),
-        MetricCard(
-            "ssim",
-            "SSIM",
-            "higher",
-            "1",
-            NATIVE,
-            "ssim/gauss1.5-valid-rgb8/v1",
-            "pair",
-            note="11x11 Gaussian window, population moments, mean of the three channels.",
-        ),
-        MetricCard(
-            "ms_ssim",
-            "MS-SSIM",
-            "higher",
-            "1",
-            NATIVE + " and four halvings",
-            "ms-ssim/gauss1.5-valid-rgb8/v1",
-            "pair",
-            note="Five scales of averaged 2x2 pixels, per channel, mean of the three; edges of at "
-            "least 176 px.",
-        ),
-        MetricCard(
-            "nmse",
-            "NMSE",
-            "lower",
-            "1",
-            NATIVE,
-            "nmse/energy-rgb8/v1",
-            "pair",
-            note="||x - y||² / ||x||² per image; the papers give no definition.",
-            decimals=5,
-        ),
-    ),
-    opener=_fidelity,
+PSNR = _family(
+    MetricCard("psnr_db", "PSNR", "higher", "dB", NATIVE, "psnr/rgb8/v1", "pair", decimals=2)
+)
+SSIM = _family(
+    MetricCard(
+        "ssim",
+        "SSIM",
+        "higher",
+        "1",
+        NATIVE,
+        "ssim/gauss1.5-valid-rgb8/v1",
+        "pair",
+        note="11x11 Gaussian window, population moments, mean of the three channels.",
+    )
+)
+MS_SSIM = _family(
+    MetricCard(
+        "ms_ssim",
+        "MS-SSIM",
+        "higher",
+        "1",
+        NATIVE + " and four halvings",
+        "ms-ssim/gauss1.5-valid-rgb8/v1",
+        "pair",
+        note="Five scales of averaged 2x2 pixels, per channel, mean of the three; edges of at "
+        "least 176 px.",
+    )
+)
+NMSE = _family(
+    MetricCard(
+        "nmse",
+        "NMSE",
+        "lower",
+        "1",
+        NATIVE,
+        "nmse/energy-rgb8/v1",
+        "pair",
+        note="||x - y||² / ||x||² per image; the papers give no definition.",
+        decimals=5,
+    )
 )
