@@ -2,9 +2,10 @@
 
     python benchmarks/metric_sensitivity.py [FOLDER]
 
-Prints the mean over the folder's photographs (default: data/sample; their central 1024 px) as they
-are and under each change, so that a reader sees which metrics notice it and in which direction. Metrics that see 224
-to 448 px of a large picture cannot see most of these; their cards say what reaches them.
+Prints the mean over the folder's photographs (default: data/sample; their central 1024 px) as
+they are and under each change, so that a reader sees which metrics notice it, and which way.
+Metrics that see 224 to 448 px of a large picture cannot see most of these; their cards say what
+reaches them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from components.evaluation.suites.suites import WEIGHT_FREE_METRICS
 from components.images.arrays import ImageArray
 from components.images.decoding import read_rgb
 from components.metrics.cards import card
-from components.metrics.metric import Picture
+from components.metrics.metric import ImageMetric, Picture
+from components.metrics.native.native_metrics import pair_metric
 from components.metrics.registry import open_metric
 
 METRICS = (*WEIGHT_FREE_METRICS, "lattice_2px", "lattice_16px", "lattice_32px")
@@ -66,9 +68,11 @@ def measured(original: ImageArray, changed: ImageArray) -> dict[str, float]:
     values: dict[str, float | None] = {}
     for name in METRICS:
         if name not in values:
-            values |= open_metric(name, Path("weights")).measure(changed, Picture(Path(), ""))
+            metric = open_metric(name, Path("weights"))
+            assert isinstance(metric, ImageMetric)
+            values |= metric.measure(changed, Picture(Path(), ""))
     for name in PAIR_METRICS:
-        values |= {name: open_metric(name, Path("weights")).of_pair(original, changed)[name]}
+        values[name] = pair_metric(name, original, changed)
     return {name: value for name, value in values.items() if value is not None}
 
 
