@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 JUDGED = ("validation_loss", "validation_loss_ema", "psnr_db")
 """Metrics of a stage's own log that judge its weights on held-out data."""
-HELD_OUT = "data/slices/eval.parquet"
+HELD_OUT = ("data/slices/eval.parquet", "data/latents")
+"""What a stage judges on: the decoder on photographs, the transformer on their latents."""
 KEY_TAG, KIND_TAG = "ultraflux.model", "ultraflux.model.kind"
 DIGEST_TAG, PATH_TAG = "weights.sha256", "weights.path"
 _EXPORT_PREFIX = "weights."
@@ -59,15 +60,17 @@ class LoggedModels:
         """Points of a stage as metrics; those that judge weights name their model and table."""
         from mlflow.entities import Metric
 
-        held_out = record.run.inputs.get(HELD_OUT)
+        read = [path for path in HELD_OUT if path in record.run.inputs]
+        held_out: dict[str, Any] = {}
+        if read:
+            name = read[0].removeprefix("data/").removesuffix(".parquet")
+            held_out = {"dataset_name": name, "dataset_digest": record.run.inputs[read[0]]}
         found = []
         for point in points:
             about: dict[str, Any] = {}
             if point.key in JUDGED:
-                about["model_id"] = self._checkpoint(record, run_id, point.step)
-                if held_out is not None:
-                    about["dataset_name"] = HELD_OUT.removeprefix("data/").removesuffix(".parquet")
-                    about["dataset_digest"] = held_out
+                model_id = self._checkpoint(record, run_id, point.step)
+                about = {"model_id": model_id, **held_out}
             found.append(Metric(point.key, point.value, point.ms, point.step, **about))
         return found
 

@@ -12,7 +12,7 @@ import pytest
 from flows.records.records import Record, RunDescription, RunResult, open_record, read_json
 from flows.tracking.uploader import Uploader
 
-EVAL = "data/slices/eval.parquet"
+LATENTS, VERSION = "data/latents", "e" * 32 + ".dir"
 DIGEST = "a" * 64
 
 
@@ -36,7 +36,7 @@ def trained(root: Path, losses: dict[int, float], key: str) -> Record:
         name="dit_stage2",
         stage_key=key,
         metrics_file=f"runs/{key}.jsonl",
-        inputs={EVAL: "e" * 32},
+        inputs={LATENTS: VERSION},
     )
     return open_record(root, run)
 
@@ -53,7 +53,7 @@ def best_first(uploader: Uploader, digest: str) -> list[tuple[str | None, str]]:
     order = {
         "field_name": "metrics.validation_loss",
         "ascending": True,
-        "dataset_name": "slices/eval",
+        "dataset_name": "latents",
         "dataset_digest": digest,
     }
     return [
@@ -67,7 +67,7 @@ def test_the_best_checkpoint_is_a_search_over_runs_and_steps(toy: Path, uploader
     two = trained(toy, {2: 0.3, 4: 0.1}, "two")
     uploader.sync()
     first, second = str(one.mlflow_run_id), str(two.mlflow_run_id)
-    assert best_first(uploader, "e" * 32) == [
+    assert best_first(uploader, VERSION) == [
         (second, "4"),
         (first, "4"),
         (second, "2"),
@@ -78,7 +78,7 @@ def test_the_best_checkpoint_is_a_search_over_runs_and_steps(toy: Path, uploader
     assert (model.name, str(model.status)) == ("dit_stage2", "READY")
     (metric,) = model.metrics
     assert (metric.key, metric.value, metric.step) == ("validation_loss", 0.4, 6)
-    assert (metric.dataset_name, metric.dataset_digest) == ("slices/eval", "e" * 32)
+    assert (metric.dataset_name, metric.dataset_digest) == ("latents", VERSION)
     # The curve of the run is what it was: a step in which nothing was judged names no model.
     history = uploader.client.get_metric_history(first, "validation_loss")
     assert [point.step for point in history] == [2, 4, 6]
