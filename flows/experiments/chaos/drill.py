@@ -17,7 +17,7 @@ import psutil
 
 from flows.experiments.chaos.faults import Draw, Fault, away, inflict
 from flows.experiments.chaos.site import Site, last_words, made_anew, output_hashes
-from flows.experiments.chaos.victims import SERVERS, marked, victims
+from flows.experiments.chaos.victims import SERVERS, Victim, marked, victims
 from flows.records.owners import ownerless_flow_runs
 from flows.records.records import all_records
 from flows.services.servers import free_port, services_dir
@@ -32,7 +32,9 @@ REPAIR_AFTER_S = 3.0
 MOST_PROBLEMS = 20
 GOING_S = 30.0
 """For processes that end by themselves once nobody needs them."""
-_POLL_S = 0.05
+_POLL_S, _LOOK_S = 0.05, 0.5
+_EARLY = 0.2
+_AT_WORK = {"dvc", "stage", "remote stage"}
 _DRAWN = re.compile(r"[0-9a-f]{8,}|\d+")
 """Parts of names that differ from run to run: ids, times, process numbers."""
 
@@ -172,12 +174,18 @@ class Drill:
         with log.open("wb") as output:
             run = site.start(site.disturbed, command, output)
         draw = next(self._draws)
-        due = begun + draw.wait_s
+        # One start in five is disturbed from its first moment on, the others once a stage is at
+        # work: a start takes longer than many stages, and would get most of the faults.
+        due = begun + draw.wait_s if draw.choice < _EARLY else None
+        looked = begun
         while run.poll() is None:
             now = time.monotonic()
             self._mend(engine, now)
+            if due is None and now - looked > _LOOK_S:
+                looked, at_work = now, {one.kind for one in self._victims()} & _AT_WORK
+                due = now + draw.wait_s if at_work else None
             open_ = len(self.report.faults) - round_began < FAULTS_A_ROUND and not self._is_over()
-            if open_ and now >= due:
+            if open_ and due is not None and now >= due:
                 if (fault := self._inflict(draw, engine)) is not None:
                     mine.append(fault)
                 draw = next(self._draws)
@@ -199,8 +207,7 @@ class Drill:
 
     def _inflict(self, draw: Draw, engine: Engine) -> Fault | None:
         site = self.site
-        alive = victims(site.token, self._clones())
-        done = inflict(draw, alive, site.remote if engine == "pools" else None)
+        done = inflict(draw, self._victims(), site.remote if engine == "pools" else None)
         if done is None:
             return None
         kind, victim, away_s = done
@@ -214,6 +221,9 @@ class Drill:
         fault = Fault(round(now - self._begun, 1), kind, pid, what, engine)
         self.report.faults.append(fault)
         return fault
+
+    def _victims(self) -> list[Victim]:
+        return victims(self.site.token, self._clones())
 
     def _note(self, fault: Fault) -> None:
         with (self.site.folder / "faults.jsonl").open("a", encoding="utf-8") as file:
