@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 5
 PATIENCE_S = 300.0
 WORKER = "components.training.dit.worker"
+DRILLS = "## Drills"
 
 
 @dataclass(frozen=True)
@@ -332,7 +333,11 @@ def main() -> None:
             if name.startswith(options.only):
                 disturb()
     if options.out is not None:
-        options.out.write_text(page(table.rows, "python benchmarks/fault_table.py"), "utf-8")
+        # What stands below belongs to `ultraflux chaos`.
+        before = options.out.read_text("utf-8") if options.out.is_file() else ""
+        kept = before[before.index(DRILLS) :] if DRILLS in before else ""
+        text = page(table.rows, "python benchmarks/fault_table.py")
+        options.out.write_text(f"{text}\n{kept}" if kept else text, "utf-8")
     if any(row.digest.startswith("DIFFERS") for row in table.rows):
         raise SystemExit("a disturbed run differs from the undisturbed one")
 

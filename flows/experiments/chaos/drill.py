@@ -178,22 +178,29 @@ class Drill:
         # work: a start takes longer than many stages, and would get most of the faults.
         due = begun + draw.wait_s if draw.choice < _EARLY else None
         looked = begun
-        while run.poll() is None:
-            now = time.monotonic()
-            self._mend(engine, now)
-            if due is None and now - looked > _LOOK_S:
-                looked, at_work = now, {one.kind for one in self._victims()} & _AT_WORK
-                due = now + draw.wait_s if at_work else None
-            open_ = len(self.report.faults) - round_began < FAULTS_A_ROUND and not self._is_over()
-            if open_ and due is not None and now >= due:
-                if (fault := self._inflict(draw, engine)) is not None:
-                    mine.append(fault)
-                draw = next(self._draws)
-                due = now + draw.wait_s
-            if now - begun > START_LASTS_S:
-                self._problem(f"{engine}: a start hung for {START_LASTS_S:.0f} s ({log})")
+        try:
+            while run.poll() is None:
+                now = time.monotonic()
+                self._mend(engine, now)
+                if due is None and now - looked > _LOOK_S:
+                    looked, at_work = now, {one.kind for one in self._victims()} & _AT_WORK
+                    due = now + draw.wait_s if at_work else None
+                open_ = (
+                    len(self.report.faults) - round_began < FAULTS_A_ROUND and not self._is_over()
+                )
+                if open_ and due is not None and now >= due:
+                    if (fault := self._inflict(draw, engine)) is not None:
+                        mine.append(fault)
+                    draw = next(self._draws)
+                    due = now + draw.wait_s
+                if now - begun > START_LASTS_S:
+                    self._problem(f"{engine}: a start hung for {START_LASTS_S:.0f} s ({log})")
+                    run.kill()
+                time.sleep(_POLL_S)
+        finally:
+            # Whoever ends the drill ends its run, too.
+            if run.poll() is None:
                 run.kill()
-            time.sleep(_POLL_S)
         text = log.read_text(errors="replace")
         said = last_words(text) if run.returncode > 0 else "went on"
         if run.returncode < 0:
