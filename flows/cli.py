@@ -22,6 +22,7 @@ from flows.commands.images import evaluate as evaluate_command
 from flows.commands.images import generate as generate_command
 from flows.commands.images import judge as judge_command
 from flows.commands.images import report as report_command
+from flows.commands.images import sign as sign_command
 from flows.commands.model import diagnose as diagnose_commands
 from flows.commands.model import weights as weights_commands
 from flows.commands.pipeline import compare as compare_command
@@ -375,6 +376,7 @@ app.command("lineage", epilog=lineage_command.EPILOG, rich_help_panel=PIPELINE)(
     lineage_command.lineage
 )
 app.command("papers", epilog=papers_command.EPILOG, rich_help_panel=PIPELINE)(papers_command.papers)
+app.command("sign", epilog=sign_command.EPILOG, rich_help_panel=IMAGES)(sign_command.sign)
 app.command("verify", epilog=verify_command.EPILOG, rich_help_panel=PIPELINE)(verify_command.verify)
 app.command("reproduce", epilog=reproduce_command.EPILOG, rich_help_panel=PIPELINE)(
     reproduce_command.reproduce

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flows.commands.command_line import fail, project_root
+from flows.commands.images.sign import Signer, is_signed
 
 EPILOG = """Examples:
 
@@ -89,6 +90,14 @@ def generate(
         bool, typer.Option("--overwrite", help="Replace other files under the same name.")
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
+    sign: Annotated[
+        bool,
+        typer.Option(
+            "--sign",
+            envvar="ULTRAFLUX_SIGN",
+            help="With a signed C2PA manifest (see [bold]ultraflux sign --help[/]).",
+        ),
+    ] = False,
     show_metadata: Annotated[
         Path | None, typer.Option(help="Print what made a picture, as JSON, and stop.")
     ] = None,
@@ -135,8 +144,14 @@ def generate(
         overwrite=overwrite,
         output=output,
     )
+    root = project_root()
     try:
-        for path in make(project_root(), options):
+        # Before weights are loaded: a key that cannot sign is found out now.
+        signer = Signer(root) if sign else None
+        for path in make(root, options):
+            # A picture that was there before keeps the manifest that it has.
+            if signer is not None and not is_signed(path):
+                signer.sign(path, path)
             print(path)
     except (WeightsMissing, ValueError) as problem:
         raise fail(str(problem)) from None

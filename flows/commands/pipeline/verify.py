@@ -13,6 +13,8 @@ from flows.commands.command_line import fail
 
 EPILOG = """Examples:
 
+  ultraflux verify signed/prompt00_256x256.png
+
   ultraflux verify certificates/1a2b3c4d5e6f.json
 
   ultraflux verify certificates/1a2b3c4d5e6f.json --key our-public-key.pem
@@ -34,9 +36,16 @@ class Verdict:
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(help="A certificate of `ultraflux corpus forget`.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="A signed picture, or a certificate of `ultraflux corpus forget`."),
+    ],
     key: Annotated[
-        Path | None, typer.Option(help="PEM file with the public key that must have signed.")
+        Path | None,
+        typer.Option(
+            help="PEM file of who must have signed: the public key of a certificate's signer, the "
+            "root certificate of a picture's."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -46,10 +55,12 @@ def verify(
     if not file.is_file():
         raise fail(f"{file}: no such file")
     try:
-        wanted = None if key is None else public_key(key)
+        if _is_statement(file):
+            found = _certificate(file, None if key is None else public_key(key))
+        else:
+            found = _picture(file, key)
     except KeyUnusable as problem:
         raise fail(str(problem)) from None
-    found = _certificate(file, wanted)
     if as_json:
         document = {"file": str(file), "valid": not found.problems, **found.__dict__}
         print(json.dumps(document, indent=1, ensure_ascii=False))
@@ -68,6 +79,54 @@ def _show(file: Path, found: Verdict) -> None:
         print(f"  CHANGED: {problem}")
     if not found.problems:
         print("  valid: nothing was changed since it was signed")
+
+
+def _is_statement(file: Path) -> bool:
+    """JSON, by its first character; everything else is looked at as a picture."""
+    with file.open("rb") as stream:
+        return file.suffix == ".json" or stream.read(1) == b"{"
+
+
+def _picture(file: Path, key: Path | None) -> Verdict:
+    from components.files.content_credentials import read_credentials
+    from components.files.signatures import KeyUnusable
+
+    try:
+        anchors = _own_root() if key is None else key.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise KeyUnusable(f"--key {key}: no PEM file ({problem})") from None
+    found = Verdict("picture")
+    credentials = read_credentials(file, anchors)
+    if credentials is None:
+        found.problems.append("no manifest: never signed, or it was removed")
+        return found
+    found.problems += credentials.problems
+    found.facts["signed by"] = credentials.signer
+    lineage = credentials.lineage
+    for name, digest in lineage.get("weights_sha256", {}).items():
+        found.facts[f"weights of {name}"] = f"sha256 {digest}"
+    for name in ("prompt", "seed", "software"):
+        if name in lineage.get("made_with", {}):
+            found.facts[name] = lineage["made_with"][name]
+    if key is not None and not credentials.is_trusted:
+        found.problems.append(f"not signed by a key that {key} vouches for")
+    elif key is None:
+        own = "this clone's key" if credentials.is_trusted else "a key that is not known here"
+        found.notes.append(f"signed with {own}; --key names whom you trust")
+    return found
+
+
+def _own_root() -> str:
+    """Certificates of this clone's development key, where there is a clone with one."""
+    from components.files.content_credentials import DEVELOPMENT_CHAIN
+    from flows import environment
+    from flows.tracking.tier import services_dir
+
+    try:
+        path = services_dir(environment.project_root()) / "signing" / DEVELOPMENT_CHAIN
+        return path.read_text(encoding="ascii")
+    except FileNotFoundError:
+        return ""
 
 
 def _certificate(file: Path, wanted: bytes | None) -> Verdict:

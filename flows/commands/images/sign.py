@@ -1,0 +1,119 @@
+"""The command `ultraflux sign`, and signing what `ultraflux generate` has made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.commands.command_line import fail, project_root
+
+if TYPE_CHECKING:
+    from components.files.signatures import SigningKey
+
+EPILOG = """Examples:
+
+  ultraflux sign data/generate/images --out signed
+
+  ULTRAFLUX_SIGNING_KEY=key.pem ULTRAFLUX_SIGNING_CHAIN=chain.pem ultraflux sign outputs/a.png
+
+Outputs of stages are signed in a copy, since a manifest has random parts and stages repeat bit by
+bit. Without a key of your own a development key is made at first use: it shows that a picture was
+not changed since, not who made it. `ultraflux verify PICTURE` checks."""
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def sign(
+    paths: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for the signed copies.")] = Path("signed"),
+) -> None:
+    """Write copies of generated pictures with a signed C2PA manifest of where they come from."""
+    from components.files.content_credentials import NotSignable
+    from components.files.signatures import KeyUnusable
+
+    root = project_root()
+    found = [
+        file
+        for path in paths
+        for file in (
+            sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
+            if path.is_dir()
+            else [path]
+        )
+    ]
+    if missing := [str(path) for path in found if not path.is_file()]:
+        raise fail(f"{missing[0]}: no such file")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        signer = Signer(root)
+        for file in found:
+            signer.sign(file, out / file.name)
+            print(out / file.name)
+    except (NotSignable, KeyUnusable, ValueError) as problem:
+        raise fail(str(problem)) from None
+    print(f"signed with {signer.key.title}")
+
+
+def key_folder(root: Path) -> Path:
+    """Where the development key of a clone lies."""
+    from flows.tracking.tier import services_dir
+
+    return services_dir(root) / "signing"
+
+
+def is_signed(path: Path) -> bool:
+    """Whether a picture carries a manifest, valid or not."""
+    from components.files.content_credentials import read_credentials
+
+    return read_credentials(path) is not None
+
+
+class Signer:
+    """The key of a clone and its certificates, ready for many pictures."""
+
+    key: SigningKey
+
+    def __init__(self, root: Path) -> None:
+        """Read or make the key.
+
+        Raises:
+            KeyUnusable: see `signing_key` and `certificate_chain`.
+        """
+        from components.files.content_credentials import certificate_chain
+        from components.files.signatures import signing_key
+
+        self.key = signing_key(key_folder(root))
+        self._chain = certificate_chain(self.key, key_folder(root))
+
+    def sign(self, source: Path, target: Path) -> None:
+        """Write a signed picture; `target` may be `source`.
+
+        Raises:
+            NotSignable: no picture, or one that this project did not make.
+        """
+        from components.files.content_credentials import NotSignable, sign_picture
+        from components.generation.image_metadata import read_metadata
+
+        fields = read_metadata(source)
+        if "ultraflux_key" not in fields:
+            raise NotSignable(
+                f"{source}: not made by this project, or its metadata was removed: nothing is "
+                "known that could be signed"
+            )
+        software = fields.get("software", "ultraflux-mlops")
+        sign_picture(source, target, _lineage(fields), software, self.key, self._chain)
+
+
+def _lineage(fields: dict[str, str]) -> dict[str, Any]:
+    """The embedded fields, digests of weights apart."""
+    prefix = "sha256_"
+    return {
+        "weights_sha256": {
+            name.removeprefix(prefix): value
+            for name, value in fields.items()
+            if name.startswith(prefix)
+        },
+        "made_with": {n: v for n, v in fields.items() if not n.startswith(prefix)},
+    }

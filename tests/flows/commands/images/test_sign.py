@@ -1,0 +1,60 @@
+"""`ultraflux sign` and `ultraflux verify` of pictures, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from components.files.content_credentials import CHAIN_SETTING, certificate_chain
+from components.files.signatures import KEY_SETTING, signing_key
+from components.generation.image_metadata import save_with_metadata
+
+Typed = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_SETTING, raising=False)
+    monkeypatch.delenv(CHAIN_SETTING, raising=False)
+
+
+def picture(path: Path) -> Path:
+    fields = {"prompt": "a frozen lake", "ultraflux_key": "k", "sha256_transformer": "ab" * 32}
+    save_with_metadata(Image.new("RGB", (64, 32), "teal"), path, fields)
+    return path
+
+
+def test_the_command_signs_copies_and_verifies_them(toy: Path, typed: Typed) -> None:
+    folder = toy / "data" / "generate" / "images"
+    folder.mkdir(parents=True)
+    source = picture(folder / "prompt00.png")
+    before = source.read_bytes()
+    done = typed(toy, "sign", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert "development key" in done.stdout
+    assert "(untrusted)" in done.stdout
+    assert source.read_bytes() == before
+    done = typed(toy, "verify", "signed/prompt00.png", "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["valid"]) == (0, True)
+    assert found["facts"]["weights of transformer"] == f"sha256 {'ab' * 32}"
+    assert found["facts"]["prompt"] == "a frozen lake"
+    root = toy / "runs" / "services" / "signing" / "development-chain.pem"
+    assert typed(toy, "verify", "signed/prompt00.png", "--key", str(root)).returncode == 0
+    stranger = toy / "stranger.pem"
+    stranger.write_text(certificate_chain(signing_key(toy / "other"), toy / "other"))
+    done = typed(toy, "verify", "signed/prompt00.png", "--key", str(stranger))
+    assert done.returncode == 1
+    assert "vouches for" in done.stdout
+
+
+def test_a_photograph_is_not_signed_as_a_generated_picture(toy: Path, typed: Typed) -> None:
+    Image.new("RGB", (8, 8)).save(toy / "photo.png")
+    done = typed(toy, "sign", "photo.png")
+    assert done.returncode == 2
+    assert "not made by this project" in done.stderr
