@@ -47,6 +47,8 @@ _RUN_TAGS = {
     "host": "host",
     "accepted": ACCEPTED_TAG,
 }
+PAST = ("segments.", "divergence.")
+"""Tags with a number: under what a training's steps ran, and which of them were left out."""
 
 
 @dataclass
@@ -283,6 +285,13 @@ class Lineage:
         for tag in ("latents.encoder", "text_encoders.digest"):
             if tag in run.tags:
                 facts[tag] = run.tags[tag]
+        past = [
+            tag for tag in run.tags if tag.startswith(PAST) and tag.rpartition(".")[2].isdigit()
+        ]
+        for tag in sorted(
+            past, key=lambda tag: (tag.partition(".")[0], int(tag.rpartition(".")[2]))
+        ):
+            facts[tag] = run.tags[tag]
         facts["data_in"] = {p: h for p, h in sorted(run.inputs.items()) if p.startswith("data/")}
         facts["outputs"] = dict(sorted(run.outputs.items()))
         facts |= {f"weights.{name}": digest for name, digest in sorted(run.weights().items())}

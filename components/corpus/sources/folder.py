@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 from pathlib import Path
@@ -25,6 +26,7 @@ _ATTRIBUTION_COLUMNS = {
     "work_url": "work_url",
     "query": "query",
 }
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 ATTRIBUTION = "ATTRIBUTION.csv"
 """Customary name of the table of authors and licences in a folder of photographs."""
 
@@ -44,11 +46,11 @@ def read_attribution(path: Path) -> dict[str, dict[str, str]]:
     by a person, and must be.
 
     Raises:
-        ValueError: missing file, no `file` column, or a file named twice (with its line).
+        ValueError: missing file, another encoding or separator, no `file` column, or a file named
+            twice (with its line).
     """
     try:
-        # Spreadsheets put a byte order mark before the heading; it would become part of "file".
-        text = path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
     except FileNotFoundError:
         if path.name == ATTRIBUTION:
             return {}
@@ -56,9 +58,17 @@ def read_attribution(path: Path) -> dict[str, dict[str, str]]:
             f"{path.name}: attribution file not found in ingest.source; add it or set "
             "ingest.attribution to null"
         ) from None
-    reader = csv.DictReader(text.splitlines())
-    if "file" not in (reader.fieldnames or []):
-        raise ValueError(f"{path.name}: needs a column 'file', has {reader.fieldnames}")
+    reader = csv.DictReader(_text(data, path.name).splitlines())
+    heading = [name or "" for name in reader.fieldnames or []]
+    if "file" not in heading:
+        # One cell that holds another mark: a heading that was not divided.
+        cell = heading[0] if len(heading) == 1 else ""
+        separated = next((name for mark, name in _SEPARATORS.items() if mark in cell), None)
+        raise ValueError(
+            f"{path.name}: its cells are separated by {separated}; save it with commas"
+            if separated
+            else f"{path.name}: needs a column 'file', has {', '.join(heading)[:200] or 'nothing'}"
+        )
     rows: dict[str, dict[str, str]] = {}
     for record in reader:
         name = record["file"]
@@ -68,6 +78,25 @@ def read_attribution(path: Path) -> dict[str, dict[str, str]]:
             column: record[key] for key, column in _ATTRIBUTION_COLUMNS.items() if record.get(key)
         }
     return rows
+
+
+def _text(data: bytes, name: str) -> str:
+    """UTF-8 with or without a mark; anything else is named, with the way out.
+
+    Raises:
+        ValueError: another encoding; one line.
+    """
+    fix = 'save it as UTF-8 (a spreadsheet calls it "CSV UTF-8")'
+    # In UTF-16 every second byte of a heading is zero, with or without a mark.
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:200]:
+        raise ValueError(f"{name}: is UTF-16; {fix}")
+    try:
+        # Spreadsheets put a byte order mark before the heading; it would become part of "file".
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        line = data.count(b"\n", 0, problem.start) + 1
+        byte = data[problem.start]
+        raise ValueError(f"{name}: byte 0x{byte:02X} in line {line} is not UTF-8; {fix}") from None
 
 
 def manifest_of_folder(listing: pd.DataFrame, settings: IngestSettings, root: Path) -> pd.DataFrame:

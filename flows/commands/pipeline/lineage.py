@@ -99,6 +99,8 @@ def _lines(node: Node) -> list[str]:
     """Facts for the terminal: hashes cut to 16 digits, those of every file left to --json."""
     if "explained" in node.facts:
         return ["explained above"]
+    from flows.history.lineage import PAST
+
     facts = {k: v for k, v in node.facts.items() if not isinstance(v, dict) and v not in ("", [])}
     if node.kind == "version":
         return []
@@ -107,8 +109,9 @@ def _lines(node: Node) -> list[str]:
             ", ".join(f"{name} {_short(facts[name])}" for name in names if name in facts)
             for names in _RUN_LINES
         ]
-        weights = {k: v for k, v in facts.items() if k.startswith("weights.") or "encode" in k}
-        return [pair for pair in pairs if pair] + [f"{k} {_short(v)}" for k, v in weights.items()]
+        more = ("weights.", "accepted", *PAST)
+        named = {k: v for k, v in facts.items() if k.startswith(more) or "encode" in k}
+        return [pair for pair in pairs if pair] + [f"{k} {_short(v)}" for k, v in named.items()]
     return [f"{name}: {_short(value)}" for name, value in facts.items()]
 
 

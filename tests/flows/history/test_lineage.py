@@ -97,7 +97,11 @@ def trained(toy: Path) -> Path:
     def cut(name: str) -> dict[str, str]:
         return {f"data/slices/{name}.parquet": slices[f"data/slices/{name}.parquet"]}
 
-    record(toy, "dit_stage1", 2, cut("stage1"), dit1, {"weights.ema": digests["dit_stage1"]})
+    past = {
+        f"segments.{number}": f"{number:016x} from step {10 * number}" for number in (1, 2, 10)
+    } | {"divergence.1": "step 7: loss is not finite; step 7 left out", "segments.of": "no number"}
+    weights = {"weights.ema": digests["dit_stage1"]}
+    record(toy, "dit_stage1", 2, cut("stage1"), dit1, weights | past)
     record(toy, "dit_stage2", 3, cut("stage2") | dit1, dit2, {"weights.ema": digests["dit_stage2"]})
     picture = toy / "data" / "generate" / "images" / "prompt00_32x32.png"
     picture.parent.mkdir(parents=True)
@@ -253,6 +257,12 @@ def test_the_command_prints_a_tree_or_json_and_one_line_for_the_unknown(
     document = json.loads(ultraflux("dit_stage1", "--json").stdout)
     assert document["kind"] == "run"
     assert document["facts"]["data_in"]
+    past = {k: v for k, v in document["facts"].items() if k.startswith(("segments", "diver"))}
+    numbered = [f"segments.{number}" for number in (1, 2, 10)]
+    assert list(past) == ["divergence.1", *numbered]
+    for text in (shown.stdout, ultraflux("dit_stage1").stdout):
+        places = [text.index(f"{name} {past[name]}") for name in past]
+        assert places == sorted(places)
     unknown = ultraflux("nothing-of-that-name")
     assert unknown.returncode == 2
     assert unknown.stderr.count("\n") == 1

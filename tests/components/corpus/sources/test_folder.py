@@ -13,7 +13,7 @@ from PIL import Image
 from components.corpus.listing.source_files import source_folder
 from components.corpus.listing.source_table import describe_source, read_listing
 from components.corpus.manifest import SCHEMA, to_arrow
-from components.corpus.sources.folder import file_name, manifest_of_folder
+from components.corpus.sources.folder import file_name, manifest_of_folder, read_attribution
 from components.engine.map_items import EngineLimits
 from components.settings.corpus import IngestSettings
 from components.settings.schema import load_settings
@@ -154,6 +154,29 @@ def test_the_customary_attribution_file_may_be_missing(photos: Path) -> None:
     table = scan_folder(settings(attribution="ATTRIBUTION.csv"), photos.parent)
     assert len(table)
     assert table["photographer"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("file,author\na.jpg,André\n".encode("latin-1"), "byte 0xE9 in line 2 is not UTF-8; save"),
+        ("file,author\na.jpg,Ada\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("file,author\na.jpg,Ada\n".encode("utf-16-be"), "is UTF-16; save it as UTF-8"),
+        (b"file;author\na.jpg;Ada\n", "separated by semicolons; save it with commas"),
+        (b"file\tauthor\na.jpg\tAda\n", "separated by tabs; save it with commas"),
+        (b"name,author\na.jpg,Ada\n", "needs a column 'file', has name, author$"),
+        (b"", "needs a column 'file', has nothing$"),
+    ],
+)
+def test_an_attribution_file_of_another_kind_says_what_it_is(
+    photos: Path, data: bytes, said: str
+) -> None:
+    (photos / "who.csv").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"^who\.csv: .*{said}") as caught:
+        read_attribution(photos / "who.csv")
+    assert "\n" not in str(caught.value)
+    (photos / "who.csv").write_bytes("\ufefffile,author\na.jpg,André\n".encode())
+    assert read_attribution(photos / "who.csv") == {"a.jpg": {"photographer": "André"}}
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,20 @@ def test_muon_moves_matrices_by_orthogonal_steps_and_all_else_as_adamw(make_dit_
         assert (new.detach() - old).norm() / moved.norm() == pytest.approx(1.0, abs=0.3)
 
 
+def test_settings_that_came_back_with_a_state_give_way_to_todays(make_dit_job, tmp_path):
+    changes = {"optimizer": "muon", "zero_stage": 0, "precision": "fp32", "muon_momentum": 0.6}
+    settings = make_dit_job(tmp_path, **ADAM | changes).settings
+    optimizer = build_optimizer(small_model().parameters(), settings)
+    today = {"muon_momentum": 0.9, "betas": (0.7, 0.8), "eps": 1e-5, "weight_decay": 0.25}
+    apply_settings(optimizer, settings.model_copy(update=today))
+    matrices, others = optimizer.param_groups
+    assert (matrices["momentum"], matrices["weight_decay"]) == (0.9, 0.25)
+    # Vectors are spared, as in the settings that the optimizer was built from.
+    assert (others["betas"], others["eps"], others["weight_decay"]) == ((0.7, 0.8), 1e-5, 0.0)
+    # Muon's own guard of a division is another thing than AdamW's.
+    assert matrices["eps"] == 1e-7
+
+
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
 def test_whole_matrix_optimizers_resume_with_the_same_bytes_and_say_their_name(
     make_dit_job, tmp_path, optimizer
