@@ -35,6 +35,8 @@ class Cell:
 
     text: str
     interval: str = ""
+    best: bool = False
+    """Of the measured systems in its column."""
 
 
 @dataclass(frozen=True)

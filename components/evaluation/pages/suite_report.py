@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from components.evaluation.pages.charts import Series, line_chart
+from components.evaluation.pages.charts import Series, forest_plot, line_chart
 from components.evaluation.pages.evaluation_files import (
     Evaluation,
     EvaluationIncomplete,
@@ -47,7 +47,7 @@ from components.evaluation.statistics.set_comparison import SetComparison
 from components.evaluation.statistics.worst_cases import WorstCase, by_rank, worst_cases
 from components.evaluation.suites.against_baseline import against_baseline, verdict
 from components.evaluation.viewer import Viewer
-from components.metrics.cards import CARDS, status
+from components.metrics.cards import CARDS, card, status
 
 REFERENCE = "reference"
 """What the viewer calls the pictures that pair metrics compare with."""
@@ -139,6 +139,43 @@ def _paired(evaluation: Evaluation, baseline: str, options: ReportOptions) -> li
         )
         for one in found
     ]
+
+
+def verdict_sentence(part: Paired, baseline: str) -> str:
+    """What the comparison comes to, in one sentence."""
+    said: dict[str, list[str]] = {}
+    for comparison, word in part.rows:
+        said.setdefault(word, []).append(card(comparison.metric).name)
+    for one, _, word in part.sets:
+        name = card(one.metric).name
+        said.setdefault(word, []).append(f"{name} ({one.stratum})" if one.stratum else name)
+    total = sum(map(len, said.values()))
+    if not total:
+        return f"{part.system} against {baseline}: nothing could be compared."
+    words = {"better": "better in", "worse": "worse in", "differs": "different in"}
+    parts = [f"{words[w]} {', '.join(said.pop(w))}" for w in tuple(words) if w in said]
+    open_ones = sum(map(len, said.values()))
+    found = "; ".join(parts) or "no difference found"
+    rest = f"; {open_ones} of {total} undecided" if open_ones and parts else ""
+    prompts = max((c.difference.clusters or 0 for c, _ in part.rows), default=0)
+    over = f" over {prompts} prompts" if prompts else ""
+    return f"{part.system} against {baseline}{over}: {found}{rest}, at 5% over the whole page."
+
+
+def forest(part: Paired, baseline: str) -> Markup:
+    """Differences in units of what could be detected, turned so that right is better."""
+    rows = []
+    for comparison, _ in part.rows:
+        metric = card(comparison.metric)
+        if metric.direction == "neither" or not comparison.detectable > 0.0:
+            continue
+        unit = comparison.detectable * (1.0 if metric.direction == "higher" else -1.0)
+        found = comparison.difference
+        low, high = sorted((found.low / unit, found.high / unit))
+        if math.isfinite(low) and math.isfinite(high):
+            rows.append((metric.name, low, found.mean / unit, high))
+    label = f"{part.system} better than {baseline} →  (unit: smallest detectable difference)"
+    return Markup(forest_plot(rows, x_label=label))
 
 
 def histograms(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -311,6 +348,8 @@ def build_suite_report(
             tiles=_tiles(evaluation, baseline, held),
             tables=metric_tables(evaluation),
             paired=paired,
+            verdicts=[verdict_sentence(part, baseline) for part in paired],
+            forests=[forest(part, baseline) for part in paired],
             fixed=fixed,
             column_name=column_name,
             resamples=options.resamples,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from components.evaluation.pages.evaluation_files import Evaluation
 from components.evaluation.pages.report_page import (
@@ -39,18 +40,43 @@ def _strata(evaluation: Evaluation) -> list[str]:
     return strata if len(strata) > 1 else []
 
 
+def _rank(evaluation: Evaluation, prefix: str, metric: str) -> tuple[float, float] | None:
+    """Larger is better: share of identical pictures first, then the mean of the others."""
+    name, values = f"{prefix}.{metric}", evaluation.metrics
+    infinite = values.get(f"{name}_infinite", 0.0)
+    sign = {"higher": 1.0, "lower": -1.0, "neither": 0.0}[card(metric).direction]
+    if not sign or (name not in values and not infinite):
+        return None
+    share = infinite / (infinite + values.get(f"{name}_n", 0.0)) if infinite else 0.0
+    return share, sign * values.get(name, 0.0)
+
+
+def _best(evaluation: Evaluation, prefixes: Sequence[str], metric: str) -> set[str]:
+    """Whose number is the best of several; none where only one has a number."""
+    ranks = {prefix: _rank(evaluation, prefix, metric) for prefix in prefixes}
+    known = {prefix: rank for prefix, rank in ranks.items() if rank is not None}
+    if len(known) < 2:
+        return set()
+    return {prefix for prefix, rank in known.items() if rank == max(known.values())}
+
+
 def _ours(
     evaluation: Evaluation, systems: Sequence[str], metrics: Sequence[str], stratum: str = ""
 ) -> list[Row]:
     """A row per system, over all of its pictures or those of one stratum."""
     rows = []
+    prefixes = [f"{system}.{stratum}" if stratum else system for system in systems]
+    best = {metric: _best(evaluation, prefixes, metric) for metric in metrics}
     for index, system in enumerate(systems):
         scores = evaluation.table[evaluation.table["system"] == system]
         prefix, name = system, system
         if stratum:
             scores = scores[scores["stratum"] == stratum]
             prefix, name = f"{system}.{stratum}", f"{stratum}, {system}"
-        cells = tuple(_cell(evaluation, prefix, metric) for metric in metrics)
+        cells = tuple(
+            replace(_cell(evaluation, prefix, metric), best=prefix in best[metric])
+            for metric in metrics
+        )
         label = f"{name} (n = {scores['item'].nunique()})"
         rows.append(Row(label, cells, first_ours=index == 0))
     return rows

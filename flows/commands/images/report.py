@@ -36,6 +36,10 @@ def report(
         bool,
         typer.Option("--tiles", help="Native pixels of all pictures, in a folder beside the page."),
     ] = False,
+    csv: Annotated[
+        Path | None, typer.Option(help="Also every number with its interval, as CSV.")
+    ] = None,
+    latex: Annotated[Path | None, typer.Option(help="Also the tables, as LaTeX.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read pictures.")] = 2,
 ) -> None:
     """Write one HTML file: tables, statistics, worst cases, and a native-pixel viewer.
@@ -69,12 +73,29 @@ def report(
         raise fail(str(problem)) from None
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, made.html)
+    _export(evaluation, csv, latex)
     held = made.held
     print(
         f"{held.thumbnails} pictures, {held.crops} native crops, {held.whole} whole at native "
         f"pixels; {target.stat().st_size / 1e6:.1f} MB"
     )
     print(f"Report: {target}")
+
+
+def _export(evaluation: Path, csv: Path | None, latex: Path | None) -> None:
+    from components.evaluation.pages.evaluation_files import read_evaluation
+    from components.evaluation.pages.suite_tables import metric_tables
+    from components.evaluation.pages.table_export import as_csv, as_latex
+
+    read = read_evaluation(evaluation)
+    for path, make in (
+        (csv, lambda: as_csv(read)),
+        (latex, lambda: as_latex(metric_tables(read))),
+    ):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, make())
+            print(f"Table: {path}")
 
 
 def _decision(path: Path) -> dict[str, Any]:

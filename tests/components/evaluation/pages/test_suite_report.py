@@ -275,3 +275,34 @@ def test_the_crop_is_where_both_pictures_have_detail_together() -> None:
     first[200:300, 1100:1200] = second[210:310, 1100:1200] = noise
     assert crop_box([first, second]) == (0, 1024, 512, 512)
     assert crop_box([first[:400, :300]]) == (0, 0, 400, 300)
+
+
+def test_the_page_answers_first_with_the_best_in_bold_and_a_forest(html: str) -> None:
+    answer = html.index("mine against base over 8 prompts: ")
+    assert answer < html.index('<section id="summary">')
+    assert html[answer:].split("<")[0].endswith("at 5% over the whole page.")
+    # SSIM of the base is 0.9 everywhere, that of the other 0.86 on the mean.
+    assert "<strong>0.900</strong>" in html
+    assert "<strong>0.861</strong>" not in html
+    forest = html[html.index('class="panel forest"') :].split("</svg>")[0]
+    # Seven of eight PSNR differences are equal, so that interval has no end to draw.
+    assert forest.count("<circle") == 1
+
+
+def test_numbers_leave_as_csv_and_latex(evaluation: Path) -> None:
+    import csv as csv_module
+    import io as io_module
+
+    from components.evaluation.pages.suite_tables import metric_tables
+    from components.evaluation.pages.table_export import as_csv, as_latex
+
+    read = read_evaluation(evaluation)
+    rows = list(csv_module.DictReader(io_module.StringIO(as_csv(read))))
+    (found,) = [r for r in rows if (r["system"], r["metric"]) == ("base", "psnr_db")]
+    assert float(found["value"]) == read.metrics["base.psnr_db"]
+    assert float(found["low"]) == read.metrics["base.psnr_db_low"]
+    assert found["protocol"] == "psnr/rgb8/v1"
+    tables = as_latex(metric_tables(read))
+    assert r"\textbf{0.900}" in tables
+    assert tables.count(r"\begin{tabular}") == tables.count(r"\end{tabular}") >= 1
+    assert r"SSIM $\uparrow$" in tables
