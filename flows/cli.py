@@ -250,7 +250,9 @@ stage_app.command("accept", epilog=stage_code.ACCEPT_EPILOG)(stage_code.stage_ac
 
 @config_app.command("compose")
 def config_compose(
-    profile: Annotated[str, typer.Option(help="embedded, single-gpu or paper.")] = "embedded",
+    profile: Annotated[
+        str, typer.Option(help="embedded, consumer-24gb, single-gpu or paper.")
+    ] = "embedded",
     check: Annotated[bool, typer.Option(help="Only say whether params.yaml is in step.")] = False,
 ) -> None:
     """Write params.yaml from conf/base.yaml and a profile."""

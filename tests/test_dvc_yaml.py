@@ -109,7 +109,7 @@ def test_training_stages_are_resumable_and_retried() -> None:
         assert graph[name].meta.retries >= 1
 
 
-@pytest.mark.parametrize("profile", ["embedded", "single-gpu", "paper"])
+@pytest.mark.parametrize("profile", ["embedded", "consumer-24gb", "single-gpu", "paper"])
 def test_every_profile_composes_into_valid_settings(profile: str) -> None:
     from flows.versioning.profiles import compose
 

@@ -18,6 +18,10 @@ _ROPE_NOTE = (
     "Stock diffusers computes plain rotary positions: it gives other images beyond the window of "
     "{window} tokens per axis."
 )
+_SNAPPED_NOTE = (
+    "Stock diffusers computes plain rotary positions: it gives other images at every size, because "
+    "`rope_variant: paper` snaps frequencies inside the window of {window} tokens per axis too."
+)
 
 
 class FluxBackbone(Backbone):
@@ -154,12 +158,13 @@ class FluxBackbone(Backbone):
 
     def usage(self, config: Mapping[str, Any]) -> str:
         """Our class loads it; stock diffusers too, with other positions unless they are plain."""
-        stock = (
-            "`diffusers.FluxTransformer2DModel.from_pretrained` gives equal outputs."
-            # The variant that stock diffusers computes.
-            if config["rope_variant"] == "flux"
-            else _ROPE_NOTE.format(window=config["rope_window"])
-        )
+        variant, window = config["rope_variant"], config["rope_window"]
+        if variant == "flux":
+            # What stock diffusers computes.
+            stock = "`diffusers.FluxTransformer2DModel.from_pretrained` gives equal outputs."
+        else:
+            note = _SNAPPED_NOTE if variant == "paper" else _ROPE_NOTE
+            stock = note.format(window=window)
         return (
             "`UltraFluxTransformer2DModel.from_pretrained` of `components.models.transformer` "
             "loads this folder; `ultraflux generate --transformer FOLDER` samples from it. " + stock

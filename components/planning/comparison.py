@@ -43,6 +43,7 @@ _DECIDES = (
     "global_batch_size",
     "gradient_checkpointing",
     "micro_batch_size",
+    "offload_activations",
     "offload_optimizer",
     "optimizer",
     "precision",

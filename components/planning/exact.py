@@ -23,8 +23,10 @@ from torch import nn
 
 from components.models.backbone import Backbone
 from components.models.backbones import BACKBONES
+from components.models.loading.memory_modes import memory_modes
 from components.planning.fake_gpu import GPU, FakeGpu, fake_gpu
 from components.planning.model_shapes import AutoencoderShape, ClipShape, T5Shape
+from components.planning.rounded import round_fake, wait_on_host
 from components.planning.stage_memory import CAPTIONS_TOGETHER
 from components.planning.transformer import Transformer
 from components.settings.training import DitStageSettings, ReconstructionSettings
@@ -276,9 +278,17 @@ def trace_generate(
         transformer: networks and settings.
         size: (height, width) in pixels.
         steps: sampling steps; all after the first are alike.
-        with_encoders: False: they were dropped before (`--memory text-first`).
+        with_encoders: False: they were dropped before; also under the settings' `text-first`.
     """
     found: list[Trace] = []
+    modes = memory_modes(transformer.settings.generate.memory)
+    models = transformer.settings.models
+    if modes.offload == "model":
+        raise ValueError(
+            "generate.memory model-offload: not traced; leave it out, or plan it alone"
+        )
+    if modes.text_first and with_encoders:
+        found, with_encoders = trace_first_text(transformer), False
     settings = transformer.settings
     dtype = torch.bfloat16 if settings.runtime.device == "cuda" else torch.float32
     backbone = _backbone(transformer)
@@ -287,8 +297,17 @@ def trace_generate(
     with fake_gpu() as live, torch.no_grad():
         with GPU:
             network = _frozen(transformer.model(dtype), dtype)
-            vae = _autoencoder(transformer, dtype)
             encoders = text_encoders(transformer, dtype) if with_encoders else None
+        with GPU:
+            vae = _autoencoder(transformer, dtype)
+        vae.use_tiling = modes.vae_tiling
+        round_fake(network, models.transformer.quantisation, dtype, GPU)
+        if modes.offload == "block":
+            wait_on_host(network, GPU)
+        for model in family.models(encoders) if encoders is not None else ():
+            round_fake(model, models.text_encoders.quantisation, dtype, GPU)
+            if modes.offload == "block":
+                wait_on_host(model, GPU)
         pipeline = backbone.pipeline_class().from_components(vae, network, encoders)
         pipeline.set_progress_bar_config(disable=True)
         if encoders is not None:
@@ -326,6 +345,31 @@ def trace_generate(
             # Scaled on the device before it leaves for the host.
             image = pipeline.image_processor.postprocess(image, output_type="pt")
         del image, raw, pipeline, vae, network, encoders
+    return found
+
+
+def trace_first_text(transformer: Transformer) -> list[Trace]:
+    """A prompt through text encoders that nothing else is beside of (`text-first`)."""
+    found: list[Trace] = []
+    settings = transformer.settings
+    modes = memory_modes(settings.generate.memory)
+    kind = settings.models.text_encoders.quantisation
+    dtype = torch.bfloat16 if settings.runtime.device == "cuda" else torch.float32
+    on_gpu = kind != "none" or modes.offload == "block"
+    family = _backbone(transformer).text_family()
+    with fake_gpu() as live, torch.no_grad():
+        with GPU if on_gpu else torch.device("cpu"):
+            encoders = text_encoders(transformer, dtype)
+        for model in family.models(encoders):
+            round_fake(model, kind, dtype, GPU)
+            if kind == "none" and modes.offload == "block":
+                wait_on_host(model, GPU)
+        where = "" if on_gpu else " on the host"
+        with _traced(live, "generate", f"a prompt embedded first{where}", found):
+            states = family.encode(
+                encoders, [""], settings.models.text_encoders.max_sequence_length
+            )
+        del states, encoders
     return found
 
 
@@ -399,17 +443,24 @@ def trained_network(
     transformer: Transformer, stage: DitStageSettings, dtype: torch.dtype
 ) -> nn.Module:
     """The transformer as `assembly` hands it to the engine, on the current device."""
+    from components.models.loading.quantisation import is_quantised
     from components.training.dit.adapters import add_adapter
     from components.training.sharded.activation_checkpointing import (
         enable_activation_checkpointing,
     )
 
     model: nn.Module = transformer.model(dtype)
+    kind = transformer.settings.models.transformer.quantisation
+    if kind != "none":
+        round_fake(model, kind, dtype, GPU)
     if stage.adapter is not None:
         add_adapter(model, stage.adapter, 0)
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-    enable_activation_checkpointing(model, stage.gradient_checkpointing)
+            if not is_quantised(parameter):
+                parameter.data = parameter.data.to(dtype)
+    enable_activation_checkpointing(
+        model, stage.gradient_checkpointing, to_host=stage.offload_activations
+    )
     return model.train()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +83,9 @@ class LiveBytes(TorchDispatchMode):
             self.hold(module.buffers())
 
     def _note(self, tensor: Tensor) -> None:
+        # A wrapper (of rounded weights) has no storage; its parts were counted when they were made.
+        if is_traceable_wrapper_subclass(tensor):
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages:

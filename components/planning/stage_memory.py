@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from components.models.loading.memory_modes import MemoryModes
+from components.models.loading.memory_modes import MemoryModes, memory_modes
 from components.planning.flops import decoder_products, encoder_products, parameters
 from components.planning.memory import (
     GIB,
@@ -24,6 +24,7 @@ from components.planning.memory import (
     update_bytes,
 )
 from components.planning.model_shapes import AutoencoderShape
+from components.planning.rounded import saved_bytes, text_saved_bytes, widest_block
 from components.planning.transformer import Transformer
 from components.settings.training import DitStageSettings
 
@@ -180,9 +181,10 @@ def _generate(transformer: Transformer) -> StageMemory:
     item = sampling_item(transformer)
     held = transformer.counts(_ANY_SIZE, None)[0] + text_parameters(transformer)
     held += sum(autoencoder_parameters(transformer))
-    working = generate_bytes(transformer, MemoryModes()) - item * held
+    needed = generate_bytes(transformer, memory_modes(transformer.settings.generate.memory))
+    weights = min(item * held, needed)
     # Loaded on the host, then moved.
-    return StageMemory(_forward_only(item * held, working), host_bytes=item * held)
+    return StageMemory(_forward_only(weights, needed - weights), host_bytes=item * held)
 
 
 def sampling_item(transformer: Transformer) -> int:
@@ -197,10 +199,28 @@ def generate_bytes(transformer: Transformer, modes: MemoryModes) -> int:
     shape = transformer.networks.autoencoder
     network = item * transformer.counts(_ANY_SIZE, None)[0]
     encoders = item * text_parameters(transformer)
+    models = transformer.settings.models
+    wide = 0
+    if models.transformer.quantisation != "none":
+        network -= saved_bytes(transformer, models.transformer.quantisation, item)
+        # One layer's weights, widened for its product.
+        wide = item * max(inputs * outputs for _, inputs, outputs in transformer.linear_layers())
+    if models.text_encoders.quantisation != "none":
+        encoders -= text_saved_bytes(
+            transformer.networks.t5, models.text_encoders.quantisation, item
+        )
     vae = item * sum(autoencoder_parameters(transformer))
     embedding = embedding_bytes(transformer, 1, item)
-    sampling = max(sampling_bytes(transformer, size, item) for size in sizes)
+    sampling = wide + max(sampling_bytes(transformer, size, item) for size in sizes)
     decoding = max(_decoding_bytes(shape, size, item, tiled=modes.vae_tiling) for size in sizes)
+    if modes.offload == "block":
+        t5 = transformer.networks.t5
+        # A layer at a time, of which the largest is the table of words or one of the MLP's.
+        layer = item * t5.d_model * max(t5.vocab_size, t5.d_ff)
+        blocks = sum(i * o for name, i, o in transformer.linear_layers() if "blocks." in name)
+        # Of the blocks two: one travels while the one before computes.
+        network -= item * max(0, blocks - 2 * widest_block(transformer))
+        return vae + max(layer + embedding, network + sampling, decoding)
     if modes.offload == "model":
         # One network at a time.
         return max(encoders + embedding, network + sampling, vae + decoding)
@@ -235,6 +255,15 @@ def dit_memory(
     )
     update = update_bytes(trained, gpus, stage.precision, stage.zero_stage, stage.optimizer)
     offloaded = stage.offload_optimizer == "cpu"
+    kind = transformer.settings.models.transformer.quantisation
+    item = ITEM_BYTES[stage.precision]
+    if kind != "none" and stage.adapter is not None:
+        weights -= saved_bytes(transformer, kind, item)
+        # torchao widens a layer's weights for its product, and autograd keeps them for the block
+        # that is repeated; bitsandbytes widens them anew.
+        activations += item * widest_block(transformer) if kind != "nf4" else 0
+    if stage.offload_activations:
+        activations -= _waiting_bytes(stage, transformer, largest(sizes))
     buffers = communication_bytes(held, gpus, stage.precision, stage.zero_stage)
     groups = gpus // transformer.settings.runtime.context_parallel_degree
     accumulates = stage.global_batch_size > stage.micro_batch_size * groups
@@ -252,6 +281,18 @@ def dit_memory(
         buffers=buffers,
         update=0 if offloaded else update,
     )
+
+
+def _waiting_bytes(stage: DitStageSettings, transformer: Transformer, size: Size) -> int:
+    """Inputs of blocks that wait in host memory and not on the GPU; two are there at once."""
+    shape = transformer.networks.transformer
+    if shape is None:
+        # Not known in closed form: an upper bound stays.
+        return 0
+    h, w = transformer.latent_hw(size)
+    tokens = (h // 2) * (w // 2) + transformer.text_tokens
+    stream = ITEM_BYTES[stage.precision] * stage.micro_batch_size * tokens * shape.width
+    return max(0, shape.num_layers + shape.num_single_layers - 2) * stream
 
 
 def dit_host_bytes(stage: DitStageSettings, transformer: Transformer) -> int:
@@ -275,13 +316,16 @@ def dit_host_bytes(stage: DitStageSettings, transformer: Transformer) -> int:
 def sampling_bytes(transformer: Transformer, size: tuple[int, int], item: int) -> int:
     """Peak of one forward pass without gradients, weights aside."""
     shape = transformer.networks.transformer
+    # Without a guidance input it is classifier-free, which doubles what goes through the network.
+    contrasts = shape is None and transformer.settings.generate.guidance_scale > 1
+    batch = 2 if contrasts else 1
     h, w = transformer.latent_hw(size)
     if shape is not None:
         tokens = (h // 2) * (w // 2) + transformer.text_tokens
-        return flux_sampling_bytes(shape, tokens, 1, item)
+        return flux_sampling_bytes(shape, tokens, batch, item)
     # A block's share of what training keeps: nearly all of it is there at once.
     stage = transformer.settings.dit_stage1.model_copy(
-        update={"micro_batch_size": 1, "gradient_checkpointing": "blocks"}
+        update={"micro_batch_size": batch, "gradient_checkpointing": "blocks"}
     )
     return transformer.counts(size, stage)[2] * item // ITEM_BYTES[stage.precision]
 

@@ -128,7 +128,7 @@ class Transformer:
     def _adapter_products(self, stage: DitStageSettings, adapter: AdapterSettings, n: int) -> int:
         """Bytes of what an adapter's matrix products give, n image tokens a sample."""
         values = 0
-        for name, _, outputs in self._linear_layers():
+        for name, _, outputs in self.linear_layers():
             if not adapter.is_target(name):
                 continue
             # Of a double block some layers see text tokens only, and the others image tokens only.
@@ -141,7 +141,7 @@ class Transformer:
 
     def _adapter_shapes(self, adapter: AdapterSettings) -> Iterable[tuple[int, ...]]:
         """Of an adapter's factors; those beside a convolution as matrices."""
-        layers = list(self._linear_layers())
+        layers = list(self.linear_layers())
         title = BACKBONES[self.settings.models.transformer.backbone].title
         # Names that match nothing fail as at the start of a run.
         adapter.check([name for name, _, _ in layers], f"the {title} transformer")
@@ -153,7 +153,8 @@ class Transformer:
             for factor in ((adapter.rank, inputs), (outputs, adapter.rank))
         ]
 
-    def _linear_layers(self) -> Iterable[tuple[str, int, int]]:
+    def linear_layers(self) -> Iterable[tuple[str, int, int]]:
+        """(name, inputs, outputs) of every layer that an adapter can be put beside."""
         nets = self.networks
         if nets.transformer is not None:
             return nets.transformer.linear_layers

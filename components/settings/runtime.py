@@ -20,7 +20,7 @@ class ProjectSettings(Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
     """MLflow experiment and registry prefix."""
-    profile: Literal["embedded", "single-gpu", "paper"]
+    profile: Literal["embedded", "consumer-24gb", "single-gpu", "paper"]
     """The profile in `conf/profiles/` that the values came from."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)]
     """Root of every random stream."""

@@ -226,6 +226,9 @@ class DitStageSettings(Section):
     gradient_checkpointing: Checkpointing
     """Activations kept for the backward pass: all; only what enters a block (its forward runs
     twice); also what matrix products and attention give (no such product runs twice)."""
+    offload_activations: Annotated[bool, CHANGES_NO_WEIGHT] = False
+    """Inputs of checkpointed blocks wait in host memory between forward and backward: copies, so
+    results are the same. Needs gradient_checkpointing."""
     optimizer: Optimizer
     """`adamw_8bit` (extra `gpu`) keeps AdamW's moments in 8 bits. `adafactor` keeps a value per row
     and column in place of moments; `muon` orthogonalises a momentum of hidden matrices and leaves
@@ -317,6 +320,11 @@ class DitStageSettings(Section):
             raise ValueError(
                 "zero_stage 0 keeps no float32 masters of bf16 weights: use zero_stage 1, 2 or 3, "
                 "or precision fp32"
+            )
+        if self.offload_activations and self.gradient_checkpointing != "blocks":
+            raise ValueError(
+                "offload_activations takes what gradient_checkpointing 'blocks' keeps to the host, "
+                f"and gradient_checkpointing is {self.gradient_checkpointing!r}"
             )
         if self.offload_optimizer == "cpu" and self.zero_stage < 2:
             raise ValueError(

@@ -62,7 +62,7 @@ def test_bad_settings_stop_the_run_before_anything_starts(toy: Path, root: Path)
 def test_an_unknown_profile_names_the_known_ones(root: Path) -> None:
     done = ultraflux("config", "compose", "--profile", "huge", cwd=root)
     assert done.returncode == 2
-    assert "embedded, paper, single-gpu" in done.stderr
+    assert "consumer-24gb, embedded, paper, single-gpu" in done.stderr
 
 
 def test_measure_prints_the_official_values(root: Path) -> None:

@@ -32,7 +32,7 @@ BASE_SHA256, BASE_TITLE = "ultraflux.base_sha256", "ultraflux.base"
 RANK, MISSING = "ultraflux.rank", "ultraflux.missing_share"
 BACKBONE, STAGES = "ultraflux.backbone", "ultraflux.stages"
 Keys = Literal["diffusers", "comfyui"]
-_ARCHITECTURES = {"flux": "flux-1-dev", "sd3": "stable-diffusion-3"}
+ARCHITECTURES = {"flux": "flux-1-dev", "sd3": "stable-diffusion-3"}
 """As the training scripts of kohya name them, which read these files as well."""
 _TAKES_ALPHA = ("flux",)
 """Where stock diffusers reads `alpha` keys in its own layout; elsewhere they would be unknown."""
@@ -97,17 +97,22 @@ def write_adapter(adapter: Adapter, path: Path, keys: Keys = "diffusers") -> Non
         **adapter.about,
         RANK: str(max(one.rank for one in change.values())),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{_ARCHITECTURES.get(backbone, backbone)}/lora",
+        "modelspec.architecture": f"{ARCHITECTURES.get(backbone, backbone)}/lora",
         "modelspec.implementation": (
             "https://github.com/black-forest-labs/flux" if keys == "comfyui" else "diffusers"
         ),
     }
     with whole_file(path) as temporary:
-        temporary.write_bytes(_serialized(tensors, about))
+        temporary.write_bytes(serialized(tensors, about))
 
 
-def _serialized(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes:
-    """A safetensors file whose metadata stand in order; the library's order differs by process."""
+def serialized(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes:
+    """A safetensors file whose metadata stand in order; the library's order differs by process.
+
+    Args:
+        tensors: contiguous, by name.
+        about: metadata; the hash that ModelSpec defines is added.
+    """
     data = safetensors.torch.save(dict(tensors))
     end = 8 + int.from_bytes(data[:8], "little")
     header: dict[str, Any] = json.loads(data[8:end])

@@ -367,7 +367,9 @@ def _network(job: DitJob, data: TrainingData, ranks: Ranks) -> nn.Module:
         _freeze_rounded(job, data, model, ranks)
     if settings.adapter is not None:
         add_adapter(model, settings.adapter, job.seed)
-    enable_activation_checkpointing(model, settings.gradient_checkpointing)
+    enable_activation_checkpointing(
+        model, settings.gradient_checkpointing, to_host=settings.offload_activations
+    )
     # diffusers loads models in evaluation mode.
     model.train()
     if job.runtime.compile == "blocks":

@@ -36,17 +36,28 @@ STORED_OPERATORS = frozenset(
 )
 
 
-def enable_activation_checkpointing(model: Any, policy: Checkpointing) -> None:
+def enable_activation_checkpointing(
+    model: Any, policy: Checkpointing, *, to_host: bool = False
+) -> None:
     """Apply `policy` to every block of a diffusers transformer; gradients stay the same.
 
     Args:
         model: any diffusers model that supports gradient checkpointing.
         policy: what is stored between forward and backward.
+        to_host: what enters a block waits in host memory (pinned on CUDA); with `none` nothing is
+            stored by itself that could.
     """
     if policy == "none":
         model.disable_gradient_checkpointing()
     else:
-        model.enable_gradient_checkpointing(_CHECKPOINTS[policy])
+        chosen = _CHECKPOINTS[policy]
+        model.enable_gradient_checkpointing(partial(_on_host, chosen) if to_host else chosen)
+
+
+def _on_host(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # Outside of the checkpoint: its own hooks catch what the block saves, these what enters it.
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return call(*args, **kwargs)
 
 
 def _store(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

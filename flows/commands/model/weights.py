@@ -215,3 +215,67 @@ def export_adapter(
     exact = f"{missing:.2%} of the change is missing" if missing else "the whole change"
     base = adapter.about[BASE_SHA256][:12] or "no digest"
     print(f"{out}: rank {adapter.rank} on {adapter.about[BASE_TITLE]} ({base}), {exact}")
+
+
+@app.command(
+    "export",
+    epilog="Example: [bold]ultraflux weights export data/dit_stage2/ema --out uf.safetensors "
+    "--layout bfl --dtype bfloat16 --rounding stochastic[/]",
+)
+def export_weights(
+    source: Annotated[Path, typer.Argument(help="Folder of trained weights (float32).")],
+    out: Annotated[Path, typer.Option(help="Folder (diffusers) or .safetensors file (bfl).")],
+    layout: Annotated[
+        str, typer.Option(help="diffusers, or bfl: one file in the original names (Flux only).")
+    ] = "diffusers",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or fp8 (E4M3 for the blocks' matrices).")
+    ] = "bfloat16",
+    rounding: Annotated[
+        str,
+        typer.Option(
+            help="To bfloat16: nearest; stochastic (right on average); deltas (a float32 file "
+            "beside it with what rounding took)."
+        ),
+    ] = "nearest",
+    resolution: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT trained at, for the metadata.")
+    ] = None,
+    date: Annotated[
+        str | None, typer.Option(help="Of the metadata, YYYY-MM-DD (default: today).")
+    ] = None,
+) -> None:
+    """Write whole weights where other programs look for them, and say what that loses.
+
+    Every file carries ModelSpec metadata. The share of what training moved the weights by that is
+    kept is measured against the movement noted beside the weights.
+    """
+    import datetime
+
+    from components.settings.bad_input import BadInput
+    from components.training.adapters import weight_export
+
+    if not out.parent.is_dir():
+        raise fail(f"--out {out}: there is no folder {out.parent}")
+    try:
+        weight_export.check_choice("layout", layout, weight_export.Layout)
+        weight_export.check_choice("dtype", dtype, weight_export.Bits)
+        weight_export.check_choice("rounding", rounding, weight_export.Rounding)
+        done = weight_export.export_whole(
+            source,
+            out,
+            layout="bfl" if layout == "bfl" else "diffusers",
+            bits=dtype,  # type: ignore[arg-type]
+            rounding=rounding,  # type: ignore[arg-type]
+            resolution=resolution,
+            date=date or datetime.datetime.now(datetime.UTC).date().isoformat(),
+        )
+    except (BadInput, ValueError) as problem:
+        raise fail(str(problem)) from None
+    for file in done.files:
+        print(f"{file}: {file.stat().st_size:,} bytes")
+    kept = "not known" if done.kept is None else f"{done.kept:.2%}"
+    print(
+        f"relative error {done.error:.3g}, its mean {done.mean_error:.2g}; share of the learned "
+        f"movement kept: {kept}"
+    )

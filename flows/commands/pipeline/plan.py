@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.commands.command_line import fail, project_root
+from flows.commands.pipeline.plan_cards import show_cards
 
 if TYPE_CHECKING:
     from components.planning.comparison import Comparison
@@ -91,6 +92,14 @@ def plan(
             "line beside the formula, waits of the processor, operations in float64.",
         ),
     ] = False,
+    cards: Annotated[
+        bool,
+        typer.Option(
+            "--cards",
+            help="For cards of 8 to 141 GB: what is enough for training an adapter and for "
+            "sampling at 1024, 2048 and 4096 px, with which settings, at what error.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say what would run and what it costs before it does: stages, FLOPs, GPU memory, disk."""
@@ -105,6 +114,9 @@ def plan(
     rate = _rate(tflops_per_gpu, mfu)
     try:
         settings = _settings(root, profile, params)
+        if cards:
+            show_cards(settings, root, as_json=as_json)
+            return
         count, counted = (images, "--images") if images is not None else _images(root, settings)
         limit = None if gpu_memory_gib is None else int(gpu_memory_gib * _GIB)
         made = make(settings, root, count, rate, limit=limit)

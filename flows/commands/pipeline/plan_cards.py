@@ -1,0 +1,60 @@
+"""What `ultraflux plan --cards` prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from components.settings.schema import Settings
+
+
+def show_cards(settings: Settings, root: Path, *, as_json: bool) -> None:
+    """Print a table (or JSON) of cards, edges and the settings that fit.
+
+    Args:
+        settings: networks and the stage that trains an adapter.
+        root: where relative weight folders start.
+        as_json: a list of rows in place of tables.
+
+    Raises:
+        ValueError: the settings train all weights.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from components.planning.cards import card_rows
+    from components.planning.memory import GIB
+    from components.planning.model_shapes import networks
+    from components.planning.transformer import Transformer
+
+    rows = list(card_rows(Transformer(networks(settings, root), settings)))
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    console = Console(soft_wrap=True)
+    for work in ("training", "sampling"):
+        what = "training, batch 1" if work == "training" else work
+        table = Table(title=f"One GPU: {what} (planned; not measured)", title_justify="left")
+        for column in ("px", "card", "", "needs", "settings", "error"):
+            table.add_column(column, justify="right" if column in ("px", "card") else "left")
+        for row in rows:
+            if row.work == work:
+                changes = ", ".join(f"{key}: {_text(value)}" for key, value in row.changes.items())
+                table.add_row(
+                    str(row.edge_px),
+                    f"{row.card_gb} GB",
+                    row.verdict,
+                    f"{row.needed_bytes / GIB:.1f} GiB",
+                    changes or "as they are",
+                    row.error,
+                )
+        console.print(table)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(value) + "]"
+    return str(value).lower()
