@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from flows import environment
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root, refuse_unknown_stage
 from flows.commands.corpus import corpus as corpus_commands
 from flows.commands.corpus import new as new_command
 from flows.commands.corpus import rehearse as rehearse_command
@@ -155,6 +155,8 @@ def run(
         raise fail(f"--engine {engine}: choose local, prefect or pools")
     if remote_data and engine != "pools":
         raise fail("--remote-data: give --engine pools with it")
+    root = project_root()
+    refuse_unknown_stage(root, until)
     from components.settings.schema import SettingsError
     from flows.pipeline.pipeline_run import run_pipeline
     from flows.pipeline.preflight import PipelineRefused
@@ -167,7 +169,6 @@ def run(
             "--continue-from, --restart: stages of pools run elsewhere; set runtime.on_changed_run"
         )
     _wish(continue_from, restart)
-    root = project_root()
     try:
         summary = run_pipeline(
             root,

@@ -17,6 +17,18 @@ def fail(message: str, code: int = 2) -> typer.Exit:
     return typer.Exit(code)
 
 
+def refuse_unknown_stage(root: Path, name: str | None) -> None:
+    """Refuse a name that dvc.yaml does not hold, before anything heavy is imported.
+
+    Raises:
+        typer.Exit: one line was printed.
+    """
+    from flows.versioning.graph import read_stages
+
+    if name is not None and name not in (known := read_stages(root)):
+        raise fail(f"no stage '{name}' in dvc.yaml; stages: {', '.join(known)}")
+
+
 def project_root() -> Path:
     """The project around the current folder, with third-party switches set.
 

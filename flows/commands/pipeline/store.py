@@ -66,15 +66,19 @@ def rebuild(
     ] = None,
 ) -> None:
     """Encode one shard of latents again; it is replaced only if every hash is the index's."""
+    root = project_root()
+    folder = store or root / "data" / "latents"
+    # Asked before torch is imported, which takes seconds.
+    if not (folder / "index.parquet").is_file():
+        raise fail(f"{folder}: no index.parquet; run the stage `latents` first")
     from components.files.weight_folders import WeightsMissing
     from components.settings.schema import SettingsError, load_settings
     from components.training.encoding.encoded_slices import ENCODED_SLICES, rebuild_from_slices
     from components.training.stores.latent_store import LatentStore, LatentStoreIncomplete
 
-    root = project_root()
     try:
         settings = load_settings(root / "params.yaml")
-        opened = LatentStore(store or root / "data" / "latents")
+        opened = LatentStore(folder)
         slices = [root / "data" / "slices" / name for name in ENCODED_SLICES]
         records = rebuild_from_slices(settings, slices, opened, shard, root=root)
     except (ValueError, OSError, SettingsError, WeightsMissing, LatentStoreIncomplete) as problem:
