@@ -80,10 +80,23 @@ TEXT_TO_IMAGE = PublishedTable(
         ("UltraFlux", ("143.11", "11.47", "22.69", "68.36", "34.62", "4.85", "46.13")),
     ),
     metrics=("fid_fitted", "hpsv3", "pickscore", "artimuse", "clip_score_b16", "qalign", "musiq"),
-    # UltraFlux says that it follows Diffusion-4K's benchmark; of FID and CLIP score the script is
-    # released, the checkpoints and scripts behind the other columns are not named.
-    protocols=(_FID_4K, "", "", "", _CLIP_4K, "", ""),
     wants="Aesthetic-Eval@4096 prompts at 4096 x 4096; seeds, steps and guidance not stated",
+)
+
+TEXT_TO_IMAGE_2K = PublishedTable(
+    caption="Text to image, Aesthetic-Eval@2048, 2048 x 2048",
+    source="Diffusion-4K, table 3",
+    columns=("FID ↓", "CLIPScore ↑", "Aesthetics ↑"),
+    rows=(
+        ("SD3-F16@2048", ("43.82", "31.50", "5.91")),
+        ("SD3-F16-WLF@2048", ("40.18", "34.04", "5.96")),
+        ("Flux-F16@2048", ("50.57", "30.41", "6.36")),
+        ("Flux-F16-WLF@2048", ("39.49", "34.41", "6.37")),
+    ),
+    metrics=("fid_fitted", "clip_score_b16", "laion_aesthetics"),
+    # The released script; which of LAION's predictors it reads is not stated.
+    protocols=(_FID_4K, _CLIP_4K, ""),
+    wants=_SAMPLING_4K,
 )
 
 DETAIL = PublishedTable(
@@ -129,6 +142,7 @@ ABLATION_DATA_MODEL = PublishedTable(
 
 TABLES_OF_SUITE: dict[str, PublishedTable] = {
     "aesthetic-eval-4096": TEXT_TO_IMAGE,
+    "aesthetic-eval-2048": TEXT_TO_IMAGE_2K,
     "reconstruction": VAE_RECONSTRUCTION,
     "detail": DETAIL,
 }

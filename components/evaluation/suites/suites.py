@@ -126,7 +126,7 @@ DEFINITIONS: tuple[SuiteDefinition, ...] = (
         _EVAL_2K,
         "Aesthetic-Eval@2048 (Diffusion-4K): text to image at 2048 x 2048",
         "aesthetic-eval-2048/v1",
-        TEXT_TO_IMAGE_METRICS,
+        (*TEXT_TO_IMAGE_METRICS, "laion_aesthetics"),
         (Source(_EVAL_2K, (SQUARE_2K,), _PART_2K),),
     ),
     SuiteDefinition(

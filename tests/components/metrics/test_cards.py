@@ -56,15 +56,15 @@ def test_an_unknown_metric_lists_the_known_ones() -> None:
 
 def test_a_published_column_compares_only_under_an_equal_protocol_id() -> None:
     from components.evaluation.pages.suite_tables import comparisons
-    from components.metrics.published import DETAIL, TEXT_TO_IMAGE, VAE_RECONSTRUCTION
+    from components.metrics.published import DETAIL, TEXT_TO_IMAGE, TEXT_TO_IMAGE_2K
 
-    place = TEXT_TO_IMAGE.metrics.index("clip_score_b16")
-    assert TEXT_TO_IMAGE.comparison(place, card("clip_score_b16").protocol) == ""
-    other = TEXT_TO_IMAGE.comparison(place, card("clip_score").protocol)
+    place = TEXT_TO_IMAGE_2K.metrics.index("clip_score_b16")
+    assert TEXT_TO_IMAGE_2K.comparison(place, card("clip_score_b16").protocol) == ""
+    other = TEXT_TO_IMAGE_2K.comparison(place, card("clip_score").protocol)
     assert other == "measured under clip/vit-b-16/v1, ours under clip/vit-l-14/v1"
-    assert "do not state the protocol" in VAE_RECONSTRUCTION.comparison(0, card("rfid").protocol)
+    assert "do not state the protocol" in TEXT_TO_IMAGE.comparison(0, card("fid").protocol)
     assert comparisons(DETAIL).startswith("Equal protocol ids: GLCM score")
-    for table in (TEXT_TO_IMAGE, DETAIL):
+    for table in (TEXT_TO_IMAGE_2K, DETAIL):
         assert len(table.protocols) == len(table.columns) == len(table.metrics)
         known = {metric.protocol for metric in CARDS}
         assert {protocol for protocol in table.protocols if protocol} <= known
