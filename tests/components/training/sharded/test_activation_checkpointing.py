@@ -82,3 +82,17 @@ def test_an_unwanted_policy_can_be_taken_back(tiny_backbone):
     enable_activation_checkpointing(model, "none")
     assert not model.gradient_checkpointing
     assert torch.isfinite(model.train()(**inputs_of("flux"))[0]).all()
+
+
+def test_inputs_of_blocks_that_wait_on_the_host_change_no_gradient(tiny_backbone):
+    gradients = []
+    for to_host in (False, True):
+        model, inputs = tiny_backbone("flux").train(), inputs_of("flux")
+        generator = torch.Generator().manual_seed(2)
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        enable_activation_checkpointing(model, "blocks", to_host=to_host)
+        model(**inputs)[0].square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert gradients[0]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
