@@ -74,7 +74,9 @@ def listening() -> Iterator[StopRequest]:
 
 def note_interruption(state_dir: Path, name: str, step: int, steps: int) -> TrainingInterrupted:
     """Leave the step for whoever launched this process, and the exception to raise."""
-    write_text(state_dir / INTERRUPTED_FILE, json.dumps({"step": step, "steps": steps}) + "\n")
+    text = json.dumps({"step": step, "steps": steps}) + "\n"
+    # Every rank says so, each under a temporary name of its own.
+    write_text(state_dir / INTERRUPTED_FILE, text, contended=True)
     return TrainingInterrupted(_line(name, step, steps))
 
 

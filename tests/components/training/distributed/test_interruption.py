@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -81,3 +82,17 @@ def test_a_state_is_held_by_one_process(tmp_path: Path) -> None:
         pass
     with state_lock(tmp_path):
         pass
+
+
+def test_ranks_that_are_interrupted_at_once_do_not_take_each_others_file(tmp_path: Path) -> None:
+    def work() -> None:
+        for _ in range(200):
+            note_interruption(tmp_path, "dit_stage1", 5, 30)
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=work) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0, 0]
