@@ -111,7 +111,7 @@ def test_training_images_are_measured_like_held_out_ones_and_change_no_weight(
     make_dit_job, tmp_path
 ):
     options = {"precision": "fp32", "steps": 1, "validation_repeats": 2}
-    plain = make_dit_job(tmp_path / "plain", **options)
+    plain = make_dit_job(tmp_path / "plain", validation_training_images=0, **options)
     run_job(plain)
     job = make_dit_job(tmp_path / "measured", validation_training_images=2, **options)
     run_job(job)
