@@ -100,7 +100,7 @@ def tried(project: Path, edit: str) -> str:
         state = opened(project, edit)
     except StateRefused as problem:
         said = str(problem)
-        assert f"an unfinished run is at step {STEP} of 160 ({STEP}.00 device hours)" in said
+        assert f"an unfinished run is at step {STEP} of 900 ({STEP}.00 device hours)" in said
         # The one setting, and where it goes.
         assert re.findall(r"^    (\S+) .* -> (.*)$", said, re.MULTILINE) == [(name, str(value))]
         return "asks" if "--continue-from dit_stage1/" in said else "asks, does not load"

@@ -303,6 +303,8 @@ def test_two_channels_from_one_list_meet_their_own_rules_in_one_manifest(tmp_pat
     queries = {0: "mountain lake", 1: "portrait photo", 2: "mountain lake", 3: "portrait photo"}
     rows = [{"url": f"{base}/photo/{n}", "query": query} for n, query in queries.items()]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "exclusions.csv").write_text("kind,value,why\n")
     found = values(
         people={"human_queries": ["Portrait photo"]},
         select={"min_pixels": 480 * 480, "max_flat_fraction": 0.4, "min_entropy_bits": 1.0},
