@@ -363,3 +363,17 @@ def test_dvc_tracks_each_contract_where_it_is_checked_and_the_settings_it_looks_
     for setting in looked_up:
         parts = setting.split(".")
         assert {".".join(parts[: n + 1]) for n in range(len(parts))} & set(declared["params"])
+
+
+def test_the_contract_knows_every_reason_that_a_rule_can_give(root: Path) -> None:
+    """A reason that it did not know stopped `corpus forget --rebuild` at the stage `select`."""
+    from components.corpus.selection.rules import REASONS
+
+    contract = yaml.safe_load((root / "data/contracts/scored.yaml").read_text(encoding="utf-8"))
+    (reasons,) = (
+        entry["arguments"]["value_set"]
+        for entry in contract["expectations"]
+        if entry.get("column") == "reject_reason" and "arguments" in entry
+    )
+    # The stage `caption` rejects by a rule of its own.
+    assert sorted(reasons) == sorted((*REASONS, "caption"))
