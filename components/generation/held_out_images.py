@@ -8,16 +8,13 @@ images.write(root / "data" / "generate")
 
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
 from PIL import Image
 
-from components.files.whole_files import write_text
 from components.generation import sampling
 from components.generation.contact_sheet import contact_sheet
 from components.generation.held_weights import encoder_loader
@@ -64,13 +61,8 @@ class HeldOutImages:
         for stale in images.iterdir():
             if stale.name not in wanted:
                 stale.unlink()
-        for generation in self.generations:
-            shutil.copyfile(self.finished / generation.file, images / generation.file)
         log, grid = folder / "generations.jsonl", folder / "grid.png"
-        lines = (
-            json.dumps(asdict(g), ensure_ascii=False, sort_keys=True) for g in self.generations
-        )
-        write_text(log, "".join(f"{line}\n" for line in lines))
+        sampling.write_generations(self.generations, self.finished, images, log)
         pictures = [Image.open(images / generation.file) for generation in self.generations]
         contact_sheet(pictures, columns=self.sizes, cell_px=_CELL_PX).save(grid)
         twins = write_twins(self.twins, self.finished, folder / "twins")

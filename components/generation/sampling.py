@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from components.files.weight_folders import file_digest
+from components.files.whole_files import write_text
 from components.generation.image_metadata import (
     FileFormat,
     read_metadata,
@@ -102,6 +104,23 @@ class Generation:
     source_image_id: str
     key: str
     digests: dict[str, str]
+
+
+def write_generations(
+    generations: Sequence[Generation], finished: Path, images: Path, listed: Path
+) -> None:
+    """Copy finished pictures and list them, a JSON object a line.
+
+    Args:
+        generations: in the order of the list.
+        finished: folder that holds the files.
+        images: folder for the copies; exists.
+        listed: file of the list.
+    """
+    for generation in generations:
+        shutil.copyfile(finished / generation.file, images / generation.file)
+    lines = (json.dumps(asdict(g), ensure_ascii=False, sort_keys=True) for g in generations)
+    write_text(listed, "".join(f"{line}\n" for line in lines))
 
 
 def image_seed(seed: int, prompt_index: int, height: int, width: int) -> int:

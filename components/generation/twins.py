@@ -11,14 +11,17 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from components.files.whole_files import write_text
-from components.generation.sampling import Generation, GenerationRequest, image_seed
+from components.generation.sampling import (
+    Generation,
+    GenerationRequest,
+    image_seed,
+    write_generations,
+)
 from components.settings.schema import Settings
 
 TRAINED = Path("data", "slices", "stage1.parquet")
@@ -88,10 +91,7 @@ def write_twins(generations: Sequence[Generation], finished: Path, folder: Path)
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for generation in generations:
-        shutil.copyfile(finished / generation.file, folder / generation.file)
-    lines = (json.dumps(asdict(g), ensure_ascii=False, sort_keys=True) for g in generations)
-    write_text(folder / LIST, "".join(f"{line}\n" for line in lines))
+    write_generations(generations, finished, folder, folder / LIST)
     return folder
 
 

@@ -365,6 +365,18 @@ class TwinGroup:
     is_nearest: bool
 
 
+def _sample(row: Mapping[str, Any], folder: Path, long_edge_px: int) -> Sample:
+    """A line of what the stage `generate` lists, with its picture from `folder`."""
+    return Sample(
+        picture_uri(folder / Path(row["file"]).name, long_edge_px),
+        row["prompt"],
+        int(row["seed"]),
+        int(row["height"]),
+        int(row["width"]),
+        row["image_sha256"],
+    )
+
+
 def read_twin_groups(
     data_dir: Path, twins: Sequence[Twin], long_edge_px: int
 ) -> tuple[TwinGroup, ...]:
@@ -384,20 +396,14 @@ def read_twin_groups(
         data_dir / "signals" / "derivatives.parquet", [twin.image_id for twin in twins]
     )
 
-    def sample(row: Mapping[str, Any]) -> Sample:
-        path = data_dir / "generate" / "twins" / row["file"]
-        return Sample(
-            picture_uri(path, long_edge_px),
-            row["prompt"],
-            int(row["seed"]),
-            int(row["height"]),
-            int(row["width"]),
-            row["image_sha256"],
-        )
-
+    folder = data_dir / "generate" / "twins"
     groups = []
     for twin in twins:
-        made = [row for row in rows if row["source_image_id"] == twin.image_id]
+        made = [
+            _sample(row, folder, long_edge_px)
+            for row in rows
+            if row["source_image_id"] == twin.image_id
+        ]
         photograph = ""
         if twin.image_id in jpegs:
             with Image.open(io.BytesIO(jpegs[twin.image_id])) as image:
@@ -406,8 +412,8 @@ def read_twin_groups(
             TwinGroup(
                 Path(str(uris[twin.image_id])).name,
                 photograph,
-                sample(made[0]),
-                tuple(map(sample, made[1:])),
+                made[0],
+                tuple(made[1:]),
                 twin.psnr_db,
                 twin.is_nearest,
             )
@@ -422,15 +428,6 @@ def read_samples(data_dir: Path, long_edge_px: int, limit: int) -> list[SampleGr
         return []
     groups: dict[str, list[Sample]] = {}
     for line in log.read_text(encoding="utf-8").splitlines()[:limit]:
-        row = json.loads(line)
-        path = data_dir / "generate" / "images" / Path(row["file"]).name
-        sample = Sample(
-            picture_uri(path, long_edge_px),
-            row["prompt"],
-            int(row["seed"]),
-            int(row["height"]),
-            int(row["width"]),
-            row["image_sha256"],
-        )
+        sample = _sample(json.loads(line), data_dir / "generate" / "images", long_edge_px)
         groups.setdefault(sample.prompt, []).append(sample)
     return [SampleGroup(prompt, tuple(samples)) for prompt, samples in groups.items()]

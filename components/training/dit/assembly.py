@@ -8,7 +8,7 @@ the checkpoint comes last, because it is loaded into everything else.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,29 +102,22 @@ class TrainingData:
         Raises:
             ValueError: there are none.
         """
-        settings = self.job.settings
-        return ValidationSet(
-            self.latents,
-            self.texts,
-            self.held_out,
-            repeats=settings.validation_repeats,
-            # The size for which training's memory suffices; without gradients it suffices all the
-            # more.
-            batch_size=settings.micro_batch_size,
-            seed=self.job.seed,
-        )
+        return self._measured(self.held_out)
 
     def training_images(self) -> ValidationSet | None:
         """The first images of the slice by id, with noise as fixed as that of held-out ones."""
+        count = self.job.settings.validation_training_images
+        return self._measured(self.plan.sample_ids[:count]) if count else None
+
+    def _measured(self, image_ids: Sequence[str]) -> ValidationSet:
         settings = self.job.settings
-        count = settings.validation_training_images
-        if count == 0:
-            return None
         return ValidationSet(
             self.latents,
             self.texts,
-            self.plan.sample_ids[:count],
+            image_ids,
             repeats=settings.validation_repeats,
+            # The size for which training's memory suffices; without gradients it suffices all the
+            # more.
             batch_size=settings.micro_batch_size,
             seed=self.job.seed,
         )
