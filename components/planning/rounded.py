@@ -93,6 +93,8 @@ def _packed(layer: Any, dtype: torch.dtype, device: Any) -> nn.Module:
     class Packed(nn.Linear):
         """A linear layer in nf4; of its kind, so that adapters find it."""
 
+        packed: Tensor
+
         def forward(self, input: Tensor) -> Tensor:
             """Product of packed weights by bitsandbytes."""
             return _functions.matmul_4bit(input, self.packed, quant_state=state, bias=self.bias)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 from components.evaluation.suites.suite_scores import SuiteResult
 from components.evaluation.suites.suites import Suite
+from components.files.holder_locks import held_alone
 from components.files.whole_files import whole_file, write_text
 
 LOCK = ".evaluate.lock"
@@ -33,22 +33,16 @@ def taken(folder: Path) -> Iterator[None]:
         FolderTaken: another run has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-            raise FolderTaken(
-                f"{folder}: another run (process {holder or 'unknown'}) writes there; wait until "
-                "it has ended, or give another --out"
-            ) from None
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def refusal(holder: str) -> FolderTaken:
+        return FolderTaken(
+            f"{folder}: another run (process {holder}) writes there; wait until it has ended, or "
+            "give another --out"
+        )
+
+    # Writable for others, too: the folder may be a group's.
+    with held_alone(folder / LOCK, str(os.getpid()), refusal, mode=0o666):
         yield
-    finally:
-        # The file stays: whoever removed it would remove the lock of a run that has just begun.
-        os.close(descriptor)
 
 
 def _is_good(folder: Path) -> bool:

@@ -7,7 +7,6 @@ its entry point.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import sys
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from components.files.holder_locks import held_alone
 from components.files.whole_files import write_text
 from components.settings.bad_input import BadInput
 from components.settings.runtime import RuntimeSettings
@@ -85,22 +85,15 @@ def state_lock(state_dir: Path) -> Iterator[None]:
     Raises:
         StateInUse: another process, of whatever origin, trains in this folder.
     """
-    descriptor = os.open(state_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
-            raise StateInUse(
-                f"another process ({holder or 'unknown'}) trains in {state_dir}; wait for its end "
-                "or stop it"
-            ) from None
-        # For people: the kernel's lock counts, not the name in the file.
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def refusal(holder: str) -> StateInUse:
+        return StateInUse(
+            f"another process ({holder}) trains in {state_dir}; wait for its end or stop it"
+        )
+
+    name = f"{os.getpid()} on {socket.gethostname()}"
+    with held_alone(state_dir / LOCK_FILE, name, refusal):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def rank_main(
