@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,12 @@ from components.generation.image_metadata import (
     read_metadata,
     save_with_metadata,
     software_version,
+)
+from components.models.loading.sampling_speed import (
+    SamplingSpeed,
+    forget_steps,
+    sampling_speed,
+    speed_up,
 )
 from components.settings.models import Quantisation
 from components.settings.schema import Settings
@@ -80,15 +86,18 @@ class SamplerSettings:
     """Of the transformer's blocks."""
     text_quantisation: Quantisation = "none"
     """Of the text encoders' blocks."""
+    speed: SamplingSpeed = field(default_factory=SamplingSpeed)
 
     def deciding(self) -> dict[str, Any]:
-        """Values by name, without rounding that is off.
+        """Values by name, without rounding and short cuts that are off.
 
         Pictures from before there was such a choice keep their identity.
         """
         off = ("quantisation", "text_quantisation")
-        values = asdict(self).items()
-        return {key: value for key, value in values if key not in off or value != "none"}
+        values = asdict(self)
+        del values["speed"]
+        kept = {key: value for key, value in values.items() if key not in off or value != "none"}
+        return kept | self.speed.deciding()
 
 
 @dataclass(frozen=True)
@@ -241,6 +250,7 @@ def load_model(
 
     # Said before gigabytes are read.
     memory.check(sampler.quantisation, sampler.text_quantisation)
+    sampler.speed.check(device, sampler.dtype)
     dtype = getattr(torch, sampler.dtype)
     pipeline = load_pipeline(
         sources,
@@ -251,6 +261,7 @@ def load_model(
         **options,
     )
     round_pipeline(pipeline, sampler, dtype, device if memory.offload == "none" else "cpu")
+    speed_up(pipeline.transformer, sampler.speed)
     place_pipeline(pipeline, memory, device)
     return pipeline
 
@@ -267,6 +278,7 @@ def sampler_settings(settings: Settings) -> SamplerSettings:
         vae_tiling="vae-tiling" in settings.generate.memory,
         quantisation=settings.models.transformer.quantisation,
         text_quantisation=settings.models.text_encoders.quantisation,
+        speed=sampling_speed(settings.generate),
     )
 
 
@@ -426,6 +438,7 @@ def paint_requests(
                 "image": [starting_image(r.image, r.height, r.width) for r in batch if r.image],
                 "strength": batch[0].strength,
             }
+        forget_steps(pipeline.transformer)
         images = pipeline(
             prompt_embeds=torch.cat([text for text, _ in embedded]).to(device),
             pooled_prompt_embeds=torch.cat([pooled for _, pooled in embedded]).to(device),

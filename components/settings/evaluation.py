@@ -15,6 +15,8 @@ from components.settings.section import (
 )
 
 MemoryMode = Literal["text-first", "model-offload", "block-offload", "vae-slicing", "vae-tiling"]
+AttentionBackend = Literal["native", "flash", "flash_3", "cudnn", "sage"]
+StepCache = Literal["none", "first_block", "taylorseer"]
 
 
 class GenerateSettings(Section):
@@ -41,6 +43,20 @@ class GenerateSettings(Section):
     memory: Annotated[tuple[MemoryMode, ...], Strict(False)] = ()
     """Ways to sample with less memory, as of `ultraflux generate --memory`. Only `vae-tiling`
     changes a picture."""
+    attention_backend: AttentionBackend = "native"
+    """Of the transformer, through diffusers' dispatcher. All but `native` need a CUDA GPU; `flash`,
+    `flash_3` and `sage` a package of their own. `flash`, `flash_3` and `cudnn` differ from `native`
+    by rounding, `sage` is approximate (8-bit queries and keys)."""
+    step_cache: StepCache = "none"
+    """Leaves blocks out of some steps (diffusers' cache hooks, Flux alone); approximate. How far
+    off the pictures are is measured by `ultraflux evaluate runtime --way`."""
+    step_cache_threshold: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Of `first_block`: largest relative change of the first block's contribution at which the
+    other blocks are left out (diffusers' default)."""
+    step_cache_interval: Annotated[int, Field(ge=2, le=100)] = 5
+    """Of `taylorseer`: steps from one computed step to the next (diffusers' default)."""
+    compile: Literal["none", "blocks"] = "none"
+    """`blocks`: every block of the transformer as compiled code; differs by rounding."""
 
     @model_validator(mode="after")
     def _multiples(self) -> GenerateSettings:

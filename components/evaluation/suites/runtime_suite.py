@@ -107,7 +107,8 @@ def _cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _clear_peak(device: str) -> None:
+def clear_peak(device: str) -> None:
+    """Begin to look for a new peak of memory."""
     if device.startswith("cuda"):
         import torch
 
@@ -120,7 +121,8 @@ def _clear_peak(device: str) -> None:
         return
 
 
-def _peak_bytes(device: str) -> int:
+def peak_bytes(device: str) -> int:
+    """Since `clear_peak`; see `Timing.peak_bytes`."""
     if device.startswith("cuda"):
         import torch
 
@@ -155,7 +157,7 @@ def time_pictures(
         repeats: timed pictures, at least 1.
         device: whose memory is looked at, such as "cpu" or "cuda:0".
     """
-    _clear_peak(device)
+    clear_peak(device)
     first: list[float] = []
     seconds: list[float] = []
     error = None
@@ -171,7 +173,7 @@ def time_pictures(
         item.width,
         warm_up_s=tuple(first),
         seconds=tuple(seconds),
-        peak_bytes=_peak_bytes(device),
+        peak_bytes=peak_bytes(device),
         error=error,
     )
 

@@ -154,6 +154,17 @@ DEFINITIONS: tuple[SuiteDefinition, ...] = (
 )
 HELD_OUT, RUNTIME = "held-out", "runtime"
 RUNTIME_PROMPT = "A mountain lake at dawn, pine forest on the far shore, mist above the water."
+WAYS_PROMPTS = (
+    RUNTIME_PROMPT,
+    "A portrait of an old fisherman with a grey beard, side light, every wrinkle sharp.",
+    "A street market at night in the rain, neon signs mirrored in puddles, many people.",
+    "A shop sign that reads OPEN ALL NIGHT above a green door in a brick wall.",
+    "Dry grass and thistles in the wind, macro, shallow depth of field, plain sky behind.",
+    "A white cup on a white table before a white wall.",
+    "An aerial view of a city of red roofs around a cathedral, noon, no clouds.",
+    "A flat vector illustration of a fox in three colours on a cream background.",
+)
+"""Of the comparison of ways to sample: fine texture, faces, text, night, blur, flat areas."""
 
 
 def suite_names() -> tuple[str, ...]:
@@ -358,4 +369,15 @@ def runtime_items(sizes: tuple[tuple[int, int], ...] = RUNTIME_SIZES) -> tuple[S
             f"runtime_{w}x{h}", RUNTIME_PROMPT, h, w, image_seed(0, 0, h, w), None, f"{w}x{h}"
         )
         for h, w in sizes
+    )
+
+
+def ways_items(
+    sizes: tuple[tuple[int, int], ...] = RUNTIME_SIZES, prompts: int | None = None
+) -> tuple[SuiteItem, ...]:
+    """The first `prompts` of `WAYS_PROMPTS` at each size (height, width)."""
+    return tuple(
+        SuiteItem(f"way{index}_{w}x{h}", prompt, h, w, image_seed(0, index, h, w), None, f"{w}x{h}")
+        for h, w in sizes
+        for index, prompt in enumerate(WAYS_PROMPTS[:prompts])
     )

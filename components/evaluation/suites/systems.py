@@ -57,6 +57,8 @@ from components.telemetry.progress import track
 
 if TYPE_CHECKING:
     from components.models.loading.released import ModelSources
+    from components.models.loading.sampling_speed import SamplingSpeed
+    from components.settings.models import Quantisation
     from components.settings.schema import Settings
 
 _NAMED_IN_MESSAGES = 3
@@ -242,7 +244,26 @@ class UltraFluxSystem:
         Raises:
             WeightsMissing: a part is not there; the message names it.
         """
+        return self._painter(*self._parts())[0]
+
+    def painter_in(
+        self, speed: SamplingSpeed, quantisation: Quantisation
+    ) -> tuple[Callable[[SuiteItem], Image.Image], Any]:
+        """What makes one picture in another way than the settings', and its transformer.
+
+        Text encoders are whole.
+
+        Raises:
+            WeightsMissing: a part is not there; the message names it.
+            ValueError: the way cannot run here.
+        """
         sources, sampler = self._parts()
+        sampler = replace(sampler, speed=speed, quantisation=quantisation, text_quantisation="none")
+        return self._painter(sources, sampler)
+
+    def _painter(
+        self, sources: ModelSources, sampler: SamplerSettings
+    ) -> tuple[Callable[[SuiteItem], Image.Image], Any]:
         pipeline = self._load(sources, sampler)
 
         def paint(item: SuiteItem) -> Image.Image:
@@ -250,7 +271,7 @@ class UltraFluxSystem:
             ((_, image),) = made
             return image
 
-        return paint
+        return paint, pipeline.transformer
 
     def _load(self, sources: ModelSources, sampler: SamplerSettings) -> Any:
         from components.models.loading.memory_modes import parse_memory

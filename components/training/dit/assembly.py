@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from components.models.backbones import BACKBONES, backbone_of, check_stores
+from components.models.loading.block_compile import compile_blocks
 from components.settings.training import DitStageSettings
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.divergence import DivergenceGuard
@@ -28,7 +29,6 @@ from components.training.dit.adapters import add_adapter
 from components.training.dit.batch_plan import BatchPlan, GlobalBatch, PlanState
 from components.training.dit.block_compilation import (
     check_compilation,
-    compile_blocks,
     compile_for_buckets,
     uncompiled,
 )

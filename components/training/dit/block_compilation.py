@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from components.models.loading.block_compile import require_compiler
+
 if TYPE_CHECKING:
     import torch
 
@@ -56,32 +58,7 @@ def check_compilation(stage: DitStageSettings, runtime: RuntimeSettings) -> None
     if problem is not None:
         raise ValueError(problem)
     if runtime.compile == "blocks" and runtime.device == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            # Asked now: otherwise the lack would show at the first step, after the model is loaded.
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            raise ValueError(
-                f"{_SETTING}: device cpu needs a C++ compiler (g++, or the one in CXX), and there "
-                "is none"
-            ) from None
-
-
-def compile_blocks(model: Any) -> None:
-    """Compile every block of a diffusers transformer when it is first called.
-
-    The names of its weights stay as they are.
-
-    Args:
-        model: bare model; its blocks are in `transformer_blocks` and `single_transformer_blocks`.
-    """
-    for name in ("transformer_blocks", "single_transformer_blocks"):
-        for block in getattr(model, name, ()):
-            # In place. `torch.compile(block)` would wrap it, and every weight's name would get a
-            # prefix that no export or adapter expects.
-            block.compile(dynamic=True)
+        require_compiler(_SETTING)
 
 
 def compile_for_buckets(

@@ -84,6 +84,14 @@ def evaluate(
         int, typer.Option(min=0, help="Pictures before the clock starts; for the runtime suite.")
     ] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Timed pictures; for the runtime suite.")] = 3,
+    way: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For the runtime suite: int8, fp8, nf4, flash, flash_3, cudnn, sage, "
+            "first_block:0.05, taylorseer:5 or compile, several joined by +, or all; repeatable. "
+            "Each is measured against the exact pictures of up to eight prompts (--limit)."
+        ),
+    ] = None,
     any_size: Annotated[
         bool,
         typer.Option("--any-size", help="Measure pictures of another size too, in a table apart."),
@@ -96,17 +104,23 @@ def evaluate(
     and pictures.jsonl. Metrics whose weights are missing are listed once, with the command that
     gets them, and the others are measured. Ended at any time, the same command goes on.
 
-    The runtime suite writes runtime.json instead: seconds, pictures per second and peak memory.
+    The runtime suite writes runtime.json instead: seconds, pictures per second and peak memory;
+    with --way it writes ways.json: PSNR, SSIM and blocks computed of each way.
     """
     from components.engine.ordered_pool import WorkersDoNotStart
     from components.evaluation.measuring.evaluation_run import RunOptions, open_metrics
     from components.evaluation.measuring.ledger import Ledger
     from components.evaluation.suites.result_folder import taken, write_result
     from components.evaluation.suites.suite_scores import evaluate_suite, statistics_of
-    from components.evaluation.suites.suites import load_suite, runtime_items
+    from components.evaluation.suites.suites import load_suite, runtime_items, ways_items
     from components.evaluation.suites.system import Sampling
     from components.settings.schema import SettingsError, load_settings
-    from flows.commands.images.runtime import parse_sizes, time_and_show
+    from flows.commands.images.runtime import (
+        compare_and_show,
+        parse_sizes,
+        parse_ways,
+        time_and_show,
+    )
     from flows.history.registered_system import find_system
 
     root = project_root()
@@ -126,14 +140,23 @@ def evaluate(
             raise ValueError("--system: name at least one, such as --system mine=pictures/")
         systems = [find_system(text, root, settings, sampling) for text in system]
         folder = out or root / "runs" / "evaluations" / loaded.name
-        if loaded.protocol.startswith("runtime/"):
-            items = runtime_items(parse_sizes(size))
+        is_runtime = loaded.protocol.startswith("runtime/")
+        if way and not is_runtime:
+            raise ValueError(f"--way: of the suite runtime, not of {loaded.name}")
+        if is_runtime:
+            sizes, ways = parse_sizes(size), parse_ways(way or ())
             with taken(folder):
-                timed, failed = time_and_show(
-                    systems, items, sampling, folder, warm_up=warm_up, repeats=repeats
-                )
+                if ways:
+                    items = ways_items(sizes, limit)
+                    timed, failed = compare_and_show(systems, ways, items, sampling, folder)
+                else:
+                    items = runtime_items(sizes)
+                    timed, failed = time_and_show(
+                        systems, items, sampling, folder, warm_up=warm_up, repeats=repeats
+                    )
             if log:
-                _log(root, loaded, timed, [folder / "runtime.json"], is_complete=not failed)
+                file = folder / ("ways.json" if ways else "runtime.json")
+                _log(root, loaded, timed, [file], is_complete=not failed)
             if failed:
                 raise fail("\n".join(failed), 1)
             return

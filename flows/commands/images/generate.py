@@ -61,6 +61,30 @@ def generate(
             "the settings' models.*.quantisation."
         ),
     ] = None,
+    attention_backend: Annotated[
+        str | None,
+        typer.Option(
+            help="native, flash, flash_3, cudnn (rounding) or sage (approximate). Default: the "
+            "settings' generate.attention_backend."
+        ),
+    ] = None,
+    step_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="none, first_block or taylorseer: leave blocks out of steps (approximate). "
+            "Default: the settings' generate.step_cache."
+        ),
+    ] = None,
+    step_cache_threshold: Annotated[
+        float | None, typer.Option(help="Of first_block; larger leaves more out.")
+    ] = None,
+    step_cache_interval: Annotated[
+        int | None, typer.Option(help="Of taylorseer: steps from one computed step to the next.")
+    ] = None,
+    compile_: Annotated[
+        str | None,
+        typer.Option("--compile", help="none, or blocks: compiled code (rounding)."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images made together; 1 is exact.")] = 1,
     image: Annotated[Path | None, typer.Option(help="Starting picture (image-to-image).")] = None,
     strength: Annotated[float, typer.Option(help="0: keep --image, 1: forget it.")] = 0.6,
@@ -131,6 +155,11 @@ def generate(
         dtype=dtype,
         memory=memory,
         quantise=quantise,
+        attention_backend=attention_backend,
+        step_cache=step_cache,
+        step_cache_threshold=step_cache_threshold,
+        step_cache_interval=step_cache_interval,
+        compile=compile_,
         batch_size=batch_size,
         image=image,
         strength=strength,

@@ -64,6 +64,11 @@ class GenerateOptions:
     dtype: str | None = None
     memory: str | None = None
     quantise: str | None = None
+    attention_backend: str | None = None
+    step_cache: str | None = None
+    step_cache_threshold: float | None = None
+    step_cache_interval: int | None = None
+    compile: str | None = None
     batch_size: int = 1
     image: Path | None = None
     strength: float = 0.6
@@ -176,6 +181,33 @@ def _refined(root: Path, prompts: list[str], settings: Settings) -> list[tuple[s
     return [(r.prompt, "" if r.reason else r.original) for r in results]
 
 
+_SPEED = (
+    *("attention_backend", "step_cache", "step_cache_threshold", "step_cache_interval"),
+    "compile",
+)
+
+
+def _sped_up(settings: Settings, options: GenerateOptions) -> Settings:
+    """The settings with the short cuts that the command line asks for.
+
+    Raises:
+        GenerationRefused: a value that the settings refuse.
+    """
+    from pydantic import ValidationError
+
+    from components.settings.evaluation import GenerateSettings
+
+    typed = {name: getattr(options, name) for name in _SPEED}
+    typed = {name: value for name, value in typed.items() if value is not None}
+    try:
+        chosen = GenerateSettings.model_validate({**settings.generate.model_dump(), **typed})
+    except ValidationError as problem:
+        error = problem.errors()[0]
+        flag = "--" + str(error["loc"][0]).replace("_", "-")
+        raise GenerationRefused(f"{flag} {error['input']}: {error['msg'].lower()}") from None
+    return settings.model_copy(update={"generate": chosen})
+
+
 def generate(root: Path, options: GenerateOptions) -> list[Path]:
     """Make the images that are not there yet and return the path of each.
 
@@ -220,11 +252,12 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
         "text_quantisation": options.quantise,
     }
     sampler = replace(
-        sampling.sampler_settings(settings),
+        sampling.sampler_settings(_sped_up(settings, options)),
         vae_tiling=memory.vae_tiling,
         **{name: value for name, value in chosen.items() if value is not None},
     )
     memory.check(sampler.quantisation, sampler.text_quantisation)
+    sampler.speed.check(settings.runtime.device, sampler.dtype)
     requests = _requests(root, options, settings)
     from components.models.loading.released import source_digests
 

@@ -1,13 +1,15 @@
-"""`ultraflux evaluate runtime`: seconds and memory per picture, on this machine."""
+"""`ultraflux evaluate runtime`: seconds and memory per picture, and what short cuts cost."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from components.evaluation.suites.runtime_suite import Timing
+    from components.evaluation.suites.sampling_ways import Way, WayResult
     from components.evaluation.suites.suites import SuiteItem
     from components.evaluation.suites.system import Sampling, System
 
@@ -64,6 +66,121 @@ def time_and_show(
     problems = [f"{name}: {reason}" for name, reason in failed.items()]
     problems += [f"{t.system} at {t.size}: {t.error}" for t in timings if t.error is not None]
     return runtime_metrics(timings), problems
+
+
+def parse_ways(texts: Sequence[str]) -> list[Way]:
+    """Ways of --way; `all` is each of them alone.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    from components.evaluation.suites.sampling_ways import WAYS, parse_way
+
+    names = [name for text in texts for name in (WAYS if text == "all" else [text])]
+    return [parse_way(name) for name in dict.fromkeys(names)]
+
+
+def compare_and_show(
+    systems: Sequence[System],
+    ways: Sequence[Way],
+    items: Sequence[SuiteItem],
+    sampling: Sampling,
+    out: Path,
+) -> tuple[dict[str, float], list[str]]:
+    """Each way against the exact pictures: write `ways.json` below `out`, print a table a system.
+
+    Returns:
+        The numbers by name, and a line for every system that could not be compared. A way that
+        cannot run here is a row that says so, and no failure.
+    """
+    from dataclasses import asdict
+
+    from components.evaluation.suites.runtime_suite import describe_machine
+    from components.evaluation.suites.sampling_ways import measure_ways, ways_metrics
+    from components.evaluation.suites.systems import UltraFluxSystem
+    from components.files.whole_files import write_text
+
+    tables: dict[str, list[WayResult]] = {}
+    problems = []
+    for system in systems:
+        if not isinstance(system, UltraFluxSystem):
+            problems.append(
+                f"{system.name}: --way is of weights that `ultraflux generate` loads; give trained "
+                "or ultraflux:FOLDER"
+            )
+            continue
+        try:
+            tables[system.name] = measure_ways(system, ways, items, device=sampling.device)
+        except ValueError as problem:
+            problems.append(f"{system.name}: {' '.join(str(problem).split())}")
+            continue
+        _show_ways(system.name, tables[system.name])
+    path = out / "ways.json"
+    metrics: dict[str, float] = {}
+    for name, rows in tables.items():
+        metrics |= ways_metrics(name, rows)
+    described = {
+        "protocol": "ways/v1",
+        "machine": describe_machine(sampling.device),
+        "sampling": asdict(sampling),
+        "prompts": list(dict.fromkeys(item.prompt for item in items)),
+        "ways": {
+            name: [
+                {
+                    "way": row.way,
+                    "kind": row.kind,
+                    "size": row.size,
+                    "error": row.error,
+                    **row.metrics(),
+                }
+                for row in rows
+            ]
+            for name, rows in tables.items()
+        },
+    }
+    write_text(path, json.dumps(described, indent=2) + "\n")
+    print(f"Ways: {path}")
+    return metrics, problems
+
+
+def _show_ways(system: str, results: Sequence[WayResult]) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    def number(value: float | None, digits: int) -> str:
+        return "equal" if value is None else f"{value:.{digits}f}"
+
+    console, reasons = Console(), []
+    for size in dict.fromkeys(row.size for row in results):
+        table = Table(
+            title=f"{system} at {size} against the exact pictures", title_justify="left", box=SIMPLE
+        )
+        table.add_column("way", no_wrap=True)
+        for column in ("PSNR worst", "mean", "SSIM worst", "mean", "blocks", "s"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in (row for row in results if row.size == size):
+            # Approximate ways are marked before anything is measured.
+            name = f"~ {row.way}" if row.kind == "approximate" else f"  {row.way}"
+            if row.error is not None:
+                table.add_row(name, *("-",) * 6)
+                reasons.append(f"{row.way} at {size}: not measured: {row.error}")
+                continue
+            found = row.metrics()
+            table.add_row(
+                name,
+                number(found.get("psnr_worst_db"), 2),
+                number(found.get("psnr_mean_db"), 2),
+                number(found["ssim_worst"], 4),
+                number(found["ssim_mean"], 4),
+                f"{row.blocks_computed} of {row.blocks_total}",
+                f"{found['seconds_per_image']:.3g}",
+            )
+        console.print(table)
+    prompts = max(len(row.psnr_db) for row in results)
+    console.print(f"{prompts} prompts; dB; ~ approximate; blocks computed of all", markup=False)
+    for reason in dict.fromkeys(reasons):
+        console.print(reason, markup=False, soft_wrap=True)
 
 
 def _show(timings: Sequence[Timing], device: str) -> None:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from components.models.loading.block_compile import compile_blocks
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.checkpoints import CheckpointStore
 from components.training.dit.block_compilation import (
     compilation_problem,
-    compile_blocks,
     compile_for_buckets,
     uncompiled,
 )

@@ -87,6 +87,9 @@ def test_two_systems_are_measured_once_and_reported(
         (("runtime", "--system", "x=mine"), "x: not timed: pictures that exist"),
         (("runtime", "--system", "x=mine", "--size", "64"), "--size 64: expected WIDTHxHEIGHT"),
         (("runtime", "--system", "x=mine", "--size", "60x64"), "multiples of 16 px"),
+        (("runtime", "--system", "x=mine", "--way", "fast"), "--way fast: 'fast' is none of int8"),
+        (("runtime", "--system", "x=mine", "--way", "fp8"), "x: --way is of weights"),
+        (("real", "--system", "x=mine", "--way", "fp8"), "--way: of the suite runtime, not of"),
     ],
 )
 def test_what_is_wrong_is_one_line(

@@ -65,6 +65,20 @@ def test_a_file_of_prompts_is_resumed_and_memory_modes_give_the_same_files(
     assert read_metadata(made[1]) == found[1]
 
 
+def test_a_picture_of_a_short_cut_says_so_and_is_another_file(
+    project: Path, tmp_path: Path
+) -> None:
+    cached = {"step_cache": "taylorseer", "step_cache_interval": 2, "steps": 6}
+    plain, short = (
+        generate(project, options(project, tmp_path, **changes))[0]
+        for changes in ({"steps": 6}, cached)
+    )
+    assert plain != short
+    assert "step_cache" not in read_metadata(plain)
+    fields = read_metadata(short)
+    assert (fields["step_cache"], fields["step_cache_interval"]) == ("taylorseer", "2")
+
+
 def test_image_to_image_takes_the_size_of_its_picture(project: Path, tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     Image.radial_gradient("L").resize((100, 70)).save(photo)
@@ -86,6 +100,9 @@ def test_image_to_image_takes_the_size_of_its_picture(project: Path, tmp_path: P
         ({"dtype": "int8"}, "--dtype int8: choose"),
         ({"steps": -1}, "--steps"),
         ({"memory": "all"}, "memory: unknown mode all"),
+        ({"step_cache": "some"}, "--step-cache some: input should be 'none', 'first_block' or"),
+        ({"step_cache_threshold": 0.0}, "--step-cache-threshold 0.0: input should be greater"),
+        ({"attention_backend": "flash"}, r"attention_backend flash needs a CUDA GPU \(the device"),
     ],
 )
 def test_bad_options_are_one_line(
