@@ -283,10 +283,6 @@ def trace_generate(
     found: list[Trace] = []
     modes = memory_modes(transformer.settings.generate.memory)
     models = transformer.settings.models
-    if modes.offload == "model":
-        raise ValueError(
-            "generate.memory model-offload: not traced; leave it out, or plan it alone"
-        )
     if modes.text_first and with_encoders:
         found, with_encoders = trace_first_text(transformer), False
     settings = transformer.settings
@@ -310,6 +306,10 @@ def trace_generate(
                 wait_on_host(model, GPU)
         pipeline = backbone.pipeline_class().from_components(vae, network, encoders)
         pipeline.set_progress_bar_config(disable=True)
+        # SD3's looks for its first step by values, which are not there.
+        pipeline.scheduler.index_for_timestep = lambda *_: 0
+        if modes.offload == "model":
+            pipeline.enable_model_cpu_offload(device=GPU)
         if encoders is not None:
             with _traced(live, "generate", "a prompt embedded", found):
                 text, pooled = family.encode(pipeline, [""], length)

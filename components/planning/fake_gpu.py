@@ -64,7 +64,8 @@ class FakeGpu(LiveBytes):
             return _one(args[0].dtype)
         if name == "_to_copy" and kwargs.get("device") is not None and device.type == "cpu":
             source = args[0]
-            if source.numel() <= _SMALL and self.device_of(source) == "cuda":
+            small = source.numel() <= _SMALL and not _moved_networks
+            if small and self.device_of(source) == "cuda":
                 with _disable_current_modes():
                     return torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
         return func(*args, **kwargs)
@@ -146,17 +147,28 @@ def _tolist(tensor: Tensor) -> Any:
     return tensor.cpu().tolist()
 
 
+_moved_networks: list[nn.Module] = []
+"""Those within `_apply`: their weights stay fake on the host, too, however small they are."""
+
+
 def _apply(module: nn.Module, change: Any, recurse: bool = True) -> nn.Module:
     """`nn.Module._apply`, which would exchange fake parameters and refuses counted ones."""
     if recurse:
         for child in module.children():
             child._apply(change)
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            with torch.no_grad():
-                parameter.data = change(parameter.data)
-    for name, buffer in module._buffers.items():
-        module._buffers[name] = None if buffer is None else change(buffer)
+    _moved_networks.append(module)
+    try:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                with torch.no_grad():
+                    parameter.data = changed = change(parameter.data)
+                if isinstance(changed, FakeTensor):
+                    # `data` exchanges the storage; where that is stands beside it.
+                    parameter.fake_device = changed.fake_device
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else change(buffer)
+    finally:
+        _moved_networks.pop()
     return module
 
 

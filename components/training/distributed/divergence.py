@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class DivergenceEvent:
     """A step whose update was refused, and what was done."""
 
     step: int
-    """Of the refused update; 0 is the first."""
+    """Of the refused update; 0 is the first. Files and people count from 1."""
     action: str
     """`skip` or `rollback`."""
     reason: str
@@ -47,7 +47,7 @@ class DivergenceEvent:
     """First and last step whose batches are not trained on."""
 
     def __str__(self) -> str:
-        """One line for people, who count steps from 1."""
+        """One line for people."""
         first, last = (step + 1 for step in self.left_out)
         which = f"step {first}" if first == last else f"steps {first} to {last}"
         then = f"back to step {self.back_to}, " if self.action == "rollback" else ""
@@ -214,8 +214,9 @@ def _event(values: Mapping[str, Any]) -> DivergenceEvent:
 
 
 def write_events(state_dir: Path, guard: DivergenceGuard) -> None:
-    """Leave the events for whoever reports on the run."""
-    text = json.dumps([asdict(event) for event in guard.events], indent=1)
+    """Leave the events for whoever reports on the run; steps count from 1, as in all logs."""
+    events = [asdict(_shifted(event, 1)) for event in guard.events]
+    text = json.dumps({"first_step": 1, "events": events}, indent=1)
     write_text(state_dir / EVENTS_FILE, text + "\n")
 
 
@@ -224,4 +225,23 @@ def read_events(state_dir: Path) -> tuple[DivergenceEvent, ...]:
     path = state_dir / EVENTS_FILE
     if not path.exists():
         return ()
-    return tuple(_event(values) for values in json.loads(path.read_text(encoding="utf-8")))
+    left = json.loads(path.read_text(encoding="utf-8"))
+    # A bare list is of an unfinished run of before, whose file counted from 0.
+    first, events = (0, left) if isinstance(left, list) else (left["first_step"], left["events"])
+    return tuple(_shifted(_event(values), -first) for values in events)
+
+
+def _shifted(event: DivergenceEvent, steps: int) -> DivergenceEvent:
+    """With steps counted from another number; `back_to` is how many are done either way."""
+    first, last = event.left_out
+    return replace(event, step=event.step + steps, left_out=(first + steps, last + steps))
+
+
+def batch_folder(state_dir: Path, step: int) -> Path:
+    """Where the batch of a refused update is kept.
+
+    Args:
+        state_dir: of the stage.
+        step: 0 is the first; the name counts from 1, as checkpoints and logs do.
+    """
+    return state_dir / "diverged" / f"step-{step + 1:08d}"

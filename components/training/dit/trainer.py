@@ -25,7 +25,11 @@ from components.objectives.haar import BAND_NAMES
 from components.objectives.objective import objective_loss
 from components.settings.training import DitStageSettings
 from components.telemetry.progress import track
-from components.training.distributed.divergence import TrainingDiverged, write_events
+from components.training.distributed.divergence import (
+    TrainingDiverged,
+    batch_folder,
+    write_events,
+)
 from components.training.distributed.interruption import StopRequest, note_interruption
 from components.training.distributed.ranks import Ranks
 from components.training.dit.adapters import (
@@ -307,16 +311,13 @@ class DitTrainer:
 
     def _save_batches(self, step: int, batches: list[NoisedBatch]) -> None:
         """Keep this rank's batches of a step whose update was refused."""
-        folder = self._batches_folder(step)
+        folder = batch_folder(self.job.state_dir, step)
         folder.mkdir(parents=True, exist_ok=True)
         for number, batch in enumerate(batches):
             # A file for each rank: any of them may hold the sample that is at fault.
             name = f"rank{self.ranks.rank}-micro{number}.safetensors"
             ids = json.dumps(batch.sample_ids)
             save_file(batch.tensors(), folder / name, metadata={"sample_ids": ids})
-
-    def _batches_folder(self, step: int) -> Path:
-        return self.job.state_dir / "diverged" / f"step-{step:08d}"
 
     def _diverged(self, step: int, reason: str) -> dict[str, float]:
         """Do what the settings say about an update that was refused.
@@ -351,9 +352,10 @@ class DitTrainer:
         )
         after = f" after {len(self.guard.events)} events" if self.guard.events else ""
         raise TrainingDiverged(
-            f"{self.job.name}: {reason} at step {step}{after}; the batch is in "
-            f"{self._batches_folder(step)}; {kept}: lower the learning rate, check these latents, "
-            f"or set {self.job.name}.on_divergence (skip, rollback) and --continue-from this run"
+            f"{self.job.name}: {reason} at step {step + 1}{after}; the batch is in "
+            f"{batch_folder(self.job.state_dir, step)}; {kept}: lower the learning rate, "
+            f"check these latents, or set {self.job.name}.on_divergence (skip, rollback) and "
+            "--continue-from this run"
         )
 
     def _go_back(self, diverged: _Diverged) -> None:

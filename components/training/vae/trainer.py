@@ -39,6 +39,7 @@ from components.training.distributed.divergence import (
     DivergenceEvent,
     DivergenceGuard,
     TrainingDiverged,
+    batch_folder,
     write_events,
 )
 from components.training.distributed.interruption import StopRequest, note_interruption
@@ -281,7 +282,7 @@ class _Run:
 
     @property
     def _batch_folder(self) -> Path:
-        return self.state_dir / "diverged" / f"step-{self.step + 1:08d}"
+        return batch_folder(self.state_dir, self.step)
 
     def refused(
         self, images: Tensor, crops: Sequence[Crop], measured: dict[str, float], reason: str

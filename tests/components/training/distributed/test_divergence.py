@@ -11,7 +11,13 @@ import pytest
 
 from components.settings.training import DivergenceSettings
 from components.training.distributed.checkpoints import CheckpointStore, newest_checkpoint
-from components.training.distributed.divergence import DivergenceGuard
+from components.training.distributed.divergence import (
+    EVENTS_FILE,
+    DivergenceGuard,
+    batch_folder,
+    read_events,
+    write_events,
+)
 
 
 def guard_after(
@@ -146,3 +152,19 @@ def test_what_a_rollback_may_need_stays_beside_the_newest(tmp_path) -> None:
     for step in (0, 10, 13, 14, 16, 20, 24):
         saved(store, step)
     assert store.steps() == [10, 20, 24]
+
+
+def test_files_and_lines_count_steps_from_1_and_files_of_before_are_read(tmp_path) -> None:
+    guard = DivergenceGuard(DivergenceSettings(left_out_steps=2))
+    guard.skipped(6, "loss is not finite")
+    guard.rolled_back(10, "loss is not finite", 8)
+    write_events(tmp_path, guard)
+    left = json.loads((tmp_path / EVENTS_FILE).read_text())["events"]
+    assert [(e["step"], e["back_to"], e["left_out"]) for e in left] == [
+        (7, 7, [7, 7]), (11, 8, [10, 11]),
+    ]  # fmt: skip
+    assert list(read_events(tmp_path)) == guard.events
+    assert batch_folder(tmp_path, 6).name == "step-00000007"
+    assert [str(event).partition(":")[0] for event in guard.events] == ["step 7", "step 11"]
+    (tmp_path / EVENTS_FILE).write_text(json.dumps(guard.state()["events"]))
+    assert list(read_events(tmp_path)) == guard.events

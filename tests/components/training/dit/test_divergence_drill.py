@@ -121,7 +121,7 @@ def test_a_skipped_step_changes_nothing_and_a_replay_skips_it_too(make_dit_job, 
     (event,) = read_events(skipped.state_dir)
     assert (event.step, event.action, event.left_out) == (SPIKE, "skip", (SPIKE, SPIKE))
     assert event.reason.startswith(("loss ", "gradient norm "))
-    batches = skipped.state_dir / "diverged" / f"step-{SPIKE:08d}"
+    batches = skipped.state_dir / "diverged" / f"step-{SPIKE + 1:08d}"
     saved = [load_file(file)["latents"].abs().max() for file in sorted(batches.iterdir())]
     assert len(saved) == BATCH
     assert max(saved) > 100
@@ -208,7 +208,7 @@ def test_events_are_bounded_and_a_stop_names_the_way_on(make_dit_job, tmp_path, 
     corpus = store(1e3)
     options = {"on_divergence": "skip", "divergence": {"max_events": 0}}
     job = job_on(make_dit_job, corpus, tmp_path / "job", **options)
-    said = rf"at step {SPIKE}; .*the checkpoint of step 6 is whole.*on_divergence.*--continue-from"
+    said = rf"at step {SPIKE + 1}; .*checkpoint of step 6 is whole.*on_divergence.*--continue-from"
     with pytest.raises(TrainingDiverged, match=said):
         run_job(job)
     assert newest_checkpoint(job.state_dir / "checkpoints") is not None

@@ -154,9 +154,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(
 
     monkeypatch.setattr(LatentStore, "read_stored", poisoned)
     job = make_dit_job(tmp_path)
-    with pytest.raises(TrainingDiverged, match="step 0"):
+    with pytest.raises(TrainingDiverged, match="at step 1; "):
         run_job(job)
-    saved = sorted((job.state_dir / "diverged" / "step-00000000").iterdir())
+    saved = sorted((job.state_dir / "diverged" / "step-00000001").iterdir())
     assert [file.name for file in saved] == ["rank0-micro0.safetensors", "rank0-micro1.safetensors"]
     assert set(load_file(saved[0])) == {"latents", "noise", "t", "text", "pooled"}
     assert not job.export_dir.exists()
