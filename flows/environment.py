@@ -102,12 +102,20 @@ def _reach_loopback() -> None:
     os.environ.update(dict.fromkeys(names, ",".join(hosts)))
 
 
-def prepare(*, offline: bool = False, torch_threads: int | None = None) -> None:
+COMPILED = "runs/compiled"
+"""Where the stages of a clone keep what torch's compiler makes."""
+
+
+def prepare(
+    *, offline: bool = False, torch_threads: int | None = None, root: Path | None = None
+) -> None:
     """Switch telemetry off, keep this environment's programs first in PATH, the loopback direct.
 
     Args:
         offline: forbid the Hugging Face hub, so that a missing weight fails at once.
         torch_threads: intra-op threads for processes that start from here.
+        root: of a clone in which a stage runs; torch's compiler then leaves its files there, and
+            not in the machine's temporary folder.
     """
     for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)
@@ -118,6 +126,8 @@ def prepare(*, offline: bool = False, torch_threads: int | None = None) -> None:
         # Set, not defaulted: the number of threads decides the order of sums, and with it the
         # weights.
         os.environ["OMP_NUM_THREADS"] = str(torch_threads)
+    if root is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / COMPILED))
     programs = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
     # `dvc` in a pipeline is to be this environment's, also where nobody has activated it.

@@ -164,7 +164,7 @@ def _apply(module: nn.Module, change: Any, recurse: bool = True) -> nn.Module:
                     parameter.data = changed = change(parameter.data)
                 if isinstance(changed, FakeTensor):
                     # `data` exchanges the storage; where that is stands beside it.
-                    parameter.fake_device = changed.fake_device
+                    parameter.fake_device = changed.fake_device  # type: ignore[attr-defined]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else change(buffer)
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from components.training.distributed.run_states import read_states, remove_state, unneeded
+from flows.environment import COMPILED
 from flows.running.clone_lock import LOCK_FILE, STAGE_LOCKS
 from flows.running.dvc_repro import ATTEMPTS
 from flows.versioning import graph as versioning
@@ -45,6 +46,7 @@ def leftovers(root: Path) -> list[Leftover]:
     found = [
         *(*_submitted(root), *_states(root), *_tiles(root), *_logs(root)),
         *_killed(root),
+        *_compiled(root),
     ]
     return sorted(found, key=lambda one: (-one.size_bytes, one.path))
 
@@ -140,6 +142,13 @@ def _killed(root: Path) -> Iterator[Leftover]:
         for path in sorted(folder.glob("*")):
             place = str(path.relative_to(root))
             yield Leftover(place, "killed run", "no run works here", _size(path))
+
+
+def _compiled(root: Path) -> Iterator[Leftover]:
+    """Kernels of torch's compiler: made again, in minutes, where they are wanted."""
+    folder = root / COMPILED
+    if not _in_use(root) and any(path.is_file() for path in folder.rglob("*")):
+        yield Leftover(COMPILED, "compiled kernels", "no run works here", _size(folder))
 
 
 def _logs(root: Path) -> Iterator[Leftover]:

@@ -198,7 +198,7 @@ def run_stage(name: str, root: Path) -> int:
     end_with_launcher()
     try:
         settings = load_settings(root / "params.yaml")
-        _prepare(settings)
+        _prepare(settings, root)
         clone = Clone(root)
         # Everything that is asked of DVC is asked here at once, since opening the repository is
         # slow; none of it stays open while the stage works.
@@ -273,7 +273,9 @@ def run_stage(name: str, root: Path) -> int:
     return code
 
 
-def _prepare(settings: Settings) -> None:
+def _prepare(settings: Settings, root: Path) -> None:
     environment.prepare(
-        offline=settings.runtime.offline, torch_threads=settings.runtime.torch_threads
+        offline=settings.runtime.offline,
+        torch_threads=settings.runtime.torch_threads,
+        root=root.resolve(),
     )

@@ -190,6 +190,27 @@ def test_a_step_of_the_12b_network_agrees_within_3_percent(transformer, name):
     assert exact.host_peak_bytes() < 3 * GIB
 
 
+@pytest.mark.parametrize("backbone", ["flux", pytest.param("sd3", marks=pytest.mark.slow)])
+def test_models_that_take_turns_on_the_gpu_are_there_alone(transformer, backbone):
+    def traced(*memory):
+        changes = {"generate__memory": list(memory), "models__transformer__backbone": backbone}
+        subject = transformer("embedded", **changes)
+        size = subject.settings.generate.sizes[0]
+        traces = exact.trace_generate(subject, size)
+        formula = stage_memory("generate", subject, [size]).memory.total
+        assert formula == pytest.approx(max(one.peak_bytes for one in traces), rel=0.03)
+        return traces
+
+    together, alone = traced(), traced("model-offload")
+    assert [one.what for one in alone] == [one.what for one in together]
+    for turn, all_there in zip(alone, together, strict=True):
+        # The networks of the other turns wait on the host, and what works is the same.
+        assert turn.peak_bytes < all_there.peak_bytes - 0.3 * all_there.held_bytes
+        assert turn.host_bytes > 0.8 * all_there.held_bytes
+    # Nothing but small tables is there between the turns.
+    assert alone[2].held_bytes < 0.01 * together[2].held_bytes
+
+
 def test_sampling_and_decoding_at_4096_px_agree_within_3_percent(transformer):
     subject = transformer("single-gpu", FluxShape(1, 1))
     traces = exact.trace_generate(subject, (4096, 4096), with_encoders=False)

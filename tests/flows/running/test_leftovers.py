@@ -7,6 +7,9 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
+from flows import environment
 from flows.running.clone_lock import clone_lock
 from flows.running.leftovers import leftovers, remove
 
@@ -58,3 +61,25 @@ def test_trees_and_old_logs_can_go_and_what_is_used_stays(toy: Path) -> None:
     assert "aaaa" not in listed
     assert "bbbb" in listed
     assert [one.path for one in leftovers(toy)] == ["runs/submitted/bbbb"]
+
+
+def test_compiled_kernels_of_stages_stay_in_the_clone_and_are_listed(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    # Restored afterwards, with whatever `prepare` sets.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    environment.prepare(root=toy)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(toy / "runs" / "compiled")
+    folder = Path(cache_dir())
+    assert leftovers(toy) == []
+    (folder / "kernel.so").write_bytes(os.urandom(8192))
+    with clone_lock(toy, print):
+        assert leftovers(toy) == []
+    (one,) = leftovers(toy)
+    assert (one.path, one.kind) == ("runs/compiled", "compiled kernels")
+    assert one.size_bytes >= 8192
+    remove(toy, one)
+    assert not folder.exists()
