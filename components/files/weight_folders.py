@@ -112,10 +112,10 @@ def folder_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def file_digest(path: str | Path) -> str:
-    """sha256 of a file's bytes."""
+def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
+    """Hash of a file's bytes, in hexadecimal; "md5" is what DVC writes."""
     with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
 def require_class(path: str | Path, subfolder: str | None, allowed: tuple[str, ...]) -> None:

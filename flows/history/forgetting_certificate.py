@@ -7,7 +7,6 @@ table on it searched for the photographs, the weights hashed. What it does not s
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from components.corpus.selection.rights import Exclusion, Exclusions
-from components.files.weight_folders import folder_digest
+from components.files.weight_folders import file_digest, folder_digest
 from components.settings.schema import load_settings
 from flows.history.affected import Affected, kept_rows
 from flows.history.lineage import SLICES_DIR, TRAINING
@@ -157,9 +156,8 @@ def _searched(
 
 
 def _check_md5(file: Path, path: str, md5: str) -> None:
-    with file.open("rb") as stream:
-        if hashlib.file_digest(stream, "md5").hexdigest() != md5:
-            raise NotForgotten(f"{path} is not what dvc.lock says: run `ultraflux run`")
+    if file_digest(file, "md5") != md5:
+        raise NotForgotten(f"{path} is not what dvc.lock says: run `ultraflux run`")
 
 
 def _weights(
@@ -222,11 +220,3 @@ def differences(root: Path, certificate: Mapping[str, Any]) -> list[str]:
         if rows := kept_rows(file, known):
             problems.append(f"{SLICES_DIR}{file.name}: {rows} rows show what was forgotten")
     return problems
-
-
-def is_certificate(text: str) -> bool:
-    """Whether a file looks like a certificate of this module, valid or not."""
-    try:
-        return bool(json.loads(text)["statement"]["format"] == FORMAT)
-    except (ValueError, LookupError, TypeError):
-        return False

@@ -6,7 +6,6 @@ the same sha256. So a walk needs no server, and survives restored, skipped and r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.files.weight_folders import file_digest
 from flows.history.acceptance import accepted_lines
 from flows.history.run_history import record_trees
 from flows.records.records import ACCEPTED_TAG, Record, all_records
@@ -238,10 +238,8 @@ class Evidence:
             return cached
         here = self.root / path
         # A folder's hash is that of DVC's list of it, which the folder itself does not hold.
-        if here.is_file() and not md5.endswith(".dir"):
-            with here.open("rb") as stream:
-                if hashlib.file_digest(stream, "md5").hexdigest() == md5:
-                    return here
+        if here.is_file() and not md5.endswith(".dir") and file_digest(here, "md5") == md5:
+            return here
         return None
 
     def generations(self, run: StageRun) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ Exit codes: 0 done; 2 bad input, settings or data (a retry cannot help); 1 anyth
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import sys
@@ -16,6 +15,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+from components.files.weight_folders import file_digest
 from components.settings.bad_input import cured_by_no_retry
 from components.settings.schema import Settings, load_settings
 from components.telemetry.metric_log import MetricLog
@@ -148,14 +148,9 @@ def _has_nothing_to_do(root: Path, name: str) -> bool:
     entry = versioning.lock_entry(root, name)
     if entry is None or not (root / TABLE).is_file():
         return False
-    return not source_changes(root, entry) and _md5(root / TABLE) == versioning.hashes(
-        entry.get("outs", [])
-    ).get(TABLE)
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+    return not source_changes(root, entry) and file_digest(
+        root / TABLE, "md5"
+    ) == versioning.hashes(entry.get("outs", [])).get(TABLE)
 
 
 def _training_state(

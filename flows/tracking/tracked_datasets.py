@@ -7,12 +7,12 @@ of a million rows costs no memory.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.files.weight_folders import file_digest
 from flows.records.records import RunDescription, RunResult
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def dataset_inputs(
     for path in result.datasets.values():
         file = root / path
         if path in outputs or file.is_file():
-            written[path] = outputs.get(path) or _md5(file)
+            written[path] = outputs.get(path) or file_digest(file, "md5")
     found = [
         *((path, md5, "input") for path, md5 in run.inputs.items() if _is_table(path)),
         *((path, md5, "output") for path, md5 in written.items()),
@@ -55,18 +55,13 @@ def _is_table(path: str) -> bool:
     return path.startswith("data/") and path.endswith(".parquet")
 
 
-def _md5(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "md5").hexdigest()
-
-
 def _dataset(root: Path, path: str, md5: str) -> Dataset:
     from mlflow.entities import Dataset
 
     schema = profile = None
     file = root / path
     # The clone may be further by now; another version's columns would be wrong.
-    if file.is_file() and _md5(file) == md5:
+    if file.is_file() and file_digest(file, "md5") == md5:
         schema, profile = _described(file)
     return Dataset(
         name=path.removeprefix("data/").removesuffix(".parquet"),

@@ -6,8 +6,9 @@ import errno
 import multiprocessing
 import os
 import resource
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,8 +25,13 @@ from components.models.loading.base_autoencoder import encoder_digest
 from components.models.tiny import build_tiny_autoencoder, synthetic_images
 from components.settings.training import ReconstructionSettings, VaeSettings
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.checkpoints import DiskFull, load_state
+from components.training.distributed.checkpoints import DiskFull, load_state, newest_checkpoint
 from components.training.distributed.divergence import TrainingDiverged, read_events
+from components.training.distributed.interruption import (
+    StopRequest,
+    TrainingInterrupted,
+    listening,
+)
 from components.training.distributed.ranks import Ranks, deterministic_torch, open_ranks
 from components.training.vae import trainer
 from components.training.vae.crops import Photograph, WorkingCopies
@@ -93,6 +99,7 @@ def train(
     folder: Path,
     chosen: VaeSettings,
     autoencoder: AutoencoderKLF16 | None = None,
+    stop: StopRequest | None = None,
 ) -> tuple[AutoencoderKLF16, VaeTraining]:
     autoencoder = autoencoder or tiny()
     training = train_vae(
@@ -103,6 +110,7 @@ def train(
         seed=SEED,
         state_dir=folder,
         metrics=MetricLog(folder / "metrics.jsonl"),
+        stop=stop,
     )
     return autoencoder, training
 
@@ -181,6 +189,33 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(
     again.pop("history.csv"), again.pop("curves.png")
     assert files == again
     assert [int(row["step"]) for row in log.rows()] == list(range(7))
+
+
+def test_a_warned_run_loses_no_step_and_ends_with_the_same_bytes(
+    data: tuple[WorkingCopies, WorkingCopies],
+    ranks: Ranks,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # No other checkpoint is due before the end, so what is there is the warning's.
+    chosen = settings(steps=5, checkpoint_every=5, eval_every=5)
+    log = MetricLog.log
+
+    def logged(self: MetricLog, metrics: Mapping[str, float], at: int) -> None:
+        log(self, metrics, at)
+        if at == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched, listening() as stop:
+        patched.setattr(MetricLog, "log", logged)
+        with pytest.raises(TrainingInterrupted, match="vae: interrupted, saved at step 3 of 5"):
+            train(data, ranks, tmp_path / "warned", chosen, stop=stop)
+    newest = newest_checkpoint(tmp_path / "warned" / "checkpoints")
+    assert newest is not None
+    assert newest[0] == 3
+    whole, _ = train(data, ranks, tmp_path / "whole", chosen)
+    resumed, _ = train(data, ranks, tmp_path / "warned", chosen)
+    assert weights(resumed) == weights(whole)
 
 
 def test_a_run_killed_with_sigkill_ends_with_the_same_files(
