@@ -92,7 +92,8 @@ class Proposal:
     """Settings for a folder, and why."""
 
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Section -> key -> value, only what differs from the profile."""
+    """Section -> key -> value, or of a nested section key -> value: what differs from the
+    profile."""
     remarks: list[str] = field(default_factory=list)
 
     def set(self, section: str, key: str, value: Any, why: str) -> None:
@@ -321,7 +322,7 @@ def _propose_captions(found: FolderSurvey, settings: Settings, proposal: Proposa
 
 def _propose_captioner(found: FolderSurvey, settings: Settings, proposal: Proposal) -> None:
     """No photograph brings a caption: a model that is there, else one text for all."""
-    none = settings.caption.translate.model_dump() | {"provider": "none"}
+    none = {"provider": "none"}
     if found.captioner is not None:
         proposal.set("caption", "provider", "local", f"no captions, and {found.captioner} is there")
         local = {"folder": found.captioner, "batch_size": 4, "max_new_tokens": 300}

@@ -67,10 +67,22 @@ def derived_profile(
     """
     from omegaconf import OmegaConf
 
-    base = OmegaConf.load(root / "conf" / "profiles" / f"{profile}.yaml")
-    values: Any = OmegaConf.to_container(OmegaConf.merge(base, OmegaConf.create(dict(changes))))
+    base: Any = OmegaConf.to_container(
+        OmegaConf.load(root / "conf" / "profiles" / f"{profile}.yaml")
+    )
+    values = changed_values(base, changes)
     comments = "".join(f"# {' '.join(line.split())}\n" for line in remarks)
     return f"# Profile {profile} for one folder of photographs.\n{comments}{settings_text(values)}"
+
+
+def changed_values(
+    values: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Settings with others over them, section by section and key by key at any depth."""
+    from omegaconf import OmegaConf
+
+    merged: Any = OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.create(dict(changes)))
+    return dict(OmegaConf.to_container(merged))
 
 
 def compose(root: Path, profile: str) -> str:

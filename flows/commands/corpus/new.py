@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -34,8 +34,9 @@ def new(
     """Write settings for a folder of photographs, and say how many survive which rule."""
     from components.corpus.folder_survey import local_captioner, propose, survey
     from components.corpus.listing.source_files import refuse_project
+    from components.corpus.missing_means import propose_means
     from components.settings.schema import SettingsError, parse_settings
-    from flows.versioning.profiles import composed, derived_profile
+    from flows.versioning.profiles import changed_values, composed, derived_profile
 
     root = project_root()
     name = name or re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "photos"
@@ -56,8 +57,9 @@ def new(
             captioner=local_captioner(root),
         )
         proposal = propose(found, settings, _source(folder, root))
+        propose_means(found, settings, proposal, root)
         text = derived_profile(root, profile, proposal.settings, proposal.remarks)
-        changed = parse_settings(_merged(composed(root, profile), proposal.settings), where=name)
+        changed = parse_settings(changed_values(composed(root, profile), proposal.settings), name)
     except (SettingsError, ValueError, OSError) as problem:
         raise fail(str(problem)) from None
     target.write_text(text, encoding="utf-8")
@@ -72,10 +74,6 @@ def _source(folder: Path, root: Path) -> str:
     """Relative to the project when inside it, else absolute."""
     place = Path(os.path.abspath(folder))
     return place.relative_to(root).as_posix() if place.is_relative_to(root) else place.as_posix()
-
-
-def _merged(values: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return values | {section: values[section] | keys for section, keys in changes.items()}
 
 
 def _say(found: FolderSurvey, proposal: Proposal, settings: Settings) -> None:

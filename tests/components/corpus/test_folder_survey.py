@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from components.corpus.folder_survey import (
+    Proposal,
     advice,
     local_captioner,
     propose,
@@ -30,6 +33,12 @@ def write(path: Path, *, edge: int = 300, flat: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(len(path.name)).integers(0, 256, (edge, edge, 3), np.uint8)
     Image.fromarray(noise if not flat else noise // 200).save(path)
+
+
+def changed(params: Settings, proposal: Proposal) -> dict[str, Any]:
+    """Values of settings with a proposal over them, at any depth."""
+    values: Any = OmegaConf.merge(params.model_dump(mode="json"), proposal.settings)
+    return dict(OmegaConf.to_container(values))
 
 
 def look(folder: Path):  # type: ignore[no-untyped-def]
@@ -115,8 +124,7 @@ def test_a_captions_file_of_no_use_is_said_and_a_text_for_all_proposed(
     assert "not read: captions.jsonl: none of its 1 lines can be used" in said
     assert caption["provided"] == "ignore"
     # The proposal is valid settings.
-    values = params.model_dump(mode="json")
-    parse_settings(values | {"caption": values["caption"] | caption})
+    parse_settings(changed(params, proposal))
 
 
 def test_a_captioning_model_that_is_there_is_proposed_and_other_networks_are_not(
@@ -137,10 +145,10 @@ def test_a_captioning_model_that_is_there_is_proposed_and_other_networks_are_not
         captions="captions.jsonl",
         captioner=local_captioner(tmp_path),
     )
-    caption = propose(found, params, "photos").settings["caption"]
+    proposal = propose(found, params, "photos")
+    caption = proposal.settings["caption"]
     assert (caption["provider"], caption["local"]["folder"]) == ("local", "weights/tiny")
-    values = params.model_dump(mode="json")
-    parse_settings(values | {"caption": values["caption"] | caption})
+    parse_settings(changed(params, proposal))
 
 
 def test_what_cannot_be_opened_is_named_by_its_cause(tmp_path: Path) -> None:
