@@ -59,7 +59,8 @@ def new(
         proposal = propose(found, settings, _source(folder, root))
         propose_means(found, settings, proposal, root)
         text = derived_profile(root, profile, proposal.settings, proposal.remarks)
-        changed = parse_settings(changed_values(composed(root, profile), proposal.settings), name)
+        values = changed_values(composed(root, profile), proposal.settings)
+        changed = parse_settings(values, where=name)
     except (SettingsError, ValueError, OSError) as problem:
         raise fail(str(problem)) from None
     target.write_text(text, encoding="utf-8")
