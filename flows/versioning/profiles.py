@@ -81,8 +81,9 @@ def changed_values(
     """Settings with others over them, section by section and key by key at any depth."""
     from omegaconf import OmegaConf
 
-    merged: Any = OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.create(dict(changes)))
-    return dict(OmegaConf.to_container(merged))
+    merged = OmegaConf.merge(OmegaConf.create(dict(values)), OmegaConf.create(dict(changes)))
+    plain: Any = OmegaConf.to_container(merged)
+    return dict(plain)
 
 
 def compose(root: Path, profile: str) -> str:
