@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from components.evaluation.statistics.set_comparison import SetComparison
     from components.evaluation.suites.suite_scores import SuiteResult
     from components.evaluation.suites.suites import Suite
+
+_MANY_METRICS, _FEW_SYSTEMS = 5, 4
+"""From more metrics on, those of at most so many systems stand in rows."""
 
 EPILOG = """Suites: aesthetic-eval-4096, aesthetic-eval-2048, aspect-ratio, reconstruction, detail,
 held-out, runtime, or a folder with metadata.jsonl (an object a line: file_name, text).
@@ -248,17 +252,31 @@ def _number(metrics: dict[str, float], name: str, decimals: int) -> str:
     return f"∞ ({note}; {text} over the others)" if note else text
 
 
-def _measured_table(ids: tuple[str, ...]) -> Table:
-    """An empty table with a column per metric."""
+def _measured_table(metrics: dict[str, float], ids: tuple[str, ...], rows: list[str]) -> Table:
+    """Means of systems (and their strata) by metric.
+
+    Many metrics of a few systems stand in rows: in columns their names would be cut to pieces.
+    """
     from rich.table import Table
 
     from components.metrics.cards import card
 
+    cells = {
+        (row, i): _number(metrics, f"{row}.{i}", card(i).decimals) for row in rows for i in ids
+    }
+    names = {i: f"{card(i).name} {card(i).arrow}" for i in ids}
+    across = len(ids) > _MANY_METRICS and len(rows) <= _FEW_SYSTEMS
     table = Table()
-    # Names of systems and strata stay whole; numbers wrap.
-    table.add_column("system", no_wrap=True)
-    for metric_id in ids:
-        table.add_column(f"{card(metric_id).name} {card(metric_id).arrow}", justify="right")
+    # Names stay whole; numbers wrap.
+    table.add_column("metric" if across else "system", no_wrap=True)
+    for heading in rows if across else names.values():
+        table.add_column(heading, justify="right")
+    if across:
+        for i, name in names.items():
+            table.add_row(name, *(cells[row, i] for row in rows))
+    else:
+        for row in rows:
+            table.add_row(row, *(cells[row, i] for i in ids))
     return table
 
 
@@ -268,7 +286,6 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
     from rich.table import Table
 
     from components.evaluation.pages.suite_tables import comparisons
-    from components.metrics.cards import card
     from components.metrics.published import TABLES_OF_SUITE
 
     console = Console()
@@ -291,18 +308,15 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
         if s in result.other_sizes
     }
     for title, shown in titles.items():
-        table = _measured_table(measured)
-        for prefix in (
-            prefix
+        rows = [
+            row
             for name in shown
-            for prefix in (name, *(f"{name}.{s}" for s in strata if len(strata) > 1))
-        ):
-            cells = [_number(result.metrics, f"{prefix}.{i}", card(i).decimals) for i in measured]
-            table.add_row(prefix, *cells)
+            for row in (name, *(f"{name}.{s}" for s in strata if len(strata) > 1))
+        ]
         if shown:
             # Not as the table's title, which wraps at the width of its columns.
             console.print(title, markup=False, soft_wrap=True)
-            console.print(table)
+            console.print(_measured_table(result.metrics, measured, rows))
     for note in result.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     published = TABLES_OF_SUITE.get(suite.name)
@@ -376,8 +390,20 @@ def _show_tests(result: SuiteResult, baseline: str, resamples: int, seed: int) -
             table.add_row(*_cells(distance, distance.difference, adjusted))
         if table.row_count:
             console.print(table)
-        for refusal in (*one.refusals, *result.set_refusals.get(one.system, ())):
-            console.print(f"not compared: {refusal.reason}", markup=False, soft_wrap=True)
+        refusals = (*one.refusals, *result.set_refusals.get(one.system, ()))
+        for line in _not_compared(one.system, [refusal.reason for refusal in refusals]):
+            console.print(line, markup=False, soft_wrap=True)
+
+
+def _not_compared(system: str, reasons: list[str]) -> Iterator[str]:
+    """A line for each reason, with the metrics that it holds for."""
+    metrics: dict[str, list[str]] = {}
+    for text in reasons:
+        metric, separator, reason = text.partition(": ")
+        metrics.setdefault(reason if separator else text, []).append(metric if separator else "")
+    for reason, names in metrics.items():
+        listed = ", ".join(filter(None, names))
+        yield f"not compared: {system}: {f'{listed}: ' if listed else ''}{reason}"
 
 
 def _log(
