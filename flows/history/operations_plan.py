@@ -25,6 +25,11 @@ _NEWEST = 20
 Action = Literal["run", "may run", "restore", "nothing"]
 
 
+_ESTIMATED = "embedded"
+"""Profile that the estimates and the memory in dvc.yaml are of."""
+_ESTIMATE = "estimate"
+
+
 @dataclass(frozen=True)
 class StageForecast:
     """One stage of the next pipeline run."""
@@ -58,6 +63,8 @@ class OperationsPlan:
     """Along the slowest path through the graph: with enough cores and GPUs for all its branches."""
     gpu_hour_price: float | None = None
     """Of the settings (`runtime.gpu_hour_price`)."""
+    profile: str = _ESTIMATED
+    """Of the settings."""
 
     @property
     def hours(self) -> float:
@@ -104,7 +111,8 @@ def plan_operations(root: Path, *, mlflow: bool = True) -> OperationsPlan:
     Raises:
         versioning.GraphError, components.settings.schema.SettingsError: see there.
     """
-    price = load_settings(root / "params.yaml").runtime.gpu_hour_price
+    settings = load_settings(root / "params.yaml")
+    price, profile = settings.runtime.gpu_hour_price, settings.project.profile
     clone = Clone(root)
     with clone.opened():
         graph = clone.graph()
@@ -128,7 +136,7 @@ def plan_operations(root: Path, *, mlflow: bool = True) -> OperationsPlan:
             )
         )
     elapsed = _longest(graph, {one.stage: one.hours for one in stages})
-    return OperationsPlan(tuple(stages), elapsed, price)
+    return OperationsPlan(tuple(stages), elapsed, price, profile)
 
 
 def _candidates(root: Path) -> int:
@@ -170,7 +178,7 @@ def duration(
             newest = [run.seconds for run in chosen[-_NEWEST:] if run.seconds is not None]
             number = f"{len(newest)} run{'s' if len(newest) > 1 else ''}"
             return statistics.median(newest) / 3600, f"{number}, {settings}"
-    return node.meta.est_minutes / 60, "estimate"
+    return node.meta.est_minutes / 60, _ESTIMATE
 
 
 def _texts(params: Mapping[str, Any]) -> dict[str, str]:
@@ -219,10 +227,17 @@ def operations_summary(plan: OperationsPlan, price: float | None) -> str:
     counts = [one.action for one in plan.stages]
     cost = "" if price is None else f", cost {plan.gpu_hours * price:,.2f}"
     named = [f"{counts.count(kind)} {kind}" for kind in ("run", "may run", "restore", "nothing")]
+    guessed = any(one.basis == _ESTIMATE for one in plan.stages)
+    other = (
+        f"\nNo stage called {_ESTIMATE} was ever timed here: its time and memory are those of the "
+        f"profile {_ESTIMATED} and say nothing of {plan.profile}"
+        if guessed and plan.profile != _ESTIMATED
+        else ""
+    )
     return (
         f"{', '.join(text for text in named if not text.startswith('0 '))}: at most "
         f"{time_text(plan.hours)} of stages, {time_text(plan.elapsed_hours)} along the slowest "
-        f"path, {plan.gpu_hours:.2g} GPU-hours{cost}"
+        f"path, {plan.gpu_hours:.2g} GPU-hours{cost}{other}"
     )
 
 

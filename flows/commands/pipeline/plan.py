@@ -352,7 +352,8 @@ def _table(title: str, *columns: str) -> Any:
 
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        # The name of a row stays whole, whatever else wraps.
+        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
     return table
 
 

@@ -17,6 +17,7 @@ from flows.history.operations_plan import (
     OperationsPlan,
     StageForecast,
     duration,
+    operations_summary,
     operations_table,
     plan_operations,
     time_text,
@@ -182,3 +183,20 @@ def test_both_commands_show_it_and_refuse_bad_prices(
     refused = run(app, ["stage", "plan", "--price-per-gpu-hour", "-1"])
     assert refused.exit_code == 2
     assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("profile", "basis", "is_said"),
+    [
+        ("embedded", "estimate", False),
+        ("paper", "estimate", True),
+        ("paper", "2 runs, same settings", False),
+    ],
+)
+def test_estimates_of_another_profile_are_called_what_they_are(
+    profile: str, basis: str, is_said: bool
+) -> None:
+    stages = (StageForecast("a", "run", "never run", 2.0, basis, 0),)
+    said = operations_summary(OperationsPlan(stages, 2.0, profile=profile), None)
+    assert said.startswith("1 run: at most 2.0 h of stages, 2.0 h along")
+    assert (f"profile embedded and say nothing of {profile}" in said) is is_said
