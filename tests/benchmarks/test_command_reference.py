@@ -42,13 +42,14 @@ def typed_lines(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_options_that_a_page_names_exist(page: Path) -> None:
     wrong = []
+    root: Any = typer.main.get_command(app)
     for line in typed_lines(page):
         words = re.sub(r"^(?:[A-Z_]+=\S+ )*ultraflux ", "", line)
         try:
             parts = shlex.split(words)
         except ValueError:
             parts = words.split()
-        command: Any = typer.main.get_command(app)
+        command = root
         while parts and hasattr(command, "commands") and parts[0] in command.commands:
             command = command.commands[parts.pop(0)]
         if hasattr(command, "commands") and parts and re.fullmatch(r"[a-z-]+", parts[0]):

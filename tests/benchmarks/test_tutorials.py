@@ -72,7 +72,7 @@ def test_a_page_that_says_what_does_not_happen_fails(
 @pytest.mark.parametrize("page", sorted(TUTORIALS.glob("*.md")), ids=lambda page: page.stem)
 def test_every_page_shows_outputs_of_what_it_runs(page: Path) -> None:
     found = tutorial.blocks(page.read_text(encoding="utf-8"))
-    assert sum(bool(block.printed) for block in found if block.how != "not run") >= 3
+    assert sum(bool(block.printed) for block in found if block.how != "not run") >= 2
 
 
 def test_two_systems_are_evaluated_as_the_page_says(clone: Callable[..., Path]) -> None:
