@@ -163,6 +163,7 @@ def export_whole(
     rounding: Rounding = "nearest",
     resolution: str | None = None,
     date: str,
+    min_kept: float = 0.0,
 ) -> Exported:
     """Write whole weights for other programs.
 
@@ -174,9 +175,11 @@ def export_whole(
         rounding: to bfloat16.
         resolution: see `model_metadata`.
         date: likewise.
+        min_kept: share of what training moved the weights by that has to be left, 0 to 1.
 
     Raises:
-        BadInput: no such folder, or choices that do not go together; one line.
+        BadInput: no such folder, choices that do not go together, or a hand-over that keeps less
+            than `min_kept`, of which nothing is written; one line.
     """
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -209,15 +212,22 @@ def export_whole(
         if name in (moved or {}):
             moved_error += error
         tensors[name] = written
+    length = math.sqrt(sum(moved.values())) if moved else 0.0
+    kept = max(0.0, 1 - math.sqrt(moved_error) / length) if length else None
+    if (0.0 if kept is None else kept) < min_kept:
+        said = "an unknown share" if kept is None else f"{kept:.1%}"
+        raise BadInput(
+            f"{folder}: {bits} keeps {said} of what training moved the weights by (at least "
+            f"{min_kept:.1%} is asked for): take float32, or bfloat16 with --rounding deltas"
+        )
     about = model_metadata(
         folder, config, layout=layout, bits=bits, resolution=resolution, date=date
     )
     written_files = _write(tensors, deltas, config, out, layout, about)
-    length = math.sqrt(sum(moved.values())) if moved else 0.0
     return Exported(
         files=written_files,
         error=0.0 if rounding == "deltas" else math.sqrt(square / whole) if whole else 0.0,
-        kept=max(0.0, 1 - math.sqrt(moved_error) / length) if length else None,
+        kept=kept,
         mean_error=0.0 if rounding == "deltas" or not absolute else signed / absolute,
     )
 

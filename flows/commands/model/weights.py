@@ -244,6 +244,14 @@ def export_weights(
     date: Annotated[
         str | None, typer.Option(help="Of the metadata, YYYY-MM-DD (default: today).")
     ] = None,
+    min_kept: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Fail, and write nothing, where a smaller share of the learned movement is kept.",
+        ),
+    ] = 0.0,
 ) -> None:
     """Write whole weights where other programs look for them, and say what that loses.
 
@@ -269,6 +277,7 @@ def export_weights(
             rounding=rounding,  # type: ignore[arg-type]
             resolution=resolution,
             date=date or datetime.datetime.now(datetime.UTC).date().isoformat(),
+            min_kept=min_kept,
         )
     except (BadInput, ValueError) as problem:
         raise fail(str(problem)) from None

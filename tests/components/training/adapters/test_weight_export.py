@@ -20,7 +20,7 @@ from components.training.adapters.weight_export import (
     export_whole,
     stochastic_bfloat16,
 )
-from components.training.sharded.hand_over import movement, write_movement
+from components.training.sharded.hand_over import MOVEMENT_FILE, movement, write_movement
 from flows.commands.model.weights import app
 
 CARD = """---
@@ -140,6 +140,23 @@ def test_ways_of_rounding_keep_more_of_what_was_learned(learned, tmp_path):
     rounded = load_file(tmp_path / "deltas" / WEIGHTS_FILE)
     rest = load_file(tmp_path / "deltas" / DELTAS_FILE)
     assert all(torch.equal(rounded[n].float() + rest[n], state[n]) for n in state)
+
+
+def test_an_export_below_the_share_that_is_asked_for_fails_and_writes_nothing(learned, tmp_path):
+    folder, _ = learned
+    words = ["export", str(folder), "--out", str(tmp_path / "x"), "--min-kept"]
+    refused = CliRunner().invoke(app, [*words, "0.99"])
+    assert refused.exit_code == 2
+    (line,) = refused.output.splitlines()
+    assert "of what training moved the weights by (at least 99.0% is asked for)" in line
+    assert not (tmp_path / "x").exists()
+    whole = CliRunner().invoke(app, [*words, "1", "--rounding", "deltas"])
+    assert whole.exit_code == 0, whole.output
+    # Weights of elsewhere, whose movement nobody knows, keep nothing that could be promised.
+    (folder / MOVEMENT_FILE).unlink()
+    unknown = CliRunner().invoke(app, [*words, "0.5"])
+    assert unknown.exit_code == 2
+    assert "keeps an unknown share" in unknown.output
 
 
 def test_stochastic_rounding_takes_both_neighbours_as_often_as_is_due():

@@ -1,0 +1,127 @@
+"""What a stage does about an unfinished run of another past, for each way to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from components.telemetry.metric_log import MetricLog
+from components.training.distributed.checkpoints import CheckpointStore
+from components.training.distributed.run_states import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    RunIdentity,
+    RunState,
+    StateRefused,
+    mark_finished,
+)
+from flows.running.training_state import AT_STAKE_S, Wish, open_state, segment_tags
+
+STEP = 12
+Open = Callable[..., RunState]
+
+
+def identity(**settings: object) -> RunIdentity:
+    before: dict[str, object] = {"dit_stage1.steps": 24, "dit_stage1.learning_rate": 1e-4}
+    return RunIdentity(
+        stage="dit_stage1", settings=before | settings, weights={}, data={}, code="cc"
+    )
+
+
+NEW = identity(**{"dit_stage1.learning_rate": 5e-5})
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Open:
+    """Opens the state of an identity under a wish, in one process."""
+
+    def open_(one: RunIdentity, on_changed: str = "refuse", **wish: object) -> RunState:
+        return open_state(tmp_path, one, Wish(on_changed, **wish), 1)  # type: ignore[arg-type]
+
+    return open_
+
+
+def unfinished(opened: Open, seconds: float) -> RunState:
+    """A run at step 12 of 24 that has worked for `seconds`."""
+    state = opened(identity())
+    CheckpointStore(state.folder / CHECKPOINTS, 2).save(
+        STEP, lambda folder: (folder / "weights").write_text("learned")
+    )
+    log = MetricLog(state.folder / METRICS_FILE)
+    for step in range(1, STEP + 1):
+        log.log({"step_s": seconds / STEP}, step)
+    return opened(identity())
+
+
+def test_the_same_past_goes_on_without_a_word(opened, capsys) -> None:
+    state = unfinished(opened, 1e6)
+    assert (state.step, capsys.readouterr().err) == (STEP, "")
+
+
+@pytest.mark.parametrize(("seconds", "asks"), [(AT_STAKE_S, False), (AT_STAKE_S + 1, True)])
+def test_more_than_ten_minutes_of_work_are_not_begun_again_unasked(
+    opened, capsys, seconds, asks
+) -> None:
+    old = unfinished(opened, seconds)
+    if asks:
+        with pytest.raises(StateRefused, match=r"step 12 of 24 .*device hours"):
+            opened(NEW)
+        return
+    assert opened(NEW).step == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"begins at step 0; the unfinished {old.name} at step 12 of 24 (600 s of work)" in line
+    assert "dit_stage1.learning_rate 0.0001 -> 5e-05" in line
+
+
+def test_settings_answer_for_unattended_runs(opened, capsys) -> None:
+    old = unfinished(opened, 1e6)
+    new = opened(NEW, "continue")
+    assert new.step == STEP
+    assert f"goes on from {old.name} at step 12 of 24 under dit_stage1" in capsys.readouterr().err
+    tags = segment_tags(new.segments)
+    assert list(tags) == ["segments.1", "segments.2"]
+    assert "learning_rate" in tags["segments.2"]
+    # What was gone on from is no question any more; another past asks about the newer one.
+    other = identity(**{"dit_stage1.learning_rate": 1e-6})
+    with pytest.raises(StateRefused, match=new.name):
+        opened(other)
+    assert opened(other, "restart").step == 0
+    assert f"the unfinished {new.name} at step 12 of 24 stays" in capsys.readouterr().err
+    assert old.folder.is_dir()
+    assert new.folder.is_dir()
+
+
+def test_options_answer_for_one_run(opened, capsys) -> None:
+    old = unfinished(opened, 1e6)
+    assert opened(NEW, restart=True).step == 0
+    third = identity(**{"dit_stage1.learning_rate": 2e-5})
+    assert opened(third, continue_from=old.name[:-4]).step == STEP
+    # The option of one stage says nothing to the others.
+    fourth = identity(**{"dit_stage1.learning_rate": 3e-5})
+    with pytest.raises(StateRefused, match="an unfinished run is at step 12"):
+        opened(fourth, continue_from=f"vae/{old.name.partition('/')[2]}")
+    with pytest.raises(StateRefused, match=r"--continue-from dit_stage1/zz: no such state"):
+        opened(fourth, continue_from="dit_stage1/zz")
+    with pytest.raises(StateRefused, match="several states begin so"):
+        opened(fourth, continue_from="dit_stage1/")
+
+
+def test_a_setting_cannot_go_on_from_what_does_not_load(opened) -> None:
+    unfinished(opened, 1e6)
+    other = identity(**{"dit_stage1.precision": "fp32"})
+    for way in ("refuse", "continue"):
+        with pytest.raises(StateRefused, match=r"does not fit .*dit_stage1\.precision"):
+            opened(other, way)
+    assert opened(other, "restart").step == 0
+
+
+def test_a_finished_run_stands_in_nobodys_way_and_is_offered(opened, capsys) -> None:
+    old = unfinished(opened, 1e6)
+    mark_finished(old.folder)
+    assert opened(NEW).step == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"`--continue-from {old.name}` goes on from the finished run of 12 steps" in line
+    more = identity(**{"dit_stage1.steps": 48})
+    assert opened(more, continue_from=old.name).step == STEP
