@@ -21,6 +21,7 @@ from flows.commands.images import ablate as ablate_command
 from flows.commands.images import evaluate as evaluate_command
 from flows.commands.images import generate as generate_command
 from flows.commands.images import judge as judge_command
+from flows.commands.images import paper as paper_commands
 from flows.commands.images import report as report_command
 from flows.commands.images import sign as sign_command
 from flows.commands.model import diagnose as diagnose_commands
@@ -66,6 +67,7 @@ corpus_commands.app.command(epilog=rehearse_command.EPILOG)(rehearse_command.reh
 app.add_typer(diagnose_commands.app, name="diagnose", rich_help_panel=MODEL)
 app.add_typer(weights_commands.app, name="weights", rich_help_panel=MODEL)
 app.add_typer(store_commands.app, name="stores", rich_help_panel=PIPELINE)
+app.add_typer(paper_commands.app, name="paper", rich_help_panel=IMAGES)
 
 
 def _show_version(wanted: bool) -> None:

@@ -43,8 +43,8 @@ from components.evaluation.pages.report_sources import (
 )
 from components.evaluation.statistics import scores
 from components.evaluation.viewer import EmbeddedPictures
-from components.metrics import published
 from components.metrics.cards import CARDS, card, status
+from components.metrics.paper_tables import paper_table, table_of_suite
 from components.settings.schema import Settings
 
 CARD_LIMIT = 60
@@ -88,8 +88,9 @@ def _estimate_cell(table: pd.DataFrame, system: str, metric: str, settings: Sett
 
 
 def _vae_table(table: pd.DataFrame, settings: Settings) -> Table:
-    metrics = published.VAE_RECONSTRUCTION.metrics
-    rows = published_rows(published.VAE_RECONSTRUCTION)
+    source = paper_table("reconstruction")
+    metrics = source.metrics
+    rows = published_rows(source)
     ours = [
         (scores.RECONSTRUCTION_BEFORE, "this run, before"),
         (scores.RECONSTRUCTION_AFTER, "this run, after"),
@@ -98,7 +99,6 @@ def _vae_table(table: pd.DataFrame, settings: Settings) -> Table:
         count = table.loc[table["system"] == system, "image"].nunique()
         cells = tuple(_estimate_cell(table, system, metric, settings) for metric in metrics)
         rows.append(Row(f"{name} (n = {count})", cells, first_ours=index == 0))
-    source = published.VAE_RECONSTRUCTION
     return Table(
         "Reconstruction with F16 autoencoders. Published: Aesthetic-4K@4096 evaluation set; ours: "
         "held-out photographs at their bucket size",
@@ -111,8 +111,10 @@ def _vae_table(table: pd.DataFrame, settings: Settings) -> Table:
 
 def _detail_table(table: pd.DataFrame) -> Table:
     columns = tuple(column_name(m) for m in _DETAIL_METRICS)
-    extra = len(columns) - len(published.DETAIL.columns)
-    rows = published_rows(published.DETAIL, extra)
+    detail = table_of_suite("detail")
+    assert detail is not None
+    extra = len(columns) - len(detail.columns)
+    rows = published_rows(detail, extra)
     first = True
     for system in (scores.GENERATED, scores.PHOTOGRAPHS):
         ours = table[(table["system"] == system)]
@@ -125,7 +127,7 @@ def _detail_table(table: pd.DataFrame) -> Table:
     return Table(
         "Fine detail and other weight-free metrics, by aspect ratio (width × height). Photographs "
         "are held-out ones at the same sizes",
-        published.DETAIL.source,
+        detail.source,
         "Images",
         columns,
         tuple(rows),
@@ -133,7 +135,7 @@ def _detail_table(table: pd.DataFrame) -> Table:
 
 
 def _text_to_image_table(table: pd.DataFrame) -> Table:
-    source = published.TEXT_TO_IMAGE
+    source = paper_table("main")
     rows = published_rows(source)
     count = table.loc[table["system"] == scores.GENERATED, ["image"]].nunique().iloc[0]
     ours = table[table["system"] == scores.GENERATED]

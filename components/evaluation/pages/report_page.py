@@ -17,8 +17,8 @@ from markupsafe import Markup
 
 from components.evaluation.pages.report_sources import number
 from components.files.page_templates import page_templates
-from components.metrics import published
 from components.metrics.cards import card
+from components.metrics.published import PublishedTable
 
 RULE_NAMES = {
     "vae_psnr_gain_db": "Autoencoder PSNR gain on held-out images (dB)",
@@ -119,12 +119,16 @@ def fixed(value: float | None, metric: str) -> str:
     return f"{value:.{card(metric).decimals}f}"
 
 
-def published_rows(table: published.PublishedTable, extra_columns: int = 0) -> list[Row]:
+def published_rows(table: PublishedTable, extra_columns: int = 0) -> list[Row]:
     """Rows as the paper prints them, with `extra_columns` empty cells at their ends."""
     blank = (Cell(""),) * extra_columns
     return [
-        Row(name, tuple(Cell(value) for value in values) + blank, published=True)
-        for name, values in table.rows
+        Row(
+            row.title,
+            tuple(Cell(value) for value in row.values) + blank,
+            published=True,
+        )
+        for row in table.rows
     ]
 
 

@@ -16,7 +16,8 @@ from components.evaluation.pages.report_page import (
 )
 from components.evaluation.suites.suite_scores import count_note
 from components.metrics.cards import card
-from components.metrics.published import TABLES_OF_SUITE, PublishedTable
+from components.metrics.paper_tables import table_of_suite
+from components.metrics.published import PublishedTable
 
 
 def _cell(evaluation: Evaluation, prefix: str, metric: str) -> Cell:
@@ -126,7 +127,7 @@ def metric_tables(evaluation: Evaluation) -> list[Table]:
     """The paper's layout where the suite has one, and a table of all other metrics."""
     tables = []
     rest = evaluation.measured
-    paper = TABLES_OF_SUITE.get(evaluation.suite)
+    paper = table_of_suite(evaluation.suite)
     if paper is not None:
         tables.append(
             _table(

@@ -9,17 +9,14 @@ import pandas as pd
 
 from components.evaluation.statistics.comparison import Comparison, compare_systems
 from components.evaluation.statistics.scores import GENERATED, values_of
-from components.evaluation.suites.ablation import DESIGNS, Arm, Design
+from components.evaluation.suites.ablation import Arm, Design
 from components.metrics.cards import card
-from components.metrics.published import (
-    ABLATION_DATA_MODEL,
-    ABLATION_LADDER,
-    PublishedTable,
-)
+from components.metrics.paper_tables import paper_table
+from components.metrics.published import PublishedTable
 
 PUBLISHED: dict[Design, PublishedTable] = {
-    "ladder": ABLATION_LADDER,
-    "data-model": ABLATION_DATA_MODEL,
+    "ladder": paper_table("ablation"),
+    "data-model": paper_table("data-model"),
 }
 _NOTHING = "–"
 
@@ -64,9 +61,7 @@ def ablation_table(
         seed: of both.
     """
     published = PUBLISHED[design]
-    rows = {
-        arm.name: values for arm, (_, values) in zip(DESIGNS[design], published.rows, strict=True)
-    }
+    rows = {row.system: row.values for row in published.rows}
     found = {m for one in scores if one.table is not None for m in one.generated["metric"]}
     further = sorted(found - set(published.metrics))
     heads = [f"{name}, {side}" for name in published.columns for side in ("ours", "paper")]

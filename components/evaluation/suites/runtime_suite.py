@@ -19,11 +19,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
+from components.evaluation.suites.step_clock import step_ends, synchronise
 from components.evaluation.suites.suites import SuiteItem
 from components.evaluation.suites.system import System
 from components.files.weight_folders import WeightsMissing
@@ -67,6 +69,9 @@ class Timing:
     """While pictures of this size were made, weights included: of allocated CUDA memory, or of the
     process's resident set (Linux; 0 where the system does not tell)."""
     error: str | None = None
+    step_s: tuple[float, ...] = ()
+    """Of each denoising step of the timed pictures but the first of each, which no step precedes;
+    empty where the system shows no scheduler."""
 
     @property
     def median_s(self) -> float:
@@ -137,10 +142,7 @@ def peak_bytes(device: str) -> int:
 def _timed(paint: Paint, item: SuiteItem, device: str) -> float:
     start = time.perf_counter()
     paint(item)
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return time.perf_counter() - start
 
 
@@ -160,10 +162,14 @@ def time_pictures(
     clear_peak(device)
     first: list[float] = []
     seconds: list[float] = []
+    steps: list[float] = []
     error = None
     try:
         first += (_timed(paint, item, device) for _ in range(warm_up))
-        seconds += (_timed(paint, item, device) for _ in range(repeats))
+        for _ in range(repeats):
+            with step_ends(paint, device) as ends:
+                seconds.append(_timed(paint, item, device))
+            steps += (after - before for before, after in pairwise(ends))
     except (RuntimeError, ValueError, MemoryError) as problem:
         # RuntimeError: also torch's out-of-memory errors; another size may still fit.
         error = " ".join(str(problem).split()) or type(problem).__name__
@@ -175,6 +181,7 @@ def time_pictures(
         seconds=tuple(seconds),
         peak_bytes=peak_bytes(device),
         error=error,
+        step_s=tuple(steps),
     )
 
 
@@ -249,8 +256,11 @@ def runtime_metrics(timings: Sequence[Timing]) -> dict[str, float]:
             f"{prefix}.seconds_max": max(timing.seconds),
             f"{prefix}.images_per_second": 1.0 / timing.median_s,
             f"{prefix}.peak_gib": timing.peak_bytes / _GIB,
+            f"{prefix}.peak_gb": timing.peak_bytes / 1e9,
             f"{prefix}.n": float(len(timing.seconds)),
         }
+        if timing.step_s:
+            out[f"{prefix}.seconds_per_step"] = statistics.median(timing.step_s)
     return out
 
 
@@ -277,6 +287,7 @@ def write_runtime(
                 "load_s": timing.load_s,
                 "warm_up_s": list(timing.warm_up_s),
                 "seconds": list(timing.seconds),
+                "step_s": list(timing.step_s),
                 "peak_bytes": timing.peak_bytes,
                 "error": timing.error,
             }

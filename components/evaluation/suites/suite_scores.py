@@ -120,6 +120,7 @@ def evaluate_suite(
     resamples: int = 1000,
     seed: int = 0,
     any_size: bool = False,
+    asked_as: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> SuiteResult:
     """Make or find the pictures of every system and measure them.
@@ -137,6 +138,8 @@ def evaluate_suite(
         seed: of both.
         any_size: pictures of another size than the suite asks for are measured, under a title of
             their own; else such a system fails. The suite's own pictures always are.
+        asked_as: other texts that systems get for prompts of the suite, such as refined ones;
+            metrics read the suite's.
         say: gets a line for a person now and then.
 
     Raises:
@@ -163,9 +166,15 @@ def evaluate_suite(
     sizes: dict[str, dict[str, int]] = {}
     others: dict[str, str] = {}
     notes: list[str] = []
+    texts = asked_as or {}
+    asked = [replace(item, prompt=texts.get(item.prompt, item.prompt)) for item in items]
+    if texts:
+        notes.append(
+            f"systems were given refined texts for {len(texts)} prompts; metrics read the suite's"
+        )
     for system in systems:
         try:
-            paths = system.pictures(items, out_dir / "images" / system.name)
+            paths = system.pictures(asked, out_dir / "images" / system.name)
             found = [find_picture(path, options.max_megapixels) for path in paths]
             other = other_size(items, found)
             if other and not any_size and not isinstance(system, References):

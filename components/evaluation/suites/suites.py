@@ -24,7 +24,7 @@ _REPOSITORY = "zhang0jhon/Aesthetic-4K"
 TEXT_TO_IMAGE_METRICS = (
     *("fid_fitted", "hpsv3", "pickscore", "artimuse", "clip_score_b16", "qalign", "musiq"),
     *("fid", "fid_extrapolated", "kid", "clip_score"),
-    *("glcm_score", "compression_ratio"),
+    *("glcm_score", "compression_ratio", "laion_aesthetics"),
 )
 DETAIL_METRICS = ("glcm_score", "compression_ratio", "laion_aesthetics")
 RECONSTRUCTION_METRICS = ("rfid", "nmse", "psnr_db", "ssim", "lpips")
@@ -126,7 +126,7 @@ DEFINITIONS: tuple[SuiteDefinition, ...] = (
         _EVAL_2K,
         "Aesthetic-Eval@2048 (Diffusion-4K): text to image at 2048 x 2048",
         "aesthetic-eval-2048/v1",
-        (*TEXT_TO_IMAGE_METRICS, "laion_aesthetics"),
+        TEXT_TO_IMAGE_METRICS,
         (Source(_EVAL_2K, (SQUARE_2K,), _PART_2K),),
     ),
     SuiteDefinition(

@@ -31,6 +31,8 @@ class Sampling:
     guidance_scale: float | None = None
     dtype: DtypeName = "float32"
     device: str = "cpu"
+    memory: str = "none"
+    """Modes of `components.models.loading.memory_modes` without text-first, with commas."""
 
 
 class System(Protocol):

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from components.evaluation.suites.step_clock import PipelinePaint
 from components.evaluation.suites.suites import SuiteItem
 from components.evaluation.suites.system import (
     IMAGE_SUFFIXES,
@@ -56,6 +57,7 @@ from components.models.backbones import BACKBONES
 from components.telemetry.progress import track
 
 if TYPE_CHECKING:
+    from components.models.loading.memory_modes import MemoryModes
     from components.models.loading.released import ModelSources
     from components.models.loading.sampling_speed import SamplingSpeed
     from components.settings.models import Quantisation
@@ -132,7 +134,10 @@ class PipelineSystem:
     def pictures(self, items: Sequence[SuiteItem], out_dir: Path) -> list[Path]:
         """See `System.pictures`; one picture at a time, noise from a CPU generator."""
         identity = {"weights": folder_digest(self._found()), **asdict(self.sampling)}
-        del identity["device"]
+        # Where and how weights are held changes no picture; tiles do, so their switch stays.
+        del identity["device"], identity["memory"]
+        if "vae-tiling" in self.sampling.memory:
+            identity["vae_tiling"] = True
         out_dir.mkdir(parents=True, exist_ok=True)
         paths = [out_dir / f"{item.id}.png" for item in items]
         keys = [item_key(item, identity) for item in items]
@@ -167,13 +172,16 @@ class PipelineSystem:
         import torch
         from diffusers import DiffusionPipeline
 
+        from components.models.loading.memory_modes import place_pipeline
+
         try:
             pipeline = DiffusionPipeline.from_pretrained(
                 self.folder,
                 torch_dtype=getattr(torch, self.sampling.dtype),
                 local_files_only=True,
                 use_safetensors=True,
-            ).to(self.sampling.device)
+            )
+            place_pipeline(pipeline, self._memory(), self.sampling.device)
         except (OSError, ValueError, AttributeError) as problem:
             reason = " ".join(str(problem).split())
             raise SystemFailed(f"{self.name}: {self.folder} does not load: {reason}") from None
@@ -202,7 +210,29 @@ class PipelineSystem:
                 )
             return image
 
-        return paint
+        return PipelinePaint(pipeline, paint)
+
+    def _memory(self) -> MemoryModes:
+        memory = _held(self.sampling)
+        if memory.offload == "block":
+            raise SystemFailed(
+                f"{self.name}: --memory block-offload is for ultraflux: systems; use model-offload"
+            )
+        return memory
+
+
+def _held(sampling: Sampling) -> MemoryModes:
+    """How weights are held while a system samples.
+
+    Raises:
+        SystemFailed: text encoders that go before the network is there cannot encode later prompts.
+    """
+    from components.models.loading.memory_modes import parse_memory
+
+    memory = parse_memory(sampling.memory)
+    if memory.text_first:
+        raise SystemFailed("--memory text-first is of ultraflux generate; here use model-offload")
+    return memory
 
 
 @dataclass(frozen=True)
@@ -271,12 +301,10 @@ class UltraFluxSystem:
             ((_, image),) = made
             return image
 
-        return paint, pipeline.transformer
+        return PipelinePaint(pipeline, paint), pipeline.transformer
 
     def _load(self, sources: ModelSources, sampler: SamplerSettings) -> Any:
-        from components.models.loading.memory_modes import parse_memory
-
-        memory = parse_memory("none")
+        memory = _held(self.sampling)
         return load_model(sources, sampler, device=self.sampling.device, memory=memory)
 
     def _parts(self) -> tuple[ModelSources, SamplerSettings]:
@@ -310,6 +338,7 @@ class UltraFluxSystem:
                 own.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
             ),
             dtype=wanted.dtype,
+            vae_tiling=_held(wanted).vae_tiling,
         )
         return sources, sampler
 

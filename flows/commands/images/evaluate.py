@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from components.evaluation.statistics.set_comparison import SetComparison
     from components.evaluation.suites.suite_scores import SuiteResult
     from components.evaluation.suites.suites import Suite
+    from components.evaluation.suites.system import Sampling
+    from components.settings.schema import Settings
 
 _MANY_METRICS, _FEW_SYSTEMS = 5, 4
 """From more metrics on, those of at most so many systems stand in rows."""
@@ -81,6 +83,21 @@ def evaluate(
         int | None, typer.Option(min=1, help="Denoising steps; default: the system's own.")
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default: the system's own.")] = None,
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="How systems hold their weights: none, or of model-offload, block-offload, "
+            "vae-slicing, vae-tiling; several with commas."
+        ),
+    ] = "none",
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine",
+            help="Systems get prompts refined by a language model (settings: refiner); metrics "
+            "still read the suite's.",
+        ),
+    ] = False,
     size: Annotated[
         list[str] | None, typer.Option(help="WIDTHxHEIGHT, repeatable; for the runtime suite.")
     ] = None,
@@ -100,6 +117,14 @@ def evaluate(
         bool,
         typer.Option("--any-size", help="Measure pictures of another size too, in a table apart."),
     ] = False,
+    relock: Annotated[
+        bool,
+        typer.Option(
+            "--relock",
+            help="Replace a result in the folder that was measured otherwise (another suite, "
+            "protocol, weights, sampling or code), which is refused else.",
+        ),
+    ] = False,
     log: Annotated[bool, typer.Option("--log", help="Also as a run in MLflow.")] = False,
 ) -> None:
     """Measure systems on a suite; what has been measured before is not measured again.
@@ -112,6 +137,7 @@ def evaluate(
     with --way it writes ways.json: PSNR, SSIM and blocks computed of each way.
     """
     from components.engine.ordered_pool import WorkersDoNotStart
+    from components.evaluation.measuring.evaluation_lock import check_lock, lock_of, write_lock
     from components.evaluation.measuring.evaluation_run import RunOptions, open_metrics
     from components.evaluation.measuring.ledger import Ledger
     from components.evaluation.suites.result_folder import taken, write_result
@@ -139,6 +165,7 @@ def evaluate(
             guidance_scale=guidance_scale,
             dtype="float32" if chosen == "cpu" else "bfloat16",
             device=chosen.split(",")[0],
+            memory=memory,
         )
         if not system:
             raise ValueError("--system: name at least one, such as --system mine=pictures/")
@@ -171,7 +198,11 @@ def evaluate(
             max_megapixels=settings.ingest.max_megapixels,
         )
         opened = open_metrics(ids, root / "weights", chosen.split(",")[0])
+        refiner = settings.refiner.endpoint.model if refine else ""
+        lock = lock_of(loaded, opened, _asked(sampling, seed, refiner))
         with taken(folder):
+            if not relock:
+                check_lock(lock, folder)
             result = evaluate_suite(
                 loaded,
                 systems,
@@ -184,8 +215,10 @@ def evaluate(
                 resamples=settings.evaluate.bootstrap_resamples,
                 seed=settings.project.seed,
                 any_size=any_size,
+                asked_as=_refined(root, loaded, settings) if refine else {},
             )
             written = write_result(result, loaded, folder)
+            write_lock(lock, written)
     except (SettingsError, ValueError, WorkersDoNotStart) as problem:
         raise fail(str(problem)) from None
     _show(loaded, result, ids)
@@ -209,6 +242,33 @@ def evaluate(
             for name, text in result.failed_systems.items()
         ]
         raise fail("\n".join(lines), 1)
+
+
+def _asked(sampling: Sampling, seed: int, refiner: str) -> dict[str, object]:
+    """How systems sample, as far as it decides pictures."""
+    return {
+        "seed": seed,
+        "steps": sampling.num_inference_steps,
+        "guidance_scale": sampling.guidance_scale,
+        "dtype": sampling.dtype,
+        "vae_tiling": "vae-tiling" in sampling.memory,
+        "refiner": refiner,
+    }
+
+
+def _refined(root: Path, suite: Suite, settings: Settings) -> dict[str, str]:
+    """Refined prompts by the suite's; those that were kept are not among them.
+
+    Raises:
+        ValueError: the endpoint is of no use.
+    """
+    from flows.commands.images.generation import GenerationRefused, refined
+
+    prompts = list(dict.fromkeys(item.prompt for item in suite.items))
+    try:
+        return {original: text for text, original in refined(root, prompts, settings) if original}
+    except GenerationRefused as problem:
+        raise ValueError(str(problem)) from None
 
 
 def metric_ids(wanted: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
@@ -286,7 +346,7 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
     from rich.table import Table
 
     from components.evaluation.pages.suite_tables import comparisons
-    from components.metrics.published import TABLES_OF_SUITE
+    from components.metrics.paper_tables import table_of_suite
 
     console = Console()
     systems = sorted(set(result.table["system"]))
@@ -319,7 +379,7 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
             console.print(_measured_table(result.metrics, measured, rows))
     for note in result.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
-    published = TABLES_OF_SUITE.get(suite.name)
+    published = table_of_suite(suite.name)
     if published is not None:
         beside = Table(
             title=f"Published, other pictures and weights: {published.caption} "
@@ -329,8 +389,8 @@ def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
         beside.add_column("system")
         for column in published.columns:
             beside.add_column(column, justify="right")
-        for model, values in published.rows:
-            beside.add_row(model, *values)
+        for row in published.rows:
+            beside.add_row(row.title, *row.values)
         console.print(beside)
         console.print(comparisons(published), markup=False, soft_wrap=True)
     for metric_id, reason in result.unavailable.items():

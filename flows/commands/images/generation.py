@@ -145,7 +145,7 @@ def _requests(root: Path, options: GenerateOptions, settings: Settings) -> list[
         sizes.append(parse_size(wanted, round_size=options.round_size))
     texts = [(line.prompt, "") for line in lines]
     if options.refine:
-        texts = _refined(root, [line.prompt for line in lines], settings)
+        texts = refined(root, [line.prompt for line in lines], settings)
     refiner = settings.refiner.endpoint.model if options.refine else ""
     return [
         GenerationRequest(
@@ -164,7 +164,7 @@ def _requests(root: Path, options: GenerateOptions, settings: Settings) -> list[
     ]
 
 
-def _refined(root: Path, prompts: list[str], settings: Settings) -> list[tuple[str, str]]:
+def refined(root: Path, prompts: list[str], settings: Settings) -> list[tuple[str, str]]:
     """(prompt, original or "" where it was kept); says on stderr what was kept and why."""
     from components.chat.client import EndpointUnusable
     from components.chat.spending import CostCapReached

@@ -168,7 +168,7 @@ def judge(
 
     from components.chat.client import EndpointUnusable
     from components.evaluation.judge.judge import JudgeStopped, judge_pairs, summarise
-    from components.evaluation.judge.prompts import QUESTIONS
+    from components.evaluation.judge.prompts import QUESTIONS, judge_prompt
     from components.settings.captions import EndpointSettings
 
     project_root()
@@ -218,9 +218,15 @@ def judge(
         raise fail(str(problem)) from None
     except JudgeStopped as problem:
         raise fail(str(problem), 1) from None
-    summary: dict[str, Any] = {"model": model, "pairs": len(pairs)} | {
-        "questions": summarise(judgements)
+    summary: dict[str, Any] = {
+        "model": model,
+        "pairs": len(pairs),
+        "a": a.resolve().name,
+        "b": b.resolve().name,
+        "questions": summarise(judgements),
     }
+    for name, part in summary["questions"].items():
+        part["prompt"] = judge_prompt(name, prompt_file).version
     rows = [
         {
             "question": one.question,

@@ -56,15 +56,14 @@ def test_an_unknown_metric_lists_the_known_ones() -> None:
 
 def test_a_published_column_compares_only_under_an_equal_protocol_id() -> None:
     from components.evaluation.pages.suite_tables import comparisons
-    from components.metrics.published import DETAIL, TEXT_TO_IMAGE, TEXT_TO_IMAGE_2K
+    from components.metrics.paper_tables import paper_table, table_of_suite
 
-    place = TEXT_TO_IMAGE_2K.metrics.index("clip_score_b16")
-    assert TEXT_TO_IMAGE_2K.comparison(place, card("clip_score_b16").protocol) == ""
-    other = TEXT_TO_IMAGE_2K.comparison(place, card("clip_score").protocol)
+    table = paper_table("diffusion4k-2048")
+    place = table.metrics.index("clip_score_b16")
+    assert table.comparison(place, card("clip_score_b16").protocol) == ""
+    other = table.comparison(place, card("clip_score").protocol)
     assert other == "measured under clip/vit-b-16/v1, ours under clip/vit-l-14/v1"
-    assert "do not state the protocol" in TEXT_TO_IMAGE.comparison(0, card("fid").protocol)
-    assert comparisons(DETAIL).startswith("Equal protocol ids: GLCM score")
-    for table in (TEXT_TO_IMAGE_2K, DETAIL):
-        assert len(table.protocols) == len(table.columns) == len(table.metrics)
-        known = {metric.protocol for metric in CARDS}
-        assert {protocol for protocol in table.protocols if protocol} <= known
+    assert "do not state the protocol" in paper_table("main").comparison(0, card("fid").protocol)
+    detail = table_of_suite("detail")
+    assert detail is not None
+    assert comparisons(detail).startswith("Equal protocol ids: GLCM score")

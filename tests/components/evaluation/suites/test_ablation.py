@@ -97,7 +97,7 @@ def test_the_table_has_the_papers_columns_with_ours_beside_and_paired_difference
     params: dict[str, Any],
 ) -> None:
     scores = arm_scores(params)
-    scores[0] = ArmScores(scores[0].arm, scores[0].table, {"fid": 12.3456})
+    scores[0] = ArmScores(scores[0].arm, scores[0].table, {"fid_fitted": 12.3456})
     text = ablation_table("ladder", scores, resamples=999, seed=0)
     head, rule, *rows = [line for line in text.splitlines() if line.startswith("|")]
     assert head == (
@@ -126,6 +126,6 @@ def test_every_arm_has_its_published_row(design: Design) -> None:
     published = PUBLISHED[design]
     assert len(published.rows) == len(DESIGNS[design])
     assert len(published.metrics) == len(published.columns)
-    for arm, (label, values) in zip(DESIGNS[design], published.rows, strict=True):
-        assert arm.label[:2] == label[:2]
-        assert len(values) == len(published.columns)
+    for arm, row in zip(DESIGNS[design], published.rows, strict=True):
+        assert (arm.name, arm.label[:2]) == (row.system, row.label[:2])
+        assert len(row.values) == len(published.columns)

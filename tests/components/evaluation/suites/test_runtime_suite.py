@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from components.evaluation.suites.runtime_suite import (
@@ -16,6 +20,7 @@ from components.evaluation.suites.runtime_suite import (
     time_systems,
     write_runtime,
 )
+from components.evaluation.suites.step_clock import PipelinePaint
 from components.evaluation.suites.suites import SuiteItem, load_suite, runtime_items
 from components.evaluation.suites.system import Sampling
 from components.evaluation.suites.systems import FolderSystem, PipelineSystem
@@ -52,6 +57,31 @@ def test_the_peak_holds_what_a_picture_allocates() -> None:
     assert large.peak_bytes - small.peak_bytes > 150 * 2**20
 
 
+def test_steps_are_timed_between_the_schedulers_steps_and_nothing_else_is() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    before = inspect.signature(scheduler.step)
+
+    def make(item: SuiteItem) -> Image.Image:
+        scheduler.set_timesteps(4)
+        assert inspect.signature(scheduler.step) == before
+        time.sleep(0.2)
+        latents = torch.zeros(1, 4)
+        for timestep in scheduler.timesteps:
+            time.sleep(0.01)
+            latents = scheduler.step(latents, timestep, latents).prev_sample
+        time.sleep(0.2)
+        return Image.new("RGB", (item.width, item.height))
+
+    paint = PipelinePaint(SimpleNamespace(scheduler=scheduler), make)
+    timing = time_pictures(paint, ITEM, "mine", warm_up=1, repeats=2, device="cpu")
+    # Three differences of four steps, of each of two pictures: the warm-up is not among them.
+    assert len(timing.step_s) == 6
+    assert 0.01 <= statistics.median(timing.step_s) < 0.2
+    assert "step" not in vars(scheduler)
+
+
 def test_a_size_that_fails_keeps_its_reason_and_what_was_measured() -> None:
     calls: list[int] = []
 
@@ -67,7 +97,7 @@ def test_a_size_that_fails_keeps_its_reason_and_what_was_measured() -> None:
 
 
 def test_the_metrics_are_the_median_its_inverse_and_the_spread(tmp_path: Path) -> None:
-    timing = Timing("mine", 32, 48, 0.5, (9.0,), (4.0, 1.0, 2.0), 3 * 2**30)
+    timing = Timing("mine", 32, 48, 0.5, (9.0,), (4.0, 1.0, 2.0), 3 * 2**30, step_s=(0.5, 0.1, 0.2))
     failed = Timing("mine", 64, 64, error="out of memory")
     metrics = runtime_metrics([timing, failed])
     assert metrics == {
@@ -76,6 +106,8 @@ def test_the_metrics_are_the_median_its_inverse_and_the_spread(tmp_path: Path) -
         "mine.48x32.seconds_max": 4.0,
         "mine.48x32.images_per_second": 0.5,
         "mine.48x32.peak_gib": 3.0,
+        "mine.48x32.peak_gb": 3.221225472,
+        "mine.48x32.seconds_per_step": 0.2,
         "mine.48x32.n": 3.0,
     }
     path = tmp_path / "out" / "runtime.json"
@@ -116,4 +148,6 @@ def test_a_pipeline_is_timed_in_a_process_of_its_own(flux: Path) -> None:
         assert timing.error is None
         assert (len(timing.warm_up_s), len(timing.seconds)) == (1, 2)
         assert timing.load_s > 0
+        # One denoising step has no step before it.
+        assert timing.step_s == ()
         assert timing.peak_bytes > 2**26

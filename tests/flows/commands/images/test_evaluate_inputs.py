@@ -156,6 +156,24 @@ def test_a_second_run_on_a_folder_is_refused_and_a_failed_one_replaces_nothing(
     assert (folder / "failed" / "metrics.json").is_file()
 
 
+def test_a_second_run_is_held_to_the_lock_of_the_first(project: Path, typed: Typed) -> None:
+    suite(project / "set", {"a": texture(0), "b": texture(1)})
+    folder = project / "runs" / "evaluations" / "set"
+    asked = ("evaluate", "set", *words("s=set", "psnr_db"))
+    assert typed(project, *asked).returncode == 0
+    lock = (folder / "evaluation.lock.json").read_text()
+    kept = (folder / "metrics.json").read_bytes()
+    write(project / "set", {"b": noisy(texture(1), 20, 0)})
+    for message, more in (("this run differs: items ", ()), ("seed 3, was 0", ("--seed", "3"))):
+        refused = typed(project, *asked, *more)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+        assert (folder / "metrics.json").read_bytes() == kept
+    assert typed(project, *asked, "--relock").returncode == 0
+    assert (folder / "evaluation.lock.json").read_text() != lock
+
+
 def test_files_of_two_runs_are_no_evaluation(project: Path, typed: Typed) -> None:
     suite(project / "s", {name: texture(n) for n, name in enumerate("ab")})
     typed(project, "evaluate", "s", *words("m=references", "colourfulness"))

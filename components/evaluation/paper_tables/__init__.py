@@ -1,0 +1,1 @@
+"""Published tables filled from what was measured here."""

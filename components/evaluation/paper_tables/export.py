@@ -1,0 +1,108 @@
+"""A filled table for programs and papers: JSON, CSV, and the page's tables for LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from typing import Any
+
+from components.evaluation.pages.report_page import Cell, Row, Table
+from components.evaluation.paper_tables.filled import FilledCell, FilledRow, FilledTable
+
+_HERE = "here"
+_COLUMNS = (
+    *("table", "group", "system", "from", "column", "measure", "text"),
+    *("value", "low", "high", "n", "comparable", "why_not", "needs"),
+)
+
+
+def as_json(filled: FilledTable) -> dict[str, Any]:
+    """Everything that is known of a table, JSON-ready."""
+    table = filled.table
+    return {
+        "table": table.name,
+        "caption": table.caption,
+        "source": table.source,
+        "suite": table.suite,
+        "made_with": table.wants,
+        "columns": [
+            {"head": f.head, "measure": f.measure, "protocol": f.protocol, "script": f.script}
+            for f in table.fields
+        ],
+        "rows": [
+            {
+                "system": row.label,
+                "group": row.stratum,
+                "published": row.is_published,
+                "folder": row.folder,
+                "cells": [_cell(cell) for cell in row.cells],
+            }
+            for row in filled.rows
+        ],
+        "needs": [{"what": need.what, "command": need.command} for need in filled.needs],
+        "notes": list(filled.notes),
+    }
+
+
+def _cell(cell: FilledCell) -> dict[str, Any]:
+    found: dict[str, Any] = {"text": cell.text}
+    if cell.number is not None:
+        value = cell.number.value
+        found |= {
+            # JSON has no infinity.
+            "value": value if math.isfinite(value) else None,
+            "low": cell.number.low,
+            "high": cell.number.high,
+            "n": cell.number.n,
+            "infinite": cell.number.infinite,
+            "comparable": not cell.incomparable,
+            "why_not": cell.incomparable,
+        }
+    if cell.needs:
+        found["needs"] = list(cell.needs)
+    return found
+
+
+def as_csv(filled: FilledTable) -> str:
+    """A row per cell: what is printed, or what was measured here, or what it needs."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for row in filled.rows:
+        for field, cell in zip(filled.table.fields, row.cells, strict=True):
+            number = cell.number
+            values = () if number is None else (number.value, number.low, number.high, number.n)
+            shown = ["" if value is None else repr(value) for value in values] or [""] * 4
+            lacking = "; ".join(
+                f"{filled.needs[place - 1].what}: {filled.needs[place - 1].command}".rstrip(": ")
+                for place in cell.needs
+            )
+            comparable = "" if number is None else str(not cell.incomparable).lower()
+            origin = filled.table.source if row.is_published else row.folder or _HERE
+            writer.writerow(
+                (
+                    *(filled.table.name, row.stratum, row.label, origin),
+                    *(field.head, field.measure, cell.text, *shown),
+                    *(comparable, cell.incomparable, lacking),
+                )
+            )
+    return out.getvalue()
+
+
+def title(row: FilledRow) -> str:
+    """What a row is called: its group, its system, and how many pictures are behind ours."""
+    name = f"{row.stratum}, {row.label}" if row.stratum else row.label
+    if row.is_published:
+        return name
+    return f"{name}, {_HERE}" + (f" (n = {row.n})" if row.n is not None else "")
+
+
+def as_page_table(filled: FilledTable) -> Table:
+    """The same as a table of the report pages, which LaTeX is made of."""
+    rows = []
+    for row in filled.rows:
+        cells = tuple(Cell(cell.text) for cell in row.cells)
+        rows.append(Row(title(row), cells, published=row.is_published))
+    table = filled.table
+    return Table(table.caption, table.source, "System", table.columns, tuple(rows))

@@ -1,0 +1,154 @@
+"""`ultraflux paper`: the papers' tables with what was measured here beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from components.files.whole_files import write_text
+from flows.commands.command_line import fail, project_root
+
+if TYPE_CHECKING:
+    from components.evaluation.paper_tables.filled import FilledTable
+
+app = typer.Typer(no_args_is_help=True, help="The papers' tables, and ours beside them.")
+EPILOG = """Examples:
+
+  ultraflux paper table
+
+  ultraflux paper table main
+
+  ultraflux paper table aspect-ratios --from runs/evaluations/aspect-ratio --latex aspect.tex
+
+  ultraflux paper table runtime --json"""
+
+
+@app.command("table", epilog=EPILOG)
+def table(
+    name: Annotated[str | None, typer.Argument(help="Of a table; without it they are listed.")] = (
+        None
+    ),
+    from_: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            help="Folder of `ultraflux evaluate`, its runtime suite, `judge`, or an arm of "
+            "`ablate`; repeatable. Default: what these commands left at their own places.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with every reason.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also as CSV, a row per cell.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Also as a LaTeX table.")] = None,
+) -> None:
+    """A table of the papers: printed numbers, ours beneath, and what an empty cell needs.
+
+    Nothing is measured. Numbers compare only where suite and protocol ids are equal; the others say
+    why not.
+    """
+    from components.evaluation.pages.table_export import as_latex
+    from components.evaluation.paper_tables.export import as_csv, as_page_table
+    from components.evaluation.paper_tables.export import as_json as described
+    from components.evaluation.paper_tables.filled import fill
+    from components.evaluation.paper_tables.records import default_records, given_records
+    from components.metrics.paper_tables import paper_table
+
+    root = project_root()
+    if name is None:
+        _list(as_json)
+        return
+    try:
+        chosen = paper_table(name)
+        records = given_records(chosen, from_) if from_ else default_records(chosen, root)
+    except ValueError as problem:
+        raise fail(str(problem)) from None
+    filled = fill(chosen, records, root)
+    for path, text in (
+        (csv, lambda: as_csv(filled)),
+        (latex, lambda: as_latex([as_page_table(filled)])),
+    ):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text())
+    if as_json:
+        print(json.dumps(described(filled), ensure_ascii=False, indent=1))
+        return
+    _show(filled)
+    for path in (csv, latex):
+        if path is not None:
+            print(f"Table: {path}")
+
+
+def _list(as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from components.metrics.paper_tables import TABLES
+
+    rows = [
+        {
+            "table": one.name,
+            "source": one.source,
+            "caption": one.caption,
+            "fills": f"{one.filling} {one.suite}".strip(),
+            "numbers": sum(bool(value) for row in one.rows for value in row.values),
+        }
+        for one in TABLES
+    ]
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False, indent=1))
+        return
+    shown = Table(box=None)
+    for head in ("table", "numbers", "filled by", "what"):
+        shown.add_column(head, no_wrap=head == "table", overflow="fold")
+    for one in rows:
+        what = f"{one['caption']} ({one['source']})"
+        shown.add_row(str(one["table"]), str(one["numbers"]), str(one["fills"]), what)
+    Console().print(shown)
+
+
+def _show(filled: FilledTable) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from components.evaluation.paper_tables.export import title
+
+    console = Console()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"{filled.table.caption} ({filled.table.source})")
+    shown = Table()
+    shown.add_column("system", overflow="fold")
+    for head in filled.table.columns:
+        shown.add_column(head, justify="right", overflow="fold")
+    for row in filled.rows:
+        cells = [
+            f"{cell.text} ({','.join(map(str, cell.needs))})" if cell.needs else cell.text
+            for cell in row.cells
+        ]
+        shown.add_row(title(row), *cells, style="dim" if row.is_published else None)
+    console.print(shown)
+    reasons: dict[str, list[str]] = {}
+    for row in filled.rows:
+        for field, cell in zip(filled.table.fields, row.cells, strict=True):
+            if cell.number is not None:
+                heads = reasons.setdefault(cell.incomparable, [])
+                if field.head not in heads:
+                    heads.append(field.head)
+    for why, heads in reasons.items():
+        named = ", ".join(heads)
+        say(f"not comparable: {named}: {why}" if why else f"equal protocol ids: {named}")
+    if filled.table.wants:
+        say(f"made with: {filled.table.wants}")
+    for note in filled.notes:
+        say(f"note: {note}")
+    if filled.open_cells:
+        for need in filled.table.needs:
+            say(f"needs: {need}")
+    for number, need in enumerate(filled.needs, start=1):
+        say(f"({number}) {need.what}{': ' if need.command else ''}{need.command}")
+    say(f"{filled.measured} cells measured here, {filled.open_cells} open")
