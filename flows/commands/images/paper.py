@@ -147,8 +147,8 @@ def _show(filled: FilledTable) -> None:
     for note in filled.notes:
         say(f"note: {note}")
     if filled.open_cells:
-        for need in filled.table.needs:
-            say(f"needs: {need}")
+        for line in filled.table.needs:
+            say(f"needs: {line}")
     for number, need in enumerate(filled.needs, start=1):
         say(f"({number}) {need.what}{': ' if need.command else ''}{need.command}")
     say(f"{filled.measured} cells measured here, {filled.open_cells} open")
