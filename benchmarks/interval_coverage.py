@@ -1,6 +1,6 @@
 """How often 95% intervals hold the true mean: simulated samples with four pictures a prompt.
 
-    python benchmarks/interval_coverage.py [SAMPLES]
+    python benchmarks/interval_coverage.py [SAMPLES] [SHAPE ...]
 
 Prints a row per shape and number of prompts: the interval of every page, Student's t over prompts,
 the studentised bootstrap alone, and what an interval over pictures would cover.
@@ -56,10 +56,11 @@ def coverage(shape: str, clusters: int, samples: int) -> dict[str, float]:
 def main() -> None:
     """Print the table."""
     samples = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    shapes = sys.argv[2:] or list(SHAPES)
     began = time.process_time()
     print("| prompts' means | prompts | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 2) + "|")
-    for shape in SHAPES:
+    for shape in shapes:
         for clusters in CLUSTERS:
             found = coverage(shape, clusters, samples)
             cells = (f"{value:.1%}" if value else "–" for value in found.values())
