@@ -33,6 +33,10 @@ class MetricCard:
     """
     needs: Literal["image", "pair", "set pair", "prompt and image"]
     note: str = ""
+    follows: str = ""
+    """Paper and line, or released script, that the computation is of."""
+    deviates: str = ""
+    """What is not as there, or was not seen to be; empty where nothing is known."""
     weights: Weights | None = None
     decimals: int = 3
     """Digits after the point in tables."""

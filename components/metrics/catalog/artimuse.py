@@ -28,8 +28,10 @@ ARTIMUSE = MetricFamily(
             "448 px, squashed",
             "artimuse/v1",
             "image",
+            follows="ArtiMuse's released program and checkpoint",
+            deviates="It is given a JPEG (quality 95, 4:4:4); UltraFlux states no checkpoint.",
             note="Pins an old transformers release, so it runs as a process of its own, whose "
-            "address stands in ULTRAFLUX_ARTIMUSE_URL; gets the picture as JPEG (95, 4:4:4).",
+            "address stands in ULTRAFLUX_ARTIMUSE_URL.",
             weights=Weights(
                 "artimuse",
                 "about 17 GB",

@@ -71,40 +71,45 @@ def _laion_aesthetics(files: tuple[Path, ...], digest: str, device: str) -> Metr
     return AestheticMetric(ClipEncoder(folder, device), state, digest)
 
 
-CLIP_SCORE = MetricFamily(
-    cards=(
-        MetricCard(
-            "clip_score",
-            "CLIP score",
-            "higher",
-            "0 to 100",
-            "224 px",
-            "clip/vit-l-14/v1",
-            "prompt and image",
-            note="max(100 cos, 0); reads 77 tokens, so the end of a long caption is not seen, and "
-            "the centre square, so the sides of a wide picture are not.",
-            weights=_L14,
+def _clip_family(
+    metric_id: str, name: str, protocol: str, weights: Weights, **more: str
+) -> MetricFamily:
+    return MetricFamily(
+        cards=(
+            MetricCard(
+                metric_id,
+                name,
+                "higher",
+                "0 to 100",
+                "224 px",
+                protocol,
+                "prompt and image",
+                note="Reads 77 tokens, so the end of a long caption is not seen, and the centre "
+                "square, so the sides of a wide picture are not.",
+                weights=weights,
+                **more,
+            ),
         ),
-    ),
-    opener=_clip_score("clip_score"),
+        opener=_clip_score(metric_id),
+    )
+
+
+CLIP_SCORE = _clip_family(
+    "clip_score",
+    "CLIP score",
+    "clip/vit-l-14/v1",
+    _L14,
+    follows="Hessel et al. 2021 without its factor of 2.5: max(100 cos, 0), by ViT-L/14",
+    deviates="Not the network of Diffusion-4K's script (`clip_score_b16`).",
 )
 
-CLIP_SCORE_B16 = MetricFamily(
-    cards=(
-        MetricCard(
-            "clip_score_b16",
-            "CLIP score (B/16)",
-            "higher",
-            "0 to 100",
-            "224 px",
-            "clip/vit-b-16/v1",
-            "prompt and image",
-            note="As `clip_score` with ViT-B/16, the network of Diffusion-4K's released script, "
-            "whose numbers stand in the papers' column.",
-            weights=_B16,
-        ),
-    ),
-    opener=_clip_score("clip_score_b16"),
+CLIP_SCORE_B16 = _clip_family(
+    "clip_score_b16",
+    "CLIP score (B/16)",
+    "clip/vit-b-16/v1",
+    _B16,
+    follows="Diffusion-4K's released script: max(100 cos, 0) by ViT-B/16",
+    deviates="The script was not seen run; UltraFlux states no network for its column.",
 )
 
 PICKSCORE = MetricFamily(
@@ -117,7 +122,9 @@ PICKSCORE = MetricFamily(
             "224 px",
             "pickscore/v1",
             "prompt and image",
-            note="Learnt temperature times the cosine of CLIP ViT-H/14; 77 tokens, centre square.",
+            note="77 tokens, centre square.",
+            follows="Kirstain et al. 2023: learnt temperature times the cosine of CLIP ViT-H/14",
+            deviates="UltraFlux states no checkpoint.",
             weights=hub(
                 "pickscore",
                 "yuvalkirstain/PickScore_v1",
@@ -141,6 +148,8 @@ LAION_AESTHETICS = MetricFamily(
             "224 px",
             "laion-aesthetics/sac-logos-ava1-l14/v1",
             "image",
+            follows="improved-aesthetic-predictor, linear head on CLIP ViT-L/14",
+            deviates="Which of LAION's predictors Diffusion-4K's column reads is not stated.",
             weights=Weights(
                 "laion/sac+logos+ava1-l14-linearMSE.pth",
                 "4 MB",

@@ -26,6 +26,7 @@ FD_DINOV2 = MetricFamily(
             "224 px, antialiased, squashed",
             "fd/dinov2-vitl14-cls-clean224/v1",
             "set pair",
+            follows="Stein et al. 2023",
             note="Class token of ViT-L/14; nearly all bias below a few thousand images.",
             weights=hub("dinov2-large", "facebook/dinov2-large", "1.2 GB", "Apache-2.0"),
         ),

@@ -10,6 +10,8 @@ from pathlib import Path
 from components.metrics.metric import FunctionMetric, Metric
 from components.metrics.metric_card import NATIVE, MetricCard, MetricFamily
 
+_UNSAID = "The papers state neither colour space nor window nor whether borders count."
+
 
 def _family(card: MetricCard) -> MetricFamily:
     def open_it(files: tuple[Path, ...], digest: str, device: str) -> Metric:
@@ -23,7 +25,18 @@ def _family(card: MetricCard) -> MetricFamily:
 
 
 PSNR = _family(
-    MetricCard("psnr_db", "PSNR", "higher", "dB", NATIVE, "psnr/rgb8/v1", "pair", decimals=2)
+    MetricCard(
+        "psnr_db",
+        "PSNR",
+        "higher",
+        "dB",
+        NATIVE,
+        "psnr/rgb8/v1",
+        "pair",
+        decimals=2,
+        follows="10 log10(255² / mean squared error) of 8-bit RGB",
+        deviates=_UNSAID,
+    )
 )
 SSIM = _family(
     MetricCard(
@@ -35,6 +48,8 @@ SSIM = _family(
         "ssim/gauss1.5-valid-rgb8/v1",
         "pair",
         note="11x11 Gaussian window, population moments, mean of the three channels.",
+        follows="Wang et al. 2004",
+        deviates=_UNSAID,
     )
 )
 MS_SSIM = _family(
@@ -48,6 +63,7 @@ MS_SSIM = _family(
         "pair",
         note="Five scales of averaged 2x2 pixels, per channel, mean of the three; edges of at "
         "least 176 px.",
+        follows="Wang et al. 2003",
     )
 )
 NMSE = _family(
@@ -59,7 +75,10 @@ NMSE = _family(
         NATIVE,
         "nmse/energy-rgb8/v1",
         "pair",
-        note="||x - y||² / ||x||² per image; the papers give no definition.",
+        note="||x - y||² / ||x||² per image.",
+        follows="the papers give no definition",
+        deviates="Diffusion-4K prints 0.08 on its training set and UltraFlux 0.015 on the "
+        "evaluation set for one autoencoder.",
         decimals=5,
     )
 )

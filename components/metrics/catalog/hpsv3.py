@@ -55,8 +55,10 @@ HPSV3 = MetricFamily(
             "200,704 pixels in its own shape (448 px for a square)",
             "hpsv3/qwen2-vl-7b-mean/v1",
             "prompt and image",
-            note="Mean of the preference; instruction, size, head and positions follow the "
-            "released code. Equality with its numbers on the released weights was not confirmed.",
+            note="Mean of the preference.",
+            follows="HPSv3's released code: instruction, size, head and positions",
+            deviates="Equality with its numbers on the released weights was not confirmed; "
+            "UltraFlux states no checkpoint.",
             weights=_WEIGHTS,
         ),
         MetricCard(
@@ -67,6 +69,7 @@ HPSV3 = MetricFamily(
             "200,704 pixels in its own shape (448 px for a square)",
             "hpsv3/qwen2-vl-7b-deviation/v1",
             "prompt and image",
+            follows="HPSv3's released code",
             note="exp of the head's second output, as in the training loss: how sure the model is.",
             weights=_WEIGHTS,
         ),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from components.metrics.metric import Metric
 from components.metrics.metric_card import MetricCard, MetricFamily, Opener
@@ -45,18 +46,40 @@ def _extrapolated(files: tuple[Path, ...], digest: str, device: str) -> Metric:
     return open_it(file, digest, device)
 
 
+_BIASED = "Nearly all bias below a few thousand images."
+_HEUSEL = "Heusel et al. 2017 in pytorch-fid's network, the TensorFlow release's weights"
+_BINKOWSKI = "Binkowski et al. 2018: polynomial kernel of degree 3"
+_WHOLE, _PATCHES = "299 px", "native pixels in 299 px patches"
+
+
+def _distance(
+    metric_id: str, name: str, protocol: str, sees: str = _WHOLE, **more: Any
+) -> MetricCard:
+    """The card of a distance of two sets in these features."""
+    return MetricCard(
+        metric_id, name, "lower", "1", sees, protocol, "set pair", weights=_WEIGHTS, **more
+    )
+
+
+def _spread(metric_id: str, name: str, protocol: str, sees: str = _WHOLE) -> MetricCard:
+    return replace(
+        _distance(metric_id, name, protocol, sees, decimals=5),
+        direction="neither",
+        note="Standard deviation of KID over 100 random subsets of half the smaller set; not a "
+        "standard error.",
+        follows=_BINKOWSKI,
+    )
+
+
 RFID = MetricFamily(
     cards=(
-        MetricCard(
+        _distance(
             "rfid",
             "rFID",
-            "lower",
-            "1",
-            "299 px",
             "fid/inception2048-noantialias/v1",
-            "set pair",
-            note="Nearly all bias below a few thousand images.",
-            weights=_WEIGHTS,
+            note=_BIASED,
+            follows=_HEUSEL,
+            deviates="UltraFlux (supplement, table 2) states neither resize nor weights.",
         ),
     ),
     opener=_opener(("rfid",), "noantialias"),
@@ -64,62 +87,39 @@ RFID = MetricFamily(
 
 FID_KID = MetricFamily(
     cards=(
-        MetricCard(
+        _distance(
             "fid",
             "FID",
-            "lower",
-            "1",
-            "299 px",
             "fid/inception2048-noantialias/v1",
-            "set pair",
             note="Newer torchmetrics antialiases the resize: another metric id, other numbers.",
-            weights=_WEIGHTS,
+            follows=_HEUSEL,
+            deviates="References of another shape are squashed; Diffusion-4K's script crops them "
+            "(`fid_fitted`).",
         ),
-        MetricCard(
+        _distance(
             "kid",
             "KID",
-            "lower",
-            "1",
-            "299 px",
             "kid/inception2048-noantialias-poly3/v1",
-            "set pair",
             note="Unbiased squared MMD over all pictures, so levels of small sets can be read; may "
             "be negative.",
-            weights=_WEIGHTS,
+            follows=_BINKOWSKI,
             decimals=5,
         ),
-        MetricCard(
-            "kid_spread",
-            "KID spread",
-            "neither",
-            "1",
-            "299 px",
-            "kid-spread/100-subsets-of-half-max1000-seed0/v1",
-            "set pair",
-            note="Standard deviation of KID over 100 random subsets of half the smaller set; not a "
-            "standard error.",
-            weights=_WEIGHTS,
-            decimals=5,
-        ),
+        _spread("kid_spread", "KID spread", "kid-spread/100-subsets-of-half-max1000-seed0/v1"),
     ),
     opener=_opener(("fid", "kid", "kid_spread"), "noantialias"),
 )
 
 FID_FITTED = MetricFamily(
     cards=(
-        MetricCard(
+        _distance(
             "fid_fitted",
             "FID (both cropped)",
-            "lower",
-            "1",
-            "299 px",
             "fid/inception2048-noantialias-cover-crop/v1",
-            "set pair",
-            note="Diffusion-4K's released script: both sets are brought to the size that was asked "
-            "for by short side and centre crop, then shrunk to 299 px. `fid` squashes references "
-            "of another shape. Deviation: the resize is Lanczos on 8 bits; the script's was not "
-            "seen run. Nearly all bias below a few thousand images.",
-            weights=_WEIGHTS,
+            note=f"Both sets at the size that was asked for. {_BIASED}",
+            follows="Diffusion-4K's released script: short side to the size that is asked for, "
+            "centre crop, 299 px without antialiasing",
+            deviates="The resize is Lanczos on 8 bits; the script's was not seen run.",
             fits_references=True,
         ),
     ),
@@ -128,17 +128,14 @@ FID_FITTED = MetricFamily(
 
 FID_EXTRAPOLATED = MetricFamily(
     cards=(
-        MetricCard(
+        _distance(
             "fid_extrapolated",
             "FID (bias-corrected)",
-            "lower",
-            "1",
-            "299 px",
             "fid/inception2048-noantialias-extrapolated-both/v1",
-            "set pair",
-            note="FID-infinity (Chong and Forsyth 2020): a line through FID over 1/n, read at 0, "
-            "drawn from both sets alike; at least 16 pictures in each.",
-            weights=_WEIGHTS,
+            note="A line through FID over 1/n, read at 0, drawn from both sets alike; at least 16 "
+            "pictures in each.",
+            follows="FID-infinity, Chong and Forsyth 2020",
+            deviates="Both sets are extrapolated, the paper's references are not.",
         ),
     ),
     opener=_extrapolated,
@@ -146,17 +143,13 @@ FID_EXTRAPOLATED = MetricFamily(
 
 FID_CLEAN = MetricFamily(
     cards=(
-        MetricCard(
+        _distance(
             "fid_clean",
             "FID (clean)",
-            "lower",
-            "1",
-            "299 px, antialiased",
             "fid/inception2048-clean/v1",
-            "set pair",
-            note="clean-fid's resize (PIL bicubic on float channels) before the network of `fid`; "
-            "nearly all bias below a few thousand images.",
-            weights=_WEIGHTS,
+            "299 px, antialiased",
+            note=_BIASED,
+            follows="clean-fid's resize (PIL bicubic on float channels), Parmar et al. 2022",
         ),
     ),
     opener=_opener(("fid_clean",), "clean"),
@@ -164,39 +157,30 @@ FID_CLEAN = MetricFamily(
 
 PATCH_FID_KID = MetricFamily(
     cards=(
-        MetricCard(
+        _distance(
             "patch_fid",
             "Patch FID",
-            "lower",
-            "1",
-            "native pixels in 299 px patches",
             "fid/inception2048-patch299-centred-grid/v1",
-            "set pair",
+            _PATCHES,
             note="Every full patch of a centred grid is a row (169 at 4096 x 4096); patches of one "
             "picture are not independent.",
-            weights=_WEIGHTS,
+            follows=_HEUSEL,
+            deviates="Patches instead of pictures: of no paper that is compared here.",
         ),
-        MetricCard(
+        _distance(
             "patch_kid",
             "Patch KID",
-            "lower",
-            "1",
-            "native pixels in 299 px patches",
             "kid/inception2048-patch299-centred-grid-poly3/v1",
-            "set pair",
-            weights=_WEIGHTS,
+            _PATCHES,
+            follows=_BINKOWSKI,
+            deviates="Patches instead of pictures: of no paper that is compared here.",
             decimals=5,
         ),
-        MetricCard(
+        _spread(
             "patch_kid_spread",
             "Patch KID spread",
-            "neither",
-            "1",
-            "native pixels in 299 px patches",
             "kid-spread/patch299-100-subsets-of-half-max1000-seed0/v1",
-            "set pair",
-            weights=_WEIGHTS,
-            decimals=5,
+            _PATCHES,
         ),
     ),
     opener=_opener(("patch_fid", "patch_kid", "patch_kid_spread"), "patch299"),

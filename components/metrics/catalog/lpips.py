@@ -41,7 +41,9 @@ LPIPS = MetricFamily(
             NATIVE,
             "lpips/vgg16-v0.1/v1",
             "pair",
-            note="Exact in tiles. The papers do not name their backbone.",
+            note="Exact in tiles.",
+            follows="Zhang et al. 2018, version 0.1, VGG-16",
+            deviates="UltraFlux and Diffusion-4K name no backbone.",
             weights=Weights(
                 "lpips/vgg16-397923af.pth",
                 "528 MiB",
@@ -66,6 +68,8 @@ LPIPS_ALEX = MetricFamily(
             "lpips/alex-v0.1/v1",
             "pair",
             note="Exact in tiles.",
+            follows="Zhang et al. 2018, version 0.1, AlexNet",
+            deviates="UltraFlux and Diffusion-4K name no backbone.",
             weights=Weights(
                 "lpips/alexnet-owt-7be5be79.pth",
                 "233 MiB",

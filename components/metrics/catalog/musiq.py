@@ -26,6 +26,8 @@ MUSIQ = MetricFamily(
             "native pixels and two smaller scales",
             "musiq/koniq/v1",
             "image",
+            follows="Ke et al. 2021, checkpoint of KonIQ",
+            deviates="UltraFlux states no checkpoint; Diffusion-4K, table 1, neither.",
             note="All native 32 px patches, and copies with longer edges of 384 and 224 px.",
             weights=Weights(
                 "musiq/musiq_koniq_ckpt-e95806b9.pth",

@@ -27,7 +27,8 @@ NIQE = MetricFamily(
             "native pixels in 96 px blocks, and half the size",
             "niqe/pris36-96-float64/v1",
             "image",
-            note="Mittal et al. 2013: distance to the statistics of undistorted photographs, which "
+            follows="Mittal et al. 2013, the released parameters",
+            note="Distance to the statistics of undistorted photographs, which "
             "were far smaller than 4K.",
             weights=Weights(
                 "niqe/niqe_modelparameters.mat",

@@ -24,8 +24,8 @@ PIQE = MetricFamily(
             "native pixels in 16 px blocks",
             "piqe/matlab-float64/v1",
             "image",
-            note="Venkatanath et al. 2015: how distorted the blocks with detail are; a picture "
-            "without any has 100.",
+            follows="Venkatanath et al. 2015, as MATLAB's",
+            note="How distorted the blocks with detail are; a picture without any has 100.",
             decimals=2,
         ),
     ),

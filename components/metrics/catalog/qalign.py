@@ -31,6 +31,8 @@ QALIGN = MetricFamily(
             "448 px",
             "qalign/one-align/v1",
             "image",
+            follows="Wu et al. 2023, released checkpoint, quality",
+            deviates="UltraFlux states neither checkpoint nor task for its column.",
             weights=hub("one-align", "q-future/one-align", "about 16 GB", "MIT"),
         ),
     ),

@@ -44,8 +44,9 @@ GLCM = MetricFamily(
             "native pixels of the top-left square",
             "glcm/diffusion4k/v1",
             "image",
-            note="Diffusion-4K's released code; the entropy of the distinct values of the whole "
-            "matrix, which is not the textbook GLCM entropy.",
+            note="The entropy of the distinct values of the whole matrix, which is not the "
+            "textbook GLCM entropy.",
+            follows="Diffusion-4K, section 3.1, as its released code computes it",
         ),
         MetricCard(
             "glcm_entropy_bits",
@@ -55,7 +56,8 @@ GLCM = MetricFamily(
             "native pixels of the top-left square",
             "glcm-entropy/haralick64/v1",
             "image",
-            note="-sum p log2 p of the co-occurrence probabilities (Haralick 1973), mean over 16 "
+            follows="Haralick 1973, at the offsets of Diffusion-4K, section 3.1",
+            note="-sum p log2 p of the co-occurrence probabilities, mean over 16 "
             "matrices and all 64 px patches; 0 to 12.",
         ),
     ),
@@ -72,6 +74,7 @@ COMPRESSION = MetricFamily(
             NATIVE,
             "jpeg95-420/v1",
             "image",
+            follows="Diffusion-4K, section 3.1: JPEG at quality 95, as its released code saves it",
             note="Raw bytes over JPEG bytes (quality 95, 4:2:0); for a set, sum over sum. "
             "Lower means more detail, and noise counts as detail.",
             decimals=2,
@@ -90,6 +93,8 @@ TEXTURE = MetricFamily(
             NATIVE,
             "entropy/gray256/v1",
             "image",
+            follows="UltraFlux, supplement, section 2.1",
+            deviates="The paper does not say of which channel.",
         ),
         MetricCard(
             "flat_fraction",
@@ -99,6 +104,7 @@ TEXTURE = MetricFamily(
             "native pixels in 240 px patches",
             "flat/sobel-var800/v1",
             "image",
+            follows="UltraFlux, supplement, section 2.1: 240 px patches, Sobel variance below 800",
             note="Not measurable where the image holds no full 240 px patch.",
         ),
     ),
@@ -115,7 +121,8 @@ APPEARANCE = MetricFamily(
             NATIVE,
             "laplacian4/gray8/v1",
             "image",
-            note="Variance of the 4-neighbour Laplacian; noise counts as sharpness.",
+            follows="variance of the 4-neighbour Laplacian, of no paper that is compared here",
+            note="Noise counts as sharpness.",
             decimals=1,
         ),
         MetricCard(
@@ -126,7 +133,7 @@ APPEARANCE = MetricFamily(
             NATIVE,
             "hasler-suesstrunk/v1",
             "image",
-            note="Hasler and Süsstrunk 2003.",
+            follows="Hasler and Süsstrunk 2003",
             decimals=2,
         ),
     ),

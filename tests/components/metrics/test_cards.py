@@ -67,3 +67,22 @@ def test_a_published_column_compares_only_under_an_equal_protocol_id() -> None:
     detail = table_of_suite("detail")
     assert detail is not None
     assert comparisons(detail).startswith("Equal protocol ids: GLCM score")
+
+
+def test_every_card_says_what_it_is_after_and_the_papers_what_deviates() -> None:
+    from components.metrics.paper_tables import TABLES
+
+    assert [c.id for c in CARDS if not c.follows] == []
+    unstated = {
+        field.measure
+        for table in TABLES
+        for field in table.fields
+        if table.filling == "evaluation" and not field.protocol
+    }
+    assert [name for name in unstated if not card(name).deviates] == []
+    # A column with our protocol id is one whose script our card follows.
+    for table in TABLES:
+        for field in table.fields:
+            if field.protocol:
+                assert card(field.measure).protocol == field.protocol
+                assert "Diffusion-4K" in card(field.measure).follows
