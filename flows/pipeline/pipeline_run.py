@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Literal
 import yaml
 
 from components.files.weight_folders import file_digest
-from components.settings.schema import load_settings
+from components.settings.schema import Settings, load_settings
 from flows import environment
 from flows.pipeline.preflight import PipelineRefused, preflight
 from flows.pipeline.rehearsal import RehearsalFailed, rehearse_if_due
@@ -43,6 +43,7 @@ from flows.running.console import PipelineConsole
 from flows.running.dvc_repro import DvcRunner
 from flows.running.graph_walk import Report, walk_graph
 from flows.running.stage_runner import StageOutcome, StageRunner, stopping_on_signals
+from flows.running.warm_start import WarmStart
 from flows.services.prefect_connection import API_URL, connect_to_prefect
 from flows.tracking.uploader import UploaderProcess
 from flows.versioning import graph as versioning
@@ -141,6 +142,7 @@ def _run_pipeline(
     # Only once the record is there: the pipeline's run has to exist before its stages' runs.
     uploader = UploaderProcess(root)
     runner: StageRunner
+    warm = None
     if remote_data:
         remote_pool_runner = importlib.import_module("flows.pools.remote_pool_runner")
         runner = remote_pool_runner.RemotePoolRunner(
@@ -152,6 +154,9 @@ def _run_pipeline(
             root, graph, parent_record=record.record_id, stale=stale, force=force
         )
     else:
+        to_run = graph if force else stale
+        # One stage imports by itself what it needs, in the same time.
+        warm = _warm_start(root, settings, to_run) if len(to_run) > 1 else None
         runner = DvcRunner(
             root,
             graph,
@@ -160,6 +165,7 @@ def _run_pipeline(
             cpus=cpus,
             force=force,
             held=(held,),
+            warm=warm,
         )
     interrupted = False
     outcomes: dict[str, StageOutcome] = {}
@@ -177,6 +183,8 @@ def _run_pipeline(
 
                 console.console.print("Starting the Prefect server")
                 stack.enter_context(embedded_prefect(root))
+            if warm is not None:
+                stack.callback(warm.close)
             stack.enter_context(console)
             stack.enter_context(stopping_on_signals(runner))
             outcomes.update(_run(engine, runner, report))
@@ -200,6 +208,11 @@ def _run_pipeline(
     if not uploader.drain():
         console.console.print("MLflow does not answer: send it later with `ultraflux sync`")
     return summary
+
+
+def _warm_start(root: Path, settings: Settings, stages: Collection[str]) -> WarmStart:
+    runtime = settings.runtime
+    return WarmStart(root, stages, offline=runtime.offline, torch_threads=runtime.torch_threads)
 
 
 def _graph_and_stale_elsewhere(

@@ -27,6 +27,7 @@ from flows.running.guarded_process import GRACE_S, GuardedProcess
 from flows.running.recorded_stage import FORCED, OUTCOME_FILE, PARENT_RECORD, PREFECT_RUN
 from flows.running.shared_turns import shared_turn
 from flows.running.stage_runner import OutcomeStatus, StageOutcome, interrupted
+from flows.running.warm_start import WarmStart
 from flows.versioning import graph as versioning
 
 TIMEOUT_STEP_S = 5.0
@@ -78,6 +79,7 @@ class DvcRunner:
         cpus: int | None = None,
         force: bool = False,
         held: Sequence[int] = (),
+        warm: WarmStart | None = None,
     ) -> None:
         """Prepare for the stages of `graph`.
 
@@ -90,6 +92,7 @@ class DvcRunner:
             cpus: cores to hand out (default: all of this machine).
             force: run stages even when nothing changed.
             held: descriptor of the clone's lock, which the processes are to hold too.
+            warm: has the imports of the stages; None: each process imports for itself.
         """
         self.root = root
         self.graph = graph
@@ -97,6 +100,7 @@ class DvcRunner:
         self.force = force
         self.parent_record = parent_record
         self._held = tuple(held)
+        self._warm = warm
         self._slots = CpuSlots(cpus or os.cpu_count() or 1)
         self._running: dict[str, GuardedProcess] = {}
         # Reentrant: a signal handler calls `stop` in a thread that may hold it.
@@ -232,6 +236,7 @@ class DvcRunner:
                     output=output,
                     held=(*self._held, lock),
                     grace_s=grace_s,
+                    warm=self._warm,
                 )
                 self._running[name] = process
         try:

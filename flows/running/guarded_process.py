@@ -25,7 +25,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from flows.running.warm_start import WarmProcess, WarmStart
 
 GRACE_S = 5.0
 LAUNCHER = "ULTRAFLUX_LAUNCHER"
@@ -46,6 +49,7 @@ class GuardedProcess:
         output: IO[bytes] | int | None = None,
         held: Sequence[int] = (),
         grace_s: float = GRACE_S,
+        warm: WarmStart | None = None,
     ) -> None:
         """Start `command`.
 
@@ -56,29 +60,53 @@ class GuardedProcess:
             output: where its standard output and error go (default: inherited).
             held: file descriptors (locks) that the launcher keeps open until the group is gone.
             grace_s: between SIGTERM and SIGKILL, for processes that save their state meanwhile.
+            warm: has the imports of `command`, which is `dvc`, and forks the launcher.
         """
         self.cwd = cwd
         read_end, write_end = os.pipe()
-        os.set_inheritable(read_end, True)
-        # By its path: the command's folder may be a clone with other code, or none.
-        launcher = Path(__file__).resolve()
+        process: subprocess.Popen[bytes] | WarmProcess | None = None
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, str(launcher), str(read_end), str(grace_s), *command],
-                cwd=cwd,
-                env=dict(env) if env is not None else None,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output is not None else None,
-                pass_fds=(read_end, *held),
-                # Out of the terminal's group: Ctrl-C reaches the asking process alone, which then
-                # stops its stages in order.
-                start_new_session=True,
+            if warm is not None and env is not None and output is not None:
+                process = warm.launch(
+                    command,
+                    cwd=cwd,
+                    env=env,
+                    output=output if isinstance(output, int) else output.fileno(),
+                    pipe=read_end,
+                    held=held,
+                    grace_s=grace_s,
+                )
+            self._process = process or self._started(
+                command, cwd, env, output, (read_end, *held), grace_s
             )
         finally:
             # Held here it would keep the pipe's reading side open; only the launcher watches it.
             os.close(read_end)
         self._write_end: int | None = write_end
+
+    @staticmethod
+    def _started(
+        command: Sequence[str],
+        cwd: Path,
+        env: Mapping[str, str] | None,
+        output: IO[bytes] | int | None,
+        passed: tuple[int, ...],
+        grace_s: float,
+    ) -> subprocess.Popen[bytes]:
+        """The launcher as a new program; `passed` begins with the pipe's read end."""
+        return subprocess.Popen(
+            # By its path: the command's folder may be a clone with other code, or none.
+            [sys.executable, str(Path(__file__).resolve()), str(passed[0]), str(grace_s), *command],
+            cwd=cwd,
+            env=dict(env) if env is not None else None,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output is not None else None,
+            pass_fds=passed,
+            # Out of the terminal's group: Ctrl-C reaches the asking process alone, which then
+            # stops its stages in order.
+            start_new_session=True,
+        )
 
     @property
     def pid(self) -> int:
@@ -119,7 +147,7 @@ class GuardedProcess:
             self._write_end = None
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent ends (Linux)."""
     import ctypes
 
@@ -148,7 +176,74 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True, name="end-with-launcher").start()
 
 
-def _stop_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
+class Forked:
+    """A forked child, asked as `subprocess.Popen` is."""
+
+    def __init__(self, pid: int) -> None:
+        """The child `pid` of this process."""
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+class Stages(Protocol):
+    """Children of a launcher beside its command."""
+
+    def fds(self) -> list[int]:
+        """Descriptors that say something for `handle`."""
+
+    def handle(self, fd: int) -> None:
+        """See to what came in."""
+
+    def answer(self) -> None:
+        """See to those that have ended."""
+
+
+def guard(
+    pipe: int, grace_s: float, command: Forked | subprocess.Popen[bytes], stages: Stages | None
+) -> int:
+    """Watch over a launcher's command until it ends; its exit code as a shell says it.
+
+    Args:
+        pipe: read end of the pipe of the asking process; when it closes, the group is stopped.
+        grace_s: between SIGTERM and SIGKILL.
+        command: the launcher's child.
+        stages: children beside it; None: there cannot be any.
+    """
+    # So that one poll waits for all: the command's end, the asking process's, and what stages say.
+    command_fd = os.pidfd_open(command.pid)
+    try:
+        while command.poll() is None:
+            others = [] if stages is None else stages.fds()
+            poller = select.poll()
+            for fd in (pipe, command_fd, *others):
+                poller.register(fd, select.POLLIN | select.POLLHUP)
+            ready = [fd for fd, _ in poller.poll()]
+            if pipe in ready:
+                _stop_group(command, grace_s, stages)
+            if stages is not None:
+                stages.answer()
+                # Of those that have not ended just now.
+                for fd in set(ready) & set(stages.fds()):
+                    stages.handle(fd)
+    finally:
+        # In a child that is forked here, too.
+        os.close(command_fd)
+    code = command.returncode
+    assert code is not None
+    return code if code >= 0 else 128 - code
+
+
+def _stop_group(
+    child: Forked | subprocess.Popen[bytes], grace_s: float, stages: Stages | None
+) -> None:
     """SIGTERM everybody in this group but the launcher, then SIGKILL what is left.
 
     `dvc`, the child, ends at once; the stage below it may be saving its state.
@@ -158,6 +253,8 @@ def _stop_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
     os.killpg(0, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
     while time.monotonic() < deadline:
+        if stages is not None:
+            stages.answer()
         # The child has to be reaped as well: DVC takes the process of a lock for alive while its
         # entry is there.
         if child.poll() is not None and not _others():
@@ -190,21 +287,12 @@ def main(arguments: Sequence[str]) -> int:
     pipe, grace_s, command = int(arguments[0]), float(arguments[1]), list(arguments[2:])
     # An asking process that ignores SIGINT must not hand that on to training processes.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ[LAUNCHER] = str(os.getpid())
     # The command gets neither the pipe nor the locks: a grandchild that stays behind would keep
     # them.
-    os.environ[LAUNCHER] = str(os.getpid())
-    child = subprocess.Popen(command, close_fds=True, preexec_fn=_die_with_parent)
-    # So that one poll waits for both: the command's end and the asking process's.
-    child_fd = os.pidfd_open(child.pid)
-    poller = select.poll()
-    poller.register(pipe, select.POLLIN | select.POLLHUP)
-    poller.register(child_fd, select.POLLIN)
-    while child.poll() is None:
-        if any(fd == pipe for fd, _ in poller.poll()):
-            _stop_group(child, grace_s)
-    code = child.returncode
-    # As a shell says it: killed by signal 9 is 137.
-    return code if code >= 0 else 128 - code
+    return guard(
+        pipe, grace_s, subprocess.Popen(command, close_fds=True, preexec_fn=die_with_parent), None
+    )
 
 
 if __name__ == "__main__":

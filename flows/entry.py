@@ -1,0 +1,36 @@
+"""The program `ultraflux`: a stage that the launcher above can fork, or the command line.
+
+Below a pipeline run `ultraflux stage run NAME` begins in milliseconds: nothing is imported here
+that is not needed to ask for the fork (flows/running/warm_start.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+
+def main() -> None:
+    """Entry point."""
+    if sys.argv[1:3] == ["stage", "run"]:
+        from flows.running.warm_start import ask_launcher
+
+        code = ask_launcher([sys.executable, *sys.argv])
+        if code is not None:
+            _end(code)
+    from flows import cli
+
+    cli.main()
+
+
+def _end(code: int) -> None:
+    """End as the stage did, also where a signal ended it."""
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
