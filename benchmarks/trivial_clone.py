@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -36,6 +38,27 @@ def run(context: StageContext) -> StageResult:
 '''
 
 
+def copy_files(target: Path, wanted: Callable[[str], bool]) -> None:
+    """Copy the working tree's files that are `wanted` by name, with what Python has compiled.
+
+    Bytecode is valid there too, since Python goes by the source's time and size: a clone that runs
+    its own code need not compile it again.
+    """
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        source = ROOT / name
+        if not wanted(name) or not source.is_file():
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target / name)
+        compiled = Path(importlib.util.cache_from_source(str(source)))
+        if source.suffix == ".py" and compiled.is_file():
+            place = target / compiled.relative_to(ROOT)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy2(compiled, place)
+
+
 def trivial_clone(folder: Path, stages: int) -> Path:
     """`folder`/clone with the files of the working tree; its dvc.yaml is a chain of `stages`.
 
@@ -43,13 +66,7 @@ def trivial_clone(folder: Path, stages: int) -> Path:
     modules are in it.
     """
     clone = folder / "clone"
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in names.split("\0"):
-        wanted = name and Path(name).suffix not in {".jpg", ".png"} and name != "dvc.lock"
-        if wanted and (ROOT / name).is_file():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, clone / name)
+    copy_files(clone, lambda name: Path(name).suffix not in {".jpg", ".png"} and name != "dvc.lock")
     graph = {}
     source = "data/sample/README.md"
     for number in range(stages):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import ipaddress
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -142,27 +140,12 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes clones of this project: `clone(name, {"vae.steps": 2}, photos=[...])`."""
 
     def make(name: str, settings: dict[str, Any], photos: Sequence[str] | None = None) -> Path:
+        import trivial_clone
+
         target = tmp_path_factory.mktemp("clones") / name
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=ROOT,
-            capture_output=True,
-            check=True,
+        trivial_clone.copy_files(
+            target, lambda file: not file.startswith("tests/") and file != "dvc.lock"
         )
-        for file in listed.stdout.decode().split("\0"):
-            source = ROOT / file
-            left_out = file.startswith("tests/") or file == "dvc.lock"
-            if not file or left_out or not source.is_file():
-                continue
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target / file)
-            # Valid there too, since Python goes by the source's time and size: a clone that runs
-            # its own code need not compile it again.
-            compiled = Path(importlib.util.cache_from_source(str(source)))
-            if source.suffix == ".py" and compiled.is_file():
-                place = target / compiled.relative_to(ROOT)
-                place.parent.mkdir(exist_ok=True)
-                shutil.copy2(compiled, place)
         small_project.change_settings(target, settings)
         if photos is not None:
             small_project.keep_photos(target, photos)

@@ -52,6 +52,7 @@ ROOMS = (
     "flows.experiments",
     "flows.commands",
     "flows.cli",
+    "flows.entry",
 )
 """From the ground up: a module imports its own room and those above it in this list."""
 LARGEST_FOLDER = 15

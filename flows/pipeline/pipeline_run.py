@@ -45,6 +45,7 @@ from flows.running.graph_walk import Report, walk_graph
 from flows.running.stage_runner import StageOutcome, StageRunner, stopping_on_signals
 from flows.running.warm_start import WarmStart
 from flows.services.prefect_connection import API_URL, connect_to_prefect
+from flows.services.status import unsent_records
 from flows.tracking.uploader import UploaderProcess
 from flows.versioning import graph as versioning
 from flows.versioning.clone import Clone
@@ -135,6 +136,8 @@ def _run_pipeline(
             except RehearsalFailed as problem:
                 raise PipelineRefused(str(problem)) from None
     close_ownerless(root)
+    if not (stale or force or engine == "pools" or unsent_records(root)):
+        return _nothing_to_do(root, graph, started)
     record = open_record(root, _description(root, engine))
     own_record(root, record.record_id)
     # Now, not at the end: the clone may be edited while stages run.
@@ -208,6 +211,15 @@ def _run_pipeline(
     if not uploader.drain():
         console.console.print("MLflow does not answer: send it later with `ultraflux sync`")
     return summary
+
+
+def _nothing_to_do(
+    root: Path, graph: dict[str, versioning.StageNode], started: float
+) -> PipelineSummary:
+    """Say of every stage that it is as before; without a server, and nothing worth a record."""
+    runner = DvcRunner(root, graph, parent_record=None, stale={})
+    outcomes = walk_graph(runner, PipelineConsole(runner).report)
+    return PipelineSummary(outcomes, time.monotonic() - started)
 
 
 def _warm_start(root: Path, settings: Settings, stages: Collection[str]) -> WarmStart:

@@ -25,16 +25,46 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from flows.running.warm_start import WarmProcess, WarmStart
+from typing import IO, Protocol
 
 GRACE_S = 5.0
 LAUNCHER = "ULTRAFLUX_LAUNCHER"
 """Process id of the launcher, in the environment of what it runs."""
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
+
+
+class Launcher(Protocol):
+    """A launcher that runs, however it was started; as `subprocess.Popen`."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Exit code of its command, None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: still running after `timeout` seconds.
+        """
+
+
+class LauncherForks(Protocol):
+    """Forks launchers (`flows.running.warm_start`)."""
+
+    def launch(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        output: int,
+        pipe: int,
+        held: Sequence[int],
+        grace_s: float,
+    ) -> Launcher | None:
+        """A launcher for `command`; None: it has to be started."""
 
 
 class GuardedProcess:
@@ -49,7 +79,7 @@ class GuardedProcess:
         output: IO[bytes] | int | None = None,
         held: Sequence[int] = (),
         grace_s: float = GRACE_S,
-        warm: WarmStart | None = None,
+        warm: LauncherForks | None = None,
     ) -> None:
         """Start `command`.
 
@@ -64,7 +94,7 @@ class GuardedProcess:
         """
         self.cwd = cwd
         read_end, write_end = os.pipe()
-        process: subprocess.Popen[bytes] | WarmProcess | None = None
+        process: Launcher | None = None
         try:
             if warm is not None and env is not None and output is not None:
                 process = warm.launch(

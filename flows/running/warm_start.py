@@ -20,12 +20,15 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import secrets
+import select
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -106,19 +109,29 @@ def run_role(role: Callable[[], int]) -> int:
 
 
 class WarmProcess:
-    """A launcher that was forked, asked as `subprocess.Popen` is."""
+    """A launcher that was forked, asked as `subprocess.Popen` is; by several threads at a time."""
 
     def __init__(self, pid: int, answers: socket.socket) -> None:
         """The launcher `pid`, which sends its exit code over `answers` before it ends."""
         self.pid = pid
-        self.returncode: int | None = None
         self._answers = answers
+        self._code: int | None = None
+        self._lock = threading.Lock()
+        try:
+            self._running: int | None = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._running = None
+
+    def __del__(self) -> None:
+        if self._running is not None:
+            os.close(self._running)
 
     def poll(self) -> int | None:
         """Exit code, None while it runs."""
-        with suppress(subprocess.TimeoutExpired):
-            self.wait(0.0)
-        return self.returncode
+        try:
+            return self.wait(0.0)
+        except subprocess.TimeoutExpired:
+            return None
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the exit code.
@@ -126,20 +139,18 @@ class WarmProcess:
         Raises:
             subprocess.TimeoutExpired: still running after `timeout` seconds.
         """
-        if self.returncode is None:
-            # Zero would make the socket non-blocking, which is told by another exception.
-            self._answers.settimeout(timeout if timeout is None else max(timeout, 1e-3))
-            try:
+        if self._running is not None:
+            poller = select.poll()
+            poller.register(self._running, select.POLLIN)
+            if not poller.poll(None if timeout is None else 1000 * timeout):
+                raise subprocess.TimeoutExpired(f"launcher {self.pid}", timeout or 0.0)
+        with self._lock:
+            if self._code is None:
                 said = self._answers.recv(64)
-            except TimeoutError:
-                raise subprocess.TimeoutExpired(f"launcher {self.pid}", timeout or 0.0) from None
-            # It says nothing when it was killed.
-            self.returncode = int(said) if said else -signal.SIGKILL
-            # Its locks are free once it has ended.
-            self._answers.settimeout(None)
-            self._answers.recv(64)
-            self._answers.close()
-        return self.returncode
+                # It says nothing when it was killed.
+                self._code = int(said) if said else -signal.SIGKILL
+                self._answers.close()
+            return self._code
 
 
 class WarmStart:
@@ -211,6 +222,7 @@ class WarmStart:
         if not pid:
             answers.close()
             return None
+        answers.settimeout(None)
         return WarmProcess(int(pid), answers)
 
     def close(self) -> None:
@@ -394,9 +406,8 @@ def _stage(asked: Mapping[str, Any], streams: Sequence[int]) -> int:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = list(asked["words"])[1:]
-    from flows import cli
-
-    cli.main()
+    # The program that asks, which finds no launcher this time.
+    runpy.run_path(sys.argv[0], run_name="__main__")
     return 0
 
 

@@ -31,6 +31,16 @@ class Victim:
     process: psutil.Process
 
 
+def command_words(process: psutil.Process) -> list[str]:
+    """A process's command line, also of one that was forked and has written its own over another's.
+
+    Raises:
+        psutil.Error: it has ended.
+    """
+    words = [word for word in process.cmdline() if word]
+    return words[0].split() if len(words) == 1 else words
+
+
 def kind_of(words: list[str]) -> tuple[str, str] | None:
     """Kind and name of a process by its command line; None: of no kind that a drill kills."""
     joined = f" {' '.join(words)} "
@@ -97,6 +107,6 @@ def victims(token: str, clones: Iterable[Path]) -> list[Victim]:
     found = []
     for process in marked(token, clones):
         with suppress(psutil.Error):
-            if (kind := kind_of(process.cmdline())) is not None:
+            if (kind := kind_of(command_words(process))) is not None:
                 found.append(Victim(*kind, process))
     return sorted(found, key=lambda one: one.process.pid)
