@@ -72,7 +72,7 @@ def _laion_aesthetics(files: tuple[Path, ...], digest: str, device: str) -> Metr
 
 
 def _clip_family(
-    metric_id: str, name: str, protocol: str, weights: Weights, **more: str
+    metric_id: str, name: str, protocol: str, weights: Weights, *, follows: str, deviates: str
 ) -> MetricFamily:
     return MetricFamily(
         cards=(
@@ -87,7 +87,8 @@ def _clip_family(
                 note="Reads 77 tokens, so the end of a long caption is not seen, and the centre "
                 "square, so the sides of a wide picture are not.",
                 weights=weights,
-                **more,
+                follows=follows,
+                deviates=deviates,
             ),
         ),
         opener=_clip_score(metric_id),
