@@ -51,8 +51,16 @@ class EvaluationLock:
     """Fingerprint of `MEASURING` and all that it reaches."""
     version: int = _VERSION
 
-    def differences(self, earlier: EvaluationLock) -> list[str]:
-        """What of an earlier lock does not hold here; metrics that only one has do not count."""
+    def differences(
+        self, earlier: EvaluationLock, *, sampling: bool = True, code: bool = True
+    ) -> list[str]:
+        """What of an earlier lock does not hold here; metrics that only one has do not count.
+
+        Args:
+            earlier: the other lock.
+            sampling: whether systems must have been asked alike.
+            code: whether the code must be the same.
+        """
         found = [
             f"{name} {getattr(self, name)}, was {getattr(earlier, name)}"
             for name in ("suite", "protocol")
@@ -70,9 +78,9 @@ class EvaluationLock:
         found += [
             f"{name} {self.asked.get(name)}, was {earlier.asked.get(name)}"
             for name in sorted(set(self.asked) | set(earlier.asked))
-            if self.asked.get(name) != earlier.asked.get(name)
+            if sampling and self.asked.get(name) != earlier.asked.get(name)
         ]
-        if self.code != earlier.code:
+        if code and self.code != earlier.code:
             found.append(f"code {self.code[:_SHOWN]}, was {earlier.code[:_SHOWN]}")
         return found
 

@@ -20,8 +20,9 @@ from components.evaluation.pages.charts import Series, forest_plot, line_chart
 from components.evaluation.pages.evaluation_files import (
     Evaluation,
     EvaluationIncomplete,
-    read_evaluation,
 )
+from components.evaluation.pages.merged_evaluation import read_together
+from components.evaluation.pages.record_tables import judge_tables, runtime_tables
 from components.evaluation.pages.report_page import (
     RULE_NAMES,
     SCRIPTS,
@@ -42,6 +43,7 @@ from components.evaluation.pages.suite_pictures import (
     build_viewer,
 )
 from components.evaluation.pages.suite_tables import metric_tables
+from components.evaluation.paper_tables.records import read_record
 from components.evaluation.statistics.comparison import Comparison, Refusal
 from components.evaluation.statistics.set_comparison import SetComparison
 from components.evaluation.statistics.worst_cases import WorstCase, by_rank, worst_cases
@@ -70,6 +72,12 @@ class ReportOptions:
     workers: int = 1
     resamples: int = 1000
     seed: int = 0
+    further: tuple[Path, ...] = ()
+    """Folders of further evaluations of the suite, whose systems are compared as well."""
+    judged: tuple[Path, ...] = ()
+    """Folders of `ultraflux judge` that are shown."""
+    timed: tuple[Path, ...] = ()
+    """Folders of the runtime suite that are shown."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,8 @@ class SuiteReport:
 
     html: str
     held: Held
+    verdicts: tuple[str, ...] = ()
+    """A sentence per system against the baseline."""
 
 
 def _item_sources(evaluation: Evaluation, root: Path) -> list[ItemSources]:
@@ -294,7 +304,11 @@ def build_suite_report(
         PicturesDoNotFit: the budget is too small for thumbnails.
         ValueError: an unknown baseline.
     """
-    evaluation = read_evaluation(folder)
+    evaluation = read_together((folder, *options.further))
+    beside = [
+        *judge_tables([read_record(path) for path in options.judged]),
+        *runtime_tables([read_record(path) for path in options.timed]),
+    ]
     systems = evaluation.systems
     if not systems:
         raise EvaluationIncomplete(f"{folder}: no system has pictures; see its metrics.json")
@@ -323,11 +337,13 @@ def build_suite_report(
     }
     measured = set(evaluation.measured)
     paired = _paired(evaluation, baseline, options)
+    verdicts = tuple(verdict_sentence(part, baseline) for part in paired)
     figures = histograms(evaluation)
     sections = [
         ("summary", "Summary", True),
         ("metrics", "Metrics", True),
         ("statistics", "Statistics", bool(paired)),
+        ("beside", "Judge and time", bool(beside)),
         ("gate", "Gate", decision is not None),
         ("worst", "Worst cases", bool(cases)),
         ("images", "Pictures", True),
@@ -348,7 +364,7 @@ def build_suite_report(
             tiles=_tiles(evaluation, baseline, held),
             tables=metric_tables(evaluation),
             paired=paired,
-            verdicts=[verdict_sentence(part, baseline) for part in paired],
+            verdicts=verdicts,
             forests=[forest(part, baseline) for part in paired],
             fixed=fixed,
             column_name=column_name,
@@ -356,6 +372,8 @@ def build_suite_report(
             decision=decision,
             rule_names=RULE_NAMES,
             worst=_worst_groups(cases),
+            prompts={picture["item"]: picture["prompt"] for picture in evaluation.pictures},
+            beside=beside,
             thumbnails=thumbnails,
             image_table=_image_table(evaluation, viewer),
             figures=figures,
@@ -364,4 +382,4 @@ def build_suite_report(
             blocks=embedded.blocks,
         )
     )
-    return SuiteReport(html, held)
+    return SuiteReport(html, held, verdicts)

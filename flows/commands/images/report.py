@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,8 @@ EPILOG = """Examples:
   ultraflux report runs/evaluations/aesthetic-eval-4096
 
   ultraflux report runs/evaluations/detail --baseline flux --decision data/promote/decision.json
+
+  ultraflux report runs/evaluations/new --with runs/evaluations/old --judged judged
 
   ultraflux report runs/evaluations/aspect-ratio --tiles --out /tmp/aspect.html"""
 
@@ -36,6 +39,21 @@ def report(
         bool,
         typer.Option("--tiles", help="Native pixels of all pictures, in a folder beside the page."),
     ] = False,
+    further: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--with",
+            help="Folder of another evaluation of the suite, whose systems are compared too; "
+            "repeatable. Refused where suite, protocols or weights differ.",
+        ),
+    ] = None,
+    judged: Annotated[
+        list[Path] | None, typer.Option(help="Folder of `ultraflux judge`, shown in the page.")
+    ] = None,
+    runtime: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of the runtime suite, shown in the page."),
+    ] = None,
     csv: Annotated[
         Path | None, typer.Option(help="Also every number with its interval, as CSV.")
     ] = None,
@@ -66,6 +84,9 @@ def report(
                 workers=workers,
                 resamples=settings.evaluate.bootstrap_resamples,
                 seed=settings.project.seed,
+                further=tuple(further or ()),
+                judged=tuple(judged or ()),
+                timed=tuple(runtime or ()),
             ),
             None if decision is None else _decision(decision),
         )
@@ -73,7 +94,9 @@ def report(
         raise fail(str(problem)) from None
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, made.html)
-    _export(evaluation, csv, latex)
+    _export((evaluation, *(further or ())), csv, latex)
+    for line in made.verdicts:
+        print(line)
     held = made.held
     print(
         f"{held.thumbnails} pictures, {held.crops} native crops, {held.whole} whole at native "
@@ -82,12 +105,12 @@ def report(
     print(f"Report: {target}")
 
 
-def _export(evaluation: Path, csv: Path | None, latex: Path | None) -> None:
-    from components.evaluation.pages.evaluation_files import read_evaluation
+def _export(evaluations: Sequence[Path], csv: Path | None, latex: Path | None) -> None:
+    from components.evaluation.pages.merged_evaluation import read_together
     from components.evaluation.pages.suite_tables import metric_tables
     from components.evaluation.pages.table_export import as_csv, as_latex
 
-    read = read_evaluation(evaluation)
+    read = read_together(evaluations)
     for path, make in (
         (csv, lambda: as_csv(read)),
         (latex, lambda: as_latex(metric_tables(read))),

@@ -180,3 +180,22 @@ def test_a_row_opens_its_own_picture_and_escape_closes(browser: ModuleType, page
         await tab.wait_for("!document.getElementById('viewer').open")
 
     visit(browser, page, act)
+
+
+def test_the_verdict_and_the_deciding_column_are_seen_at_390_px(
+    browser: ModuleType, page: Path
+) -> None:
+    async def act(tab: Any) -> None:
+        await tab.resize(390, 844)
+        right = await tab.evaluate(
+            "Math.max(...[...document.querySelectorAll('#statistics td.verdict')]"
+            ".map((cell) => cell.firstElementChild.getBoundingClientRect().right))"
+        )
+        assert 0 < right <= 390
+        # The first sentence is inside the first screen, and the page itself does not scroll aside.
+        assert await tab.evaluate(
+            "document.querySelector('p.verdict').getBoundingClientRect().bottom < 844"
+        )
+        assert await tab.evaluate("document.documentElement.scrollWidth <= 390")
+
+    visit(browser, page, act)

@@ -17,14 +17,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from components.evaluation.pages.evaluation_files import EvaluationIncomplete, read_evaluation
 from components.evaluation.pages.report_pictures import PictureChanged, crop_box
 from components.evaluation.pages.suite_pictures import PicturesDoNotFit
-from components.evaluation.pages.suite_report import (
-    EvaluationIncomplete,
-    ReportOptions,
-    build_suite_report,
-    read_evaluation,
-)
+from components.evaluation.pages.suite_report import ReportOptions, build_suite_report
 from components.evaluation.suites.suite_scores import headline
 
 OPTIONS = ReportOptions(resamples=200)
