@@ -198,7 +198,7 @@ def build_flow(
             try:
                 while thread.is_alive() and not gone.is_set():
                     thread.join(JOIN_S)
-                if gone.is_set() or any(isinstance(one, httpx.TransportError) for one in problems):
+                if gone.is_set() or any(map(_is_out_of_reach, problems)):
                     say(
                         f"The Prefect server at {os.environ['PREFECT_API_URL']} has gone: the "
                         "pipeline goes on without it"
@@ -225,6 +225,13 @@ def build_flow(
         return outcomes
 
     return run
+
+
+def _is_out_of_reach(problem: BaseException | None) -> bool:
+    """Whether the server could not be reached; Prefect wraps that where a flow begins."""
+    while problem is not None and not isinstance(problem, httpx.TransportError):
+        problem = problem.__cause__
+    return problem is not None
 
 
 def run_in_prefect(runner: StageRunner, report: Report) -> dict[str, StageOutcome]:

@@ -52,6 +52,7 @@ def up(root: Path, tier: ServedTier) -> list[Service]:
     # Looked for before anything is started, or written down.
     postgres.find_programs()
     with services.up_lock(root):
+        services.end_orphans(root)
         running = {service.name: service for service in services.running_services(root)}
         _check(root, running, tier)
         known = use_served(root, tier)

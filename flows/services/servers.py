@@ -303,6 +303,7 @@ def up(
             (the other is stopped again).
     """
     with up_lock(root):
+        end_orphans(root)
         running = {service.name: service for service in running_services(root)}
         for name, wanted in {"prefect": prefect_port, "mlflow": mlflow_port}.items():
             if name not in running:
@@ -343,8 +344,32 @@ def down(root: Path) -> list[Service]:
     with up_lock(root):
         services = running_services(root)[::-1]
         stop(root, services)
+        end_orphans(root)
         _state(root).unlink(missing_ok=True)
         return services
+
+
+def end_orphans(root: Path) -> None:
+    """Kill what servers that died have left behind, whose workers hold the port of the next one.
+
+    Each was started as the leader of a session, and no number is given anew while a session has it:
+    what is left in one without a leader, and works in this clone, is ours.
+    """
+    dead = {one.pid for one in known_services(root) if not _owns(one) and not _is_alive(one.pid)}
+    left = []
+    for process in psutil.process_iter() if dead else ():
+        with suppress(OSError, psutil.Error):
+            if os.getsid(process.pid) in dead and Path(process.cwd()).is_relative_to(root):
+                process.kill()
+                left.append(process)
+    psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return is_running(psutil.Process(pid))
+    except psutil.Error:
+        return False
 
 
 def stop(root: Path, services: Iterable[Service]) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -442,7 +441,7 @@ def first_line(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.mark.slow
 def test_an_unfinished_training_run_meets_settings_that_have_changed(project, typed) -> None:
-    """Killed, edited and gone on with, through the commands a person types."""
+    """Warned, edited and gone on with, through the commands a person types."""
     copy = project.with_name("edited-run")
     shutil.copytree(project, copy, symlinks=True)
     small_project.change_settings(copy, {"dit_stage1.steps": 500, "dit_stage1.checkpoint_every": 2})
@@ -454,19 +453,20 @@ def test_an_unfinished_training_run_meets_settings_that_have_changed(project, ty
             cwd=copy,
             env=os.environ | {"PYTHONPATH": str(copy)},
             stderr=log,
-            start_new_session=True,
         )
         deadline = time.monotonic() + 240
         while not (state / "checkpoints" / "latest").exists():
             assert process.poll() is None, (copy / "stage.log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()
+        assert process.wait(120) == 130
+    said = (copy / "stage.log").read_text()
     # The pipeline's own run is finished: it stands in nobody's way, and can be gone on from.
-    assert "--continue-from dit_stage1/" in (copy / "stage.log").read_text()
-    # As if each step had taken an hour: too much to be begun again without a word.
+    assert "--continue-from dit_stage1/" in said
     rows = [json.loads(line) for line in (state / "metrics.jsonl").read_text().splitlines()]
+    assert f"error: dit_stage1: interrupted, saved at step {rows[-1]['step']} of 500;" in said
+    # As if each step had taken an hour: too much to be begun again without a word.
     lines = [json.dumps(row | ({"step_s": 3600.0} if "step_s" in row else {})) for row in rows]
     (state / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 

@@ -6,6 +6,8 @@ import json
 import socket
 import stat
 import subprocess
+import sys
+import time
 from pathlib import Path
 from uuid import uuid4
 
@@ -141,6 +143,72 @@ def test_up_gives_two_healthy_servers_again_the_same_ones_and_down_stops_them(to
     assert {service.name for service in stopped} == {"mlflow", "prefect"}
     assert not any(psutil.pid_exists(service.pid) for service in started)
     assert services.running_services(toy) == []
+    assert all(services.port_is_free(port) for port in ports.values())
+
+
+# A server like uvicorn's with workers: the one that listens outlives a kill of its parent.
+LEADER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]])
+time.sleep(600)
+"""
+WORKER = """
+import socket, sys, time
+with socket.socket() as listens:
+    listens.bind(("127.0.0.1", int(sys.argv[1])))
+    listens.listen()
+    time.sleep(600)
+"""
+
+
+def test_workers_of_a_server_that_was_killed_do_not_keep_its_port(
+    toy: Path, tmp_path: Path
+) -> None:
+    def begun(folder: Path) -> tuple[psutil.Process, int]:
+        port = services.free_port()
+        command = [sys.executable, "-c", LEADER, WORKER, str(port), "-m mlflow"]
+        url = f"http://127.0.0.1:{port}"
+        services.remember(toy, services.start_daemon(toy, "mlflow", url, command, {}, cwd=folder))
+        (service,) = services.known_services(toy)
+        deadline = time.monotonic() + 60
+        while services.port_is_free(port):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return psutil.Process(service.pid), port
+
+    leader, port = begun(toy)
+    services.end_orphans(toy)
+    assert not services.port_is_free(port)
+    leader.kill()
+    leader.wait(60)
+    assert not services.port_is_free(port)
+    services.end_orphans(toy)
+    assert services.port_is_free(port)
+    # In another folder it is nobody's of this clone, whatever the number says.
+    foreign, port = begun(tmp_path)
+    family = foreign.children()
+    foreign.kill()
+    foreign.wait(60)
+    assert services.down(toy) == []
+    assert not services.port_is_free(port)
+    for process in family:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_up_repairs_a_server_of_which_one_process_was_killed(toy: Path) -> None:
+    ports = {"prefect_port": services.free_port(), "mlflow_port": services.free_port()}
+    before = {one.name: one for one in services.up(toy, **ports)}
+    try:
+        leaders = [psutil.Process(service.pid) for service in before.values()]
+        for leader in leaders:
+            leader.kill()
+        psutil.wait_procs(leaders, timeout=60)
+        after = services.up(toy, **ports)
+        assert {one.name: one.url for one in after} == {k: v.url for k, v in before.items()}
+        assert not {one.pid for one in after} & {one.pid for one in before.values()}
+    finally:
+        services.down(toy)
     assert all(services.port_is_free(port) for port in ports.values())
 
 
