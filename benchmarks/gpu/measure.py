@@ -1,10 +1,11 @@
 """Speed of the 12B transformer's shape and of the F16 VAE on one GPU: one table in one call.
 
-    python benchmarks/gpu/measure.py [--rows blocks,train,sample,vae] [--json FILE]
+    python benchmarks/gpu/measure.py [--rows blocks,train,sample,adapter,ways,vae] [--json FILE]
     python benchmarks/gpu/measure.py --tiny --device cpu    # runs through anywhere
 
 Random weights, true shapes, 4096x4096 px (16,384 image + 512 text tokens). Transformer rows need
-torch alone (2.11 to 2.15); VAE rows need diffusers and say so where it is missing. Each row is
+torch alone (2.11 to 2.15); rows of adapters, ways and the VAE need diffusers (adapters peft, too)
+and say so where it is missing. Each row is
 isolated (out of memory is a result), warmed up, and given as the median of repeats with the lowest
 and highest. FLOPs are the planner's model FLOPs: forward and backward, without recomputation.
 """
@@ -40,6 +41,7 @@ from block_variants import (  # noqa: E402
     whole_blocks,
 )
 from flux_blocks import Attend, Blocks  # noqa: E402
+from one_card import measure_adapters, measure_ways  # noqa: E402
 
 from components.planning.flops import (  # noqa: E402
     decoder_products,
@@ -50,7 +52,7 @@ from components.planning.flops import (  # noqa: E402
 from components.planning.model_shapes import AutoencoderShape, FluxShape  # noqa: E402
 
 GIB = 2**30
-GROUPS = ("blocks", "train", "sample", "vae")
+GROUPS = ("blocks", "train", "sample", "adapter", "ways", "vae")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Scale:
     vae_widths: tuple[int, ...]
     repeats: int
     sampling_steps: int
+    cached_steps: int
+    """Of an image in the rows of step caches."""
 
     @property
     def tokens(self) -> int:
@@ -75,8 +79,8 @@ class Scale:
         return self.grid**2 + self.text
 
 
-TRUE = Scale(3072, 24, 19, 38, 128, 512, 4096, (128, 256, 512, 512), 5, 50)
-TINY = Scale(64, 2, 2, 2, 4, 4, 64, (16, 16), 2, 2)
+TRUE = Scale(3072, 24, 19, 38, 128, 512, 4096, (128, 256, 512, 512), 5, 50, 20)
+TINY = Scale(64, 2, 2, 2, 4, 4, 64, (16, 16), 2, 2, 6)
 
 
 @dataclass(frozen=True)
@@ -422,6 +426,11 @@ def main() -> None:
         measure_training(bench, attend)
     if "sample" in wanted:
         measure_sampling(bench, attend)
+    forward = blocks_flops(bench.scale, bench.scale.doubles, bench.scale.singles)[0]
+    if "adapter" in wanted:
+        measure_adapters(bench, forward)
+    if "ways" in wanted:
+        measure_ways(bench, forward)
     if "vae" in wanted:
         measure_vae(bench)
     if arguments.json:

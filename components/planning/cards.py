@@ -25,6 +25,7 @@ _TILES = "decoded in tiles"
 _TRAINING: tuple[tuple[Changes, str], ...] = (
     ({}, EXACT),
     ({"offload_activations": True}, EXACT),
+    ({"offload_activations": True, "offload_base": True}, EXACT),
     ({_Q: "int8"}, _INT8),
     ({_Q: "int8", "offload_activations": True}, _INT8),
     ({_Q: "nf4"}, _NF4),

@@ -44,6 +44,7 @@ _DECIDES = (
     "gradient_checkpointing",
     "micro_batch_size",
     "offload_activations",
+    "offload_base",
     "offload_optimizer",
     "optimizer",
     "precision",

@@ -26,7 +26,7 @@ from components.models.backbones import BACKBONES
 from components.models.loading.memory_modes import memory_modes
 from components.planning.fake_gpu import GPU, FakeGpu, fake_gpu
 from components.planning.model_shapes import AutoencoderShape, ClipShape, T5Shape
-from components.planning.rounded import round_fake, wait_on_host
+from components.planning.rounded import frozen_wait_on_host, round_fake, wait_on_host
 from components.planning.stage_memory import CAPTIONS_TOGETHER
 from components.planning.transformer import Transformer
 from components.settings.training import DitStageSettings, ReconstructionSettings
@@ -458,6 +458,8 @@ def trained_network(
         for parameter in model.parameters():
             if not is_quantised(parameter):
                 parameter.data = parameter.data.to(dtype)
+    if stage.offload_base:
+        frozen_wait_on_host(model, GPU)
     enable_activation_checkpointing(
         model, stage.gradient_checkpointing, to_host=stage.offload_activations
     )

@@ -212,16 +212,35 @@ def flux_product_bytes(
 
 
 def flux_activation_bytes(
-    shape: FluxShape, tokens: int, batch: int, precision: Precision, *, checkpointing: Checkpointing
+    shape: FluxShape,
+    tokens: int,
+    batch: int,
+    precision: Precision,
+    *,
+    checkpointing: Checkpointing,
+    not_kept: tuple[int, int] = (0, 0),
 ) -> int:
     """Peak of activations in the backward pass: what blocks keep, and gradients in flight.
 
     With checkpointing every block keeps its input, and one block at a time is repeated;
     `selective` keeps `flux_product_bytes` too. The backward pass comes to the single blocks first,
     when everything of the double ones is still there.
+
+    Args:
+        shape: the transformer.
+        tokens: image and text tokens.
+        batch: samples.
+        precision: of the network.
+        checkpointing: what is kept.
+        not_kept: of a (double, single) block, in widths of a token: what a frozen block keeps less.
     """
     item, stream = ITEM_BYTES[precision], batch * tokens * shape.width
-    double, single = flux_block_bytes(shape, tokens, batch, precision)
+    double, single = (
+        whole - item * stream * less
+        for whole, less in zip(
+            flux_block_bytes(shape, tokens, batch, precision), not_kept, strict=True
+        )
+    )
     # Rotary tables, float32 cos and sin.
     tables = 8 * tokens * shape.attention_head_dim
     # Gradients of the MLP's hidden layer and of the streams; three of them end a single block.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from components.settings.models import Quantisation
@@ -42,6 +43,17 @@ def saved_bytes(transformer: Transformer, kind: Quantisation, item: int) -> int:
         for name, inputs, outputs in transformer.linear_layers()
         if "transformer_blocks." in name
     )
+
+
+def waiting_bytes(transformer: Transformer, kind: Quantisation, item: int) -> int:
+    """What is not on the GPU of frozen blocks that wait on the host: all but the widest one."""
+    blocks: dict[str, int] = {}
+    for name, inputs, outputs in transformer.linear_layers():
+        owner, _, rest = name.partition("transformer_blocks.")
+        if rest:
+            block = owner + rest.partition(".")[0]
+            blocks[block] = blocks.get(block, 0) + layer_bytes(kind, inputs, outputs, item)
+    return sum(blocks.values()) - max(blocks.values(), default=0)
 
 
 def widest_block(transformer: Transformer) -> int:
@@ -151,6 +163,40 @@ def wait_on_host(model: Any, device: Any) -> None:
         for number, block in enumerate(members):
             following = members[number + 1] if number + 1 < len(members) else None
             blocks[number] = _waiting(block, following, device)
+
+
+def frozen_wait_on_host(model: Any, device: Any) -> None:
+    """Likewise the frozen weights of blocks alone (`block_offload.offload_frozen_blocks`).
+
+    A block computes with copies of them; what autograd saves of these lives on as on a GPU.
+    """
+    from torch import nn
+
+    for name in ("transformer_blocks", "single_transformer_blocks"):
+        for block in getattr(model, name, ()):
+            for part in block.modules():
+                for leaf, weights in part._parameters.items():
+                    if weights is not None and not weights.requires_grad:
+                        waiting = weights.detach().to("cpu")
+                        part._parameters[leaf] = nn.Parameter(waiting, requires_grad=False)
+            block.forward = _on_copies(block, device)
+
+
+def _on_copies(block: Any, device: Any) -> Callable[..., Any]:
+    from torch.func import functional_call
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        here = {
+            name: one.to(device) for name, one in block.named_parameters() if not one.requires_grad
+        }
+        # The block's own forward, which the call below looks up.
+        del block.forward
+        try:
+            return functional_call(block, here, args, kwargs)
+        finally:
+            block.forward = forward
+
+    return forward
 
 
 def _waiting(block: Any, following: Any, device: Any) -> nn.Module:

@@ -24,7 +24,12 @@ from components.planning.memory import (
     update_bytes,
 )
 from components.planning.model_shapes import AutoencoderShape
-from components.planning.rounded import saved_bytes, text_saved_bytes, widest_block
+from components.planning.rounded import (
+    saved_bytes,
+    text_saved_bytes,
+    waiting_bytes,
+    widest_block,
+)
 from components.planning.transformer import Transformer
 from components.settings.training import DitStageSettings
 
@@ -262,6 +267,8 @@ def dit_memory(
         # torchao widens a layer's weights for its product, and autograd keeps them for the block
         # that is repeated; bitsandbytes widens them anew.
         activations += item * widest_block(transformer) if kind != "nf4" else 0
+    if stage.offload_base:
+        weights -= waiting_bytes(transformer, kind, item)
     if stage.offload_activations:
         activations -= _waiting_bytes(stage, transformer, largest(sizes))
     buffers = communication_bytes(held, gpus, stage.precision, stage.zero_stage)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from components.models.backbones import BACKBONES
 from components.planning.flops import Flops, flux_flops
 from components.planning.memory import ITEM_BYTES, TrainedTensors, flux_activation_bytes
-from components.planning.model_shapes import Networks
+from components.planning.model_shapes import MLP_RATIO, Networks
 from components.settings.schema import Settings
 from components.settings.training import AdapterSettings, Checkpointing, DitStageSettings
 
@@ -85,6 +85,7 @@ class Transformer:
             stage.micro_batch_size,
             stage.precision,
             checkpointing=policy,
+            not_kept=_not_kept(stage.adapter) if policy != "selective" else (0, 0),
         )
         if stage.adapter is not None and policy == "selective":
             # Its products are kept, too.
@@ -211,3 +212,16 @@ class Transformer:
         if stage.gradient_checkpointing == "selective":
             return held, flops, scale * (inputs + products + saved // blocks)
         return held, flops, scale * saved
+
+
+def _not_kept(adapter: AdapterSettings | None) -> tuple[int, int]:
+    """What a (double, single) block keeps less with a frozen base, in widths of a token.
+
+    A linear layer keeps its input for its own gradient alone. Most inputs are kept for something
+    else as well; those of the last projections are not.
+    """
+    if adapter is None:
+        return 0, 0
+    last_of_mlp = adapter.is_target("ff.net.2") or adapter.is_target("ff_context.net.2")
+    joint = adapter.is_target("proj_out")
+    return (0 if last_of_mlp else MLP_RATIO), (0 if joint else MLP_RATIO + 1)

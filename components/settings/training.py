@@ -229,6 +229,10 @@ class DitStageSettings(Section):
     offload_activations: Annotated[bool, CHANGES_NO_WEIGHT] = False
     """Inputs of checkpointed blocks wait in host memory between forward and backward: copies, so
     results are the same. Needs gradient_checkpointing."""
+    offload_base: Annotated[bool, CHANGES_NO_WEIGHT] = False
+    """The frozen weights of blocks wait in host memory and come to the GPU block by block, forward
+    and backward: copies, so results are the same. Needs an adapter, gradient_checkpointing 'blocks'
+    and zero_stage 0 to 2; not with a base in nf4."""
     optimizer: Optimizer
     """`adamw_8bit` (extra `gpu`) keeps AdamW's moments in 8 bits. `adafactor` keeps a value per row
     and column in place of moments; `muon` orthogonalises a momentum of hidden matrices and leaves
@@ -325,6 +329,14 @@ class DitStageSettings(Section):
             raise ValueError(
                 "offload_activations takes what gradient_checkpointing 'blocks' keeps to the host, "
                 f"and gradient_checkpointing is {self.gradient_checkpointing!r}"
+            )
+        if self.offload_base and (
+            self.adapter is None or self.gradient_checkpointing != "blocks" or self.zero_stage == 3
+        ):
+            raise ValueError(
+                "offload_base lets frozen weights wait on the host: it needs an adapter (here "
+                f"{'one' if self.adapter else 'none'}), gradient_checkpointing 'blocks' (here "
+                f"{self.gradient_checkpointing!r}) and zero_stage 0 to 2 (here {self.zero_stage})"
             )
         if self.offload_optimizer == "cpu" and self.zero_stage < 2:
             raise ValueError(

@@ -95,10 +95,19 @@ def test_the_script_runs_through_on_a_cpu(root, tmp_path):
     rows = json.loads(path.read_text())["rows"]
     failed = [row for row in rows if "failed" in row["note"] or row["note"] == "OOM"]
     assert not failed
-    assert {row["group"] for row in rows} == {"blocks", "train", "sample", "vae"}
+    groups = ["blocks", "train", "sample", "adapter", "ways", "vae"]
+    assert list(dict.fromkeys(row["group"] for row in rows)) == groups
     missing = {row["what"] for row in rows if row["seconds"] is None}
     assert missing <= {
+        *(f"sampling step, attention {name}" for name in ("flash", "flash_3", "cudnn", "sage")),
         "forward, FA3",
         "forward + backward, FA3",
         "forward, fp8 linears (approximate)",
     }
+    notes = {row["what"]: row["note"] for row in rows}
+    # Of ways that change nothing, and of those that do.
+    assert notes["sampling step, block-offload"] == "error 0.0e+00"
+    assert 0 < float(notes["sampling step, nf4 weights"].removeprefix("error ")) < 0.2
+    assert notes["6 steps, exact"].startswith("24 of 24 blocks; error 0.0")
+    assert notes["6 steps, taylorseer"].startswith("16 of 24 blocks")
+    assert "needs a CUDA GPU" in notes["sampling step, attention sage"]

@@ -59,6 +59,8 @@ def training_problem(kind: Quantisation, stage: DitStageSettings) -> str | None:
     name = f"models.transformer.quantisation {kind}"
     if stage.adapter is None:
         return f"{name} freezes the weights, and adapter null trains them: set an adapter, or none"
+    if kind == "nf4" and stage.offload_base:
+        return f"{name} has scales that offload_base does not move: use int8, fp8 or none"
     if stage.zero_stage == 3:
         return f"{name} cannot be divided over ranks: use zero_stage 0, 1 or 2, not 3"
     return None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from components.models.backbones import BACKBONES, backbone_of, check_stores
 from components.models.loading.block_compile import compile_blocks
+from components.models.loading.block_offload import offload_frozen_blocks
 from components.settings.training import DitStageSettings
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.divergence import DivergenceGuard
@@ -360,6 +361,9 @@ def _network(job: DitJob, data: TrainingData, ranks: Ranks) -> nn.Module:
         _freeze_rounded(job, data, model, ranks)
     if settings.adapter is not None:
         add_adapter(model, settings.adapter, job.seed)
+    if settings.offload_base:
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        offload_frozen_blocks(model, ranks.device, dtype)
     enable_activation_checkpointing(
         model, settings.gradient_checkpointing, to_host=settings.offload_activations
     )

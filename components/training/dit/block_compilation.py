@@ -42,6 +42,8 @@ def compilation_problem(stage: DitStageSettings, runtime: RuntimeSettings) -> st
             f"{_SETTING}: gradient_checkpointing 'selective' cannot see into compiled blocks; use "
             "'blocks' or 'none'"
         )
+    if stage.offload_base:
+        return f"{_SETTING}: offload_base exchanges weights between calls; use one of the two"
     if runtime.context_parallel_degree > 1:
         return f"{_SETTING}: use it with runtime.context_parallel_degree 1"
     return None

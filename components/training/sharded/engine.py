@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from components.models.loading.block_offload import waits_on_host
 from components.models.loading.quantisation import is_quantised
 from components.settings.training import DitStageSettings
 from components.training.distributed.engine_limits import BUCKET_ELEMENTS
@@ -157,8 +158,8 @@ def _rounded(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """
     given = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and is_quantised(parameter):
-            # On its device already, in 8 or 4 bits.
+        if not parameter.requires_grad and (is_quantised(parameter) or waits_on_host(parameter)):
+            # In its final form already, in 8 or 4 bits, or where its block leaves it.
             continue
         if parameter.requires_grad:
             given[name] = parameter.detach()
@@ -168,14 +169,14 @@ def _rounded(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
 
 @contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Inside the block no cast, move or broadcast reaches layers whose weights are rounded.
+    """Inside the block no cast, move or broadcast reaches layers in 8 or 4 bits, or that wait.
 
-    They are on their device in their final form, and every rank has rounded the same base alike.
+    They are where they belong in their final form, and every rank has made the same base alike.
     """
     layers = [
         layer
         for layer in model.modules()
-        if any(map(is_quantised, layer.parameters(recurse=False)))
+        if any(is_quantised(one) or waits_on_host(one) for one in layer.parameters(recurse=False))
     ]
     for layer in layers:
         # As DeepSpeed marks the base of its own low-rank layers, which it does not send either.
