@@ -248,7 +248,7 @@ def dit_memory(
 ) -> TrainingMemory:
     """Memory of one GPU at the bucket with the most tokens.
 
-    Activations are an upper bound with `adapter`: frozen layers keep a little less.
+    Activations with `adapter` and `selective` are an upper bound: frozen layers keep a little less.
     """
     held, _, activations = transformer.counts(largest(sizes), stage)
     trained = transformer.trained_tensors(stage)

@@ -8,6 +8,8 @@ import torch
 
 from components.files.weight_folders import require_class
 from components.models.checkpoint_files import check_folder
+from components.models.loading.gguf_file import SUFFIX as GGUF_SUFFIX
+from components.models.loading.gguf_file import load_gguf
 from components.models.loading.single_file import load_single_file
 from components.models.resonance_rope import RopeVariant
 from components.models.transformer import UltraFluxTransformer2DModel
@@ -21,7 +23,7 @@ def load_transformer(
     """A transformer from a folder (ours or stock Flux, sharded or not) or a single file.
 
     Args:
-        path: folder or `.safetensors` file.
+        path: folder, `.safetensors` or `.gguf` file.
         dtype: of the weights.
         rope_variant: None: what our configuration says, `official` for stock configurations.
 
@@ -30,6 +32,8 @@ def load_transformer(
         WeightsBroken: unreadable files, or tensors missing, unknown or misshapen; names them.
         ValueError: the folder holds another class.
     """
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        return load_gguf(path, dtype=dtype, rope_variant=rope_variant or "official")
     if path.is_file():
         return load_single_file(path, dtype=dtype, rope_variant=rope_variant or "official")
     require_class(path, None, TRANSFORMER_CLASSES)

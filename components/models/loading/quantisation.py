@@ -129,6 +129,11 @@ def quantise(
     layers = {
         id(owner._modules[name]): (owner, name) for owner, name in quantised_layers(model, kind)
     }
+    if not layers:
+        raise QuantisationUnavailable(
+            f"{setting} {kind}: {type(model).__name__} has no plain linear layers to round (a GGUF "
+            "file's are rounded already); use none"
+        )
     model.requires_grad_(False)
     for owner, name in layers.values():
         layer = owner._modules[name]

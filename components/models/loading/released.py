@@ -4,7 +4,7 @@ A model may be
 - a repository folder with `transformer/` and `vae/` (UltraFlux-v1), or with everything
   (FLUX.1-dev, a saved `UltraFluxPipeline`);
 - a transformer's own folder (UltraFlux-v1-1-Transformer);
-- one `.safetensors` file with a Flux transformer.
+- one `.safetensors` or `.gguf` file with a Flux transformer.
 
 What it lacks comes from a base folder, usually FLUX.1-dev. Nothing is fetched.
 """
@@ -50,7 +50,7 @@ class ModelSources:
     """Where each part of a pipeline is."""
 
     transformer: Path
-    """Folder, or .safetensors file."""
+    """Folder, or .safetensors or .gguf file."""
     autoencoder: Path
     text_encoders: Path
     """Parent of the four folders of `text_encoders.FOLDERS`."""
@@ -84,7 +84,7 @@ def find_sources(
     """
     # A file or a transformer's own folder is only a transformer; the rest comes from the base.
     repository = model
-    if model.suffix in (".safetensors", *PICKLED_SUFFIXES) or class_name(model) in (
+    if model.suffix in (".safetensors", ".gguf", *PICKLED_SUFFIXES) or class_name(model) in (
         TRANSFORMER_CLASSES
     ):
         transformer = transformer or model
@@ -135,7 +135,7 @@ def _missing_transformer(path: Path, repository: Path, replacement: Path | None)
             _repository_of(repository), repository, include=("transformer/*",)
         )
         return WeightsMissing("transformer", path, command)
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".gguf"):
         command = download_command(FLUX, path.parent, path.name)
     else:
         command = download_command(ULTRAFLUX_V11, path)

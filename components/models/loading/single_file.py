@@ -111,7 +111,8 @@ def convert_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             # The last modulation alone: Flux has (shift, scale) there, diffusers (scale, shift).
             if module.startswith("final_layer.adaLN"):
                 shift, scale = tensor.chunk(2)
-                tensor = torch.cat((scale, shift))
+                # A list: packed tensors of a GGUF file do not know themselves in a tuple.
+                tensor = torch.cat([scale, shift])
             converted[f"{_RENAMED[module]}.{kind}"] = tensor
             continue
         is_double, part = block[1] == "double", block[3]

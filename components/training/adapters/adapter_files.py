@@ -11,17 +11,17 @@ files), and under `ultraflux.` the base that the change belongs to. `ultraflux.b
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from components.files.safetensors_header import SPEC, described_header
 from components.files.whole_files import whole_file
 from components.settings.bad_input import BadInput
 from components.training.adapters.flux_names import original_names
@@ -96,7 +96,7 @@ def write_adapter(adapter: Adapter, path: Path, keys: Keys = "diffusers") -> Non
     about = {
         **adapter.about,
         RANK: str(max(one.rank for one in change.values())),
-        "modelspec.sai_model_spec": "1.0.1",
+        **SPEC,
         "modelspec.architecture": f"{ARCHITECTURES.get(backbone, backbone)}/lora",
         "modelspec.implementation": (
             "https://github.com/black-forest-labs/flux" if keys == "comfyui" else "diffusers"
@@ -115,14 +115,8 @@ def serialized(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes
     """
     data = safetensors.torch.save(dict(tensors))
     end = 8 + int.from_bytes(data[:8], "little")
-    header: dict[str, Any] = json.loads(data[8:end])
-    # Of everything behind the header, as ModelSpec defines it.
-    about = {**about, "modelspec.hash_sha256": f"0x{hashlib.sha256(data[end:]).hexdigest()}"}
-    described = {"__metadata__": dict(sorted(about.items())), **header}
-    text = json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()
-    # Padded with blanks, so that tensors stay aligned.
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[end:]
+    digest = hashlib.sha256(data[end:]).hexdigest()
+    return described_header(data[8:end], about, digest) + data[end:]
 
 
 def read_adapter(path: Path) -> Adapter:

@@ -92,7 +92,7 @@ def generate(
         Path | None,
         typer.Option(
             help="UltraFlux-v1 or FLUX.1-dev folder, a transformer's folder, or a .safetensors "
-            "file; default: the weights that the pipeline trained."
+            "or .gguf file; default: the weights that the pipeline trained."
         ),
     ] = None,
     base: Annotated[

@@ -32,6 +32,7 @@ def test_planned_numbers_of_the_12b_network_at_4096_px(subject):
         made = subject(**{QUANTISATION: kind})
         return dit_memory(made.settings.dit_stage1, made, [(4096, 4096)], 1).total / GIB
 
+    # Within what a 24 GB card has, 22.5 and 17 GiB.
     # 11.4e9 weights in blocks: 2 bytes, 1 byte, and half a byte with scales.
     assert training("none") == pytest.approx(32.6, abs=0.1)
     assert training("int8") == pytest.approx(22.24, abs=0.1)
@@ -57,7 +58,12 @@ def test_every_card_and_edge_has_a_row_and_larger_cards_lose_less(subject):
     rows = list(card_rows(subject()))
     assert len(rows) == 2 * 3 * 6
     at_4096 = {(row.work, row.card_gb): row for row in rows if row.edge_px == 4096}
-    assert at_4096["training", 8].verdict == "does not fit"
+    assert at_4096["training", 8].verdict == "fits"
+    assert at_4096["training", 8].error == "exact"
+    assert at_4096["training", 8].changes == {
+        "dit_stage1.offload_activations": True,
+        "dit_stage1.offload_base": True,
+    }
     assert at_4096["training", 24].changes == {
         "models.transformer.quantisation": "int8",
         "dit_stage1.offload_activations": True,
