@@ -208,10 +208,11 @@ def stage_run(
     restart: Restart = False,
 ) -> None:
     """Run one stage in this process (what `dvc repro` calls)."""
+    root = project_root()
+    refuse_unknown_stage(root, name)
     from flows.running.recorded_stage import run_stage
 
     _wish(continue_from, restart)
-    root = project_root()
     rehearse_command.before_stage(name, root)
     raise typer.Exit(run_stage(name, root))
 

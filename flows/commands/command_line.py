@@ -29,6 +29,16 @@ def refuse_unknown_stage(root: Path, name: str | None) -> None:
         raise fail(f"no stage '{name}' in dvc.yaml; stages: {', '.join(known)}")
 
 
+def refuse_no_store(folder: Path, otherwise: str) -> None:
+    """Refuse a folder that is no finished store, before torch is imported.
+
+    Raises:
+        typer.Exit: one line was printed.
+    """
+    if not (folder / "index.parquet").is_file():
+        raise fail(f"{folder}: no index.parquet; {otherwise}")
+
+
 def project_root() -> Path:
     """The project around the current folder, with third-party switches set.
 

@@ -7,8 +7,6 @@ a sweep.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import math
 import os
@@ -18,10 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from components.evaluation.suites.ablation import Arm, with_overrides
-from components.settings.schema import SettingsError
+from flows.experiments.sweep_sets import SweepRefused, short_digest
 from flows.history.run_comparison import direction
 from flows.history.run_evidence import StageRun, finished_runs
 from flows.records.owners import own_record
@@ -32,14 +28,9 @@ from flows.running.shared_turns import SHARED_TURNS
 from flows.running.working_trees import TreeRefused, settings_tree, tree_environment
 from flows.tracking.uploader import sync_once
 from flows.versioning.graph import hashes, read_lock
-from flows.versioning.setting_overrides import parse_value, read_params
+from flows.versioning.setting_overrides import read_params
 
 Order = Literal["lowest", "highest"]
-_MOST_SETS = 256
-
-
-class SweepRefused(ValueError):
-    """The sweep cannot be started; one line."""
 
 
 @dataclass(frozen=True)
@@ -53,64 +44,6 @@ class SetResult:
     """Why it did not finish; empty where it did."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Headline metrics under `stage.metric`."""
-
-
-def expand(assignments: Sequence[str], params: Mapping[str, Any]) -> tuple[Arm, ...]:
-    """Every combination of `key=value,value` texts.
-
-    Args:
-        assignments: dotted key and one or more YAML values; lists in brackets.
-        params: of `params.yaml`; every set has to fit there.
-
-    Raises:
-        SweepRefused: a text without `=`, an unknown key, a value that does not fit, sets that are
-            equal, or too many of them.
-    """
-    axes: dict[str, list[Any]] = {}
-    for text in assignments:
-        key, equals, values = text.partition("=")
-        if not equals or not key or key in axes:
-            raise SweepRefused(f"-S {text}: expected section.key=value,value once per key")
-        axes[key] = _values(text, values)
-    combinations = list(itertools.product(*axes.values()))
-    if len(combinations) > _MOST_SETS:
-        raise SweepRefused(f"{len(combinations)} sets: at most {_MOST_SETS}; name fewer values")
-    sets = []
-    for values_of_set in combinations:
-        overrides = dict(zip(axes, values_of_set, strict=True))
-        try:
-            with_overrides(params, overrides)
-        except (KeyError, TypeError) as problem:
-            raise SweepRefused(f"-S {problem.args[0]}: no such setting in params.yaml") from None
-        except SettingsError as problem:
-            raise SweepRefused(str(problem)) from None
-        label = ", ".join(f"{key}={json.dumps(value)}" for key, value in overrides.items())
-        sets.append(Arm(_digest(overrides), label, overrides))
-    names = [one.name for one in sets]
-    if twice := next((one for one in sets if names.count(one.name) > 1), None):
-        raise SweepRefused(f"{twice.label}: named twice")
-    return tuple(sets)
-
-
-def _values(text: str, values: str) -> list[Any]:
-    try:
-        # As YAML, so that a list in brackets stays one value at its commas.
-        found = yaml.safe_load(f"[{values}]")
-    except yaml.YAMLError:
-        raise SweepRefused(f"-S {text}: the values are not YAML") from None
-    if not found:
-        raise SweepRefused(f"-S {text}: no value")
-    return [parse_value(one) for one in found]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def sweep_name(sets: Sequence[Arm]) -> str:
-    """Same sets, same name: last parts of the keys and a digest."""
-    keys = "-".join(key.rpartition(".")[2] for key in sets[0].overrides)
-    return f"{keys}-{_digest(sorted(one.name for one in sets))}"
 
 
 def run_sweep(
@@ -184,7 +117,7 @@ def _open(root: Path, name: str, sets: Sequence[Arm]) -> Record:
     run = RunDescription(
         kind="sweep",
         name=f"sweep {name}",
-        stage_key=_digest([name, *(one.name for one in sets)]),
+        stage_key=short_digest([name, *(one.name for one in sets)]),
         params={key: [one.overrides[key] for one in sets] for key in sets[0].overrides},
         tags=provenance_tags(root),
     )

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import yaml
@@ -30,11 +30,9 @@ from components.models.checkpoint_files import file_shapes
 from components.models.loading.original_layout import original_layout
 from components.settings.bad_input import BadInput
 from components.training.adapters.adapter_files import ARCHITECTURES, serialized
+from components.training.adapters.export_choices import Bits, Layout, Rounding
 from components.training.sharded.hand_over import StoredWeights, read_movement
 
-Layout = Literal["diffusers", "bfl"]
-Bits = Literal["float32", "bfloat16", "fp8"]
-Rounding = Literal["nearest", "stochastic", "deltas"]
 DELTAS_FILE = "float32_deltas.safetensors"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _FP8 = torch.float8_e4m3fn
@@ -52,16 +50,6 @@ class Exported:
     the folder does not say how far training moved them."""
     mean_error: float
     """Mean of written - learned over the mean absolute value: what does not average out."""
-
-
-def check_choice(name: str, value: str, kinds: Any) -> None:
-    """Refuse a value that is none of a literal's.
-
-    Raises:
-        BadInput: one line.
-    """
-    if value not in get_args(kinds):
-        raise BadInput(f"--{name} {value}: one of {', '.join(get_args(kinds))}")
 
 
 def stochastic_bfloat16(weights: Tensor, seed: int) -> Tensor:

@@ -53,6 +53,9 @@ def look(
         table = _table(root, manifest)
         if number and table is None:
             raise ValueError("-n: no manifest yet; run: ultraflux run --until select")
+        unknown = [_unknown(photo, table, root) for photo in photos or []]
+        if all(unknown) and not number:
+            raise fail("\n".join(filter(None, unknown)), code=1)
         # After what can be said at once: it brings the models' libraries.
         from components.training.encoding.training_view import TrainingViews, random_rows
 
@@ -86,13 +89,29 @@ def _table(root: Path, manifest: Path | None) -> pd.DataFrame | None:
     return read_table(present[0], _COLUMNS) if present else None
 
 
+def _unknown(photo: Path, table: pd.DataFrame | None, root: Path) -> str | None:
+    """Why there is neither a file nor a row of that name, one line; None: there is."""
+    from components.corpus.selection.why import find
+
+    if photo.is_file():
+        return None
+    if table is None:
+        return f"{photo}: no such file"
+    try:
+        find(table, photo.as_posix(), root)
+    except ValueError as problem:
+        named = str(problem)
+        return named if named.startswith(f"{photo}") else f"{photo}: {named}"
+    return None
+
+
 def _view(
     photo: Path, table: pd.DataFrame | None, views: TrainingViews, root: Path
 ) -> TrainingView:
     """A file if there is one of that name; its row, if it has one, knows its bucket.
 
     Raises:
-        ValueError: neither a file nor a row, or no pixels; one line.
+        ValueError: no pixels; one line.
     """
     from components.corpus.selection.why import find
 
@@ -103,8 +122,7 @@ def _view(
             if len(rows):
                 return views.of_row(rows.iloc[0])
         return views.of_file(photo)
-    if table is None:
-        raise ValueError("no such file")
+    assert table is not None, "asked before"
     return views.of_row(table.iloc[find(table, photo.as_posix(), root)])
 
 
@@ -115,6 +133,9 @@ def _write_photographs(
     from PIL import Image
 
     for photo in photos:
+        if (unknown := _unknown(photo, table, root)) is not None:
+            yield unknown
+            continue
         try:
             view = _view(photo, table, views, root)
         except ValueError as problem:

@@ -32,6 +32,8 @@ def new(
     force: Annotated[bool, typer.Option(help="Replace a profile of that name.")] = False,
 ) -> None:
     """Write settings for a folder of photographs, and say how many survive which rule."""
+    if not folder.is_dir():
+        raise fail(f"{folder}: no such folder; give a folder of photographs")
     from components.corpus.folder_survey import local_captioner, propose, survey
     from components.corpus.listing.source_files import refuse_project
     from components.corpus.missing_means import propose_means

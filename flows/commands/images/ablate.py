@@ -51,14 +51,15 @@ def ablate(
     says which is missing, and the same command goes on with it (exit code 1 until all are there).
     """
     from components.evaluation.suites.ablation import DESIGNS, Design, expand
+
+    root = project_root()
+    if design not in DESIGNS:
+        raise fail(f"design '{design}': choose {' or '.join(DESIGNS)}")
     from components.evaluation.suites.ablation_table import ablation_table
     from components.settings.schema import SettingsError
     from flows.experiments.ablation_runs import AblationFailed, SuiteChoice, run_arm
     from flows.versioning.setting_overrides import read_params
 
-    root = project_root()
-    if design not in DESIGNS:
-        raise fail(f"design '{design}': choose {' or '.join(DESIGNS)}")
     if suite is None and (metrics, limit) != (None, None):
         raise fail("--metrics and --limit belong to a suite; add --suite")
     chosen_design: Design = "ladder" if design == "ladder" else "data-model"

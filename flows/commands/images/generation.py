@@ -111,6 +111,11 @@ def _check(options: GenerateOptions) -> None:
         raise GenerationRefused(f"--prompts {options.prompt_file}: no such file")
     if options.image is not None:
         _image_size(options.image)
+    for name in ("model", "transformer", "base"):
+        path: Path | None = getattr(options, name)
+        # Of published weights below weights/ a line each says how to get them.
+        if path is not None and not path.exists() and "weights" not in path.parts:
+            raise GenerationRefused(f"--{name} {path}: no such folder or file")
 
 
 def _image_size(path: Path) -> str:

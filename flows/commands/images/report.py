@@ -65,6 +65,8 @@ def report(
     No network is needed to look at it. Thumbnails of all pictures and a crop of native pixels each
     are inside, and the whole native pixels of the worst cases as far as the budget goes.
     """
+    if not evaluation.is_dir():
+        raise fail(f"{evaluation}: no such folder; make one with ultraflux evaluate SUITE")
     from components.evaluation.pages.suite_report import ReportOptions, build_suite_report
     from components.settings.schema import SettingsError, load_settings
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root, refuse_no_store
 
 if TYPE_CHECKING:
     from components.settings.schema import Settings
@@ -127,6 +127,14 @@ def wavelet(
 
     Example: ultraflux diagnose wavelet --images data/sample
     """
+    root = project_root()
+    if store and images:
+        raise fail("--store and --images: give one of them")
+    if vae and not images:
+        raise fail("--vae: only with --images; a store holds latents already")
+    if not images:
+        otherwise = "run the stage `latents` first, or name a folder with --images"
+        refuse_no_store(store or root / "data" / "latents", otherwise)
     from components.diagnostics import wavelet as diagnostics
     from components.files.weight_folders import WeightsMissing
     from components.images.decoding import ImageUndecodable
@@ -136,11 +144,6 @@ def wavelet(
         LatentStoreIncomplete,
     )
 
-    root = project_root()
-    if store and images:
-        raise fail("--store and --images: give one of them")
-    if vae and not images:
-        raise fail("--vae: only with --images; a store holds latents already")
     try:
         if images:
             latents, source = _encoded(root, images, vae)

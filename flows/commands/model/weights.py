@@ -187,6 +187,8 @@ def export_adapter(
 
     It is the whole change from the base that it names, whichever stages made it.
     """
+    if not source.exists():
+        raise fail(f"{source}: no such file or folder; give trained weights, or an adapter's file")
     from components.settings.bad_input import BadInput
     from components.training.adapters.adapter_files import (
         BASE_SHA256,
@@ -261,14 +263,19 @@ def export_weights(
     import datetime
 
     from components.settings.bad_input import BadInput
-    from components.training.adapters import weight_export
+    from components.training.adapters import export_choices
 
     if not out.parent.is_dir():
         raise fail(f"--out {out}: there is no folder {out.parent}")
+    if not source.is_dir():
+        raise fail(f"{source}: no such folder; give trained weights, such as data/dit_stage2/ema")
     try:
-        weight_export.check_choice("layout", layout, weight_export.Layout)
-        weight_export.check_choice("dtype", dtype, weight_export.Bits)
-        weight_export.check_choice("rounding", rounding, weight_export.Rounding)
+        export_choices.check_choice("layout", layout, export_choices.Layout)
+        export_choices.check_choice("dtype", dtype, export_choices.Bits)
+        export_choices.check_choice("rounding", rounding, export_choices.Rounding)
+        # Imports diffusers, which takes seconds.
+        from components.training.adapters import weight_export
+
         done = weight_export.export_whole(
             source,
             out,

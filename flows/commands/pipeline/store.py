@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root, refuse_no_store
 
 app = typer.Typer(no_args_is_help=True, help="Check and repair stores of latents and embeddings.")
 
@@ -25,9 +25,11 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
+    root = project_root() if not paths else Path()
+    for path in paths or []:
+        refuse_no_store(path, "not a finished store")
     from components.training.encoding.store_check import check_store
 
-    root = project_root() if not paths else Path()
     table = Table("store", "shards", "records", "GB", "MB/s", "bad")
     bad = []
     for path in paths or [root / name for name in _STORES]:
@@ -68,9 +70,7 @@ def rebuild(
     """Encode one shard of latents again; it is replaced only if every hash is the index's."""
     root = project_root()
     folder = store or root / "data" / "latents"
-    # Asked before torch is imported, which takes seconds.
-    if not (folder / "index.parquet").is_file():
-        raise fail(f"{folder}: no index.parquet; run the stage `latents` first")
+    refuse_no_store(folder, "run the stage `latents` first")
     from components.files.weight_folders import WeightsMissing
     from components.settings.schema import SettingsError, load_settings
     from components.training.encoding.encoded_slices import ENCODED_SLICES, rebuild_from_slices

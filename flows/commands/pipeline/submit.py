@@ -62,13 +62,11 @@ def submit(
     environment.prepare()
     root = _clone()
     try:
-        url = connect_to_prefect(root)
+        # What is typed first: no server is needed to know a setting or a stage.
         overrides = parse_assignments(settings or [])
         chosen(SettingsOverrides.model_validate(overrides))
     except SettingsError as problem:
         raise fail(str(problem)) from None
-    except ServiceError as problem:
-        raise fail(str(problem), 1) from None
     except ValidationError as problem:
         raise fail(_first_error(problem)) from None
     parameters: dict[str, Any] = {"force": force}
@@ -92,6 +90,10 @@ def submit(
             raise fail(f"--pool {pool}: choose cpu or gpu")
         pool_of_run = pool or _pool_of(stage)
         parameters["stage"] = stage
+    try:
+        url = connect_to_prefect(root)
+    except ServiceError as problem:
+        raise fail(str(problem), 1) from None
     from prefect import get_client
     from prefect.exceptions import ObjectNotFound
 

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import (
+    fail,
+    project_root,
+    refuse_unknown_stage,
+)
 
 if TYPE_CHECKING:
     from components.evaluation.suites.ablation import Arm
@@ -48,29 +52,32 @@ def sweep(
     ] = False,
 ) -> None:
     """Run the pipeline over every combination of settings and rank them by a metric."""
-    from flows.experiments import sweep as sweeps
-    from flows.versioning.code_files import CODE
-    from flows.versioning.graph import stage_graph, stages_until
-    from flows.versioning.setting_overrides import read_params
-
     if order not in {None, "lowest", "highest"}:
         raise fail(f"--order {order}: choose lowest or highest")
     root = project_root()
-    graph = stage_graph(root)
-    if until is not None and until not in graph:
-        raise fail(f"--until {until}: stages are {', '.join(graph)}")
+    refuse_unknown_stage(root, until)
+    from flows.experiments.sweep_sets import SweepRefused, expand, sweep_name
+    from flows.versioning.setting_overrides import read_params
+
+    try:
+        sets = expand(assignments, read_params(root))
+    except SweepRefused as problem:
+        raise fail(str(problem)) from None
+    from flows.experiments import sweep as sweeps
+    from flows.versioning.code_files import CODE
+    from flows.versioning.graph import stages_until
+
     # `code` measures nothing.
     ran = [name for name in stages_until(root, until) if name != CODE]
     if metric is not None and (metric.partition(".")[0] not in ran or "." not in metric):
         raise fail(f"--metric {metric}: expected stage.metric of {', '.join(ran)}")
     try:
-        sets = sweeps.expand(assignments, read_params(root))
         if dry_run:
             _show_plan(root, sets, until)
             return
-        name = sweeps.sweep_name(sets)
+        name = sweep_name(sets)
         record, results = sweeps.run_sweep(root, name, sets, parallel=parallel, until=until)
-    except sweeps.SweepRefused as problem:
+    except SweepRefused as problem:
         raise fail(str(problem)) from None
     except KeyboardInterrupt:
         raise fail("interrupted; nothing computed is lost, run it again to go on", 130) from None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root, refuse_unknown_stage
 
 if TYPE_CHECKING:
     from components.training.distributed.run_states import RunIdentity, RunState
@@ -47,14 +47,16 @@ def stage_key(
 ) -> None:
     """Print the identity of a stage's training state, and the settings that are in it."""
     from components.settings.schema import SettingsError
-    from flows.running.training_state import clone_identity
     from flows.versioning.graph import GraphError
     from flows.versioning.setting_overrides import merged, parse_assignments, read_params
 
     root = project_root()
+    refuse_unknown_stage(root, name)
     try:
-        _refuse_untrained(root, name)
         values = merged(read_params(root), parse_assignments(settings or []))
+        from flows.running.training_state import clone_identity
+
+        _refuse_untrained(root, name)
         identity = clone_identity(root, name, values)
     except (GraphError, SettingsError) as problem:
         raise fail(str(problem)) from None
@@ -90,11 +92,12 @@ def stage_states(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
 ) -> None:
     """List the training states of this clone: step, size, age, and what each differs in."""
+    root = project_root()
+    refuse_unknown_stage(root, name)
     from components.training.distributed.run_states import read_states, remove_state, unneeded
     from flows.running.training_state import present_identity
     from flows.versioning import graph as versioning
 
-    root = project_root()
     try:
         if name is not None:
             _refuse_untrained(root, name)

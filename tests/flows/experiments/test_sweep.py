@@ -12,14 +12,12 @@ import pytest
 
 from flows.experiments.sweep import (
     SetResult,
-    SweepRefused,
     better,
     differing_metrics,
-    expand,
     headline_metrics,
     ranked,
-    sweep_name,
 )
+from flows.experiments.sweep_sets import SweepRefused, expand, sweep_name
 from flows.history.run_evidence import finished_runs
 from flows.records.records import RunDescription, RunResult, all_records, open_record
 from flows.versioning import graph as versioning
