@@ -8,12 +8,19 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from flows import environment
-from flows.commands.command_line import fail, project_root, refuse_unknown_stage
+from flows.commands.command_line import (
+    fail,
+    profiles,
+    project_root,
+    refuse_unknown_stage,
+    silenced,
+    stages,
+)
 from flows.commands.corpus import corpus as corpus_commands
 from flows.commands.corpus import new as new_command
 from flows.commands.corpus import rehearse as rehearse_command
@@ -51,7 +58,6 @@ IMAGES, MODEL, SERVICES = "Images and evaluation", "Model", "Services"
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Train UltraFlux: photographs in; corpus, F16 VAE, native-4K DiT, images, report out.",
@@ -78,6 +84,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 ContinueFrom = Annotated[
     str | None,
     typer.Option(
@@ -137,7 +144,10 @@ def run(
     ] = False,
     force: Annotated[bool, typer.Option(help="Run stages even when nothing changed.")] = False,
     until: Annotated[
-        str | None, typer.Option(help="Last stage to run, with all that it needs (default: all).")
+        str | None,
+        typer.Option(
+            help="Last stage to run, with all that it needs (default: all).", autocompletion=stages
+        ),
     ] = None,
     cpus: Annotated[
         int | None, typer.Option(min=1, help="Cores to hand out to stages (default: all).")
@@ -151,6 +161,8 @@ def run(
     ] = True,
     continue_from: ContinueFrom = None,
     restart: Restart = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors alone.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Bring the whole pipeline up to date; what has not changed is skipped."""
     if engine not in {"local", "prefect", "pools"}:
@@ -172,22 +184,27 @@ def run(
         )
     _wish(continue_from, restart)
     try:
-        summary = run_pipeline(
-            root,
-            engine=engine,  # type: ignore[arg-type]
-            force=force,
-            until=until,
-            cpus=cpus,
-            remote_data=remote_data,
-            rehearsal=rehearsal,
-        )
+        with silenced(quiet or as_json):
+            summary = run_pipeline(
+                root,
+                engine=engine,  # type: ignore[arg-type]
+                force=force,
+                until=until,
+                cpus=cpus,
+                remote_data=remote_data,
+                rehearsal=rehearsal,
+            )
     except (SettingsError, PipelineRefused, ServiceError, GraphError) as problem:
         raise fail(str(problem)) from None
+    if as_json:
+        print(json.dumps(summary.as_dict(), indent=1))
     if summary.interrupted:
         raise fail("interrupted; nothing computed is lost, run it again to go on", 130)
     if not summary.ok:
         failed = [o for o in summary.outcomes.values() if o.status in {"failed", "refused"}]
         raise fail("\n".join(outcome.message for outcome in failed), 1)
+    if quiet or as_json:
+        return
     print(f"\nPipeline up to date in {summary.seconds:.0f} s.")
     if until is None:
         print(f"Report:  {root / 'data' / 'evaluate' / 'report.html'}")
@@ -203,7 +220,7 @@ def run(
     "ended it. Both can be ended at any time.",
 )
 def stage_run(
-    name: Annotated[str, typer.Argument(help="Stage in dvc.yaml.")],
+    name: Annotated[str, typer.Argument(help="Stage in dvc.yaml.", autocompletion=stages)],
     continue_from: ContinueFrom = None,
     restart: Restart = False,
 ) -> None:
@@ -221,7 +238,7 @@ stage_app.command("remote", epilog=remote_command.EPILOG)(remote_command.stage_r
 
 
 @stage_app.command("list")
-def stage_list() -> None:
+def stage_list(as_json: Json = False) -> None:
     """Stages in order, whether each is stale, and why."""
     from rich.console import Console
     from rich.table import Table
@@ -237,11 +254,23 @@ def stage_list() -> None:
             stale = clone.stale(graph)
     except GraphError as problem:
         raise fail(str(problem)) from None
+    rows: list[dict[str, Any]] = [
+        {
+            "stage": name,
+            # Every stage stands after `code`.
+            "after": [one for one in node.upstream if one != CODE],
+            "pool": node.meta.pool,
+            "stale": stale.get(name),
+        }
+        for name, node in graph.items()
+    ]
+    if as_json:
+        print(json.dumps({"stages": rows}, indent=1))
+        return
     table = Table("stage", "after", "pool", "state")
-    for name, node in graph.items():
-        # Every stage stands after `code`.
-        above = ", ".join(one for one in node.upstream if one != CODE)
-        table.add_row(name, above, node.meta.pool, stale.get(name, "up to date"))
+    for row in rows:
+        state = row["stale"] or "up to date"
+        table.add_row(row["stage"], ", ".join(row["after"]), row["pool"], state)
     Console().print(table)
 
 
@@ -255,7 +284,8 @@ stage_app.command("accept", epilog=stage_code.ACCEPT_EPILOG)(stage_code.stage_ac
 @config_app.command("compose")
 def config_compose(
     profile: Annotated[
-        str, typer.Option(help="embedded, consumer-24gb, single-gpu or paper.")
+        str,
+        typer.Option(help="embedded, consumer-24gb, single-gpu or paper.", autocompletion=profiles),
     ] = "embedded",
     check: Annotated[bool, typer.Option(help="Only say whether params.yaml is in step.")] = False,
 ) -> None:
@@ -354,11 +384,12 @@ def sync() -> None:
 
 
 @app.command(rich_help_panel=SERVICES)
-def doctor() -> None:
+def doctor(as_json: Json = False) -> None:
     """Say what is missing or broken on this machine, and how to fix it."""
-    from flows.commands.services.doctor import examine, print_findings
+    from flows.commands.services.doctor import examine, print_findings, print_json
 
-    raise typer.Exit(print_findings(examine(project_root())))
+    findings = examine(project_root())
+    raise typer.Exit(print_json(findings) if as_json else print_findings(findings))
 
 
 for command in (services_command.up, services_command.down, services_command.status):

@@ -52,6 +52,8 @@ def project_root(start: Path | None = None) -> Path:
     )
 
 
+CODE = Path(__file__).resolve().parents[1]
+"""The folder that this code was installed from, a clone where it was installed to be edited."""
 PROJECT = "ULTRAFLUX_PROJECT"
 """Names what this clone owns on a Prefect server that others use too."""
 _PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")

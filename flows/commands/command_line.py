@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer
@@ -29,6 +32,35 @@ def refuse_unknown_stage(root: Path, name: str | None) -> None:
         raise fail(f"no stage '{name}' in dvc.yaml; stages: {', '.join(known)}")
 
 
+@contextlib.contextmanager
+def silenced(is_quiet: bool) -> Iterator[None]:
+    """Throw away what is printed meanwhile; errors are not."""
+    if not is_quiet:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def stages(incomplete: str) -> list[str]:
+    """Stages of this clone that begin so, for the shell's completion."""
+    from flows.versioning.graph import read_stages
+
+    with contextlib.suppress(Exception):
+        return [
+            one for one in read_stages(environment.project_root()) if one.startswith(incomplete)
+        ]
+    return []
+
+
+def profiles(incomplete: str) -> list[str]:
+    """Profiles of this clone that begin so, for the shell's completion."""
+    with contextlib.suppress(FileNotFoundError):
+        folder = environment.project_root() / "conf" / "profiles"
+        return sorted(path.stem for path in folder.glob(f"{incomplete}*.yaml"))
+    return []
+
+
 def refuse_no_store(folder: Path, otherwise: str) -> None:
     """Refuse a folder that is no finished store, before torch is imported.
 
@@ -37,6 +69,18 @@ def refuse_no_store(folder: Path, otherwise: str) -> None:
     """
     if not (folder / "index.parquet").is_file():
         raise fail(f"{folder}: no index.parquet; {otherwise}")
+
+
+def workplace() -> Path:
+    """The project around the current folder; outside of any, the current folder itself.
+
+    For commands that need no pipeline: settings are then those of `profiles.settings_of`.
+    """
+    environment.prepare()
+    try:
+        return environment.project_root()
+    except FileNotFoundError:
+        return Path.cwd()
 
 
 def project_root() -> Path:

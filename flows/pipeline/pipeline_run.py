@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -68,6 +68,15 @@ class PipelineSummary:
     def ok(self) -> bool:
         """Whether every stage ran or was up to date."""
         return not self.interrupted and all(outcome.ok for outcome in self.outcomes.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for scripts."""
+        stages = {
+            name: {"status": one.status, "seconds": one.seconds, "message": one.message}
+            for name, one in self.outcomes.items()
+        }
+        ended = {"ok": self.ok, "interrupted": self.interrupted, "seconds": self.seconds}
+        return {**ended, "stages": stages}
 
 
 def run_pipeline(

@@ -12,7 +12,10 @@ from typing import Any
 
 import yaml
 
-from components.settings.schema import SettingsError, parse_settings
+from components.settings.schema import Settings, SettingsError, load_settings, parse_settings
+from flows import environment
+
+DEFAULT = "embedded"
 
 _HEADER = """\
 # Composed from conf/base.yaml and conf/profiles/{profile}.yaml by
@@ -42,13 +45,27 @@ def composed(root: Path, profile: str) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
+    root = root if (root / "conf" / "base.yaml").is_file() else environment.CODE
     path = root / "conf" / "profiles" / f"{profile}.yaml"
+    if not path.parent.is_dir():
+        raise SettingsError(f"profile '{profile}': no conf/profiles here; change into a clone")
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
         raise SettingsError(f"profile '{profile}': not found; profiles: {known}")
     merged = OmegaConf.merge(OmegaConf.load(root / "conf" / "base.yaml"), OmegaConf.load(path))
     values: Any = OmegaConf.to_container(merged)
     return dict(values)
+
+
+def settings_of(root: Path) -> Settings:
+    """Settings of a project; of a folder without params.yaml, those of the default profile.
+
+    Raises:
+        SettingsError: params.yaml is not valid, or there is none and no profile is at hand.
+    """
+    if (root / "params.yaml").is_file():
+        return load_settings(root / "params.yaml")
+    return parse_settings(composed(root, DEFAULT), where=f"profile {DEFAULT}")
 
 
 def derived_profile(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, workplace
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -126,6 +126,9 @@ def evaluate(
         ),
     ] = False,
     log: Annotated[bool, typer.Option("--log", help="Also as a run in MLflow.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print the path of the scores and errors alone.")
+    ] = False,
 ) -> None:
     """Measure systems on a suite; what has been measured before is not measured again.
 
@@ -144,7 +147,7 @@ def evaluate(
     from components.evaluation.suites.suite_scores import evaluate_suite, statistics_of
     from components.evaluation.suites.suites import load_suite, runtime_items, ways_items
     from components.evaluation.suites.system import Sampling
-    from components.settings.schema import SettingsError, load_settings
+    from components.settings.schema import SettingsError
     from flows.commands.images.runtime import (
         compare_and_show,
         parse_sizes,
@@ -152,11 +155,12 @@ def evaluate(
         time_and_show,
     )
     from flows.history.registered_system import find_system
+    from flows.versioning.profiles import settings_of
 
-    root = project_root()
+    root = workplace()
     started = time.monotonic()
     try:
-        settings = load_settings(root / "params.yaml")
+        settings = settings_of(root)
         chosen = device or settings.runtime.device
         loaded = load_suite(suite, root, data=data, seed=seed).limited(limit)
         ids = metric_ids(metrics, loaded.metrics)
@@ -221,16 +225,18 @@ def evaluate(
             write_lock(lock, written)
     except (SettingsError, ValueError, WorkersDoNotStart) as problem:
         raise fail(str(problem)) from None
-    _show(loaded, result, ids)
-    if baseline is not None:
+    if not quiet:
+        _show(loaded, result, ids)
+    if baseline is not None and not quiet:
         _show_tests(result, baseline, settings.evaluate.bootstrap_resamples, settings.project.seed)
     did = statistics_of(result)
     seconds = time.monotonic() - started
-    print(
+    scores = written / "scores.parquet"
+    counts = (
         f"{did['pictures']} pictures, {did['decoded']} decoded, {did['computed']} values computed, "
         f"{did['reused']} found in the ledger; {seconds:.1f} s"
     )
-    print(f"Scores: {written / 'scores.parquet'}")
+    print(scores if quiet else f"{counts}\nScores: {scores}")
     if written != folder:
         print(f"A system failed: the earlier result in {folder} stays as it was")
     if log:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root, workplace
 from flows.commands.images.sign import Signer, is_signed
 
 EPILOG = """Examples:
@@ -173,7 +173,8 @@ def generate(
         overwrite=overwrite,
         output=output,
     )
-    root = project_root()
+    # The key that signs is a project's.
+    root = project_root() if sign else workplace()
     try:
         # Before weights are loaded: a key that cannot sign is found out now.
         signer = Signer(root) if sign else None

@@ -111,7 +111,7 @@ def _check(options: GenerateOptions) -> None:
         raise GenerationRefused(f"--prompts {options.prompt_file}: no such file")
     if options.image is not None:
         _image_size(options.image)
-    for name in ("model", "transformer", "base"):
+    for name in ("model", "transformer"):
         path: Path | None = getattr(options, name)
         # Of published weights below weights/ a line each says how to get them.
         if path is not None and not path.exists() and "weights" not in path.parts:
@@ -231,10 +231,10 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
     from components.generation import sampling
     from components.generation.held_weights import encoder_loader
     from components.models.loading.memory_modes import memory_modes, parse_memory
-    from components.settings.schema import load_settings
     from flows import environment
+    from flows.versioning.profiles import settings_of
 
-    settings = load_settings(root / "params.yaml")
+    settings = settings_of(root)
     memory = (
         memory_modes(settings.generate.memory)
         if options.memory is None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components.files.whole_files import write_text
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, workplace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -171,7 +171,7 @@ def judge(
     from components.evaluation.judge.prompts import QUESTIONS, judge_prompt
     from components.settings.captions import EndpointSettings
 
-    project_root()
+    workplace()
     questions = list(dict.fromkeys(question or QUESTIONS))
     try:
         if max_cost_usd is not None and None in (input_usd, output_usd):

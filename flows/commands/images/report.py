@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from components.files.whole_files import write_text
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, workplace
 
 EPILOG = """Examples:
 
@@ -68,12 +68,13 @@ def report(
     if not evaluation.is_dir():
         raise fail(f"{evaluation}: no such folder; make one with ultraflux evaluate SUITE")
     from components.evaluation.pages.suite_report import ReportOptions, build_suite_report
-    from components.settings.schema import SettingsError, load_settings
+    from components.settings.schema import SettingsError
+    from flows.versioning.profiles import settings_of
 
-    root = project_root()
+    root = workplace()
     target = out or evaluation / "report.html"
     try:
-        settings = load_settings(root / "params.yaml")
+        settings = settings_of(root)
         if target.is_dir():
             raise ValueError(f"--out {target}: a folder; name the page, such as report.html")
         made = build_suite_report(

@@ -6,13 +6,14 @@ writes what was trained for other programs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, workplace
 
 if TYPE_CHECKING:
     from components.metrics.metric_weights import Weights
@@ -65,6 +66,7 @@ def list_weights(
     metrics: Annotated[
         list[str] | None, typer.Argument(help="Metric ids, or nsfwjs; all if none.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """What needs weights, their files, size, licence, whether they are there, and the command."""
     from rich.console import Console
@@ -72,12 +74,20 @@ def list_weights(
 
     from components.metrics.weight_files import state
 
-    weights_dir = project_root() / "weights"
+    weights_dir = workplace() / "weights"
     console = Console(soft_wrap=True)
     try:
         rows = [(names, part, state(names, part, weights_dir)) for names, part in _needed(metrics)]
     except ValueError as problem:
         raise fail(str(problem)) from None
+    if as_json:
+        named = ("path", "size", "license", "command")
+        listed = [
+            {"for": names, "state": found, **{name: getattr(part, name) for name in named}}
+            for names, part, found in rows
+        ]
+        print(json.dumps({"weights": listed}, indent=1))
+        return
     for names, part, found in rows:
         colour = _COLOURS.get(found, "yellow")
         console.print(f"[{colour}]{found:9}[/] [bold]{escape(names)}[/]")
@@ -114,7 +124,7 @@ def get_weights(
         raise fail(f"{name}: not fetched by this command; see `ultraflux weights list {name}`")
     package = nsfwjs_package.NSFWJS
     registry = registry or nsfwjs_package.PUBLIC_REGISTRY
-    folder = project_root() / "weights" / NSFWJS
+    folder = workplace() / "weights" / NSFWJS
     shown = f"weights/{NSFWJS}"
     if folder.is_dir() and folder_digest(folder) == package.digest:
         print(f"{shown} is there already, {package.name} {package.version} ({package.digest})")
@@ -143,7 +153,7 @@ def verify_weights(
     """
     from components.metrics.weight_files import verify
 
-    weights_dir = project_root() / "weights"
+    weights_dir = workplace() / "weights"
     bad = checked = 0
     try:
         for names, part in _needed(metrics):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, workplace
 from flows.commands.pipeline.plan_cards import show_cards
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def plan(
         raise fail(f"--gpu-memory-gib {gpu_memory_gib}: must be above 0")
     if price_per_gpu_hour is not None and price_per_gpu_hour < 0:
         raise fail(f"--price-per-gpu-hour {price_per_gpu_hour}: must not be negative")
-    root = project_root()
+    root = workplace()
     rate = _rate(tflops_per_gpu, mfu)
     try:
         settings = _settings(root, profile, params)
@@ -253,6 +253,8 @@ def _settings(root: Path, profile: str | None, params: Path | None) -> Settings:
     if profile is not None and params is not None:
         raise fail("--profile and --params: give one of them")
     if profile is None:
+        if params is None and not (root / "params.yaml").is_file():
+            raise fail(f"no UltraFlux project at or above {root}: give --profile or --params")
         return load_settings(params or root / "params.yaml")
     import yaml
 

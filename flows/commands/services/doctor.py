@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +76,16 @@ def print_findings(findings: list[Finding]) -> int:
         verdict = f"[{colours[f.verdict]}]{f.verdict}[/]"
         table.add_row(verdict, f.topic, escape(f.text), escape(f.fix))
     Console().print(table)
+    return _exit_code(findings)
+
+
+def print_json(findings: list[Finding]) -> int:
+    """Print them as one JSON object; returns the exit code: 1 where there is a problem."""
+    print(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=1))
+    return _exit_code(findings)
+
+
+def _exit_code(findings: list[Finding]) -> int:
     return int(any(finding.verdict == "problem" for finding in findings))
 
 
