@@ -197,8 +197,8 @@ def measure_candidate(candidate: Candidate) -> dict[str, Any]:
 def kernels_digest() -> str:
     """Hash of the compiled loops' source, without the second that importing them takes."""
     digest = hashlib.sha256()
-    for name in ("count_kernels.py", "cooccurrence_kernels.py", "texture_kernels.py"):
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*_kernels.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

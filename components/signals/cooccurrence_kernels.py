@@ -9,7 +9,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from components.signals.count_kernels import count_in_four
+from components.signals.integer_kernels import count_in_four
 from components.signals.kernel_cache import cached
 
 PATCH_PX = 64

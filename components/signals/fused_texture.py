@@ -3,7 +3,7 @@
 Bit-identical with `flat_regions` and the released tool (tested on every reference photograph): the
 histogram and the sums of squared gradients are exact integers; only the sum of float32 roots is
 not, its error is bounded, and a patch whose variance is not certain to lie on one side of the
-threshold is decided by the slow exact formula.
+threshold is decided by the slow exact formula. Most patches need few roots, or none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ MAX_PATCH_PX = 1024
 """Squared gradients (up to 2 * 1020^2) of one patch row add up in 31 bits."""
 
 _MIN_PATCH_PX = 3
-_HALF_ULP = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -36,22 +35,6 @@ class FusedTexture:
     """How many patches the exact formula decided."""
     reduced: np.ndarray
     """(ceil(H / f), ceil(W / f), 3) uint8: `shrinking.box_reduced` of the pixels."""
-
-
-def certain_distance(mean_magnitude: np.ndarray, patch_px: int) -> np.ndarray:
-    """How far from the threshold a variance E[m^2] - E[m]^2 must lie to be decided by.
-
-    A row of n float32 roots is summed with n roundings of at most half an ulp, in whatever order,
-    and each root has one more. So the mean magnitude m is off by a factor of at most 1 + e with
-    e = (n + 1) 2^-24, and m^2 by m^2 (2 e + e^2). The last term covers the float64 arithmetic here
-    and in the exact formula.
-
-    Args:
-        mean_magnitude: any shape, at least 0.
-        patch_px: n.
-    """
-    relative = (patch_px + 1) * _HALF_ULP
-    return mean_magnitude**2 * (2 * relative + relative**2) * 1.01 + 1e-6
 
 
 def fused_texture(
@@ -84,8 +67,8 @@ def fused_texture(
     # Four tables: neighbouring pixels often share a level, and a counter that was just stored is
     # read again only when its store has finished.
     tables = np.zeros((4, 256), np.uint32)
-    squares = np.zeros((height // patch_px, width // patch_px), np.int64)
-    roots = np.zeros(squares.shape)
+    patches = (height // patch_px, width // patch_px)
+    variances, distances = np.empty(patches), np.empty(patches)
     # Beyond it the pass's 16-bit column sums would overflow; `box_reduced` has wider ones.
     is_reduced_here = 1 < reduced_by <= MAX_FACTOR_16_BITS
     size = (-(-height // reduced_by), -(-width // reduced_by)) if is_reduced_here else (0, 0)
@@ -93,24 +76,20 @@ def fused_texture(
     gray_histogram_sobel(
         np.ascontiguousarray(pixels).reshape(height, 3 * width),
         gray,
-        patch_px,
+        float(flat_variance),
+        np.empty((2, width), np.int16),
+        np.empty((2, patch_px), np.int16),
         tables,
-        squares,
-        roots,
-        np.empty((2, width), np.float32),
+        np.zeros(patches, np.int64),
+        variances,
+        distances,
         reduced_by if is_reduced_here else 0,
-        np.zeros(3 * width if is_reduced_here else 0, np.uint16),
+        np.empty((2, 3 * width if is_reduced_here else 0), np.uint16),
         means,
     )
-    # The difference of two large numbers, of which one is exact: only the mean's error counts, and
-    # `certain_distance` bounds that.
-    mean = roots / patch_px**2
-    variances = squares / patch_px**2 - mean**2
     # The loop's float32 roots decide no patch that they could decide wrongly: within the bound of
     # their error the reference is asked, so that every verdict is the released tool's.
-    uncertain = np.argwhere(
-        np.abs(variances - flat_variance) <= certain_distance(mean, patch_px)
-    ).tolist()
+    uncertain = np.argwhere(np.abs(variances - flat_variance) <= distances).tolist()
     for row, column in uncertain:
         top, left = row * patch_px, column * patch_px
         patch = gray[top : top + patch_px, left : left + patch_px]

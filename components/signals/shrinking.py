@@ -30,7 +30,7 @@ def box_reduced(pixels: np.ndarray, factor: int) -> np.ndarray:
         half = (pixels.shape[1] // 2, pixels.shape[0] // 2)
         return cv2.resize(pixels, half, interpolation=cv2.INTER_AREA)
     # numba: a second that only processes pay which measure.
-    from components.signals.texture_kernels import box_means
+    from components.signals.box_kernels import box_means
 
     height, width = pixels.shape[:2]
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
@@ -38,5 +38,5 @@ def box_reduced(pixels: np.ndarray, factor: int) -> np.ndarray:
     means = np.empty((reduced[0], reduced[1] * channels), np.uint8)
     rows = np.ascontiguousarray(pixels).reshape(height, width * channels)
     kind = np.uint16 if factor <= MAX_FACTOR_16_BITS else np.uint32
-    box_means(rows, channels, factor, np.zeros(width * channels, kind), means)
+    box_means(rows, channels, factor, np.empty((2, width * channels), kind), means)
     return means.reshape(*reduced, *pixels.shape[2:])

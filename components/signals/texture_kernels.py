@@ -1,8 +1,9 @@
-"""Compiled loops of the signals pass: gray, histogram and Sobel sums; co-occurrence counts.
+"""Compiled loops of the signals pass: gray, histogram, Sobel sums and the small picture.
 
-Written for the vectoriser: one-dimensional row slices, loops from 0, 32-bit arithmetic said
-explicitly (numba widens small integers to 64 bits otherwise). No loop allocates. numba takes about
-a second to import, so that only functions that compute import this module.
+Written for the vectoriser: loops over whole rows from 0, integers no wider than what they hold,
+unsigned positions (a negative one would count from the end, and every access would ask). No loop
+allocates. numba takes about a second to import, so that only functions that compute import this
+module.
 """
 
 from __future__ import annotations
@@ -10,136 +11,183 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from components.signals.count_kernels import count_in_four
+from components.signals.box_kernels import block_means, column_sums
+from components.signals.integer_kernels import count_in_four, minus, plus, shifted, times
 from components.signals.kernel_cache import cached
 
 # Reassociation lets the float32 sum of roots use vector lanes; nothing else may change a value (no
 # approximate reciprocal or root). `certain_distance` in fused_texture bounds what it costs.
 _REASSOCIATE = {"reassoc", "nsz"}
 
+_HALF_ULP = 2.0**-24
+_ROWS_APART = 8
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def certain_distance(mean_magnitude: float, patch_px: int) -> float:
+    """How far from the threshold a variance E[m^2] - E[m]^2 must lie to be decided by.
+
+    A row of n float32 roots is summed with n roundings of at most half an ulp, in whatever order,
+    and each root has one more. So the mean magnitude m is off by a factor of at most 1 + e with
+    e = (n + 1) 2^-24, and m^2 by m^2 (2 e + e^2). The last term covers the float64 arithmetic here
+    and in the exact formula.
+
+    Args:
+        mean_magnitude: at least 0.
+        patch_px: n.
+    """
+    relative = (patch_px + 1) * _HALF_ULP
+    return mean_magnitude * mean_magnitude * (2 * relative + relative * relative) * 1.01 + 1e-6
+
 
 @numba.njit(nogil=True, error_model="numpy")
 def _gray_row(pixels: np.ndarray, gray: np.ndarray) -> None:
-    """OpenCV's 8-bit gray of one row: pixels (3 W,) uint8 interleaved RGB, gray (W,) uint8."""
+    """OpenCV's 8-bit gray of one row: pixels (3 W,) uint8 interleaved RGB, gray (W,) uint8.
+
+    (9798 R + 19235 G + 3735 B + 2^14) >> 15 in 16 bits: every weight is 256 times its high byte and
+    its low byte, and of the low bytes' sum only what carries into the high part counts.
+    """
     for x in range(gray.size):
-        red = np.int32(pixels[3 * x])
-        green = np.int32(pixels[3 * x + 1])
-        blue = np.int32(pixels[3 * x + 2])
-        # The weights add up to 2^15: the sum stays below 2^23, and white stays 255.
-        weighted = np.int32(9798 * red + 19235 * green + 3735 * blue + 16384)
-        gray[x] = np.uint8(weighted >> 15)
+        red = np.uint16(pixels[3 * x])
+        green = np.uint16(pixels[3 * x + 1])
+        blue = np.uint16(pixels[3 * x + 2])
+        # 9798 = 38 * 256 + 70, 19235 = 75 * 256 + 35, 3735 = 14 * 256 + 151, 2^14 = 64 * 256. At
+        # most 127 * 255 + 64 above and 256 * 255 below.
+        high = plus(times(red, np.uint16(38)), times(green, np.uint16(75)))
+        high = plus(plus(high, times(blue, np.uint16(14))), np.uint16(64))
+        low = plus(times(red, np.uint16(70)), times(green, np.uint16(35)))
+        low = plus(low, times(blue, np.uint16(151)))
+        gray[x] = np.uint8(shifted(plus(high, shifted(low, np.uint16(8))), np.uint16(7)))
 
 
 @numba.njit(nogil=True, error_model="numpy")
 def _vertical_row(
-    above: np.ndarray, row: np.ndarray, below: np.ndarray, smooth: np.ndarray, slope: np.ndarray
+    gray: np.ndarray,
+    rows: tuple[int, int, int],
+    left: int,
+    smooth: np.ndarray,
+    slope: np.ndarray,
 ) -> None:
-    """Vertical halves of the separable 3x3 Sobel: (1, 2, 1) and (-1, 0, 1), exact in float32."""
-    for x in range(row.size):
-        # Once for the whole row of the image: patches differ at their left and right ends alone.
-        top = np.float32(above[x])
-        bottom = np.float32(below[x])
-        middle = np.float32(row[x])
-        smooth[x] = top + middle + middle + bottom
-        slope[x] = bottom - top
+    """Vertical halves of the separable 3x3 Sobel: (1, 2, 1) and (-1, 0, 1), at most 1020.
+
+    Args:
+        gray: (H, W) uint8.
+        rows: above, of and below the row in question.
+        left: first column.
+        smooth: (n,) int16, filled from n columns.
+        slope: the same.
+    """
+    above, row, below = np.uint64(rows[0]), np.uint64(rows[1]), np.uint64(rows[2])
+    for x in range(smooth.size):
+        column = np.uint64(left) + np.uint64(x)
+        top = np.int16(gray[above, column])
+        bottom = np.int16(gray[below, column])
+        middle = np.int16(gray[row, column])
+        smooth[x] = plus(plus(top, bottom), plus(middle, middle))
+        slope[x] = minus(bottom, top)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _squares_row(smooth: np.ndarray, slope: np.ndarray, left: int, patch_px: int) -> np.int32:
+    """Sum of the squared gradients of one patch row, mirrored at its ends; exact.
+
+    A square is at most 2,080,800, so that 32 bits hold a row of 1,024.
+    """
+    first = np.int32(2 * (slope[left] + slope[left + 1]))
+    right = left + patch_px - 1
+    # REFLECT_101 makes the horizontal difference 0 at both ends and doubles the inner slope.
+    last = np.int32(2 * (slope[right] + slope[right - 1]))
+    squares = np.int32(first * first + last * last)
+    for x in range(patch_px - 2):
+        here = np.uint64(left) + np.uint64(x)
+        middle, after = here + np.uint64(1), here + np.uint64(2)
+        across = np.int32(minus(smooth[after], smooth[here]))
+        down = plus(slope[here], slope[after])
+        down = np.int32(plus(down, plus(slope[middle], slope[middle])))
+        squares = plus(squares, plus(times(across, across), times(down, down)))
+    return squares
 
 
 @numba.njit(nogil=True, error_model="numpy", fastmath=_REASSOCIATE)
-def _magnitude_row(smooth: np.ndarray, slope: np.ndarray) -> tuple[np.int32, np.float32]:
+def _roots_row(smooth: np.ndarray, slope: np.ndarray) -> tuple[np.int32, np.float32]:
     """(sum of squares, exact; sum of roots, float32) over one patch row, mirrored at its ends.
 
-    Gradients reach 1020 and their squares 2,080,800 < 2^24: float32 holds them exactly, and the
-    vectoriser likes it better than mixed integers. The sum of squares is an int32.
+    Squares stay below 2^24, so that float32 holds them exactly.
     """
     width = smooth.size
-    # REFLECT_101 makes the horizontal difference 0 at both ends and doubles the inner slope.
-    first = np.float32(2) * (slope[0] + slope[1])
-    last = np.float32(2) * (slope[width - 1] + slope[width - 2])
+    first = np.int32(2 * (slope[0] + slope[1]))
+    last = np.int32(2 * (slope[width - 1] + slope[width - 2]))
     squares = np.int32(first * first + last * last)
-    roots = abs(first) + abs(last)
-    smooth_left, smooth_right = smooth[: width - 2], smooth[2:]
-    left, middle, right = slope[: width - 2], slope[1 : width - 1], slope[2:]
+    roots = np.float32(abs(first) + abs(last))
     for x in range(width - 2):
-        across = smooth_right[x] - smooth_left[x]
-        down = left[x] + middle[x] + middle[x] + right[x]
-        square = across * across + down * down
-        # int32 said twice: widened to 64 bits the sum would use half of the lanes.
-        squares = np.int32(squares + np.int32(square))
-        roots += np.sqrt(square)
+        here = np.uint64(x)
+        middle, after = here + np.uint64(1), here + np.uint64(2)
+        across = np.int32(minus(smooth[after], smooth[here]))
+        down = plus(slope[here], slope[after])
+        down = np.int32(plus(down, plus(slope[middle], slope[middle])))
+        square = plus(times(across, across), times(down, down))
+        squares = plus(squares, square)
+        roots += np.sqrt(np.float32(square))
     return squares, roots
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _add_row(row: np.ndarray, sums: np.ndarray) -> None:
-    """Column sums in the type of `sums`: 16 bits hold 257 rows of bytes."""
-    for x in range(row.size):
-        sums[x] += row[x]
+def _mirrored(y: int, top: int, bottom: int) -> tuple[int, int, int]:
+    """Rows above, at and below y; REFLECT_101 inside a patch: row -1 is row 1, row P is row P - 2.
+
+    A gradient sees nothing outside of its patch.
+    """
+    return (y - 1 if y > top else top + 1), y, (y + 1 if y < bottom - 1 else bottom - 2)
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _block_means(
-    sums: np.ndarray, channels: int, factor: int, rows: int, means: np.ndarray
-) -> None:
-    """One row of block means from the column sums of `rows` rows; the sums are zero afterwards.
+def _patch_variance(
+    gray: np.ndarray,
+    corner: tuple[int, int],
+    squares: int,
+    flat_variance: float,
+    smooth: np.ndarray,
+    slope: np.ndarray,
+) -> tuple[float, float]:
+    """(variance of a patch's gradient magnitude, how far it may be off), no better than needed.
+
+    The variance is E[m^2] - E[m]^2, and E[m^2] is known. Roots take as long as all else together,
+    so they are taken of rows far apart first. Those of the rows that are left are, by the
+    inequality of Cauchy and Schwarz, at most sqrt(their number * their squares), which are known:
+    mostly a sixth of the rows shows that the variance is above the threshold, and then a lower
+    bound of it comes back.
 
     Args:
-        sums: (C W,) unsigned, channels interleaved.
-        channels: C.
-        factor: columns of a block; the last block has what is left.
-        rows: that were added up.
-        means: (C ceil(W / factor),) uint8, filled; halves rounded up.
+        gray: (H, W) uint8.
+        corner: top and left of the patch.
+        squares: sum of its squared gradients.
+        flat_variance: threshold.
+        smooth: (P,) int16 scratch.
+        slope: the same.
     """
-    width = sums.size // channels
-    area = factor * rows
-    # Multiplying by a rounded-up 2^40 / (2 area) is the exact division while 1024 area^2 fits.
-    whole = width // factor if area <= 32768 else 0
-    reciprocal = np.uint64(((1 << 40) + 2 * area - 1) // (2 * area))
-    # The usual rounding of total / area, both doubled so that a half needs no fraction.
-    half = np.uint64(area)
-    for block in range(whole):
-        first = block * factor * channels
-        for channel in range(channels):
-            total = np.uint32(0)
-            for x in range(factor):
-                total = np.uint32(total + sums[first + channels * x + channel])
-            means[block * channels + channel] = np.uint8(
-                ((np.uint64(total) << np.uint64(1)) + half) * reciprocal >> np.uint64(40)
-            )
-    # The partial block at the end, and all of them where the reciprocal is not exact.
-    for block in range(whole, means.size // channels):
-        left = block * factor
-        right = min(left + factor, width)
-        area = rows * (right - left)
-        for channel in range(channels):
-            rest = 0
-            for x in range(left, right):
-                rest += int(sums[channels * x + channel])
-            means[block * channels + channel] = np.uint8((2 * rest + area) // (2 * area))
-    # Callers add the next rows without clearing.
-    sums[:] = 0
-
-
-@cached
-@numba.njit(nogil=True, error_model="numpy")
-def box_means(
-    source: np.ndarray, channels: int, factor: int, sums: np.ndarray, means: np.ndarray
-) -> None:
-    """Mean of every factor x factor block, halves rounded up; blocks at the ends may be partial.
-
-    Args:
-        source: (H, C W) uint8, channels interleaved.
-        channels: C.
-        factor: block edge, 1 to 257 with sums of 16 bits, to 4096 with 32.
-        sums: (C W,) uint16 or uint32 zeros; zeros again afterwards.
-        means: (ceil(H / factor), C ceil(W / factor)) uint8, filled.
-    """
-    height = source.shape[0]
-    for block_row in range(means.shape[0]):
-        top = block_row * factor
-        bottom = min(top + factor, height)
-        for y in range(top, bottom):
-            _add_row(source[y], sums)
-        _block_means(sums, channels, factor, bottom - top, means[block_row])
+    top, left = corner
+    patch_px = smooth.size
+    pixels = patch_px * patch_px
+    mean_square = squares / pixels
+    if mean_square < flat_variance - certain_distance(0.0, patch_px):
+        # The variance is smaller still.
+        return mean_square, 0.0
+    squares_left = squares
+    pixels_left = pixels
+    roots = 0.0
+    mean = 0.0
+    for first in range(_ROWS_APART):
+        for y in range(top + first, top + patch_px, _ROWS_APART):
+            _vertical_row(gray, _mirrored(y, top, top + patch_px), left, smooth, slope)
+            row_squares, row_roots = _roots_row(smooth, slope)
+            squares_left -= int(row_squares)
+            pixels_left -= patch_px
+            roots += float(row_roots)
+            mean = (roots + np.sqrt(np.float64(pixels_left) * squares_left)) / pixels
+            distance = certain_distance(mean, patch_px)
+            if mean_square - mean * mean > flat_variance + distance:
+                return mean_square - mean * mean, distance
+    return mean_square - mean * mean, certain_distance(mean, patch_px)
 
 
 @cached
@@ -147,33 +195,39 @@ def box_means(
 def gray_histogram_sobel(
     pixels: np.ndarray,
     gray: np.ndarray,
-    patch_px: int,
+    flat_variance: float,
+    halves: np.ndarray,
+    patch_halves: np.ndarray,
     tables: np.ndarray,
     squares: np.ndarray,
-    roots: np.ndarray,
-    halves: np.ndarray,
+    variances: np.ndarray,
+    distances: np.ndarray,
     factor: int,
     sums: np.ndarray,
     means: np.ndarray,
 ) -> None:
-    """All that entropy, flatness and the small picture need, band by band while it is in cache.
+    """All that entropy, flatness and the small picture need, row by row while it is in cache.
 
     Args:
         pixels: (H, 3 W) uint8, interleaved RGB.
         gray: (H, W) uint8, filled.
-        patch_px: edge of a patch, 3 to `fused_texture.MAX_PATCH_PX`.
+        flat_variance: which side of it a patch is on is what `variances` say.
+        halves: (2, W) int16 scratch.
+        patch_halves: (2, P) int16 scratch; P is the edge of a patch, 3 to
+            `fused_texture.MAX_PATCH_PX`.
         tables: (4, 256) uint32 zeros; their sum becomes the histogram.
-        squares: (H // patch_px, W // patch_px) int64 zeros; sums of squared Sobel magnitudes.
-        roots: the same shape, float64 zeros; sums of magnitudes.
-        halves: (2, W) float32 scratch.
+        squares: (H // P, W // P) int64 zeros; sums of squared Sobel magnitudes.
+        variances: the same shape, float64, filled: of the magnitudes, or a bound on their side.
+        distances: the same, filled: how far the variances may be off.
         factor: of `box_means` over the pixels, 1 to 257; 0 for none.
-        sums: of `box_means`, (3 W,) uint16 zeros.
+        sums: of `box_means`, (2, 3 W) uint16.
         means: of `box_means`.
     """
     height = gray.shape[0]
     patch_rows, patch_columns = squares.shape
+    patch_px = patch_halves.shape[1]
     smooth, slope = halves[0], halves[1]
-    added = 0
+    patch_smooth, patch_slope = patch_halves[0], patch_halves[1]
     # One more than there are patches: rows below the last patch count for histogram and means.
     for band in range(patch_rows + 1):
         top = band * patch_px
@@ -181,25 +235,29 @@ def gray_histogram_sobel(
         for y in range(top, bottom):
             _gray_row(pixels[y], gray[y])
             count_in_four(gray[y], tables)
-            if factor > 0:
-                _add_row(pixels[y], sums)
-                added += 1
-                # Blocks do not follow bands: one may begin in this band and end in the next.
-                if added == factor or y == height - 1:
-                    _block_means(sums, 3, factor, added, means[y // factor])
-                    added = 0
+            # Blocks do not follow bands: one may begin in this band and end in the next.
+            if factor > 0 and ((y + 1) % factor == 0 or y == height - 1):
+                block = y // factor
+                column_sums(pixels, block * factor, y + 1, sums[0])
+                block_means(sums, 3, factor, y + 1 - block * factor, means[block])
+            if band == patch_rows:
+                continue
+            # A row's gradient needs the gray of the row below it; the last one has none.
+            for row in range(y - 1 if y > top else y, y if y < bottom - 1 else bottom):
+                _vertical_row(gray, _mirrored(row, top, bottom), 0, smooth, slope)
+                for column in range(patch_columns):
+                    # 64 bits from here: 32 are enough for one row of a patch, not for all of them.
+                    squares[band, column] += _squares_row(
+                        smooth, slope, column * patch_px, patch_px
+                    )
         if band == patch_rows:
             break
-        # A second run over the band, since a row's gradient needs the gray of the row below it.
-        for y in range(top, bottom):
-            # REFLECT_101 inside the patch: row -1 is row 1, row P is row P - 2.
-            above = gray[y - 1] if y > top else gray[top + 1]
-            below = gray[y + 1] if y < bottom - 1 else gray[bottom - 2]
-            _vertical_row(above, gray[y], below, smooth, slope)
-            for column in range(patch_columns):
-                left = column * patch_px
-                right = left + patch_px
-                row_squares, row_roots = _magnitude_row(smooth[left:right], slope[left:right])
-                # 64 bits from here: 32 are enough for one row of a patch, not for all of them.
-                squares[band, column] += row_squares
-                roots[band, column] += row_roots
+        for column in range(patch_columns):
+            variances[band, column], distances[band, column] = _patch_variance(
+                gray,
+                (top, column * patch_px),
+                squares[band, column],
+                flat_variance,
+                patch_smooth,
+                patch_slope,
+            )

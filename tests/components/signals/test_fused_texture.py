@@ -15,9 +15,10 @@ from scipy.stats import entropy as scipy_entropy
 from components.images.decoding import decode_as_stored, decode_both
 from components.images.scratch import Scratch
 from components.signals.flat_regions import sobel_variance
-from components.signals.fused_texture import MAX_PATCH_PX, certain_distance, fused_texture
+from components.signals.fused_texture import MAX_PATCH_PX, fused_texture
 from components.signals.glcm import glcm_measures
 from components.signals.shrinking import box_reduced
+from components.signals.texture_kernels import certain_distance
 
 ROOT = Path(__file__).parents[3]
 SAMPLE = sorted((ROOT / "data" / "sample").glob("*.jpg"))
@@ -123,7 +124,7 @@ def test_the_fast_variance_is_within_its_bound(patch_px: int, kind: str) -> None
     pixels = np.repeat(gray[..., None], 3, axis=2)
     variance = sobel_variance(gray)
     mean = np.sqrt(cv2.Sobel(gray, cv2.CV_64F, 1, 0) ** 2 + cv2.Sobel(gray, cv2.CV_64F, 0, 1) ** 2)
-    distance = float(certain_distance(np.array(mean.mean() * 1.1), patch_px))
+    distance = float(certain_distance(float(mean.mean()) * 1.1, patch_px))
     for threshold, is_flat in ((variance + 2 * distance, 1.0), (variance - 2 * distance, 0.0)):
         texture = fused_texture(pixels, patch_px=patch_px, flat_variance=threshold)
         assert (texture.flat_fraction, texture.uncertain_patches) == (is_flat, 0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pdqhash
 import pytest
@@ -39,6 +40,30 @@ def test_the_hash_is_that_of_the_colour_image_within_a_few_bits(name: str) -> No
     assert len(found[0]) == 64
     assert int((bits(found[0]) != expected).sum()) <= 8
     assert abs(found[1] - expected_quality) <= 2
+
+
+def reference(gray: np.ndarray) -> tuple[str, int]:
+    """What Meta's implementation says of an image that it does not shrink."""
+    found, quality = pdqhash.compute(np.repeat(gray[..., None], 3, axis=2))
+    return np.packbits(found.astype(np.uint8)).tobytes().hex(), int(quality)
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (64, 65), (127, 128), (128, 129), (342, 512), (512, 342), (193, 511)]
+)
+def test_every_bit_and_every_quality_are_those_of_the_reference(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(shape)
+    gray = grayscale(photo(NAMES[0]))
+    pieces = [cv2.resize(gray, shape[::-1], interpolation=cv2.INTER_AREA)]
+    pieces += [rng.integers(0, 256, shape, dtype=np.uint8), np.zeros(shape, np.uint8)]
+    # A blank image hashes the rounding of its sums: another order is another hash.
+    pieces += [np.full(shape, level, np.uint8) for level in range(1, 256, 17)]
+    for _ in range(20):
+        top, left = (
+            rng.integers(0, edge - side) for edge, side in zip(gray.shape, shape, strict=True)
+        )
+        pieces.append(np.ascontiguousarray(gray[top : top + shape[0], left : left + shape[1]]))
+    assert [pdq(piece) for piece in pieces] == [reference(piece) for piece in pieces]
 
 
 def test_a_smaller_recompressed_copy_is_near_and_another_photograph_is_far() -> None:
