@@ -42,6 +42,8 @@ _CHUNK_BYTES = 2**20
 _CLOCK_STEP_NS = 20_000_000
 """A kernel stamps files with a clock that moves every 4 to 10 ms."""
 
+_ATTEMPTS = 3
+
 Stat = tuple[int, int, int]
 """Size, mtime and ctime in ns: equal ones stand for equal bytes."""
 
@@ -65,6 +67,9 @@ class FileContent(NamedTuple):
     """`HEADER_COLUMNS` as far as they are known; of other files `integrity` alone."""
 
 
+_CHANGED = FileContent(None, None, {"integrity": "changed while it was read"})
+
+
 def too_large(size_bytes: int, max_megapixels: float) -> str | None:
     """Why a file is not even read: no photograph within the bound has so many bytes."""
     if size_bytes > max_megapixels * 1e6 * _MAX_BYTES_PER_PIXEL + _MAX_METADATA_BYTES:
@@ -76,8 +81,17 @@ def read_content(file: FileToRead) -> FileContent:
     """Read a file once; what is wrong with it is data.
 
     A file that was written less than a step of the kernel's clock ago is waited for: a later change
-    must get another time.
+    must get another time. One that changes while it is read is read again, at most `_ATTEMPTS`
+    times in all: bytes of two moments are no photograph.
     """
+    for _ in range(_ATTEMPTS):
+        content = _read_once(file)
+        if content is not _CHANGED:
+            break
+    return content
+
+
+def _read_once(file: FileToRead) -> FileContent:
     try:
         # Not blocking: what was a file when it was listed may be a pipe by now.
         descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -90,21 +104,25 @@ def read_content(file: FileToRead) -> FileContent:
             return FileContent(None, None, {"integrity": "not a regular file"})
         if 0 <= time.time_ns() - status.st_ctime_ns < _CLOCK_STEP_NS:
             time.sleep(_CLOCK_STEP_NS / 1e9)
+        data: bytes | None = None
         try:
             if file.max_megapixels is None:
                 digest = hashlib.sha256()
                 while chunk := opened.read(_CHUNK_BYTES):
                     digest.update(chunk)
-                sha256, columns = digest.hexdigest(), {"integrity": "ok"}
             else:
                 data = opened.readall()
-                sha256 = hashlib.sha256(data).hexdigest()
-                columns = _photograph(data, file.max_megapixels)
+                digest = hashlib.sha256(data)
         except OSError as problem:
             return _unread(problem)
-        before, after = _stat(status), _stat(os.fstat(descriptor))
-    # Without a stat nothing is remembered, so bytes that changed under the reader are read again.
-    return FileContent(sha256, before if before == after else None, columns)
+        # Also when another file took its name: the one that is read lost it, which is a change.
+        if _stat(status) != _stat(os.fstat(descriptor)):
+            return _CHANGED
+    if data is None or file.max_megapixels is None:
+        columns: dict[str, Any] = {"integrity": "ok"}
+    else:
+        columns = _photograph(data, file.max_megapixels)
+    return FileContent(digest.hexdigest(), _stat(status), columns)
 
 
 def _stat(status: os.stat_result) -> Stat:

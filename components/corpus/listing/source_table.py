@@ -255,10 +255,12 @@ def _row(file: SourceFile, content: FileContent, unusable: Counter[str]) -> dict
         raise ValueError(f"header columns {unknown} are not in HEADER_COLUMNS")
     if content.columns["integrity"] != "ok":
         unusable[content.columns["integrity"]] += 1
+    # Of the bytes that were hashed, where another file had taken this one's place by then.
+    size_bytes = file.size_bytes if content.stat is None else content.stat[0]
     return {
         "name": printable(file.name),
         "is_candidate": file.is_candidate,
-        "size_bytes": None if file.problem else file.size_bytes,
+        "size_bytes": None if file.problem else size_bytes,
         "sha256": content.sha256,
         **content.columns,
     }

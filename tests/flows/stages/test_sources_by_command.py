@@ -6,7 +6,9 @@ The listing and what becomes of odd entries run in the fast suite; whole corpus 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -139,6 +142,76 @@ def test_one_more_photograph_is_read_alone_and_one_that_goes_is_noticed(odd: Pat
     assert "odd/a new one.jpg" in uris
     assert "odd/1.jpg" not in uris
     assert uris == sorted(uris)
+
+
+@contextlib.contextmanager
+def restless(*steps: Callable[[], None]) -> Iterator[None]:
+    """Take the steps in turn, again and again, beside what the block does."""
+    over = threading.Event()
+
+    def step() -> None:
+        while not over.wait(0.001):
+            for one in steps:
+                one()
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(step)
+        yield
+        over.set()
+        done.result()
+
+
+def states(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of every entry what a write to it would change."""
+    found = {}
+    for entry in os.scandir(folder):
+        state = entry.stat(follow_symlinks=False)
+        found[entry.name] = (state.st_ino, state.st_mode, state.st_size, state.st_ctime_ns)
+    return found
+
+
+def test_what_goes_grows_and_changes_under_the_command_is_a_row_that_is_true(odd: Path) -> None:
+    """Also the last word on a source that nobody may write to: no entry of it is touched."""
+    folder, table = odd / "odd", odd / "data" / "source" / "listing.parquet"
+    known = odd / "runs" / "listing" / "files.sqlite"
+    known.unlink()
+    before = states(folder)
+    growing, replaced, gone = (folder / f"{name}.jpg" for name in ("growing", "replaced", "gone"))
+    # So long that nobody reads it between two steps.
+    growing.write_bytes((folder / "0.jpg").read_bytes() + bytes(64 * 2**20))
+    versions = [(folder / name).read_bytes() for name in ("0.jpg", "1.jpg")]
+    for path in (replaced, gone):
+        path.write_bytes(versions[0])
+    turn = itertools.cycle(versions)
+
+    def grow() -> None:
+        with growing.open("ab") as file:
+            file.write(b"more")
+
+    def replace() -> None:
+        new = folder / ".new"
+        new.write_bytes(next(turn))
+        new.replace(replaced)
+
+    def go() -> None:
+        # It is made when everything is listed, before the workers start that read.
+        if known.exists():
+            gone.unlink(missing_ok=True)
+
+    with restless(grow, replace, go):
+        command(odd, "ultraflux", "stage", "run", "source", timeout_s=300)
+    rows = pd.read_parquet(table).set_index("name")
+    assert rows["integrity"]["growing.jpg"] == "changed while it was read"
+    assert rows["integrity"]["gone.jpg"] == "cannot read: No such file or directory"
+    whole = {hashlib.sha256(data).hexdigest(): len(data) for data in versions}
+    found = rows.loc["replaced.jpg"]
+    if found["integrity"] == "ok":
+        assert whole[found["sha256"]] == found["size_bytes"]
+    else:
+        assert found["integrity"] == "changed while it was read"
+    for path in (growing, replaced):
+        path.unlink()
+    assert states(folder) == before
 
 
 class _Misbehaving(BaseHTTPRequestHandler):
