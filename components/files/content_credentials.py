@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from components.files.manifest_boxes import is_as_signed
 from components.files.signatures import KEY_SETTING, KeyUnusable, SigningKey
 from components.files.whole_files import whole_file, write_bytes
 
@@ -34,8 +35,6 @@ DEVELOPMENT_CHAIN = "development-chain.pem"
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 LINEAGE = "org.ultraflux.lineage"
 _TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
-# The text "pad" and the head of a byte string whose length has two bytes (RFC 8949).
-_PAD = b"\x63pad\x59"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _YEARS = timedelta(days=3650)
 _OWNER = "UltraFlux development key (untrusted)"
@@ -277,21 +276,8 @@ def read_credentials(path: Path, anchors: str = "") -> Credentials | None:
 
 
 def _is_as_written(data: bytes, kind: str) -> bool:
-    """Whether bytes of the manifest that no signature covers are as our signing left them.
-
-    COSE signs neither its unprotected header nor the zeros that fill the box there (`pad`, a CBOR
-    byte string), and no hash covers them. The heads of JUMBF boxes are not covered either: in a PNG
-    the checksum of the chunk tells, in other formats some 60 bytes stay unwatched.
-    """
-    if kind == "image/png" and not _checksums_hold(data):
-        return False
-    start = data.rfind(_PAD)
-    if start < 0:
-        return False
-    begin = start + len(_PAD)
-    length = int.from_bytes(data[begin : begin + 2], "big")
-    room = data[begin + 2 : begin + 2 + length]
-    return len(room) == length and not any(room)
+    """Whether bytes of the manifest that no signature covers are as our signing left them."""
+    return is_as_signed(data) and (kind != "image/png" or _checksums_hold(data))
 
 
 def _checksums_hold(data: bytes) -> bool:
