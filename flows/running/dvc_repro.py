@@ -9,7 +9,9 @@ its result when another dvc process holds the repository lock for three seconds.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -33,6 +35,8 @@ from flows.versioning import graph as versioning
 TIMEOUT_STEP_S = 5.0
 BUSY_MARK = "is busy, it is being blocked by"
 BUSY_PATIENCE_S, BUSY_PAUSE_S = 120.0, 1.0
+_BY_SIGNAL = re.compile(r"exited with -(\d+)$")
+"""How DVC says that a signal ended a stage's command."""
 ATTEMPTS = "runs/attempts"
 """Folders in which stages and whoever asked for them talk."""
 
@@ -317,4 +321,10 @@ def _last_error(log: Path, code: int) -> str:
     errors = [line for line in lines if line.lower().startswith("error")]
     if code in {137, 143, -9, -15}:
         return "killed"
-    return (errors or lines or [f"exit code {code}"])[-1]
+    said = (errors or lines or [f"exit code {code}"])[-1]
+    if ended := _BY_SIGNAL.search(said):
+        name = signal.Signals(int(ended[1])).name
+        # What the kernel does when memory runs out leaves no other word.
+        why = "; where nobody did that, memory was full" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{why}"
+    return said

@@ -57,6 +57,19 @@ def test_a_failed_stage_is_retried_and_blocks_only_what_is_below(toy: Path) -> N
     assert all(o.ok for o in walk_graph(runner_for(toy), lambda outcome: None).values())
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(9, "by SIGKILL; where nobody did that, memory was full"), (11, "by SIGSEGV")],
+)
+def test_a_stage_that_a_signal_ended_says_which(toy: Path, number: int, said: str) -> None:
+    graph = toy / "dvc.yaml"
+    first = next(line for line in graph.read_text().splitlines() if line.strip().startswith("cmd:"))
+    graph.write_text(graph.read_text().replace(first, f"    cmd: kill -{number} $$"))
+    outcome = runner_for(toy).run("a")
+    assert outcome.status == "failed"
+    assert outcome.message == f"a: its process was ended {said} (log: runs/logs/a.log)"
+
+
 def test_stopping_ends_the_whole_process_group(toy: Path) -> None:
     (toy / "b.hang").touch()
     runner = runner_for(toy)
