@@ -149,7 +149,7 @@ def fused_snr_huber_loss(
     Raises:
         ValueError: odd latent size, or t is not (B,).
     """
-    # Plain by default: on a CPU the compiled one was slower (docs/decisions.md, "fused SNR-HW").
+    # Plain by default: on a CPU the compiled one was slower (docs/decisions/models.md).
     kernel = _compiled() if compiled else loss_and_gradient
     loss: Tensor = _SnrHuber.apply(velocity, latents, noise, t, settings, kernel)  # type: ignore[no-untyped-call]
     return loss
