@@ -80,6 +80,8 @@ def write_result(result: SuiteResult, suite: Suite, out_dir: Path) -> Path:
         "other_sizes": dict(sorted(result.other_sizes.items())),
         "notes": result.notes,
     }
+    if result.looks:
+        description["looks"] = {name: asdict(one) for name, one in sorted(result.looks.items())}
     if result.set_comparisons:
         description["set_comparisons"] = [asdict(one) for one in result.set_comparisons]
     write_text(folder / "metrics.json", json.dumps(description, indent=2, sort_keys=True) + "\n")

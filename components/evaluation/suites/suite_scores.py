@@ -29,6 +29,7 @@ from components.evaluation.measuring.evaluation_run import (
 from components.evaluation.measuring.ledger import Ledger
 from components.evaluation.statistics import scores
 from components.evaluation.statistics.comparison import Refusal
+from components.evaluation.statistics.sequential import Look
 from components.evaluation.statistics.set_comparison import SetComparison
 from components.evaluation.suites.picture_checks import (
     measured_sizes,
@@ -74,6 +75,8 @@ class SuiteResult:
     other_sizes: dict[str, str] = field(default_factory=dict)
     """Systems whose pictures have another size than the suite asks for, and which; their numbers
     stand under a title of their own."""
+    looks: dict[str, Look] = field(default_factory=dict)
+    """By system: the last look of a run that stops when a metric decides."""
     notes: list[str] = field(default_factory=list)
     """What a reader has to know of how pictures were matched, read and taken over."""
 

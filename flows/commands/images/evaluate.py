@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,17 +12,9 @@ import typer
 from flows.commands.command_line import fail, workplace
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from components.evaluation.statistics.comparison import Comparison
-    from components.evaluation.statistics.set_comparison import SetComparison
-    from components.evaluation.suites.suite_scores import SuiteResult
     from components.evaluation.suites.suites import Suite
     from components.evaluation.suites.system import Sampling
     from components.settings.schema import Settings
-
-_MANY_METRICS, _FEW_SYSTEMS = 5, 4
-"""From more metrics on, those of at most so many systems stand in rows."""
 
 EPILOG = """Suites: aesthetic-eval-4096, aesthetic-eval-2048, aspect-ratio, reconstruction, detail,
 held-out, runtime, or a folder with metadata.jsonl (an object a line: file_name, text).
@@ -117,6 +109,14 @@ def evaluate(
         bool,
         typer.Option("--any-size", help="Measure pictures of another size too, in a table apart."),
     ] = False,
+    stop_when_decided: Annotated[
+        str | None,
+        typer.Option(
+            help="Metric: look after groups of prompts and stop once it tells every system from "
+            "--baseline, at a false-positive rate of 5% over all looks."
+        ),
+    ] = None,
+    looks: Annotated[int, typer.Option(min=1, help="With --stop-when-decided.")] = 5,
     relock: Annotated[
         bool,
         typer.Option(
@@ -143,11 +143,13 @@ def evaluate(
     from components.evaluation.measuring.evaluation_lock import check_lock, lock_of, write_lock
     from components.evaluation.measuring.evaluation_run import RunOptions, open_metrics
     from components.evaluation.measuring.ledger import Ledger
+    from components.evaluation.sequential_evaluation import check_stopping, evaluate_until_decided
     from components.evaluation.suites.result_folder import taken, write_result
     from components.evaluation.suites.suite_scores import evaluate_suite, statistics_of
     from components.evaluation.suites.suites import load_suite, runtime_items, ways_items
     from components.evaluation.suites.system import Sampling
     from components.settings.schema import SettingsError
+    from flows.commands.images.evaluation_tables import show_result, show_tests
     from flows.commands.images.runtime import (
         compare_and_show,
         parse_sizes,
@@ -203,15 +205,19 @@ def evaluate(
         )
         opened = open_metrics(ids, root / "weights", chosen.split(",")[0])
         refiner = settings.refiner.endpoint.model if refine else ""
-        lock = lock_of(loaded, opened, _asked(sampling, seed, refiner))
+        asked = _asked(sampling, seed, refiner)
+        if stop_when_decided is not None:
+            check_stopping(stop_when_decided, ids, baseline, [one.name for one in systems])
+            asked["stopped_by"] = f"{stop_when_decided}, {looks} looks"
+        lock = lock_of(loaded, opened, asked)
         with taken(folder):
             if not relock:
                 check_lock(lock, folder)
-            result = evaluate_suite(
-                loaded,
-                systems,
-                opened,
-                ids,
+            measure = functools.partial(
+                evaluate_suite,
+                systems=systems,
+                opened=opened,
+                metric_ids=ids,
                 ledger=Ledger(ledger or root / "runs" / "ledger"),
                 options=options,
                 out_dir=folder,
@@ -221,14 +227,25 @@ def evaluate(
                 any_size=any_size,
                 asked_as=_refined(root, loaded, settings) if refine else {},
             )
+            if stop_when_decided is None:
+                result = measure(loaded)
+            else:
+                loaded, result = evaluate_until_decided(
+                    loaded,
+                    measure,
+                    stop_when_decided,
+                    baseline=baseline or "",
+                    looks=looks,
+                    seed=settings.project.seed,
+                )
             written = write_result(result, loaded, folder)
             write_lock(lock, written)
     except (SettingsError, ValueError, WorkersDoNotStart) as problem:
         raise fail(str(problem)) from None
     if not quiet:
-        _show(loaded, result, ids)
+        show_result(loaded, result, ids)
     if baseline is not None and not quiet:
-        _show_tests(result, baseline, settings.evaluate.bootstrap_resamples, settings.project.seed)
+        show_tests(result, baseline, settings.evaluate.bootstrap_resamples, settings.project.seed)
     did = statistics_of(result)
     seconds = time.monotonic() - started
     scores = written / "scores.parquet"
@@ -302,174 +319,6 @@ def _devices(chosen: str) -> tuple[str, ...]:
     import torch
 
     return tuple(f"cuda:{number}" for number in range(torch.cuda.device_count())) or ("cuda",)
-
-
-def _number(metrics: dict[str, float], name: str, decimals: int) -> str:
-    from components.evaluation.suites.suite_scores import count_note
-
-    note = count_note(metrics, name)
-    value = metrics.get(name)
-    if value is None:
-        return f"∞ ({note})" if note else "-"
-    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-    text = f"{value:.{decimals}f}"
-    if low is not None and high is not None:
-        text = f"{text} [{low:.{decimals}f}, {high:.{decimals}f}]"
-    return f"∞ ({note}; {text} over the others)" if note else text
-
-
-def _measured_table(metrics: dict[str, float], ids: tuple[str, ...], rows: list[str]) -> Table:
-    """Means of systems (and their strata) by metric.
-
-    Many metrics of a few systems stand in rows: in columns their names would be cut to pieces.
-    """
-    from rich.table import Table
-
-    from components.metrics.cards import card
-
-    cells = {
-        (row, i): _number(metrics, f"{row}.{i}", card(i).decimals) for row in rows for i in ids
-    }
-    names = {i: f"{card(i).name} {card(i).arrow}" for i in ids}
-    across = len(ids) > _MANY_METRICS and len(rows) <= _FEW_SYSTEMS
-    table = Table()
-    # Names stay whole; numbers wrap.
-    table.add_column("metric" if across else "system", no_wrap=True)
-    for heading in rows if across else names.values():
-        table.add_column(heading, justify="right")
-    if across:
-        for i, name in names.items():
-            table.add_row(name, *(cells[row, i] for row in rows))
-    else:
-        for row in rows:
-            table.add_row(row, *(cells[row, i] for i in ids))
-    return table
-
-
-def _show(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
-    """Our numbers, published ones beside them, and what is missing."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from components.evaluation.pages.suite_tables import comparisons
-    from components.metrics.paper_tables import table_of_suite
-
-    console = Console()
-    systems = sorted(set(result.table["system"]))
-    strata = sorted(set(result.table["stratum"]))
-    endings = ("", "_infinite")
-    measured = tuple(
-        i
-        for i in ids
-        if any(key.endswith(f".{i}{end}") for key in result.metrics for end in endings)
-    )
-    titles = {
-        f"{suite.title} ({len(suite.items)} items)": [
-            s for s in systems if s not in result.other_sizes
-        ]
-    }
-    titles |= {
-        f"Not at the suite's sizes, so not comparable with it: {result.other_sizes[s]}": [s]
-        for s in systems
-        if s in result.other_sizes
-    }
-    for title, shown in titles.items():
-        rows = [
-            row
-            for name in shown
-            for row in (name, *(f"{name}.{s}" for s in strata if len(strata) > 1))
-        ]
-        if shown:
-            # Not as the table's title, which wraps at the width of its columns.
-            console.print(title, markup=False, soft_wrap=True)
-            console.print(_measured_table(result.metrics, measured, rows))
-    for note in result.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
-    published = table_of_suite(suite.name)
-    if published is not None:
-        beside = Table(
-            title=f"Published, other pictures and weights: {published.caption} "
-            f"({published.source})",
-            title_justify="left",
-        )
-        beside.add_column("system")
-        for column in published.columns:
-            beside.add_column(column, justify="right")
-        for row in published.rows:
-            beside.add_row(row.title, *row.values)
-        console.print(beside)
-        console.print(comparisons(published), markup=False, soft_wrap=True)
-    for metric_id, reason in result.unavailable.items():
-        console.print(f"not measured: {metric_id}: {reason}", markup=False, soft_wrap=True)
-    errors = result.table[result.table["error"].notna()]
-    for (name, error), failed in errors.groupby(["system", "error"]):
-        console.print(f"no value: {name}: {len(failed)} ({error})", markup=False, soft_wrap=True)
-
-
-def _cells(
-    found: Comparison | SetComparison,
-    difference: float,
-    adjusted: float,
-    interval: tuple[float, float] | None = None,
-) -> tuple[str, ...]:
-    from components.evaluation.suites.against_baseline import verdict
-    from components.metrics.cards import card
-
-    metric = card(found.metric)
-    levels = (f"{value:.{metric.decimals}f}" for value in (found.before, found.after))
-    ends = (
-        "" if interval is None else " [{:+.{d}f}, {:+.{d}f}]".format(*interval, d=metric.decimals)
-    )
-    stratum = getattr(found, "stratum", "")
-    return (
-        f"{metric.name}, {stratum}" if stratum else metric.name,
-        *levels,
-        f"{difference:+.{metric.decimals}f}{ends}",
-        f"{found.p_value:.2g}",
-        f"{adjusted:.2g}",
-        verdict(found.metric, difference, adjusted, interval) or "-",
-    )
-
-
-def _show_tests(result: SuiteResult, baseline: str, resamples: int, seed: int) -> None:
-    """A table per system against the baseline, and what could not be compared."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from components.evaluation.suites.against_baseline import against_baseline
-
-    systems = list(dict.fromkeys(picture["system"] for picture in result.pictures))
-    console = Console()
-    if baseline not in systems:
-        console.print(f"not compared: {baseline} has no pictures", markup=False, soft_wrap=True)
-        return
-    for one in against_baseline(
-        result.table, systems, baseline, result.set_comparisons, resamples=resamples, seed=seed
-    ):
-        table = Table(title=f"{one.system} against {baseline}", title_justify="left")
-        for name in ("metric", baseline, one.system, "difference", "p", "p, Holm", "at 5%"):
-            table.add_column(name, justify="left" if name == "metric" else "right")
-        for found in one.comparisons:
-            interval = found.difference.low, found.difference.high
-            table.add_row(*_cells(found, found.difference.mean, found.adjusted_p, interval))
-        for distance, adjusted in one.sets:
-            table.add_row(*_cells(distance, distance.difference, adjusted))
-        if table.row_count:
-            console.print(table)
-        refusals = (*one.refusals, *result.set_refusals.get(one.system, ()))
-        for line in _not_compared(one.system, [refusal.reason for refusal in refusals]):
-            console.print(line, markup=False, soft_wrap=True)
-
-
-def _not_compared(system: str, reasons: list[str]) -> Iterator[str]:
-    """A line for each reason, with the metrics that it holds for."""
-    metrics: dict[str, list[str]] = {}
-    for text in reasons:
-        metric, separator, reason = text.partition(": ")
-        metrics.setdefault(reason if separator else text, []).append(metric if separator else "")
-    for reason, names in metrics.items():
-        listed = ", ".join(filter(None, names))
-        yield f"not compared: {system}: {f'{listed}: ' if listed else ''}{reason}"
 
 
 def _log(

@@ -124,26 +124,26 @@ def test_logged_numbers_reach_mlflow(project: Path, root: Path) -> None:
 
 
 def test_many_metrics_of_a_few_systems_stand_in_rows_and_keep_their_names() -> None:
-    from flows.commands.images.evaluate import _measured_table
+    from flows.commands.images.evaluation_tables import measured_table
 
     ids = ("glcm_score", "compression_ratio", "entropy_bits", "flat_fraction", "ssim", "psnr_db")
     numbers = {f"{name}.{i}": 1.0 for name in "ab" for i in ids}
-    table = _measured_table(numbers, ids, ["a", "b"])
+    table = measured_table(numbers, ids, ["a", "b"])
     assert [column.header for column in table.columns] == ["metric", "a", "b"]
     assert list(table.columns[0].cells)[1] == "Compression ratio ↓"
     assert list(table.columns[2].cells)[1] == "1.00"
-    few = _measured_table(numbers, ids[:5], ["a", "b"])
+    few = measured_table(numbers, ids[:5], ["a", "b"])
     assert [column.header for column in few.columns][:2] == ["system", "GLCM score ↑"]
-    many = _measured_table(numbers, ids, [*"abcde"])
+    many = measured_table(numbers, ids, [*"abcde"])
     assert list(many.columns[0].cells) == [*"abcde"]
 
 
 def test_what_is_not_compared_is_said_once_a_reason() -> None:
-    from flows.commands.images.evaluate import _not_compared
+    from flows.commands.images.evaluation_tables import not_compared
 
     few = "3 independent prompts or images; an interval needs at least 6"
     reasons = [f"ssim: {few}", "psnr_db: lake is 26.9 and inf", f"piqe: {few}", "no pictures"]
-    assert list(_not_compared("soft", reasons)) == [
+    assert list(not_compared("soft", reasons)) == [
         f"not compared: soft: ssim, piqe: {few}",
         "not compared: soft: psnr_db: lake is 26.9 and inf",
         "not compared: soft: no pictures",

@@ -183,3 +183,51 @@ def test_files_of_two_runs_are_no_evaluation(project: Path, typed: Typed) -> Non
     done = typed(project, "report", str(folder))
     assert done.returncode == 2
     assert "scores.parquet is of another run than metrics.json" in done.stderr
+
+
+def stopping(project: Path, *systems: tuple[str, float, int]) -> tuple[str, ...]:
+    """24 items, systems (name, noise, seed), and the words that stop at a decision."""
+    names = [f"p{number:02d}" for number in range(24)]
+    suite(project / "set", {name: texture(place) for place, name in enumerate(names)})
+    words: tuple[str, ...] = ("evaluate", "set", "--metrics", "psnr_db")
+    for system, sigma, seed in systems:
+        noise = {n: noisy(texture(p), sigma, seed + p) for p, n in enumerate(names)}
+        write(project / system, noise)
+        words += ("--system", f"{system}={system}")
+    return words
+
+
+def test_an_evaluation_stops_once_its_metric_has_decided(project: Path, typed: Typed) -> None:
+    asked = stopping(project, ("close", 2.0, 100), ("far", 20.0, 100))
+    stop = ("--baseline", "close", "--stop-when-decided", "psnr_db", "--looks", "3")
+    done = typed(project, *asked, *stop)
+    assert done.returncode == 0, done.stderr
+    assert "decided after 8 of 24 prompts (look 1 of 3): far is worse" in done.stdout
+    assert "stopped early" in done.stdout
+    # Eight prompts of two systems, one value each: nothing else was measured.
+    assert "16 pictures, 16 decoded, 16 values computed" in done.stdout
+    described = json.loads((project / "runs/evaluations/set/metrics.json").read_text())
+    assert described["looks"]["far"]["prompts"] == 8
+    assert described["looks"]["far"]["high"] < 0
+    assert described["protocol"].endswith("+drawn8of24")
+    for words, message in (
+        (stop[2:], "name two systems, and one as --baseline"),
+        ((*stop[:3], "fid", *stop[4:]), "--stop-when-decided fid: of sets"),
+        ((*stop[:3], "ssim", *stop[4:]), "not among the metrics"),
+        ((*stop[:5], "4"), "--looks 4: the first of 4 looks at 24 prompts"),
+    ):
+        refused = typed(project, *asked, *words, "--out", "refused")
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_equal_systems_sees_every_prompt(project: Path, typed: Typed) -> None:
+    asked = stopping(project, ("close", 2.0, 100), ("same", 2.0, 500))
+    stop = ("--baseline", "close", "--stop-when-decided", "psnr_db", "--looks", "3")
+    equal = typed(project, *asked, *stop)
+    assert "not decided after 24 of 24 prompts: PSNR of same minus close" in equal.stdout
+    assert "stopped early" not in equal.stdout
+    described = json.loads((project / "runs/evaluations/set/metrics.json").read_text())
+    assert "+drawn" not in described["protocol"]
