@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from components.files.whole_files import write_text
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, workplace
 
 if TYPE_CHECKING:
     from components.evaluation.paper_tables.filled import FilledTable
@@ -55,7 +55,7 @@ def table(
     from components.evaluation.paper_tables.records import default_records, given_records
     from components.metrics.paper_tables import paper_table
 
-    root = project_root()
+    root = workplace()
     if name is None:
         _list(as_json)
         return
