@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from components.engine.ordered_pool import Failure
+from components.engine.read_ahead import read_ahead
 from components.images.arrays import ImageArray
 from components.images.aspect_buckets import Bucket, fit_to_bucket
 from components.images.decoding import MAX_MEGAPIXELS, ByteSource, ImageUndecodable, read_rgb
@@ -113,6 +115,9 @@ class Posterior:
 
 
 MEAN = Posterior()
+DECODERS = 2
+"""Threads that decode ahead of the encoder: of those tried one did not keep up with it, four made
+nothing faster and hold twice the batches."""
 
 
 def plan_digest(plan: Sequence[Sequence[EncodingItem]], posterior: Posterior = MEAN) -> str:
@@ -217,14 +222,38 @@ def encode_batch(
         max_megapixels: bound on decoded photographs.
         posterior: what is kept of the encoder's Gaussian.
     """
-    images: dict[str, Tensor] = {}
-    rejected: dict[str, str] = {}
+    loaded = load_batch(items, max_megapixels)
+    return encode_loaded(items, loaded, autoencoder, dtype, posterior)
+
+
+Loaded = Mapping[str, Tensor | ImageUndecodable]
+"""Pixels (3, H, W) in [-1, 1] by image id, or why there are none."""
+
+
+def load_batch(
+    items: Sequence[EncodingItem], max_megapixels: float = MAX_MEGAPIXELS
+) -> dict[str, Tensor | ImageUndecodable]:
+    """Decode photographs; needs no network, and may run beside one in a thread."""
+    loaded: dict[str, Tensor | ImageUndecodable] = {}
     for item in items:
         try:
             # The same exception as everywhere: only what is wrong with this photograph is caught.
-            images[item.image_id] = load_image(item, max_megapixels)
+            loaded[item.image_id] = load_image(item, max_megapixels)
         except ImageUndecodable as problem:
-            rejected[item.image_id] = str(problem)
+            loaded[item.image_id] = problem
+    return loaded
+
+
+def encode_loaded(
+    items: Sequence[EncodingItem],
+    loaded: Loaded,
+    autoencoder: AutoencoderKLF16,
+    dtype: StoreDtype,
+    posterior: Posterior = MEAN,
+) -> EncodedBatch:
+    """As `encode_batch`, of photographs that `load_batch` has read."""
+    images = {name: found for name, found in loaded.items() if isinstance(found, Tensor)}
+    rejected = {name: str(found) for name, found in loaded.items() if name not in images}
     if not images:
         return EncodedBatch({}, (0, 0, 0), rejected)
     device = next(autoencoder.parameters()).device
@@ -282,8 +311,9 @@ def encode_corpus(
     def here(plan: Iterable[list[EncodingItem]]) -> Iterator[EncodedBatch | Failure]:
         # Inside the generator: with workers elsewhere this process never fills its own GPU.
         model = autoencoder.to(device)
-        for batch in plan:
-            yield encode_batch(batch, model, settings.dtype, max_megapixels, posterior)
+        decode = partial(load_batch, max_megapixels=max_megapixels)
+        for batch, loaded in read_ahead(decode, plan, DECODERS):
+            yield encode_loaded(batch, loaded, model, settings.dtype, posterior)
 
     plan = batches(items, settings.batch_size)
     # Work under another plan is kept apart: other batches may round sums differently.
