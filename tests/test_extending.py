@@ -111,6 +111,7 @@ def test_an_objective_is_one_function_and_one_row(tmp_path: Path) -> None:
     assert edits("An objective")[1:] == [("components/objectives/objective.py", 1)] * 2
 
 
+@pytest.mark.slow
 def test_a_quality_scorer_is_one_module_and_one_entry(tmp_path: Path) -> None:
     follow("A quality scorer", tmp_path)
     table = pd.read_parquet(tmp_path / "data" / "quality" / "quality.parquet")

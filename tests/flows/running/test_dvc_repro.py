@@ -102,7 +102,9 @@ walk_graph(DvcRunner(root, graph, parent_record="x", stale=stale), print)
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_killing_the_scheduler_leaves_no_stage_process_and_a_rerun_finishes(
     toy: Path, root: Path, how: signal.Signals
 ) -> None:
