@@ -52,3 +52,13 @@ def download_command(
         # One option per pattern: a second word after --include would be taken for a file's name.
         words += ["--include", pattern]
     return shlex.join([*words, "--local-dir", str(into)])
+
+
+def fetch_command(address: str, into: str | Path) -> str:
+    """The command that gets one file that no client of a hub has.
+
+    Args:
+        address: of the file itself; a page in its place is an error (`--fail`).
+        into: file, from the root of the clone; folders are made.
+    """
+    return shlex.join(["curl", "--fail", "--create-dirs", "-Lo", str(into), address])

@@ -4,7 +4,8 @@ A metric's files are looked for below `weights/`, then in the caches that other 
 (Hugging Face's, torch hub's); nothing is fetched. Looking costs milliseconds and imports nothing
 heavy. A file whose name carries the first digits of its sha256, as torch hub's do, is checked
 against them; for the others the first verification records the digest in `weights/digests.json`
-and later ones compare with it.
+and later ones compare with it. Entries of the record are sealed: one that was edited by hand
+vouches for nothing and is said, so that other weights do not pass under it.
 """
 
 from __future__ import annotations
@@ -78,6 +79,25 @@ def _read_record(weights_dir: Path) -> dict[str, Any]:
     return values
 
 
+def _seal(path: str, entry: Mapping[str, Any]) -> str:
+    """Of an entry; what a hand that changes a digest or a stamp does not change along."""
+    sealed = [path, entry.get("sha256"), entry.get("files")]
+    return sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
+
+
+def _entry(weights: Weights, weights_dir: Path) -> tuple[dict[str, Any], str]:
+    """What is recorded of weights, and why it may not be believed."""
+    entry = _read_record(weights_dir).get(weights.path)
+    if entry is None:
+        return {}, ""
+    if isinstance(entry, dict) and entry.get("seal") == _seal(weights.path, entry):
+        return entry, ""
+    return {}, (
+        f"the entry of {weights.path} in {RECORD} was not written by this program as it is; remove "
+        "it and run ultraflux weights verify"
+    )
+
+
 def _write_record(weights_dir: Path, values: Mapping[str, Any]) -> None:
     weights_dir.mkdir(parents=True, exist_ok=True)
     write_text(
@@ -115,11 +135,15 @@ def verify(name: str, weights: Weights, weights_dir: Path) -> Verdict:
         return Verdict(weights.path, "wrong", f"sha256 {digest}, its name says {expected}...")
     if weights.sha256 not in (None, digest):
         return Verdict(weights.path, "wrong", f"sha256 {digest}, expected {weights.sha256}")
-    record = _read_record(weights_dir)
-    known = record.get(weights.path, {}).get("sha256")
+    entry, edited = _entry(weights, weights_dir)
+    if edited:
+        return Verdict(weights.path, "wrong", edited)
+    known = entry.get("sha256")
     if known is not None and known != digest:
         return Verdict(weights.path, "wrong", f"sha256 {digest}, recorded was {known}")
-    _write_record(weights_dir, record | {weights.path: {"sha256": digest, "files": _stamp(path)}})
+    found: dict[str, Any] = {"sha256": digest, "files": _stamp(path)}
+    sealed = found | {"seal": _seal(weights.path, found)}
+    _write_record(weights_dir, _read_record(weights_dir) | {weights.path: sealed})
     is_vouched = known or expected or weights.sha256
     return Verdict(weights.path, "ok" if is_vouched else "recorded", digest)
 
@@ -134,7 +158,7 @@ def trusted_digest(name: str, weights: Weights, weights_dir: Path) -> tuple[Path
         WeightsMissing: not there, or not the right ones.
     """
     path = find(name, weights, weights_dir)
-    entry = _read_record(weights_dir).get(weights.path, {})
+    entry, _ = _entry(weights, weights_dir)
     if entry.get("files") == _stamp(path):
         return path, str(entry["sha256"])
     verdict = verify(name, weights, weights_dir)
@@ -179,5 +203,7 @@ def state(name: str, weights: Weights, weights_dir: Path) -> State:
         path = find(name, weights, weights_dir)
     except WeightsMissing:
         return "missing"
-    entry = _read_record(weights_dir).get(weights.path, {})
+    entry, edited = _entry(weights, weights_dir)
+    if edited:
+        return "wrong"
     return "ok" if entry.get("files") == _stamp(path) else "unchecked"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from components.files.install_hints import download_command
 from components.metrics.metric import Metric
 from components.metrics.metric_card import MetricCard, MetricFamily
 from components.metrics.metric_weights import Weights
@@ -36,7 +37,7 @@ ARTIMUSE = MetricFamily(
                 "artimuse",
                 "about 17 GB",
                 "see its model card",
-                "copy the released ArtiMuse checkpoint folder to weights/artimuse/",
+                download_command("Thunderbolt215215/ArtiMuse", "weights/artimuse"),
             ),
         ),
     ),

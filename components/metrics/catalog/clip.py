@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from components.files.install_hints import fetch_command
 from components.metrics.metric import Metric
 from components.metrics.metric_card import MetricCard, MetricFamily, Opener
 from components.metrics.metric_weights import Weights, hub
@@ -155,8 +156,11 @@ LAION_AESTHETICS = MetricFamily(
                 "laion/sac+logos+ava1-l14-linearMSE.pth",
                 "4 MB",
                 "Apache-2.0",
-                "copy sac+logos+ava1-l14-linearMSE.pth (improved-aesthetic-predictor) to "
-                "weights/laion/",
+                fetch_command(
+                    "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+                    "sac%2Blogos%2Bava1-l14-linearMSE.pth",
+                    "weights/laion/sac+logos+ava1-l14-linearMSE.pth",
+                ),
                 also=(_L14,),
             ),
         ),

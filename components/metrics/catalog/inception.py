@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from components.files.install_hints import fetch_command
 from components.metrics.metric import Metric
 from components.metrics.metric_card import MetricCard, MetricFamily, Opener
 from components.metrics.metric_weights import Weights
@@ -14,8 +15,11 @@ _WEIGHTS = Weights(
     path="inception/pt_inception-2015-12-05-6726825d.pth",
     size="91 MiB",
     license="Apache-2.0",
-    command="copy pt_inception-2015-12-05-6726825d.pth (release fid_weights of the pytorch-fid "
-    "project) to weights/inception/",
+    command=fetch_command(
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+        "pt_inception-2015-12-05-6726825d.pth",
+        "weights/inception/pt_inception-2015-12-05-6726825d.pth",
+    ),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from components.files.install_hints import fetch_command
 from components.metrics.metric import Metric
 from components.metrics.metric_card import NATIVE, MetricCard, MetricFamily, Opener
 from components.metrics.metric_weights import Weights
@@ -26,8 +27,11 @@ def _heads(backbone: str) -> Weights:
         f"lpips/heads-{backbone}.pth",
         "6 to 7 KB",
         "BSD-2-Clause",
-        f"copy weights/v0.1/{backbone}.pth of the lpips package to "
-        f"weights/lpips/heads-{backbone}.pth",
+        fetch_command(
+            "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/"
+            f"{backbone}.pth",
+            f"weights/lpips/heads-{backbone}.pth",
+        ),
     )
 
 
@@ -48,8 +52,10 @@ LPIPS = MetricFamily(
                 "lpips/vgg16-397923af.pth",
                 "528 MiB",
                 "BSD-3-Clause",
-                "curl -Lo weights/lpips/vgg16-397923af.pth "
-                "https://download.pytorch.org/models/vgg16-397923af.pth",
+                fetch_command(
+                    "https://download.pytorch.org/models/vgg16-397923af.pth",
+                    "weights/lpips/vgg16-397923af.pth",
+                ),
                 also=(_heads("vgg"),),
             ),
         ),
@@ -74,8 +80,10 @@ LPIPS_ALEX = MetricFamily(
                 "lpips/alexnet-owt-7be5be79.pth",
                 "233 MiB",
                 "BSD-3-Clause",
-                "curl -Lo weights/lpips/alexnet-owt-7be5be79.pth "
-                "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+                fetch_command(
+                    "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+                    "weights/lpips/alexnet-owt-7be5be79.pth",
+                ),
                 also=(_heads("alex"),),
             ),
         ),

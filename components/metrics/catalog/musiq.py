@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from components.files.install_hints import download_command
 from components.metrics.metric import Metric
 from components.metrics.metric_card import MetricCard, MetricFamily
 from components.metrics.metric_weights import Weights
@@ -33,7 +34,11 @@ MUSIQ = MetricFamily(
                 "musiq/musiq_koniq_ckpt-e95806b9.pth",
                 "about 100 MiB",
                 "Apache-2.0",
-                "copy musiq_koniq_ckpt-e95806b9.pth (pyiqa's weight release) to weights/musiq/",
+                download_command(
+                    "chaofengc/IQA-PyTorch-Weights",
+                    "weights/musiq",
+                    "musiq_koniq_ckpt-e95806b9.pth",
+                ),
             ),
         ),
     ),

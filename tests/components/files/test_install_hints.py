@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
+import subprocess
+import threading
 import tomllib
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import pytest
 from huggingface_hub.cli._cli_utils import typer_factory
 from huggingface_hub.cli.download import download
 
-from components.files.install_hints import download_command, install_hint
+from components.files.install_hints import download_command, fetch_command, install_hint
 from components.metrics.cards import CARDS
 from components.metrics.weight_files import parts
 
@@ -82,10 +86,51 @@ def test_the_client_understands_every_command_of_the_registry(command: str) -> N
     assert all(re.fullmatch(r"[\w./-]+\.\w+", name) for name in params["filenames"] or [])
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("hf ")])
-def test_what_no_client_fetches_says_where_to_put_it(command: str) -> None:
-    assert re.match(r"(copy|curl -Lo) ", command)
-    assert " weights/" in command
+@pytest.mark.parametrize(
+    ("path", "command"),
+    sorted(
+        {
+            (part.path, part.command)
+            for card in CARDS
+            if card.weights is not None
+            for part in parts(card.weights)
+        }
+    ),
+)
+def test_every_command_puts_weights_where_they_are_looked_for(path: str, command: str) -> None:
+    if command.startswith("hf "):
+        params = understood(command)
+        folder = Path(params["local_dir"])
+        wanted = Path("weights") / path
+        names = list(params["filenames"] or ())
+        assert wanted == folder or (wanted.parent, [wanted.name]) == (folder, names)
+        return
+    program, fail, folders, option, into, address = shlex.split(command)
+    assert [program, fail, folders, option] == ["curl", "--fail", "--create-dirs", "-Lo"]
+    assert into == f"weights/{path}"
+    assert address.startswith("https://")
+
+
+def test_what_curl_is_told_to_fetch_arrives_and_a_page_of_an_error_does_not(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "a+b.pth").write_bytes(b"weights")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        codes = [
+            subprocess.run(
+                shlex.split(fetch_command(f"{base}/{name}", f"weights/x/{into}")), cwd=tmp_path
+            ).returncode
+            for name, into in (("a%2Bb.pth", "a+b.pth"), ("gone.pth", "gone.pth"))
+        ]
+        server.shutdown()
+    assert codes[0] == 0
+    assert codes[1] != 0
+    assert (tmp_path / "weights" / "x" / "a+b.pth").read_bytes() == b"weights"
+    assert not (tmp_path / "weights" / "x" / "gone.pth").exists()
 
 
 def test_several_patterns_are_several_options() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from components.files.weight_folders import WeightsMissing
 from components.metrics.cards import CARDS, card
 from components.metrics.metric_weights import Weights
 from components.metrics.registry import open_metric
-from components.metrics.weight_files import find, trusted_digest, trusted_files, verify
+from components.metrics.weight_files import find, state, trusted_digest, trusted_files, verify
 from flows.commands.model.weights import app
 
 DATA = b"weights"
@@ -77,6 +78,37 @@ def test_the_first_verification_records_and_later_ones_compare(tmp_path: Path) -
     assert f"recorded was {SHA256}" in verdict.detail
 
 
+@pytest.mark.parametrize("also", ["sha256", "files", "seal"])
+def test_a_digest_file_that_was_edited_by_hand_lets_no_other_weights_pass(
+    tmp_path: Path, also: str
+) -> None:
+    _put(tmp_path / PLAIN.path)
+    assert trusted_digest("Metric", PLAIN, tmp_path)[1] == SHA256
+    random = b"random!"
+    path = _put(tmp_path / PLAIN.path, random)
+    stat = path.stat()
+    record = json.loads((tmp_path / "digests.json").read_text())
+    entry = record[PLAIN.path]
+    entry["sha256"] = hashlib.sha256(random).hexdigest()
+    entry["files"] = [[path.name, stat.st_size, stat.st_mtime_ns]]
+    if also == "files":
+        # Only the stamp: the old digest would be believed of the new bytes.
+        entry["sha256"] = SHA256
+    if also == "seal":
+        del entry["seal"]
+    (tmp_path / "digests.json").write_text(json.dumps(record))
+    assert state("Metric", PLAIN, tmp_path) == "wrong"
+    assert verify("Metric", PLAIN, tmp_path).state == "wrong"
+    with pytest.raises(WeightsMissing, match="was not written by this program as it is"):
+        trusted_digest("Metric", PLAIN, tmp_path)
+    # As it says: without the entry the file is what it is, and is recorded as seen for the first
+    # time, under its own digest.
+    del record[PLAIN.path]
+    (tmp_path / "digests.json").write_text(json.dumps(record))
+    found = verify("Metric", PLAIN, tmp_path)
+    assert (found.state, found.detail) == ("recorded", hashlib.sha256(random).hexdigest())
+
+
 def test_a_metric_of_several_files_has_one_digest_of_all(tmp_path: Path) -> None:
     metric = card("lpips_alex")
     assert metric.weights is not None
@@ -115,7 +147,7 @@ def test_a_damaged_file_never_opens_as_a_metric(tmp_path: Path) -> None:
 
 
 def test_the_commands_list_and_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.commands.model.weights.project_root", lambda: tmp_path)
+    monkeypatch.setattr("flows.commands.model.weights.workplace", lambda: tmp_path)
     runner = CliRunner()
     listed = runner.invoke(app, ["list", "fid", "clip_score"])
     assert listed.exit_code == 0
