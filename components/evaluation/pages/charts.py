@@ -161,7 +161,9 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, log_y: b
     return "".join(out)
 
 
-_FOREST_WIDTH, _FOREST_ROW, _FOREST_LABEL = 640, 22, 210
+_FOREST_PLOT, _FOREST_ROW, _FOREST_LABEL = 270, 22, 210
+"""Widths of the plot and of the longest label, height of a row, in pixels."""
+_LETTER_PX = 8.5
 
 
 def forest_plot(rows: Sequence[tuple[str, float, float, float]], *, x_label: str) -> str:
@@ -177,14 +179,17 @@ def forest_plot(rows: Sequence[tuple[str, float, float, float]], *, x_label: str
     if not rows:
         return ""
     reach = max(max(abs(low), abs(high)) for _, low, _, high in rows) or 1.0
-    left, right = _FOREST_LABEL + 10, _FOREST_WIDTH - 12
+    label_px = min(_FOREST_LABEL, round(_LETTER_PX * max(len(label) for label, *_ in rows)))
+    left = label_px + 10
+    right = left + _FOREST_PLOT
     bottom = _FOREST_ROW * len(rows) + 8
 
     def x(value: float) -> float:
         return left + (value / reach + 1.0) / 2.0 * (right - left)
 
     parts = [
-        f'<svg viewBox="0 0 {_FOREST_WIDTH} {bottom + 34}" role="img" '
+        # In pixels of its own: letters neither swell on a wide page nor shrink away on a phone.
+        f'<svg viewBox="0 0 {right + 12} {bottom + 46}" width="{right + 12}" role="img" '
         f'aria-label="{escape(x_label)}">',
         f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="4" y2="{bottom}" stroke="currentColor" '
         'stroke-dasharray="3 3" opacity=".5"/>',
@@ -192,14 +197,17 @@ def forest_plot(rows: Sequence[tuple[str, float, float, float]], *, x_label: str
     for place, (label, low, value, high) in enumerate(rows):
         y = _FOREST_ROW * place + 16
         parts += [
-            f'<text x="{_FOREST_LABEL}" y="{y + 4}" text-anchor="end" font-size="12" '
+            f'<text x="{label_px}" y="{y + 4}" text-anchor="end" font-size="12" '
             f'fill="currentColor">{escape(label)}</text>',
             f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}" '
             'stroke="currentColor" stroke-width="2"/>',
             f'<circle cx="{x(value):.1f}" cy="{y}" r="4" fill="currentColor"/>',
         ]
-    parts.append(
-        f'<text x="{(left + right) / 2:.1f}" y="{bottom + 22}" text-anchor="middle" '
-        f'font-size="12" fill="currentColor">{escape(x_label)}</text></svg>'
-    )
+    what, bracket, unit = x_label.partition(" (")
+    for line, text in enumerate(filter(None, (what, f"{bracket}{unit}".strip()))):
+        parts.append(
+            f'<text x="{(left + right) / 2:.1f}" y="{bottom + 20 + 16 * line}" '
+            f'text-anchor="middle" font-size="12" fill="currentColor">{escape(text)}</text>'
+        )
+    parts.append("</svg>")
     return "".join(parts)
