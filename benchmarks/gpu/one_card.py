@@ -148,7 +148,7 @@ def measure_adapters(bench: Any, flops: int) -> None:
             f"LoRA step, {held} base{on_host}",
             lambda k=kind, w=waiting: _adapter_step(bench, k, w),
             2 * flops,
-            repeats=REPEATS,
+            repeats=min(REPEATS, bench.scale.repeats),
         )
 
 
@@ -227,7 +227,13 @@ def measure_ways(bench: Any, flops: int) -> None:
     exact: list[Tensor] = []
 
     def step(what: str, **way: Any) -> None:
-        bench.row("ways", what, lambda: _sampling_step(bench, exact, **way), flops, repeats=REPEATS)
+        bench.row(
+            "ways",
+            what,
+            lambda: _sampling_step(bench, exact, **way),
+            flops,
+            repeats=min(REPEATS, bench.scale.repeats),
+        )
 
     for name in BACK_ENDS:
         step(f"sampling step, attention {name}", attention_backend=name)

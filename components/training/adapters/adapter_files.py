@@ -11,6 +11,7 @@ files), and under `ultraflux.` the base that the change belongs to. `ultraflux.b
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,14 @@ from torch import Tensor
 from components.files.safetensors_header import SPEC, described_header
 from components.files.whole_files import whole_file
 from components.settings.bad_input import BadInput
-from components.training.adapters.flux_names import original_names
+from components.training.adapters.flux_names import diffusers_names, original_names
 from components.training.adapters.low_rank import Change, LowRank, reduced
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 BASE_SHA256, BASE_TITLE = "ultraflux.base_sha256", "ultraflux.base"
 RANK, MISSING = "ultraflux.rank", "ultraflux.missing_share"
+LAYERS = "ultraflux.layers"
+"""Of files in ComfyUI's names: rank by diffusers' layer, so that they can be read back exactly."""
 BACKBONE, STAGES = "ultraflux.backbone", "ultraflux.stages"
 Keys = Literal["diffusers", "comfyui"]
 ARCHITECTURES = {"flux": "flux-1-dev", "sd3": "stable-diffusion-3"}
@@ -37,6 +40,7 @@ ARCHITECTURES = {"flux": "flux-1-dev", "sd3": "stable-diffusion-3"}
 _TAKES_ALPHA = ("flux",)
 """Where stock diffusers reads `alpha` keys in its own layout; elsewhere they would be unknown."""
 _PREFIX = "transformer."
+_KOHYA_DOWN, _KOHYA_UP = ".lora_down.weight", ".lora_up.weight"
 _DOWN, _UP, _ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
 
 
@@ -82,11 +86,13 @@ def write_adapter(adapter: Adapter, path: Path, keys: Keys = "diffusers") -> Non
                 "those of diffusers"
             )
         change = original_names(adapter.change)
-        names = ("", ".lora_down.weight", ".lora_up.weight")
+        names = ("", _KOHYA_DOWN, _KOHYA_UP)
         takes_alpha = True
+        ranks = {name: one.rank for name, one in sorted(adapter.change.items())}
+        layers = {LAYERS: json.dumps(ranks, separators=(",", ":"))}
     else:
         change, names = dict(adapter.change), (_PREFIX, _DOWN, _UP)
-        takes_alpha = backbone in _TAKES_ALPHA
+        takes_alpha, layers = backbone in _TAKES_ALPHA, {}
     prefix, down, up = names
     for name, one in change.items():
         tensors[f"{prefix}{name}{down}"] = one.down.contiguous()
@@ -95,6 +101,7 @@ def write_adapter(adapter: Adapter, path: Path, keys: Keys = "diffusers") -> Non
             tensors[f"{prefix}{name}{_ALPHA}"] = torch.tensor(float(one.rank))
     about = {
         **adapter.about,
+        **layers,
         RANK: str(max(one.rank for one in change.values())),
         **SPEC,
         "modelspec.architecture": f"{ARCHITECTURES.get(backbone, backbone)}/lora",
@@ -120,7 +127,7 @@ def serialized(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> bytes
 
 
 def read_adapter(path: Path) -> Adapter:
-    """An adapter in diffusers' names, as `write_adapter` leaves it beside exported weights.
+    """An adapter as `write_adapter` leaves it, beside exported weights or in ComfyUI's names.
 
     Args:
         path: the file, or the folder of exported weights that it lies in.
@@ -142,18 +149,35 @@ def read_adapter(path: Path) -> Adapter:
             f"{file}: does not name its base (made by an earlier version, or by another program); "
             "run the stage again"
         )
-    change: dict[str, LowRank] = {}
-    for name, down in tensors.items():
-        if name.startswith(_PREFIX) and name.endswith(_DOWN):
-            layer = name.removeprefix(_PREFIX).removesuffix(_DOWN)
-            change[layer] = LowRank(down, tensors[f"{_PREFIX}{layer}{_UP}"])
+    change = _factors(tensors, _PREFIX, _DOWN, _UP)
+    if LAYERS in about:
+        try:
+            ranks = json.loads(about[LAYERS])
+            change = diffusers_names(_factors(tensors, "", _KOHYA_DOWN, _KOHYA_UP), ranks)
+        except (ValueError, KeyError, AttributeError, TypeError) as problem:
+            raise BadInput(f"{file}: not as it was written ({problem})") from None
     if not change:
         raise BadInput(f"{file}: its names are not those of diffusers; give the exported folder")
     own = {key: value for key, value in about.items() if not _is_made_anew(key)}
     return Adapter(change, own)
 
 
+def _factors(tensors: Mapping[str, Tensor], prefix: str, down: str, up: str) -> dict[str, LowRank]:
+    """Changes by layer, of tensors whose names begin and end so."""
+    layers = [
+        name.removeprefix(prefix).removesuffix(down)
+        for name in tensors
+        if name.startswith(prefix) and name.endswith(down)
+    ]
+    return {
+        layer: LowRank(tensors[f"{prefix}{layer}{down}"], tensors[f"{prefix}{layer}{up}"])
+        for layer in layers
+    }
+
+
 def _is_made_anew(key: str) -> bool:
     """Of metadata that follow from the tensors."""
+    if key == LAYERS:
+        return True
     made = ("sai_model_spec", "architecture", "implementation", "hash_sha256")
     return key in {f"modelspec.{name}" for name in made}

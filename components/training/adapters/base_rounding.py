@@ -24,6 +24,7 @@ from components.training.dit.curriculum import keyed_generator
 from components.training.dit.validation import LEVELS, NOISE_LEVELS
 
 if TYPE_CHECKING:
+    from components.images.arrays import ImageArray
     from components.training.dit.job import DitJob
 
 FILE = "base_rounding.json"
@@ -240,15 +241,16 @@ def _place(model: Any, device: torch.device) -> None:
 def _picture_psnr(job: DitJob, expected: Tensor, found: Tensor) -> float | None:
     if job.autoencoder is None:
         return None
+    # With scipy, which a run on unrounded weights has no need of.
+    from components.images.pixel_range import to_pixels
+    from components.metrics.native.fidelity import psnr_db
     from components.models.loading.base_autoencoder import load_base_autoencoder
 
     autoencoder = load_base_autoencoder(job.autoencoder, job.seed)
     config = autoencoder.config
-    pictures = []
+    pictures: list[ImageArray] = []
     for latents in (expected, found):
         raw = latents.float() / config.scaling_factor + config.shift_factor
         with torch.no_grad():
-            decoded = autoencoder.decode(raw, return_dict=False)[0]
-        pictures.append((decoded.clamp(-1, 1) + 1) / 2)
-    square = float((pictures[0].double() - pictures[1].double()).square().mean())
-    return math.inf if square == 0 else -10 * math.log10(square)
+            pictures += to_pixels(autoencoder.decode(raw, return_dict=False)[0])
+    return psnr_db(*pictures)

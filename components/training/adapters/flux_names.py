@@ -8,6 +8,7 @@ Names are `lora_unet_` and the original path with underscores, factors `lora_dow
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 
@@ -46,7 +47,32 @@ _OUTSIDE = {
     "time_text_embed.text_embedder.linear_1": "vector_in_in_layer",
     "time_text_embed.text_embedder.linear_2": "vector_in_out_layer",
 }
+_LAST_MODULATION = "final_layer_adaLN_modulation_1"
+_MLP_PLACE = 3
+"""Of a single block's MLP behind query, key and value."""
 _BLOCK = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.+)")
+
+
+def _place(name: str) -> tuple[str, int | None]:
+    """(original layer, place among the parts that share it; None: it is the layer's alone).
+
+    Raises:
+        ValueError: a layer that the original code has no counterpart of; names it.
+    """
+    if name in _OUTSIDE:
+        return PREFIX + _OUTSIDE[name], None
+    if name == "norm_out.linear":
+        return f"{PREFIX}{_LAST_MODULATION}", None
+    found = _BLOCK.fullmatch(name)
+    if found is not None:
+        is_single, number, layer = bool(found[1]), found[2], found[3]
+        block = f"{PREFIX}{'single' if is_single else 'double'}_blocks_{number}_"
+        if layer in (names := _WHOLE_SINGLE if is_single else _WHOLE):
+            return block + names[layer], None
+        if layer in (split := _PARTS_SINGLE if is_single else _PARTS):
+            target, at = split[layer]
+            return block + target, at
+    raise ValueError(f"adapter: layer {name} has no name in ComfyUI's layout of Flux")
 
 
 def original_names(change: Change) -> dict[str, LowRank]:
@@ -58,29 +84,49 @@ def original_names(change: Change) -> dict[str, LowRank]:
     whole: dict[str, LowRank] = {}
     parts: dict[str, dict[int, LowRank]] = {}
     for name, one in change.items():
-        found = _BLOCK.fullmatch(name)
-        if name in _OUTSIDE:
-            whole[PREFIX + _OUTSIDE[name]] = one
-        elif name == "norm_out.linear":
-            # Rows of scale and shift are the other way round there.
-            scale, shift = one.up.chunk(2, 0)
-            up = torch.cat([shift, scale], 0)
-            whole[f"{PREFIX}final_layer_adaLN_modulation_1"] = LowRank(one.down, up)
-        elif found is None:
-            raise ValueError(f"adapter: layer {name} has no name in ComfyUI's layout of Flux")
+        target, place = _place(name)
+        if place is not None:
+            parts.setdefault(target, {})[place] = one
         else:
-            is_single, number, layer = bool(found[1]), found[2], found[3]
-            block = f"{PREFIX}{'single' if is_single else 'double'}_blocks_{number}_"
-            if layer in (names := _WHOLE_SINGLE if is_single else _WHOLE):
-                whole[block + names[layer]] = one
-            elif layer in (split := _PARTS_SINGLE if is_single else _PARTS):
-                target, place = split[layer]
-                parts.setdefault(block + target, {})[place] = one
-            else:
-                raise ValueError(f"adapter: layer {name} has no name in ComfyUI's layout of Flux")
+            whole[target] = _turned(one) if target.endswith(_LAST_MODULATION) else one
     for name, members in parts.items():
         whole[name] = _stacked(members, has_mlp=name.endswith("linear1"))
     return whole
+
+
+def diffusers_names(whole: Change, ranks: Mapping[str, int]) -> dict[str, LowRank]:
+    """The inverse of `original_names`, value for value.
+
+    Args:
+        whole: by original layers.
+        ranks: of the change that it was, by diffusers' layers.
+
+    Raises:
+        ValueError: a layer is missing in `whole`, or has another rank.
+    """
+    change: dict[str, LowRank] = {}
+    places = {name: _place(name) for name in ranks}
+    for name, (target, place) in places.items():
+        fused = whole.get(target)
+        together = [other for other, where in places.items() if where[0] == target]
+        if fused is None or fused.rank != sum(ranks[other] for other in together):
+            raise ValueError(f"adapter: layer {target} is missing or not of the rank that it says")
+        if place is None:
+            change[name] = _turned(fused) if target.endswith(_LAST_MODULATION) else fused
+            continue
+        column = sum(ranks[other] for other in together if (places[other][1] or 0) < place)
+        columns = slice(column, column + ranks[name])
+        width = int(fused.down.shape[1])
+        height = _MLP_RATIO * width if place == _MLP_PLACE else width
+        rows = slice(place * width, place * width + height)
+        change[name] = LowRank(fused.down[columns], fused.up[rows, columns])
+    return change
+
+
+def _turned(one: LowRank) -> LowRank:
+    """Rows of scale and shift are the other way round there."""
+    first, second = one.up.chunk(2, 0)
+    return LowRank(one.down, torch.cat([second, first], 0))
 
 
 def _stacked(members: dict[int, LowRank], *, has_mlp: bool) -> LowRank:

@@ -24,6 +24,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from components.files.safetensors_header import SPEC, metadata_of
 from components.files.whole_files import whole_file, whole_folder
 from components.models.backbones import backbone_of_config
 from components.models.checkpoint_files import file_shapes
@@ -101,14 +102,14 @@ def model_metadata(
         config: of the transformer.
         layout: of the file.
         bits: of its values.
-        resolution: WIDTHxHEIGHT that it was trained at; None: not said.
+        resolution: WIDTHxHEIGHT that it was trained at; None: what the files there say, if any.
         date: ISO 8601.
     """
     card = _front_matter(folder)
     ours = card.get("ultraflux", {})
     backbone = backbone_of_config(config).name
     about = {
-        "modelspec.sai_model_spec": "1.0.1",
+        **SPEC,
         "modelspec.architecture": ARCHITECTURES.get(backbone, backbone),
         "modelspec.implementation": (
             "https://github.com/black-forest-labs/flux" if layout == "bfl" else "diffusers"
@@ -120,6 +121,10 @@ def model_metadata(
         "modelspec.tags": ", ".join(card.get("tags", ["ultraflux", backbone])),
         "ultraflux.backbone": backbone,
     }
+    if resolution is None:
+        # What the stage's own files say.
+        files = sorted(folder.glob("diffusion*.safetensors"))
+        resolution = metadata_of(files[0]).get("modelspec.resolution") if files else None
     if resolution is not None:
         about["modelspec.resolution"] = resolution
     if card.get("base_model"):

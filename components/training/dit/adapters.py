@@ -154,6 +154,7 @@ def save_adapted(
     card: Card,
     before: Adapter | None,
     about: Mapping[str, str],
+    about_whole: Mapping[str, str] | None = None,
 ) -> None:
     """Write base and adapter merged as a diffusers folder, with the adapter alone beside it.
 
@@ -169,7 +170,8 @@ def save_adapted(
         max_shard_gb: as in `save_transformer`.
         card: as in `save_transformer`.
         before: adapter that is merged into `base` already, and is part of the exported one.
-        about: metadata of the exported adapter.
+        about: metadata of the exported adapter, before what `about_whole` says of training.
+        about_whole: metadata of the merged weights.
 
     Raises:
         ValueError: `factors` are not those of this adapter on `base`.
@@ -192,7 +194,9 @@ def save_adapted(
     base.requires_grad_(True)
 
     def save_alone(aside: Path) -> None:
-        write_adapter(Adapter(change, about), aside / ADAPTER_FILE)
+        shared = ("modelspec.resolution", "modelspec.tags")
+        of_training = {name: value for name, value in (about_whole or {}).items() if name in shared}
+        write_adapter(Adapter(change, {**of_training, **about}), aside / ADAPTER_FILE)
 
     save_transformer(
         base,
@@ -200,6 +204,7 @@ def save_adapted(
         folder,
         max_shard_gb=max_shard_gb,
         card=card,
+        about=about_whole,
         beside=save_alone,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from components.files.safetensors_header import describe_file
 from components.files.weight_folders import file_digest
 from components.files.whole_files import whole_folder
 
@@ -39,6 +40,7 @@ def save_transformer(
     *,
     max_shard_gb: float,
     card: Card,
+    about: Mapping[str, str] | None = None,
     beside: Callable[[Path], object] | None = None,
 ) -> None:
     """Write a diffusers folder with `weights` in place of the module's own; aside, then renamed.
@@ -50,6 +52,7 @@ def save_transformer(
         folder: replaced if it exists.
         max_shard_gb: weights above this size (GB) are divided over several files with an index.
         card: gives the model card from the configuration and the weights' checksums.
+        about: metadata of every weight file.
         beside: writes further weights into the folder that it is given, before the rename.
     """
     # `_name_or_path` would carry the path that the weights were loaded from.
@@ -65,6 +68,8 @@ def save_transformer(
     model.load_state_dict(state, assign=True)
     with whole_folder(folder) as aside:
         model.save_pretrained(aside, max_shard_size=int(max_shard_gb * _GB))
+        for file in sorted(aside.glob("*.safetensors")):
+            describe_file(file, about or {})
         if beside is not None:
             beside(aside)
         # After all weights are there, and before the card, which names them.

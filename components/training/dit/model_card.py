@@ -16,10 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from components.files.safetensors_header import SPEC
 from components.models.backbones import backbone_of_config
 from components.settings.effects import effect
 from components.settings.section import Effect
-from components.training.adapters.adapter_files import ADAPTER_FILE, STAGES
+from components.training.adapters.adapter_files import (
+    ADAPTER_FILE,
+    ARCHITECTURES,
+    BASE_SHA256,
+    BASE_TITLE,
+    STAGES,
+)
 from components.training.adapters.base_rounding import BaseRounding, noted_rounding
 from components.training.distributed.divergence import DivergenceEvent
 from components.training.distributed.optimizers import described_optimizer
@@ -56,6 +63,8 @@ class TrainingFacts:
     """(lowest, highest) level trained on."""
     started_from: str
     """Identity of the initial weights; empty for random ones."""
+    resolution: str
+    """WIDTHxHEIGHT in pixels of the bucket with the most of them."""
     validation: Mapping[str, ValidationLoss]
     """Last losses on held-out images by weights, and those before training as "start"."""
     divergences: tuple[str, ...] = ()
@@ -82,10 +91,44 @@ def facts_of_run(
         text_encoder_digest=str(texts.index["encoder_digest"].iloc[0]),
         noise_levels=trained_span(job.settings, latents.index),
         started_from=initial_identity(job.initial_weights),
+        resolution=_largest(latents),
         validation=last_validation(rows),
         divergences=tuple(map(str, events)),
         rounding=None if job.transformer.quantisation == "none" else noted_rounding(job.state_dir),
     )
+
+
+def _largest(latents: LatentStore) -> str:
+    index = latents.index
+    place = int((index["latent_h"] * index["latent_w"]).to_numpy().argmax())
+    height, width = str(index["bucket"].iloc[place]).split("x")
+    return f"{width}x{height}"
+
+
+def file_metadata(job: DitJob, facts: TrainingFacts, weights: str) -> dict[str, str]:
+    """ModelSpec entries of whole weights that a stage exports; without a date, as all of its files.
+
+    Args:
+        job: settings of the run.
+        facts: what it found.
+        weights: "raw" or "ema".
+    """
+    backbone, card = job.transformer.backbone, job.transformer.card
+    about = {
+        **SPEC,
+        "modelspec.architecture": ARCHITECTURES.get(backbone, backbone),
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": f"UltraFlux {job.name} {weights}",
+        "modelspec.license": card.license_name or card.license,
+        "modelspec.tags": ", ".join(("ultraflux", backbone)),
+        "modelspec.resolution": facts.resolution,
+        "ultraflux.backbone": backbone,
+    }
+    if card.base_model is not None:
+        about[BASE_TITLE] = card.base_model
+    if facts.started_from:
+        about[BASE_SHA256] = facts.started_from
+    return about
 
 
 def initial_identity(folder: Path | None) -> str:

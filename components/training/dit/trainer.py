@@ -25,6 +25,7 @@ from components.objectives.haar import BAND_NAMES
 from components.objectives.objective import objective_loss
 from components.settings.training import DitStageSettings
 from components.telemetry.progress import track
+from components.training.adapters.adapter_files import BASE_SHA256
 from components.training.distributed.divergence import (
     TrainingDiverged,
     batch_folder,
@@ -45,7 +46,7 @@ from components.training.dit.assembly import (
 )
 from components.training.dit.export import Card, save_transformer
 from components.training.dit.job import WEIGHTS_NAMES, DitJob, build_transformer
-from components.training.dit.model_card import facts_of_run, model_card
+from components.training.dit.model_card import facts_of_run, file_metadata, model_card
 from components.training.dit.throughput import CHECKPOINT_STALL
 from components.training.dit.validation import LEVELS, ValidationLoss, ValidationSet
 from components.training.dit.velocity import NoisedBatch, band_errors, predict_velocity
@@ -435,34 +436,31 @@ def export_weights(parts: AssembledRun) -> None:
     # From the float32 masters: the engine's own weights are rounded to bfloat16.
     masters = ((s.name, assemble(s, ranks)) for s in master_shards(parts.engine, ranks))
     # The first rank alone has a log, and alone writes folders.
-    facts = (
-        facts_of_run(
-            job, data.plan, data.latents, data.texts, parts.metrics.rows(), parts.guard.events
-        )
-        if parts.metrics is not None
-        else None
-    )
+    facts = None
+    if parts.metrics is not None:
+        rows, events = parts.metrics.rows(), parts.guard.events
+        facts = facts_of_run(job, data.plan, data.latents, data.texts, rows, events)
     for name, tensors in zip(WEIGHTS_NAMES, (masters, parts.average.whole_tensors()), strict=True):
         # Every rank takes part in putting each tensor together; only the first keeps it.
         weights = {key: value.cpu() for key, value in tensors if ranks.is_first}
         if facts is not None:
-            card = partial(model_card, job, facts, name)
-            _save_weights(parts, weights, job.export_dir / name, card, facts.started_from)
+            card, about = partial(model_card, job, facts, name), file_metadata(job, facts, name)
+            _save_weights(parts, weights, job.export_dir / name, card, about)
             _check_export(parts, weights, job.export_dir / name)
     # Together: a rank that leaves takes its end of the process group with it.
     ranks.barrier()
 
 
 def _save_weights(
-    parts: AssembledRun, weights: dict[str, Tensor], folder: Path, card: Card, started_from: str
+    parts: AssembledRun, weights: dict[str, Tensor], folder: Path, card: Card, about: dict[str, str]
 ) -> None:
-    settings = parts.job.settings
-    size = settings.max_shard_gb
+    settings, size = parts.job.settings, parts.job.settings.max_shard_gb
     if settings.adapter is None:
-        save_transformer(parts.engine.module, weights, folder, max_shard_gb=size, card=card)
+        module = parts.engine.module
+        save_transformer(module, weights, folder, max_shard_gb=size, card=card, about=about)
         return
     # `weights` are the adapter's factors alone; they are merged into the base as it was loaded.
-    base = adapter_base(parts.job, started_from)
+    base = adapter_base(parts.job, about.get(BASE_SHA256, ""))
     save_adapted(
         _start(parts),
         settings.adapter,
@@ -472,6 +470,7 @@ def _save_weights(
         card=card,
         before=base.before,
         about=adapter_about(parts.job, base, folder.name),
+        about_whole=about,
     )
 
 

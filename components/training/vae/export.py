@@ -15,6 +15,7 @@ import pandas as pd
 from PIL import Image
 
 from components.files.figures import new_figure, save_png
+from components.files.safetensors_header import SPEC, describe_file
 from components.files.whole_files import whole_file, whole_folder, write_text
 from components.images.arrays import ImageArray
 from components.metrics.native.fidelity import ssim
@@ -62,6 +63,17 @@ def headline_metrics(training: VaeTraining) -> dict[str, float]:
         "loss_first": float(np.mean(losses[:tenth])),
         "loss_last": float(np.mean(losses[-tenth:])),
     }
+
+
+_ABOUT = {
+    **SPEC,
+    "modelspec.architecture": "flux-1/vae",
+    "modelspec.implementation": "diffusers",
+    "modelspec.title": "UltraFlux autoencoder, decoder trained",
+    # Of the encoder that it came with; the settings say none.
+    "modelspec.license": "unknown",
+    "modelspec.tags": "ultraflux, vae",
+}
 
 
 def left_out_table(left_out: Mapping[str, Sequence[LeftOut]]) -> pd.DataFrame:
@@ -125,6 +137,8 @@ def export_training(
     # Whole or not at all: `generate` must never load half an autoencoder.
     with whole_folder(folder / "autoencoder") as filled:
         autoencoder.save_pretrained(filled, safe_serialization=True)
+        for file in filled.glob("*.safetensors"):
+            describe_file(file, _ABOUT)
     table = history_table(training.history)
     write_text(folder / "history.csv", table.to_csv(index=False, lineterminator="\n"))
     draw_curves(table, folder / "curves.png")

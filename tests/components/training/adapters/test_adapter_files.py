@@ -21,6 +21,7 @@ from components.training.adapters.adapter_files import (
     BASE_SHA256,
     BASE_TITLE,
     MISSING,
+    RANK,
     STAGES,
     Adapter,
     read_adapter,
@@ -138,6 +139,29 @@ def test_the_names_of_comfyui_are_read_by_stock_diffusers_as_the_same_change(
             # What shares a fused layer with one that is changed.
             assert float(matrix.abs().max()) == 0.0
     assert seen == set(adapter.change)
+
+
+def test_comfyuis_names_go_out_and_in_again_byte_for_byte(tmp_path: Path) -> None:
+    fused = "single_transformer_blocks.0"
+    parts = {f"{fused}.attn.to_v": (WIDTH, WIDTH, 2), f"{fused}.proj_mlp": (4 * WIDTH, WIDTH, 3)}
+    adapter = random_adapter(LAYERS | parts)
+    # Untrained: nothing but the file says how wide its share of the fused layer is.
+    adapter.change[f"{fused}.attn.to_v"].up.zero_()
+    own, comfy, back, again = (tmp_path / f"{n}.safetensors" for n in ("own", "comfy", "b", "a"))
+    write_adapter(adapter, own)
+    write_adapter(adapter, comfy, "comfyui")
+    read = read_adapter(comfy)
+    write_adapter(read, back)
+    write_adapter(read, again, "comfyui")
+    assert back.read_bytes() == own.read_bytes()
+    assert again.read_bytes() == comfy.read_bytes()
+    # The rank of a file is that of its own layers, of which ComfyUI's hold several.
+    assert dict(read.about) | {RANK: ""} == dict(read_adapter(own).about) | {RANK: ""}
+    tensors, about = load_file(comfy), metadata(comfy)
+    del tensors["lora_unet_single_blocks_0_linear1.lora_down.weight"]
+    save_file(tensors, comfy, about)
+    with pytest.raises(BadInput, match="layer lora_unet_single_blocks_0_linear1 is missing"):
+        read_adapter(comfy)
 
 
 def test_a_single_blocks_fused_layer_holds_its_parts_in_their_rows() -> None:

@@ -15,6 +15,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
+from components.files.safetensors_header import metadata_of
 from components.models.resonance_rope import grid_ids
 from components.models.transformer import UltraFluxTransformer2DModel
 from components.settings.training import AdapterSettings
@@ -35,6 +36,7 @@ from components.training.dit.assembly import check_quantisation
 from components.training.dit.curves import write_outcome
 from components.training.dit.export import CHECKSUM_FILE, weights_checksums, weights_identity
 from components.training.dit.job import WEIGHTS_NAMES, StartUnusable, build_transformer
+from components.training.dit.model_card import initial_identity
 from components.training.dit.worker import run_job
 
 TEXT_WIDTH = 16
@@ -164,6 +166,19 @@ def test_training_an_adapter_resumes_exactly_and_moves_only_its_layers(make_dit_
         for file in files:
             assert (folder / file).read_bytes() == (parts.export_dir / name / file).read_bytes()
         assert "lora" not in json.loads((folder / "config.json").read_text())
+        described = [
+            metadata_of(folder / file)
+            for file in ("diffusion_pytorch_model.safetensors", ADAPTER_FILE)
+        ]
+        architectures = [about["modelspec.architecture"] for about in described]
+        assert architectures == ["flux-1-dev", "flux-1-dev/lora"]
+        for about in described:
+            assert about["ultraflux.base_sha256"] == initial_identity(tmp_path / "base")
+            height, width = map(int, about["modelspec.resolution"].split("x"))
+            assert min(height, width) > 0
+            assert about["modelspec.tags"] == "ultraflux, flux"
+            assert about["modelspec.title"] == f"UltraFlux dit_stage1 {name}"
+            assert {"modelspec.license", "modelspec.hash_sha256"} < set(about)
         trained = load_file(folder / "diffusion_pytorch_model.safetensors")
         moved = {
             key.split(".attn.")[-1]
@@ -333,6 +348,11 @@ def test_an_adapter_on_a_rounded_base_resumes_exactly(
         run_job(waiting)
         one, other = (job.export_dir / "ema" / ADAPTER_FILE for job in (whole, waiting))
         assert one.read_bytes() == other.read_bytes()
+    # Stock diffusers reads the adapter on the unrounded base: the merged weights once more.
+    exported = whole.export_dir / "raw"
+    found = stock_velocity(tmp_path / "base", exported)
+    torch.testing.assert_close(found, stock_velocity(exported), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(found, stock_velocity(tmp_path / "base"))
     # Neither rounded weights nor their scales are written again with every checkpoint.
     saved = sum(f.stat().st_size for f in (whole.state_dir / "checkpoints").rglob("*model*.pt"))
     assert 0 < saved < 0.25 * sum(weights.nbytes for weights in base.state_dict().values())

@@ -10,15 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.checkpoints import CheckpointStore
-from components.training.dit.job import DitJob
+from components.training.dit.job import DitJob, build_transformer
 from components.training.dit.throughput import MACHINE_METRICS
 from components.training.dit.worker import run_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("training_environment_restored")]
 PATIENCE_S = 240.0
+TEXT_WIDTH = 16
 
 
 def start(job: DitJob) -> subprocess.Popen[bytes]:
@@ -77,6 +79,44 @@ def test_killed_and_resumed_training_equals_undisturbed_training_byte_for_byte(
     finish(killed)
     assert weights(killed) == weights(whole)
     assert len(weights(whole)) == 2
+    assert rows(killed) == rows(whole)
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("int8", True), ("nf4", False)])
+def test_an_adapter_on_a_rounded_base_is_killed_and_ends_with_the_same_bytes(
+    make_dit_job, tmp_path, kind, waits
+):
+    """Also where the base's blocks wait on the host."""
+    base = build_transformer(make_dit_job(tmp_path / "any"), (TEXT_WIDTH, TEXT_WIDTH), 16)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in base.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    base.save_pretrained(tmp_path / "base")
+
+    def adapted(folder):
+        job = make_dit_job(
+            tmp_path / folder,
+            steps=30,
+            checkpoint_every=5,
+            validate_every=10,
+            adapter={"rank": 2, "alpha": 2, "target_modules": ["to_q", "to_k"]},
+            gradient_checkpointing="blocks",
+            offload_base=waits,
+        )
+        transformer = job.transformer.model_copy(update={"quantisation": kind})
+        return job.model_copy(
+            update={"initial_weights": tmp_path / "base", "transformer": transformer}
+        )
+
+    whole, killed = adapted("whole"), adapted("killed")
+    run_job(whole)
+    kill_after(killed, steps=8)
+    done = CheckpointStore(killed.state_dir / "checkpoints", keep=2).latest()
+    assert done is not None
+    assert 5 <= done[0] < 30
+    finish(killed)
+    assert weights(killed) == weights(whole)
+    assert len(weights(whole)) == 4
     assert rows(killed) == rows(whole)
 
 

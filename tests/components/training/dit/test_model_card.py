@@ -53,6 +53,7 @@ def facts() -> TrainingFacts:
         text_encoder_digest="e" * 64,
         noise_levels=(0.25, 1.0),
         started_from="",
+        resolution="384x256",
         validation={"start": losses(2.0), "raw": losses(1.5), "ema": losses(1.25)},
     )
 
