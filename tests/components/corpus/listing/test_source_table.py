@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from components.corpus.listing import file_content
 from components.corpus.listing.file_content import FileToRead, read_content
 from components.corpus.listing.known_files import KnownFiles
 from components.corpus.listing.source_files import list_source
@@ -237,6 +238,29 @@ def test_a_file_of_this_moment_is_read_when_a_later_change_shows(tmp_path: Path)
     changed = path.stat().st_ctime_ns
     read_content(FileToRead(str(path), 1.0))
     assert time.time_ns() - changed >= 20_000_000
+
+
+@pytest.mark.parametrize(("changes", "integrity"), [(2, "ok"), (3, "changed while it was read")])
+def test_a_file_that_changes_is_read_until_it_rests_three_times_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: int, integrity: str
+) -> None:
+    path = tmp_path / "growing.jpg"
+    photograph(path, 1)
+    left = iter(range(changes))
+
+    def somebody_writes(_: float) -> None:
+        if next(left, None) is not None:
+            with path.open("ab") as file:
+                file.write(b"more")
+
+    # Every file is one of this moment, and the wait for the clock is when it changes.
+    monkeypatch.setattr(file_content, "_CLOCK_STEP_NS", 10**15)
+    monkeypatch.setattr(file_content.time, "sleep", somebody_writes)
+    content = read_content(FileToRead(str(path), 1.0))
+    assert content.columns["integrity"] == integrity
+    whole = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert content.sha256 == (whole if integrity == "ok" else None)
+    assert (content.stat is None) == (integrity != "ok")
 
 
 def test_what_could_not_be_read_is_tried_again(
