@@ -7,6 +7,7 @@ Values that the user has set already are left alone.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import socket
@@ -108,6 +109,19 @@ COMPILED = "runs/compiled"
 """Where the stages of a clone keep what torch's compiler makes."""
 
 
+_REMARKS = (
+    "torch.utils._pytree",
+    "bitsandbytes.backends.cpu.ops",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+)
+"""Loggers that remark on each other's versions whenever diffusers is imported beside the extra
+`gpu`: four lines before the one that a person looks for. Errors of theirs are shown."""
+
+
+def _is_more_than_a_remark(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 def prepare(
     *, offline: bool = False, torch_threads: int | None = None, root: Path | None = None
 ) -> None:
@@ -121,6 +135,9 @@ def prepare(
     """
     for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)
+    for name in _REMARKS:
+        # Once, however often this is called: the same function is the same filter.
+        logging.getLogger(name).addFilter(_is_more_than_a_remark)
     _reach_loopback()
     if offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

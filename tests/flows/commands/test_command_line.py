@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -110,3 +111,20 @@ def test_a_run_is_silent_or_json(toy: Path, root: Path, typed: Typed) -> None:
     assert set(done["stages"]) == set("abcd")
     assert {one["status"] for one in done["stages"].values()} <= {"ran", "skipped"}
     assert typed(toy, "run", "--quiet").stdout == ""
+
+
+def test_remarks_of_libraries_on_each_other_are_no_part_of_an_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from flows import environment
+
+    environment.prepare()
+    environment.prepare()
+    for name in environment._REMARKS:
+        logger = logging.getLogger(name)
+        logger.warning("a remark of %s", name)
+        logger.error("an error of %s", name)
+        assert logger.filters.count(environment._is_more_than_a_remark) == 1
+    assert [record.message for record in caplog.records] == [
+        f"an error of {name}" for name in environment._REMARKS
+    ]
