@@ -135,6 +135,35 @@ def test_what_an_optimizer_holds_is_planned_and_traced_alike(transformer, optimi
     assert planned.total == pytest.approx(trace.peak_bytes, rel=0.03)
 
 
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_a_base_that_waits_on_the_host_leaves_one_block_on_the_gpu(transformer, kind):
+    """Also what frozen layers do not keep: their inputs."""
+    shape, edge = FluxShape(1, 3), (2048, 2048)
+    changes = {
+        "dit_stage1__gradient_checkpointing": "blocks",
+        "models__transformer__quantisation": kind,
+    }
+    traces, plans = [], []
+    for waits in (False, True):
+        subject = transformer("single-gpu", shape, **changes, dit_stage1__offload_base=waits)
+        (trace,) = exact.trace_training(subject, "dit_stage1", edge)
+        traces.append(trace)
+        plans.append(stage_memory("dit_stage1", subject, [edge]).memory)
+    blocks = [
+        inputs * outputs
+        for name, inputs, outputs in shape.linear_layers
+        if "transformer_blocks." in name
+    ]
+    item = 2 if kind == "none" else 1
+    # None is there before the step.
+    left = traces[0].held_bytes - traces[1].held_bytes
+    assert left == pytest.approx(item * sum(blocks), rel=0.01)
+    for trace, planned in zip(traces, plans, strict=True):
+        # An upper bound: all widened weights of the widest block count, of a few blocks.
+        assert -0.03 < planned.total / trace.peak_bytes - 1 < 0.25
+    assert plans[1].weights < plans[0].weights - 0.4 * item * sum(blocks)
+
+
 def test_one_float32_photograph_of_4096_px_takes_the_known_10_gib(transformer):
     (trace,) = exact.trace_latents(transformer("single-gpu"), (4096, 4096))
     assert trace.working_bytes == pytest.approx(10.19 * GIB, rel=0.001)

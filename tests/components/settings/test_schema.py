@@ -50,7 +50,11 @@ def test_an_unknown_key_names_the_nearest_known_one() -> None:
         ("dit_stage1.timestep_shift", "flux", "must be a number greater than 0, or dynamic"),
         ("dit_stage1.caption_dropout", 1.5, "less than or equal to 1"),
         ("dit_stage1.global_batch_size", 7, "multiple of"),
+        ("dit_stage1.offload_base", True, "needs an adapter (here none)"),
         ("generate.sizes", [[100, 100]], "multiples of 32"),
+        ("generate.step_cache_threshold", 0, "greater than 0"),
+        ("generate.step_cache_interval", 1, "greater than or equal to 2"),
+        ("generate.attention_backend", "xformers", "'native', 'flash', 'flash_3', 'cudnn' or"),
         ("models.autoencoder.stride", 3, "1 or 2"),
         ("select.min_pixels", "many", "integer"),
         ("ingest.recursive", 1, "boolean"),
@@ -63,6 +67,29 @@ def test_a_bad_value_names_field_value_and_range(path: str, value: Any, expected
     assert len(message.splitlines()) == 1
     assert path.rsplit(".", 1)[0] in message
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"gradient_checkpointing": "none"}, "gradient_checkpointing 'blocks' (here 'none')"),
+        ({"zero_stage": 3}, "zero_stage 0 to 2 (here 3)"),
+        ({"adapter": None}, "an adapter (here none)"),
+    ],
+)
+def test_a_base_waits_on_the_host_only_where_it_is_frozen_and_recomputed(
+    changes: dict[str, Any], expected: str | None
+) -> None:
+    values = changed("dit_stage1.offload_base", True)
+    adapter = {"rank": 1, "alpha": 1, "target_modules": ["to_q"]}
+    values["dit_stage1"] |= {"adapter": adapter, "gradient_checkpointing": "blocks"} | changes
+    if expected is None:
+        assert parse_settings(values).dit_stage1.offload_base
+        return
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(values)
+    assert expected in str(caught.value)
 
 
 def test_a_density_that_is_shifted_by_itself_is_not_shifted_again() -> None:

@@ -151,6 +151,9 @@ def test_what_cannot_work_is_one_line(monkeypatch, flux):
     assert training_problem("int8", adapted) is None
     divided = adapted.model_copy(update={"zero_stage": 3})
     assert "zero_stage 0, 1 or 2" in training_problem("nf4", divided)
+    waiting = adapted.model_copy(update={"offload_base": True})
+    assert training_problem("int8", waiting) is None
+    assert "offload_base does not move" in training_problem("nf4", waiting)
     with pytest.raises(ValueError, match="nf4; use int8"):
         parse_memory("block-offload").check("none", "nf4")
     with pytest.raises(ValueError, match="choose one"):

@@ -79,6 +79,14 @@ def graphs():
     [
         ({"zero_stage": 3}, "zero_stage 2"),
         ({"gradient_checkpointing": "selective"}, "'blocks' or 'none'"),
+        (
+            {
+                "offload_base": True,
+                "gradient_checkpointing": "blocks",
+                "adapter": {"rank": 1, "alpha": 1, "target_modules": ["to_q"]},
+            },
+            "offload_base",
+        ),
         ({"processes": 2, "context_parallel_degree": 2}, "context_parallel_degree 1"),
     ],
 )
