@@ -135,7 +135,7 @@ def test_what_an_optimizer_holds_is_planned_and_traced_alike(transformer, optimi
     assert planned.total == pytest.approx(trace.peak_bytes, rel=0.03)
 
 
-@pytest.mark.parametrize("kind", ["none", "int8"])
+@pytest.mark.parametrize("kind", ["none", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_base_that_waits_on_the_host_leaves_one_block_on_the_gpu(transformer, kind):
     """Also what frozen layers do not keep: their inputs."""
     shape, edge = FluxShape(1, 3), (2048, 2048)
