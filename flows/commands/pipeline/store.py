@@ -26,8 +26,9 @@ def verify(
     from rich.table import Table
 
     root = project_root() if not paths else Path()
-    for path in paths or []:
-        refuse_no_store(path, "not a finished store")
+    otherwise = "not a finished store" if paths else "run the pipeline first: ultraflux run"
+    for path in paths or [root / name for name in _STORES]:
+        refuse_no_store(path, otherwise)
     from components.training.encoding.store_check import check_store
 
     table = Table("store", "shards", "records", "GB", "MB/s", "bad")
