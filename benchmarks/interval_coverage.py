@@ -1,6 +1,6 @@
 """How often 95% intervals hold the true mean: simulated samples with four pictures a prompt.
 
-    python benchmarks/interval_coverage.py [SAMPLES] [SHAPE ...]
+    python benchmarks/interval_coverage.py [SAMPLES] [--shape SHAPE ...] [--column COLUMN ...]
 
 Prints a row per shape and number of prompts: the interval of every page, Student's t over prompts,
 the studentised bootstrap alone, and what an interval over pictures would cover.
@@ -8,8 +8,9 @@ the studentised bootstrap alone, and what an interval over pictures would cover.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,15 +32,16 @@ COLUMNS: dict[str, tuple[IntervalMethod, bool]] = {
 }
 
 
-def coverage(shape: str, clusters: int, samples: int) -> dict[str, float]:
+def coverage(shape: str, clusters: int, samples: int, columns: Sequence[str]) -> dict[str, float]:
     """Share of samples whose interval holds the mean, by column."""
     draw, truth = SHAPES[shape]
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(clusters), PER_PROMPT).tolist()
-    hits = dict.fromkeys(COLUMNS, 0)
+    hits = dict.fromkeys(columns, 0)
     for sample in range(samples):
         values = np.repeat(draw(rng, clusters), PER_PROMPT) + rng.normal(0, 0.25, len(labels))
-        for column, (method, by_prompt) in COLUMNS.items():
+        for column in columns:
+            method, by_prompt = COLUMNS[column]
             if method == "studentised" and clusters < 6:
                 continue
             found = mean_interval(
@@ -55,14 +57,18 @@ def coverage(shape: str, clusters: int, samples: int) -> dict[str, float]:
 
 def main() -> None:
     """Print the table."""
-    samples = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    shapes = sys.argv[2:] or list(SHAPES)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("samples", type=int, nargs="?", default=10_000)
+    parser.add_argument("--shape", choices=SHAPES, action="append")
+    parser.add_argument("--column", choices=COLUMNS, action="append")
+    asked = parser.parse_args()
+    samples, columns = asked.samples, asked.column or list(COLUMNS)
     began = time.process_time()
-    print("| prompts' means | prompts | " + " | ".join(COLUMNS) + " |")
-    print("|---" * (len(COLUMNS) + 2) + "|")
-    for shape in shapes:
+    print("| prompts' means | prompts | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 2) + "|")
+    for shape in asked.shape or SHAPES:
         for clusters in CLUSTERS:
-            found = coverage(shape, clusters, samples)
+            found = coverage(shape, clusters, samples, columns)
             cells = (f"{value:.1%}" if value else "–" for value in found.values())
             print(f"| {shape} | {clusters} | " + " | ".join(cells) + " |", flush=True)
     print(f"\n{samples} samples, {time.process_time() - began:.0f} CPU seconds")

@@ -56,6 +56,8 @@ REFERENCE = "reference"
 WORST_PER_METRIC = 3
 _ROW_LIMIT = 2000
 _MOST_BINS = 24
+_SIZE = "@size@"
+"""Where the page says how large it is."""
 _PAGE_RESERVE_BYTES = 3_000_000
 """Of the budget, for everything that is not a picture."""
 
@@ -284,6 +286,13 @@ def _tiles(evaluation: Evaluation, baseline: str, held: Held) -> list[Tile]:
     ]
 
 
+def _with_size(html: str) -> str:
+    """The page with its own size in its last line."""
+    # The last one: texts of others stand before it.
+    head, _, tail = html.rpartition(_SIZE)
+    return f"{head}{len(html.encode()) / 1e6:.1f} MB{tail}"
+
+
 def build_suite_report(
     folder: Path,
     root: Path,
@@ -382,4 +391,4 @@ def build_suite_report(
             blocks=embedded.blocks,
         )
     )
-    return SuiteReport(html, held, verdicts)
+    return SuiteReport(_with_size(html), held, verdicts)

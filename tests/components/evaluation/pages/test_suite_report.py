@@ -302,3 +302,9 @@ def test_numbers_leave_as_csv_and_latex(evaluation: Path) -> None:
     assert r"\textbf{0.900}" in tables
     assert tables.count(r"\begin{tabular}") == tables.count(r"\end{tabular}") >= 1
     assert r"SSIM $\uparrow$" in tables
+
+
+def test_the_page_says_how_large_it_is(html: str) -> None:
+    (said,) = re.findall(r"This file: ([\d.]+) MB\.</footer>", html)
+    assert float(said) == pytest.approx(len(html.encode()) / 1e6, abs=0.051)
+    assert "@size@" not in html[html.rindex("<footer>") :]
