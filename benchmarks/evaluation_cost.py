@@ -4,7 +4,7 @@
 
 Writes 16 references and 16 pictures (bundled photographs, resized; JPEG at quality 95 and 80) below
 FOLDER, decodes all 32 once, then runs `ultraflux evaluate` with one worker and an empty ledger on
-PSNR and colourfulness. Prints CPU seconds of both, of this process and its children, and the time
+PSNR and NMSE. Prints CPU seconds of both, of this process and its children, and the time
 that the worker's start takes, which is part of the second.
 """
 
@@ -54,7 +54,7 @@ def evaluate(folder: Path, limit: int) -> float:
     shutil.rmtree(folder / "ledger", ignore_errors=True)
     before = cpu(resource.RUSAGE_CHILDREN)
     words = ["evaluate", str(folder / "real"), "--system", f"mine={folder / 'mine'}"]
-    words += ["--metrics", "psnr_db,colourfulness", "--limit", str(limit), "--relock"]
+    words += ["--metrics", "psnr_db,nmse", "--limit", str(limit), "--relock"]
     words += ["--out", str(folder / "out"), "--ledger", str(folder / "ledger")]
     subprocess.run([sys.executable, "-m", "flows.cli", *words], check=True, cwd=ROOT)
     return cpu(resource.RUSAGE_CHILDREN) - before

@@ -28,10 +28,16 @@ def _texture(files: tuple[Path, ...], digest: str, device: str) -> Metric:
     return FunctionMetric(("entropy_bits", "flat_fraction"), of_picture=fused_metrics)
 
 
-def _appearance(files: tuple[Path, ...], digest: str, device: str) -> Metric:
-    from components.metrics.native.native_metrics import appearance_metrics
+def _sharpness(files: tuple[Path, ...], digest: str, device: str) -> Metric:
+    from components.metrics.native.native_metrics import sharpness_metric
 
-    return FunctionMetric(("laplacian_variance", "colourfulness"), of_picture=appearance_metrics)
+    return FunctionMetric(("laplacian_variance",), of_picture=sharpness_metric)
+
+
+def _colourfulness(files: tuple[Path, ...], digest: str, device: str) -> Metric:
+    from components.metrics.native.native_metrics import colourfulness_metric
+
+    return FunctionMetric(("colourfulness",), of_picture=colourfulness_metric)
 
 
 GLCM = MetricFamily(
@@ -111,7 +117,7 @@ TEXTURE = MetricFamily(
     opener=_texture,
 )
 
-APPEARANCE = MetricFamily(
+SHARPNESS = MetricFamily(
     cards=(
         MetricCard(
             "laplacian_variance",
@@ -125,6 +131,12 @@ APPEARANCE = MetricFamily(
             note="Noise counts as sharpness.",
             decimals=1,
         ),
+    ),
+    opener=_sharpness,
+)
+
+COLOURFULNESS = MetricFamily(
+    cards=(
         MetricCard(
             "colourfulness",
             "Colourfulness",
@@ -137,5 +149,5 @@ APPEARANCE = MetricFamily(
             decimals=2,
         ),
     ),
-    opener=_appearance,
+    opener=_colourfulness,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import correlate1d
@@ -41,11 +42,10 @@ def _check(reference: ImageArray, image: ImageArray) -> None:
 
 
 def _squared_error_sum(reference: ImageArray, image: ImageArray) -> float:
-    """Sum of squared differences; exact, because 8-bit squares add up in int64."""
-    # int32 for the squares (at most 65,025), int64 for their sum: no rounding at any size, so the
-    # value does not depend on the order in which a machine adds.
-    difference = reference.astype(np.int32) - image.astype(np.int32)
-    return float(np.sum(difference * difference, dtype=np.int64))
+    """Sum of squared differences, exact: it does not depend on the order of a machine's adds."""
+    # In one pass without arrays of a wider type. Some builds of OpenCV square a root, which is off
+    # by some 1e-16 of a sum of integers: the nearest integer is the sum up to 2^50.
+    return float(round(cv2.norm(reference, image, cv2.NORM_L2SQR)))
 
 
 def psnr_db(reference: ImageArray, image: ImageArray) -> float:
@@ -77,8 +77,8 @@ def nmse(reference: ImageArray, image: ImageArray) -> float:
         0 for identical images, lower is closer; infinite for a black reference with any error.
     """
     _check(reference, image)
-    # Integers here too, for the same reason as in `_squared_error_sum`.
-    energy = float(np.sum(np.square(reference.astype(np.int32)), dtype=np.int64))
+    # Exact as in `_squared_error_sum`.
+    energy = float(round(cv2.norm(reference, cv2.NORM_L2SQR)))
     error = _squared_error_sum(reference, image)
     if energy == 0.0:
         return 0.0 if error == 0.0 else math.inf

@@ -58,18 +58,25 @@ def glcm_metrics(rgb: ImageArray) -> dict[str, float | None]:
     return {"glcm_score": score, "glcm_entropy_bits": bits}
 
 
-def appearance_metrics(rgb: ImageArray) -> dict[str, float | None]:
-    """Sharpness and colourfulness.
+def sharpness_metric(rgb: ImageArray) -> dict[str, float | None]:
+    """Variance of the Laplacian.
 
     Args:
         rgb: uint8 (H, W, 3), both edges at least 3 px.
     """
     _check(rgb)
-    return {
-        # Complete neighbourhoods: a reflected border would be detail that is not there.
-        "laplacian_variance": laplacian_variance(grayscale(rgb), borders=False),
-        "colourfulness": colourfulness(rgb),
-    }
+    # Complete neighbourhoods: a reflected border would be detail that is not there.
+    return {"laplacian_variance": laplacian_variance(grayscale(rgb), borders=False)}
+
+
+def colourfulness_metric(rgb: ImageArray) -> dict[str, float | None]:
+    """Spread and mean of the opponent colours.
+
+    Args:
+        rgb: uint8 (H, W, 3).
+    """
+    _check(rgb)
+    return {"colourfulness": colourfulness(rgb)}
 
 
 def pair_metric(metric_id: str, reference: ImageArray, image: ImageArray) -> float | None:

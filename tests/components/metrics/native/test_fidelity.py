@@ -132,3 +132,18 @@ def test_ms_ssim_of_equal_images_is_one_and_small_ones_are_refused() -> None:
     assert ms_ssim(first, first) == 1.0
     with pytest.raises(ValueError, match="at least 176 px"):
         ms_ssim(first[:100], second[:100])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (7, 13, 3), (1024, 1031, 3)])
+def test_sums_of_squares_are_the_integers_of_numpy(shape: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(0)
+    black, white = np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8)
+    one, two = (rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(2))
+    wide = rng.integers(0, 256, (shape[0], 2 * shape[1], 3), dtype=np.uint8)
+    for left, right in ((one, two), (black, white), (one, one), (wide[:, ::2], one)):
+        difference = left.astype(np.int64) - right.astype(np.int64)
+        error, energy = int((difference**2).sum()), int((left.astype(np.int64) ** 2).sum())
+        mse = error / left.size
+        assert psnr_db(left, right) == (math.inf if not error else 10 * math.log10(255**2 / mse))
+        expected = error / energy if energy else (math.inf if error else 0.0)
+        assert nmse(left, right) == expected
