@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from components.files.weight_folders import file_digest
-from components.settings.schema import Settings, load_settings
+from components.settings.schema import load_settings
 from flows import environment
 from flows.pipeline.preflight import PipelineRefused, preflight
 from flows.pipeline.rehearsal import RehearsalFailed, rehearse_if_due
@@ -168,7 +168,7 @@ def _run_pipeline(
     else:
         to_run = graph if force else stale
         # One stage imports by itself what it needs, in the same time.
-        warm = _warm_start(root, settings, to_run) if len(to_run) > 1 else None
+        warm = WarmStart(root, to_run, runtime=settings.runtime) if len(to_run) > 1 else None
         runner = DvcRunner(
             root,
             graph,
@@ -229,11 +229,6 @@ def _nothing_to_do(
     runner = DvcRunner(root, graph, parent_record=None, stale={})
     outcomes = walk_graph(runner, PipelineConsole(runner).report)
     return PipelineSummary(outcomes, time.monotonic() - started)
-
-
-def _warm_start(root: Path, settings: Settings, stages: Collection[str]) -> WarmStart:
-    runtime = settings.runtime
-    return WarmStart(root, stages, offline=runtime.offline, torch_threads=runtime.torch_threads)
 
 
 def _graph_and_stale_elsewhere(

@@ -33,9 +33,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.running import guarded_process
+
+if TYPE_CHECKING:
+    from components.settings.runtime import RuntimeSettings
 
 _NETWORKS = frozenset(
     ("text_embeddings", "vae", "latents", "dit_stage1", "dit_stage2", "generate", "evaluate")
@@ -156,21 +159,21 @@ class WarmProcess:
 class WarmStart:
     """The process that has the imports, as a pipeline run holds it."""
 
-    def __init__(
-        self, root: Path, stages: Collection[str], *, offline: bool, torch_threads: int
-    ) -> None:
+    def __init__(self, root: Path, stages: Collection[str], *, runtime: RuntimeSettings) -> None:
         """Start it; it begins to import at once.
 
         Args:
             root: the clone.
             stages: those that are going to run.
-            offline: as `environment.prepare`.
-            torch_threads: intra-op threads of the stages, which the libraries read at import.
+            runtime: the stages' device, threads (which libraries read at import) and hub.
         """
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its:
-            wanted = {"modules": wanted_modules(stages), "offline": offline}
-            wanted["torch_threads"] = torch_threads
+            wanted = {
+                "modules": wanted_modules(stages, cuda=runtime.device != "cpu"),
+                "offline": runtime.offline,
+                "torch_threads": runtime.torch_threads,
+            }
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __name__, str(its.fileno()), json.dumps(wanted)],
                 cwd=root,
@@ -231,12 +234,19 @@ class WarmStart:
         self._process.wait()
 
 
-def wanted_modules(stages: Collection[str]) -> list[str]:
-    """Modules that at least two of `stages` import, in the order of `PRELOADS`."""
+def wanted_modules(stages: Collection[str], *, cuda: bool) -> list[str]:
+    """Modules that at least two of `stages` import, in the order of `PRELOADS`.
+
+    Args:
+        stages: those that are going to run.
+        cuda: whether they use CUDA: a process that was forked after the driver has been asked for
+            devices, as bitsandbytes and deepspeed do at import, cannot use it any more.
+    """
     return [
         module
         for module, needed_by in PRELOADS
         if len(stages if needed_by is None else needed_by & set(stages)) > 1
+        and not (cuda and needed_by is not None and needed_by <= _NETWORKS)
     ]
 
 

@@ -103,12 +103,16 @@ def facts(project: Path) -> dict[str, object]:
 
 def test_only_what_two_stages_need_is_imported_ahead(root: Path) -> None:
     stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
-    assert wanted_modules(list(stages)) == [module for module, _ in PRELOADS]
-    assert wanted_modules(["vae"]) == []
-    two = wanted_modules(["ingest", "select"])
+    assert wanted_modules(list(stages), cuda=False) == [module for module, _ in PRELOADS]
+    assert wanted_modules(["vae"], cuda=False) == []
+    two = wanted_modules(["ingest", "select"], cuda=False)
     assert "great_expectations" in two
     assert "pandas" in two
     assert "torch" not in two
+    # CUDA cannot be used in a fork of a process that has asked for devices.
+    on_gpus = wanted_modules(list(stages), cuda=True)
+    assert not {"torch", "deepspeed"} & {module.split(".")[0] for module in on_gpus}
+    assert {"great_expectations", "cv2", "dvc.repo"} <= set(on_gpus)
     for module, needed_by in PRELOADS:
         assert find_spec(module.split(".")[0]) is not None, module
         # Ours are read by each stage anew: an edit while a run goes on must not go unseen.
