@@ -99,5 +99,5 @@ def test_a_wrong_name_is_one_line_and_costs_no_heavy_import(
     assert (code in {1, 2}, heavy) == (True, []), said
     assert "nosuch" in said
     assert len(said.strip().splitlines()) == 1, said
-    # Of this machine's CPU, tests beside it or not.
-    assert seconds < 1.0
+    # 0.2 to 0.7 s on a quiet core; tests beside it make a core twice as slow.
+    assert seconds < 2.0

@@ -14,6 +14,8 @@ from html import escape
 _WIDTH, _HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
 _COLOURS = 8
+_LETTER_PX, _LEGEND_MARK = 8.5, 34
+"""Width of a letter of 12 px at most, and of the mark and the gaps around a name in a legend."""
 """Number of `--series-N` variables that the page defines."""
 _SMALLEST, _LARGEST = 1e-250, 1e250
 """Beyond these magnitudes an axis and its margins would leave the range of a float."""
@@ -97,9 +99,9 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, log_y: b
     ys = [y for _, points in lines for _, y in points]
     x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1.0
     y_low, y_high = _bounds(ys, log=log_y)
-    legend_rows = math.ceil(len(lines) / 4) if len(lines) > 1 else 0
-    height = _HEIGHT + 20 * legend_rows
     plot_w, plot_h = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    places = _legend([line.name for line, _ in lines], plot_w) if len(lines) > 1 else []
+    height = _HEIGHT + (20 * (1 + places[-1][1]) if places else 0)
 
     def at_x(x: float) -> float:
         return _LEFT + plot_w * (x - x_low) / (x_high - x_low)
@@ -141,9 +143,8 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, log_y: b
                 f'<polyline points="{path}" stroke="{colour}"{opacity}>'
                 f"<title>{escape(name)}</title></polyline>"
             )
-        if legend_rows:
-            row, column = divmod(index, 4)
-            x0, y0 = _LEFT + column * (plot_w / 4), _HEIGHT + 12 + 18 * row
+        if places:
+            x0, y0 = _LEFT + places[index][0], _HEIGHT + 12 + 18 * places[index][1]
             out.append(
                 f'<rect x="{x0:.1f}" y="{y0 - 8}" width="12" height="4" fill="{colour}"{opacity}/>'
             )
@@ -161,9 +162,21 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, log_y: b
     return "".join(out)
 
 
+def _legend(names: Sequence[str], width: float) -> list[tuple[float, int]]:
+    """(x, row) of each name: one behind the other, whole, a new row where the next is too long."""
+    places: list[tuple[float, int]] = []
+    x, row = 0.0, 0
+    for name in names:
+        taken = _LEGEND_MARK + _LETTER_PX * len(name)
+        if x and x + taken > width:
+            x, row = 0.0, row + 1
+        places.append((x, row))
+        x += taken
+    return places
+
+
 _FOREST_PLOT, _FOREST_ROW, _FOREST_LABEL = 270, 22, 210
 """Widths of the plot and of the longest label, height of a row, in pixels."""
-_LETTER_PX = 8.5
 
 
 def forest_plot(rows: Sequence[tuple[str, float, float, float]], *, x_label: str) -> str:

@@ -188,7 +188,9 @@ def _tiles(corpus: Corpus, metrics: Mapping[str, float], table: pd.DataFrame) ->
         tiles.append(Tile("Autoencoder PSNR, dB", f"{before:.2f} → {after:.2f}", gain))
     drop = metrics.get("validation_loss_drop")
     if drop is not None:
-        tiles.append(Tile("Transformer, held-out loss", f"{-100 * drop:+.1f} %", "both stages"))
+        # Not -0.0.
+        change = round(-100 * drop, 1) + 0.0
+        tiles.append(Tile("Transformer, held-out loss", f"{change:+.1f} %", "both stages"))
     by_heart = metrics.get("training_images_loss_drop")
     if by_heart is not None:
         tiles.append(

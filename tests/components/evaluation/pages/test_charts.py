@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from xml.etree import ElementTree
 
 from hypothesis import example, given
@@ -56,3 +58,17 @@ def test_ticks_are_inside_evenly_spaced_and_few(low: float, span: float) -> None
 
 def test_ticks_of_a_known_range() -> None:
     assert nice_ticks(0.0, 10.0) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+
+
+def test_names_of_a_legend_stay_whole_and_apart() -> None:
+    names = ["loss", "loss l2", "loss perceptual gmsd", "loss wavelet l1", "a"]
+    svg = line_chart([Series(n, [1, 2], [1, 2]) for n in names], x_label="step", y_label="loss")
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)">([^<]+)</text>', svg)
+    placed = [(float(x), float(y), name) for x, y, name in found if name in names]
+    assert [name for *_, name in placed] == names
+    for (x, y, name), (other, below, _) in itertools.pairwise(placed):
+        # Behind the end of the one before, or in the next row.
+        assert other > x + 8 * len(name) if below == y else below > y
+    assert max(x + 8 * len(name) for x, _, name in placed) <= 560
+    height = float(re.search(r'viewBox="0 0 560 ([\d.]+)"', svg)[1])  # type: ignore[index]
+    assert height > max(y for _, y, _ in placed)
