@@ -24,6 +24,15 @@ def install_hint(extra: str | None = None) -> str:
     )
 
 
+def package_hint(package: str) -> str:
+    """The command that adds a package that no part of the project asks for.
+
+    Args:
+        package: its name on the package index.
+    """
+    return f"python -m pip install {shlex.quote(package)}"
+
+
 def download_command(
     repository: str,
     into: str | Path,

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from components.files.install_hints import package_hint
 from components.models.loading.block_compile import compile_blocks, require_compiler
 from components.settings.evaluation import AttentionBackend, GenerateSettings, StepCache
 
@@ -33,9 +34,9 @@ _DISPATCHED: dict[AttentionBackend, str] = {
     "sage": "sage",
 }
 _PACKAGES: dict[AttentionBackend, tuple[str, str]] = {
-    "flash": ("flash_attn", "the package flash-attn (pip install flash-attn)"),
+    "flash": ("flash_attn", f"the package flash-attn ({package_hint('flash-attn')})"),
     "flash_3": ("flash_attn_interface", "FlashAttention 3 (flash_attn_interface, from its source)"),
-    "sage": ("sageattention", "the package sageattention (pip install sageattention)"),
+    "sage": ("sageattention", f"the package sageattention ({package_hint('sageattention')})"),
 }
 _ALL_OFF = {"attention_backend": "native", "step_cache": "none", "compile": "none"}
 _READ_BY = {"step_cache_threshold": "first_block", "step_cache_interval": "taylorseer"}
