@@ -13,25 +13,26 @@ Result = TypeVar("Result")
 
 
 def read_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, ahead: int
 ) -> Generator[tuple[Item, Result], None, None]:
     """(item, `function(item)`) in the order of `items`.
 
-    For work that releases the GIL (reading, decoding). At most `threads` results wait beside those
-    that are being made, so memory is bounded however slow the user is; an exception of `function`
-    is raised in its item's turn.
+    For work that releases the GIL (reading, decoding). At most `ahead` results are made or wait, so
+    memory is bounded however slow the user is; an exception of `function` is raised in its item's
+    turn.
 
     Args:
         function: safe to call from several threads.
         items: read only as fast as results are used.
         threads: at least 1.
+        ahead: items beyond the one in use, at least `threads`.
     """
     source = iter(items)
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="read-ahead") as pool:
         try:
             while True:
-                for following in islice(source, 2 * threads - len(waiting)):
+                for following in islice(source, ahead - len(waiting)):
                     waiting.append((following, pool.submit(function, following)))
                 if not waiting:
                     return

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby, islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ class Posterior:
 MEAN = Posterior()
 DECODERS = 2
 """Threads that decode ahead of the encoder: of those tried one did not keep up with it, four made
-nothing faster and hold twice the batches."""
+nothing faster."""
 
 
 def plan_digest(plan: Sequence[Sequence[EncodingItem]], posterior: Posterior = MEAN) -> str:
@@ -145,6 +145,9 @@ def encode(
     Returns:
         (B, C, H/16, W/16) for F16, in the autoencoder's dtype.
     """
+    if images_BCHW.device.type == "cpu":
+        # The same values, and the convolutions take 10% (256 px) to 24% (1024 px) less time.
+        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
     gaussian = autoencoder.encode(images_BCHW).latent_dist
     latents: Tensor = gaussian.mode()
     if noise is not None:
@@ -222,7 +225,7 @@ def encode_batch(
         max_megapixels: bound on decoded photographs.
         posterior: what is kept of the encoder's Gaussian.
     """
-    loaded = load_batch(items, max_megapixels)
+    loaded = {item.image_id: load(item, max_megapixels) for item in items}
     return encode_loaded(items, loaded, autoencoder, dtype, posterior)
 
 
@@ -230,18 +233,13 @@ Loaded = Mapping[str, Tensor | ImageUndecodable]
 """Pixels (3, H, W) in [-1, 1] by image id, or why there are none."""
 
 
-def load_batch(
-    items: Sequence[EncodingItem], max_megapixels: float = MAX_MEGAPIXELS
-) -> dict[str, Tensor | ImageUndecodable]:
-    """Decode photographs; needs no network, and may run beside one in a thread."""
-    loaded: dict[str, Tensor | ImageUndecodable] = {}
-    for item in items:
-        try:
-            # The same exception as everywhere: only what is wrong with this photograph is caught.
-            loaded[item.image_id] = load_image(item, max_megapixels)
-        except ImageUndecodable as problem:
-            loaded[item.image_id] = problem
-    return loaded
+def load(item: EncodingItem, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor | ImageUndecodable:
+    """`load_image`, or why it cannot; needs no network, and may run beside one in a thread."""
+    try:
+        # The same exception as everywhere: only what is wrong with this photograph is caught.
+        return load_image(item, max_megapixels)
+    except ImageUndecodable as problem:
+        return problem
 
 
 def encode_loaded(
@@ -251,7 +249,7 @@ def encode_loaded(
     dtype: StoreDtype,
     posterior: Posterior = MEAN,
 ) -> EncodedBatch:
-    """As `encode_batch`, of photographs that `load_batch` has read."""
+    """As `encode_batch`, of photographs that `load` has read."""
     images = {name: found for name, found in loaded.items() if isinstance(found, Tensor)}
     rejected = {name: str(found) for name, found in loaded.items() if name not in images}
     if not images:
@@ -311,9 +309,17 @@ def encode_corpus(
     def here(plan: Iterable[list[EncodingItem]]) -> Iterator[EncodedBatch | Failure]:
         # Inside the generator: with workers elsewhere this process never fills its own GPU.
         model = autoencoder.to(device)
-        decode = partial(load_batch, max_megapixels=max_megapixels)
-        for batch, loaded in read_ahead(decode, plan, DECODERS):
-            yield encode_loaded(batch, loaded, model, settings.dtype, posterior)
+        todo, items = tee(plan)
+        decoded = read_ahead(
+            partial(load, max_megapixels=max_megapixels),
+            chain.from_iterable(items),
+            threads=DECODERS,
+            ahead=2 * settings.batch_size,
+        )
+        with closing(decoded):
+            for batch in todo:
+                loaded = {item.image_id: found for item, found in islice(decoded, len(batch))}
+                yield encode_loaded(batch, loaded, model, settings.dtype, posterior)
 
     plan = batches(items, settings.batch_size)
     # Work under another plan is kept apart: other batches may round sums differently.

@@ -16,9 +16,9 @@ def test_results_come_in_order_with_their_items() -> None:
         time.sleep(0.05 if number == 0 else 0.0)
         return number**2
 
-    found = list(read_ahead(slow_first, range(20), threads=3))
+    found = list(read_ahead(slow_first, range(20), threads=3, ahead=5))
     assert found == [(number, number**2) for number in range(20)]
-    assert list(read_ahead(slow_first, [], threads=3)) == []
+    assert list(read_ahead(slow_first, [], threads=3, ahead=5)) == []
 
 
 def test_no_more_is_read_than_threads_work_on_and_as_many_wait() -> None:
@@ -29,7 +29,7 @@ def test_no_more_is_read_than_threads_work_on_and_as_many_wait() -> None:
             asked.append(number)
             yield number
 
-    results = read_ahead(lambda number: number, items(), threads=2)
+    results = read_ahead(lambda number: number, items(), threads=2, ahead=4)
     for used in range(10):
         assert next(results)[0] == used
         assert len(asked) <= used + 4
@@ -39,7 +39,7 @@ def test_no_more_is_read_than_threads_work_on_and_as_many_wait() -> None:
 def test_threads_work_beside_each_other() -> None:
     both = threading.Barrier(2, timeout=20)
     # Alone, the first would wait for the second for ever.
-    assert len(list(read_ahead(lambda _: both.wait(), range(4), threads=2))) == 4
+    assert len(list(read_ahead(lambda _: both.wait(), range(4), threads=2, ahead=2))) == 4
 
 
 def test_an_exception_is_raised_in_its_turn_and_nothing_later_is_begun() -> None:
@@ -51,7 +51,7 @@ def test_an_exception_is_raised_in_its_turn_and_nothing_later_is_begun() -> None
             raise ValueError("odd")
         return number
 
-    results = read_ahead(odd, range(50), threads=1)
+    results = read_ahead(odd, range(50), threads=1, ahead=2)
     assert next(results) == (0, 0)
     with pytest.raises(ValueError, match="odd"):
         next(results)
