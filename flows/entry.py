@@ -1,7 +1,7 @@
 """The program `ultraflux`: a stage that the launcher above can fork, or the command line.
 
 Below a pipeline run `ultraflux stage run NAME` begins in milliseconds: nothing is imported here
-that is not needed to ask for the fork (flows/running/warm_start.py).
+that is not needed to ask for the fork (flows/running/stage_forks.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 def main() -> None:
     """Entry point."""
     if sys.argv[1:3] == ["stage", "run"]:
-        from flows.running.warm_start import ask_launcher
+        from flows.running.stage_forks import ask_launcher
 
         code = ask_launcher([sys.executable, *sys.argv])
         if code is not None:

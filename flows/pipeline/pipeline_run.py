@@ -166,7 +166,7 @@ def _run_pipeline(
             root, graph, parent_record=record.record_id, stale=stale, force=force
         )
     else:
-        to_run = graph if force else stale
+        to_run = [name for name in graph if force or name in stale]
         # One stage imports by itself what it needs, in the same time.
         warm = WarmStart(root, to_run, runtime=settings.runtime) if len(to_run) > 1 else None
         runner = DvcRunner(

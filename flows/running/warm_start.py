@@ -20,22 +20,27 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import runpy
-import secrets
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from flows.running import guarded_process
+from flows.running.stage_forks import (
+    MESSAGE_BYTES,
+    TITLE_SWITCH,
+    StageForks,
+    as_started,
+    fork,
+    run_role,
+    title,
+)
 
 if TYPE_CHECKING:
     from components.settings.runtime import RuntimeSettings
@@ -67,48 +72,9 @@ PRELOADS: tuple[tuple[str, frozenset[str] | None], ...] = (
     ),
 )
 """Modules to import ahead, in this order, and the stages whose process needs them (None: all)."""
-STAGE_SOCKET = "ULTRAFLUX_STAGE_SOCKET"
-"""Where a launcher forks stages, in the environment of what it runs."""
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_MESSAGE_BYTES = 1 << 20
 _ANSWER_S = 30.0
-_STREAMS = 3
-_CREDENTIALS = struct.Struct("3i")
-_TITLE_SWITCH = "SPT_NOENV"
-
-
-class Fork(BaseException):
-    """Unwinds the stack of a forked child up to `run_role`, which goes on with its role.
-
-    Not an `Exception`: whoever forks must not take it for a failure.
-    """
-
-    def __init__(self, role: Callable[[], int]) -> None:
-        """The child is to run `role` and end with what it returns."""
-        super().__init__()
-        self.role = role
-
-
-def fork(role: Callable[[], int]) -> int:
-    """Process id of a child that unwinds its stack and runs `role`.
-
-    Raises:
-        Fork: in the child.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if pid := os.fork():
-        return pid
-    raise Fork(role)
-
-
-def run_role(role: Callable[[], int]) -> int:
-    """Run `role`, and in children that it forks theirs; the exit code of whichever this is."""
-    while True:
-        try:
-            return role()
-        except Fork as forked:
-            role = forked.role
+_LOOK_AHEAD = 2
+"""Stages for which is imported while those before them run."""
 
 
 class WarmProcess:
@@ -159,12 +125,12 @@ class WarmProcess:
 class WarmStart:
     """The process that has the imports, as a pipeline run holds it."""
 
-    def __init__(self, root: Path, stages: Collection[str], *, runtime: RuntimeSettings) -> None:
+    def __init__(self, root: Path, stages: Sequence[str], *, runtime: RuntimeSettings) -> None:
         """Start it; it begins to import at once.
 
         Args:
             root: the clone.
-            stages: those that are going to run.
+            stages: those that are going to run, in order.
             runtime: the stages' device, threads (which libraries read at import) and hub.
         """
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -179,7 +145,7 @@ class WarmStart:
                 cwd=root,
                 # A title as long as a command line needs room, which that of this program has;
                 # taken from the environment, a look into /proc would not find that any more.
-                env=os.environ | {_TITLE_SWITCH: "1"},
+                env=os.environ | {TITLE_SWITCH: "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -234,28 +200,24 @@ class WarmStart:
         self._process.wait()
 
 
-def wanted_modules(stages: Collection[str], *, cuda: bool) -> list[str]:
-    """Modules that at least two of `stages` import, in the order of `PRELOADS`.
+def wanted_modules(stages: Sequence[str], *, cuda: bool) -> dict[str, list[str]]:
+    """Modules to import ahead by stage, of those that at least two of `stages` import.
 
     Args:
-        stages: those that are going to run.
+        stages: those that are going to run, in order.
         cuda: whether they use CUDA: a process that was forked after the driver has been asked for
             devices, as bitsandbytes and deepspeed do at import, cannot use it any more.
     """
-    return [
-        module
+    shared = [
+        (module, needed_by)
         for module, needed_by in PRELOADS
         if len(stages if needed_by is None else needed_by & set(stages)) > 1
         and not (cuda and needed_by is not None and needed_by <= _NETWORKS)
     ]
-
-
-def title(words: Sequence[str]) -> None:
-    """What `ps` shows for this process: the command line that it would have been started by."""
-    with suppress(ImportError):
-        import setproctitle
-
-        setproctitle.setproctitle(" ".join(words))
+    return {
+        stage: [module for module, needed_by in shared if needed_by is None or stage in needed_by]
+        for stage in stages
+    }
 
 
 def serve(asked: socket.socket, wanted: Mapping[str, Any]) -> int:
@@ -264,20 +226,29 @@ def serve(asked: socket.socket, wanted: Mapping[str, Any]) -> int:
 
     # Nobody waits for launchers here: whoever asked for one hears from itself how it ended.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    modules = list(wanted["modules"])
+    modules: dict[str, list[str]] = wanted["modules"]
+    order = list(modules)
+    # Of the stages that are about to run; a run may end long before it needs the others.
+    coming = list(modules[order[0]])
     while True:
         # Requests come first; an import that has begun is finished.
-        asked.settimeout(0.0 if modules else None)
+        asked.settimeout(0.0 if coming else None)
         try:
-            data, fds, _, _ = socket.recv_fds(asked, _MESSAGE_BYTES, 64)
+            data, fds, _, _ = socket.recv_fds(asked, MESSAGE_BYTES, 64)
         except BlockingIOError:
-            _import(modules.pop(0))
+            _import(coming.pop(0))
             continue
         if not data:
             return 0
         request = json.loads(data)
         # A stage sets the same before it imports torch.
         environment.prepare(offline=wanted["offline"], torch_threads=wanted["torch_threads"])
+        at = next((n for n, stage in enumerate(order) if stage in request["command"]), None)
+        if at is not None:
+            # What the fork would import by itself, others would import again.
+            for module in modules[order[at]]:
+                _import(module)
+            coming = [m for stage in order[at + 1 : at + 1 + _LOOK_AHEAD] for m in modules[stage]]
 
         def launcher(request: dict[str, Any] = request, fds: list[int] = fds) -> int:
             asked.close()
@@ -289,6 +260,8 @@ def serve(asked: socket.socket, wanted: Mapping[str, Any]) -> int:
 
 
 def _import(module: str) -> None:
+    if module in sys.modules:
+        return
     # An optional library that is missing, or broken, is the stage's to complain about.
     with suppress(Exception):
         importlib.import_module(module)
@@ -305,7 +278,7 @@ def _launcher(request: Mapping[str, Any], fds: Sequence[int]) -> int:
         except OSError:
             return 1
         title([sys.executable, guarded_process.__file__, *request["command"]])
-        _as_started(request["cwd"], request["env"], (os.open(os.devnull, os.O_RDONLY), output))
+        as_started(request["cwd"], request["env"], (os.open(os.devnull, os.O_RDONLY), output))
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.environ[guarded_process.LAUNCHER] = str(os.getpid())
         with StageForks() as stages:
@@ -327,134 +300,6 @@ def _dvc(command: Sequence[str]) -> int:
     return int(main(list(command[1:])))
 
 
-class StageForks:
-    """Stages that a launcher forks for commands in its group that ask for them."""
-
-    def __init__(self) -> None:
-        """Listen, and say where in the environment.
-
-        Under an abstract name, so that no kill leaves a file; the peer's user is checked.
-        """
-        self._asking: dict[int, tuple[socket.socket, guarded_process.Forked, int]] = {}
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        name = f"ultraflux-{os.getpid()}-{secrets.token_hex(8)}"
-        self._listener.bind("\0" + name)
-        self._listener.listen()
-        os.environ[STAGE_SOCKET] = name
-
-    def __enter__(self) -> StageForks:
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self._listener.close()
-        for fd in list(self._asking):
-            self._forget(fd)
-
-    def _forget(self, fd: int) -> None:
-        connection, _, ended = self._asking.pop(fd)
-        connection.close()
-        os.close(ended)
-
-    def fds(self) -> list[int]:
-        """Descriptors that say something, for `handle` or by the end of a stage."""
-        ends = [ended for _, _, ended in self._asking.values()]
-        return [self._listener.fileno(), *self._asking, *ends]
-
-    def handle(self, fd: int) -> None:
-        """See to what came in at `fd`: a new command, a signal for its stage, or its end."""
-        if fd == self._listener.fileno():
-            self._begin()
-        if fd not in self._asking:
-            return
-        connection, stage, _ = self._asking[fd]
-        said = b""
-        with suppress(OSError):
-            said = connection.recv(64)
-        # A command that was killed takes its stage with it, as it did when it was the stage.
-        number = int(said) if said else signal.SIGKILL
-        if stage.poll() is None:
-            os.kill(stage.pid, number)
-        if not said:
-            self._forget(fd)
-
-    def answer(self) -> None:
-        """Tell commands whose stages have ended."""
-        for fd, (connection, stage, _) in list(self._asking.items()):
-            if (code := stage.poll()) is not None:
-                with suppress(OSError):
-                    connection.send(str(code).encode())
-                self._forget(fd)
-
-    def _begin(self) -> None:
-        connection, _ = self._listener.accept()
-        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        if _CREDENTIALS.unpack(peer)[1] != os.getuid():
-            connection.close()
-            return
-        data, streams, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, _STREAMS)
-        if len(streams) < _STREAMS:
-            connection.close()
-            return
-        asked = json.loads(data)
-
-        def stage() -> int:
-            connection.close()
-            return _stage(asked, streams)
-
-        pid = fork(stage)
-        for stream in streams:
-            os.close(stream)
-        begun = guarded_process.Forked(pid)
-        self._asking[connection.fileno()] = (connection, begun, os.pidfd_open(pid))
-
-
-def _stage(asked: Mapping[str, Any], streams: Sequence[int]) -> int:
-    _as_started(asked["cwd"], asked["env"], streams)
-    os.environ.pop(STAGE_SOCKET, None)
-    title(asked["words"])
-    for number in FORWARDED:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = list(asked["words"])[1:]
-    # The program that asks, which finds no launcher this time.
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    return 0
-
-
-def ask_launcher(words: Sequence[str]) -> int | None:
-    """Have the launcher above fork the stage of this command, and wait for it.
-
-    Args:
-        words: the command line of this process, the interpreter first.
-
-    Returns:
-        Exit code, negative for a signal; None: there is no launcher that forks.
-    """
-    name = os.environ.get(STAGE_SOCKET)
-    # In another group (a terminal's, a server's below a stage) this command is not the launcher's.
-    if name is None or os.environ.get(guarded_process.LAUNCHER) != str(os.getpgrp()):
-        return None
-    asked = {"words": list(words), "cwd": str(Path.cwd()), "env": dict(os.environ)}
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as launcher:
-        try:
-            launcher.connect("\0" + name)
-            socket.send_fds(launcher, [json.dumps(asked).encode()], range(_STREAMS))
-        except OSError:
-            return None
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            with suppress(OSError):
-                launcher.send(str(number).encode())
-
-        for number in FORWARDED:
-            signal.signal(number, forward)
-        said = b""
-        with suppress(OSError):
-            said = launcher.recv(64)
-    # Without a word the launcher was killed, and this group with it.
-    return int(said) if said else -signal.SIGKILL
-
-
 @contextmanager
 def _closing(fds: Sequence[int]) -> Iterator[None]:
     """Close descriptors at the end, in children that are forked within too."""
@@ -463,24 +308,6 @@ def _closing(fds: Sequence[int]) -> Iterator[None]:
     finally:
         for fd in fds:
             os.close(fd)
-
-
-def _as_started(cwd: str, env: Mapping[str, str], streams: Sequence[int]) -> None:
-    """This process as if it had been started so.
-
-    Args:
-        cwd: its folder.
-        env: its environment.
-        streams: descriptors of standard input, output and (default: as output) error.
-    """
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(env)
-    os.environ.pop(_TITLE_SWITCH, None)
-    for number, stream in enumerate((*streams, streams[-1])[:_STREAMS]):
-        os.dup2(stream, number)
-    for stream in streams:
-        os.close(stream)
 
 
 def main(arguments: Sequence[str]) -> int:

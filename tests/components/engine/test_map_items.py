@@ -177,7 +177,13 @@ def test_a_killed_run_resumes_and_equals_an_undisturbed_one(
     folder = tmp_path
     command = [sys.executable, str(work_file)]
     marked = {**environment(), "ENGINE_TEST": str(folder)}
-    process = subprocess.Popen([*command, folder], env=marked, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, folder],
+        env=marked,
+        stderr=subprocess.DEVNULL,
+        # A suite that runs in the background ignores SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
     deadline = time.monotonic() + 60
     while len(list(folder.glob("shards/*.parquet"))) < 5 and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from flows.experiments.chaos.victims import command_words
-from flows.running.warm_start import PRELOADS, STAGE_SOCKET, wanted_modules
+from flows.running.stage_forks import STAGE_SOCKET
+from flows.running.warm_start import PRELOADS, wanted_modules
 
 # Where a test says so the second stage stays at work until it is told to end.
 STAGE = '''\
@@ -103,16 +104,21 @@ def facts(project: Path) -> dict[str, object]:
 
 def test_only_what_two_stages_need_is_imported_ahead(root: Path) -> None:
     stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
-    assert wanted_modules(list(stages), cuda=False) == [module for module, _ in PRELOADS]
-    assert wanted_modules(["vae"], cuda=False) == []
-    two = wanted_modules(["ingest", "select"], cuda=False)
-    assert "great_expectations" in two
-    assert "pandas" in two
-    assert "torch" not in two
+    wanted = wanted_modules(list(stages), cuda=False)
+    assert list(wanted) == list(stages)
+    assert {module for some in wanted.values() for module in some} == {name for name, _ in PRELOADS}
+    assert "great_expectations" in wanted["ingest"]
+    assert "torch" not in wanted["ingest"]
+    assert "torch" in wanted["vae"]
+    assert wanted_modules(["vae"], cuda=False) == {"vae": []}
+    two = wanted_modules(["ingest", "vae"], cuda=False)
+    assert "pandas" in two["vae"]
+    assert not {"great_expectations", "torch"} & {*two["ingest"], *two["vae"]}
     # CUDA cannot be used in a fork of a process that has asked for devices.
     on_gpus = wanted_modules(list(stages), cuda=True)
-    assert not {"torch", "deepspeed"} & {module.split(".")[0] for module in on_gpus}
-    assert {"great_expectations", "cv2", "dvc.repo"} <= set(on_gpus)
+    assert not {"torch", "deepspeed"} & {m.split(".")[0] for m in on_gpus["dit_stage1"]}
+    assert "great_expectations" in on_gpus["ingest"]
+    assert "dvc.repo" in on_gpus["dit_stage1"]
     for module, needed_by in PRELOADS:
         assert find_spec(module.split(".")[0]) is not None, module
         # Ours are read by each stage anew: an edit while a run goes on must not go unseen.
@@ -152,6 +158,7 @@ def test_a_forked_stage_is_a_process_like_that_of_the_command(
     assert theirs["OMP_NUM_THREADS"] == ours["OMP_NUM_THREADS"]
 
 
+@pytest.mark.slow
 def test_a_refusal_in_a_forked_stage_is_told_as_one(
     project: Path, started: Callable[..., subprocess.Popen[str]]
 ) -> None:
@@ -184,10 +191,8 @@ def kin(pipeline: psutil.Process, stage: int) -> dict[str, psutil.Process]:
 KILLED = ["warm", "command", "dvc", "launcher", "pipeline", "stage"]
 
 
-@pytest.mark.parametrize(
-    "killed",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in KILLED[1:] else []) for name in KILLED],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", KILLED)
 def test_whoever_is_killed_nothing_works_on_that_nobody_waits_for(
     project: Path, started: Callable[..., subprocess.Popen[str]], killed: str
 ) -> None:
