@@ -44,6 +44,7 @@ def test_a_missing_photo_folder_is_one_line_too(clone: Callable[..., Path]) -> N
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_with_nothing_left_after_selection_the_counts_and_the_rule_are_named(
     clone: Callable[..., Path],
 ) -> None:
