@@ -72,7 +72,7 @@ PRELOADS: tuple[tuple[str, frozenset[str] | None], ...] = (
     ),
 )
 """Modules to import ahead, in this order, and the stages whose process needs them (None: all)."""
-_ANSWER_S = 30.0
+_ANSWER_S = 120.0
 _LOOK_AHEAD = 2
 """Stages for which is imported while those before them run."""
 
