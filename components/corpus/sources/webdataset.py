@@ -133,7 +133,7 @@ class _Archive:
         except _ARCHIVE_ERRORS as problem:
             return _one_line(problem)
         with archive:
-            members = archive.stream()
+            members = archive.in_order()
             while True:
                 try:
                     member = next(members, None)

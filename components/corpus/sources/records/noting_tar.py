@@ -54,8 +54,9 @@ class NotingTar(tarfile.TarFile):
         # archives in one file would end it.
         return cls.open(path, mode="r|*", ignore_zeros=True)
 
-    def stream(self) -> Iterator[tarfile.TarInfo]:
+    def in_order(self) -> Iterator[tarfile.TarInfo]:
         """Every member whose header is whole; to be read before the next is asked for."""
+        # Not called `stream`, as an attribute of every TarFile since Python 3.13 is.
         while (member := self.next()) is not None:
             yield member
             # `tarfile` keeps every header it has met: a million members would be a gigabyte.
