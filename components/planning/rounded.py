@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from components.models.loading.transformer_blocks import transformer_blocks
 from components.settings.models import Quantisation
 
 if TYPE_CHECKING:
@@ -172,14 +173,13 @@ def frozen_wait_on_host(model: Any, device: Any) -> None:
     """
     from torch import nn
 
-    for name in ("transformer_blocks", "single_transformer_blocks"):
-        for block in getattr(model, name, ()):
-            for part in block.modules():
-                for leaf, weights in part._parameters.items():
-                    if weights is not None and not weights.requires_grad:
-                        waiting = weights.detach().to("cpu")
-                        part._parameters[leaf] = nn.Parameter(waiting, requires_grad=False)
-            block.forward = _on_copies(block, device)
+    for block in transformer_blocks(model):
+        for part in block.modules():
+            for leaf, weights in part._parameters.items():
+                if weights is not None and not weights.requires_grad:
+                    waiting = weights.detach().to("cpu")
+                    part._parameters[leaf] = nn.Parameter(waiting, requires_grad=False)
+        block.forward = _on_copies(block, device)
 
 
 def _on_copies(block: Any, device: Any) -> Callable[..., Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from components.models.loading.transformer_blocks import transformer_blocks
+
 
 def require_compiler(setting: str) -> None:
     """Refuse to compile for the CPU where there is no C++ compiler.
@@ -33,10 +35,9 @@ def compile_blocks(model: Any) -> None:
     The names of its weights stay as they are.
 
     Args:
-        model: bare model; its blocks are in `transformer_blocks` and `single_transformer_blocks`.
+        model: bare model.
     """
-    for name in ("transformer_blocks", "single_transformer_blocks"):
-        for block in getattr(model, name, ()):
-            # In place. `torch.compile(block)` would wrap it, and every weight's name would get a
-            # prefix that no export or adapter expects.
-            block.compile(dynamic=True)
+    for block in transformer_blocks(model):
+        # In place. `torch.compile(block)` would wrap it, and every weight's name would get a
+        # prefix that no export or adapter expects.
+        block.compile(dynamic=True)

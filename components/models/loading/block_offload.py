@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from components.models.loading.transformer_blocks import transformer_blocks
+
 
 def offload_blocks(model: Any, device: torch.device | str) -> None:
     """Let the blocks of `model` wait on the CPU.
@@ -101,21 +103,20 @@ def offload_frozen_blocks(model: Any, device: torch.device | str, dtype: torch.d
         record_stream=False,
         low_cpu_mem_usage=True,
     )
-    for name in ("transformer_blocks", "single_transformer_blocks"):
-        for block in getattr(model, name, ()):
-            frozen = [weights for weights in block.parameters() if not weights.requires_grad]
-            for weights in frozen:
-                weights.waits_on_host = True
-                if not is_quantised(weights):
-                    weights.data = weights.data.to(host, dtype)
-            group = FrozenGroup(
-                modules=[],
-                parameters=frozen,
-                offload_device=host,
-                onload_device=config.onload_device,
-                offload_leader=block,
-                onload_leader=block,
-                low_cpu_mem_usage=True,
-            )
-            registry = HookRegistry.check_if_exists_or_initialize(block)
-            registry.register_hook(FrozenGroupHook(group, config=config), HOOK)
+    for block in transformer_blocks(model):
+        frozen = [weights for weights in block.parameters() if not weights.requires_grad]
+        for weights in frozen:
+            weights.waits_on_host = True
+            if not is_quantised(weights):
+                weights.data = weights.data.to(host, dtype)
+        group = FrozenGroup(
+            modules=[],
+            parameters=frozen,
+            offload_device=host,
+            onload_device=config.onload_device,
+            offload_leader=block,
+            onload_leader=block,
+            low_cpu_mem_usage=True,
+        )
+        registry = HookRegistry.check_if_exists_or_initialize(block)
+        registry.register_hook(FrozenGroupHook(group, config=config), HOOK)

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from components.files.install_hints import package_hint
 from components.models.loading.block_compile import compile_blocks, require_compiler
+from components.models.loading.transformer_blocks import transformer_blocks
 from components.settings.evaluation import AttentionBackend, GenerateSettings, StepCache
 
 _SECTION = "generate"
@@ -180,11 +181,7 @@ class BlockCount:
 def counted_blocks(transformer: Any) -> Iterator[BlockCount]:
     """Count the blocks that are computed inside, of those that whole passes would compute."""
     count = BlockCount()
-    blocks = [
-        block
-        for name in ("transformer_blocks", "single_transformer_blocks")
-        for block in getattr(transformer, name, ())
-    ]
+    blocks = list(transformer_blocks(transformer))
 
     # No hook in compiled code, which leaves no block out.
     compiled = any(block._compiled_call_impl is not None for block in blocks)
