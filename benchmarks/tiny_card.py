@@ -39,10 +39,9 @@ def write_tiny_flux(folder: Path, *, width: int = 32, seed: int = 0) -> None:
         seed: of the transformer's weights.
     """
     import torch
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from diffusers import FluxTransformer2DModel
 
     from components.models.text_encoders import build_tiny_text_encoders
-    from components.models.tiny import build_tiny_autoencoder
 
     build_tiny_text_encoders(folder, CAPTIONS, t5_dim=width, clip_dim=width)
     with torch.random.fork_rng(devices=[]):
@@ -59,16 +58,25 @@ def write_tiny_flux(folder: Path, *, width: int = 32, seed: int = 0) -> None:
             axes_dims_rope=(8, 12, 12),
         )
     transformer.save_pretrained(folder / "transformer")
+    write_stock_autoencoder(folder / "vae")
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    text = json.dumps(SCHEDULER, indent=2) + "\n"
+    (folder / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
+
+
+def write_stock_autoencoder(folder: Path) -> None:
+    """Write a tiny F8 autoencoder of the stock class, by the stock class."""
+    from diffusers import AutoencoderKL
+
+    from components.models.tiny import build_tiny_autoencoder
+
     ours = build_tiny_autoencoder(stride=1)
     # What the F16 class adds to a stock configuration.
     added = ("stride", "decode_mode")
     config = {k: v for k, v in ours.config.items() if k not in added and not k.startswith("_")}
     stock = AutoencoderKL(**config)
     stock.load_state_dict(ours.state_dict())
-    stock.save_pretrained(folder / "vae")
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    text = json.dumps(SCHEDULER, indent=2) + "\n"
-    (folder / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
+    stock.save_pretrained(folder)
 
 
 def make_small(project: Path) -> None:

@@ -25,7 +25,7 @@ def read_ahead(
         function: safe to call from several threads.
         items: read only as fast as results are used.
         threads: at least 1.
-        ahead: items beyond the one in use, at least `threads`.
+        ahead: items that are begun before the first of them is handed out, at least `threads`.
     """
     source = iter(items)
     waiting: deque[tuple[Item, Future[Result]]] = deque()

@@ -49,14 +49,15 @@ _NETWORKS = frozenset(
     ("text_embeddings", "vae", "latents", "dit_stage1", "dit_stage2", "generate", "evaluate")
 )
 PRELOADS: tuple[tuple[str, frozenset[str] | None], ...] = (
-    *(
-        (module, None)
-        for module in ("dvc.cli", "dvc.commands.repro", "dvc.repo", "dvc.repo.reproduce")
-    ),
-    *(
-        (module, None)
-        for module in ("typer", "pydantic", "psutil", "pyarrow.parquet", "pandas", "PIL.Image")
-    ),
+    ("dvc.cli", None),
+    ("dvc.commands.repro", None),
+    ("dvc.repo.reproduce", None),
+    ("typer", None),
+    ("pydantic", None),
+    ("psutil", None),
+    ("pyarrow.parquet", None),
+    ("pandas", None),
+    ("PIL.Image", None),
     ("great_expectations", frozenset(("ingest", "select", "validate"))),
     ("cv2", frozenset(("signals", "quality", "people"))),
     ("torch", _NETWORKS),

@@ -116,8 +116,8 @@ class Posterior:
 
 MEAN = Posterior()
 DECODERS = 2
-"""Threads that decode ahead of the encoder: of those tried one did not keep up with it, four made
-nothing faster."""
+"""Threads that decode ahead of the encoder. 21 photographs to 512 px on two cores, beside one of
+torch: 3.36 s with one, 2.84 with two, 3.11 with four."""
 
 
 def plan_digest(plan: Sequence[Sequence[EncodingItem]], posterior: Posterior = MEAN) -> str:
@@ -146,7 +146,7 @@ def encode(
         (B, C, H/16, W/16) for F16, in the autoencoder's dtype.
     """
     if images_BCHW.device.type == "cpu":
-        # The same values, and the convolutions take 10% (256 px) to 24% (1024 px) less time.
+        # The same values, and the convolutions take 8% (256 px) to 24% (1024 px) less time.
         images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
     gaussian = autoencoder.encode(images_BCHW).latent_dist
     latents: Tensor = gaussian.mode()

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_card
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
@@ -25,7 +26,6 @@ from components.models.loading.released import (
 from components.models.loading.single_file import convert_original, load_single_file
 from components.models.pipeline import UltraFluxPipeline
 from components.models.text_encoders import build_tiny_text_encoders
-from components.models.tiny import build_tiny_autoencoder
 from components.models.transformer import UltraFluxTransformer2DModel
 
 PROMPT = "A frozen lake under pale morning light."
@@ -102,19 +102,6 @@ def original_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def stock_autoencoder(path: Path) -> None:
-    """An F8 folder of the stock class, written by the stock class."""
-    ours = build_tiny_autoencoder(stride=1)
-    config = {
-        key: value
-        for key, value in ours.config.items()
-        if key not in ("stride", "decode_mode") and not key.startswith("_")
-    }
-    stock = AutoencoderKL(**config)
-    stock.load_state_dict(ours.state_dict())
-    stock.save_pretrained(path)
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """weights/: FLUX.1-dev (everything), UltraFlux-v1 (two parts), v1.1, single files."""
@@ -122,25 +109,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flux = root / "FLUX.1-dev"
     build_tiny_text_encoders(flux, [PROMPT, "Red leaves."], t5_dim=32, clip_dim=32)
     stock_transformer(1).save_pretrained(flux / "transformer")
-    stock_autoencoder(flux / "vae")
+    tiny_card.write_stock_autoencoder(flux / "vae")
     (flux / "scheduler").mkdir()
-    (flux / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps(
-            {
-                "_class_name": "FlowMatchEulerDiscreteScheduler",
-                "base_image_seq_len": 256,
-                "base_shift": 0.5,
-                "max_image_seq_len": 4096,
-                "max_shift": 1.15,
-                "num_train_timesteps": 1000,
-                "shift": 3.0,
-                "use_dynamic_shifting": True,
-            }
-        )
-    )
+    (flux / "scheduler" / "scheduler_config.json").write_text(json.dumps(tiny_card.SCHEDULER))
     v1 = root / "UltraFlux-v1"
     stock_transformer(2).save_pretrained(v1 / "transformer", max_shard_size="100KB")
-    stock_autoencoder(v1 / "vae")
+    tiny_card.write_stock_autoencoder(v1 / "vae")
     stock_transformer(3).save_pretrained(root / "UltraFlux-v1-1-Transformer")
     state = stock_transformer(4).state_dict()
     save_file(original_layout(state), root / "flux1-dev.safetensors")
