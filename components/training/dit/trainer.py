@@ -11,8 +11,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from components.engine.read_ahead import read_ahead
 from components.objectives.haar import BAND_NAMES
 from components.objectives.objective import objective_loss
 from components.settings.training import DitStageSettings
@@ -158,12 +159,12 @@ class DitTrainer:
         """Steps to the end, or to a divergence that is gone back from."""
         # One thread and one step ahead hide the reading; more would only hold more memory, since
         # `record_reader` keeps the disk's queue full by itself.
-        with ThreadPoolExecutor(1, "batches") as loader:
-            batches = self._prefetch(loader)
-            for step in self._shown(range(self.step, self.settings.steps)):
+        steps = range(self.step, self.settings.steps)
+        with closing(read_ahead(self._load, steps, threads=1, ahead=2)) as batches:
+            for step in self._shown(steps):
                 # The clock runs over the wait as well: a step is what passes between two updates.
                 begin = time.perf_counter()
-                batch = next(batches)
+                _, batch = next(batches)
                 waited = time.perf_counter() - begin
                 # Not even computed: the event has settled what becomes of it.
                 leaves_out = self.guard.leaves_out(step)
@@ -241,16 +242,6 @@ class DitTrainer:
         """Whether the clock asks for a checkpoint."""
         minutes = self.settings.checkpoint_every_minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
-
-    def _prefetch(self, loader: ThreadPoolExecutor) -> Iterator[list[NoisedBatch]]:
-        """Micro batches of the coming steps, one step ahead of the optimizer."""
-        coming = loader.submit(self._load, self.step)
-        for step in range(self.step, self.settings.steps):
-            # An error of the loading thread is raised here, in training's own thread.
-            ready = coming.result()
-            if step + 1 < self.settings.steps:
-                coming = loader.submit(self._load, step + 1)
-            yield ready
 
     def _load(self, step: int) -> list[NoisedBatch]:
         """This rank's micro batches of one step."""
