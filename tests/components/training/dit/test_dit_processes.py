@@ -65,21 +65,26 @@ def weights(job: DitJob) -> dict[str, bytes]:
     }
 
 
+def ends_as_undisturbed(killed: DitJob, whole: DitJob, kill_at: int) -> None:
+    """Run both jobs, one of them killed at a step; weights and curves are the same."""
+    run_job(whole)
+    kill_after(killed, steps=kill_at)
+    done = CheckpointStore(killed.state_dir / "checkpoints", keep=2).latest()
+    assert done is not None
+    assert killed.settings.checkpoint_every <= done[0] < killed.settings.steps
+    finish(killed)
+    assert weights(killed) == weights(whole)
+    assert rows(killed) == rows(whole)
+
+
 def test_killed_and_resumed_training_equals_undisturbed_training_byte_for_byte(
     make_dit_job, tmp_path
 ):
     options = {"steps": 60, "checkpoint_every": 10, "validate_every": 20}
     whole = make_dit_job(tmp_path / "whole", **options)
-    run_job(whole)
     killed = make_dit_job(tmp_path / "killed", **options)
-    kill_after(killed, steps=15)
-    done = CheckpointStore(killed.state_dir / "checkpoints", keep=2).latest()
-    assert done is not None
-    assert 10 <= done[0] < 60
-    finish(killed)
-    assert weights(killed) == weights(whole)
+    ends_as_undisturbed(killed, whole, kill_at=15)
     assert len(weights(whole)) == 2
-    assert rows(killed) == rows(whole)
 
 
 @pytest.mark.parametrize(("kind", "waits"), [("int8", True), ("nf4", False)])
@@ -109,15 +114,8 @@ def test_an_adapter_on_a_rounded_base_is_killed_and_ends_with_the_same_bytes(
         )
 
     whole, killed = adapted("whole"), adapted("killed")
-    run_job(whole)
-    kill_after(killed, steps=8)
-    done = CheckpointStore(killed.state_dir / "checkpoints", keep=2).latest()
-    assert done is not None
-    assert 5 <= done[0] < 30
-    finish(killed)
-    assert weights(killed) == weights(whole)
+    ends_as_undisturbed(killed, whole, kill_at=8)
     assert len(weights(whole)) == 4
-    assert rows(killed) == rows(whole)
 
 
 def test_two_processes_follow_the_trajectory_of_one(make_dit_job, tmp_path):
