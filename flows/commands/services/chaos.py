@@ -22,6 +22,8 @@ EPILOG = """Examples:
 
   ultraflux chaos --minutes 60 --engine local --engine pools --ranks 2 --seed 3
 
+  ultraflux chaos --minutes 30 --within vae --within dit_stage1 --every 4 --ranks 2
+
   ultraflux chaos --as-is --minutes 600 --folder /scratch/drill
 
 The commit that is checked out is cloned into a folder of its own, made small (conf/small.yaml) and
@@ -47,6 +49,10 @@ def chaos(
     kind: Annotated[
         list[str] | None, typer.Option(help="Only faults of this kind; several may be given.")
     ] = None,
+    within: Annotated[
+        list[str] | None,
+        typer.Option(help="Only while this stage is at work; several may be given."),
+    ] = None,
     ranks: Annotated[
         int, typer.Option(min=1, max=8, help="Training processes; two and more have a torchrun.")
     ] = 1,
@@ -64,6 +70,7 @@ def chaos(
     from flows.experiments.chaos.site import ChaosRefused, make_site, small
     from flows.services import postgres, served
     from flows.services.servers import ServiceError
+    from flows.versioning import graph as versioning
 
     root = project_root()
     engines = engine or list(ENGINES)
@@ -71,6 +78,9 @@ def chaos(
         raise fail(f"--engine {wrong[0]}: choose local, prefect or pools")
     if wrong := [one for one in kind or [] if one not in WEIGHTS]:
         raise fail(f"--kind {wrong[0]}: choose from {', '.join(WEIGHTS)}")
+    stages = versioning.stage_graph(root) if within else {}
+    if wrong := [one for one in within or [] if one not in stages]:
+        raise fail(f"--within {wrong[0]}: choose from {', '.join(stages)}")
     place = (folder or Path(tempfile.mkdtemp(prefix="ultraflux-chaos-"))).resolve()
     if place.exists() and any(place.iterdir()):
         raise fail(f"{place} is not empty: name a new folder")
@@ -103,6 +113,7 @@ def chaos(
             most_faults=faults,
             served=on_postgres,
             say=say,
+            within=within or (),
         )
         report = drill.run(engines)  # type: ignore[arg-type]
     except ChaosRefused as problem:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -75,6 +75,7 @@ class Drill:
         most_faults: int,
         served: bool,
         say: Callable[[str], None],
+        within: Collection[str] = (),
     ) -> None:
         """Prepare.
 
@@ -85,8 +86,10 @@ class Drill:
             most_faults: likewise, by their number.
             served: servers on PostgreSQL instead of SQLite.
             say: told a line per fault and round.
+            within: stages; faults are sent only while one of them is at work; none: at any time.
         """
         self.site, self._draws, self._say = site, draws, say
+        self._within = {f"stage {name}" for name in within}
         self._lasts_s, self._most, self._served = lasts_s, most_faults, served
         self._begun = time.monotonic()
         self.report = Report()
@@ -176,15 +179,15 @@ class Drill:
         draw = next(self._draws)
         # One start in five is disturbed from its first moment on, the others once a stage is at
         # work: a start takes longer than many stages, and would get most of the faults.
-        due = begun + draw.wait_s if draw.choice < _EARLY else None
+        due = begun + draw.wait_s if draw.choice < _EARLY and not self._within else None
         looked = begun
         try:
             while run.poll() is None:
                 now = time.monotonic()
                 self._mend(engine, now)
-                if due is None and now - looked > _LOOK_S:
-                    looked, at_work = now, {one.kind for one in self._victims()} & _AT_WORK
-                    due = now + draw.wait_s if at_work else None
+                if (due is None or self._within) and now - looked > _LOOK_S:
+                    looked, at_work = now, self._is_at_work()
+                    due = (due or now + draw.wait_s) if at_work else None
                 open_ = (
                     len(self.report.faults) - round_began < FAULTS_A_ROUND and not self._is_over()
                 )
@@ -211,6 +214,13 @@ class Drill:
             fault.said = said
             self._note(fault)
         return run.returncode, bool(mine), said
+
+    def _is_at_work(self) -> bool:
+        """Whether there is a stage at work, or one of those that faults are for."""
+        alive = self._victims()
+        if self._within:
+            return any(one.name in self._within for one in alive)
+        return any(one.kind in _AT_WORK for one in alive)
 
     def _inflict(self, draw: Draw, engine: Engine) -> Fault | None:
         site = self.site

@@ -69,6 +69,7 @@ def test_a_killed_pipeline_of_trivial_stages_comes_out_the_same(
     [
         (["--engine", "spark"], "choose local, prefect or pools"),
         (["--kind", "printer"], "choose from pipeline, dvc"),
+        (["--within", "paint"], "choose from "),
         (["--folder", "."], "is not empty"),
     ],
 )
