@@ -22,6 +22,7 @@ WEIGHTS = {
     "rank": 3,
     "torchrun": 2,
     "launcher": 3,
+    "warm start": 2,
     "item worker": 1,
     "uploader": 2,
     "Prefect server": 1,

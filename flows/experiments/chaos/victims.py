@@ -60,6 +60,7 @@ def kind_of(words: list[str]) -> tuple[str, str] | None:
 
 _MARKS = {
     " flows.tracking.uploader ": "uploader",
+    " flows.running.warm_start ": "warm start",
     " prefect server start ": "Prefect server",
     " worker start --pool ": "worker",
     " prefect.engine ": "flow run",

@@ -35,6 +35,7 @@ PYTHON = "/venv/bin/python"
             "launcher",
         ),
         ([PYTHON, "-m", "flows.tracking.uploader", "/x"], "uploader", "uploader"),
+        ([PYTHON, "-P", "-m", "flows.running.warm_start", "5", "{}"], "warm start", None),
         ([PYTHON, "-m", "prefect", "server", "start", "--port", "1"], "Prefect server", None),
         (
             [PYTHON, "-m", "prefect", "--no-prompt", "worker", "start", "--pool", "p-cpu"],
