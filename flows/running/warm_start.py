@@ -196,8 +196,9 @@ class WarmStart:
         return WarmProcess(int(pid), answers)
 
     def close(self) -> None:
-        """End it; launchers and stages go on."""
+        """End it, also within an import; launchers and stages go on."""
         self._asked.close()
+        self._process.kill()
         self._process.wait()
 
 
