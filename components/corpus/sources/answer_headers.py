@@ -1,13 +1,20 @@
-"""What the head of an answer says: robots, pauses, and which bytes of the file follow."""
+"""What the head of an answer says: robots, pauses, where to go, which bytes of the file follow."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from urllib.parse import urljoin
 
-import httpx
+import aiohttp
+from yarl import URL
+
+from components.corpus.sources.download_journal import FetchFailed
+from components.corpus.sources.url_identity import normalise_url
+
+MAX_REDIRECTS = 8
 
 # X-Robots-Tag directives that forbid what a training corpus does with an image.
 _FORBIDDING = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
@@ -25,8 +32,8 @@ def forbidden_by_robots(values: Sequence[str], user_agent: str) -> str | None:
         values: one string per header line, "directive, ..." or "robot: directive, ...".
         user_agent: lines for other robots do not concern us.
     """
-    # Lines are looked at one by one: httpx joins repeated headers with commas, and then a robot's
-    # name in the second line would look like a directive of the first.
+    # Lines are looked at one by one: joined with commas, as repeated headers may be, a robot's name
+    # in the second line would look like a directive of the first.
     for value in values:
         name, colon, rest = value.lower().partition(":")
         directives = value.lower()
@@ -60,7 +67,7 @@ def retry_after_s(value: str | None, now: datetime) -> float | None:
     return max(0.0, (when - now).total_seconds())
 
 
-def leading_range(headers: httpx.Headers) -> tuple[int, int | None] | None:
+def leading_range(headers: Mapping[str, str]) -> tuple[int, int | None] | None:
     """Which bytes a partial answer says it holds (RFC 9110, 14.4).
 
     Returns:
@@ -79,3 +86,49 @@ def leading_range(headers: httpx.Headers) -> tuple[int, int | None] | None:
     if first != 0 or (total is not None and total <= last):
         return None
     return last + 1, total
+
+
+def cookie_header(cookies: aiohttp.CookieJar, url: str) -> str | None:
+    """What a request for `url` has to say of them."""
+    found = cookies.filter_cookies(URL(url, encoded=True)) if len(cookies) else {}
+    return "; ".join(f"{name}={morsel.coded_value}" for name, morsel in found.items()) or None
+
+
+class Trail:
+    """The addresses that redirects have led through.
+
+    Args:
+        url: where it begins.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._cookie: dict[str, str | None] = {url: None}
+        self._again: set[str] = set()
+        self._hops = 0
+
+    def sent(self, url: str, cookie: str | None) -> None:
+        """Note what a request for `url` said."""
+        self._cookie[url] = cookie
+
+    def next_hop(self, location: str, url: str, cookies: aiohttp.CookieJar) -> str:
+        """Where a redirect leads; back to a place only once, with a cookie that was not sent there.
+
+        Raises:
+            FetchFailed: nowhere, in a circle, or on and on.
+        """
+        try:
+            following = normalise_url(urljoin(url, location))
+        except ValueError as problem:
+            raise FetchFailed("bad_redirect", str(problem)) from None
+        # A site may set a cookie and send the visitor back to the same address; with the cookie the
+        # second answer differs. Without a new cookie it can only be a circle.
+        if following in self._cookie:
+            cookie = cookie_header(cookies, following)
+            if following in self._again or cookie == self._cookie[following]:
+                raise FetchFailed("redirect_loop", f"back to {following}")
+            self._again.add(following)
+        self._hops += 1
+        if self._hops > MAX_REDIRECTS:
+            raise FetchFailed("redirect_loop", f"more than {MAX_REDIRECTS} redirects")
+        self._cookie.setdefault(following, None)
+        return following

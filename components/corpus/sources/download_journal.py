@@ -56,6 +56,18 @@ class Loss:
     detail: str
 
 
+class FetchFailed(Exception):
+    """One attempt failed; `retry` says whether another can help."""
+
+    def __init__(
+        self, cause: str, detail: str, *, retry: bool = False, wait_s: float | None = None
+    ) -> None:
+        super().__init__(f"{cause}: {detail}")
+        self.loss = Loss(cause, detail)
+        self.retry = retry
+        self.wait_s = wait_s
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one address."""

@@ -11,53 +11,50 @@ import contextlib
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
-from urllib.parse import urljoin
 
-import httpcore
-import httpx
+import aiohttp
+from aiohttp.http_exceptions import ContentEncodingError
+from yarl import URL
 
 from components.corpus.sources.answer_headers import (
+    Trail,
+    cookie_header,
     forbidden_by_robots,
     leading_range,
     retry_after_s,
 )
-from components.corpus.sources.download_journal import DownloadJournal, Loss, Outcome, Stored
+from components.corpus.sources.download_journal import (
+    DownloadJournal,
+    FetchFailed,
+    Loss,
+    Outcome,
+    Stored,
+)
 from components.corpus.sources.host_limits import HostQueue, TokenBuckets
 from components.corpus.sources.image_probe import PROBE_BYTES, image_extension, image_size
 from components.corpus.sources.originals import OriginalWriter
 from components.corpus.sources.public_addresses import (
-    CheckedBackend,
-    CheckedTransport,
+    CheckedConnector,
+    CheckedResolver,
     RefusedAddress,
+    Resolver,
     UnknownHost,
+    resolve,
 )
-from components.corpus.sources.url_identity import host_of, normalise_url
+from components.corpus.sources.url_identity import host_of
 from components.images.decoding import ImageUndecodable, read_header
 from components.settings.corpus import DownloadSettings
 
-MAX_REDIRECTS = 8
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _REFUSING = frozenset({401, 402, 403, 407, 451})
 _GONE = frozenset({404, 410})
 # How servers refuse a request for a range: what the whole gets is seen when it is asked for.
 _RANGE_REFUSING = frozenset({400, 403, 405, 406, 412, 416, 501})
 _MIB = 2**20
-
-
-class FetchFailed(Exception):
-    """One attempt failed; `retry` says whether another can help."""
-
-    def __init__(
-        self, cause: str, detail: str, *, retry: bool = False, wait_s: float | None = None
-    ) -> None:
-        super().__init__(f"{cause}: {detail}")
-        self.loss = Loss(cause, detail)
-        self.retry = retry
-        self.wait_s = wait_s
 
 
 @dataclass(frozen=True)
@@ -89,62 +86,24 @@ def _failed_exchange(problem: Exception) -> FetchFailed:
         return FetchFailed("refused_address", str(problem))
     if isinstance(problem, UnknownHost):
         return FetchFailed("unknown_host", str(problem))
-    if isinstance(problem, httpx.TimeoutException | httpcore.TimeoutException | TimeoutError):
+    if isinstance(problem, TimeoutError):
         return FetchFailed("timeout", "no complete answer in time", retry=True)
-    if isinstance(problem, httpx.ConnectError | httpcore.ConnectError):
-        cause: BaseException | None = problem
-        while cause is not None:
-            # httpx and anyio wrap a TLS failure in a ConnectError: only the chain of causes tells a
-            # wrong certificate from a port on which nothing listens.
-            if isinstance(cause, ssl.SSLError):
-                return FetchFailed("tls", cause.reason or "TLS error")
-            cause = cause.__cause__ or cause.__context__
+    if isinstance(problem, aiohttp.InvalidURL):
+        # The one spelling that a normalised address may have and aiohttp does not connect to:
+        # "127.1" and "2130706433", which systems read as an address.
+        return FetchFailed("refused_address", "a number in place of an address")
+    cause: BaseException | None = problem
+    while cause is not None:
+        # aiohttp wraps these: only the chain of causes tells a wrong certificate from a port on
+        # which nothing listens, and a wrong compression from a cut body.
+        if isinstance(cause, ssl.SSLError):
+            return FetchFailed("tls", cause.reason or "TLS error")
+        if isinstance(cause, ContentEncodingError):
+            return FetchFailed("wrong_content", "not compressed as its header says")
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(problem, aiohttp.ClientConnectorError):
         return FetchFailed("refused_connection", "nothing listens there")
-    if isinstance(problem, httpx.UnsupportedProtocol | httpx.InvalidURL | httpx.DecodingError):
-        return FetchFailed("wrong_content", type(problem).__name__)
     return FetchFailed("truncated", "connection ended before the answer did", retry=True)
-
-
-class _Trail:
-    """The addresses that redirects have led through.
-
-    Args:
-        url: where it begins.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._cookie: dict[str, str | None] = {url: None}
-        self._again: set[str] = set()
-        self._hops = 0
-
-    def sent(self, url: str, cookie: str | None) -> None:
-        """Note what a request for `url` said."""
-        self._cookie[url] = cookie
-
-    def next_hop(self, location: str, url: str, cookies: httpx.Cookies) -> str:
-        """Where a redirect leads; back to a place only once, with a cookie that was not sent there.
-
-        Raises:
-            FetchFailed: nowhere, in a circle, or on and on.
-        """
-        try:
-            following = normalise_url(urljoin(url, location))
-        except ValueError as problem:
-            raise FetchFailed("bad_redirect", str(problem)) from None
-        # A site may set a cookie and send the visitor back to the same address; with the cookie the
-        # second answer differs. Without a new cookie it can only be a circle.
-        if following in self._cookie:
-            request = httpx.Request("GET", following)
-            cookies.set_cookie_header(request)
-            cookie = request.headers.get("Cookie")
-            if following in self._again or cookie == self._cookie[following]:
-                raise FetchFailed("redirect_loop", f"back to {following}")
-            self._again.add(following)
-        self._hops += 1
-        if self._hops > MAX_REDIRECTS:
-            raise FetchFailed("redirect_loop", f"more than {MAX_REDIRECTS} redirects")
-        self._cookie.setdefault(following, None)
-        return following
 
 
 class Downloader:
@@ -153,16 +112,18 @@ class Downloader:
     Args:
         settings: limits.
         folder: the store (see `originals`).
-        backend: what opens connections; the default refuses all but public addresses and
+        resolver: addresses of a name; of these only public ones are connected to, except for
             `settings.private_hosts`.
     """
 
     def __init__(
-        self, settings: DownloadSettings, folder: Path, backend: CheckedBackend | None = None
+        self, settings: DownloadSettings, folder: Path, resolver: Resolver = resolve
     ) -> None:
         self._settings = settings
         self._folder = folder
-        self._backend = backend or CheckedBackend(settings.private_hosts)
+        self._resolver = CheckedResolver(
+            settings.private_hosts, resolver, settings.connect_timeout_s
+        )
         # One set for all workers and for redirects: the limit is the host's, not the connection's.
         self._buckets = TokenBuckets(settings.requests_per_second)
         self._max_bytes = int(settings.max_mb * _MIB)
@@ -185,7 +146,8 @@ class Downloader:
             OSError: the store cannot be written; what has an outcome keeps it.
         """
         try:
-            asyncio.run(self._run(urls, journal, report))
+            with ThreadPoolExecutor(self._settings.concurrency, "store") as self._disk:
+                asyncio.run(self._run(urls, journal, report))
         except BaseExceptionGroup as group:
             # One worker's failure ends the others; that one is what the caller needs to see.
             raise group.exceptions[0] from None
@@ -206,7 +168,7 @@ class Downloader:
         started = time.monotonic()
         done = kept = 0
 
-        async def work(client: httpx.AsyncClient) -> None:
+        async def work(client: aiohttp.ClientSession) -> None:
             nonlocal done, kept
             while (taken := await queue.take()) is not None:
                 host, (url, attempt) = taken
@@ -238,18 +200,26 @@ class Downloader:
             for _ in range(min(self._settings.concurrency, max(len(urls), 1))):
                 workers.create_task(work(client))
 
-    def _client(self) -> httpx.AsyncClient:
+    def _client(self) -> aiohttp.ClientSession:
         settings = self._settings
-        return httpx.AsyncClient(
-            transport=CheckedTransport(settings.concurrency, self._backend),
-            timeout=httpx.Timeout(
-                settings.read_timeout_s, connect=settings.connect_timeout_s, pool=None
+        return aiohttp.ClientSession(
+            connector=CheckedConnector(settings.concurrency, self._resolver),
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                sock_connect=settings.connect_timeout_s,
+                sock_read=settings.read_timeout_s,
             ),
             # No compression: what arrives are the original bytes.
-            headers={"User-Agent": settings.user_agent, "Accept-Encoding": "identity"},
-            follow_redirects=False,
+            headers={
+                "User-Agent": settings.user_agent,
+                "Accept": "*/*",
+                "Accept-Encoding": "identity",
+            },
             # Cookies live as long as one address is being fetched (`_answer`).
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # Some sites write more than aiohttp's 8 KB into one header.
+            max_line_size=PROBE_BYTES,
+            max_field_size=PROBE_BYTES,
             # A proxy of the environment would connect in our place, to addresses that nobody has
             # checked.
             trust_env=False,
@@ -263,8 +233,12 @@ class Downloader:
 
     @contextlib.asynccontextmanager
     async def _answer(
-        self, client: httpx.AsyncClient, url: str, headers: dict[str, str], cookies: httpx.Cookies
-    ) -> AsyncIterator[httpx.Response]:
+        self,
+        client: aiohttp.ClientSession,
+        url: str,
+        headers: dict[str, str],
+        cookies: aiohttp.CookieJar,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The answer at the end of the redirects, its body not yet read.
 
         Args:
@@ -276,39 +250,41 @@ class Downloader:
         Raises:
             FetchFailed: no usable answer.
         """
-        trail = _Trail(url)
+        trail = Trail(url)
         while True:
             # Every hop pays its own host, the first one as well as the last.
             await asyncio.sleep(self._buckets.reserve(host_of(url), time.monotonic()))
+            cookie = cookie_header(cookies, url)
             try:
-                # httpx limits each read, and a host that sends a byte a minute keeps every such
+                # Each read has its limit, and a host that sends a byte a minute keeps every such
                 # limit.
                 async with asyncio.timeout(self._settings.total_timeout_s):
-                    request = client.build_request("GET", url, headers=headers)
-                    cookies.set_cookie_header(request)
-                    response = await client.send(request, stream=True)
-            except (httpx.HTTPError, httpx.InvalidURL, httpcore.TimeoutException) as problem:
+                    response = await client.get(
+                        URL(url, encoded=True),
+                        headers=headers if cookie is None else headers | {"Cookie": cookie},
+                        allow_redirects=False,
+                    )
+            except (aiohttp.ClientError, RefusedAddress, UnknownHost, TimeoutError) as problem:
                 raise _failed_exchange(problem) from None
-            except (httpcore.ConnectError, RefusedAddress, UnknownHost, TimeoutError) as problem:
-                raise _failed_exchange(problem) from None
-            try:
-                if response.status_code not in _REDIRECTS:
+            # Leaving it closes the connection of a body that has not been read to its end.
+            async with response:
+                if response.status not in _REDIRECTS:
                     self._check_status(response, url, is_ranged="Range" in headers)
                     yield response
                     return
-                trail.sent(url, request.headers.get("Cookie"))
-                cookies.extract_cookies(response)
+                trail.sent(url, cookie)
+                cookies.update_cookies_from_headers(
+                    response.headers.getall("Set-Cookie", ()), URL(url, encoded=True)
+                )
                 url = trail.next_hop(response.headers.get("Location", ""), url, cookies)
-            finally:
-                await response.aclose()
 
-    def _check_status(self, response: httpx.Response, url: str, *, is_ranged: bool) -> None:
+    def _check_status(self, response: aiohttp.ClientResponse, url: str, *, is_ranged: bool) -> None:
         """Raise for anything but a body; a host that asks for a pause gets it."""
-        status = response.status_code
+        status = response.status
         if status in (200, 206):
             if self._settings.respect_robots_tag:
                 directive = forbidden_by_robots(
-                    response.headers.get_list("X-Robots-Tag"), self._settings.user_agent
+                    response.headers.getall("X-Robots-Tag", ()), self._settings.user_agent
                 )
                 if directive is not None:
                     raise FetchFailed("robots", f"X-Robots-Tag: {directive}")
@@ -331,27 +307,28 @@ class Downloader:
         cause = "not_found" if status in _GONE else "http_error"
         raise FetchFailed("forbidden" if status in _REFUSING else cause, f"HTTP {status}")
 
-    async def _fetch(self, client: httpx.AsyncClient, url: str) -> Stored:
+    async def _fetch(self, client: aiohttp.ClientSession, url: str) -> Stored:
         """Probe, then fetch.
 
         Raises:
             FetchFailed: this attempt gave no image.
         """
-        cookies = httpx.Cookies()
+        # Hosts may be addresses (`private_hosts`), which send cookies, too.
+        cookies = aiohttp.CookieJar(unsafe=True)
         # Without a bound on pixels a probe would only be a second request: kind and bytes are
         # judged while the whole arrives.
         if self._settings.min_pixels > 1:
             ranged = {"Range": f"bytes=0-{PROBE_BYTES - 1}"}
             async with self._answer(client, url, ranged, cookies) as response:
-                if response.status_code == 200:
+                if response.status == 200:
                     # The server ignores ranges: this is the whole body already.
                     return await self._receive(response)
-                if response.status_code == 206:
+                if response.status == 206:
                     whole = await self._judge_start(response)
                     if whole is not None:
                         return whole
         async with self._answer(client, url, {}, cookies) as response:
-            if response.status_code == 206:
+            if response.status == 206:
                 # Some servers answer 206 to a request without a range. It is the whole if it says
                 # so, or says nothing; anything else would be kept as a cut file with a good hash.
                 span = response.headers.get("Content-Range")
@@ -360,24 +337,22 @@ class Downloader:
                     raise FetchFailed("http_error", "HTTP 206 with a part of what was asked for")
             return await self._receive(response)
 
-    async def _chunks(self, response: httpx.Response) -> AsyncIterator[bytes]:
+    async def _chunks(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """The body within time, transport problems as `FetchFailed`."""
-        body = response.aiter_bytes(PROBE_BYTES)
         # A deadline for the body as a whole: slow drops would pass any limit per chunk.
         deadline = time.monotonic() + self._settings.total_timeout_s
         while True:
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
-                    # `async for` has no place for a limit around the wait for the next chunk.
-                    chunk = await anext(body, None)
-            except (httpx.HTTPError, httpx.StreamError, TimeoutError) as problem:
+                    chunk = await response.content.read(PROBE_BYTES)
+            except (aiohttp.ClientError, TimeoutError) as problem:
                 raise _failed_exchange(problem) from None
-            if chunk is None:
+            if not chunk:
                 return
             self.received_bytes += len(chunk)
             yield chunk
 
-    async def _judge_start(self, response: httpx.Response) -> Stored | None:
+    async def _judge_start(self, response: aiohttp.ClientResponse) -> Stored | None:
         """Refuse an image by its first bytes, or keep it if they are all it has.
 
         Of a partial answer whose bytes are not those that it says, nothing is concluded: None.
@@ -393,18 +368,15 @@ class Downloader:
             start += chunk
             # A server that ignores the range sends on: the rest is never read.
             if len(start) >= PROBE_BYTES:
+                start = start[:PROBE_BYTES]
                 break
         # Fewer or more bytes than promised: it may be the middle of the file, so only the whole can
         # tell.
         if len(start) != min(length, PROBE_BYTES):
             return None
-        extension = self._inspect(start[:PROBE_BYTES])
+        extension = self._inspect(start)
         # More is to come, or the size is unknown: the second request fetches it.
-        if total != len(start):
-            return None
-        with OriginalWriter(self._folder) as writer:
-            writer.write(start)
-            return await asyncio.to_thread(self._settle, writer, extension)
+        return await self._in_thread(self._keep, start, extension) if total == len(start) else None
 
     def _check_size(self, size_bytes: int) -> None:
         if size_bytes > self._max_bytes:
@@ -420,31 +392,39 @@ class Downloader:
             raise FetchFailed("too_small", f"{size[0]}x{size[1]}")
         return extension
 
-    async def _receive(self, response: httpx.Response) -> Stored:
+    async def _receive(self, response: aiohttp.ClientResponse) -> Stored:
         """Write the body to the store; judged after 64 KiB, measured while it arrives."""
         length = response.headers.get("Content-Length", "")
         # Refused before a byte of it is paid for, where the server says how long it is; the count
         # while it arrives is what holds against those that lie.
         if length.isdigit():
             self._check_size(int(length))
-        extension: str | None = None
-        prefix = b""
+        start = b""
+        chunks = self._chunks(response)
+        # Judged while it arrives: a page of HTML or a small picture ends the transfer after 64 KiB.
+        async for chunk in chunks:
+            start += chunk
+            if len(start) >= PROBE_BYTES:
+                break
+        self._check_size(len(start))
+        extension = self._inspect(start[:PROBE_BYTES])
+        if len(start) < PROBE_BYTES:
+            return await self._in_thread(self._keep, start, extension)
         with OriginalWriter(self._folder) as writer:
-            async for chunk in self._chunks(response):
+            writer.write(start)
+            async for chunk in chunks:
                 self._check_size(writer.size_bytes + len(chunk))
                 writer.write(chunk)
-                if extension is None:
-                    # Judged while it arrives: a page of HTML or a small picture ends the transfer
-                    # after 64 KiB.
-                    prefix += chunk
-                    if len(prefix) >= PROBE_BYTES:
-                        extension = self._inspect(prefix)
-            if extension is None:
-                extension = self._inspect(prefix)
-            return await asyncio.to_thread(self._settle, writer, extension)
+            return await self._in_thread(settle, writer, extension, self._settings.min_pixels)
 
-    def _settle(self, writer: OriginalWriter, extension: str) -> Stored:
-        return settle(writer, extension, self._settings.min_pixels)
+    def _keep(self, data: bytes, extension: str) -> Stored:
+        with OriginalWriter(self._folder) as writer:
+            writer.write(data)
+            return settle(writer, extension, self._settings.min_pixels)
+
+    async def _in_thread(self, work: Callable[..., Stored], *values: object) -> Stored:
+        """Where waiting for the disk holds up no other answer."""
+        return await asyncio.get_running_loop().run_in_executor(self._disk, work, *values)
 
 
 def settle(writer: OriginalWriter, extension: str, min_pixels: int) -> Stored:

@@ -33,11 +33,14 @@ class OriginalWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         # In the store itself: `replace` is atomic only within a file system.
-        partial = folder / _PARTIAL
-        partial.mkdir(parents=True, exist_ok=True)
-        self.path = partial / secrets.token_hex(16)
+        self.path = folder / _PARTIAL / secrets.token_hex(16)
         """Where the bytes are until they are kept."""
-        self._file = self.path.open("wb")
+        self._kept = False
+        try:
+            self._file = self.path.open("wb")
+        except FileNotFoundError:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("wb")
         self._digest = hashlib.sha256()
         self.size_bytes = 0
 
@@ -51,7 +54,8 @@ class OriginalWriter:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
-        self.path.unlink(missing_ok=True)
+        if not self._kept:
+            self.path.unlink(missing_ok=True)
 
     def write(self, data: bytes) -> None:
         """Append."""
@@ -76,8 +80,12 @@ class OriginalWriter:
         self._file.close()
         sha256 = self._digest.hexdigest()
         target = original_path(self._folder, sha256, extension)
-        target.parent.mkdir(exist_ok=True)
-        self.path.replace(target)
+        try:
+            self.path.replace(target)
+        except FileNotFoundError:
+            target.parent.mkdir(exist_ok=True)
+            self.path.replace(target)
+        self._kept = True
         return sha256
 
 

@@ -7,13 +7,19 @@ TLS certificates are still verified against the name.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterable
+import ssl
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection
 
-import anyio
-import httpcore
-import httpx
+import aiohttp
+import certifi
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
+from aiohttp.tracing import Trace
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver = Callable[[str, int], Awaitable[list[str]]]
@@ -74,104 +80,123 @@ async def resolve(host: str, port: int) -> list[str]:
     Raises:
         UnknownHost: the name does not exist or its server does not answer.
     """
+    loop = asyncio.get_running_loop()
     try:
-        answers = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise UnknownHost(f"{host}: cannot be resolved") from None
     return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
 
-class CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Opens TCP connections to checked addresses only.
+class CheckedResolver(AbstractResolver):
+    """Gives checked addresses of a name only.
 
     Args:
         private_hosts: names or addresses, as written in URLs, that may be anywhere (an intranet).
         resolver: (host, port) -> addresses.
-        inner: what connects to a numeric address.
+        timeout_s: of one look-up.
     """
 
     def __init__(
-        self,
-        private_hosts: Collection[str] = (),
-        resolver: Resolver = resolve,
-        inner: httpcore.AsyncNetworkBackend | None = None,
+        self, private_hosts: Collection[str], resolver: Resolver, timeout_s: float
     ) -> None:
         self._private_hosts = frozenset(host.lower() for host in private_hosts)
         self._resolver = resolver
-        self._inner = inner or httpcore.AnyIOBackend()
+        self._timeout_s = timeout_s
 
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """Connect to the first checked address that answers.
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """The checked addresses, in the resolver's order; the connector tries one after another.
 
         Raises:
             RefusedAddress: every address of the host is private.
             UnknownHost: no address at all.
         """
-        try:
-            with anyio.fail_after(timeout):
-                addresses = await self._resolver(host, port)
-        except TimeoutError:
-            raise httpcore.ConnectTimeout(f"{host}: name not resolved in time") from None
+        async with asyncio.timeout(self._timeout_s):
+            addresses = await self._resolver(host, port)
         if not addresses:
             raise UnknownHost(f"{host}: has no address")
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=family, proto=0, flags=0)
+            for address in self.checked(host, addresses)
+        ]
+
+    def checked(self, host: str, addresses: list[str]) -> list[str]:
+        """Those that may be connected to.
+
+        Raises:
+            RefusedAddress: none of them.
+        """
         # Public ones among the answers stay: a host with a private second address is no attack by
         # itself, and only checked addresses are connected to.
-        if host.lower() not in self._private_hosts:
-            refused = addresses
-            addresses = [address for address in addresses if is_public(address)]
-            if not addresses:
-                raise RefusedAddress(f"{host} is {', '.join(refused)}, not a public address")
-        failure: Exception | None = None
-        # In the system's order, each until it answers: IPv6 is often announced and does not lead
-        # anywhere.
-        for address in addresses:
-            try:
-                return await self._inner.connect_tcp(
-                    address, port, timeout, local_address, socket_options
-                )
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as problem:
-                failure = problem
-        assert failure is not None
-        raise failure
+        if host.lower() in self._private_hosts:
+            return addresses
+        public = [address for address in addresses if is_public(address)]
+        if not public:
+            raise RefusedAddress(f"{host} is {', '.join(addresses)}, not a public address")
+        return public
 
-    async def connect_unix_socket(
-        self,
-        path: str,
-        timeout: float | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """Never: no URL of a photograph leads to a local socket."""
-        raise RefusedAddress(f"{path} is a local socket")
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait; the connection pool calls it between its own attempts."""
-        await self._inner.sleep(seconds)
+    async def close(self) -> None:
+        """Nothing is held."""
 
 
-class CheckedTransport(httpx.AsyncHTTPTransport):
-    """httpx over `CheckedBackend`; proxies of the environment are not used.
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+class CheckedConnector(aiohttp.TCPConnector):
+    """Connections to checked addresses, kept open for the next request to the same host.
 
     Args:
-        connections: upper bound of open connections.
-        backend: what opens them.
+        connections: upper bound of those in use, and of those that wait for a next request.
+        resolver: what every name goes through, before every new connection.
     """
 
-    def __init__(self, connections: int, backend: CheckedBackend) -> None:
-        # Reading the certificates takes longer than a fetch: once for both.
-        certificates = httpx.create_ssl_context(trust_env=False)
-        super().__init__(verify=certificates, trust_env=False)
-        # httpx has no argument for the network backend; a test pins that this one is used.
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=certificates,
-            max_connections=connections,
-            max_keepalive_connections=connections,
-            keepalive_expiry=15.0,
-            network_backend=backend,
+    def __init__(self, connections: int, resolver: CheckedResolver) -> None:
+        certificates = ssl.create_default_context(cafile=certifi.where())
+        certificates.set_alpn_protocols(["http/1.1"])
+        super().__init__(
+            ssl=certificates,
+            limit=connections,
+            keepalive_timeout=15.0,
+            resolver=resolver,
+            # A name is looked up for every connection: a remembered address would be one that
+            # nobody has checked for this host and moment.
+            use_dns_cache=False,
         )
+        self._checks = resolver
+        self._resting: OrderedDict[ResponseHandler, None] = OrderedDict()
+
+    async def connect(
+        self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+    ) -> Connection:
+        """A connection for a request, opened or from the pool.
+
+        Raises:
+            RefusedAddress: no address of its host may be connected to.
+            UnknownHost: its host has no address.
+        """
+        host = req.url.raw_host or ""
+        # aiohttp asks its resolver for names alone.
+        if _is_address(host):
+            self._checks.checked(host, [host])
+        connection = await super().connect(req, traces, timeout)
+        protocol = connection.protocol
+        assert protocol is not None
+        self._resting.pop(protocol, None)
+        connection.add_callback(lambda: self._rest(protocol))
+        return connection
+
+    def _rest(self, protocol: ResponseHandler) -> None:
+        # aiohttp bounds the connections in use, not those that wait: a list of a million hosts
+        # would leave one open at each. The one that has waited longest goes.
+        if protocol.should_close:
+            return
+        self._resting[protocol] = None
+        if len(self._resting) > self.limit:
+            self._resting.popitem(last=False)[0].close()

@@ -15,8 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from components.corpus.sources.download_journal import DownloadJournal, Loss, Outcome, Stored
-from components.corpus.sources.downloader import FetchFailed, settle
+from components.corpus.sources.download_journal import (
+    DownloadJournal,
+    FetchFailed,
+    Loss,
+    Outcome,
+    Stored,
+)
+from components.corpus.sources.downloader import settle
 from components.corpus.sources.image_probe import PROBE_BYTES, image_extension
 from components.corpus.sources.originals import OriginalWriter
 from components.corpus.sources.records.archive_samples import (

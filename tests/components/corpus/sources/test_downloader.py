@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import resource
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpcore
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,7 +19,6 @@ from raw_server import Handler, Request, Server
 from components.corpus.sources.download_journal import DownloadJournal, Loss, Outcome, Stored
 from components.corpus.sources.downloader import Downloader
 from components.corpus.sources.originals import original_path
-from components.corpus.sources.public_addresses import CheckedBackend
 from components.images.decoding import read_header
 from components.settings.corpus import DownloadSettings
 
@@ -340,42 +339,35 @@ def test_nobody_listening_and_unknown_names_are_losses(server: Server, tmp_path:
         async def unknown(host: str, port: int) -> list[str]:
             return ["127.0.0.1"] if host == "127.0.0.1" else []
 
-        backend = CheckedBackend(["127.0.0.1"], unknown)
-        Downloader(limits(), tmp_path / "originals", backend).run(urls, journal)
+        Downloader(limits(), tmp_path / "originals", unknown).run(urls, journal)
         found = [journal.get(url) for url in urls]
     assert [loss(o).cause for o in found if o] == ["refused_connection", "unknown_host"]
 
 
-class _Wired(httpcore.AnyIOBackend):
-    """A network in which every address is this machine; remembers what was asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-
-    async def connect_tcp(self, host: str, *rest: Any, **named: Any) -> Any:
-        self.addresses.append(host)
-        return await super().connect_tcp("127.0.0.1", *rest, **named)
-
-
 def test_a_name_server_that_changes_its_answer_cannot_lead_inside(
-    server: Server, tmp_path: Path
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = [["10.1.2.3", "93.184.216.34"], ["192.168.0.7"]]
-    network = _Wired()
+    connected = []
+    connect = socket.socket.connect
+
+    def to_this_machine(self: socket.socket, address: tuple[str, int]) -> None:
+        """A network in which every address is here; remembers what was asked for."""
+        connected.append(address[0])
+        connect(self, ("127.0.0.1", address[1]))
 
     async def rebinding(host: str, port: int) -> list[str]:
         return answers.pop(0)
 
+    monkeypatch.setattr(socket.socket, "connect", to_this_machine)
     url = f"http://photos.example:{server.port}/ok.jpg"
     with DownloadJournal(tmp_path / "journal.sqlite", "s") as journal:
-        backend = CheckedBackend((), rebinding, network)
-        Downloader(limits(), tmp_path / "originals", backend).run([url], journal)
+        Downloader(limits(private_hosts=()), tmp_path / "originals", rebinding).run([url], journal)
         outcome = journal.get(url)
     # The probe went to the checked public address; the second connection was refused.
     assert outcome is not None
     assert loss(outcome).detail == "photos.example is 192.168.0.7, not a public address"
-    assert network.addresses == ["93.184.216.34"]
+    assert connected == ["93.184.216.34"]
     assert server.full_requests["/ok.jpg"] == 0
 
 
@@ -392,21 +384,23 @@ def test_a_surprise_costs_one_address_and_a_full_disk_ends_the_run(
     server: Server, tmp_path: Path
 ) -> None:
     async def odd(host: str, port: int) -> list[str]:
-        if host == "odd.example":
-            raise LookupError("codec")
-        if host == "full.example":
-            raise OSError(28, "No space left on device")
-        return ["127.0.0.1"]
+        raise LookupError("codec")
 
-    urls = [f"http://{host}.example/ok.jpg" for host in ("odd", "full")]
+    urls = ["http://odd.example/ok.jpg", server.url("/ok.jpg"), server.url("/moved.jpg")]
     with DownloadJournal(tmp_path / "journal.sqlite", "s") as journal:
-        downloader = Downloader(limits(), tmp_path / "o", CheckedBackend(["127.0.0.1"], odd))
-        downloader.run([urls[0], server.url("/ok.jpg")], journal)
-        first, second = journal.get(urls[0]), journal.get(server.url("/ok.jpg"))
+        downloader = Downloader(limits(), tmp_path / "o", odd)
+        downloader.run(urls[:2], journal)
+        first, second = journal.get(urls[0]), journal.get(urls[1])
         assert first is not None
         assert second is not None
         assert loss(first) == Loss("unexpected", "LookupError: codec")
         assert isinstance(second.result, Stored)
-        with pytest.raises(OSError, match="No space left"):
-            downloader.run(urls[1:], journal)
-        assert journal.get(urls[1]) is None
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # What a full disk does to a write, for this process alone.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(PHOTO) // 2, most[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                downloader.run(urls[2:], journal)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        assert journal.get(urls[2]) is None
