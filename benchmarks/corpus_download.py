@@ -9,7 +9,7 @@ alone, and the ratio is of that, because other work on the machine disturbs it l
 
 - bare: httpx, as many tasks as connections; every body goes to a file, nothing is looked at.
 - downloader: addresses checked, body sniffed while it arrives, hashed, its header read, stored by
-  content with fsync, outcome journalled.
+  content and flushed to the disk, outcome journalled.
 - with probe: the same after a ranged request for the header (`min_pixels`), two requests an image.
 """
 
@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import io
 import itertools
+import json
 import multiprocessing
 import platform
 import tempfile
@@ -53,7 +54,11 @@ def bodies(images: int, edge_px: int) -> list[bytes]:
 
 
 def serve(files: list[bytes], pipe: Connection) -> None:
-    """Serve `files` at /N.jpg, with ranges, until the process is ended."""
+    """Serve `files` at /N.jpg, with ranges, until the process is ended.
+
+    /span: seconds from the first request on to the last answer, as JSON; the next begins anew.
+    """
+    times: list[float] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -61,6 +66,15 @@ def serve(files: list[bytes], pipe: Connection) -> None:
         disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
+            if self.path == "/span":
+                span = json.dumps(max(times) - min(times)).encode()
+                times.clear()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(span)))
+                self.end_headers()
+                self.wfile.write(span)
+                return
+            times.append(time.perf_counter())
             body = files[int(self.path.strip("/").removesuffix(".jpg"))]
             wanted = self.headers.get("Range")
             part = body
@@ -74,10 +88,13 @@ def serve(files: list[bytes], pipe: Connection) -> None:
             self.send_header("Content-Length", str(len(part)))
             self.end_headers()
             self.wfile.write(part)
+            times.append(time.perf_counter())
 
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 
+    # The default queue of five turns away who opens a connection for each of 32 requests at once.
+    ThreadingHTTPServer.request_queue_size = 128
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     pipe.send(server.server_port)
     server.serve_forever()

@@ -6,7 +6,6 @@ for the settings under which it happened: with others it is tried again.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sqlite3
 from dataclasses import dataclass, replace
@@ -94,7 +93,7 @@ class DownloadJournal:
     def __init__(self, path: Path, settings: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._settings = settings
-        # Autocommit: each outcome is its own transaction, since a kill may come after any of them.
+        # Autocommit: `put` is a transaction of its own, since a kill may come after any of them.
         self._database = sqlite3.connect(path, isolation_level=None)
         # A write-ahead log survives the death of the process at any moment.
         self._database.execute("pragma journal_mode = wal")
@@ -134,8 +133,16 @@ class DownloadJournal:
         # With another limit of size or a longer patience the same address may give an image.
         return Outcome(attempts, Loss(cause, detail)) if settings == self._settings else None
 
-    def put(self, key: str, outcome: Outcome) -> None:
-        """Remember an outcome; it is on disk when this returns."""
+    def put(self, *outcomes: tuple[str, Outcome]) -> None:
+        """Remember outcomes by key; they outlive the process when this returns."""
+        self._database.execute("begin")
+        self._database.executemany(
+            "insert or replace into outcomes values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [self._row(key, outcome) for key, outcome in outcomes],
+        )
+        self._database.execute("commit")
+
+    def _row(self, key: str, outcome: Outcome) -> tuple[str | int | None, ...]:
         result = outcome.result
         values: tuple[str | int | None, ...]
         if isinstance(result, Stored):
@@ -153,8 +160,5 @@ class DownloadJournal:
         else:
             values = (*(None,) * 7, result.cause, result.detail)
         header = result.header if isinstance(result, Stored) else None
-        text = None if header is None else json.dumps(dataclasses.asdict(header))
-        self._database.execute(
-            "insert or replace into outcomes values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (key, outcome.attempts, *values, self._settings, text),
-        )
+        text = None if header is None else json.dumps(vars(header))
+        return key, outcome.attempts, *values, self._settings, text

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp
-from aiohttp.http_exceptions import ContentEncodingError
 from yarl import URL
 
 from components.corpus.sources.answer_headers import (
@@ -36,13 +34,14 @@ from components.corpus.sources.download_journal import (
 )
 from components.corpus.sources.host_limits import HostQueue, TokenBuckets
 from components.corpus.sources.image_probe import PROBE_BYTES, image_extension, image_size
-from components.corpus.sources.originals import OriginalWriter
+from components.corpus.sources.originals import OriginalWriter, keep_originals
 from components.corpus.sources.public_addresses import (
     CheckedConnector,
     CheckedResolver,
     RefusedAddress,
     Resolver,
     UnknownHost,
+    failed_exchange,
     resolve,
 )
 from components.corpus.sources.url_identity import host_of
@@ -55,6 +54,18 @@ _GONE = frozenset({404, 410})
 # How servers refuse a request for a range: what the whole gets is seen when it is asked for.
 _RANGE_REFUSING = frozenset({400, 403, 405, 406, 412, 416, 501})
 _MIB = 2**20
+# Outcomes that wait for the disk: what a kill costs at most is twice as many.
+_WAITING = 256
+
+
+@dataclass(frozen=True)
+class _Landed:
+    """An outcome that is not in the journal yet."""
+
+    url: str
+    outcome: Outcome
+    original: OriginalWriter | None
+    """Sealed bytes on their way into the store."""
 
 
 @dataclass(frozen=True)
@@ -76,34 +87,6 @@ class DownloadProgress:
     def mb_per_s(self) -> float:
         """Received megabytes (10^6 bytes) per second, discarded ones included."""
         return self.received_bytes / 1e6 / self.elapsed_s if self.elapsed_s > 0 else 0.0
-
-
-def _failed_exchange(problem: Exception) -> FetchFailed:
-    """The class of a transport problem; details never hold ports or times of this run."""
-    # Details go into a table that DVC hashes: two runs over the same failing host must write the
-    # same bytes.
-    if isinstance(problem, RefusedAddress):
-        return FetchFailed("refused_address", str(problem))
-    if isinstance(problem, UnknownHost):
-        return FetchFailed("unknown_host", str(problem))
-    if isinstance(problem, TimeoutError):
-        return FetchFailed("timeout", "no complete answer in time", retry=True)
-    if isinstance(problem, aiohttp.InvalidURL):
-        # The one spelling that a normalised address may have and aiohttp does not connect to:
-        # "127.1" and "2130706433", which systems read as an address.
-        return FetchFailed("refused_address", "a number in place of an address")
-    cause: BaseException | None = problem
-    while cause is not None:
-        # aiohttp wraps these: only the chain of causes tells a wrong certificate from a port on
-        # which nothing listens, and a wrong compression from a cut body.
-        if isinstance(cause, ssl.SSLError):
-            return FetchFailed("tls", cause.reason or "TLS error")
-        if isinstance(cause, ContentEncodingError):
-            return FetchFailed("wrong_content", "not compressed as its header says")
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(problem, aiohttp.ClientConnectorError):
-        return FetchFailed("refused_connection", "nothing listens there")
-    return FetchFailed("truncated", "connection ended before the answer did", retry=True)
 
 
 class Downloader:
@@ -146,11 +129,13 @@ class Downloader:
             OSError: the store cannot be written; what has an outcome keeps it.
         """
         try:
-            with ThreadPoolExecutor(self._settings.concurrency, "store") as self._disk:
-                asyncio.run(self._run(urls, journal, report))
+            asyncio.run(self._run(urls, journal, report))
         except BaseExceptionGroup as group:
             # One worker's failure ends the others; that one is what the caller needs to see.
-            raise group.exceptions[0] from None
+            first: BaseException = group
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from None
 
     async def _run(
         self,
@@ -165,16 +150,15 @@ class Downloader:
             self._settings.host_connections,
             self._buckets,
         )
-        started = time.monotonic()
-        done = kept = 0
+        landed: asyncio.Queue[_Landed | None] = asyncio.Queue(_WAITING)
 
         async def work(client: aiohttp.ClientSession) -> None:
-            nonlocal done, kept
             while (taken := await queue.take()) is not None:
                 host, (url, attempt) = taken
                 result: Stored | Loss
+                original = None
                 try:
-                    result = await self._fetch(client, url)
+                    result, original = await self._fetch(client, url)
                 except FetchFailed as failure:
                     if failure.retry and attempt <= self._settings.retries:
                         # Back into the queue, so that no worker sleeps on one host's trouble.
@@ -187,18 +171,51 @@ class Downloader:
                 except Exception as problem:
                     # Untrusted input found a hole in a library: it costs this address alone.
                     result = Loss("unexpected", f"{type(problem).__name__}: {problem}")
-                # On disk before it is counted: what the progress has shown survives a kill.
-                journal.put(url, Outcome(attempt, result))
+                await landed.put(_Landed(url, Outcome(attempt, result), original))
                 queue.done(host)
+
+        # Names are looked up in threads; the few of the default would be asked one after another.
+        executor = ThreadPoolExecutor(self._settings.concurrency)
+        asyncio.get_running_loop().set_default_executor(executor)
+        async with self._client() as client, asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._bring_in(landed, len(urls), journal, report))
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(min(self._settings.concurrency, max(len(urls), 1))):
+                    workers.create_task(work(client))
+            await landed.put(None)
+
+    async def _bring_in(
+        self,
+        landed: asyncio.Queue[_Landed | None],
+        total: int,
+        journal: DownloadJournal,
+        report: Callable[[DownloadProgress], None] | None,
+    ) -> None:
+        """Bring what has landed into store and journal, as much at once as came meanwhile.
+
+        A flush of the disk takes as long for a hundred files as for one, so no download waits for
+        one of its own, and a slow disk makes larger batches instead of slower ones.
+        """
+        started = time.monotonic()
+        done = kept = 0
+        is_over = False
+        while not is_over:
+            taken = [await landed.get()]
+            while not landed.empty():
+                taken.append(landed.get_nowait())
+            is_over = taken[-1] is None
+            batch = [one for one in taken if one is not None]
+            originals = [one.original for one in batch if one.original is not None]
+            if originals:
+                await asyncio.to_thread(keep_originals, originals)
+            journal.put(*((one.url, one.outcome) for one in batch))
+            # In the journal before it is counted: what the progress has shown survives a kill.
+            for one in batch:
                 done += 1
-                kept += isinstance(result, Stored)
+                kept += one.original is not None
                 if report is not None:
                     elapsed = time.monotonic() - started
-                    report(DownloadProgress(done, len(urls), kept, self.received_bytes, elapsed))
-
-        async with self._client() as client, asyncio.TaskGroup() as workers:
-            for _ in range(min(self._settings.concurrency, max(len(urls), 1))):
-                workers.create_task(work(client))
+                    report(DownloadProgress(done, total, kept, self.received_bytes, elapsed))
 
     def _client(self) -> aiohttp.ClientSession:
         settings = self._settings
@@ -265,7 +282,7 @@ class Downloader:
                         allow_redirects=False,
                     )
             except (aiohttp.ClientError, RefusedAddress, UnknownHost, TimeoutError) as problem:
-                raise _failed_exchange(problem) from None
+                raise failed_exchange(problem) from None
             # Leaving it closes the connection of a body that has not been read to its end.
             async with response:
                 if response.status not in _REDIRECTS:
@@ -307,8 +324,13 @@ class Downloader:
         cause = "not_found" if status in _GONE else "http_error"
         raise FetchFailed("forbidden" if status in _REFUSING else cause, f"HTTP {status}")
 
-    async def _fetch(self, client: aiohttp.ClientSession, url: str) -> Stored:
+    async def _fetch(
+        self, client: aiohttp.ClientSession, url: str
+    ) -> tuple[Stored, OriginalWriter]:
         """Probe, then fetch.
+
+        Returns:
+            the image, and its sealed bytes.
 
         Raises:
             FetchFailed: this attempt gave no image.
@@ -346,13 +368,15 @@ class Downloader:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     chunk = await response.content.read(PROBE_BYTES)
             except (aiohttp.ClientError, TimeoutError) as problem:
-                raise _failed_exchange(problem) from None
+                raise failed_exchange(problem) from None
             if not chunk:
                 return
             self.received_bytes += len(chunk)
             yield chunk
 
-    async def _judge_start(self, response: aiohttp.ClientResponse) -> Stored | None:
+    async def _judge_start(
+        self, response: aiohttp.ClientResponse
+    ) -> tuple[Stored, OriginalWriter] | None:
         """Refuse an image by its first bytes, or keep it if they are all it has.
 
         Of a partial answer whose bytes are not those that it says, nothing is concluded: None.
@@ -376,7 +400,7 @@ class Downloader:
             return None
         extension = self._inspect(start)
         # More is to come, or the size is unknown: the second request fetches it.
-        return await self._in_thread(self._keep, start, extension) if total == len(start) else None
+        return self._settle_bytes(start, extension) if total == len(start) else None
 
     def _check_size(self, size_bytes: int) -> None:
         if size_bytes > self._max_bytes:
@@ -392,7 +416,7 @@ class Downloader:
             raise FetchFailed("too_small", f"{size[0]}x{size[1]}")
         return extension
 
-    async def _receive(self, response: aiohttp.ClientResponse) -> Stored:
+    async def _receive(self, response: aiohttp.ClientResponse) -> tuple[Stored, OriginalWriter]:
         """Write the body to the store; judged after 64 KiB, measured while it arrives."""
         length = response.headers.get("Content-Length", "")
         # Refused before a byte of it is paid for, where the server says how long it is; the count
@@ -409,43 +433,50 @@ class Downloader:
         self._check_size(len(start))
         extension = self._inspect(start[:PROBE_BYTES])
         if len(start) < PROBE_BYTES:
-            return await self._in_thread(self._keep, start, extension)
+            return self._settle_bytes(start, extension)
         with OriginalWriter(self._folder) as writer:
             writer.write(start)
             async for chunk in chunks:
                 self._check_size(writer.size_bytes + len(chunk))
                 writer.write(chunk)
-            return await self._in_thread(settle, writer, extension, self._settings.min_pixels)
+            least = self._settings.min_pixels
+            return await asyncio.to_thread(settle, writer, extension, least), writer
 
-    def _keep(self, data: bytes, extension: str) -> Stored:
+    def _settle_bytes(self, data: bytes, extension: str) -> tuple[Stored, OriginalWriter]:
         with OriginalWriter(self._folder) as writer:
             writer.write(data)
-            return settle(writer, extension, self._settings.min_pixels)
-
-    async def _in_thread(self, work: Callable[..., Stored], *values: object) -> Stored:
-        """Where waiting for the disk holds up no other answer."""
-        return await asyncio.get_running_loop().run_in_executor(self._disk, work, *values)
+            return settle(writer, extension, self._settings.min_pixels, data), writer
 
 
-def settle(writer: OriginalWriter, extension: str, min_pixels: int) -> Stored:
-    """Read the header of a complete file and keep it.
+def settle(
+    writer: OriginalWriter, extension: str, min_pixels: int, data: bytes | None = None
+) -> Stored:
+    """Read the header of a complete file and seal it.
+
+    Args:
+        writer: the file.
+        extension: its ending.
+        min_pixels: lower bound.
+        data: the bytes, when they are at hand.
 
     Raises:
         FetchFailed: fewer than `min_pixels`.
     """
-    writer.flush()
     size_bytes = writer.size_bytes
+    if data is None:
+        writer.flush()
+        data = writer.path.read_bytes()
     try:
         # No bound here: the bound on megapixels belongs to settings that may change, and the
         # journal keeps facts about the bytes. The tables apply today's bounds.
-        header = read_header(writer.path.read_bytes(), max_megapixels=float("inf"))
+        header = read_header(data, max_megapixels=float("inf"))
     except ImageUndecodable as problem:
-        kept = writer.keep(extension)
+        kept = writer.seal(extension)
         return Stored(kept, extension, size_bytes, None, None, None, str(problem))
     height, width = header.height, header.width
     if height * width < min_pixels:
         raise FetchFailed("too_small", f"{height}x{width}")
-    kept = writer.keep(extension)
+    kept = writer.seal(extension)
     return Stored(kept, extension, size_bytes, width, height, header.format, "ok", header)
 
 

@@ -87,6 +87,7 @@ class HostQueue(Generic[T]):
         # Breaks ties in the heap, whose items need not be comparable.
         self._ticket = itertools.count()
         self._changed = asyncio.Event()
+        self._first_in_line = asyncio.Lock()
         self._open = 0
         for host, item in items:
             self._waiting.setdefault(host, deque()).append(item)
@@ -95,6 +96,12 @@ class HostQueue(Generic[T]):
 
     async def take(self) -> tuple[str, T] | None:
         """The next item that may start now; waits for one; None when all are done."""
+        # One waits for the queue and the others for that one: were all to wait for it, each item
+        # that is done would wake them all.
+        async with self._first_in_line:
+            return await self._take()
+
+    async def _take(self) -> tuple[str, T] | None:
         while self._open:
             now = self._clock()
             while self._postponed and self._postponed[0][0] <= now:

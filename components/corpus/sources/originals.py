@@ -6,14 +6,19 @@ of a path comes from a source, so nothing in an archive or a URL can lead outsid
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from components.files.whole_files import flush
+
 _PARTIAL = ".partial"
+# From so many files on one flush of the whole file system is quicker than one for each.
+_FEW_FILES = 4
 
 
 def original_path(folder: Path, sha256: str, extension: str) -> Path:
@@ -24,7 +29,7 @@ def original_path(folder: Path, sha256: str, extension: str) -> Path:
 class OriginalWriter:
     """Bytes on their way into the store; hashed while they are written.
 
-    Leaving the `with` block without `keep` removes what was written.
+    Leaving the `with` block without `seal` removes what was written.
 
     Args:
         folder: the store.
@@ -35,7 +40,8 @@ class OriginalWriter:
         # In the store itself: `replace` is atomic only within a file system.
         self.path = folder / _PARTIAL / secrets.token_hex(16)
         """Where the bytes are until they are kept."""
-        self._kept = False
+        self.target: Path | None = None
+        """Where `keep_originals` moves them; None until sealed."""
         try:
             self._file = self.path.open("wb")
         except FileNotFoundError:
@@ -54,7 +60,7 @@ class OriginalWriter:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
-        if not self._kept:
+        if self.target is None:
             self.path.unlink(missing_ok=True)
 
     def write(self, data: bytes) -> None:
@@ -67,26 +73,57 @@ class OriginalWriter:
         """Make everything written so far readable at `path`."""
         self._file.flush()
 
-    def keep(self, extension: str) -> str:
-        """Move the bytes to their content address, on disk even after a power cut.
+    def seal(self, extension: str) -> str:
+        """End the file; `keep_originals` brings it into the store.
 
         Returns:
-            their sha256.
+            sha256 of the bytes.
         """
-        self._file.flush()
-        # Before the rename: a name that is a hash must never stand for fewer bytes, also after a
-        # power cut.
-        os.fsync(self._file.fileno())
         self._file.close()
         sha256 = self._digest.hexdigest()
-        target = original_path(self._folder, sha256, extension)
-        try:
-            self.path.replace(target)
-        except FileNotFoundError:
-            target.parent.mkdir(exist_ok=True)
-            self.path.replace(target)
-        self._kept = True
+        self.target = original_path(self._folder, sha256, extension)
         return sha256
+
+
+def keep_originals(writers: Sequence[OriginalWriter]) -> None:
+    """Move sealed bytes to their content addresses, on disk even after a power cut.
+
+    Args:
+        writers: of one store.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
+    # Before the rename: a name that is a hash must never stand for fewer bytes, also after a power
+    # cut.
+    if len(writers) > _FEW_FILES:
+        _flush_file_system(writers)
+    else:
+        for writer in writers:
+            flush(writer.path)
+    for writer in writers:
+        assert writer.target is not None
+        try:
+            writer.path.replace(writer.target)
+        except FileNotFoundError:
+            writer.target.parent.mkdir(exist_ok=True)
+            writer.path.replace(writer.target)
+
+
+def _flush_file_system(writers: Sequence[OriginalWriter]) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "syncfs"):
+        # Linux alone has it.
+        for writer in writers:
+            flush(writer.path)
+        return
+    descriptor = os.open(writers[0].path, os.O_RDONLY)
+    try:
+        if libc.syncfs(descriptor):
+            problem = ctypes.get_errno()
+            raise OSError(problem, os.strerror(problem), str(writers[0].path))
+    finally:
+        os.close(descriptor)
 
 
 def prune_originals(folder: Path, keep: Collection[str]) -> int:

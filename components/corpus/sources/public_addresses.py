@@ -19,7 +19,10 @@ import certifi
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
+from aiohttp.http_exceptions import ContentEncodingError
 from aiohttp.tracing import Trace
+
+from components.corpus.sources.download_journal import FetchFailed
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver = Callable[[str, int], Awaitable[list[str]]]
@@ -200,3 +203,31 @@ class CheckedConnector(aiohttp.TCPConnector):
         self._resting[protocol] = None
         if len(self._resting) > self.limit:
             self._resting.popitem(last=False)[0].close()
+
+
+def failed_exchange(problem: Exception) -> FetchFailed:
+    """The class of a transport problem; details never hold ports or times of this run."""
+    # Details go into a table that DVC hashes: two runs over the same failing host must write the
+    # same bytes.
+    if isinstance(problem, RefusedAddress):
+        return FetchFailed("refused_address", str(problem))
+    if isinstance(problem, UnknownHost):
+        return FetchFailed("unknown_host", str(problem))
+    if isinstance(problem, TimeoutError):
+        return FetchFailed("timeout", "no complete answer in time", retry=True)
+    if isinstance(problem, aiohttp.InvalidURL):
+        # The one spelling that a normalised address may have and aiohttp does not connect to:
+        # "127.1" and "2130706433", which systems read as an address.
+        return FetchFailed("refused_address", "a number in place of an address")
+    cause: BaseException | None = problem
+    while cause is not None:
+        # aiohttp wraps these: only the chain of causes tells a wrong certificate from a port on
+        # which nothing listens, and a wrong compression from a cut body.
+        if isinstance(cause, ssl.SSLError):
+            return FetchFailed("tls", cause.reason or "TLS error")
+        if isinstance(cause, ContentEncodingError):
+            return FetchFailed("wrong_content", "not compressed as its header says")
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(problem, aiohttp.ClientConnectorError):
+        return FetchFailed("refused_connection", "nothing listens there")
+    return FetchFailed("truncated", "connection ended before the answer did", retry=True)

@@ -24,7 +24,7 @@ from components.corpus.sources.download_journal import (
 )
 from components.corpus.sources.downloader import settle
 from components.corpus.sources.image_probe import PROBE_BYTES, image_extension
-from components.corpus.sources.originals import OriginalWriter
+from components.corpus.sources.originals import OriginalWriter, keep_originals
 from components.corpus.sources.records.archive_samples import (
     SIDECARS,
     ArchiveSamples,
@@ -95,9 +95,11 @@ def _store(head: bytes, file: IO[bytes], folder: Path, settings: DownloadSetting
             writer.write(chunk)
             chunk = _read(file, _MIB)
         try:
-            return settle(writer, extension, settings.min_pixels)
+            stored = settle(writer, extension, settings.min_pixels)
         except FetchFailed as failure:
             return failure.loss
+        keep_originals([writer])
+        return stored
 
 
 class _Archive:
@@ -230,7 +232,7 @@ class _Archive:
         # Archives may hold one name twice, and each is a candidate of its own.
         while samples.has_place(place):
             place += "+"
-        self._journal.put(place, Outcome(1, result))
+        self._journal.put((place, Outcome(1, result)))
         samples.add(Member(name, "image", place))
 
     def _add_other(self, member: Member, samples: ArchiveSamples) -> None:

@@ -26,8 +26,8 @@ def test_losses_are_forgotten_under_other_settings_and_originals_are_not(tmp_pat
     kept = Outcome(1, Stored("a" * 64, ".jpg", 5, None, None, None, "broken"))
     lost = Outcome(3, Loss("timeout", "x"))
     with DownloadJournal(tmp_path / "j.sqlite", "one") as journal:
-        journal.put("kept", kept)
-        journal.put("lost", lost)
+        journal.put(("kept", kept))
+        journal.put(("lost", lost))
         assert (journal.get("kept"), journal.get("lost")) == (kept, lost)
     with DownloadJournal(tmp_path / "j.sqlite", "two") as journal:
         assert (journal.get("kept"), journal.get("lost")) == (kept, None)
@@ -54,5 +54,5 @@ def test_a_journal_of_version_one_is_continued_and_its_originals_are_kept(tmp_pa
     for _ in range(2):
         with DownloadJournal(path, "one") as journal:
             assert journal.get("a") == Outcome(2, Stored("cc", ".jpg", 5, 60, 40, "JPEG", "ok"))
-            journal.put("b", new)
+            journal.put(("b", new))
             assert journal.get("b") == new

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from components.corpus.sources.image_probe import PROBE_BYTES, image_extension, image_size
-from components.corpus.sources.originals import OriginalWriter, prune_originals
+from components.corpus.sources.originals import OriginalWriter, keep_originals, prune_originals
 from components.corpus.sources.public_addresses import is_public
 from components.corpus.sources.record_fields import ALIASES, extra_json, read_fields
 from components.corpus.sources.url_identity import host_of, normalise_url
@@ -233,9 +233,10 @@ def test_pruning_keeps_what_rows_name_and_removes_what_a_kill_left(tmp_path: Pat
     writer.write(b"half")
     with OriginalWriter(tmp_path) as other:
         other.write(b"whole")
-        name = f"{other.keep('.jpg')}.jpg"
+        name = f"{other.seal('.jpg')}.jpg"
     with OriginalWriter(tmp_path) as third:
         third.write(b"old")
-        third.keep(".jpg")
+        third.seal(".jpg")
+    keep_originals([other, third])
     assert prune_originals(tmp_path, {name}) == 2
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [name]
