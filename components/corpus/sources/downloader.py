@@ -33,7 +33,12 @@ from components.corpus.sources.download_journal import (
     Stored,
 )
 from components.corpus.sources.host_limits import HostQueue, TokenBuckets
-from components.corpus.sources.image_probe import PROBE_BYTES, image_extension, image_size
+from components.corpus.sources.image_probe import (
+    OWN_SIZES,
+    PROBE_BYTES,
+    image_extension,
+    image_size,
+)
 from components.corpus.sources.originals import OriginalWriter, keep_originals
 from components.corpus.sources.public_addresses import (
     CheckedConnector,
@@ -270,7 +275,9 @@ class Downloader:
         trail = Trail(url)
         while True:
             # Every hop pays its own host, the first one as well as the last.
-            await asyncio.sleep(self._buckets.reserve(host_of(url), time.monotonic()))
+            wait = self._buckets.reserve(host_of(url), time.monotonic())
+            if wait > 0:
+                await asyncio.sleep(wait)
             cookie = cookie_header(cookies, url)
             try:
                 # Each read has its limit, and a host that sends a byte a minute keeps every such
@@ -398,7 +405,7 @@ class Downloader:
         # tell.
         if len(start) != min(length, PROBE_BYTES):
             return None
-        extension = self._inspect(start)
+        extension = self._inspect(start, is_whole=total == len(start))
         # More is to come, or the size is unknown: the second request fetches it.
         return self._settle_bytes(start, extension) if total == len(start) else None
 
@@ -406,11 +413,14 @@ class Downloader:
         if size_bytes > self._max_bytes:
             raise FetchFailed("too_large", f"more than {self._settings.max_mb:g} MiB")
 
-    def _inspect(self, prefix: bytes) -> str:
+    def _inspect(self, prefix: bytes, *, is_whole: bool) -> str:
         """File ending of the image that starts like this; refuses others and small ones."""
         extension = image_extension(prefix)
         if extension is None:
             raise FetchFailed("wrong_content", _described(prefix))
+        # Of a whole file `settle` reads the same header; of these formats it may read less.
+        if is_whole and extension not in OWN_SIZES:
+            return extension
         size = image_size(prefix)
         if size is not None and size[0] * size[1] < self._settings.min_pixels:
             raise FetchFailed("too_small", f"{size[0]}x{size[1]}")
@@ -431,7 +441,7 @@ class Downloader:
             if len(start) >= PROBE_BYTES:
                 break
         self._check_size(len(start))
-        extension = self._inspect(start[:PROBE_BYTES])
+        extension = self._inspect(start[:PROBE_BYTES], is_whole=len(start) < PROBE_BYTES)
         if len(start) < PROBE_BYTES:
             return self._settle_bytes(start, extension)
         with OriginalWriter(self._folder) as writer:
@@ -445,31 +455,20 @@ class Downloader:
     def _settle_bytes(self, data: bytes, extension: str) -> tuple[Stored, OriginalWriter]:
         with OriginalWriter(self._folder) as writer:
             writer.write(data)
-            return settle(writer, extension, self._settings.min_pixels, data), writer
+            return settle(writer, extension, self._settings.min_pixels), writer
 
 
-def settle(
-    writer: OriginalWriter, extension: str, min_pixels: int, data: bytes | None = None
-) -> Stored:
+def settle(writer: OriginalWriter, extension: str, min_pixels: int) -> Stored:
     """Read the header of a complete file and seal it.
-
-    Args:
-        writer: the file.
-        extension: its ending.
-        min_pixels: lower bound.
-        data: the bytes, when they are at hand.
 
     Raises:
         FetchFailed: fewer than `min_pixels`.
     """
     size_bytes = writer.size_bytes
-    if data is None:
-        writer.flush()
-        data = writer.path.read_bytes()
     try:
         # No bound here: the bound on megapixels belongs to settings that may change, and the
         # journal keeps facts about the bytes. The tables apply today's bounds.
-        header = read_header(data, max_megapixels=float("inf"))
+        header = read_header(writer.read(), max_megapixels=float("inf"))
     except ImageUndecodable as problem:
         kept = writer.seal(extension)
         return Stored(kept, extension, size_bytes, None, None, None, str(problem))

@@ -18,6 +18,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 _CONTAINERS = {"JXL": ".jxl", "AVIF": ".avif", "HEIF": ".heic"}
 _WEBP_HEADER_BYTES = 30
+OWN_SIZES = frozenset({".webp", ".avif", ".heic"})
+"""Formats whose size `image_size` finds without Pillow, whose plugins want the whole file."""
 
 
 def image_extension(prefix: bytes) -> str | None:
@@ -76,11 +78,8 @@ def image_size(prefix: bytes) -> tuple[int, int] | None:
         prefix: usually the first `PROBE_BYTES`.
     """
     extension = image_extension(prefix)
-    # Pillow's plugins for these want the whole file.
-    if extension == ".webp":
-        return _webp_size(prefix)
-    if extension in (".avif", ".heic"):
-        return _avif_size(prefix)
+    if extension in OWN_SIZES:
+        return _webp_size(prefix) if extension == ".webp" else _avif_size(prefix)
     if extension is None:
         return None
     try:

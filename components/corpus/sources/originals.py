@@ -13,10 +13,12 @@ import secrets
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from components.files.whole_files import flush
 
 _PARTIAL = ".partial"
+_HELD_BYTES = 65536
 # From so many files on one flush of the whole file system is quicker than one for each.
 _FEW_FILES = 4
 
@@ -27,7 +29,7 @@ def original_path(folder: Path, sha256: str, extension: str) -> Path:
 
 
 class OriginalWriter:
-    """Bytes on their way into the store; hashed while they are written.
+    """Bytes on their way into the store; hashed while they are written, 64 KiB held in memory.
 
     Leaving the `with` block without `seal` removes what was written.
 
@@ -42,11 +44,8 @@ class OriginalWriter:
         """Where the bytes are until they are kept."""
         self.target: Path | None = None
         """Where `keep_originals` moves them; None until sealed."""
-        try:
-            self._file = self.path.open("wb")
-        except FileNotFoundError:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("wb")
+        self._held = b""
+        self._file: IO[bytes] | None = None
         self._digest = hashlib.sha256()
         self.size_bytes = 0
 
@@ -59,34 +58,59 @@ class OriginalWriter:
         problem: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._file is None:
+            return
         self._file.close()
         if self.target is None:
-            self.path.unlink(missing_ok=True)
+            self.path.unlink()
 
     def write(self, data: bytes) -> None:
         """Append."""
-        self._file.write(data)
         self._digest.update(data)
         self.size_bytes += len(data)
+        # Little is held until `keep_originals`, whose thread may wait for the file system.
+        if self._file is None and self.size_bytes <= _HELD_BYTES:
+            self._held += data
+        else:
+            self._opened().write(data)
 
-    def flush(self) -> None:
-        """Make everything written so far readable at `path`."""
+    def _opened(self) -> IO[bytes]:
+        if self._file is None:
+            try:
+                self._file = self.path.open("wb")
+            except FileNotFoundError:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("wb")
+            self._file.write(self._held)
+            self._held = b""
+        return self._file
+
+    def read(self) -> bytes:
+        """All that was written so far."""
+        if self._file is None:
+            return self._held
         self._file.flush()
+        return self.path.read_bytes()
+
+    def close(self) -> None:
+        """Have all that was written in the file at `path`."""
+        self._opened().close()
 
     def seal(self, extension: str) -> str:
-        """End the file; `keep_originals` brings it into the store.
+        """End it; `keep_originals` brings it into the store.
 
         Returns:
             sha256 of the bytes.
         """
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         sha256 = self._digest.hexdigest()
         self.target = original_path(self._folder, sha256, extension)
         return sha256
 
 
 def keep_originals(writers: Sequence[OriginalWriter]) -> None:
-    """Move sealed bytes to their content addresses, on disk even after a power cut.
+    """Bring sealed bytes to their content addresses, on disk even after a power cut.
 
     Args:
         writers: of one store.
@@ -94,6 +118,8 @@ def keep_originals(writers: Sequence[OriginalWriter]) -> None:
     Raises:
         OSError: the disk does not take them.
     """
+    for writer in writers:
+        writer.close()
     # Before the rename: a name that is a hash must never stand for fewer bytes, also after a power
     # cut.
     if len(writers) > _FEW_FILES:

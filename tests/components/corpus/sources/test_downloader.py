@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,11 @@ from raw_server import Handler, Request, Server
 from components.corpus.sources.download_journal import DownloadJournal, Loss, Outcome, Stored
 from components.corpus.sources.downloader import Downloader
 from components.corpus.sources.originals import original_path
+from components.corpus.sources.public_addresses import (
+    CheckedConnector,
+    CheckedResolver,
+    resolve,
+)
 from components.images.decoding import read_header
 from components.settings.corpus import DownloadSettings
 
@@ -330,6 +336,50 @@ def test_robots_headers_are_respected_unless_switched_off(server: Server, tmp_pa
     careless = limits(respect_robots_tag=False)
     outcome = fetch(server, tmp_path / "b", "/noai.jpg", settings=careless)["/noai.jpg"]
     assert isinstance(outcome.result, Stored)
+
+
+def test_an_address_as_a_number_is_refused(server: Server, tmp_path: Path) -> None:
+    with DownloadJournal(tmp_path / "journal.sqlite", "s") as journal:
+        urls = [f"http://{host}:{server.port}/ok.jpg" for host in ("2130706433", "127.1", "[::1]")]
+        Downloader(limits(), tmp_path / "originals").run(urls, journal)
+        found = [journal.get(url) for url in urls]
+    assert [loss(o).cause for o in found if o] == ["refused_address"] * 3
+    assert not server.requests
+
+
+def test_connections_that_rest_are_bounded_and_the_oldest_goes() -> None:
+    async def resting() -> list[bool]:
+        resolver = CheckedResolver(["127.0.0.1"], resolve, 1.0)
+        # One in use at a time, so one may rest.
+        connector = CheckedConnector(1, resolver)
+        protocols = []
+        async with aiohttp.ClientSession(connector=connector) as client:
+            for number in (0, 1, 2):
+                async with client.get(f"http://127.0.0.1:{ports[number]}/") as answer:
+                    assert answer.connection is not None
+                    protocols.append(answer.connection.protocol)
+                    await answer.read()
+            return [one is not None and one.is_connected() for one in protocols]
+
+    async def polite(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Keeps its connection open."""
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n")
+        await asyncio.sleep(0.05)
+        writer.write(bytes(2000))
+        await reader.read()
+        writer.close()
+
+    async def scenario() -> list[bool]:
+        hosts = [await asyncio.start_server(polite, "127.0.0.1", 0) for _ in range(3)]
+        ports.extend(host.sockets[0].getsockname()[1] for host in hosts)
+        found = await resting()
+        for host in hosts:
+            host.close()
+        return found
+
+    ports: list[int] = []
+    assert asyncio.run(scenario()) == [False, False, True]
 
 
 def test_nobody_listening_and_unknown_names_are_losses(server: Server, tmp_path: Path) -> None:

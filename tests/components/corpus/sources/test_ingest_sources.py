@@ -230,7 +230,7 @@ def test_any_record_is_sorted_into_storable_columns(record: dict[str, Any]) -> N
 
 def test_pruning_keeps_what_rows_name_and_removes_what_a_kill_left(tmp_path: Path) -> None:
     writer = OriginalWriter(tmp_path)
-    writer.write(b"half")
+    writer.write(bytes(70_000))
     with OriginalWriter(tmp_path) as other:
         other.write(b"whole")
         name = f"{other.seal('.jpg')}.jpg"
