@@ -104,10 +104,10 @@ def _adapter_step(
     bench: Any, kind: Any, waiting: tuple[str, ...]
 ) -> tuple[Callable[[], None], str]:
     with _said():
+        from peft import LoraConfig
+
         from components.models.loading.block_offload import offload_frozen_blocks
         from components.models.loading.quantisation import quantise
-        from components.settings.training import AdapterSettings
-        from components.training.dit.adapters import add_adapter
         from components.training.sharded.activation_checkpointing import (
             enable_activation_checkpointing,
         )
@@ -116,7 +116,9 @@ def _adapter_step(
         quantise(model, kind, dtype=bench.dtype, device=bench.device)
         layers = ("to_q", "to_k", "to_v", "to_out.0")
         layers += ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-        add_adapter(model, AdapterSettings(rank=RANK, alpha=RANK, target_modules=layers), 0)
+        # As `training.dit.adapters.add_adapter`, which imports what only a whole training needs.
+        model.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(layers)))
         if "base" in waiting:
             offload_frozen_blocks(model, bench.device, bench.dtype)
         enable_activation_checkpointing(model, "blocks", to_host="activations" in waiting)

@@ -16,6 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from components.files.weight_folders import file_digest
@@ -448,9 +449,16 @@ def paint_requests(
             guidance_scale=sampler.guidance_scale,
             # On the CPU, so that a seed means the same noise on every device.
             generator=[torch.Generator("cpu").manual_seed(request.seed) for request in batch],
+            output_type="np",
             **start,
         ).images
-        yield from zip(batch, images, strict=True)
+        if not np.isfinite(images).all():
+            # Rounded to 8 bits it would be black.
+            raise ValueError(
+                f"seed {batch[0].seed} at {batch[0].width}x{batch[0].height}: no picture but NaN; "
+                f"damaged weights, or numbers beyond {sampler.dtype} (try another dtype)"
+            )
+        yield from zip(batch, pipeline.image_processor.numpy_to_pil(images), strict=True)
 
 
 def starting_image(path: Path, height: int, width: int) -> Image.Image:

@@ -25,7 +25,7 @@ def load_transformer(
     Args:
         path: folder, `.safetensors` or `.gguf` file.
         dtype: of the weights.
-        rope_variant: None: what our configuration says, `official` for stock configurations.
+        rope_variant: None: what our configuration or file says, `official` for stock ones.
 
     Raises:
         WeightsMissing: a file is not there.
@@ -35,7 +35,7 @@ def load_transformer(
     if path.suffix == GGUF_SUFFIX and path.is_file():
         return load_gguf(path, dtype=dtype, rope_variant=rope_variant or "official")
     if path.is_file():
-        return load_single_file(path, dtype=dtype, rope_variant=rope_variant or "official")
+        return load_single_file(path, dtype=dtype, rope_variant=rope_variant)
     require_class(path, None, TRANSFORMER_CLASSES)
     # Passed only where asked for: a value would replace what an exported folder was trained with.
     changes = {"rope_variant": rope_variant} if rope_variant is not None else {}

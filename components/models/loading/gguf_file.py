@@ -20,6 +20,7 @@ from components.models.checkpoint_files import WeightsBroken, require_shapes
 from components.models.loading.single_file import (
     convert_original,
     is_original_layout,
+    refuse_others,
     transformer_config,
     without_prefix,
 )
@@ -48,6 +49,7 @@ def load_gguf(
     """
     try:
         state = without_prefix(_read(path))
+        refuse_others(state)
         if is_original_layout(state):
             state = convert_original(state)
         shapes = {name: _shape(tensor) for name, tensor in state.items()}

@@ -42,6 +42,8 @@ from components.models.text_encoders import FOLDERS
 ULTRAFLUX, ULTRAFLUX_V11 = "Owen777/UltraFlux-v1", "Owen777/UltraFlux-v1-1-Transformer"
 FLUX = "black-forest-labs/FLUX.1-dev"
 VAE_CLASSES = ("AutoencoderKLF16", "AutoencoderKL")
+_ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+"""As diffusers names it."""
 VAE_STRIDES: tuple[int, ...] = (1, 2)
 
 
@@ -80,7 +82,7 @@ def find_sources(
     Raises:
         ComponentsMissing: parts are not there; a line for each with its path and the command that
             gets it.
-        WeightsBroken: `model` is a file of pickled weights.
+        WeightsBroken: `model` is a file of pickled weights, or something else than a model.
     """
     # A file or a transformer's own folder is only a transformer; the rest comes from the base.
     repository = model
@@ -89,6 +91,10 @@ def find_sources(
     ):
         transformer = transformer or model
         repository = base or Path("weights/FLUX.1-dev")
+    elif model.is_file():
+        raise WeightsBroken(f"{model}: neither .safetensors nor .gguf by its name; rename it")
+    elif transformer is None:
+        _refuse_other(model)
     # Without a base everything must be in the repository itself, as in FLUX.1-dev.
     fallback = base or repository
     # Collected, not raised one by one: each would cost the user another download and another try.
@@ -122,6 +128,30 @@ def find_sources(
     schedules = (root / "scheduler" for root in (repository, fallback))
     scheduler = next((s for s in schedules if (s / "scheduler_config.json").is_file()), None)
     return ModelSources(chosen_transformer, chosen_vae, encoders, scheduler)
+
+
+def _refuse_other(folder: Path) -> None:
+    """Refuse a folder of something else, where a download would be no help.
+
+    Raises:
+        WeightsBroken: it has no transformer and says what it has.
+    """
+    if not folder.is_dir() or _holds(folder / "transformer"):
+        return
+    kind = class_name(folder)
+    if kind is not None:
+        raise WeightsBroken(
+            f"{folder}: holds {kind}; give a model's whole folder, or that of a Flux transformer"
+        )
+    if (folder / _ADAPTER_FILE).is_file():
+        raise WeightsBroken(f"{folder}: holds an adapter ({_ADAPTER_FILE}) and no whole weights")
+    if any(folder.glob("*/config.json")):
+        parts = sorted(one.parent.name for one in folder.glob("*/config.json"))
+        if not {"vae", "text_encoder_2"} & set(parts) or "unet" in parts:
+            raise WeightsBroken(f"{folder}: no transformer/ beside {', '.join(parts)}: not Flux")
+    files = sorted(one for one in folder.iterdir() if one.suffix in (".safetensors", ".gguf"))
+    if files:
+        raise WeightsBroken(f"{folder}: no transformer/ in it; give a file, such as {files[0]}")
 
 
 def _repository_of(folder: Path) -> str:

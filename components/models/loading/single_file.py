@@ -2,7 +2,8 @@
 
 The original layout (black-forest-labs/flux) keeps q, k and v in one matrix, joins the single
 blocks' MLP input to it, and stores the last modulation as (shift, scale) where diffusers wants
-(scale, shift). Sizes are read off the tensors, so that checkpoints of any width load.
+(scale, shift). Sizes are read off the tensors, so that checkpoints of any width load. In fp8, with
+a scale for each matrix or without, weights are widened as they are read.
 
 Deviation: diffusers' own converter assumes a width of 3072; at that width the two are equal
 (tested on every tensor).
@@ -11,9 +12,9 @@ Deviation: diffusers' own converter assumes a width of 3072; at that width the t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import init_empty_weights
@@ -21,6 +22,7 @@ from diffusers.models.modeling_utils import no_init_weights
 from safetensors.torch import load_file
 from torch import Tensor
 
+from components.files.safetensors_header import metadata_of
 from components.models.checkpoint_files import WeightsBroken, file_shapes, require_shapes
 from components.models.resonance_rope import RopeVariant
 from components.models.transformer import UltraFluxTransformer2DModel
@@ -65,6 +67,13 @@ _SPLIT = {
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
 }
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
+# Of fp8 files that ComfyUI calls scaled: what a matrix is multiplied by, in two generations of
+# names; and what only their own kernels need.
+_SCALES = (".scale_weight", ".weight_scale")
+_KERNELS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+_ADAPTER = ("lora_", ".lora", "hada_w", "lokr_w", ".diff_b")
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_OURS = "ultraflux."
 # Rotary channels per head in Flux: 16 + 56 + 56 of 128.
 _AXIS_SHARES = (2, 7, 7)
 
@@ -83,9 +92,43 @@ def without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(state)
 
 
+def unscaled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a scaled fp8 file as float32; every other state as it is.
+
+    Raises:
+        WeightsBroken: a scale without its fp8 matrix, or of a block of numbers; names it.
+    """
+    found = {name: tensor for name, tensor in state.items() if not name.endswith(_KERNELS)}
+    for name in [name for name in found if name.endswith(_SCALES)]:
+        scale, of = found.pop(name), f"{name.rpartition('.')[0]}.weight"
+        if of not in found or found[of].dtype not in _FP8 or scale.numel() != 1:
+            raise WeightsBroken(f"{name}: only fp8 with one scale for a matrix is read")
+        found[of] = found[of].float() * scale.float().reshape(())
+    return found
+
+
 def is_original_layout(names: Mapping[str, Any]) -> bool:
     """Whether (prefix-free) keys are in the original layout."""
     return any(name.startswith(("double_blocks.", "single_blocks.")) for name in names)
+
+
+def refuse_others(names: Iterable[str]) -> None:
+    """Refuse what is no whole Flux transformer and says so by its names.
+
+    Raises:
+        WeightsBroken: an adapter, or weights that a library packed.
+    """
+    for name in names:
+        if any(part in name for part in _ADAPTER):
+            raise WeightsBroken(
+                "an adapter (LoRA), which changes a whole transformer and is none; give the "
+                "weights that it was trained on, or those that it was merged into"
+            )
+        if ".quant_state." in name or name.endswith((".absmax", ".qweight", ".wscales")):
+            raise WeightsBroken(
+                f"{name}: packed by another program; take the bfloat16 or fp8 file, and "
+                "--quantise to hold it in fewer bits"
+            )
 
 
 def convert_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,15 +232,47 @@ def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
+def rope_metadata(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a file in the original layout has to say of positions, which no tensor does."""
+    found = {name: str(config[name]) for name in ("rope_variant", "rope_window") if name in config}
+    if "axes_dims_rope" in config:
+        found["axes_dims_rope"] = ",".join(str(one) for one in config["axes_dims_rope"])
+    return {f"{_OURS}{name}": value for name, value in found.items()}
+
+
+def said_rope(about: Mapping[str, str]) -> dict[str, Any]:
+    """Constructor arguments from `rope_metadata`; none of what a file does not say.
+
+    Raises:
+        WeightsBroken: a value that nobody wrote.
+    """
+    found: dict[str, Any] = {
+        name: about[f"{_OURS}{name}"]
+        for name in ("rope_variant", "rope_window", "axes_dims_rope")
+        if f"{_OURS}{name}" in about
+    }
+    try:
+        if "rope_variant" in found and found["rope_variant"] not in get_args(RopeVariant):
+            raise ValueError(found["rope_variant"])
+        if "rope_window" in found:
+            found["rope_window"] = int(found["rope_window"])
+        if "axes_dims_rope" in found:
+            found["axes_dims_rope"] = tuple(map(int, found["axes_dims_rope"].split(",")))
+    except ValueError as problem:
+        raise WeightsBroken(f"metadata on rotary positions: {problem}") from None
+    return found
+
+
 def load_single_file(
-    path: Path, *, dtype: torch.dtype, rope_variant: RopeVariant
+    path: Path, *, dtype: torch.dtype, rope_variant: RopeVariant | None = None
 ) -> UltraFluxTransformer2DModel:
     """A transformer from one safetensors file.
 
     Args:
         path: original or diffusers key layout, with or without a collection's prefix.
         dtype: of the weights.
-        rope_variant: see `components.models.resonance_rope`; a file does not say which.
+        rope_variant: see `components.models.resonance_rope`. None: what a file of
+            `weight_export.export_whole` says, `official` for others.
 
     Returns:
         Model in evaluation mode on the CPU.
@@ -209,15 +284,19 @@ def load_single_file(
     file_shapes(path)
     state = without_prefix(load_file(path))
     try:
+        refuse_others(state)
+        state = unscaled(state)
         if is_original_layout(state):
             state = convert_original(state)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        config = transformer_config(shapes)
+        config = {**transformer_config(shapes), **said_rope(metadata_of(path))}
     except (WeightsBroken, RuntimeError) as problem:
         raise WeightsBroken(f"{path}: {problem}") from None
+    if rope_variant is not None:
+        config["rope_variant"] = rope_variant
     # Empty and without initialisation: 12B parameters would take minutes and 48 GB.
     with init_empty_weights(), no_init_weights():
-        model = UltraFluxTransformer2DModel(**config, rope_variant=rope_variant)
+        model = UltraFluxTransformer2DModel(**config)
     needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     require_shapes(needed, shapes, path)
     # Contiguous: pieces of one matrix would keep the whole matrix alive when it is cast or saved.

@@ -29,6 +29,7 @@ from components.files.whole_files import whole_file, whole_folder
 from components.models.backbones import backbone_of_config
 from components.models.checkpoint_files import file_shapes
 from components.models.loading.original_layout import original_layout
+from components.models.loading.single_file import rope_metadata
 from components.settings.bad_input import BadInput
 from components.training.adapters.adapter_files import ARCHITECTURES, serialized
 from components.training.adapters.export_choices import Bits, Layout, Rounding
@@ -133,10 +134,7 @@ def model_metadata(
         if ours.get("digests", {}).get(name):
             key = "base_sha256" if name == "initial_weights" else "source_sha256"
             about[f"ultraflux.{key}"] = ours["digests"][name]
-    for name in ("rope_variant", "rope_window"):
-        if name in config:
-            about[f"ultraflux.{name}"] = str(config[name])
-    return about
+    return about | rope_metadata(config)
 
 
 def _front_matter(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def show_cards(settings: Settings, root: Path, *, as_json: bool) -> None:
         ValueError: the settings train all weights.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from components.planning.cards import card_rows
@@ -39,16 +40,19 @@ def show_cards(settings: Settings, root: Path, *, as_json: bool) -> None:
         what = "training, batch 1" if work == "training" else work
         table = Table(title=f"One GPU: {what} (planned; not measured)", title_justify="left")
         for column in ("px", "card", "", "needs", "settings", "error"):
-            table.add_column(column, justify="right" if column in ("px", "card") else "left")
+            # Folded: a setting that is cut off cannot be typed.
+            table.add_column(
+                column, justify="right" if column in ("px", "card") else "left", overflow="fold"
+            )
         for row in rows:
             if row.work == work:
-                changes = ", ".join(f"{key}: {_text(value)}" for key, value in row.changes.items())
+                changes = "\n".join(f"{key}: {_text(value)}" for key, value in row.changes.items())
                 table.add_row(
                     str(row.edge_px),
                     f"{row.card_gb} GB",
                     row.verdict,
                     f"{row.needed_bytes / GIB:.1f} GiB",
-                    changes or "as they are",
+                    escape(changes) or "as they are",
                     row.error,
                 )
         console.print(table)

@@ -313,6 +313,78 @@ def test_pickled_and_foreign_files_are_refused(weights: Path, tmp_path: Path) ->
         load_single_file(other, dtype=torch.float32, rope_variant="official")
 
 
+FUSED = "double_blocks.0.img_attn.qkv"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "problem"),
+    [
+        ({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 64)}, "an adapter"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 64)}, "an adapter"),
+        ({"diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight": (4, 64)}, "an adapter"),
+        ({f"{FUSED}.lokr_w1": (4, 4)}, "an adapter"),
+        ({f"{FUSED}.weight.absmax": (4,)}, "packed by another program; take the bfloat16"),
+        ({f"{FUSED}.scale_weight": ()}, "only fp8 with one scale for a matrix"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": (8, 4)}, "not a Flux transformer"),
+    ],
+)
+def test_what_is_no_whole_flux_transformer_is_called_what_it_is(
+    tmp_path: Path, tensors: dict[str, tuple[int, ...]], problem: str
+) -> None:
+    file = tmp_path / "downloaded.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
+    with pytest.raises(WeightsBroken, match=problem) as raised:
+        load_single_file(file, dtype=torch.float32)
+    assert str(raised.value).startswith(f"{file}: ")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
+def test_scaled_fp8_is_its_values_times_their_scale(
+    weights: Path, tmp_path: Path, scale: str
+) -> None:
+    state = load_file(weights / "flux1-dev.safetensors")
+    expected, stored = {}, {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and "blocks." in name:
+            layer = name.removesuffix(".weight")
+            stored[name] = (tensor * 8).to(torch.float8_e4m3fn)
+            stored[f"{layer}.{scale}"] = torch.tensor(0.125)
+            stored[f"{layer}.scale_input"] = torch.tensor(1.0)
+            expected[name] = stored[name].float() / 8
+        else:
+            stored[name] = expected[name] = tensor
+    file = tmp_path / "scaled.safetensors"
+    save_file(stored, file)
+    found = load_single_file(file, dtype=torch.float32).state_dict()
+    wanted = convert_original(expected)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_folders_of_something_else_are_called_what_they_are(weights: Path, tmp_path: Path) -> None:
+    base, other = weights / "FLUX.1-dev", tmp_path / "other"
+    other.mkdir()
+
+    def refused(problem: str, model: Path = other) -> None:
+        with pytest.raises(WeightsBroken, match=problem) as raised:
+            find_sources(model, base=base)
+        assert "\n" not in str(raised.value)
+        assert "hf download" not in str(raised.value)
+
+    refused("holds AutoencoderKL", base / "vae")
+    shutil.copy(weights / "flux1-dev.safetensors", other / "flux.safetensors")
+    refused(f"give a file, such as {other / 'flux.safetensors'}")
+    shutil.copy(other / "flux.safetensors", other / "pytorch_lora_weights.safetensors")
+    refused("holds an adapter")
+    (other / "pytorch_lora_weights.safetensors").unlink()
+    (other / "unet").mkdir()
+    (other / "unet" / "config.json").write_text("{}")
+    refused("no transformer/ beside unet: not Flux")
+    shutil.copy(weights / "flux1-dev.safetensors", tmp_path / "flux")
+    refused("neither .safetensors nor .gguf", tmp_path / "flux")
+
+
 def test_damaged_text_encoders_are_named(weights: Path, tmp_path: Path) -> None:
     shutil.copytree(weights / "FLUX.1-dev", tmp_path / "flux")
     file = tmp_path / "flux" / "text_encoder_2" / "model.safetensors"
