@@ -143,6 +143,18 @@ def require_class(path: str | Path, subfolder: str | None, allowed: tuple[str, .
         raise ValueError(f"{folder}: holds a {found}, expected {' or '.join(allowed)}")
 
 
+def weights_checksums(folder: Path) -> str:
+    """A line `sha256  name` for each safetensors file, sorted by name, as sha256sum reads them."""
+    # Only the weights: the card would otherwise contain a hash of itself.
+    files = sorted(folder.glob("*.safetensors"))
+    return "".join(f"{file_digest(file)}  {file.name}\n" for file in files)
+
+
+def weights_identity(checksums: str) -> str:
+    """Sha256 of `weights_checksums`: one number for all weight files."""
+    return hashlib.sha256(checksums.encode()).hexdigest()
+
+
 def class_name(folder: Path) -> str | None:
     """`_class_name` in a folder's config.json; None where it does not say, or is no folder."""
     try:

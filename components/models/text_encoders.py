@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from components.files.install_hints import download_command
+from components.files.safetensors_header import SPEC, describe_file
 from components.files.weight_folders import WeightsMissing, resolve_folder
 from components.models.backbone import TextFamily
 from components.models.checkpoint_files import WeightsBroken, folder_shapes
@@ -150,8 +151,18 @@ def build_tiny_text_encoders(
         # meaning.
         clip = CLIPTextModel(tiny_clip_config(clip_tokenizer, clip_dim, num_layers)).eval()
         t5 = T5EncoderModel(tiny_t5_config(t5_tokenizer, t5_dim, num_layers)).eval()
-    clip.save_pretrained(Path(out_dir) / "text_encoder")
-    t5.save_pretrained(Path(out_dir) / "text_encoder_2")
+    for model, name in ((clip, "text_encoder"), (t5, "text_encoder_2")):
+        folder = Path(out_dir) / name
+        model.save_pretrained(folder)
+        about = {
+            **SPEC,
+            "modelspec.architecture": type(model).__name__,
+            "modelspec.implementation": "transformers",
+            "modelspec.title": f"UltraFlux tiny {name}, random weights of seed {seed}",
+            "modelspec.license": "apache-2.0",
+            "modelspec.tags": "ultraflux, text encoder, random",
+        }
+        describe_file(folder / "model.safetensors", about)
     return TextEncoders(clip_tokenizer, t5_tokenizer, clip, t5)
 
 

@@ -78,7 +78,7 @@ class AdapterBase:
     title: str
     """For people: a repository of the model hub where the base is published."""
     sha256: str
-    """`export.weights_identity` of its folder; empty for random weights."""
+    """`weight_folders.weights_identity` of its folder; empty for random weights."""
     before: Adapter | None
     """What was trained on that base before this stage began."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from components.files.safetensors_header import describe_file
-from components.files.weight_folders import file_digest
+from components.files.weight_folders import weights_checksums
 from components.files.whole_files import whole_folder
 
 # Text of a model card from the configuration and the weights' checksums.
@@ -19,18 +18,6 @@ Card = Callable[[Mapping[str, Any], str], str]
 CARD_FILE = "README.md"
 CHECKSUM_FILE = "weights.sha256"
 _GB = 10**9
-
-
-def weights_checksums(folder: Path) -> str:
-    """A line `sha256  name` for each safetensors file, sorted by name, as sha256sum reads them."""
-    # Only the weights: the card would otherwise contain a hash of itself.
-    files = sorted(folder.glob("*.safetensors"))
-    return "".join(f"{file_digest(file)}  {file.name}\n" for file in files)
-
-
-def weights_identity(checksums: str) -> str:
-    """Sha256 of `weights_checksums`: one number for all weight files."""
-    return hashlib.sha256(checksums.encode()).hexdigest()
 
 
 def save_transformer(

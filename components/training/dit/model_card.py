@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from components.files.safetensors_header import SPEC
+from components.files.weight_folders import weights_checksums, weights_identity
 from components.models.backbones import backbone_of_config
 from components.settings.effects import effect
 from components.settings.section import Effect
@@ -35,7 +36,6 @@ from components.training.distributed.run_states import described
 from components.training.dit.adapters import adapter_base
 from components.training.dit.batch_plan import BatchPlan
 from components.training.dit.curriculum import trained_span
-from components.training.dit.export import weights_checksums, weights_identity
 from components.training.dit.validation import NOISE_LEVELS, ValidationLoss
 from components.training.stores.latent_store import LatentStore
 from components.training.stores.text_store import TextStore

@@ -16,6 +16,7 @@ from PIL import Image
 
 from components.files.figures import new_figure, save_png
 from components.files.safetensors_header import SPEC, describe_file
+from components.files.weight_folders import weights_checksums, weights_identity
 from components.files.whole_files import whole_file, whole_folder, write_text
 from components.images.arrays import ImageArray
 from components.metrics.native.fidelity import ssim
@@ -65,15 +66,31 @@ def headline_metrics(training: VaeTraining) -> dict[str, float]:
     }
 
 
-_ABOUT = {
-    **SPEC,
-    "modelspec.architecture": "flux-1/vae",
-    "modelspec.implementation": "diffusers",
-    "modelspec.title": "UltraFlux autoencoder, decoder trained",
-    # Of the encoder that it came with; the settings say none.
-    "modelspec.license": "unknown",
-    "modelspec.tags": "ultraflux, vae",
-}
+def autoencoder_about(pretrained: Path | None, seed: int, crop_px: int) -> dict[str, str]:
+    """Metadata of the trained autoencoder's file.
+
+    Args:
+        pretrained: folder that training started from; None: random weights.
+        seed: of the random ones.
+        crop_px: edge of the crops that it was trained on.
+    """
+    about = {
+        **SPEC,
+        "modelspec.architecture": "flux-1/vae",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "UltraFlux autoencoder, decoder trained",
+        # Of the encoder that it came with; the settings say none.
+        "modelspec.license": "unknown",
+        "modelspec.tags": "ultraflux, vae",
+        "modelspec.resolution": f"{crop_px}x{crop_px}",
+    }
+    if pretrained is None:
+        return about | {"ultraflux.base": f"the random weights of seed {seed}"}
+    return about | {
+        # Not where it lies on this machine.
+        "ultraflux.base": "/".join(pretrained.parts[-2:]),
+        "ultraflux.base_sha256": weights_identity(weights_checksums(pretrained)),
+    }
 
 
 def left_out_table(left_out: Mapping[str, Sequence[LeftOut]]) -> pd.DataFrame:
@@ -120,6 +137,7 @@ def export_training(
     training: VaeTraining,
     folder: Path,
     left_out: Mapping[str, Sequence[LeftOut]] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Write everything into `folder`; returns the headline metrics.
 
@@ -131,6 +149,7 @@ def export_training(
         training: what `train_vae` returned.
         folder: created when missing.
         left_out: photographs that were not used, by slice.
+        about: metadata of the weights (`autoencoder_about`).
     """
     left_out = left_out or {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +157,7 @@ def export_training(
     with whole_folder(folder / "autoencoder") as filled:
         autoencoder.save_pretrained(filled, safe_serialization=True)
         for file in filled.glob("*.safetensors"):
-            describe_file(file, _ABOUT)
+            describe_file(file, about or {})
     table = history_table(training.history)
     write_text(folder / "history.csv", table.to_csv(index=False, lineterminator="\n"))
     draw_curves(table, folder / "curves.png")

@@ -23,7 +23,7 @@ from components.training.distributed.ranks import (
     open_ranks,
 )
 from components.training.vae.crops import TileCrops, TilesDamaged
-from components.training.vae.export import export_training
+from components.training.vae.export import autoencoder_about, export_training
 from components.training.vae.job import VaeJob, cut_tiles
 from components.training.vae.trainer import train_vae
 
@@ -90,7 +90,11 @@ def _train(job: VaeJob, ranks: Ranks, stop: StopRequest) -> None:
     )
     if ranks.is_first:
         left_out = {"vae": photographs.left_out, "eval": held_out.left_out}
-        export_training(autoencoder.cpu(), training, job.export_dir, left_out)
+        pretrained = job.autoencoder.pretrained
+        about = autoencoder_about(
+            None if pretrained is None else job.root / pretrained, job.seed, job.settings.crop_px
+        )
+        export_training(autoencoder.cpu(), training, job.export_dir, left_out, about)
     # A rank that leaves ends its part of the process group, so all wait for the export.
     ranks.barrier()
 

@@ -6,6 +6,7 @@ writes what was trained for other programs.
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Weights: list, get and verify them.")
 NSFWJS = "nsfwjs"
 _COLOURS = {"ok": "green", "recorded": "green", "unchecked": "yellow", "wrong": "red"}
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _nsfwjs() -> Weights:
@@ -192,6 +197,10 @@ def export_adapter(
     trigger: Annotated[
         str | None, typer.Option(help="Words that call up what was trained, for its metadata.")
     ] = None,
+    date: Annotated[
+        str | None,
+        typer.Option(help="Of the metadata, YYYY-MM-DD (default: its own; without one, today)."),
+    ] = None,
 ) -> None:
     """Write the adapter of trained weights as one file, by other names or of a smaller rank.
 
@@ -215,9 +224,10 @@ def export_adapter(
         raise fail(f"--out {out}: there is no folder {out.parent}")
     try:
         adapter = read_adapter(source)
-        if trigger is not None:
-            about = {**adapter.about, "modelspec.trigger_phrase": trigger}
-            adapter = Adapter(adapter.change, about)
+        about = {"modelspec.date": date or _today(), **adapter.about}
+        typed = {"date": date, "trigger_phrase": trigger}
+        about |= {f"modelspec.{name}": value for name, value in typed.items() if value is not None}
+        adapter = Adapter(adapter.change, about)
         if rank is not None:
             adapter = adapter.cut_to(rank)
         write_adapter(adapter, out, "comfyui" if keys == "comfyui" else "diffusers")
@@ -270,8 +280,6 @@ def export_weights(
     Every file carries ModelSpec metadata. The share of what training moved the weights by that is
     kept is measured against the movement noted beside the weights.
     """
-    import datetime
-
     from components.settings.bad_input import BadInput
     from components.training.adapters import export_choices
 
@@ -293,7 +301,7 @@ def export_weights(
             bits=dtype,  # type: ignore[arg-type]
             rounding=rounding,  # type: ignore[arg-type]
             resolution=resolution,
-            date=date or datetime.datetime.now(datetime.UTC).date().isoformat(),
+            date=date or _today(),
             min_kept=min_kept,
         )
     except (BadInput, ValueError) as problem:

@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from components.files.safetensors_header import describe_file
+from components.models.checkpoint_files import WeightsBroken
 from components.models.loading.original_layout import original_layout
 from components.models.loading.single_file import convert_original, load_single_file
 from components.models.tiny import build_tiny_transformer
@@ -157,6 +159,95 @@ def test_an_export_below_the_share_that_is_asked_for_fails_and_writes_nothing(le
     unknown = CliRunner().invoke(app, [*words, "0.5"])
     assert unknown.exit_code == 2
     assert "keeps an unknown share" in unknown.output
+
+
+def test_the_share_that_is_kept_is_the_known_one(tmp_path):
+    """Weights of 1 that moved by three quarters of a step of bfloat16 come out a whole step up."""
+    model = build_tiny_transformer(num_layers=1, num_single_layers=1)
+    folder, step = tmp_path / "ema", 2**-7
+    start = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+    for quarters, printed in ((3, "66.67%"), (1, "0.00%"), (4, "100.00%")):
+        state = {name: tensor + quarters / 4 * step for name, tensor in start.items()}
+        model.load_state_dict(state)
+        model.save_pretrained(folder)
+        write_movement(folder, movement(state, start))
+        words = ["export", str(folder), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+        assert f"share of the learned movement kept: {printed}" in done.output
+        done = CliRunner().invoke(app, [*words, "--rounding", "deltas"])
+        assert "relative error 0, its mean 0; share of the learned movement kept: 100.00%" in (
+            done.output
+        )
+
+
+@torch.no_grad()
+def test_a_file_in_the_original_layout_keeps_the_positions_that_it_was_trained_with(
+    learned, tmp_path
+):
+    folder, _ = learned
+    config = json.loads((folder / "config.json").read_text())
+    # Flux' shares of a head are others.
+    assert config["axes_dims_rope"] == [8, 12, 12]
+    (folder / "config.json").write_text(json.dumps(config | {"rope_window": 2}))
+    out = tmp_path / "uf.safetensors"
+    export_whole(folder, out, layout="bfl", bits="float32", **DATE)
+    for name, value in (
+        ("rope_variant", "paper"),
+        ("rope_window", 2),
+        ("axes_dims_rope", (8, 12, 12)),
+    ):
+        assert load_single_file(out, dtype=torch.float32).config[name] == value
+    asked = load_single_file(out, dtype=torch.float32, rope_variant="flux")
+    assert asked.config.rope_variant == "flux"
+    # The same file again.
+    again, once_more = tmp_path / "again" / "ema", tmp_path / "again.safetensors"
+    load_single_file(out, dtype=torch.float32).save_pretrained(again)
+    (again / "README.md").write_text(CARD)
+    export_whole(again, once_more, layout="bfl", bits="float32", **DATE)
+    assert once_more.read_bytes() == out.read_bytes()
+    describe_file(out, {"ultraflux.rope_variant": "of nobody"})
+    with pytest.raises(WeightsBroken, match="positions: of nobody"):
+        load_single_file(out, dtype=torch.float32)
+
+
+@pytest.mark.slow
+def test_stock_diffusers_loads_the_one_file_and_it_comes_out_again(tmp_path):
+    """At the width of 3,072 that its converter assumes: a block of each kind, bfloat16."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(
+            num_layers=1,
+            num_single_layers=1,
+            joint_attention_dim=64,
+            pooled_projection_dim=64,
+            guidance_embeds=True,
+        ).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    for number, tensor in enumerate(model.state_dict().values()):
+        # 251 values that bfloat16 holds, in an order of each tensor's own.
+        tensor.copy_(
+            ((torch.arange(tensor.numel()) + number) % 251 - 125).reshape(tensor.shape) / 128
+        )
+    folder, file = tmp_path / "stock", tmp_path / "flux.safetensors"
+    model.save_pretrained(folder)
+    export_whole(folder, file, layout="bfl", bits="bfloat16", **DATE)
+    found = FluxTransformer2DModel.from_single_file(
+        file, config=str(folder), torch_dtype=torch.bfloat16
+    )
+    expected = model.state_dict()
+    assert found.state_dict().keys() == expected.keys()
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor.view(torch.int16), expected[name].view(torch.int16)), name
+    again, once_more = tmp_path / "again" / "stock", tmp_path / "again.safetensors"
+    found.save_pretrained(again)
+    del found, model, expected
+    export_whole(again, once_more, layout="bfl", bits="bfloat16", **DATE)
+    # Also what the folder is called stands in the title; all else is equal.
+    before, after = metadata(file), metadata(once_more)
+    titles = {before.pop("modelspec.title"), after.pop("modelspec.title")}
+    assert len(titles) == 2
+    # With the tensors' hash.
+    assert before == after
 
 
 def test_stochastic_rounding_takes_both_neighbours_as_often_as_is_due():

@@ -16,6 +16,7 @@ from diffusers import (
 from safetensors.torch import load_file
 
 from components.files.safetensors_header import metadata_of
+from components.files.weight_folders import weights_checksums, weights_identity
 from components.models.resonance_rope import grid_ids
 from components.models.transformer import UltraFluxTransformer2DModel
 from components.settings.training import AdapterSettings
@@ -34,7 +35,7 @@ from components.training.adapters.base_rounding import noted_rounding
 from components.training.dit.adapters import adapter_about, adapter_base, add_adapter, save_adapted
 from components.training.dit.assembly import check_quantisation
 from components.training.dit.curves import write_outcome
-from components.training.dit.export import CHECKSUM_FILE, weights_checksums, weights_identity
+from components.training.dit.export import CHECKSUM_FILE
 from components.training.dit.job import WEIGHTS_NAMES, StartUnusable, build_transformer
 from components.training.dit.model_card import initial_identity
 from components.training.dit.worker import run_job

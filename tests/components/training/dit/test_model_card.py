@@ -14,6 +14,7 @@ import torch
 import yaml
 from diffusers import FluxTransformer2DModel
 
+from components.files.weight_folders import weights_checksums, weights_identity
 from components.models.resonance_rope import grid_ids
 from components.models.sd3.transformer import build_tiny_sd3_transformer
 from components.models.tiny import build_tiny_transformer
@@ -21,11 +22,7 @@ from components.models.transformer import UltraFluxTransformer2DModel
 from components.settings.effects import effect
 from components.settings.section import Effect
 from components.settings.training import DitStageSettings
-from components.training.dit.export import (
-    save_transformer,
-    weights_checksums,
-    weights_identity,
-)
+from components.training.dit.export import save_transformer
 from components.training.dit.job import DitJob
 from components.training.dit.model_card import (
     TrainingFacts,

@@ -94,6 +94,20 @@ def test_the_exact_plan_stands_beside_the_formula():
     assert one["doubles"] == {}
 
 
+def test_every_setting_of_a_card_can_be_read_in_a_narrow_terminal():
+    words = "plan --profile single-gpu --cards"
+    shown = run(app, words.split(), env={"COLUMNS": "80"})
+    assert shown.exit_code == 0, shown.output
+    cells = [line.split("│")[5].strip() for line in shown.stdout.splitlines() if "│" in line]
+    settings = "".join(cells)
+    rows = json.loads(run(app, [*words.split(), "--json"]).stdout)
+    assert len(rows) == 36
+    for row in rows:
+        for name, value in row["changes"].items():
+            text = f"[{', '.join(value)}]" if isinstance(value, list) else str(value).lower()
+            assert f"{name}: {text}".replace(" ", "") in settings.replace(" ", "")
+
+
 def test_an_open_verdict_says_what_it_leaves_open():
     words = "plan --profile single-gpu --stage latents --images 1000 --gpu-memory-gib 24"
     shown = run(app, words.split(), env={"COLUMNS": "240"})
