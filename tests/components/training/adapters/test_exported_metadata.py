@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import subprocess
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
