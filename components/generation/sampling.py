@@ -456,7 +456,7 @@ def paint_requests(
             # Rounded to 8 bits it would be black.
             raise ValueError(
                 f"seed {batch[0].seed} at {batch[0].width}x{batch[0].height}: no picture but NaN; "
-                f"damaged weights, or numbers beyond {sampler.dtype} (try another dtype)"
+                "damaged weights, or numbers beyond the range of float16"
             )
         yield from zip(batch, pipeline.image_processor.numpy_to_pil(images), strict=True)
 

@@ -156,7 +156,8 @@ def _show_ways(system: str, results: Sequence[WayResult]) -> None:
         table = Table(
             title=f"{system} at {size} against the exact pictures", title_justify="left", box=SIMPLE
         )
-        table.add_column("way", no_wrap=True)
+        # Gives way before the numbers do.
+        table.add_column("way", overflow="fold")
         for column in ("PSNR worst", "mean", "SSIM worst", "mean", "blocks", "s"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in (row for row in results if row.size == size):
