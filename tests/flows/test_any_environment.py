@@ -179,8 +179,9 @@ def test_every_kind_of_clone_works(project: Path, tmp_path: Path, kind: str) -> 
         command = ["git", "worktree", "add", "-q", "--detach", str(folder), "HEAD"]
         subprocess.run(command, cwd=project, check=True)
     else:
-        depth = ["--depth", "1"] if kind == "shallow" else []
-        subprocess.run(["git", "clone", "-q", *depth, f"file://{project}", folder], check=True)
+        # A history is cut off where Git packs it: by an address.
+        source = ["--depth", "1", f"file://{project}"] if kind == "shallow" else [str(project)]
+        subprocess.run(["git", "clone", "-q", *source, folder], check=True)
     if kind == "detached":
         subprocess.run(["git", "checkout", "-q", "--detach"], cwd=folder, check=True)
     if kind == "moved":
@@ -211,9 +212,7 @@ def test_foreign_dvc_settings_do_not_reach_the_pipeline(project: Path, tmp_path:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_clone_may_be_called(project: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
-    subprocess.run(
-        ["git", "clone", "-q", f"file://{project}", f"./{name}"], cwd=tmp_path, check=True
-    )
+    subprocess.run(["git", "clone", "-q", str(project), f"./{name}"], cwd=tmp_path, check=True)
     done = ultraflux(folder, "run", "--until", "source")
     assert done.returncode == 0, done.stdout + done.stderr
     # The records have reached the store of this clone, whatever its address had to look like.
