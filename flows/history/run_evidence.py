@@ -153,11 +153,11 @@ def _tracked(client: MlflowClient | None) -> list[StageRun]:
 
 def connect(root: Path) -> tuple[MlflowClient | None, str]:
     """(client, "") of a tracking store that answers now, or (None, why not); creates nothing."""
+    from flows.tracking.tier import sqlite_file
     from flows.tracking.uploader import tracking_uri, use_store
 
     uri = tracking_uri(root)
-    file = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:") and not file.is_file():
+    if uri.startswith("sqlite:") and not sqlite_file(uri).is_file():
         return None, "nothing was uploaded from this clone yet (`ultraflux sync`)"
     # A question, not a record: better no answer than minutes of retries.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

@@ -37,6 +37,7 @@ from flows.tracking.tier import (
     own_secrets,
     served_clients,
     served_tier,
+    sqlite_address,
     use_embedded,
     write_clients,
 )
@@ -110,7 +111,9 @@ def prefect_environment(root: Path, port: int) -> dict[str, str]:
     return {
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": sqlite_address(
+            home / "prefect.db", "sqlite+aiosqlite"
+        ),
         # Everything goes to the UI; the terminal belongs to the pipeline's own lines, and Ctrl-C
         # would print a "crash" for every stage that had not started.
         "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "INFO"),
@@ -157,7 +160,7 @@ def mlflow_environment(root: Path) -> dict[str, str]:
     """Variables of the MLflow server over the embedded store: it asks for the project's login."""
     users = services_dir(root) / "mlflow-users.db"
     users.parent.mkdir(parents=True, exist_ok=True)
-    return mlflow_login(root, f"sqlite:///{users}")
+    return mlflow_login(root, sqlite_address(users))
 
 
 def mlflow_own_address(port: int, host: str) -> list[str]:

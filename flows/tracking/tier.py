@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from flows.environment import PROJECT, project_name
 from flows.records.records import read_json, write_json
@@ -41,6 +42,20 @@ PREFECT_RETRIES = 8
 def services_dir(root: Path) -> Path:
     """`runs/services`: databases, artifacts, passwords."""
     return root / "runs" / "services"
+
+
+def sqlite_address(file: Path, driver: str = "sqlite") -> str:
+    """SQLAlchemy's address of a SQLite file, whatever the folders above it are called."""
+    name = str(file)
+    if "?" in name or "%" in name:
+        # Slashes, too: MLflow makes the folder above this name without decoding it.
+        name = quote(name, safe="")
+    return f"{driver}:///{name}"
+
+
+def sqlite_file(address: str) -> Path:
+    """The file of an address `sqlite:///...`."""
+    return Path(unquote(address.removeprefix("sqlite:///")))
 
 
 def is_loopback(host: str) -> bool:
@@ -174,7 +189,9 @@ def mlflow_login(root: Path, users: str) -> dict[str, str]:
     """
     known = own_secrets(root)
     settings = services_dir(root) / "mlflow-auth.ini"
-    settings.write_text(AUTH_SETTINGS.format(uri=users), encoding="utf-8")
+    # Of what stands in an ini file Python's reader takes a percent sign for a reference.
+    uri = users.replace("%", "%%")
+    settings.write_text(AUTH_SETTINGS.format(uri=uri), encoding="utf-8")
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(settings),
         "MLFLOW_AUTH_ADMIN_USERNAME": ADMIN,

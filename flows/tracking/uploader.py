@@ -40,7 +40,7 @@ from flows.tracking import metric_feed
 from flows.tracking.logged_models import LoggedModels
 from flows.tracking.registry import Promotion, register
 from flows.tracking.run_pages import NOTE_TAG, pipeline_note, stage_note
-from flows.tracking.tier import served_clients
+from flows.tracking.tier import served_clients, sqlite_address, sqlite_file
 from flows.tracking.tracked_datasets import dataset_inputs
 
 POLL_S = 1.0
@@ -59,7 +59,7 @@ def tracking_config(root: Path) -> dict[str, Any]:
     config = yaml.safe_load((root / "mlflow" / "tracking.yaml").read_text(encoding="utf-8"))
     store = config["backend_store"]
     if store.startswith("sqlite:///") and not store.startswith("sqlite:////"):
-        store = f"sqlite:///{root / store.removeprefix('sqlite:///')}"
+        store = sqlite_address(root / store.removeprefix("sqlite:///"))
     artifacts = root / config["artifact_root"]
     return {**config, "backend_store": store, "artifact_root": artifacts}
 
@@ -134,7 +134,7 @@ class Uploader:
         self.project: str = params["project"]["name"]
         uri = tracking_uri(root)
         if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
             # What MLflow says when it makes its tables is no news to who asked for an upload.
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
         # The registry of the SQLite store resolves models through the global URI.

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from flows.services.servers import free_port
+
 pytestmark = pytest.mark.slow
 TIMEOUT_S = 600
 NOBODY = 65534
@@ -219,6 +221,22 @@ def test_a_clone_may_be_called(project: Path, tmp_path: Path, name: str) -> None
     synced = ultraflux(folder, "sync")
     assert synced.stdout.strip() == "MLflow has everything", synced.stderr
     assert (folder / "runs" / "services" / "mlflow.db").stat().st_size > 0
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_servers_keep_their_databases_in_a_clone_of_any_name(project: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "100%25 a#b?c"
+    subprocess.run(["git", "clone", "-q", str(project), folder], check=True)
+    ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
+    try:
+        done = ultraflux(folder, "up", *ports)
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        ultraflux(folder, "down")
+    services = folder / "runs" / "services"
+    for name in ("mlflow.db", "mlflow-users.db", "prefect/prefect.db"):
+        assert (services / name).stat().st_size > 0
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_link_to_a_clone_and_a_folder_in_it_are_the_clone(project: Path, tmp_path: Path) -> None:
