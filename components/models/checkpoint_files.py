@@ -43,8 +43,23 @@ def file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     except (SafetensorError, OSError) as problem:
         detail = " ".join(str(problem).split())
         raise WeightsBroken(
-            f"{path}: not a readable safetensors file ({detail}); download it again"
+            f"{path}: not a readable safetensors file ({detail}); {_remedy(path)}"
         ) from None
+
+
+def _remedy(path: Path) -> str:
+    """What helps, by the first bytes of a file that is no safetensors file."""
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(64)
+    if start.startswith(b"GGUF"):
+        return "it is a GGUF file: name it .gguf"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS: run `git lfs pull`, or download the file itself"
+    if start.startswith(b"PK\x03\x04"):
+        return "it is a file of torch.save, which can run code: get the .safetensors file"
+    return "download it again"
 
 
 def folder_shapes(folder: Path, what: str, command: str) -> dict[str, tuple[int, ...]]:

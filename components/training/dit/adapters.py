@@ -10,6 +10,7 @@ added up (exact at the sum of the ranks).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,10 @@ def add_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
     # Before the factors are there, which are to be trained.
     model.requires_grad_(False)
     # Equal factors on every rank, and no trace in the caller's random state.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # It says that a rounded layer cannot take factors in; what is exported is the unrounded
+        # base with them.
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear")
         # peft draws A from the global generator; there is no generator to hand over.
         torch.manual_seed(seed)
         model.add_adapter(

@@ -94,6 +94,7 @@ def _check(options: GenerateOptions) -> None:
     _choose("schedule", options.schedule or "static", ("static", "dynamic"))
     _choose("dtype", options.dtype or "float32", ("float32", "bfloat16", "float16"))
     _choose("rope", options.rope or "official", ("official", "official_prefix", "paper", "flux"))
+    _choose("quantise", options.quantise or "none", ("none", "int8", "nf4", "fp8"))
     _choose("vae-stride", str(options.vae_stride), ("1", "2"))
     if bool(options.prompts) == (options.prompt_file is not None):
         raise GenerationRefused("give --prompt or --prompts FILE (one of them)")

@@ -300,6 +300,23 @@ def test_damaged_files_are_one_clear_line(weights: Path, tmp_path: Path, damage:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("start", "remedy"),
+    [
+        (b"GGUF\x03\x00\x00\x00" + bytes(64), "name it .gguf"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+        (b"PK\x03\x04" + bytes(64), "can run code: get the .safetensors file"),
+    ],
+)
+def test_a_file_under_a_wrong_name_is_told_by_its_first_bytes(
+    tmp_path: Path, start: bytes, remedy: str
+) -> None:
+    file = tmp_path / "flux.safetensors"
+    file.write_bytes(start)
+    with pytest.raises(WeightsBroken, match=remedy):
+        load_single_file(file, dtype=torch.float32)
+
+
 def test_pickled_and_foreign_files_are_refused(weights: Path, tmp_path: Path) -> None:
     pickled = tmp_path / "flux.ckpt"
     torch.save({}, pickled)

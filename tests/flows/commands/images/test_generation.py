@@ -98,6 +98,7 @@ def test_image_to_image_takes_the_size_of_its_picture(project: Path, tmp_path: P
         ({"size": "100x64"}, "nearest is 96"),
         ({"strength": 2.0}, "--strength"),
         ({"dtype": "int8"}, "--dtype int8: choose"),
+        ({"quantise": "int4"}, "--quantise int4: choose none, int8"),
         ({"steps": -1}, "--steps"),
         ({"memory": "all"}, "memory: unknown mode all"),
         ({"step_cache": "some"}, "--step-cache some: input should be 'none', 'first_block' or"),
