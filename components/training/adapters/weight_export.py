@@ -32,11 +32,16 @@ from components.models.loading.original_layout import original_layout
 from components.models.loading.single_file import rope_metadata
 from components.settings.bad_input import BadInput
 from components.training.adapters.adapter_files import ARCHITECTURES, serialized
-from components.training.adapters.export_choices import Bits, Layout, Rounding
+from components.training.adapters.export_choices import (
+    DELTAS_FILE,
+    WEIGHTS_FILE,
+    Bits,
+    Layout,
+    Rounding,
+    check_target,
+)
 from components.training.sharded.hand_over import StoredWeights, read_movement
 
-DELTAS_FILE = "float32_deltas.safetensors"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _FP8 = torch.float8_e4m3fn
 
 
@@ -160,7 +165,8 @@ def export_whole(
 
     Args:
         folder: float32 diffusers folder of a transformer.
-        out: `diffusers`: folder; `bfl`: one .safetensors file. Replaced if it is there.
+        out: `diffusers`: folder; `bfl`: one .safetensors file. Replaced if it is there, a folder
+            only where it is an export.
         layout: names and matrices.
         bits: of the values; fp8 (E4M3) is of the blocks' matrices, all else then bfloat16.
         rounding: to bfloat16.
@@ -175,7 +181,12 @@ def export_whole(
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise BadInput(f"{folder}: not a diffusers folder of a transformer (no config.json)")
+    check_target(folder, out, layout)
     config = json.loads(config_file.read_text(encoding="utf-8"))
+    try:
+        backbone_of_config(config)
+    except ValueError as problem:
+        raise BadInput(f"{folder}: {problem}") from None
     if layout == "bfl" and backbone_of_config(config).name != "flux":
         raise BadInput("--layout bfl: only Flux has weights in one file of that layout")
     if rounding != "nearest" and bits != "bfloat16":

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from components.files.safetensors_header import metadata_of
 from components.models.text_encoders import build_tiny_text_encoders
 from components.models.tiny import build_tiny_autoencoder
-from components.training.adapters.weight_export import DELTAS_FILE, WEIGHTS_FILE
+from components.training.adapters.export_choices import DELTAS_FILE, WEIGHTS_FILE
 from components.training.dit.job import build_transformer
 from components.training.dit.worker import run_job
 from components.training.vae.export import autoencoder_about, export_training

@@ -16,12 +16,8 @@ from components.models.loading.original_layout import original_layout
 from components.models.loading.single_file import convert_original, load_single_file
 from components.models.tiny import build_tiny_transformer
 from components.settings.bad_input import BadInput
-from components.training.adapters.weight_export import (
-    DELTAS_FILE,
-    WEIGHTS_FILE,
-    export_whole,
-    stochastic_bfloat16,
-)
+from components.training.adapters.export_choices import DELTAS_FILE, WEIGHTS_FILE
+from components.training.adapters.weight_export import export_whole, stochastic_bfloat16
 from components.training.sharded.hand_over import MOVEMENT_FILE, movement, write_movement
 from flows.commands.model.weights import app
 
@@ -270,14 +266,54 @@ def test_fp8_is_of_the_blocks_matrices_and_loads_again(learned, tmp_path):
     load_single_file(out, dtype=torch.float32, rope_variant="paper")
 
 
+def test_nothing_is_written_over_but_an_export(learned, tmp_path):
+    folder, _ = learned
+    before = {one.name: one.read_bytes() for one in folder.iterdir()}
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"mine")
+
+    def typed(source, out, layout):
+        words = ["export", str(source), "--out", str(out), "--layout", layout]
+        return CliRunner().invoke(app, words)
+
+    for out, layout, problem in (
+        (folder, "diffusers", "would be written over"),
+        (tmp_path, "diffusers", "would be written over"),
+        (folder / "x.safetensors", "bfl", "would be written over"),
+        (photos, "diffusers", "a folder that holds a.jpg; it would be replaced"),
+        (photos, "bfl", "writes one file"),
+        (tmp_path / "x.safetensors", "diffusers", "writes a folder"),
+    ):
+        refused = typed(folder, out, layout)
+        assert refused.exit_code == 2, refused.output
+        assert problem in refused.output.replace("\n", " ")
+    assert {one.name: one.read_bytes() for one in folder.iterdir()} == before
+    assert [one.name for one in photos.iterdir()] == ["a.jpg"]
+    # An export may be made again.
+    for _ in range(2):
+        assert typed(folder, tmp_path / "out", "diffusers").exit_code == 0
+    other = tmp_path / "vae"
+    other.mkdir()
+    (other / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    refused = typed(other, tmp_path / "y", "diffusers")
+    assert refused.exit_code == 2
+    assert str(other) in refused.output.replace("\n", "")
+
+
 def test_choices_that_do_not_go_together_are_one_line(learned, tmp_path):
     folder, _ = learned
     with pytest.raises(BadInput, match="of --dtype bfloat16, not float32"):
         export_whole(
-            folder, tmp_path / "x", layout="bfl", bits="float32", rounding="deltas", **DATE
+            folder,
+            tmp_path / "x.safetensors",
+            layout="bfl",
+            bits="float32",
+            rounding="deltas",
+            **DATE,
         )
     config = json.loads((folder / "config.json").read_text())
     del config["guidance_embeds"]
     (folder / "config.json").write_text(json.dumps(config | {"pos_embed_max_size": 8}))
     with pytest.raises(BadInput, match="only Flux"):
-        export_whole(folder, tmp_path / "x", layout="bfl", bits="float32", **DATE)
+        export_whole(folder, tmp_path / "x.safetensors", layout="bfl", bits="float32", **DATE)
