@@ -303,6 +303,7 @@ def test_nothing_is_written_over_but_an_export(learned, tmp_path):
 
 def test_choices_that_do_not_go_together_are_one_line(learned, tmp_path):
     folder, _ = learned
+    given = {"layout": "bfl", "bits": "float32", **DATE}
     with pytest.raises(BadInput, match="of --dtype bfloat16, not float32"):
         export_whole(
             folder,
@@ -316,4 +317,4 @@ def test_choices_that_do_not_go_together_are_one_line(learned, tmp_path):
     del config["guidance_embeds"]
     (folder / "config.json").write_text(json.dumps(config | {"pos_embed_max_size": 8}))
     with pytest.raises(BadInput, match="only Flux"):
-        export_whole(folder, tmp_path / "x.safetensors", layout="bfl", bits="float32", **DATE)
+        export_whole(folder, tmp_path / "x.safetensors", **given)
