@@ -231,3 +231,19 @@ def test_a_run_whose_creation_was_not_noted_is_not_created_twice(
     (record.folder / "mlflow.json").unlink()  # killed between the request and the note
     Uploader(toy).sync()
     assert len(uploader.client.search_runs([uploader.experiment_id])) == 1
+
+
+@pytest.mark.parametrize("name", ["plain", "with a space", "größer", "100% sure", "a%3Fb", "a#b?c"])
+def test_an_address_of_sqlite_is_that_very_file(tmp_path: Path, name: str) -> None:
+    import sqlalchemy
+
+    file = tmp_path / name / "mlflow.db"
+    file.parent.mkdir()
+    address = tier.sqlite_address(file)
+    assert tier.sqlite_file(address) == file
+    engine = sqlalchemy.create_engine(address)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("create table runs (name text)"))
+    engine.dispose()
+    assert file.stat().st_size > 0
+    assert list(tmp_path.iterdir()) == [file.parent]
