@@ -418,12 +418,17 @@ def _emptied(folder: Path) -> list[str]:
 _KEPT = ("runs/records/", "runs/logs/", "runs/services/", "runs/flow-runs/", ".git/", ".dvc/tmp/")
 """What stays by intent: records, logs, databases; and what Git and DVC keep for themselves."""
 
+_OF_STARTS = re.compile(r"runs/[^/]+/[0-9a-f]+/(ranks/|restarts\.jsonl$)")
+"""Logs of a training state: a folder a start of torchrun, a line a restart of its ranks."""
+
 
 def _names_and_paths(clone: Path) -> Iterator[tuple[str, str]]:
     """Files of a clone: names without what is drawn anew for each run, and paths."""
     for path in clone.rglob("*"):
         place = path.relative_to(clone).as_posix()
         if path.is_dir() or place.startswith(_KEPT) or "__pycache__" in place:
+            continue
+        if _OF_STARTS.match(place):
             continue
         # The cache is named by content: there every digit counts.
         yield (place if place.startswith(".dvc/cache") else _DRAWN.sub("#", place)), place

@@ -145,11 +145,17 @@ def test_what_lies_about_is_named_unless_clean_lists_it(drill: Drill) -> None:
     listed = clone / "runs" / "attempts" / "a-1-2" / "outcome.json"
     listed.parent.mkdir(parents=True)
     listed.touch()
+    state = clone / "runs" / "dit_stage1" / "4c2b3a0e6d37026d"
+    logs = state / "ranks" / "0001" / "none_y7rv0o5o"
+    logs.mkdir(parents=True)
+    for path in (logs / "stderr.log", state / "restarts.jsonl", state / ".writing-half"):
+        path.touch()
     names = [one.path for one in leftovers(clone)]
     assert names == ["runs/attempts/a-1-2"]
     assert drill.left_on_disk(names) == [
         ".dvc/cache/files/half",
         "data/half.parquet",
+        "runs/dit_stage#/#/.writing-half",
         "TMPDIR/tmpabc",
     ]
 
