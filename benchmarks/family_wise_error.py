@@ -1,6 +1,6 @@
-"""How often a page finds a difference that is not there: systems that are equal in every metric.
+"""How often a page finds a difference that is not there: systems with equal means in every metric.
 
-    python benchmarks/family_wise_error.py [PAGES]
+    python benchmarks/family_wise_error.py [PAGES] [SHAPE ...]
 
 A page compares two systems with a baseline in four metrics over 24 prompts of two pictures, as
 `ultraflux report` does: eight tests, Holm's correction over all, and a verdict only where test and
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,16 +24,30 @@ from components.evaluation.suites.against_baseline import LEVEL, against_baselin
 METRICS = ("psnr_db", "ssim", "glcm_score", "piqe")
 SYSTEMS = ("base", "one", "two")
 PROMPTS, PER_PROMPT = 24, 2
+SHAPES: dict[str, Callable[..., Any]] = {
+    "normal": lambda rng, size: rng.normal(size=size),
+    "exponential": lambda rng, size: rng.exponential(size=size),
+    "log-normal": lambda rng, size: rng.lognormal(size=size),
+}
+OFFSETS: dict[str, Callable[..., Any]] = {
+    "exponential differences": lambda rng, size: rng.exponential(size=size) - 1.0,
+    "log-normal differences, 0.5": lambda rng, size: rng.lognormal(0.0, 0.5, size) - np.exp(0.125),
+    "log-normal differences, 1": lambda rng, size: rng.lognormal(size=size) - np.exp(0.5),
+}
 _FOUND = {"better", "worse", "differs"}
 
 
 def page(rng: np.random.Generator, shape: str) -> pd.DataFrame:
-    """Scores of three equal systems; pictures of one prompt are alike."""
+    """Scores of three systems with equal means; pictures of one prompt are alike."""
     rows = []
+    size = (PROMPTS, 1)
     for metric in METRICS:
+        base = rng.normal(size=size)
         for system in SYSTEMS:
-            size = (PROMPTS, 1)
-            of_prompt = rng.normal(size=size) if shape == "normal" else rng.exponential(size=size)
+            if shape in SHAPES:
+                of_prompt = SHAPES[shape](rng, size)
+            else:
+                of_prompt = base + (OFFSETS[shape](rng, size) if system != "base" else 0.0)
             values = of_prompt + 0.3 * rng.normal(size=(PROMPTS, PER_PROMPT))
             rows += [
                 {"system": system, "metric": metric, "value": float(values[prompt, number])}
@@ -70,7 +86,7 @@ def main() -> None:
     pages = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
     began = time.process_time()
     print("| differences | pages with a verdict | with an uncorrected p below 5% |\n|---|---|---|")
-    for shape in ("normal", "exponential"):
+    for shape in sys.argv[2:] or (*SHAPES, *OFFSETS):
         wrong, uncorrected = errors(pages, shape)
         print(f"| {shape} | {wrong:.1%} | {uncorrected:.1%} |", flush=True)
     print(f"\n{pages} pages of 8 tests, {time.process_time() - began:.0f} CPU seconds")

@@ -1,9 +1,9 @@
 """Non-inferiority to a baseline: the paired lower bound of each metric against its margin.
 
 A rule holds when the candidate may, with the stated confidence, be worse than the baseline by less
-than the margin. Bound and p-value come from the same studentised bootstrap over prompts, guarded by
-Student's t as every interval of a page is (`bootstrap.mean_interval`), so they never disagree, and
-Holm's steps run over the rules.
+than the margin. Bound and p-value come from the same draws of the bootstrap over prompts as every
+interval of a page (`bootstrap.extended_draws`), so they never disagree, and Holm's steps run over
+the rules.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.special import stdtr
 
 from components.evaluation.statistics.bootstrap import (
     ClusterSums,
     cluster_sums,
-    student_quantile,
-    studentised_draws,
+    extended_draws,
+    one_sided_p_value,
 )
 from components.evaluation.statistics.comparison import ComparisonInvalid, paired_scores
 from components.evaluation.statistics.power import (
@@ -48,17 +47,7 @@ class _Evidence:
     @property
     def p_value(self) -> float:
         """One-sided, of the hypothesis that the candidate is worse by the margin or more."""
-        error = self.grouped.standard_error
-        room = self.grouped.centre + self.rule.margin
-        # Nothing varies: the sign of the room is certain, and p is as small as the draws allow.
-        if error == 0.0:
-            return 1.0 / (self.draws.size + 1) if room >= 0.0 else 1.0
-        # +1 in both: the observed sample is one of its own resamples, so p is never 0.
-        # "left": a draw that equals the observed room counts against the candidate.
-        above = self.draws.size - int(np.searchsorted(self.draws, room / error, side="left"))
-        drawn = (above + 1) / (self.draws.size + 1)
-        # Student's upper tail, as in `lower_bound`: the worse of the two counts.
-        return max(drawn, float(stdtr(self.grouped.clusters - 1, -room / error)))
+        return one_sided_p_value(self.grouped, self.draws, -self.rule.margin)
 
     def lower_bound(self, level: float) -> float:
         """Of the mean improvement; below -margin exactly where `p_value` is above `level`."""
@@ -73,9 +62,7 @@ class _Evidence:
             return -math.inf
         # The pivot is subtracted, so its upper tail gives the lower end. Where that draw is
         # infinite the bound is too, and the rule fails.
-        pivot = float(self.draws[self.draws.size - may_exceed - 1])
-        reach = max(pivot, student_quantile(1.0 - level, self.grouped.clusters))
-        return self.grouped.centre - reach * error
+        return self.grouped.centre - float(self.draws[self.draws.size - may_exceed - 1]) * error
 
     def power(self, level: float) -> float:
         """Chance that an equal model would pass at this size and spread."""
@@ -145,7 +132,7 @@ def _gather(
         grouped = cluster_sums(improvement, pairs.clusters)
         # One seed for all rules: over the same prompts they see the same draws, so that two rules
         # never differ by the luck of resampling.
-        draws = studentised_draws(grouped, resamples=settings.resamples, seed=seed)
+        draws = extended_draws(grouped, resamples=settings.resamples, seed=seed)
     # Too few prompts, mostly. It fails like a loss: without evidence nothing is promoted.
     except ValueError as problem:
         raise ComparisonInvalid(f"{rule.metric}: {problem}") from None

@@ -20,17 +20,23 @@ SHAPES: dict[str, tuple[Callable[[Generator, int], np.ndarray], float]] = {
     "normal": (lambda rng, k: rng.normal(0.0, 1.0, k), 0.0),
     "exponential": (lambda rng, k: rng.exponential(1.0, k), 1.0),
     "log-normal": (lambda rng, k: rng.lognormal(0.0, 0.5, k), float(np.exp(0.125))),
+    "log-normal, 1": (lambda rng, k: rng.lognormal(0.0, 1.0, k), float(np.exp(0.5))),
+    "skewed to the left": (lambda rng, k: -rng.lognormal(0.0, 1.0, k), -float(np.exp(0.5))),
+    "heavy tails": (lambda rng, k: rng.standard_t(5, k), 0.0),
+    "grades": (lambda rng, k: rng.choice(5, k, p=[0.05, 0.1, 0.2, 0.35, 0.3]), 2.75),
 }
 
 
-def coverage(shape: str, clusters: int, trials: int, *, by_prompt: bool = True) -> float:
-    """Share of samples of `PER_PROMPT` pictures a prompt whose 95% interval holds the mean."""
+def coverage(
+    shape: str, clusters: int, trials: int, *, by_prompt: bool = True, each: int = PER_PROMPT
+) -> float:
+    """Share of samples of `each` pictures a prompt whose 95% interval holds the mean."""
     draw, truth = SHAPES[shape]
     rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(clusters), PER_PROMPT).tolist()
+    labels = np.repeat(np.arange(clusters), each).tolist()
     hits = 0
     for trial in range(trials):
-        values = np.repeat(draw(rng, clusters), PER_PROMPT) + rng.normal(0, 0.25, len(labels))
+        values = np.repeat(draw(rng, clusters), each) + rng.normal(0, 0.25, len(labels))
         found = mean_interval(
             values, clusters=labels if by_prompt else None, resamples=499, seed=trial
         )
@@ -44,6 +50,11 @@ def test_intervals_over_prompts_cover_the_mean_as_often_as_they_say(
     shape: str, clusters: int
 ) -> None:
     assert 0.93 <= coverage(shape, clusters, 1500) <= 0.97
+
+
+@pytest.mark.parametrize("shape", ["normal", "log-normal, 1"])
+def test_intervals_cover_as_often_with_one_picture_a_prompt(shape: str) -> None:
+    assert 0.93 <= coverage(shape, 8, 1500, each=1) <= 0.97
 
 
 def test_intervals_over_pictures_would_cover_two_thirds() -> None:

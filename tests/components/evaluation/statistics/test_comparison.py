@@ -9,10 +9,13 @@ import pytest
 from components.evaluation.statistics.comparison import (
     Comparison,
     ComparisonInvalid,
+    PairedScores,
     Refusal,
     compare_systems,
+    difference_p_value,
     paired_scores,
 )
+from components.evaluation.statistics.permutation import paired_permutation
 from components.evaluation.statistics.scores import Score, scores_table
 
 SIZES = ((128, 128), (96, 224))
@@ -100,3 +103,33 @@ def test_pictures_that_neither_system_can_measure_are_counted_and_left_out() -> 
         table.loc[table["image"] == "00.png", "value"] = float("nan")
     pairs = paired_scores(before, after, "psnr_db")
     assert (pairs.unmeasurable, pairs.differences.size) == (2, 22)
+
+
+def _skewed_pairs(sign: float, seed: int) -> PairedScores:
+    rng = np.random.default_rng(seed)
+    before = rng.normal(size=24)
+    after = before + sign * (rng.exponential(1.0, 24) - 1.0)
+    return PairedScores("psnr_db", "x", before, after, tuple(map(str, range(24))), 0)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_skewed_differences_of_mean_zero_are_not_found_beyond_the_level(sign: float) -> None:
+    level, trials, found, flipped = 0.01, 400, 0, 0
+    for seed in range(trials):
+        pairs = _skewed_pairs(sign, seed)
+        found += difference_p_value(pairs, resamples=250, seed=seed) < level
+        signs = paired_permutation(pairs.before, pairs.after, permutations=999, seed=seed)
+        flipped += signs.p_value < level
+    # Flipping signs alone errs twice as often as it says.
+    assert flipped / trials > 0.02
+    assert found / trials <= 0.0125
+
+
+def test_a_p_value_is_never_below_that_of_the_sign_flips() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=10)
+    after = before + rng.normal(0.3, 1.0, 10)
+    pairs = PairedScores("psnr_db", "x", before, after, tuple(map(str, range(10))), 0)
+    signs = paired_permutation(before, after, permutations=400, seed=0)
+    assert signs.exact
+    assert difference_p_value(pairs, resamples=100, seed=0) >= signs.p_value > 0.05

@@ -11,13 +11,14 @@ from scipy import stats
 from components.evaluation.statistics.bootstrap import (
     _bca_levels,
     cluster_sums,
+    extended_draws,
     mean_interval,
     ratio_sums,
     studentised_draws,
     sums_interval,
 )
 
-METHODS = ("percentile", "bca", "studentised", "guarded")
+METHODS = ("percentile", "bca", "studentised", "extended")
 SKEWED = np.random.default_rng(5).lognormal(0.0, 1.0, 40)
 values_lists = st.lists(st.floats(-1e3, 1e3), min_size=8, max_size=20)
 
@@ -87,13 +88,34 @@ def test_equal_values_have_an_interval_of_one_point() -> None:
         assert (estimate.low, estimate.mean, estimate.high) == (2.5, 2.5, 2.5)
 
 
-def test_a_guarded_interval_contains_the_studentised_one_and_students() -> None:
-    guarded = mean_interval(SKEWED, resamples=999, seed=1)
-    drawn = mean_interval(SKEWED, resamples=999, seed=1, method="studentised")
-    half = stats.t.ppf(0.975, SKEWED.size - 1) * stats.sem(SKEWED)
-    assert guarded.low == pytest.approx(min(drawn.low, SKEWED.mean() - half), rel=1e-12)
-    assert guarded.high == pytest.approx(max(drawn.high, SKEWED.mean() + half), rel=1e-12)
-    assert guarded.high > SKEWED.mean() + half
+def test_of_two_draws_that_face_each_other_the_farther_moves_out_by_16_kths() -> None:
+    for values in (SKEWED, -SKEWED):
+        grouped = cluster_sums(values)
+        draws = studentised_draws(grouped, resamples=999, seed=1)
+        found = extended_draws(grouped, resamples=999, seed=1)
+        low, high = draws[25], draws[-26]
+        gain = 16 / 40 * abs(low + high)
+        farther = [low - gain, high] if -low > high else [low, high + gain]
+        assert found[[25, -26]] == pytest.approx(farther, rel=1e-12)
+        assert (np.diff(found) >= 0.0).all()
+
+
+def test_the_printed_interval_is_that_of_the_extended_draws() -> None:
+    grouped = cluster_sums(SKEWED)
+    draws = extended_draws(grouped, resamples=999, seed=1)
+    found = mean_interval(SKEWED, resamples=999, seed=1)
+    expected = SKEWED.mean() - grouped.standard_error * draws[[-26, 25]]
+    assert (found.low, found.high) == pytest.approx(tuple(expected), rel=1e-12)
+    plain = mean_interval(SKEWED, resamples=999, seed=1, method="studentised")
+    assert found.low == pytest.approx(plain.low, rel=1e-12)
+    assert found.high - SKEWED.mean() > 1.1 * (plain.high - SKEWED.mean())
+
+
+def test_draws_without_spread_stay_infinite() -> None:
+    few = cluster_sums([0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+    found = extended_draws(few, resamples=999, seed=0)
+    assert not np.isnan(found).any()
+    assert found[0] == -np.inf
 
 
 def test_with_few_prompts_the_interval_is_students() -> None:
