@@ -14,12 +14,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from components.evaluation.measuring.pipeline_scores import pipeline_scores, read_generations
+from components.evaluation.measuring.pipeline_scores import GENERATIONS, pipeline_scores
 from components.evaluation.measuring.twin_scores import pipeline_twins, twin_metrics
 from components.evaluation.pages.report import build_report
 from components.evaluation.statistics import gate, scores
 from components.evaluation.statistics.non_inferiority import baseline_scores
 from components.files.whole_files import whole_file, write_text
+from components.generation.sampling import read_generations
 from components.settings.schema import Settings
 
 LOSSES = (
@@ -85,7 +86,7 @@ def evaluate_pipeline(root: Path, settings: Settings) -> PipelineEvaluation:
     twins = pipeline_twins(root, settings)
     metrics = dict(sorted((headline | validation_loss(root) | twin_metrics(twins)).items()))
     # All images of a run are made by the same weights.
-    digests: dict[str, str] = read_generations(root)[0]["digests"]
+    digests: dict[str, str] = read_generations(root / GENERATIONS)[0]["digests"]
     decision = gate.decide(
         metrics,
         settings.promote,

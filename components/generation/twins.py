@@ -7,12 +7,10 @@ back. It shows nothing of generalisation.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -93,11 +91,3 @@ def write_twins(generations: Sequence[Generation], finished: Path, folder: Path)
     folder.mkdir(parents=True)
     write_generations(generations, finished, folder, folder / LIST)
     return folder
-
-
-def read_twins(root: Path) -> list[dict[str, Any]]:
-    """Lines of `twins.jsonl`; none where the stage `generate` made no twins."""
-    path = root / TWINS / LIST
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -90,6 +90,9 @@ class EvaluateSettings(Section):
     bootstrap_resamples: Annotated[int, Field(ge=100)]
     report_image_px: Annotated[int, Field(ge=64)]
     """Long edge of pictures inside the HTML report."""
+    lattice: bool = False
+    """Measure periodic patterns (2, 16 and 32 px) of generated images too, so that
+    `promote.non_inferiority` may name `lattice_2px`, `lattice_16px` or `lattice_32px`."""
 
 
 class BaselineSettings(Section):

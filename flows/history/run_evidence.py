@@ -6,7 +6,6 @@ the same sha256. So a walk needs no server, and survives restored, skipped and r
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -246,9 +245,10 @@ class Evidence:
         """Lines of the `generations.jsonl` that a run of `generate` wrote; empty if it is gone."""
         path = "data/generate/generations.jsonl"
         file = self.file(path, run.outputs[path]) if path in run.outputs else None
-        if file is None:
-            return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        # Here, because it brings the samplers with it.
+        from components.generation.sampling import read_generations
+
+        return [] if file is None else read_generations(file)
 
     def producer(self, path: str, md5: str) -> StageRun | None:
         """The newest run that wrote these bytes to this path."""

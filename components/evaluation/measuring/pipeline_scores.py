@@ -5,11 +5,9 @@ Pictures that were measured before, by the same protocols, are not measured agai
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,10 +22,13 @@ from components.evaluation.measuring.reconstruction import (
 )
 from components.evaluation.statistics import scores
 from components.files.weight_folders import file_digest
+from components.generation.sampling import read_generations
 from components.images.arrays import ImageArray
 from components.images.aspect_buckets import Bucket, fit_to_bucket
 from components.images.decoding import SEEN, read_rgb
 from components.images.original_lookup import Original, OriginalLookup
+from components.metrics.catalog.lattice import LATTICE
+from components.metrics.native.lattice import lattice_levels
 from components.metrics.native.texture import TEXTURE_IDS, texture_metrics
 from components.models.autoencoder_f16 import AutoencoderKLF16
 from components.models.loading.base_autoencoder import autoencoder_digest, load_base_autoencoder
@@ -40,6 +41,7 @@ HELD_OUT = Path("data", "slices", "eval.parquet")
 AUTOENCODER = Path("data", "vae", "autoencoder")
 GENERATIONS = Path("data", "generate", "generations.jsonl")
 GENERATED_IMAGES = Path("data", "generate", "images")
+LATTICE_IDS = tuple(one.id for one in LATTICE.cards)
 
 
 def pipeline_scores(root: Path, settings: Settings) -> pd.DataFrame:
@@ -55,14 +57,11 @@ def pipeline_scores(root: Path, settings: Settings) -> pd.DataFrame:
     """
     held_out = pd.read_parquet(root / HELD_OUT)
     return scores.scores_table(
-        [*photograph_scores(root, settings, held_out), *generated_scores(root)]
+        [
+            *photograph_scores(root, settings, held_out),
+            *generated_scores(root, lattice=settings.evaluate.lattice),
+        ]
     )
-
-
-def read_generations(root: Path) -> list[dict[str, Any]]:
-    """The lines that the stage `generate` wrote, one per image."""
-    text = (root / GENERATIONS).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _fitted_digest(image_id: str, size: tuple[int, int]) -> str:
@@ -155,21 +154,30 @@ def photograph_scores(
     once.close()
 
 
-def generated_scores(root: Path) -> Iterator[scores.Score]:
-    """Weight-free numbers of every generated image, with its prompt."""
-    records = read_generations(root)
+def generated_scores(root: Path, *, lattice: bool = False) -> Iterator[scores.Score]:
+    """Weight-free numbers of every generated image, with its prompt.
+
+    Args:
+        root: repository root.
+        lattice: periodic patterns too (`evaluate.lattice`).
+    """
+    records = read_generations(root / GENERATIONS)
     folder = root / GENERATED_IMAGES
     digests = [file_digest(folder / record["file"]) for record in records]
-    once = MeasuredOnce(Ledger(root / LEDGER), ((digest, "") for digest in digests), TEXTURE_IDS)
+    groups = [(TEXTURE_IDS, texture_metrics), *([(LATTICE_IDS, lattice_levels)] * lattice)]
+    ids = [metric_id for several, _ in groups for metric_id in several]
+    once = MeasuredOnce(Ledger(root / LEDGER), ((digest, "") for digest in digests), ids)
     for record, digest in zip(track(records, "evaluate images"), digests, strict=True):
         size = (int(record["height"]), int(record["width"]))
-        values = once.values(digest, TEXTURE_IDS, partial(_texture_of, folder / record["file"]))
-        yield from scores.image_scores(
-            record["file"], scores.GENERATED, size, values, record["prompt"]
-        )
+        for several, measure in groups:
+            of_file = partial(_of_file, measure, folder / record["file"])
+            values = once.values(digest, several, of_file)
+            yield from scores.image_scores(
+                record["file"], scores.GENERATED, size, values, record["prompt"]
+            )
     once.close()
 
 
-def _texture_of(path: Path) -> Values:
+def _of_file(measure: Callable[[ImageArray], Values], path: Path) -> Values:
     with Image.open(path) as image:
-        return texture_metrics(np.asarray(image.convert("RGB")))
+        return measure(np.asarray(image.convert("RGB")))

@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from components.generation.twins import TRAINED, TWINS, read_twins
+from components.generation.sampling import read_generations
+from components.generation.twins import LIST, TRAINED, TWINS
 from components.images.aspect_buckets import Bucket, fit_to_bucket
 from components.images.decoding import read_rgb
 from components.images.original_lookup import Original, OriginalLookup
@@ -88,7 +89,7 @@ def pipeline_twins(root: Path, settings: Settings) -> list[Twin]:
     """
     # Only the first picture of each is in its photograph's own size.
     first: dict[str, str] = {}
-    for row in read_twins(root):
+    for row in read_generations(root / TWINS / LIST):
         first.setdefault(row["source_image_id"], row["file"])
     if not first:
         return []

@@ -29,7 +29,8 @@ from components.evaluation.viewer import (
     ViewedPicture,
     Viewer,
 )
-from components.generation.twins import TRAINED, read_twins
+from components.generation.sampling import read_generations
+from components.generation.twins import LIST, TRAINED
 
 _THUMBNAIL_PX = 320
 _SMOOTHING = 0.9
@@ -389,7 +390,7 @@ def read_twin_groups(
     """
     if not twins:
         return ()
-    rows = read_twins(data_dir.parent)
+    rows = read_generations(data_dir / "generate" / "twins" / LIST)
     trained = pd.read_parquet(data_dir.parent / TRAINED, columns=["image_id", "uri"])
     uris = trained.set_index("image_id")["uri"]
     jpegs = _derivatives(
@@ -423,11 +424,9 @@ def read_twin_groups(
 
 def read_samples(data_dir: Path, long_edge_px: int, limit: int) -> list[SampleGroup]:
     """Generated images, grouped by prompt in the order of `generations.jsonl`."""
-    log = data_dir / "generate" / "generations.jsonl"
-    if not log.exists():
-        return []
+    rows = read_generations(data_dir / "generate" / "generations.jsonl")
     groups: dict[str, list[Sample]] = {}
-    for line in log.read_text(encoding="utf-8").splitlines()[:limit]:
-        sample = _sample(json.loads(line), data_dir / "generate" / "images", long_edge_px)
+    for row in rows[:limit]:
+        sample = _sample(row, data_dir / "generate" / "images", long_edge_px)
         groups.setdefault(sample.prompt, []).append(sample)
     return [SampleGroup(prompt, tuple(samples)) for prompt, samples in groups.items()]

@@ -91,7 +91,8 @@ class Refusal:
 def _one_system(table: pd.DataFrame, metric: str, name: str) -> pd.DataFrame:
     rows = table[table["metric"] == metric]
     if rows.empty:
-        raise ComparisonInvalid(f"{metric}: {name} has no rows; measure it there first")
+        how = " with evaluate.lattice" if metric.startswith("lattice_") else ""
+        raise ComparisonInvalid(f"{metric}: {name} has no rows; measure it there first{how}")
     # A second row of a picture would shift every later pair, since pairs go by position.
     twice = rows[rows.duplicated(KEY)]
     if not twice.empty:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,6 @@ from components.evaluation.measuring.evaluation_run import (
 from components.evaluation.measuring.ledger import Ledger
 from components.evaluation.statistics import scores
 from components.evaluation.statistics.comparison import Refusal
-from components.evaluation.statistics.sequential import Look
 from components.evaluation.statistics.set_comparison import SetComparison
 from components.evaluation.suites.picture_checks import (
     measured_sizes,
@@ -48,6 +47,9 @@ from components.evaluation.suites.system import References, System, SystemFailed
 from components.files.weight_folders import WeightsMissing
 from components.metrics.cards import card
 from components.metrics.metric import Picture, SetMetric
+
+if TYPE_CHECKING:
+    from components.evaluation.statistics.sequential import Look
 
 COLUMNS = (*scores.COLUMNS, "item", "stratum", "image_sha256", "error")
 

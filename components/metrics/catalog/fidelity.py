@@ -5,21 +5,26 @@ Each is a family of its own, so that whoever asks for PSNR does not wait for MS-
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
+from components.images.arrays import ImageArray
 from components.metrics.metric import FunctionMetric, Metric
 from components.metrics.metric_card import NATIVE, MetricCard, MetricFamily
 
 _UNSAID = "The papers state neither colour space nor window nor whether borders count."
 
 
+def _of_pair(metric_id: str, theirs: ImageArray, ours: ImageArray) -> dict[str, float | None]:
+    # When the first pair is measured: the process that only hands pictures out need not wait.
+    from components.metrics.native.native_metrics import pair_metric
+
+    return {metric_id: pair_metric(metric_id, theirs, ours)}
+
+
 def _family(card: MetricCard) -> MetricFamily:
     def open_it(files: tuple[Path, ...], digest: str, device: str) -> Metric:
-        from components.metrics.native.native_metrics import pair_metric
-
-        return FunctionMetric(
-            (card.id,), of_pair=lambda theirs, ours: {card.id: pair_metric(card.id, theirs, ours)}
-        )
+        return FunctionMetric((card.id,), of_pair=functools.partial(_of_pair, card.id))
 
     return MetricFamily(cards=(card,), opener=open_it)
 

@@ -12,7 +12,6 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import correlate1d
 
 from components.images.arrays import ImageArray
 
@@ -181,6 +180,9 @@ def _similarity(x: Plane, y: Plane, band_px: int = _BAND_PX) -> tuple[float, flo
 
 def _similarity_maps(x: Plane, y: Plane) -> tuple[Plane, Plane]:
     """SSIM and contrast-structure of every window, (H - 10, W - 10) float64."""
+    # Here: it takes as long to import as PSNR takes for four pairs of 4096 x 4096.
+    from scipy.ndimage import correlate1d
+
     window = _gaussian_window()
     # Windows that reach over the border are cut away, so the filter's rule there is never seen.
     inside = (slice(_SSIM_RADIUS, -_SSIM_RADIUS),) * 2

@@ -129,6 +129,9 @@ def evaluate(
     quiet: Annotated[
         bool, typer.Option("--quiet", help="Print the path of the scores and errors alone.")
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object instead of tables.")
+    ] = False,
 ) -> None:
     """Measure systems on a suite; what has been measured before is not measured again.
 
@@ -143,13 +146,12 @@ def evaluate(
     from components.evaluation.measuring.evaluation_lock import check_lock, lock_of, write_lock
     from components.evaluation.measuring.evaluation_run import RunOptions, open_metrics
     from components.evaluation.measuring.ledger import Ledger
-    from components.evaluation.sequential_evaluation import check_stopping, evaluate_until_decided
     from components.evaluation.suites.result_folder import taken, write_result
     from components.evaluation.suites.suite_scores import evaluate_suite, statistics_of
     from components.evaluation.suites.suites import load_suite, runtime_items, ways_items
     from components.evaluation.suites.system import Sampling
     from components.settings.schema import SettingsError
-    from flows.commands.images.evaluation_tables import show_result, show_tests
+    from flows.commands.images.evaluation_tables import print_json, show_result, show_tests
     from flows.commands.images.runtime import (
         compare_and_show,
         parse_sizes,
@@ -185,11 +187,19 @@ def evaluate(
             with taken(folder):
                 if ways:
                     items = ways_items(sizes, limit)
-                    timed, failed = compare_and_show(systems, ways, items, sampling, folder)
+                    timed, failed = compare_and_show(
+                        systems, ways, items, sampling, folder, as_json=as_json
+                    )
                 else:
                     items = runtime_items(sizes)
                     timed, failed = time_and_show(
-                        systems, items, sampling, folder, warm_up=warm_up, repeats=repeats
+                        systems,
+                        items,
+                        sampling,
+                        folder,
+                        warm_up=warm_up,
+                        repeats=repeats,
+                        as_json=as_json,
                     )
             if log:
                 file = folder / ("ways.json" if ways else "runtime.json")
@@ -207,6 +217,8 @@ def evaluate(
         refiner = settings.refiner.endpoint.model if refine else ""
         asked = _asked(sampling, seed, refiner)
         if stop_when_decided is not None:
+            from components.evaluation.sequential_evaluation import check_stopping
+
             check_stopping(stop_when_decided, ids, baseline, [one.name for one in systems])
             asked["stopped_by"] = f"{stop_when_decided}, {looks} looks"
         lock = lock_of(loaded, opened, asked)
@@ -230,6 +242,8 @@ def evaluate(
             if stop_when_decided is None:
                 result = measure(loaded)
             else:
+                from components.evaluation.sequential_evaluation import evaluate_until_decided
+
                 loaded, result = evaluate_until_decided(
                     loaded,
                     measure,
@@ -242,19 +256,23 @@ def evaluate(
             write_lock(lock, written)
     except (SettingsError, ValueError, WorkersDoNotStart) as problem:
         raise fail(str(problem)) from None
-    if not quiet:
-        show_result(loaded, result, ids)
-    if baseline is not None and not quiet:
-        show_tests(result, baseline, settings.evaluate.bootstrap_resamples, settings.project.seed)
+    resamples, root_seed = settings.evaluate.bootstrap_resamples, settings.project.seed
     did = statistics_of(result)
     seconds = time.monotonic() - started
     scores = written / "scores.parquet"
+    if as_json:
+        print_json(loaded, result, scores, baseline, resamples, root_seed)
+    elif not quiet:
+        show_result(loaded, result, ids)
+        if baseline is not None:
+            show_tests(result, baseline, resamples, root_seed)
     counts = (
         f"{did['pictures']} pictures, {did['decoded']} decoded, {did['computed']} values computed, "
         f"{did['reused']} found in the ledger; {seconds:.1f} s"
     )
-    print(scores if quiet else f"{counts}\nScores: {scores}")
-    if written != folder:
+    if not as_json:
+        print(scores if quiet else f"{counts}\nScores: {scores}")
+    if written != folder and not as_json:
         print(f"A system failed: the earlier result in {folder} stays as it was")
     if log:
         files = [written / "metrics.json", written / "scores.parquet"]

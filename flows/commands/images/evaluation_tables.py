@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,7 +67,6 @@ def show_result(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None
     from rich.console import Console
     from rich.table import Table
 
-    from components.evaluation.pages.suite_tables import comparisons
     from components.metrics.paper_tables import table_of_suite
 
     console = Console()
@@ -100,6 +102,8 @@ def show_result(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     published = table_of_suite(suite.name)
     if published is not None:
+        from components.evaluation.pages.suite_tables import comparisons
+
         beside = Table(
             title=f"Published, other pictures and weights: {published.caption} "
             f"({published.source})",
@@ -172,6 +176,64 @@ def show_tests(result: SuiteResult, baseline: str, resamples: int, seed: int) ->
         refusals = (*one.refusals, *result.set_refusals.get(one.system, ()))
         for line in not_compared(one.system, [refusal.reason for refusal in refusals]):
             console.print(line, markup=False, soft_wrap=True)
+
+
+def print_json(
+    suite: Suite,
+    result: SuiteResult,
+    scores: Path,
+    baseline: str | None,
+    resamples: int,
+    seed: int,
+) -> None:
+    """What `show_result` and `show_tests` print, as one JSON object."""
+    from components.evaluation.suites.against_baseline import against_baseline, verdict
+    from components.evaluation.suites.suite_scores import statistics_of
+
+    tests = []
+    measured = {picture["system"] for picture in result.pictures}
+    compared = (
+        against_baseline(
+            result.table,
+            sorted(measured),
+            baseline,
+            result.set_comparisons,
+            resamples=resamples,
+            seed=seed,
+        )
+        if baseline in measured and baseline is not None
+        else []
+    )
+    for one in compared:
+        for found in one.comparisons:
+            ends = found.difference.low, found.difference.high
+            said = verdict(found.metric, found.difference.mean, found.adjusted_p, ends)
+            tests.append({"system": one.system, **asdict(found), "verdict": said})
+        for distance, adjusted in one.sets:
+            said = verdict(distance.metric, distance.difference, adjusted)
+            row = {**asdict(distance), "difference": distance.difference}
+            tests.append({**row, "adjusted_p": adjusted, "verdict": said})
+        refused = (*one.refusals, *result.set_refusals.get(one.system, ()))
+        tests += [{"system": one.system, **asdict(refusal)} for refusal in refused]
+    errors = result.table[result.table["error"].notna()]
+    described = {
+        "suite": suite.name,
+        "protocol": suite.protocol,
+        "items": len(suite.items),
+        "metrics": result.metrics,
+        "baseline": baseline,
+        "tests": tests,
+        "other_sizes": result.other_sizes,
+        "notes": result.notes,
+        "unavailable": result.unavailable,
+        "errors": errors[["system", "item", "metric", "error"]].to_dict("records"),
+        "failed_systems": result.failed_systems,
+        "statistics": statistics_of(result),
+        "scores": str(scores),
+    }
+    # JSON has no infinity: an end that is not bounded is null.
+    finite = json.loads(json.dumps(described, ensure_ascii=False), parse_constant=lambda _: None)
+    print(json.dumps(finite, ensure_ascii=False))
 
 
 def not_compared(system: str, reasons: list[str]) -> Iterator[str]:

@@ -41,8 +41,9 @@ def time_and_show(
     *,
     warm_up: int,
     repeats: int,
+    as_json: bool = False,
 ) -> tuple[dict[str, float], list[str]]:
-    """Time the systems, write `runtime.json` below `out`, print the table.
+    """Time the systems, write `runtime.json` below `out`, print the table (or the file).
 
     Returns:
         The numbers by name, and a line for everything that could not be timed.
@@ -61,8 +62,11 @@ def time_and_show(
     path = out / "runtime.json"
     asked = {"warm_up": warm_up, "repeats": repeats, "sampling": asdict(sampling)}
     write_runtime(timings, failed, sampling.device, path, **asked)
-    _show(timings, sampling.device)
-    print(f"Timings: {path}")
+    if as_json:
+        print(json.dumps(json.loads(path.read_text(encoding="utf-8")), ensure_ascii=False))
+    else:
+        _show(timings, sampling.device)
+        print(f"Timings: {path}")
     problems = [f"{name}: {reason}" for name, reason in failed.items()]
     problems += [f"{t.system} at {t.size}: {t.error}" for t in timings if t.error is not None]
     return runtime_metrics(timings), problems
@@ -86,8 +90,10 @@ def compare_and_show(
     items: Sequence[SuiteItem],
     sampling: Sampling,
     out: Path,
+    *,
+    as_json: bool = False,
 ) -> tuple[dict[str, float], list[str]]:
-    """Each way against the exact pictures: write `ways.json` below `out`, print a table a system.
+    """Each way against the exact pictures: write `ways.json` below `out`, print tables (or it).
 
     Returns:
         The numbers by name, and a line for every system that could not be compared. A way that
@@ -114,7 +120,8 @@ def compare_and_show(
         except ValueError as problem:
             problems.append(f"{system.name}: {' '.join(str(problem).split())}")
             continue
-        _show_ways(system.name, tables[system.name])
+        if not as_json:
+            _show_ways(system.name, tables[system.name])
     path = out / "ways.json"
     metrics: dict[str, float] = {}
     for name, rows in tables.items():
@@ -139,7 +146,7 @@ def compare_and_show(
         },
     }
     write_text(path, json.dumps(described, indent=2) + "\n")
-    print(f"Ways: {path}")
+    print(json.dumps(described, ensure_ascii=False) if as_json else f"Ways: {path}")
     return metrics, problems
 
 

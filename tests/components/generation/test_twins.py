@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from components.generation.sampling import Generation
+from components.generation.sampling import Generation, read_generations
 from components.generation.twins import (
+    LIST,
     TRAINED,
     TWINS,
     least_like,
-    read_twins,
     twin_requests,
     write_twins,
 )
@@ -77,19 +77,21 @@ def test_the_three_sizes_least_like_ones_own() -> None:
 def test_none_are_asked_for_where_the_settings_say_so(tmp_path: Path, settings: Settings) -> None:
     none = settings.generate.model_copy(update={"twins": 0})
     assert twin_requests(tmp_path, settings.model_copy(update={"generate": none})) == []
-    assert read_twins(tmp_path) == []
+    assert read_generations(tmp_path / TWINS / LIST) == []
 
 
 def test_what_is_written_is_read_and_pictures_of_a_former_run_go(tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "twin00_8x8.png").write_bytes(b"picture")
-    generation = Generation("ein See, 湖", "twin00_8x8.png", 1, 8, 8, "0", "a", "k", {"vae": "1"})
+    generation = Generation(
+        "ein See,\u2028 湖\x85", "twin00_8x8.png", 1, 8, 8, "0", "a", "k", {"vae": "1"}
+    )
     folder = tmp_path / TWINS
     folder.mkdir(parents=True)
     (folder / "twin09_8x8.png").touch()
     write_twins([generation], tmp_path / "made", folder)
     assert sorted(path.name for path in folder.iterdir()) == ["twin00_8x8.png", "twins.jsonl"]
     assert (folder / "twin00_8x8.png").read_bytes() == b"picture"
-    (line,) = read_twins(tmp_path)
+    (line,) = read_generations(folder / LIST)
     assert Generation(**line) == generation
     assert "湖" in json.dumps(line, ensure_ascii=False)

@@ -16,10 +16,12 @@ from components.evaluation.measuring import pipeline_scores
 from components.evaluation.measuring.ledger import Ledger
 from components.evaluation.measuring.reconstruction import fidelity_metrics, reconstruct
 from components.evaluation.statistics import scores
+from components.evaluation.statistics.non_inferiority import judge_non_inferiority
 from components.images.aspect_buckets import Bucket, fit_to_bucket
 from components.metrics.native.texture import texture_metrics
 from components.models.loading.base_autoencoder import load_base_autoencoder
 from components.models.tiny import build_tiny_autoencoder
+from components.settings.evaluation import NonInferioritySettings
 from components.settings.schema import Settings, parse_settings
 from flows.versioning.setting_overrides import read_params
 
@@ -89,6 +91,61 @@ def test_photographs_have_the_numbers_of_the_library_and_are_measured_once(
     for uri in rows["uri"]:
         (tmp_path / uri).write_bytes(b"not a picture")
     assert list(pipeline_scores.photograph_scores(tmp_path, settings, rows)) == first
+
+
+def _patterned(path: Path, level: float) -> None:
+    """A smooth picture with a checkerboard of 16 px cells' period, `level` grey levels strong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(int(path.stem))
+    coarse = Image.fromarray(rng.integers(80, 176, (8, 8), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((256, 256), Image.Resampling.BICUBIC)).astype(float)
+    wave = np.sin(2 * np.pi * np.arange(256) / 16)
+    grid = np.clip(smooth + level * (wave[:, None] + wave), 0, 255).round().astype(np.uint8)
+    Image.fromarray(np.stack([grid] * 3, axis=2)).save(path)
+
+
+def _with_patterns(root: Path, level: float, *, lattice: bool) -> pd.DataFrame:
+    folder = root / "data" / "generate"
+    lines = []
+    for number in range(8):
+        _patterned(folder / "images" / f"{number}.png", level)
+        record = {"file": f"{number}.png", "height": 256, "width": 256, "prompt": f"p{number}"}
+        lines.append(json.dumps(record) + "\n")
+    (folder / "generations.jsonl").write_text("".join(lines))
+    return scores.scores_table(pipeline_scores.generated_scores(root, lattice=lattice))
+
+
+def test_a_lattice_is_measured_where_the_settings_ask_and_then_decides_the_gate(
+    settings: Settings, tmp_path: Path
+) -> None:
+    rule = NonInferioritySettings(system="generated", metric="lattice_16px", margin=0.5)
+    gate = settings.promote.model_copy(update={"non_inferiority": (rule,), "resamples": 999})
+    before = _with_patterns(tmp_path, 0.0, lattice=True)
+    for level, passed in ((0.2, True), (4.0, False)):
+        after = _with_patterns(tmp_path, level, lattice=True)
+        (judged,) = judge_non_inferiority(before, after, gate, 0)
+        assert judged["passed"] is passed
+    without = _with_patterns(tmp_path, 0.0, lattice=False)
+    assert not set(without["metric"]) & set(pipeline_scores.LATTICE_IDS)
+    (judged,) = judge_non_inferiority(before, without, gate, 0)
+    assert judged["passed"] is False
+    assert "evaluate.lattice" in judged["reason"]
+
+
+def test_the_stage_passes_the_setting_on(settings: Settings, tmp_path: Path) -> None:
+    held_out(tmp_path, 1).to_parquet(_made(tmp_path / pipeline_scores.HELD_OUT))
+    _with_patterns(tmp_path, 0.0, lattice=False)
+    for asked in (False, True):
+        evaluate = settings.evaluate.model_copy(update={"lattice": asked})
+        table = pipeline_scores.pipeline_scores(
+            tmp_path, settings.model_copy(update={"evaluate": evaluate})
+        )
+        assert ("lattice_16px" in set(table["metric"])) is asked
+
+
+def _made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def test_one_more_generated_picture_is_one_more_measurement(

@@ -75,6 +75,24 @@ def test_two_systems_are_measured_once_and_reported(
     assert kept == {name: (out / name).read_bytes() for name in kept}
 
 
+def test_json_says_what_the_tables_say(project: Path, typed: Typed) -> None:
+    words = ("real", "--system", "a=references", "--system", "mine=mine", "--baseline", "a")
+    done = typed(project, "evaluate", *words, "--metrics", "colourfulness,psnr_db,hpsv3", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    kept = json.loads((project / "runs" / "evaluations" / "real" / "metrics.json").read_text())
+    assert found["metrics"] == kept["metrics"]
+    assert found["metrics"]["a.psnr_db_infinite"] == 3
+    assert (found["suite"], found["items"], found["baseline"]) == ("real", 3, "a")
+    assert Path(found["scores"]).is_file()
+    assert found["statistics"]["pictures"] == 6
+    assert "hpsv3" in found["unavailable"]
+    assert [one["system"] for one in found["tests"]] == ["mine", "mine"]
+    assert all("reason" in one for one in found["tests"])
+    assert found["errors"] == []
+    assert found["failed_systems"] == {}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
