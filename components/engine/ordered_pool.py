@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from components.settings.schema import Settings
+if TYPE_CHECKING:
+    from components.settings.schema import Settings
 
 
 @dataclass(frozen=True)

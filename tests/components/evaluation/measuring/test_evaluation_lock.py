@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 from PIL import Image
 
 from components.evaluation.measuring.evaluation_lock import (
+    MEASURING,
     LockDiffers,
     check_lock,
+    code_fingerprint,
     lock_of,
     read_lock,
     write_lock,
@@ -23,6 +26,7 @@ from components.evaluation.measuring.evaluation_run import RunOptions, open_metr
 from components.evaluation.measuring.ledger import Ledger
 from components.evaluation.suites.suite_scores import evaluate_suite
 from components.evaluation.suites.suites import Suite, SuiteItem
+from components.files.code_identity import CodeIdentity
 from components.metrics.cards import card
 
 ASKED = {"seed": 0, "steps": None, "refiner": ""}
@@ -126,3 +130,26 @@ def test_refined_prompts_reach_the_system_and_not_the_metrics(suite: Suite, tmp_
     assert set(result.table["prompt"]) == {"a lake", "a hill"}
     assert {picture["prompt"] for picture in result.pictures} == {"a lake", "a hill"}
     assert any("refined texts for 1 prompts" in note for note in result.notes)
+
+
+def test_a_kept_fingerprint_holds_until_a_byte_of_the_code_changes(
+    root: Path, tmp_path: Path
+) -> None:
+    for package in ("components", "flows"):
+        without = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(root / package, tmp_path / package, ignore=without)
+    kept_in = tmp_path / "kept"
+    first = code_fingerprint(tmp_path, kept_in)
+    assert first == CodeIdentity(tmp_path).fingerprint(MEASURING)
+    (kept,) = kept_in.iterdir()
+    kept.write_text("0" * 64)
+    assert code_fingerprint(tmp_path, kept_in) == "0" * 64
+    changed = tmp_path / "components" / "metrics" / "native" / "fidelity.py"
+    changed.write_text(changed.read_text().replace("_PEAK = 255.0", "_PEAK = 254.0"))
+    second = code_fingerprint(tmp_path, kept_in)
+    assert second not in (first, "0" * 64)
+    (again,) = kept_in.iterdir()
+    assert again != kept
+    shutil.rmtree(kept_in)
+    kept_in.touch()
+    assert code_fingerprint(tmp_path, kept_in) == second
