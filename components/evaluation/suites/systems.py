@@ -102,6 +102,12 @@ class FolderSystem:
                 )
         missing = [item.id for item in items if item.id not in by_name]
         if not missing:
+            extra = sorted(by_name.keys() - {item.id for item in items})
+            if extra:
+                self._said.append(
+                    f"{len(extra)} of {len(files)} pictures have no item's name and were left out, "
+                    f"such as {by_name[extra[0]].name}"
+                )
             return [by_name[item.id] for item in items]
         matched = len(items) - len(missing)
         if matched == 0 and len(files) == len(items):
