@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from components.evaluation.statistics import scores
+from components.evaluation.suites.suite_scores import count_note
 
 
 def pair(image: str, before: float, after: float) -> list[scores.Score]:
@@ -15,6 +16,13 @@ def pair(image: str, before: float, after: float) -> list[scores.Score]:
         *scores.image_scores(image, scores.RECONSTRUCTION_BEFORE, (32, 64), {"psnr_db": before}),
         *scores.image_scores(image, scores.RECONSTRUCTION_AFTER, (32, 64), {"psnr_db": after}),
     ]
+
+
+def test_infinite_is_identical_only_where_higher_is_better() -> None:
+    metrics = {"s.psnr_db_infinite": 4.0, "s.psnr_db_n": 3.0, "s.nmse_infinite": 2.0}
+    assert count_note(metrics, "s.psnr_db") == "4 of 7 identical"
+    assert count_note(metrics, "s.nmse") == "2 of 2 infinite"
+    assert count_note(metrics, "s.ssim") == ""
 
 
 def test_gain_pairs_images_and_carries_an_interval_from_two_images_on() -> None:
