@@ -267,8 +267,13 @@ def make_other_version(clone: Path) -> None:
     write_row_groups(tables(), source.schema_arrow, clone / "after.parquet")
 
 
-def make_clone(folder: Path) -> Path:
-    """The files of the working tree without pictures, under git, with the settings to measure."""
+def make_clone(folder: Path, target: int | None) -> Path:
+    """The files of the working tree without pictures, under git, with the settings to measure.
+
+    Args:
+        folder: gets `clone`.
+        target: `select.target_images`.
+    """
     import yaml
 
     clone = folder / "clone"
@@ -287,6 +292,7 @@ def make_clone(folder: Path) -> Path:
     # Of the lengths that the synthetic captions have.
     settings["caption"] |= {"min_words": 10, "max_words": 200}
     path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    settings["select"]["target_images"] = target
     (clone / "list.csv").write_text("image_url\n", encoding="utf-8")
     commit = ["git", "-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost", "commit"]
     for command in (["git", "init", "-q"], ["git", "add", "-A"], [*commit, "-qm", "clone"]):
@@ -327,6 +333,7 @@ def main() -> None:
     """Make the tables, then run every command in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--target", type=int, help="select.target_images of a new clone.")
     parser.add_argument("--only", nargs="*", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--folder", type=Path, help="Keep the clone here, or use the one there.")
     parser.add_argument(
@@ -344,7 +351,7 @@ def main() -> None:
         folder = (options.folder or Path(temporary)).resolve()
         clone = folder / "clone"
         if not clone.is_dir():
-            make_clone(folder)
+            make_clone(folder, options.target)
             for name in ("code", "source"):
                 run(clone, ["stage", "run", name])
             make("tables", clone, options.rows)

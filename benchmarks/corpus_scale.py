@@ -8,7 +8,9 @@ ones (256 px and less; JPEG, PNG and WebP), each with its caption in a text file
 sizes and texture are off, because small cuts of photographs are meant to get through.
 
 Per stage: CPU seconds of its process and all that it starts, and the largest sum of their resident
-sizes (shared pages count in each of them: an upper bound). "ms a row" is the slope between two
+sizes (shared pages count in each of them: an upper bound). Libraries are imported once for all
+stages: that is in the whole command's seconds alone, which are read four times a second, so that
+the last moments of each process are missing. "ms a row" is the slope between two
 sizes, so that the start of a process does not count. Exit code 1: in some stage or in all
 together, the slope between the two largest sizes is more than 1.1 times the one before; or a stage
 peaks at 2 GiB or more. Slopes below 0.1 ms count as 0.1 ms.
@@ -18,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from process_tree import words as words_of
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_GROWTH, MOST_GIB = 1.1, 2.0
+_READ_EVERY_S = 0.25
 # Starts of one process differ by seconds; less a row than this cannot be told from them.
 SMALLEST_MS = 0.1
 STAGES = ("source", "ingest", "signals", "quality", "people", "select", "caption")
@@ -84,16 +86,24 @@ def make_photographs(folder: Path, count: int, seed: int = 0) -> None:
         file.with_suffix(".txt").write_text(text, encoding="utf-8")
 
 
-def watch(root: int, stop: threading.Event, found: dict[str, dict[str, float]]) -> None:
-    """Keep the CPU seconds and the peak of every stage below the process `root`."""
+def stage_of(pid: int) -> str:
+    """The stage that a process is; empty where it is none."""
+    said = words_of(pid)
+    place = said.index("stage") if "stage" in said else len(said)
+    return said[place + 2] if said[place + 1 : place + 2] == ["run"] else ""
+
+
+def watch(
+    root: int, stop: threading.Event, found: dict[str, dict[str, float]], own_s: dict[int, float]
+) -> None:
+    """Keep the CPU seconds and the peak of every stage below `root`, and each process's seconds."""
     stages: dict[int, str] = {}
-    for known in readings(0.1, stop):
+    for known in readings(_READ_EVERY_S, stop):
         for pid in family(root, known):
-            if pid not in stages:
-                said = words_of(pid)
-                place = said.index("stage") if "stage" in said else len(said)
-                is_stage = said[place + 1 : place + 2] == ["run"]
-                stages[pid] = said[place + 2] if is_stage else ""
+            own_s[pid] = max(own_s.get(pid, 0.0), known[pid].own_s)
+            # A stage that was forked takes its name a moment later.
+            if not stages.get(pid):
+                stages[pid] = stage_of(pid)
             if name := stages[pid]:
                 tree = [known[one] for one in family(pid, known)]
                 row = found.setdefault(f"{name} {pid}", {"cpu_s": 0.0, "gib": 0.0})
@@ -108,13 +118,14 @@ def measured(clone: Path) -> dict[str, dict[str, float]]:
     command = [str(Path(sys.executable).with_name("ultraflux")), *words]
     environment = command_environment(clone)
     found: dict[str, dict[str, float]] = {}
+    own_s: dict[int, float] = {}
     with (clone.parent / "said.log").open("w+", encoding="utf-8") as said:
         started = time.monotonic()
         process = subprocess.Popen(command, cwd=clone, env=environment, stdout=said, stderr=said)
         stop = threading.Event()
-        watcher = threading.Thread(target=watch, args=(process.pid, stop, found))
+        watcher = threading.Thread(target=watch, args=(process.pid, stop, found, own_s))
         watcher.start()
-        _, status, used = os.wait4(process.pid, 0)
+        status = process.wait()
         wall_s = time.monotonic() - started
         stop.set()
         watcher.join()
@@ -123,12 +134,12 @@ def measured(clone: Path) -> dict[str, dict[str, float]]:
             sys.exit(said.read())
     stages: dict[str, dict[str, float]] = {}
     for key, row in found.items():
-        # A process and its fork of the same command line: the outer one contains the inner.
+        # The command in dvc.yaml, the fork that does its work, and what that one forks.
         one = stages.setdefault(key.split()[0], {"cpu_s": 0.0, "gib": 0.0})
         for name in one:
             one[name] = max(one[name], row[name])
     stages["whole command"] = {
-        "cpu_s": used.ru_utime + used.ru_stime,
+        "cpu_s": sum(own_s.values()),
         "gib": max(row["gib"] for row in stages.values()),
         "wall_s": wall_s,
     }

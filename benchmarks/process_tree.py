@@ -16,8 +16,10 @@ class Process:
     """One reading of a process."""
 
     parent: int
+    own_s: float
+    """CPU seconds."""
     cpu_s: float
-    """Its own, and that of the children that it has waited for."""
+    """The same with those of the children that it has waited for."""
     resident: int
     """Bytes; pages that it shares with others count in each of them."""
 
@@ -36,9 +38,10 @@ def processes() -> dict[int, Process]:
             values = status.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        ticks = sum(int(value) for value in values[11:15])
+        ticks = [int(value) for value in values[11:15]]
         resident = int(values[21]) * _PAGE
-        found[int(status.parent.name)] = Process(int(values[1]), ticks / _TICKS, resident)
+        own_s, cpu_s = sum(ticks[:2]) / _TICKS, sum(ticks) / _TICKS
+        found[int(status.parent.name)] = Process(int(values[1]), own_s, cpu_s, resident)
     return found
 
 
@@ -55,9 +58,10 @@ def family(root: int, known: dict[int, Process]) -> list[int]:
 
 
 def words(pid: int) -> list[str]:
-    """The command line of a process; empty where it has gone."""
+    """The command line of a process, or the title that it has given itself; empty if it has gone."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+        # A title is one string with spaces.
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").split()
     except OSError:
         return []
 
