@@ -58,7 +58,7 @@ def family(root: int, known: dict[int, Process]) -> list[int]:
 
 
 def words(pid: int) -> list[str]:
-    """The command line of a process, or the title that it has given itself; empty if it has gone."""
+    """Command line of a process, or the title that it has given itself; empty if it has gone."""
     try:
         # A title is one string with spaces.
         return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").split()
