@@ -2,6 +2,8 @@
 
     python benchmarks/corpus_scale.py --sizes 500 5000 50000
 
+    python benchmarks/corpus_scale.py --sizes 0     (the bundled photographs at their full sizes)
+
 For each size: a fresh clone of the last commit, that many distinct small photographs, and
 `ultraflux run --until slices --no-rehearsal`. The photographs are cut at random from the bundled
 ones (256 px and less; JPEG, PNG and WebP), each with its caption in a text file beside it. Rules on
@@ -147,11 +149,12 @@ def measured(clone: Path) -> dict[str, dict[str, float]]:
 
 
 def run_size(folder: Path, count: int) -> dict[str, Any]:
-    """One size in a fresh clone."""
+    """One size in a fresh clone; 0: the bundled photographs as they are, with their settings."""
     clone = folder / "clone"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
-    small_project.change_settings(clone, SETTINGS)
-    make_photographs(clone / "photos", count)
+    if count:
+        small_project.change_settings(clone, SETTINGS)
+        make_photographs(clone / "photos", count)
     stages = measured(clone)
     slices = json.loads((clone / "data" / "slices" / "summary.json").read_text(encoding="utf-8"))
     return {"rows": count, "stages": stages, "slices": slices}
