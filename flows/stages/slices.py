@@ -9,7 +9,6 @@ from components.corpus.manifest_copies import copy_manifest
 from components.corpus.pages import datasheet
 from components.corpus.pages.overview_figure import save_overview
 from components.corpus.pages.page_figures import write_page
-from components.corpus.selection.attribution import COLUMNS as CREDITS
 from components.corpus.selection.attribution import write_attribution
 from components.corpus.selection.slices import COLUMNS, SLICES, slice_rows, split
 from components.files.whole_files import write_text
@@ -39,8 +38,7 @@ def run(context: StageContext) -> StageResult:
     copy_manifest(captioned, manifest[["split"]], {folder / "manifest.parquet": None, **tables})
     counts = {name: len(rows[name]) for name in SLICES}
     counts["buckets"] = int(manifest.loc[manifest["kept"].eq(True), "bucket"].nunique())
-    credited = read_columns(captioned, CREDITS)
-    write_attribution(credited, {name: rows[name] for name in SLICES}, folder / "attribution")
+    write_attribution(captioned, {name: rows[name] for name in SLICES}, folder / "attribution")
     summary = folder / "summary.json"
     write_text(summary, json.dumps(counts, indent=2) + "\n")
     figure = folder / "overview.png"
