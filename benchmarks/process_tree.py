@@ -75,6 +75,6 @@ def readings(every_s: float, stop: threading.Event) -> Iterator[dict[int, Proces
 def peak_of_tree(root: int, stop: threading.Event, found: list[int]) -> None:
     """Append the largest sum of resident bytes of a process and its descendants."""
     largest = 0
-    for known in readings(0.05, stop):
+    for known in readings(0.2, stop):
         largest = max(largest, sum(known[pid].resident for pid in family(root, known)))
     found.append(largest)
