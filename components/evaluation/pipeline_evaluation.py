@@ -20,7 +20,7 @@ from components.evaluation.pages.report import build_report
 from components.evaluation.statistics import gate, scores
 from components.evaluation.statistics.non_inferiority import baseline_scores
 from components.files.whole_files import whole_file, write_text
-from components.generation.sampling import read_generations
+from components.generation.generation_list import read_generations
 from components.settings.schema import Settings
 
 LOSSES = (

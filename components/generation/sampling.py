@@ -133,15 +133,6 @@ def write_generations(
     write_text(listed, "".join(f"{line}\n" for line in lines))
 
 
-def read_generations(listed: Path) -> list[dict[str, Any]]:
-    """Lines of a list that `write_generations` wrote; none where there is no such file."""
-    if not listed.exists():
-        return []
-    # Only "\n" ends a line: splitlines() would also split at separators inside a prompt.
-    lines = listed.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
-
-
 def image_seed(seed: int, prompt_index: int, height: int, width: int) -> int:
     """Seed of one image in [0, 2^31), independent of which other images are asked for."""
     text = f"{seed}/{prompt_index}/{height}x{width}"

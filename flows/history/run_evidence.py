@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.files.weight_folders import file_digest
+from components.generation.generation_list import read_generations
 from flows.history.acceptance import accepted_lines
 from flows.history.run_history import record_trees
 from flows.records.records import ACCEPTED_TAG, Record, all_records
@@ -245,9 +246,6 @@ class Evidence:
         """Lines of the `generations.jsonl` that a run of `generate` wrote; empty if it is gone."""
         path = "data/generate/generations.jsonl"
         file = self.file(path, run.outputs[path]) if path in run.outputs else None
-        # Here, because it brings the samplers with it.
-        from components.generation.sampling import read_generations
-
         return [] if file is None else read_generations(file)
 
     def producer(self, path: str, md5: str) -> StageRun | None:

@@ -22,7 +22,7 @@ from components.evaluation.measuring.reconstruction import (
 )
 from components.evaluation.statistics import scores
 from components.files.weight_folders import file_digest
-from components.generation.sampling import read_generations
+from components.generation.generation_list import read_generations
 from components.images.arrays import ImageArray
 from components.images.aspect_buckets import Bucket, fit_to_bucket
 from components.images.decoding import SEEN, read_rgb

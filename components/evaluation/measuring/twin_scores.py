@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from components.generation.sampling import read_generations
+from components.generation.generation_list import read_generations
 from components.generation.twins import LIST, TRAINED, TWINS
 from components.images.aspect_buckets import Bucket, fit_to_bucket
 from components.images.decoding import read_rgb

@@ -29,7 +29,7 @@ from components.evaluation.viewer import (
     ViewedPicture,
     Viewer,
 )
-from components.generation.sampling import read_generations
+from components.generation.generation_list import read_generations
 from components.generation.twins import LIST, TRAINED
 
 _THUMBNAIL_PX = 320

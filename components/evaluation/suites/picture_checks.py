@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from components.evaluation.measuring.evaluation_run import Found
 from components.evaluation.suites.suites import SuiteItem
@@ -44,6 +45,17 @@ def other_size(items: Sequence[SuiteItem], found: Sequence[Found]) -> str:
         f"{len(wrong)} of {len(items)} pictures are {', '.join(named)}{more} (width x height), "
         f"such as {wrong[0][1].path.name}"
     )
+
+
+def left_out(by_name: Mapping[str, Path], items: Sequence[SuiteItem]) -> list[str]:
+    """A line about files whose names are no item's, where every item has its own."""
+    extra = sorted(by_name.keys() - {item.id for item in items})
+    if not extra:
+        return []
+    return [
+        f"{len(extra)} of {len(by_name)} pictures have no item's name and were left out, such as "
+        f"{by_name[extra[0]].name}"
+    ]
 
 
 def reading_notes(found: Sequence[Found]) -> list[str]:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from components.evaluation.suites.picture_checks import left_out
 from components.evaluation.suites.step_clock import PipelinePaint
 from components.evaluation.suites.suites import SuiteItem
 from components.evaluation.suites.system import (
@@ -102,15 +103,9 @@ class FolderSystem:
                 )
         missing = [item.id for item in items if item.id not in by_name]
         if not missing:
-            extra = sorted(by_name.keys() - {item.id for item in items})
-            if extra:
-                self._said.append(
-                    f"{len(extra)} of {len(files)} pictures have no item's name and were left out, "
-                    f"such as {by_name[extra[0]].name}"
-                )
+            self._said += left_out(by_name, items)
             return [by_name[item.id] for item in items]
-        matched = len(items) - len(missing)
-        if matched == 0 and len(files) == len(items):
+        if len(missing) == len(items) and len(files) == len(items):
             # Said, since a folder that was numbered by anything else would give wrong numbers.
             self._said.append(
                 f"no file has an item's name, so the {len(files)} pictures were matched by their "
@@ -121,7 +116,7 @@ class FolderSystem:
         named = ", ".join(missing[:_NAMED_IN_MESSAGES])
         raise SystemFailed(
             f"{self.name}: {self.folder} has {len(files)} pictures for {len(items)} items; "
-            f"{matched} match by name and these do not: {named}"
+            f"{len(items) - len(missing)} match by name and these do not: {named}"
             f"{', ...' if len(missing) > _NAMED_IN_MESSAGES else ''}. Name the files after the "
             "items, or give exactly one per item (then their order counts, 2 before 10)"
         )

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from components.generation.sampling import Generation, read_generations
+from components.generation.generation_list import read_generations
+from components.generation.sampling import Generation
 from components.generation.twins import (
     LIST,
     TRAINED,
