@@ -103,7 +103,7 @@ class FolderSystem:
                 )
         missing = [item.id for item in items if item.id not in by_name]
         if not missing:
-            self._said += left_out(by_name, items)
+            self._said.extend(left_out(by_name, items))
             return [by_name[item.id] for item in items]
         if len(missing) == len(items) and len(files) == len(items):
             # Said, since a folder that was numbered by anything else would give wrong numbers.

@@ -43,8 +43,11 @@ def paint(folder: Path, *names: str) -> Path:
 
 def test_a_folder_is_matched_by_name(tmp_path: Path) -> None:
     folder = paint(tmp_path, "lake.png", "hill.jpg", "tall.webp", "more.png")
-    found = FolderSystem("mine", folder).pictures(ITEMS, tmp_path)
+    system = FolderSystem("mine", folder)
+    found = system.pictures(ITEMS, tmp_path)
     assert [path.name for path in found] == ["lake.png", "hill.jpg", "tall.webp"]
+    left_out = "1 of 4 pictures have no item's name and were left out, such as more.png"
+    assert system.remarks == (left_out,)
 
 
 def test_a_folder_with_other_names_is_matched_by_order_if_the_numbers_agree(tmp_path: Path) -> None:
