@@ -12,7 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from components.training.distributed.run_states import read_states, remove_state, unneeded
+from components.training.distributed.run_states import (
+    fragments,
+    read_states,
+    remove_state,
+    unneeded,
+)
 from flows.environment import COMPILED
 from flows.running.clone_lock import LOCK_FILE, STAGE_LOCKS
 from flows.running.dvc_repro import ATTEMPTS
@@ -122,6 +127,10 @@ def _states(root: Path) -> Iterator[Leftover]:
         for state, reason in unneeded(read_states(root / "runs" / name), key):
             place = str(state.folder.relative_to(root))
             yield Leftover(place, "training state", reason, state.size_bytes())
+        if not _in_use(root):
+            for folder in fragments(root / "runs" / name):
+                place = str(folder.relative_to(root))
+                yield Leftover(place, "killed run", "part of a training state", _size(folder))
 
 
 def _tiles(root: Path) -> Iterator[Leftover]:

@@ -31,7 +31,7 @@ STATE_FILE = "state.json"
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 KEY_DIGITS = 16
-_CONTINUING = ".continuing-"
+_CONTINUING, _REMOVING = ".continuing-", ".removing-"
 _FORMAT = 1
 
 
@@ -202,9 +202,29 @@ def read_states(folder: Path) -> list[RunState]:
     """All states below `runs/<stage>`, the one last written to first."""
     if not folder.is_dir():
         return []
-    found = (read_state(path) for path in folder.iterdir() if path.is_dir())
+    # What a kill left half made, or half removed, can have a state.json, too.
+    whole = (path for path in folder.iterdir() if path.is_dir() and not _is_part(path))
+    found = (read_state(path) for path in whole)
     states = [state for state in found if state is not None]
     return sorted(states, key=lambda state: (-state.modified(), state.name))
+
+
+def fragments(folder: Path) -> list[Path]:
+    """Folders below `runs/<stage>` that a kill left half made, half removed or empty."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and (_is_part(path) or _is_empty(path))
+    )
+
+
+def _is_part(path: Path) -> bool:
+    return path.name.startswith((_CONTINUING, _REMOVING))
+
+
+def _is_empty(path: Path) -> bool:
+    # Who has lost a state.json alone still has checkpoints.
+    return not (path / STATE_FILE).exists() and newest_checkpoint(path / CHECKPOINTS) is None
 
 
 def write_state(state: RunState) -> RunState:
@@ -339,6 +359,6 @@ def unneeded(states: list[RunState], current: str | None) -> Iterator[tuple[RunS
 
 def remove_state(state: RunState) -> None:
     """Delete a state's folder, so that a kill in the middle leaves no half of it behind."""
-    gone = state.folder.with_name(f".removing-{state.folder.name}")
+    gone = state.folder.with_name(f"{_REMOVING}{state.folder.name}")
     state.folder.rename(gone)
     shutil.rmtree(gone)

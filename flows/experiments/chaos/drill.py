@@ -326,11 +326,17 @@ class Drill:
         site = self.site
         self._typed(site.disturbed, "ultraflux", "sync")
         listed = json.loads(site.must(site.disturbed, "ultraflux", "clean", "--json"))
+        states = json.loads(site.must(site.disturbed, "ultraflux", "stage", "states", "--json"))
         found = [*self.other_hashes(), *self.open_runs(engine)]
         if left := self.left_running():
             found.append(f"left running: {', '.join(left)}")
-        if left := self.left_on_disk([one["path"] for one in listed]):
-            found.append(f"left on disk: {', '.join(left[:5])} ({len(left)} in all)")
+        left = self.left_on_disk(
+            [one["path"] for one in listed], [f"runs/{one['state']}" for one in states]
+        )
+        if left:
+            names = site.folder / "logs" / f"left-on-disk-{self.report.rounds + 1}.txt"
+            names.write_text("\n".join(left) + "\n", encoding="utf-8")
+            found.append(f"left on disk: {', '.join(left[:5])} ({len(left)} in all, {names})")
         for problem in found:
             self._problem(f"{engine}: {problem}")
 
@@ -378,13 +384,20 @@ class Drill:
                 return left
             time.sleep(0.5)
 
-    def left_on_disk(self, listed: Sequence[str]) -> list[str]:
-        """Files that the undisturbed clone does not have and `clean` has not listed."""
+    def left_on_disk(self, listed: Sequence[str], states: Sequence[str]) -> list[str]:
+        """Files that the undisturbed clone does not have and that no command lists.
+
+        Args:
+            listed: paths that `ultraflux clean` lists.
+            states: folders of the training states that `ultraflux stage states` lists.
+        """
         site, prefixes = self.site, tuple(listed)
         left = {
             name
             for name, path in _names_and_paths(site.disturbed)
-            if name not in self._files and not path.startswith(prefixes or ("\0",))
+            if name not in self._files
+            and not path.startswith(prefixes or ("\0",))
+            and not _is_log_of_a_start(path, states)
         }
         return sorted(left) + [f"TMPDIR/{name}" for name in _emptied(site.temporary)]
 
@@ -418,8 +431,14 @@ def _emptied(folder: Path) -> list[str]:
 _KEPT = ("runs/records/", "runs/logs/", "runs/services/", "runs/flow-runs/", ".git/", ".dvc/tmp/")
 """What stays by intent: records, logs, databases; and what Git and DVC keep for themselves."""
 
-_OF_STARTS = re.compile(r"runs/[^/]+/[0-9a-f]+/(ranks/|restarts\.jsonl$)")
+_OF_STARTS = re.compile(r"(runs/[^/]+/[^/]+)/(ranks/.+|restarts\.jsonl)")
 """Logs of a training state: a folder a start of torchrun, a line a restart of its ranks."""
+
+
+def _is_log_of_a_start(path: str, states: Sequence[str]) -> bool:
+    """Whether a file is one that a state keeps for as long as it is kept itself."""
+    found = _OF_STARTS.fullmatch(path)
+    return found is not None and found[1] in states
 
 
 def _names_and_paths(clone: Path) -> Iterator[tuple[str, str]]:
@@ -427,8 +446,6 @@ def _names_and_paths(clone: Path) -> Iterator[tuple[str, str]]:
     for path in clone.rglob("*"):
         place = path.relative_to(clone).as_posix()
         if path.is_dir() or place.startswith(_KEPT) or "__pycache__" in place:
-            continue
-        if _OF_STARTS.match(place):
             continue
         # The cache is named by content: there every digit counts.
         yield (place if place.startswith(".dvc/cache") else _DRAWN.sub("#", place)), place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -83,3 +84,27 @@ def test_compiled_kernels_of_stages_stay_in_the_clone_and_are_listed(
     assert one.size_bytes >= 8192
     remove(toy, one)
     assert not folder.exists()
+
+
+def test_what_a_kill_left_of_a_training_state_is_listed_and_goes(root: Path, toy: Path) -> None:
+    # Whose state it would be, settings say.
+    shutil.copyfile(root / "params.yaml", toy / "params.yaml")
+    graph = toy / "dvc.yaml"
+    graph.write_text(graph.read_text().replace("resumable: false", "resumable: true, trains: true"))
+    states = toy / "runs" / "b"
+    for name in (".continuing-0123456789abcdef", ".removing-0123456789abcdef", "fedcba9876543210"):
+        (states / name / "ranks").mkdir(parents=True)
+        (states / name / "ranks" / "torchrun.log").write_bytes(os.urandom(4096))
+    with clone_lock(toy, print):
+        # It may be filling one now.
+        assert leftovers(toy) == []
+    found = leftovers(toy)
+    assert {(one.kind, one.reason) for one in found} == {("killed run", "part of a training state")}
+    assert sorted(one.path for one in found) == [
+        "runs/b/.continuing-0123456789abcdef",
+        "runs/b/.removing-0123456789abcdef",
+        "runs/b/fedcba9876543210",
+    ]
+    for one in found:
+        remove(toy, one)
+    assert list(states.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from components.training.distributed.run_states import (
     begin_state,
     continue_from,
     described,
+    fragments,
     mark_finished,
     read_state,
     read_states,
@@ -190,6 +192,20 @@ def test_another_number_of_processes_is_a_segment_and_no_other_state(tmp_path: P
     assert str(more.segments[-1]) == "from step 6: processes 1 -> 4"
     empty = begin_state(tmp_path / "empty", identity(code="x"), 1)
     assert len(resume_state(empty, 4).segments) == 1
+
+
+@pytest.mark.parametrize("left", [".continuing-", ".removing-"])
+def test_what_a_kill_left_of_a_state_is_a_fragment_and_no_state(tmp_path: Path, left: str) -> None:
+    state = worked(tmp_path, identity(), 6)
+    shutil.copytree(state.folder, tmp_path / f"{left}{state.folder.name}")
+    (tmp_path / "unnamed" / "checkpoints").mkdir(parents=True)
+    lost = worked(tmp_path, identity(code="lost"), 6).folder
+    (lost / "state.json").unlink()
+    assert [one.name for one in read_states(tmp_path)] == [state.name]
+    # A checkpoint whose state.json was lost is work that somebody may want.
+    names = [path.name for path in fragments(tmp_path)]
+    assert names == [f"{left}{state.folder.name}", "unnamed"]
+    assert fragments(tmp_path / "none") == []
 
 
 def test_only_what_nothing_needs_is_named_for_removal(tmp_path: Path) -> None:

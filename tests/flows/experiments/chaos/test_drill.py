@@ -109,7 +109,7 @@ def test_a_round_without_a_trace_has_no_problem(drill: Drill) -> None:
     assert drill.other_hashes() == []
     assert drill.open_runs("prefect") == []
     assert drill.left_running() == []
-    assert drill.left_on_disk([]) == []
+    assert drill.left_on_disk([], []) == []
 
 
 def test_another_hash_and_a_missing_output_are_named(drill: Drill) -> None:
@@ -152,11 +152,18 @@ def test_what_lies_about_is_named_unless_clean_lists_it(drill: Drill) -> None:
         path.touch()
     names = [one.path for one in leftovers(clone)]
     assert names == ["runs/attempts/a-1-2"]
-    assert drill.left_on_disk(names) == [
+    assert drill.left_on_disk(names, ["runs/dit_stage1/4c2b3a0e6d37026d"]) == [
         ".dvc/cache/files/half",
         "data/half.parquet",
         "runs/dit_stage#/#/.writing-half",
         "TMPDIR/tmpabc",
+    ]
+    # Logs go with their state; of one that no command lists they are nobody's.
+    assert drill.left_on_disk([".dvc", "data"], ["runs/dit_stage1/4c2b3a0e"]) == [
+        "runs/attempts/a-#-#/outcome.json",
+        "runs/dit_stage#/#/.writing-half",
+        "runs/dit_stage#/#/ranks/#/none_y#rv#o#o/stderr.log",
+        "runs/dit_stage#/#/restarts.jsonl",
     ]
 
 
