@@ -191,7 +191,7 @@ def _run_pipeline(
     try:
         with ExitStack() as stack:
             if engine == "prefect":
-                from flows.services.servers import embedded_prefect
+                from flows.services.embedded_prefect import embedded_prefect
 
                 console.console.print("Starting the Prefect server")
                 stack.enter_context(embedded_prefect(root))

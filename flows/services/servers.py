@@ -1,9 +1,8 @@
 """The two servers: Prefect (orchestration) and MLflow (records), on this machine only.
 
-Embedded use (`ultraflux run --engine prefect`, `make run`) starts a Prefect server that ends with
-the run. `ultraflux up` starts both as daemons and remembers them in `runs/services/services.json`,
-in the order of their start; `ultraflux up --served` puts PostgreSQL under them
-(`flows.services.served`).
+`ultraflux up` starts both as daemons and remembers them in `runs/services/services.json`, in the
+order of their start; `ultraflux up --served` puts PostgreSQL under them (`flows.services.served`).
+Without either, a run has a Prefect server of its own (`flows.services.embedded_prefect`).
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from typing import Any
 import psutil
 
 from flows.records.records import read_json, write_json
-from flows.running.guarded_process import GuardedProcess
 from flows.tracking.tier import LOOPBACK as HOST
 from flows.tracking.tier import (
     embedded_clients,
@@ -46,12 +44,15 @@ from flows.tracking.uploader import tracking_config
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
-LOG_DRAIN_S = 10.0
 DEFAULT_PORTS = {"prefect": 4200, "mlflow": 5000}
 
 
 class ServiceError(RuntimeError):
     """A server cannot be started or reached; one line that says what to do."""
+
+
+class ServiceEnded(ServiceError):
+    """A server's process ended before it answered."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ def wait_until_healthy(name: str, url: str, alive: psutil.Process | None, log: P
     """Poll `url` until it answers 200.
 
     Raises:
-        ServiceError: the process ended or did not answer within 3 minutes.
+        ServiceEnded: the process ended.
+        ServiceError: it did not answer within 3 minutes.
     """
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -191,7 +193,7 @@ def wait_until_healthy(name: str, url: str, alive: psutil.Process | None, log: P
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             pass
         if alive is not None and not is_running(alive):
-            raise ServiceError(f"{name} ended while starting; see {log}")
+            raise ServiceEnded(f"{name} ended while starting; see {log}")
         time.sleep(0.2)
     raise ServiceError(f"{name} did not answer at {url} within {START_TIMEOUT_S:.0f} s; see {log}")
 
@@ -225,61 +227,6 @@ def wait_for_all(services: Iterable[Service]) -> None:
         ]
     for wait in waits:
         wait.result()
-
-
-@contextmanager
-def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
-    """A Prefect server for the time of one run, where there is no other.
-
-    PREFECT_API_URL in the environment wins (servers in containers or on another machine), then the
-    server from `ultraflux up`.
-
-    Yields:
-        Environment variables for Prefect clients; already set in this process as well.
-
-    Raises:
-        ServiceError: no server comes up, or the served tier's does not run.
-    """
-    if "PREFECT_API_URL" in os.environ:
-        yield {}
-        return
-    running = {service.name: service for service in running_services(root)}
-    if "prefect" in running:
-        port = int(running["prefect"].url.rsplit(":", 1)[1])
-        environment = prefect_environment(root, port)
-        os.environ.update(environment)
-        yield environment
-        return
-    if (tier := served_tier(root)) is not None:
-        raise ServiceError(
-            f"the Prefect server of this project (port {tier.prefect_port}) is not running: start "
-            "it with `ultraflux up`, or go back to servers per run with `ultraflux up --embedded`"
-        )
-    port = free_port()
-    environment = prefect_environment(root, port)
-    Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
-    os.environ.update(environment)
-    log = root / "runs" / "logs" / "prefect-server.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        # Guarded: a pipeline that is killed leaves no server behind.
-        server = GuardedProcess(
-            prefect_command(port), cwd=root, env=dict(os.environ), output=output
-        )
-    try:
-        wait_for_all([Service("prefect", f"http://{HOST}:{port}", server.pid, str(log))])
-        yield environment
-    finally:
-        _send_prefect_logs()
-        server.stop()
-
-
-def _send_prefect_logs() -> None:
-    """Send what Prefect's client still holds; with the server gone it would retry for a minute."""
-    if "prefect.logging.handlers" in sys.modules:
-        from prefect.logging.handlers import APILogWorker
-
-        APILogWorker.drain_all(timeout=LOG_DRAIN_S)
 
 
 @contextmanager

@@ -21,12 +21,12 @@ from pathlib import Path
 from flows import environment
 from flows.records.records import RunDescription, open_record
 from flows.running.dvc_repro import DvcRunner
-from flows.services import servers as services
+from flows.services.embedded_prefect import embedded_prefect
 from flows.versioning import graph as versioning
 environment.prepare(offline=True)
 root = Path(sys.argv[1])
 result = {}
-with services.embedded_prefect(root) as env:
+with embedded_prefect(root) as env:
     from flows.pipeline.prefect_flow import build_flow
     from prefect import get_client
     for attempt in ("failing", "mended", "again"):
@@ -167,11 +167,11 @@ import psutil
 from flows import environment
 from flows.records.records import RunDescription, open_record
 from flows.running.dvc_repro import DvcRunner
-from flows.services import servers as services
+from flows.services.embedded_prefect import embedded_prefect
 from flows.versioning import graph as versioning
 environment.prepare(offline=True)
 root, kills_at = Path(sys.argv[1]), sys.argv[2]
-with services.embedded_prefect(root):
+with embedded_prefect(root):
     from flows.pipeline import prefect_flow
     graph = versioning.stage_graph(root)
     record = open_record(root, RunDescription(kind="pipeline", name="pipeline"))

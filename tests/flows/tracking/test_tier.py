@@ -16,6 +16,7 @@ from flows.records.records import RunDescription, RunResult, open_record, write_
 from flows.services import postgres, served
 from flows.services import servers as services
 from flows.services import status as services_status
+from flows.services.embedded_prefect import embedded_prefect
 from flows.services.workers import Worker
 from flows.tracking import tier
 from flows.tracking.uploader import Uploader, tracking_uri
@@ -98,7 +99,7 @@ def test_prefect_clients_wait_longer_and_log_in_where_it_asks(toy: Path) -> None
 def test_a_run_does_not_start_a_server_of_its_own_beside_a_served_one(toy: Path) -> None:
     tier.use_served(toy, tier.ServedTier(postgres_port=5433))
     refused = pytest.raises(services.ServiceError, match=r"ultraflux up`, or .* --embedded")
-    with refused, services.embedded_prefect(toy):
+    with refused, embedded_prefect(toy):
         pass
 
 
@@ -107,7 +108,7 @@ def test_a_server_that_the_environment_names_is_used_as_it_is(
 ) -> None:
     tier.use_served(toy, tier.ServedTier(postgres_port=5433))
     monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere:4200/api")
-    with services.embedded_prefect(toy):
+    with embedded_prefect(toy):
         assert os.environ["PREFECT_API_URL"] == "http://elsewhere:4200/api"
     assert not (toy / "runs" / "logs").exists()
 

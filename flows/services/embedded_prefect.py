@@ -1,0 +1,95 @@
+"""The Prefect server of one run (`ultraflux run --engine prefect`, `make run`); it ends with it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows.running.guarded_process import GuardedProcess
+from flows.services.servers import (
+    Service,
+    ServiceEnded,
+    ServiceError,
+    free_port,
+    prefect_command,
+    prefect_environment,
+    running_services,
+    wait_for_all,
+)
+from flows.tracking.tier import LOOPBACK as HOST
+from flows.tracking.tier import served_tier
+
+LOG_DRAIN_S = 10.0
+
+
+@contextmanager
+def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
+    """A Prefect server for the time of one run, where there is no other.
+
+    PREFECT_API_URL in the environment wins (servers in containers or on another machine), then the
+    server from `ultraflux up`.
+
+    Yields:
+        Environment variables for Prefect clients; already set in this process as well.
+
+    Raises:
+        ServiceError: no server comes up, or the served tier's does not run.
+    """
+    if "PREFECT_API_URL" in os.environ:
+        yield {}
+        return
+    running = {service.name: service for service in running_services(root)}
+    if "prefect" in running:
+        port = int(running["prefect"].url.rsplit(":", 1)[1])
+        environment = prefect_environment(root, port)
+        os.environ.update(environment)
+        yield environment
+        return
+    if (tier := served_tier(root)) is not None:
+        raise ServiceError(
+            f"the Prefect server of this project (port {tier.prefect_port}) is not running: start "
+            "it with `ultraflux up`, or go back to servers per run with `ultraflux up --embedded`"
+        )
+    try:
+        server, environment = _start_prefect(root)
+    except ServiceEnded as problem:
+        # Killed, or its port was taken meanwhile: what shows the work must not prevent it.
+        print(f"{problem}: started once more", file=sys.stderr)
+        server, environment = _start_prefect(root)
+    try:
+        yield environment
+    finally:
+        _send_prefect_logs()
+        server.stop()
+
+
+def _start_prefect(root: Path) -> tuple[GuardedProcess, dict[str, str]]:
+    """A Prefect server that answers, and how clients find it."""
+    port = free_port()
+    environment = prefect_environment(root, port)
+    Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    os.environ.update(environment)
+    log = root / "runs" / "logs" / "prefect-server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        # Guarded: a pipeline that is killed leaves no server behind.
+        server = GuardedProcess(
+            prefect_command(port), cwd=root, env=dict(os.environ), output=output
+        )
+    try:
+        wait_for_all([Service("prefect", f"http://{HOST}:{port}", server.pid, str(log))])
+    except BaseException:
+        server.stop()
+        raise
+    return server, environment
+
+
+def _send_prefect_logs() -> None:
+    """Send what Prefect's client still holds; with the server gone it would retry for a minute."""
+    if "prefect.logging.handlers" in sys.modules:
+        from prefect.logging.handlers import APILogWorker
+
+        APILogWorker.drain_all(timeout=LOG_DRAIN_S)
