@@ -192,9 +192,17 @@ def _run_pipeline(
         with ExitStack() as stack:
             if engine == "prefect":
                 from flows.services.embedded_prefect import embedded_prefect
+                from flows.services.servers import ServiceEnded
 
                 console.console.print("Starting the Prefect server")
-                stack.enter_context(embedded_prefect(root))
+                try:
+                    stack.enter_context(embedded_prefect(root))
+                except ServiceEnded as problem:
+                    # What shows the work must not prevent it.
+                    console.console.print(
+                        f"{problem}: the pipeline goes on without it", soft_wrap=True
+                    )
+                    engine = "local"
             if warm is not None:
                 stack.callback(warm.close)
             stack.enter_context(console)

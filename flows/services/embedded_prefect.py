@@ -11,7 +11,6 @@ from pathlib import Path
 from flows.running.guarded_process import GuardedProcess
 from flows.services.servers import (
     Service,
-    ServiceEnded,
     ServiceError,
     free_port,
     prefect_command,
@@ -36,7 +35,8 @@ def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
         Environment variables for Prefect clients; already set in this process as well.
 
     Raises:
-        ServiceError: no server comes up, or the served tier's does not run.
+        ServiceEnded: the server's process ended before it answered.
+        ServiceError: it does not answer, or the served tier's does not run.
     """
     if "PREFECT_API_URL" in os.environ:
         yield {}
@@ -53,38 +53,24 @@ def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
             f"the Prefect server of this project (port {tier.prefect_port}) is not running: start "
             "it with `ultraflux up`, or go back to servers per run with `ultraflux up --embedded`"
         )
-    try:
-        server, environment = _start_prefect(root)
-    except ServiceEnded as problem:
-        # Killed, or its port was taken meanwhile: what shows the work must not prevent it.
-        print(f"{problem}: started once more", file=sys.stderr)
-        server, environment = _start_prefect(root)
-    try:
-        yield environment
-    finally:
-        _send_prefect_logs()
-        server.stop()
-
-
-def _start_prefect(root: Path) -> tuple[GuardedProcess, dict[str, str]]:
-    """A Prefect server that answers, and how clients find it."""
     port = free_port()
     environment = prefect_environment(root, port)
     Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
-    os.environ.update(environment)
     log = root / "runs" / "logs" / "prefect-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         # Guarded: a pipeline that is killed leaves no server behind.
         server = GuardedProcess(
-            prefect_command(port), cwd=root, env=dict(os.environ), output=output
+            prefect_command(port), cwd=root, env=os.environ | environment, output=output
         )
     try:
         wait_for_all([Service("prefect", f"http://{HOST}:{port}", server.pid, str(log))])
-    except BaseException:
+        # Not before: whoever goes on without a server that never answered looks for none.
+        os.environ.update(environment)
+        yield environment
+    finally:
+        _send_prefect_logs()
         server.stop()
-        raise
-    return server, environment
 
 
 def _send_prefect_logs() -> None:
