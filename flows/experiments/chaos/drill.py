@@ -109,11 +109,11 @@ class Drill:
             ChaosRefused: the undisturbed run fails, or servers cannot be started.
         """
         site = self.site
-        self._say("undisturbed run")
-        site.must(site.undisturbed, "ultraflux", "run", "--no-rehearsal")
-        self.learn_what_is_right()
-        self._until = time.monotonic() + self._lasts_s
         try:
+            self._say("undisturbed run")
+            site.must(site.undisturbed, "ultraflux", "run", "--no-rehearsal")
+            self.learn_what_is_right()
+            self._until = time.monotonic() + self._lasts_s
             while self.report.rounds == 0 or not self._is_over():
                 engine = engines[self.report.rounds % len(engines)]
                 self._round(engine)

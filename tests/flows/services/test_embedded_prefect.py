@@ -76,5 +76,5 @@ def test_a_run_whose_server_is_killed_while_it_starts_goes_on_without_it(
     assert run.returncode == 0, said
     (line,) = [line for line in said.splitlines() if "goes on without it" in line]
     assert line.startswith("prefect ended while starting; see ")
-    assert (project / "data" / "copy1").exists()
+    assert (project / "data" / "ingest" / "out").is_file()
     assert "Traceback" not in said

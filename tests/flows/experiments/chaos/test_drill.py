@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,31 @@ def test_a_killed_pipeline_of_trivial_stages_comes_out_the_same(
     assert of_the_drill(folder) == []
     # Nothing was done to the project itself.
     assert not (project / "data" / "ingest").exists()
+
+
+def test_a_drill_that_is_ended_in_its_undisturbed_run_leaves_no_process(
+    trivial_clone: Callable[[Path, int], Path], tmp_path: Path
+) -> None:
+    project = trivial_clone(tmp_path, 3)
+    folder = tmp_path / "drill"
+    drill = subprocess.Popen(
+        ["ultraflux", "chaos", "--minutes", "5", "--as-is", "--folder", str(folder)],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(project)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not any("flows.tracking.uploader" in line for line in of_the_drill(folder)):
+        assert time.monotonic() < deadline
+        assert drill.poll() is None
+        time.sleep(0.1)
+    drill.terminate()
+    _, said = drill.communicate(timeout=120)
+    assert drill.returncode == 130
+    assert "what the drill had started is stopped" in said
+    assert of_the_drill(folder) == []
 
 
 @pytest.mark.parametrize(
