@@ -8,8 +8,9 @@ either is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -151,22 +152,42 @@ def _check_resampling(resamples: int, confidence: float) -> None:
         raise ValueError(f"confidence {confidence} must lie in (0, 1)")
 
 
+def _counted(generator: np.random.Generator, draws: int, k: int) -> npt.NDArray[np.float64]:
+    """(draws, k) how often each of k clusters is among k picks with replacement."""
+    picks = generator.integers(0, k, size=(draws, k)) + k * np.arange(draws)[:, None]
+    return np.bincount(picks.ravel(), minlength=draws * k).reshape(draws, k).astype(np.float64)
+
+
+@lru_cache(maxsize=2)
+def _kept_draws(k: int, resamples: int, seed: int) -> npt.NDArray[np.float64]:
+    # A page's metrics and systems share prompts and seed, and so these draws.
+    return _counted(np.random.default_rng(seed), resamples, k)
+
+
+def _draws(k: int, resamples: int, seed: int) -> Iterator[npt.NDArray[np.float64]]:
+    """`_counted` of all resamples, in parts that fit into memory."""
+    rows = max(1, _CHUNK_VALUES // k)
+    if resamples <= rows:
+        yield _kept_draws(k, resamples, seed)
+        return
+    generator = np.random.default_rng(seed)
+    for start in range(0, resamples, rows):
+        yield _counted(generator, min(rows, resamples - start), k)
+
+
 def _resampled(
     grouped: ClusterSums, resamples: int, seed: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Means (about the centre) and standard errors of `resamples` draws of k clusters each."""
-    generator = np.random.default_rng(seed)
     k = grouped.clusters
     sums, sizes = grouped.sums, grouped.sizes
     # A draw's residual sum of squares, sum (s - m c)^2, needs its mean m, which is known only after
-    # the draw. Written out it is these five sums, so one pass over the picks is enough.
+    # the draw. Written out it is these five sums, so one pass over the draws is enough.
     moments = np.stack([sums, sizes, sums * sums, sums * sizes, sizes * sizes])
-    rows = max(1, _CHUNK_VALUES // (len(moments) * k))
     means: list[npt.NDArray[np.float64]] = []
     errors: list[npt.NDArray[np.float64]] = []
-    for start in range(0, resamples, rows):
-        picks = generator.integers(0, k, size=(min(rows, resamples - start), k))
-        total, count, squares, products, counts = moments[:, picks].sum(axis=2)
+    for drawn in _draws(k, resamples, seed):
+        total, count, squares, products, counts = moments @ drawn.T
         # A ratio again: a draw that hits large clusters holds more values.
         mean = total / count
         # A draw that hits the mean is a tie; rounding must not decide its side.
@@ -240,6 +261,21 @@ def one_sided_p_value(
     # "left": a draw that equals the observed room counts against the mean.
     above = draws.size - int(np.searchsorted(draws, room / error, side="left"))
     return (above + 1) / (draws.size + 1)
+
+
+def two_sided_p_value(grouped: ClusterSums, draws: npt.NDArray[np.float64]) -> float:
+    """Of the hypothesis that the true mean is 0: the printed interval of these draws, inverted.
+
+    Below 1 - confidence where the interval of that confidence leaves out 0, but for one draw (the
+    observed sample is counted among its own resamples, so p is never 0).
+    """
+    # Also where nothing varies, which leaves no draws to count.
+    if grouped.centre == 0.0:
+        return 1.0
+    # Resamples of mirrored values are the mirrored resamples.
+    mirrored = ClusterSums(-grouped.centre, -grouped.sums, grouped.sizes)
+    smaller = min(one_sided_p_value(grouped, draws), one_sided_p_value(mirrored, -draws[::-1]))
+    return min(1.0, 2.0 * smaller)
 
 
 def _bca_levels(

@@ -15,12 +15,11 @@ import pandas as pd
 
 from components.evaluation.statistics.bootstrap import (
     FEWEST_STUDENTISED_CLUSTERS,
-    ClusterSums,
     Estimate,
     cluster_sums,
     extended_draws,
-    mean_interval,
-    one_sided_p_value,
+    sums_interval,
+    two_sided_p_value,
 )
 from components.evaluation.statistics.permutation import paired_permutation
 from components.evaluation.statistics.power import minimum_detectable_effect
@@ -30,7 +29,7 @@ from components.statistics.multiple_tests import holm
 KEY = ["image", "height", "width"]
 """What a picture of one system must share with its partner."""
 _P_VALUE_RESAMPLES = 4
-"""Times those of an interval: Holm's levels lie farther out than 2.5%, where draws are few."""
+"""Times those of other intervals: Holm's levels lie farther out than 2.5%, where draws are few."""
 CLUSTER_COLUMN = "prompt"
 """Where a row has one, pictures of a prompt form a cluster; else those of an image name."""
 
@@ -72,7 +71,7 @@ class Comparison:
     difference: Estimate
     """Mean of after - before with its interval."""
     p_value: float
-    """See `difference_p_value`."""
+    """See `compared_means`."""
     adjusted_p: float
     """After Holm over the metrics compared together."""
     detectable: float
@@ -178,10 +177,23 @@ def paired_scores(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> Pai
     )
 
 
-def difference_estimate(
+def compared_means(
     pairs: PairedScores, *, resamples: int, seed: int, confidence: float = 0.95
-) -> Estimate:
-    """Mean of after - before, whole prompts as units (`mean_interval`).
+) -> tuple[Estimate, float]:
+    """Mean of after - before with its interval, and the p-value of "the mean is 0".
+
+    Whole prompts are units of both, and both have the same draws: a p-value below 1 - confidence
+    stands beside an interval without 0. It is the larger of two that err in different places.
+    Flipping signs is exact where the systems are equal, whatever the distribution; where they
+    differ in more than the mean, it finds a difference of means that is not there. The printed
+    interval, inverted, errs for equal systems with skewed scores.
+    `benchmarks/family_wise_error.py` measures pages of both.
+
+    Args:
+        pairs: of one metric.
+        resamples: both take four times as many draws.
+        seed: of both.
+        confidence: of the interval.
 
     Raises:
         ComparisonInvalid: fewer independent prompts than such an interval needs.
@@ -193,32 +205,16 @@ def difference_estimate(
             f"{pairs.metric}: {independent} independent prompts or images; an interval needs at "
             f"least {FEWEST_STUDENTISED_CLUSTERS}"
         )
-    return mean_interval(
-        pairs.differences,
-        clusters=pairs.clusters,
-        resamples=resamples,
-        seed=seed,
-        confidence=confidence,
-    )
-
-
-def difference_p_value(pairs: PairedScores, *, resamples: int, seed: int) -> float:
-    """p-value of "the mean of after - before is 0".
-
-    Flipping signs is exact where the two systems are equal, whatever the distribution. Where they
-    differ in more than the mean, differences are skewed, and it finds a difference of means that is
-    not there; so the direction is confirmed by the one-sided bootstrap of the printed interval.
-    `benchmarks/family_wise_error.py` measures both.
-    """
     draws = _P_VALUE_RESAMPLES * resamples
+    grouped = cluster_sums(pairs.differences, pairs.clusters)
+    difference = sums_interval(
+        grouped, pairs.differences.size, resamples=draws, seed=seed, confidence=confidence
+    )
     signs = paired_permutation(
         pairs.before, pairs.after, permutations=draws, seed=seed, clusters=pairs.clusters
     )
-    grouped = cluster_sums(pairs.differences, pairs.clusters)
-    if grouped.centre < 0.0:
-        grouped = ClusterSums(-grouped.centre, -grouped.sums, grouped.sizes)
-    pivots = extended_draws(grouped, resamples=draws, seed=seed)
-    return max(signs.p_value, one_sided_p_value(grouped, pivots))
+    inverted = two_sided_p_value(grouped, extended_draws(grouped, resamples=draws, seed=seed))
+    return difference, max(signs.p_value, inverted)
 
 
 def compare_systems(
@@ -236,7 +232,7 @@ def compare_systems(
         before: as in `paired_scores`.
         after: as in `paired_scores`.
         metrics: ids; Holm's correction runs over those that could be compared.
-        resamples: of the bootstrap intervals; the p-values take four times as many.
+        resamples: of the bootstrap and of sign patterns, both times 4 (`_P_VALUE_RESAMPLES`).
         seed: of all.
         confidence: of the intervals.
     """
@@ -246,14 +242,13 @@ def compare_systems(
         card(metric)
         try:
             pairs = paired_scores(before, after, metric)
-            difference = difference_estimate(
+            difference, p_value = compared_means(
                 pairs, resamples=resamples, seed=seed, confidence=confidence
             )
         except ComparisonInvalid as problem:
             # A refusal is a result: the other metrics still get their numbers.
             found.append(Refusal(metric, str(problem)))
             continue
-        p_value = difference_p_value(pairs, resamples=resamples, seed=seed)
         found.append(
             Comparison(
                 metric,

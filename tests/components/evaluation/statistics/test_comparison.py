@@ -12,7 +12,7 @@ from components.evaluation.statistics.comparison import (
     PairedScores,
     Refusal,
     compare_systems,
-    difference_p_value,
+    compared_means,
     paired_scores,
 )
 from components.evaluation.statistics.permutation import paired_permutation
@@ -35,8 +35,8 @@ def test_a_constant_gain_is_found_with_its_size_and_the_prompts_as_units() -> No
     assert isinstance(found, Comparison)
     assert found.difference.mean == pytest.approx(0.5)
     assert (found.difference.n, found.difference.clusters) == (24, 12)
-    # Twelve prompts: two of 4,096 sign patterns are as extreme.
-    assert found.p_value == 2 / 2**12
+    # No draw of 4 * 999 is as far out, on either side; of 4,096 sign patterns two are.
+    assert found.p_value == 2 / (4 * 999 + 1) > 2 / 2**12
     assert found.after - found.before == pytest.approx(0.5)
 
 
@@ -117,7 +117,7 @@ def test_skewed_differences_of_mean_zero_are_not_found_beyond_the_level(sign: fl
     level, trials, found, flipped = 0.01, 400, 0, 0
     for seed in range(trials):
         pairs = _skewed_pairs(sign, seed)
-        found += difference_p_value(pairs, resamples=250, seed=seed) < level
+        found += compared_means(pairs, resamples=250, seed=seed)[1] < level
         signs = paired_permutation(pairs.before, pairs.after, permutations=999, seed=seed)
         flipped += signs.p_value < level
     # Flipping signs alone errs twice as often as it says.
@@ -132,4 +132,20 @@ def test_a_p_value_is_never_below_that_of_the_sign_flips() -> None:
     pairs = PairedScores("psnr_db", "x", before, after, tuple(map(str, range(10))), 0)
     signs = paired_permutation(before, after, permutations=400, seed=0)
     assert signs.exact
-    assert difference_p_value(pairs, resamples=100, seed=0) >= signs.p_value > 0.05
+    assert compared_means(pairs, resamples=100, seed=0)[1] >= signs.p_value > 0.05
+
+
+def test_a_p_value_below_5_percent_stands_beside_an_interval_without_zero() -> None:
+    below = outside = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        before = _table(0.0, n=20, seed=seed)
+        gain = np.repeat(rng.lognormal(size=20) - 1.2, len(SIZES)) * (-1) ** seed
+        after = before.assign(value=before["value"] + gain)
+        (found,) = compare_systems(before, after, ["psnr_db"], resamples=100, seed=seed)
+        assert isinstance(found, Comparison)
+        leaves_out_zero = not found.difference.low <= 0.0 <= found.difference.high
+        assert leaves_out_zero or found.p_value >= 0.05
+        below += found.p_value < 0.05
+        outside += leaves_out_zero
+    assert 5 <= below <= outside < 60

@@ -16,6 +16,7 @@ from components.evaluation.statistics.bootstrap import (
     ratio_sums,
     studentised_draws,
     sums_interval,
+    two_sided_p_value,
 )
 
 METHODS = ("percentile", "bca", "studentised", "extended")
@@ -109,6 +110,28 @@ def test_the_printed_interval_is_that_of_the_extended_draws() -> None:
     plain = mean_interval(SKEWED, resamples=999, seed=1, method="studentised")
     assert found.low == pytest.approx(plain.low, rel=1e-12)
     assert found.high - SKEWED.mean() > 1.1 * (plain.high - SKEWED.mean())
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_a_two_sided_p_value_is_where_the_interval_ends_at_zero(sign: float) -> None:
+    error = cluster_sums(SKEWED).standard_error
+    for errors in (0.5, 1.0, 1.5):
+        values = sign * (SKEWED - SKEWED.mean() + errors * error)
+        grouped = cluster_sums(values)
+        p = two_sided_p_value(grouped, extended_draws(grouped, resamples=9999, seed=1))
+        assert 0.01 < p < 0.9
+        # An end of the interval at confidence 1 - p lies within one order statistic of zero.
+        ends = [
+            mean_interval(values, resamples=9999, seed=1, confidence=1.0 - p + step)
+            for step in (-4e-4, 4e-4)
+        ]
+        assert not ends[0].low <= 0.0 <= ends[0].high
+        assert ends[1].low <= 0.0 <= ends[1].high
+
+
+def test_no_difference_and_no_spread_has_a_p_value_of_1() -> None:
+    grouped = cluster_sums([0.0] * 8)
+    assert two_sided_p_value(grouped, extended_draws(grouped, resamples=100, seed=1)) == 1.0
 
 
 def test_draws_without_spread_stay_infinite() -> None:
