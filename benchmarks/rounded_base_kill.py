@@ -1,12 +1,11 @@
 """SIGKILL of `ultraflux stage run dit_stage1` while it trains on a rounded base; equal bytes?
 
-    ultraflux run --until latents && ultraflux run --until text_embeddings
     python benchmarks/rounded_base_kill.py CLONE [--kind int8] [--kills 1] [--seed 0]
 
-In a clone with the embedded profile. Writes weights/FLUX.1-dev/transformer (random, small, stock
-diffusers' class) and what an adapter on it takes into params.yaml, trains once undisturbed, then
-again with the command killed at random steps, and compares every file of data/dit_stage1. Ends with
-1 where one differs.
+In a clone with the embedded profile. Writes weights/FLUX.1-dev (random, small, stock diffusers'
+classes) and what an adapter on it takes into params.yaml, makes what the stage reads, trains once
+undisturbed, then again with the command killed at random steps, and compares every file of
+data/dit_stage1. Ends with 1 where one differs.
 """
 
 from __future__ import annotations
@@ -25,13 +24,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import small_project
+import tiny_card
 import yaml
 
 from components.telemetry.metric_log import MetricLog
 
-STAGE, BASE = "dit_stage1", "weights/FLUX.1-dev/transformer"
+STAGE, BASE = "dit_stage1", "weights/FLUX.1-dev"
 SETTINGS = {
-    "models.transformer.pretrained": BASE,
+    "models.transformer.pretrained": f"{BASE}/transformer",
+    "models.autoencoder.pretrained": f"{BASE}/vae",
+    "models.text_encoders.pretrained": BASE,
     "dit_stage1.adapter": {"rank": 4, "alpha": 4, "target_modules": ["to_q", "to_k", "proj_out"]},
     "dit_stage1.steps": 30,
     "dit_stage1.validate_every": 10,
@@ -42,29 +44,25 @@ SETTINGS = {
 
 def prepare(clone: Path, kind: str) -> None:
     """Write the base and the settings."""
-    import torch
-    from diffusers import FluxTransformer2DModel
-
     small_project.change_settings(clone, SETTINGS)
     path = clone / "params.yaml"
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     values["models"]["transformer"]["quantisation"] = kind
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    texts = values["models"]["text_encoders"]["tiny"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = FluxTransformer2DModel(
-            in_channels=64,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=32,
-            num_attention_heads=2,
-            joint_attention_dim=texts["t5_dim"],
-            pooled_projection_dim=texts["clip_dim"],
-            guidance_embeds=True,
-            axes_dims_rope=(8, 12, 12),
-        )
-    model.save_pretrained(clone / BASE)
+    tiny_card.write_tiny_flux(clone / BASE)
+
+
+def make_inputs(clone: Path) -> None:
+    """Run the stages before."""
+    for name in ("latents", "text_embeddings"):
+        command = ["ultraflux", "run", "--engine", "local", "--until", name]
+        subprocess.run(command, cwd=clone, env=environment(clone), check=True)
+
+
+def environment(clone: Path) -> dict[str, str]:
+    """The clone's own code, by the command beside this interpreter."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(clone)}
 
 
 def forget(clone: Path) -> None:
@@ -94,7 +92,7 @@ def start(clone: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ["ultraflux", "stage", "run", STAGE],
         cwd=clone,
-        env={**os.environ, "PYTHONPATH": str(clone)},
+        env=environment(clone),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -133,6 +131,7 @@ def main() -> None:
     given = parser.parse_args()
     clone, draw = given.clone.resolve(), random.Random(given.seed)
     prepare(clone, given.kind)
+    make_inputs(clone)
     forget(clone)
     quiet = finish(clone)
     forget(clone)

@@ -28,13 +28,25 @@ SCHEDULER = {
     "use_dynamic_shifting": True,
 }
 """As the published folder has it."""
+INDEX = {
+    "_class_name": "FluxPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+"""Likewise: what `FluxPipeline.from_pretrained` loads."""
 
 
 def write_tiny_flux(folder: Path, *, width: int = 32, seed: int = 0) -> None:
     """Write all parts of a FLUX.1-dev folder.
 
     Args:
-        folder: is made; `transformer`, `vae`, `text_encoder(_2)`, `tokenizer(_2)`, `scheduler`.
+        folder: is made; `transformer`, `vae`, `text_encoder(_2)`, `tokenizer(_2)`, `scheduler`
+            and model_index.json.
         width: of both text encoders' outputs.
         seed: of the transformer's weights.
     """
@@ -59,9 +71,10 @@ def write_tiny_flux(folder: Path, *, width: int = 32, seed: int = 0) -> None:
         )
     transformer.save_pretrained(folder / "transformer")
     write_stock_autoencoder(folder / "vae")
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    text = json.dumps(SCHEDULER, indent=2) + "\n"
-    (folder / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
+    for name, values in (("scheduler/scheduler_config", SCHEDULER), ("model_index", INDEX)):
+        path = folder / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def write_stock_autoencoder(folder: Path) -> None:
