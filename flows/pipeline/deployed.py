@@ -197,7 +197,7 @@ def run_pipeline(
 
     Args:
         settings: values that replace those of params.yaml, in a working tree of their own.
-        profile: embedded, single-gpu or paper, instead of the clone's params.yaml.
+        profile: embedded, consumer-24gb, single-gpu or paper, instead of the clone's params.yaml.
         force: run stages even when nothing changed.
         clone: folder of the clone on the worker's machine (default: the worker's own).
         remote_data: the stages' workers have clones of their own; data goes over the DVC remote.

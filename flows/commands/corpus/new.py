@@ -24,7 +24,8 @@ EPILOG = (
 def new(
     folder: Annotated[Path, typer.Argument(help="Folder of photographs.")],
     profile: Annotated[
-        str, typer.Option(help="Profile to start from: embedded, single-gpu or paper.")
+        str,
+        typer.Option(help="Profile to start from: embedded, consumer-24gb, single-gpu or paper."),
     ] = "embedded",
     name: Annotated[
         str | None, typer.Option(help="Name of the new profile (default: the folder's).")

@@ -50,7 +50,8 @@ _GIB = 2**30
 
 def plan(
     profile: Annotated[
-        str | None, typer.Option(help="embedded, single-gpu or paper, as in conf/profiles.")
+        str | None,
+        typer.Option(help="embedded, consumer-24gb, single-gpu or paper, as in conf/profiles."),
     ] = None,
     params: Annotated[
         Path | None,

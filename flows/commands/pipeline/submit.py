@@ -35,7 +35,8 @@ def submit(
         str | None, typer.Option(help="Pool for --stage: cpu or gpu (default: as in dvc.yaml).")
     ] = None,
     profile: Annotated[
-        str | None, typer.Option(help="embedded, single-gpu or paper, instead of params.yaml.")
+        str | None,
+        typer.Option(help="embedded, consumer-24gb, single-gpu or paper, instead of params.yaml."),
     ] = None,
     settings: Annotated[
         list[str] | None,
