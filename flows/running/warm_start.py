@@ -228,6 +228,10 @@ def serve(asked: socket.socket, wanted: Mapping[str, Any]) -> int:
 
     # Nobody waits for launchers here: whoever asked for one hears from itself how it ended.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # A stage sets the same before it imports torch.
+    environment.prepare(
+        offline=wanted["offline"], torch_threads=wanted["torch_threads"], root=Path.cwd()
+    )
     modules: dict[str, list[str]] = wanted["modules"]
     order = list(modules)
     # Of the stages that are about to run; a run may end long before it needs the others.
@@ -243,8 +247,6 @@ def serve(asked: socket.socket, wanted: Mapping[str, Any]) -> int:
         if not data:
             return 0
         request = json.loads(data)
-        # A stage sets the same before it imports torch.
-        environment.prepare(offline=wanted["offline"], torch_threads=wanted["torch_threads"])
         at = next((n for n, stage in enumerate(order) if stage in request["command"]), None)
         if at is not None:
             # What the fork would import by itself, others would import again.

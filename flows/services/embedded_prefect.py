@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from flows.tracking.tier import LOOPBACK as HOST
 from flows.tracking.tier import served_tier
 
 LOG_DRAIN_S = 10.0
+killed_under_run = threading.Event()
+"""Set when the server had ended before its run had: what Prefect's client holds goes nowhere."""
 
 
 @contextmanager
@@ -67,9 +70,14 @@ def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
         wait_for_all([Service("prefect", f"http://{HOST}:{port}", server.pid, str(log))])
         # Not before: whoever goes on without a server that never answered looks for none.
         os.environ.update(environment)
-        yield environment
+        try:
+            yield environment
+        finally:
+            if server.poll() is None:
+                _send_prefect_logs()
+            if server.poll() is not None:
+                killed_under_run.set()
     finally:
-        _send_prefect_logs()
         server.stop()
 
 

@@ -15,9 +15,10 @@ import psutil
 import pytest
 import yaml
 
+from components.settings.schema import load_settings
 from flows.experiments.chaos.victims import command_words
 from flows.running.stage_forks import STAGE_SOCKET
-from flows.running.warm_start import PRELOADS, wanted_modules
+from flows.running.warm_start import PRELOADS, WarmStart, wanted_modules
 
 # Where a test says so the second stage stays at work until it is told to end.
 STAGE = '''\
@@ -124,6 +125,27 @@ def test_only_what_two_stages_need_is_imported_ahead(root: Path) -> None:
         # Ours are read by each stage anew: an edit while a run goes on must not go unseen.
         assert module.split(".")[0] not in {"components", "flows"}
         assert needed_by is None or needed_by <= set(stages), module
+
+
+def test_imports_ahead_leave_the_compilers_folder_in_the_clone(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    runtime = load_settings(root / "params.yaml").runtime
+    warm = WarmStart(clone, ["vae", "dit_stage1"], runtime=runtime)
+    try:
+        deadline = time.monotonic() + 120
+        while not (clone / "runs" / "compiled").is_dir():
+            # An import makes it; until it was told where, in the machine's temporary folder.
+            assert not list(tmp_path.glob("torchinductor_*"))
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        warm.close()
+    assert not list(tmp_path.glob("torchinductor_*"))
 
 
 def test_a_forked_stage_is_a_process_like_that_of_the_command(
