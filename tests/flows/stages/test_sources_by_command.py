@@ -178,8 +178,8 @@ def test_what_goes_grows_and_changes_under_the_command_is_a_row_that_is_true(odd
     before = states(folder)
     growing, replaced, gone = (folder / f"{name}.jpg" for name in ("growing", "replaced", "gone"))
     # So long that nobody reads it between two steps.
-    growing.write_bytes((folder / "0.jpg").read_bytes() + bytes(64 * 2**20))
-    versions = [(folder / name).read_bytes() for name in ("0.jpg", "1.jpg")]
+    growing.write_bytes((SAMPLE / GOOD[0]).read_bytes() + bytes(64 * 2**20))
+    versions = [(SAMPLE / name).read_bytes() for name in GOOD[:2]]
     for path in (replaced, gone):
         path.write_bytes(versions[0])
     turn = itertools.cycle(versions)
