@@ -222,8 +222,9 @@ def failed_exchange(problem: Exception) -> FetchFailed:
     cause: BaseException | None = problem
     while cause is not None:
         # aiohttp wraps these: only the chain of causes tells a wrong certificate from a port on
-        # which nothing listens, and a wrong compression from a cut body.
-        if isinstance(cause, ssl.SSLError):
+        # which nothing listens, and a wrong compression from a cut body. Its wrappers are SSL
+        # errors as well, without a reason.
+        if isinstance(cause, ssl.SSLError) and not isinstance(cause, aiohttp.ClientError):
             return FetchFailed("tls", cause.reason or "TLS error")
         if isinstance(cause, ContentEncodingError):
             return FetchFailed("wrong_content", "not compressed as its header says")

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hashlib
 import io
+import ssl
+import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat
+from cryptography.x509.oid import NameOID
 from PIL import Image
 from raw_server import Handler, Request, Server
 
@@ -295,3 +306,48 @@ def test_no_wait_is_longer_than_the_longest(server: Server, tmp_path: Path) -> N
     assert is_photo(fetch(server, tmp_path, patient, max_wait_s=0.1, min_pixels=1))
     first, second = server.times["/a.jpg"]
     assert 0.1 <= second - first < 5
+
+
+def test_a_body_is_what_it_is_compressed_from_or_says_that_it_is_not(
+    server: Server, tmp_path: Path
+) -> None:
+    """Servers compress although `Accept-Encoding: identity` asks for the bytes as they are."""
+    handlers = {
+        "/packed.jpg": whole("200 OK", gzip.compress(PHOTO), Content_Encoding="gzip"),
+        "/lies.jpg": whole("200 OK", PHOTO, Content_Encoding="gzip"),
+    }
+    found = fetch_all(server, tmp_path, handlers)
+    assert is_photo(found["/packed.jpg"])
+    lies = Outcome(1, Loss("wrong_content", "not compressed as its header says"))
+    assert found["/lies.jpg"] == lies
+
+
+def test_a_certificate_that_nobody_vouches_for_is_one_lost_address(tmp_path: Path) -> None:
+    key, chain = tmp_path / "key.pem", tmp_path / "chain.pem"
+    private = Ed25519PrivateKey.generate()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, private.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(private, None)
+    )
+    key.write_bytes(
+        private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    chain.write_bytes(certificate.public_bytes(Encoding.PEM))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(chain, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"https://127.0.0.1:{server.server_port}/a.jpg"
+        with DownloadJournal(tmp_path / "journal.sqlite", "s") as journal:
+            Downloader(limits(), tmp_path / "originals").run([url], journal)
+            outcome = journal.get(url)
+        server.shutdown()
+    assert outcome == Outcome(1, Loss("tls", "CERTIFICATE_VERIFY_FAILED"))
