@@ -120,8 +120,9 @@ class RecordedProject:
         for name, part in parts.items():
             self.write(f"slices/{name}", part)
             if name != "manifest":
-                folder = self.root / "data" / "slices" / "attribution"
-                write_attribution(part, {name: np.arange(len(part))}, folder)
+                folder = self.root / "data" / "slices"
+                whole = {name: np.arange(len(part))}
+                write_attribution(folder / f"{name}.parquet", whole, folder / "attribution")
         cut = {name: f"data/slices/{name}.parquet" for name in parts}
         self.run("slices", ["data/ingest/manifest.parquet"], list(cut.values()))
         for stage in ("latents", "text_embeddings"):

@@ -8,7 +8,6 @@ import pytest
 
 from components.corpus.manifest import write_table
 from components.corpus.selection.attribution import (
-    attribution_rows,
     counted_licenses,
     read_attribution_file,
     write_attribution,
@@ -176,10 +175,10 @@ def test_an_entry_that_means_nobody_is_refused(text: str, said: str) -> None:
 
 def test_attribution_names_author_licence_source_and_changes(tmp_path: Path) -> None:
     table = ROWS.assign(license=["CC-BY-SA-4.0", None, "CC0", "CC0 1.0", None])
-    write_attribution(table, {"stage1": np.array([0, 2, 3])}, tmp_path)
+    write_table(table, tmp_path / "manifest.parquet")
+    write_attribution(tmp_path / "manifest.parquet", {"stage1": np.array([0, 2, 3])}, tmp_path)
     rows = read_attribution_file(tmp_path / "stage1.csv")
     assert [row["image_id"][0] for row in rows] == ["a", "c", "d"]
-    assert rows[0] == attribution_rows(table)[0]
     assert rows[0]["photographer"] == "Ann  Lee (Unsplash)"
     assert rows[0]["license_url"] == "https://creativecommons.org/licenses/by-sa/4.0/"
     assert [row["share_alike"] for row in rows] == ["yes", "no", "no"]
