@@ -23,7 +23,7 @@ from components.metrics.published import PublishedTable
 RULE_NAMES = {
     "vae_psnr_gain_db": "Autoencoder PSNR gain on held-out images (dB)",
     "validation_loss_drop": "Transformer validation loss drop over both stages (fraction)",
-    "training_images_loss_drop": "The same of training images, stage 1 (fraction)",
+    "training_images_loss_drop": "Transformer loss drop on training images, stage 1 (fraction)",
     "twin_psnr_db_worst": "Worst twin beside its photograph at 1/8 size (dB)",
     "twins_recognised": "Twins whose nearest photograph is their own",
 }
