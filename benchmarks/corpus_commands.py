@@ -291,8 +291,8 @@ def make_clone(folder: Path, target: int | None) -> Path:
     settings["caption"]["provided"] = "keep"
     # Of the lengths that the synthetic captions have.
     settings["caption"] |= {"min_words": 10, "max_words": 200}
-    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     settings["select"]["target_images"] = target
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     (clone / "list.csv").write_text("image_url\n", encoding="utf-8")
     commit = ["git", "-c", "user.name=benchmark", "-c", "user.email=benchmark@localhost", "commit"]
     for command in (["git", "init", "-q"], ["git", "add", "-A"], [*commit, "-qm", "clone"]):
