@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import small_project
 import tiny_card
 import yaml
+from process_tree import command_environment
 
 from components.telemetry.metric_log import MetricLog
 
@@ -62,7 +63,7 @@ def make_inputs(clone: Path) -> None:
 def environment(clone: Path) -> dict[str, str]:
     """The clone's own code, by the command beside this interpreter."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(clone)}
+    return command_environment(clone) | {"PATH": path}
 
 
 def forget(clone: Path) -> None:

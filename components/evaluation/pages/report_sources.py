@@ -30,7 +30,7 @@ from components.evaluation.viewer import (
     Viewer,
 )
 from components.generation.generation_list import read_generations
-from components.generation.twins import LIST, TRAINED
+from components.generation.twins import LIST, TRAINED, TWINS
 
 _THUMBNAIL_PX = 320
 _SMOOTHING = 0.9
@@ -390,7 +390,7 @@ def read_twin_groups(
     """
     if not twins:
         return ()
-    rows = read_generations(data_dir / "generate" / "twins" / LIST)
+    rows = read_generations(data_dir.parent / TWINS / LIST)
     trained = pd.read_parquet(data_dir.parent / TRAINED, columns=["image_id", "uri"])
     uris = trained.set_index("image_id")["uri"]
     jpegs = _derivatives(
