@@ -61,12 +61,14 @@ def fused_texture(
         raise ValueError(f"patch_px is {patch_px}: {_MIN_PATCH_PX} to {MAX_PATCH_PX} are possible")
     height, width, _ = pixels.shape
     # numba: a second that only processes pay which measure.
+    from components.signals.integer_kernels import PAIR_TABLES
     from components.signals.texture_kernels import gray_histogram_sobel
 
-    gray = (scratch or Scratch()).take("gray", (height, width))
-    # Four tables: neighbouring pixels often share a level, and a counter that was just stored is
-    # read again only when its store has finished.
-    tables = np.zeros((4, 256), np.uint32)
+    scratch = scratch or Scratch()
+    # Whole words of eight levels.
+    levels = scratch.take("gray", (-(-height * width // 8) * 8,))
+    gray = levels[: height * width].reshape(height, width)
+    pairs, counts = np.zeros(PAIR_TABLES, np.uint16), np.zeros(256, np.uint32)
     patches = (height // patch_px, width // patch_px)
     variances, distances = np.empty(patches), np.empty(patches)
     # Beyond it the pass's 16-bit column sums would overflow; `box_reduced` has wider ones.
@@ -75,16 +77,15 @@ def fused_texture(
     means = np.empty((size[0], 3 * size[1]), np.uint8)
     gray_histogram_sobel(
         np.ascontiguousarray(pixels).reshape(height, 3 * width),
-        gray,
+        levels,
         float(flat_variance),
-        np.empty((2, width), np.int16),
         np.empty((2, patch_px), np.int16),
-        tables,
-        np.zeros(patches, np.int64),
+        pairs,
+        counts,
         variances,
         distances,
         reduced_by if is_reduced_here else 0,
-        np.empty((2, 3 * width if is_reduced_here else 0), np.uint16),
+        np.empty((3, 3 * width if is_reduced_here else 0), np.uint16),
         means,
     )
     # The loop's float32 roots decide no patch that they could decide wrongly: within the bound of
@@ -97,7 +98,7 @@ def fused_texture(
     flat = int((variances < flat_variance).sum())
     return FusedTexture(
         gray=gray,
-        entropy_bits=entropy_of_histogram(tables.sum(axis=0, dtype=np.int64)),
+        entropy_bits=entropy_of_histogram(counts.astype(np.int64)),
         flat_fraction=flat / variances.size if variances.size else 0.0,
         uncertain_patches=len(uncertain),
         reduced=means.reshape(*size, 3) if is_reduced_here else box_reduced(pixels, reduced_by),

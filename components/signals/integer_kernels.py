@@ -56,3 +56,77 @@ def count_in_four(values: np.ndarray, tables: np.ndarray) -> None:
     # At most three are left; the tables are summed, so any of them may take these.
     for x in range(4 * whole, values.size):
         tables[0, values[x]] += np.uint32(1)
+
+
+PAIR_TABLES = (2, 1 << 16)
+"""Counters of 16 bits: 256 KiB, of which a photograph touches what lies near the diagonal."""
+_MOST_WORDS = (1 << 15) - 1
+"""Of eight levels, so that no counter passes 16 bits: a word adds at most 2 to it."""
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def collect_pairs(pairs: np.ndarray, counts: np.ndarray) -> None:
+    """Move what `count_levels` left in its tables to the histogram.
+
+    Args:
+        pairs: `PAIR_TABLES` uint16; zeros afterwards.
+        counts: (256,) uint32.
+    """
+    for table in range(pairs.shape[0]):
+        for second in range(256):
+            row = pairs[table, 256 * second : 256 * second + 256]
+            total = np.uint32(0)
+            for first in range(256):
+                count = np.uint32(row[first])
+                counts[first] = plus(counts[first], count)
+                total = plus(total, count)
+                row[first] = np.uint16(0)
+            counts[second] = plus(counts[second], total)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def count_levels(
+    levels: np.ndarray,
+    span: tuple[int, int],
+    pending: int,
+    pairs: np.ndarray,
+    counts: np.ndarray,
+) -> int:
+    """Histogram of a stretch of bytes; neighbours are counted together, half as many increments.
+
+    Equal neighbours alternate between two tables, as in `count_in_four`.
+
+    Args:
+        levels: ((8 n),) uint8, contiguous.
+        span: first and last + 1 of the stretch.
+        pending: words that the tables hold: 0, or what the call before returned.
+        pairs: `PAIR_TABLES` uint16, zeros at first; `collect_pairs` has the rest at the end.
+        counts: (256,) uint32, grows.
+
+    Returns:
+        the new `pending`.
+    """
+    words = levels.view(np.uint64)
+    position, last = span
+    while position < last and (position % 8 != 0 or last - position < 8):
+        counts[levels[position]] += np.uint32(1)
+        position += 1
+    low = np.uint64(0xFFFF)
+    while last - position >= 8:
+        if pending == _MOST_WORDS:
+            collect_pairs(pairs, counts)
+            pending = 0
+        number = min((last - position) // 8, _MOST_WORDS - pending)
+        first = position // 8
+        for index in range(number):
+            word = words[np.uint64(first) + np.uint64(index)]
+            # An explicit uint16, or numba would add in 64 bits.
+            pairs[0, word & low] += np.uint16(1)
+            pairs[1, word >> np.uint64(16) & low] += np.uint16(1)
+            pairs[0, word >> np.uint64(32) & low] += np.uint16(1)
+            pairs[1, word >> np.uint64(48)] += np.uint16(1)
+        pending += number
+        position += 8 * number
+    for rest in range(position, last):
+        counts[levels[rest]] += np.uint32(1)
+    return pending

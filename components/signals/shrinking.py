@@ -38,5 +38,5 @@ def box_reduced(pixels: np.ndarray, factor: int) -> np.ndarray:
     means = np.empty((reduced[0], reduced[1] * channels), np.uint8)
     rows = np.ascontiguousarray(pixels).reshape(height, width * channels)
     kind = np.uint16 if factor <= MAX_FACTOR_16_BITS else np.uint32
-    box_means(rows, channels, factor, np.empty((2, width * channels), kind), means)
+    box_means(rows, channels, factor, np.empty((3, width * channels), kind), means)
     return means.reshape(*reduced, *pixels.shape[2:])

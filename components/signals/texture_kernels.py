@@ -12,7 +12,14 @@ import numba
 import numpy as np
 
 from components.signals.box_kernels import block_means, column_sums
-from components.signals.integer_kernels import count_in_four, minus, plus, shifted, times
+from components.signals.integer_kernels import (
+    collect_pairs,
+    count_levels,
+    minus,
+    plus,
+    shifted,
+    times,
+)
 from components.signals.kernel_cache import cached
 
 # Reassociation lets the float32 sum of roots use vector lanes; nothing else may change a value (no
@@ -88,18 +95,18 @@ def _vertical_row(
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _squares_row(smooth: np.ndarray, slope: np.ndarray, left: int, patch_px: int) -> np.int32:
+def _squares_row(smooth: np.ndarray, slope: np.ndarray) -> np.int32:
     """Sum of the squared gradients of one patch row, mirrored at its ends; exact.
 
     A square is at most 2,080,800, so that 32 bits hold a row of 1,024.
     """
-    first = np.int32(2 * (slope[left] + slope[left + 1]))
-    right = left + patch_px - 1
+    width = smooth.size
     # REFLECT_101 makes the horizontal difference 0 at both ends and doubles the inner slope.
-    last = np.int32(2 * (slope[right] + slope[right - 1]))
+    first = np.int32(2 * (slope[0] + slope[1]))
+    last = np.int32(2 * (slope[width - 1] + slope[width - 2]))
     squares = np.int32(first * first + last * last)
-    for x in range(patch_px - 2):
-        here = np.uint64(left) + np.uint64(x)
+    for x in range(width - 2):
+        here = np.uint64(x)
         middle, after = here + np.uint64(1), here + np.uint64(2)
         across = np.int32(minus(smooth[after], smooth[here]))
         down = plus(slope[here], slope[after])
@@ -144,62 +151,67 @@ def _mirrored(y: int, top: int, bottom: int) -> tuple[int, int, int]:
 def _patch_variance(
     gray: np.ndarray,
     corner: tuple[int, int],
-    squares: int,
     flat_variance: float,
     smooth: np.ndarray,
     slope: np.ndarray,
 ) -> tuple[float, float]:
     """(variance of a patch's gradient magnitude, how far it may be off), no better than needed.
 
-    The variance is E[m^2] - E[m]^2, and E[m^2] is known. Roots take as long as all else together,
-    so they are taken of rows far apart first. Those of the rows that are left are, by the
-    inequality of Cauchy and Schwarz, at most sqrt(their number * their squares), which are known:
-    mostly a sixth of the rows shows that the variance is above the threshold, and then a lower
-    bound of it comes back.
+    Rows far apart come first. Of n measured pixels among N with variance v, the variance of all is
+    at least v n / N (what the others add is not negative), and at most their mean square: mostly an
+    eighth of the rows or two show that it is above the threshold, and in smooth patches the squares
+    alone, without a root, that it is below. A bound on the right side is what comes back then.
 
     Args:
         gray: (H, W) uint8.
         corner: top and left of the patch.
-        squares: sum of its squared gradients.
         flat_variance: threshold.
         smooth: (P,) int16 scratch.
         slope: the same.
     """
     top, left = corner
     patch_px = smooth.size
+    bottom = top + patch_px
     pixels = patch_px * patch_px
-    mean_square = squares / pixels
-    if mean_square < flat_variance - certain_distance(0.0, patch_px):
-        # The variance is smaller still.
-        return mean_square, 0.0
-    squares_left = squares
-    pixels_left = pixels
+    # 64 bits from here: 32 are enough for one row of a patch, not for all of them.
+    squares = 0
+    measured = 0
     roots = 0.0
-    mean = 0.0
+    variance, distance = 0.0, 0.0
     for first in range(_ROWS_APART):
-        for y in range(top + first, top + patch_px, _ROWS_APART):
-            _vertical_row(gray, _mirrored(y, top, top + patch_px), left, smooth, slope)
+        for y in range(top + first, bottom, _ROWS_APART):
+            _vertical_row(gray, _mirrored(y, top, bottom), left, smooth, slope)
             row_squares, row_roots = _roots_row(smooth, slope)
-            squares_left -= int(row_squares)
-            pixels_left -= patch_px
+            squares += int(row_squares)
             roots += float(row_roots)
-            mean = (roots + np.sqrt(np.float64(pixels_left) * squares_left)) / pixels
-            distance = certain_distance(mean, patch_px)
-            if mean_square - mean * mean > flat_variance + distance:
-                return mean_square - mean * mean, distance
-    return mean_square - mean * mean, certain_distance(mean, patch_px)
+            measured += patch_px
+        mean = roots / measured
+        variance = squares / measured - mean * mean
+        distance = certain_distance(mean, patch_px)
+        at_least = variance * measured / pixels
+        if at_least > flat_variance + distance:
+            return at_least, distance
+        if first == 0 and squares < flat_variance * measured:
+            all_squares = squares
+            for y in range(top, bottom):
+                if (y - top) % _ROWS_APART != 0:
+                    _vertical_row(gray, _mirrored(y, top, bottom), left, smooth, slope)
+                    all_squares += int(_squares_row(smooth, slope))
+            mean_square = all_squares / pixels
+            if mean_square < flat_variance - certain_distance(0.0, patch_px):
+                return mean_square, 0.0
+    return variance, distance
 
 
 @cached
 @numba.njit(nogil=True, error_model="numpy")
 def gray_histogram_sobel(
     pixels: np.ndarray,
-    gray: np.ndarray,
+    levels: np.ndarray,
     flat_variance: float,
     halves: np.ndarray,
-    patch_halves: np.ndarray,
-    tables: np.ndarray,
-    squares: np.ndarray,
+    pairs: np.ndarray,
+    counts: np.ndarray,
     variances: np.ndarray,
     distances: np.ndarray,
     factor: int,
@@ -208,56 +220,43 @@ def gray_histogram_sobel(
 ) -> None:
     """All that entropy, flatness and the small picture need, row by row while it is in cache.
 
+    Bands of patches go from the bottom up: the decoder wrote the last rows last, so that a cache
+    which is smaller than the picture still holds them.
+
     Args:
         pixels: (H, 3 W) uint8, interleaved RGB.
-        gray: (H, W) uint8, filled.
+        levels: (at least H W rounded up to 8,) uint8; its start is filled as (H, W).
         flat_variance: which side of it a patch is on is what `variances` say.
-        halves: (2, W) int16 scratch.
-        patch_halves: (2, P) int16 scratch; P is the edge of a patch, 3 to
+        halves: (2, P) int16 scratch; P is the edge of a patch, 3 to
             `fused_texture.MAX_PATCH_PX`.
-        tables: (4, 256) uint32 zeros; their sum becomes the histogram.
-        squares: (H // P, W // P) int64 zeros; sums of squared Sobel magnitudes.
-        variances: the same shape, float64, filled: of the magnitudes, or a bound on their side.
+        pairs: of `count_levels`; zeros, and zeros again afterwards.
+        counts: (256,) uint32 zeros; become the histogram.
+        variances: (H // P, W // P) float64, filled: of Sobel magnitudes, or a bound on their side.
         distances: the same, filled: how far the variances may be off.
         factor: of `box_means` over the pixels, 1 to 257; 0 for none.
-        sums: of `box_means`, (2, 3 W) uint16.
+        sums: of `box_means`, (3, 3 W) uint16.
         means: of `box_means`.
     """
-    height = gray.shape[0]
-    patch_rows, patch_columns = squares.shape
-    patch_px = patch_halves.shape[1]
-    smooth, slope = halves[0], halves[1]
-    patch_smooth, patch_slope = patch_halves[0], patch_halves[1]
+    height, width = pixels.shape[0], pixels.shape[1] // 3
+    gray = levels[: height * width].reshape(height, width)
+    patch_rows, patch_columns = variances.shape
+    patch_px = halves.shape[1]
+    pending = 0
     # One more than there are patches: rows below the last patch count for histogram and means.
-    for band in range(patch_rows + 1):
+    for band in range(patch_rows, -1, -1):
         top = band * patch_px
-        bottom = min(top + patch_px, height)
-        for y in range(top, bottom):
+        for y in range(top, min(top + patch_px, height)):
             _gray_row(pixels[y], gray[y])
-            count_in_four(gray[y], tables)
+            pending = count_levels(levels, (y * width, (y + 1) * width), pending, pairs, counts)
             # Blocks do not follow bands: one may begin in this band and end in the next.
             if factor > 0 and ((y + 1) % factor == 0 or y == height - 1):
                 block = y // factor
                 column_sums(pixels, block * factor, y + 1, sums[0])
                 block_means(sums, 3, factor, y + 1 - block * factor, means[block])
-            if band == patch_rows:
-                continue
-            # A row's gradient needs the gray of the row below it; the last one has none.
-            for row in range(y - 1 if y > top else y, y if y < bottom - 1 else bottom):
-                _vertical_row(gray, _mirrored(row, top, bottom), 0, smooth, slope)
-                for column in range(patch_columns):
-                    # 64 bits from here: 32 are enough for one row of a patch, not for all of them.
-                    squares[band, column] += _squares_row(
-                        smooth, slope, column * patch_px, patch_px
-                    )
         if band == patch_rows:
-            break
+            continue
         for column in range(patch_columns):
             variances[band, column], distances[band, column] = _patch_variance(
-                gray,
-                (top, column * patch_px),
-                squares[band, column],
-                flat_variance,
-                patch_smooth,
-                patch_slope,
+                gray, (top, column * patch_px), flat_variance, halves[0], halves[1]
             )
+    collect_pairs(pairs, counts)

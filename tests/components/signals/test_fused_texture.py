@@ -142,6 +142,15 @@ def test_the_small_copy_is_that_of_box_reduced_for_any_patch_and_factor(
     assert texture.entropy_bits == fused_texture(pixels, patch_px=patch_px).entropy_bits
 
 
+def test_half_a_million_equal_pixels_overflow_no_counter() -> None:
+    """Two levels, each more often than twice 16 bits can count."""
+    pixels = np.zeros((700, 1403, 3), np.uint8)
+    pixels[:, 702:] = 255
+    entropy = fused_texture(pixels).entropy_bits
+    share = 702 / 1403
+    assert entropy == pytest.approx(-share * np.log2(share) - (1 - share) * np.log2(1 - share))
+
+
 def test_strided_pixels_are_measured_like_a_copy() -> None:
     pixels = np.random.default_rng(2).integers(0, 256, (100, 90, 3), dtype=np.uint8)
     mirrored = fused_texture(pixels[:, ::-1], patch_px=30)
