@@ -2,7 +2,8 @@
 
 The plain expression (`components.objectives.snr_huber`) keeps about twenty latent-sized tensors for
 autograd. Here one function computes loss and gradient together, so the backward pass is a single
-multiplication and one latent-sized tensor is kept. With R = -t W e, e = v - v*, W the orthonormal
+multiplication and one latent-sized tensor is kept. On a CPU large latents go through a compiled
+loop, once and in place. With R = -t W e, e = v - v*, W the orthonormal
 Haar transform and s = sqrt(1 + (R/c)^2):
 
     rho = R^2 / (1 + s),   d rho / d R = R / s,   d loss / d v = -t omega / N  W^T (weight R / s).
@@ -13,15 +14,21 @@ Shape legend: B batch, C channels, H height, W width of the latents.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from components.objectives.flow_matching import at_least_float32, clamp_time, expand_time
-from components.objectives.haar import haar
+from components.objectives.haar import haar, require_even_size
 from components.objectives.snr_huber import SnrHuberSettings, huber_threshold, time_weight
+
+COMPILED_FROM = 2**18
+"""Coefficients, four times those of a 512 px picture under F16. Below, importing the compiler would
+cost a short run more than its steps save."""
 
 BandWeights: TypeAlias = tuple[float, float, float, float]
 LossAndGradient: TypeAlias = Callable[
@@ -74,6 +81,62 @@ def loss_and_gradient(
     return total, gradient
 
 
+def compiled_loss_and_gradient(
+    velocity: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    threshold: Tensor,
+    band_weights: BandWeights,
+) -> tuple[Tensor, Tensor]:
+    """`loss_and_gradient` of float32 on a CPU in one walk over memory, on torch's threads.
+
+    Each plane is added up alone, so that sums do not depend on the number of threads.
+
+    Raises:
+        ValueError: odd latent size.
+    """
+    require_even_size(velocity)
+    # Imports numba.
+    from components.objectives.snr_huber_kernels import loss_and_slopes
+
+    samples, channels, height, width = velocity.shape
+    planes = samples * channels
+    predicted, clean, drawn = [
+        x.detach().contiguous().view(planes, height, width).numpy()
+        for x in (velocity, latents, noise)
+    ]
+    minus_t, curvature = [
+        x.flatten().repeat_interleave(channels).numpy() for x in (-t, threshold.pow(-2))
+    ]
+    weights = np.array(band_weights, np.float32)
+    slopes = torch.empty_like(velocity, memory_format=torch.contiguous_format)
+    sums = np.empty(planes)
+    filled = slopes.view(planes, height, width).numpy()
+    threads = min(torch.get_num_threads(), planes)
+
+    def some(part: int) -> None:
+        chosen = slice(planes * part // threads, planes * (part + 1) // threads)
+        loss_and_slopes(
+            predicted[chosen],
+            clean[chosen],
+            drawn[chosen],
+            minus_t[chosen],
+            curvature[chosen],
+            weights,
+            np.empty((2, width), np.float32),
+            sums[chosen],
+            filled[chosen],
+        )
+
+    if threads == 1:
+        some(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(some, range(threads)))
+    return torch.from_numpy(sums).view(samples, channels).sum(1).float(), slopes
+
+
 @cache
 def _compiled() -> LossAndGradient:
     """One kernel by torch.compile; made at first use, needs a C compiler (CPU) or Triton (GPU)."""
@@ -96,6 +159,16 @@ class _SnrHuber(torch.autograd.Function):
         # Everything inside runs without autograd: `backward` is the only source of this gradient.
         clamped = clamp_time(t)
         wide = at_least_float32(velocity)
+        if (
+            kernel is loss_and_gradient
+            and wide.device.type == "cpu"
+            and wide.dtype == torch.float32
+            and wide.numel() >= COMPILED_FROM
+            and latents.shape == noise.shape == velocity.shape
+        ):
+            kernel = compiled_loss_and_gradient
+        # The slopes are this step's own, and kept for its one backward pass.
+        ctx.is_ours = kernel is compiled_loss_and_gradient
         total, slopes = kernel(
             wide,
             at_least_float32(latents),
@@ -118,7 +191,9 @@ class _SnrHuber(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient_B: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         slopes, scale = ctx.saved_tensors
-        gradient = slopes * expand_time(scale * gradient_B, slopes)
+        factor = expand_time(scale * gradient_B, slopes)
+        # In place: a tensor as large as the latents less, and its page faults.
+        gradient = slopes.mul_(factor) if ctx.is_ours else slopes * factor
         return gradient.to(ctx.dtype), None, None, None, None, None
 
 
@@ -133,7 +208,8 @@ def fused_snr_huber_loss(
 ) -> Tensor:
     """`snr_huber_wavelet_loss` to rounding, at a fraction of its memory traffic.
 
-    Gradients flow to the velocity only, and once (no double backward).
+    Gradients flow to the velocity only, and once (no double backward; after one backward pass the
+    graph is used up).
 
     Args:
         velocity: (B, C, H, W) predicted velocity, any floating dtype, H and W even.

@@ -15,6 +15,25 @@ Bands: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 BAND_NAMES = ("ll", "lh", "hl", "hh")
 
 
+def require_even_size(latents_BCHW: Tensor) -> None:
+    """Refuse what has no 2x2 blocks.
+
+    Raises:
+        ValueError: H or W is odd or zero, or there are none.
+    """
+    if latents_BCHW.ndim < 2:
+        raise ValueError(
+            f"latents: the Haar transform needs (..., H, W), got {tuple(latents_BCHW.shape)}"
+        )
+    height, width = latents_BCHW.shape[-2:]
+    # Refused, not padded: a padded row would enter the loss as coefficients that no image has.
+    if height % 2 or width % 2 or not height or not width:
+        raise ValueError(
+            f"latents: the Haar transform needs an even height and width, got {height}x{width}; "
+            "crop or pad to even sizes"
+        )
+
+
 def haar(latents_BCHW: Tensor) -> Bands:
     """Split latents into four half-size bands, conserving energy (Parseval).
 
@@ -31,17 +50,7 @@ def haar(latents_BCHW: Tensor) -> Bands:
     Raises:
         ValueError: H or W is odd or zero.
     """
-    if latents_BCHW.ndim < 2:
-        raise ValueError(
-            f"latents: the Haar transform needs (..., H, W), got {tuple(latents_BCHW.shape)}"
-        )
-    height, width = latents_BCHW.shape[-2:]
-    # Refused, not padded: a padded row would enter the loss as coefficients that no image has.
-    if height % 2 or width % 2 or not height or not width:
-        raise ValueError(
-            f"latents: the Haar transform needs an even height and width, got {height}x{width}; "
-            "crop or pad to even sizes"
-        )
+    require_even_size(latents_BCHW)
     top, bottom = latents_BCHW[..., 0::2, :], latents_BCHW[..., 1::2, :]
     # Two one-dimensional steps need 8 additions a block instead of 12.
     low, high = top + bottom, top - bottom

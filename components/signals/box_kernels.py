@@ -5,8 +5,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from components.files.kernel_cache import cached
 from components.signals.integer_kernels import plus
-from components.signals.kernel_cache import cached
 
 _AREA_IN_16_BITS = 257
 """Pixels of a block whose sum fits into 16 bits: 257 * 255 = 65535."""

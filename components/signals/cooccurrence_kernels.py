@@ -9,8 +9,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from components.files.kernel_cache import cached
 from components.signals.integer_kernels import count_in_four
-from components.signals.kernel_cache import cached
 
 PATCH_PX = 64
 PAIRS = 4096

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from components.files.kernel_cache import cached
 from components.signals.box_kernels import block_means, column_sums
 from components.signals.integer_kernels import (
     collect_pairs,
@@ -20,7 +21,6 @@ from components.signals.integer_kernels import (
     shifted,
     times,
 )
-from components.signals.kernel_cache import cached
 
 # Reassociation lets the float32 sum of roots use vector lanes; nothing else may change a value (no
 # approximate reciprocal or root). `certain_distance` in fused_texture bounds what it costs.

@@ -7,7 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.objectives.fused_snr_huber import fused_snr_huber_loss
+from components.objectives.fused_snr_huber import (
+    COMPILED_FROM,
+    compiled_loss_and_gradient,
+    fused_snr_huber_loss,
+    loss_and_gradient,
+)
 from components.objectives.snr_huber import SnrHuberSettings, snr_huber_wavelet_loss
 
 kinds = st.sampled_from(["paper", "fm_exact"])
@@ -97,6 +102,69 @@ def test_inputs_are_left_as_they_were_and_odd_sizes_refused() -> None:
         )
     with pytest.raises(ValueError, match=r"^t:"):
         fused_snr_huber_loss(velocity, latents, noise, torch.zeros(3), SnrHuberSettings())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    batch=st.integers(1, 3),
+    half=st.tuples(st.integers(1, 9), st.integers(1, 40)),
+    c=st.floats(0.05, 5),
+    band_weights=st.tuples(*(st.floats(0, 4),) * 4),
+)
+def test_the_loop_for_large_latents_gives_the_same_sums_and_slopes(
+    seed, batch, half, c, band_weights
+) -> None:
+    tensors = _draw(batch, torch.float64, seed, (2 * half[0], 2 * half[1]))
+    t = torch.linspace(0.1, 0.9, batch, dtype=torch.float64).view(-1, 1, 1, 1)
+    threshold = c * torch.linspace(1, 2, batch, dtype=torch.float64).view(-1, 1, 1, 1)
+    expected = loss_and_gradient(*tensors, t, threshold, band_weights)
+    single = [x.float() for x in (*tensors, t, threshold)]
+    actual = compiled_loss_and_gradient(*single, band_weights)
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual[1].double(), expected[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_latents_of_any_layout_give_the_same_bytes_on_any_number_of_threads(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = torch.tensor([0.1, 0.9])
+    tensors = _draw(2, dtype, size=(216, 220))
+    assert tensors[0].numel() >= COMPILED_FROM
+    plain = _value_and_gradient(snr_huber_wavelet_loss, *tensors, t, SnrHuberSettings())
+    found = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(_value_and_gradient(fused_snr_huber_loss, *tensors, t, SnrHuberSettings()))
+    last = [x.to(memory_format=torch.channels_last) for x in tensors]
+    found.append(_value_and_gradient(fused_snr_huber_loss, *last, t, SnrHuberSettings()))
+    for loss, gradient in found:
+        assert torch.equal(loss, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+    rtol = 1e-4 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found[0][0], plain[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[0][1], plain[1], rtol=rtol, atol=1e-9)
+
+
+def test_large_latents_of_odd_or_different_sizes_are_refused() -> None:
+    t = torch.tensor([0.1, 0.9])
+    odd = _draw(2, torch.float32, size=(217, 220))
+    with pytest.raises(ValueError, match="217x220"):
+        fused_snr_huber_loss(*odd, t, SnrHuberSettings())
+    velocity, latents, noise = _draw(2, torch.float32, size=(216, 220))
+    with pytest.raises(RuntimeError, match="must match"):
+        fused_snr_huber_loss(velocity, latents.mT.contiguous(), noise, t, SnrHuberSettings())
+
+
+def test_the_slopes_of_large_latents_serve_one_backward_pass() -> None:
+    velocity, latents, noise = _draw(2, torch.float32, size=(216, 220))
+    velocity.requires_grad_(True)
+    t = torch.tensor([0.1, 0.9])
+    loss = fused_snr_huber_loss(velocity, latents, noise, t, SnrHuberSettings()).sum()
+    torch.autograd.grad(loss, velocity, retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(loss, velocity)
 
 
 @pytest.mark.slow
