@@ -217,9 +217,10 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, Any]:
             part["win_rate_a"] = None
         if len(set(prompts)) >= 2:
             fitted = fit_bradley_terry([row for one in answered for row in _rows(one)])
-            # The parametrisation puts a at 0: what is reported is a's lead over b.
+            # The parametrisation puts a at 0: what is reported is a's lead over b. Subtracted, not
+            # negated: a lead of none is 0, not -0.
             lead = fitted.strengths["b"]
-            part["strength_a_minus_b"] = [-lead.value, -lead.high, -lead.low]
+            part["strength_a_minus_b"] = [0.0 - x for x in (lead.value, lead.high, lead.low)]
             part["order_effect"] = [fitted.order.value, fitted.order.low, fitted.order.high]
         part["warnings"] = _warnings(part, len(answered))
         summary[name] = part

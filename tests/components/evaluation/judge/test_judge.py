@@ -175,6 +175,7 @@ def test_a_judge_that_likes_the_first_place_says_nothing_about_the_systems(
     found = run(server, pairs, tmp_path)
     assert (found["tie"], found["orders_disagree"]) == (8, 8)
     assert found["strength_a_minus_b"][0] == pytest.approx(0.0, abs=1e-6)
+    assert "-0.0" not in map(str, found["strength_a_minus_b"])
     assert found["order_effect"][0] > 3.0
     assert found["win_rate_interval"] == pytest.approx([0.2152, 0.7848], abs=1e-4)
     # Nothing was learnt about the systems, so nothing is certain about them.
