@@ -220,9 +220,6 @@ def gray_histogram_sobel(
 ) -> None:
     """All that entropy, flatness and the small picture need, row by row while it is in cache.
 
-    Bands of patches go from the bottom up: the decoder wrote the last rows last, so that a cache
-    which is smaller than the picture still holds them.
-
     Args:
         pixels: (H, 3 W) uint8, interleaved RGB.
         levels: (at least H W rounded up to 8,) uint8; its start is filled as (H, W).
@@ -243,7 +240,7 @@ def gray_histogram_sobel(
     patch_px = halves.shape[1]
     pending = 0
     # One more than there are patches: rows below the last patch count for histogram and means.
-    for band in range(patch_rows, -1, -1):
+    for band in range(patch_rows + 1):
         top = band * patch_px
         for y in range(top, min(top + patch_px, height)):
             _gray_row(pixels[y], gray[y])
