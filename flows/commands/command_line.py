@@ -20,6 +20,16 @@ def fail(message: str, code: int = 2) -> typer.Exit:
     return typer.Exit(code)
 
 
+def why_no_file(path: Path) -> str:
+    """Why a path that is no regular file cannot be read: the end of "PATH: ..."."""
+    if path.is_dir():
+        return "a folder, not a file"
+    if path.exists():
+        # Reading a pipe would wait for ever.
+        return "not a regular file"
+    return "a link that leads nowhere" if path.is_symlink() else "no such file"
+
+
 def refuse_unknown_stage(root: Path, name: str | None) -> None:
     """Refuse a name that dvc.yaml does not hold, before anything heavy is imported.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root, why_no_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,7 +96,7 @@ def _unknown(photo: Path, table: pd.DataFrame | None, root: Path) -> str | None:
     if photo.is_file():
         return None
     if table is None:
-        return f"{photo}: no such file"
+        return f"{photo}: {why_no_file(photo)}"
     try:
         find(table, photo.as_posix(), root)
     except ValueError as problem:

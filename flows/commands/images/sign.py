@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root, why_no_file
 
 if TYPE_CHECKING:
     from components.files.signatures import SigningKey
@@ -25,6 +25,31 @@ not changed since, not who made it. `ultraflux verify PICTURE` checks."""
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
+def _pictures(paths: list[Path]) -> list[Path]:
+    """The files that are named, and those of folders that are.
+
+    Raises:
+        typer.Exit: no file, a folder without pictures, or two copies of one name; one line.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        files = [path]
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
+            if not files:
+                raise fail(f"{path}: no picture in it ({', '.join(sorted(PICTURES))})")
+        for file in files:
+            if not file.is_file():
+                raise fail(f"{file}: {why_no_file(file)}")
+            if file.name in found:
+                raise fail(
+                    f"{found[file.name]} and {file} would both be {file.name} in --out; sign them "
+                    "into folders of their own"
+                )
+            found[file.name] = file
+    return list(found.values())
+
+
 def sign(
     paths: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
     out: Annotated[Path, typer.Option(help="Folder for the signed copies.")] = Path("signed"),
@@ -34,17 +59,7 @@ def sign(
     from components.files.signatures import KeyUnusable
 
     root = project_root()
-    found = [
-        file
-        for path in paths
-        for file in (
-            sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
-            if path.is_dir()
-            else [path]
-        )
-    ]
-    if missing := [str(path) for path in found if not path.is_file()]:
-        raise fail(f"{missing[0]}: no such file")
+    found = _pictures(paths)
     out.mkdir(parents=True, exist_ok=True)
     try:
         signer = Signer(root)

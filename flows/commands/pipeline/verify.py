@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail
+from flows.commands.command_line import fail, why_no_file
 
 EPILOG = """Examples:
 
@@ -53,7 +53,7 @@ def verify(
     from components.files.signatures import KeyUnusable, public_key
 
     if not file.is_file():
-        raise fail(f"{file}: no such file")
+        raise fail(f"{file}: {why_no_file(file)}")
     try:
         if _is_statement(file):
             found = _certificate(file, None if key is None else public_key(key))

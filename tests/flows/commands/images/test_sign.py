@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -58,3 +59,21 @@ def test_a_photograph_is_not_signed_as_a_generated_picture(toy: Path, typed: Typ
     done = typed(toy, "sign", "photo.png")
     assert done.returncode == 2
     assert "not made by this project" in done.stderr
+
+
+def test_what_cannot_be_signed_is_said_before_anything_is(toy: Path, typed: Typed) -> None:
+    (toy / "empty").mkdir()
+    (toy / "more").mkdir()
+    picture(toy / "a.png")
+    picture(toy / "more" / "a.png")
+    os.mkfifo(toy / "pipe.png")
+    (toy / "link.png").symlink_to("nowhere.png")
+    for names, said in (
+        (["a.png", "empty"], "empty: no picture in it (.jpeg, .jpg, .png, .webp)"),
+        (["a.png", "more"], "a.png and more/a.png would both be a.png in --out"),
+        (["a.png", "pipe.png"], "pipe.png: not a regular file"),
+        (["a.png", "link.png"], "link.png: a link that leads nowhere"),
+    ):
+        done = typed(toy, "sign", *names)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+        assert not (toy / "signed").exists()
