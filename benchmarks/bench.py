@@ -30,6 +30,7 @@ SHORT: dict[str, str] = {
     "engine": "corpus_engine.py --items 1000 --repeats 5",
     "objective": "objective_cost.py --device cpu --batches 1 4",
     "latents": "latent_caching.py",
+    "texts": "text_caching.py",
     "store": "store_reading.py --gib 0.5 --batches 20",
     "trainer": "trainer_overhead.py --steps 30 --sizes embedded --zero-stage 0",
     "trainer, ZeRO 2": "trainer_overhead.py --steps 30 --sizes embedded --zero-stage 2",

@@ -29,6 +29,8 @@ class Objective:
     loss: Loss
     settings: type[Section] | None = None
     """Class of the section `objective.NAME`; None: it has none of its own."""
+    compiled: Loss | None = None
+    """The same as generated code, for GPUs with `runtime.compile`; None: there is none."""
 
 
 def _snr_huber(
@@ -39,6 +41,14 @@ def _snr_huber(
     from components.objectives.fused_snr_huber import fused_snr_huber_loss
 
     return fused_snr_huber_loss(velocity, latents, noise, t, settings.snr_huber)
+
+
+def _compiled_snr_huber(
+    velocity: Tensor, latents: Tensor, noise: Tensor, t: Tensor, settings: ObjectiveSettings
+) -> Tensor:
+    from components.objectives.fused_snr_huber import fused_snr_huber_loss
+
+    return fused_snr_huber_loss(velocity, latents, noise, t, settings.snr_huber, compiled=True)
 
 
 def _wavelet(
@@ -69,14 +79,20 @@ def _flow_matching(
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "snr_huber": Objective(_snr_huber),
+    "snr_huber": Objective(_snr_huber, compiled=_compiled_snr_huber),
     "flow_matching": Objective(_flow_matching),
     "wavelet": Objective(_wavelet),
 }
 
 
 def objective_loss(
-    settings: ObjectiveSettings, velocity: Tensor, latents: Tensor, noise: Tensor, t: Tensor
+    settings: ObjectiveSettings,
+    velocity: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """The training objective per sample.
 
@@ -86,9 +102,12 @@ def objective_loss(
         latents: (B, C, h, w) data.
         noise: (B, C, h, w).
         t: (B,) noise levels, 0 data to 1 noise.
+        compiled: the row's generated code, where it has some.
 
     Returns:
         (B,) float32.
     """
     # The name was checked when the settings were read; a wrong one cannot come this far.
-    return OBJECTIVES[settings.kind].loss(velocity, latents, noise, t, settings)
+    row = OBJECTIVES[settings.kind]
+    loss = row.compiled if compiled and row.compiled is not None else row.loss
+    return loss(velocity, latents, noise, t, settings)

@@ -79,9 +79,9 @@ class RuntimeSettings(Section):
     """Dense bf16 TFLOP/s of one GPU by its data sheet, such as 989 for an H100 or H200 SXM; model
     FLOPs utilisation (MFU) is logged against it. None: not logged."""
     compile: Literal["none", "blocks"] = "none"
-    """For DiT training. `blocks`: torch.compile of every transformer block, one graph of a kind for
-    all buckets, made in a fixed order when a process starts; results differ from `none` by
-    rounding and resume with the same bytes."""
+    """For DiT training. `blocks`: torch.compile of every transformer block, and on GPUs of the
+    SNR-HW objective, one graph of a kind for all buckets, made in a fixed order when a process
+    starts; results differ from `none` by rounding and resume with the same bytes."""
     context_parallel_degree: Count = 1
     """Ranks that share the tokens of each sample in DiT training (Ulysses), for sequences too long
     for one GPU; divides the ranks, the heads and every bucket's tokens. 1: none."""

@@ -219,6 +219,8 @@ class AssembledRun:
     """Of the transformer's weights and inputs."""
     uncompiled: Callable[[], AbstractContextManager[None]]
     """Inside it compiled blocks run as plain Python; does nothing where there are none."""
+    compiles_objective: bool
+    """Whether training takes the objective as generated code."""
     average: WeightAverage
     validation: ValidationSet
     training_images: ValidationSet | None
@@ -254,10 +256,12 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
     engine = initialize_engine(model, settings, ranks)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     is_compiled = job.runtime.compile == "blocks"
+    compiles_objective = is_compiled and ranks.device.type == "cuda"
     if is_compiled:
         # After the engine, which casts the weights: graphs over float32 weights would be of no use.
         batches = data.empty_batches(ranks.device)
-        compile_for_buckets(engine, batches, settings.guidance_scale, dtype)
+        objective = job.objective if compiles_objective else None
+        compile_for_buckets(engine, batches, settings.guidance_scale, dtype, objective)
     average = WeightAverage(
         # Of the float32 masters: decay 0.9999 moves a bfloat16 average by less than it can hold.
         master_shards(engine, ranks),
@@ -299,6 +303,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         engine=engine,
         dtype=dtype,
         uncompiled=uncompiled if is_compiled else nullcontext,
+        compiles_objective=compiles_objective,
         average=average,
         validation=validation,
         training_images=data.training_images(),

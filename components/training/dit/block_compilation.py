@@ -1,7 +1,8 @@
 """Transformer blocks compiled one kind at a time, so that compiled training resumes exactly.
 
 A model's blocks are few kinds repeated, so compiling a block (and not the model) takes seconds.
-All sizes are symbols: one graph of a kind serves every aspect-ratio bucket.
+All sizes are symbols: one graph of a kind serves every aspect-ratio bucket. On GPUs the objective
+is compiled with them; on a CPU its own loop is faster (`components.objectives.fused_snr_huber`).
 
 Exactness needs that the code does not depend on where a run was interrupted. What a compiler
 chooses can depend on the sizes that it sees first, so `compile_for_buckets` shows it all buckets in
@@ -22,6 +23,7 @@ from components.models.loading.block_compile import require_compiler
 if TYPE_CHECKING:
     import torch
 
+    from components.settings.objective import ObjectiveSettings
     from components.settings.runtime import RuntimeSettings
     from components.settings.training import DitStageSettings
     from components.training.dit.velocity import NoisedBatch
@@ -64,7 +66,11 @@ def check_compilation(stage: DitStageSettings, runtime: RuntimeSettings) -> None
 
 
 def compile_for_buckets(
-    engine: Any, batches: Iterable[NoisedBatch], guidance_scale: float, dtype: torch.dtype
+    engine: Any,
+    batches: Iterable[NoisedBatch],
+    guidance_scale: float,
+    dtype: torch.dtype,
+    objective: ObjectiveSettings | None = None,
 ) -> None:
     """Compile forward and backward passes now; weights, gradients and random state stay.
 
@@ -73,10 +79,12 @@ def compile_for_buckets(
         batches: a micro batch of each bucket, always in the same order.
         guidance_scale: as in training.
         dtype: as in training.
+        objective: compiled too; None: training computes it as it is.
     """
     # Here, because the planner asks this module without torch.
     import torch
 
+    from components.objectives.objective import objective_loss
     from components.training.dit.velocity import predict_velocity
 
     model = engine.module
@@ -88,9 +96,14 @@ def compile_for_buckets(
         # The order is part of the contract: the sizes seen first become hints of the code.
         for batch in batches:
             velocity = predict_velocity(model, batch, guidance_scale, dtype)
+            loss = velocity
+            if objective is not None:
+                loss = objective_loss(
+                    objective, velocity, batch.latents, batch.noise, batch.t, compiled=True
+                )
             # Backward too: it is compiled when it first runs, and must not be by the first real
             # batch.
-            torch.autograd.grad(velocity.sum(), first)
+            torch.autograd.grad(loss.sum(), first)
 
 
 @contextmanager

@@ -262,7 +262,12 @@ class DitTrainer:
                 self.engine, batch, self.settings.guidance_scale, self.parts.dtype
             )
             per_sample = objective_loss(
-                self.job.objective, velocity, batch.latents, batch.noise, batch.t
+                self.job.objective,
+                velocity,
+                batch.latents,
+                batch.noise,
+                batch.t,
+                compiled=self.parts.compiles_objective,
             )
             # Ranks that share a sample hold parts of its gradient, and ZeRO averages over them.
             self.engine.backward(self.ranks.context_degree * per_sample.mean())

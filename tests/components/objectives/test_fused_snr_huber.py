@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.objectives.fused_snr_huber import (
-    COMPILED_FROM,
-    compiled_loss_and_gradient,
+    LOOP_FROM,
+    cpu_loss_and_gradient,
     fused_snr_huber_loss,
     loss_and_gradient,
 )
@@ -120,7 +120,7 @@ def test_the_loop_for_large_latents_gives_the_same_sums_and_slopes(
     threshold = c * torch.linspace(1, 2, batch, dtype=torch.float64).view(-1, 1, 1, 1)
     expected = loss_and_gradient(*tensors, t, threshold, band_weights)
     single = [x.float() for x in (*tensors, t, threshold)]
-    actual = compiled_loss_and_gradient(*single, band_weights)
+    actual = cpu_loss_and_gradient(*single, band_weights)
     torch.testing.assert_close(actual[0].double(), expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(actual[1].double(), expected[1], rtol=1e-4, atol=1e-6)
 
@@ -131,7 +131,7 @@ def test_large_latents_of_any_layout_give_the_same_bytes_on_any_number_of_thread
 ) -> None:
     t = torch.tensor([0.1, 0.9])
     tensors = _draw(2, dtype, size=(216, 220))
-    assert tensors[0].numel() >= COMPILED_FROM
+    assert tensors[0].numel() >= LOOP_FROM
     plain = _value_and_gradient(snr_huber_wavelet_loss, *tensors, t, SnrHuberSettings())
     found = []
     for threads in (1, 2, 5):

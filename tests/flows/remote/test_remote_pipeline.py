@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,25 +57,30 @@ def test_the_run_of_a_remote_stage_hangs_under_the_pipelines_run_once(
     if not server:
         # The worker cannot reach MLflow: what it recorded comes back with the reply.
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    request = StageRequest(
-        "source",
-        code_commit(pipeline),
-        (pipeline / "params.yaml").read_text(),
-        parent=record.record_id,
-        parent_run=record.mlflow_run_id,
-    )
-    reply = run_remote_stage(request, root=worker)
-    assert reply.status == "ran", reply.message
+    lock: dict[str, Any] = {}
+    # `source` has no artifacts; `ingest` stands on it.
+    for name in ("source", "ingest"):
+        request = StageRequest(
+            name,
+            code_commit(pipeline),
+            (pipeline / "params.yaml").read_text(),
+            lock=lock,
+            parent=record.record_id,
+            parent_run=record.mlflow_run_id,
+        )
+        reply = run_remote_stage(request, root=worker)
+        assert reply.status == "ran", reply.message
+        lock = lock | {name: reply.entry}
     assert reply.entry is not None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     keep_files(pipeline, reply.files)
     sync_once(pipeline)
-    (stage,) = [one for one in all_records(pipeline) if one.run.name == "source"]
+    (stage,) = [one for one in all_records(pipeline) if one.run.name == "ingest"]
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("ultraflux")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    (child,) = [run for run in runs if run.info.run_name == "source"]
+    (child,) = [run for run in runs if run.info.run_name == "ingest"]
     assert child.info.run_id == stage.mlflow_run_id
     assert child.info.status == "FINISHED"
     assert child.data.tags["mlflow.parentRunId"] == record.mlflow_run_id

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from components.models.loading.block_compile import compile_blocks
+from components.objectives.objective import objective_loss
+from components.settings.schema import load_settings
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.checkpoints import CheckpointStore
 from components.training.dit.block_compilation import (
@@ -25,6 +27,7 @@ from components.training.dit.job import WEIGHTS_NAMES
 from components.training.dit.throughput import MACHINE_METRICS
 from components.training.dit.velocity import NoisedBatch, predict_velocity
 
+ROOT = Path(__file__).resolve().parents[4]
 # The first has as many image tokens as text tokens.
 GRIDS = ((2, 4), (4, 4), (6, 8), (4, 12), (10, 10), (6, 12))
 # A double block; a single block on contiguous streams, and on the views that one gives.
@@ -126,6 +129,29 @@ def test_few_graphs_serve_every_bucket_and_agree_with_plain_blocks(tiny_backbone
     assert graphs() == made
 
 
+@pytest.mark.slow
+def test_one_graph_of_the_objective_serves_every_bucket(tiny_backbone):
+    objective = load_settings(ROOT / "params.yaml").objective
+    assert objective.kind == "snr_huber"
+    model = not_zero(tiny_backbone("flux"))
+    torch._dynamo.utils.counters.clear()
+    sizes = (batch(grid) for grid in GRIDS)
+    compile_for_buckets(Engine(model), sizes, 4.0, torch.float32, objective)
+    assert graphs() == 1
+    for grid in reversed(GRIDS):
+        one = batch(grid)
+        velocity = predict_velocity(model, one, 4.0, torch.float32).detach().requires_grad_(True)
+        found = []
+        for compiled in (False, True):
+            loss = objective_loss(
+                objective, velocity, one.latents, one.noise, one.t, compiled=compiled
+            )
+            found.append((loss, *torch.autograd.grad(loss.sum(), velocity)))
+        for expected, actual in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-9)
+    assert graphs() == 1
+
+
 def rows(job):
     return [
         {name: value for name, value in row.items() if name not in MACHINE_METRICS}
@@ -144,8 +170,7 @@ def start(job):
     command = [sys.executable, "-m", "components.training.dit.worker", str(path)]
     # Every process compiles for itself.
     own = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(job.state_dir / "compiled")}
-    root = Path(__file__).resolve().parents[4]
-    return subprocess.Popen(command, cwd=root, env=os.environ | own, stdin=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | own, stdin=subprocess.PIPE)
 
 
 @pytest.mark.slow
