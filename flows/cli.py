@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from components.files.cut_bytecode import describe_cut_bytecode, remove_cut_bytecode
 from flows import environment
 from flows.commands.command_line import (
     fail,
@@ -444,12 +445,18 @@ def main() -> None:
         print(f"error: {said}", file=sys.stderr)
         sys.exit(1)
     except SystemExit as end:
+        # Click takes the end of a file for a person's: it says "Aborted" and no more.
+        aborted = end.__context__.__cause__ if end.__context__ is not None else None
+        if aborted is not None and (cut := remove_cut_bytecode(aborted)) is not None:
+            print(f"error: {describe_cut_bytecode(cut)}", file=sys.stderr)
         _leave_threads_behind(end.code)
         raise
 
 
 def _refusal(problem: Exception) -> str | None:
-    """One line for what DVC refuses and for a disk that is full; None: something else."""
+    """One line for what DVC refuses and for a disk that is or was full; None: something else."""
+    if (cut := remove_cut_bytecode(problem)) is not None:
+        return describe_cut_bytecode(cut)
     text = " ".join(str(problem).split())
     errors = sys.modules.get("dvc.exceptions")
     if errors is not None and isinstance(problem, errors.DvcException):

@@ -15,6 +15,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+from components.files.cut_bytecode import describe_cut_bytecode, remove_cut_bytecode
 from components.files.weight_folders import file_digest
 from components.settings.bad_input import cured_by_no_retry
 from components.settings.schema import Settings, load_settings
@@ -247,6 +248,8 @@ def run_stage(name: str, root: Path) -> int:
         message = text if text.startswith(f"{name}:") else f"{name}: {text}"
         if not bad_input:
             message = f"{name}: {type(problem).__name__}: {text}"
+        if (cut := remove_cut_bytecode(problem)) is not None:
+            message = f"{name}: {describe_cut_bytecode(cut)}"
         found = problem.found if isinstance(problem, StageFailed) else StageResult()
         result = replace(
             _as_result(root, found), status="FAILED", error=traceback.format_exc(), summary=""
