@@ -24,7 +24,8 @@ from flows.tracking.tier import served_tier
 
 LOG_DRAIN_S = 10.0
 killed_under_run = threading.Event()
-"""Set when the server had ended before its run had: what Prefect's client holds goes nowhere."""
+"""Set when the server had ended before its run had, or the run was interrupted: what threads of
+Prefect's client still hold goes nowhere."""
 
 
 @contextmanager
@@ -72,6 +73,10 @@ def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
         os.environ.update(environment)
         try:
             yield environment
+        except BaseException:
+            # Its tasks say something yet, to a server that ends here.
+            killed_under_run.set()
+            raise
         finally:
             if server.poll() is None:
                 _send_prefect_logs()
