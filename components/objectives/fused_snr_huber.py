@@ -161,6 +161,8 @@ class _SnrHuber(torch.autograd.Function):
         wide = at_least_float32(velocity)
         if (
             kernel is loss_and_gradient
+            # A trace without memory (`plan`) follows operators.
+            and type(wide) is Tensor
             and wide.device.type == "cpu"
             and wide.dtype == torch.float32
             and wide.numel() >= LOOP_FROM

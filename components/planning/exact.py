@@ -422,6 +422,8 @@ def trace_training(transformer: Transformer, name: str, size: tuple[int, int]) -
             metrics=None,
             steps_done=0,
             dtype=dtype,
+            # Generated code needs no more memory than the operators, which can be traced.
+            compiles_objective=False,
         )
         trainer = DitTrainer(parts)
         batches = [

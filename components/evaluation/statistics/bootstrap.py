@@ -187,7 +187,9 @@ def _resampled(
     means: list[npt.NDArray[np.float64]] = []
     errors: list[npt.NDArray[np.float64]] = []
     for drawn in _draws(k, resamples, seed):
-        total, count, squares, products, counts = moments @ drawn.T
+        # Not a matrix product: the order of its sums, and so their last bit, would depend on how
+        # many draws are in memory, on some processors.
+        total, count, squares, products, counts = np.einsum("mk,rk->mr", moments, drawn)
         # A ratio again: a draw that hits large clusters holds more values.
         mean = total / count
         # A draw that hits the mean is a tie; rounding must not decide its side.
