@@ -18,7 +18,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 import pandas as pd
 import simplejpeg
 import torch
+from folder_ways import over_fastest, seconds_in_alternation
 from PIL import Image, ImageOps
 from verdicts import Verdict, conclude
 
@@ -160,24 +160,11 @@ def main() -> int:
             f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
             f"{len(items)} photographs to {options.side} px, {options.threads} threads of torch"
         )
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
         with deterministic_torch(options.threads):
-            for turn in range(options.rounds + 1):
-                names = list(ways)
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    with tempfile.TemporaryDirectory(dir=folder) as out:
-                        begin = time.perf_counter()
-                        ways[name](Path(out))
-                        seconds[name].append(time.perf_counter() - begin)
-    # The first round warms files and allocators.
-    kept = {name: times[1:] for name, times in seconds.items()}
+            kept = seconds_in_alternation(ways, options.rounds, folder)
     for name, times in kept.items():
         print(f"{name:24} {len(items) / statistics.median(times):6.2f} photographs/s")
-    best = [
-        min(times)
-        for times in zip(*(kept[name] for name in ways if name != "encode_corpus"), strict=True)
-    ]
-    ratios = tuple(mine / other for mine, other in zip(kept["encode_corpus"], best, strict=True))
+    ratios = over_fastest(kept, "encode_corpus")
     return conclude([Verdict("latents: time / fastest of four loops", ratios, 1.0)])
 
 

@@ -5,11 +5,10 @@
 A clone whose stages copy one small file runs `ultraflux run --engine prefect --force` undisturbed
 three times, then again and again with a SIGKILL of the server (and all that it started) at a moment
 drawn from the time between the server's start and the run's end, until so many have met a server
-that was there. Per run: when it said that
-it goes on without the server, the longest pause between two lines of its output after the kill, and
-how long the run lasted. Ends with an error when a run does not end well, or when its longest pause
-is more than 10 s longer than the longest of an undisturbed one whose first stage has ended (a busy
-machine has pauses of its own).
+that was there. Per run: when it said that it goes on without the server, the longest pause between
+two lines of its output after the kill, and how long the run lasted. Ends with an error when a run
+does not end well, or when its longest pause is more than 10 s longer than the longest of an
+undisturbed one whose first stage has ended (a busy machine has pauses of its own).
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from folder_ways import over_fastest, seconds_in_alternation
 from safetensors.torch import save_file
 from torch import Tensor
 from verdicts import Verdict, conclude
@@ -84,24 +85,11 @@ def main() -> int:
             f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
             f"{len(captions)} captions, {options.threads} threads of torch"
         )
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
         with deterministic_torch(options.threads):
-            for turn in range(options.rounds + 1):
-                names = list(ways)
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    with tempfile.TemporaryDirectory(dir=temporary) as out:
-                        begin = time.process_time()
-                        ways[name](Path(out))
-                        seconds[name].append(time.process_time() - begin)
-    # The first round warms allocators.
-    kept = {name: times[1:] for name, times in seconds.items()}
+            kept = seconds_in_alternation(ways, options.rounds, Path(temporary), time.process_time)
     for name, times in kept.items():
         print(f"{name:20} {len(captions) / statistics.median(times):7.1f} captions a CPU second")
-    best = [
-        min(times)
-        for times in zip(*(kept[name] for name in ways if name != "build_text_store"), strict=True)
-    ]
-    ratios = tuple(mine / other for mine, other in zip(kept["build_text_store"], best, strict=True))
+    ratios = over_fastest(kept, "build_text_store")
     return conclude([Verdict("texts: time / faster of two loops", ratios, 1.05)])
 
 

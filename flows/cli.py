@@ -476,7 +476,7 @@ def _leave_threads_behind(code: object) -> None:
     engine = sys.modules.get("flows.pipeline.prefect_flow")
     server = sys.modules.get("flows.services.embedded_prefect")
     lost = engine is not None and engine.server_lost.is_set()
-    if lost or (server is not None and server.killed_under_run.is_set()):
+    if lost or (server is not None and server.nobody_listens.is_set()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))

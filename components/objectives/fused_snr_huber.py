@@ -3,8 +3,8 @@
 The plain expression (`components.objectives.snr_huber`) keeps about twenty latent-sized tensors for
 autograd. Here one function computes loss and gradient together, so the backward pass is a single
 multiplication and one latent-sized tensor is kept. On a CPU large latents go through a compiled
-loop, once and in place. With R = -t W e, e = v - v*, W the orthonormal
-Haar transform and s = sqrt(1 + (R/c)^2):
+loop, once and in place. With R = -t W e, e = v - v*, W the orthonormal Haar transform and
+s = sqrt(1 + (R/c)^2):
 
     rho = R^2 / (1 + s),   d rho / d R = R / s,   d loss / d v = -t omega / N  W^T (weight R / s).
 
@@ -169,8 +169,7 @@ class _SnrHuber(torch.autograd.Function):
             and latents.shape == noise.shape == velocity.shape
         ):
             kernel = cpu_loss_and_gradient
-        # The slopes are this step's own, and kept for its one backward pass.
-        ctx.is_ours = kernel is cpu_loss_and_gradient
+        ctx.is_large_on_cpu = kernel is cpu_loss_and_gradient
         total, slopes = kernel(
             wide,
             at_least_float32(latents),
@@ -195,7 +194,7 @@ class _SnrHuber(torch.autograd.Function):
         slopes, scale = ctx.saved_tensors
         factor = expand_time(scale * gradient_B, slopes)
         # In place: a tensor as large as the latents less, and its page faults.
-        gradient = slopes.mul_(factor) if ctx.is_ours else slopes * factor
+        gradient = slopes.mul_(factor) if ctx.is_large_on_cpu else slopes * factor
         return gradient.to(ctx.dtype), None, None, None, None, None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -34,21 +35,19 @@ class Objective:
 
 
 def _snr_huber(
-    velocity: Tensor, latents: Tensor, noise: Tensor, t: Tensor, settings: ObjectiveSettings
+    velocity: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    settings: ObjectiveSettings,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     # The fused one trains; the plain expression is its reference in the tests and gives band
     # losses.
     from components.objectives.fused_snr_huber import fused_snr_huber_loss
 
-    return fused_snr_huber_loss(velocity, latents, noise, t, settings.snr_huber)
-
-
-def _compiled_snr_huber(
-    velocity: Tensor, latents: Tensor, noise: Tensor, t: Tensor, settings: ObjectiveSettings
-) -> Tensor:
-    from components.objectives.fused_snr_huber import fused_snr_huber_loss
-
-    return fused_snr_huber_loss(velocity, latents, noise, t, settings.snr_huber, compiled=True)
+    return fused_snr_huber_loss(velocity, latents, noise, t, settings.snr_huber, compiled=compiled)
 
 
 def _wavelet(
@@ -79,7 +78,7 @@ def _flow_matching(
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "snr_huber": Objective(_snr_huber, compiled=_compiled_snr_huber),
+    "snr_huber": Objective(_snr_huber, compiled=partial(_snr_huber, compiled=True)),
     "flow_matching": Objective(_flow_matching),
     "wavelet": Objective(_wavelet),
 }

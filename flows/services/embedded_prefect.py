@@ -23,7 +23,7 @@ from flows.tracking.tier import LOOPBACK as HOST
 from flows.tracking.tier import served_tier
 
 LOG_DRAIN_S = 10.0
-killed_under_run = threading.Event()
+nobody_listens = threading.Event()
 """Set when the server had ended before its run had, or the run was interrupted: what threads of
 Prefect's client still hold goes nowhere."""
 
@@ -75,13 +75,13 @@ def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
             yield environment
         except BaseException:
             # Its tasks say something yet, to a server that ends here.
-            killed_under_run.set()
+            nobody_listens.set()
             raise
         finally:
             if server.poll() is None:
                 _send_prefect_logs()
             if server.poll() is not None:
-                killed_under_run.set()
+                nobody_listens.set()
     finally:
         server.stop()
 

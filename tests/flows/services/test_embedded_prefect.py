@@ -13,7 +13,7 @@ from subprocess import PIPE, STDOUT, Popen
 import psutil
 import pytest
 
-from flows.services.embedded_prefect import embedded_prefect, killed_under_run
+from flows.services.embedded_prefect import embedded_prefect, nobody_listens
 from flows.services.servers import ServiceEnded
 
 
@@ -87,11 +87,11 @@ def test_a_server_that_is_killed_under_a_run_is_not_waited_for_at_its_end(
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     try:
         with embedded_prefect(toy):
-            assert not killed_under_run.is_set()
+            assert not nobody_listens.is_set()
             with server_killed_at_start(os.getpid()) as killed:
                 while not killed:
                     time.sleep(0.05)
         # The command then ends without the threads of Prefect's client, which still call it.
-        assert killed_under_run.is_set()
+        assert nobody_listens.is_set()
     finally:
-        killed_under_run.clear()
+        nobody_listens.clear()
