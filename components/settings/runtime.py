@@ -104,9 +104,9 @@ class RuntimeSettings(Section):
     encoders_per_gpu: Count = 2
     """Worker processes per GPU that encode latents and texts (device `cuda`, engine `local`): one
     decodes its photograph while the other encodes."""
-    verify_reads: Literal["always", "first", "never"] = "always"
-    """When training compares a stored record with its hash: on every read, on the first read of a
-    record in this process, or not at all."""
+    verify_reads: Literal["always", "first", "never"] = "first"
+    """When training compares a stored record with its hash: on every read; on its first read in a
+    process and whenever it comes from the disk again or its shard was changed; or not at all."""
     offline: bool
     """Set HF_HUB_OFFLINE so that a missing weight fails at once instead of waiting for a hub."""
 

@@ -210,6 +210,7 @@ def test_missing_weights_name_the_folder_and_the_command_that_gets_them(
         (("generate", "--show-metadata", "PHOTO"), "not made by this project"),
         (("generate", "--prompts", "nothing.txt"), "--prompts nothing.txt: no such file"),
         (("generate", "--prompt", "x", "--image", "nothing.jpg"), "nothing.jpg: no such file"),
+        (("generate", "--prompt", "x", "--image", "/dev/zero"), "not a regular file"),
         (("generate", "--prompt", "x", "--image", "dvc.yaml"), "not a readable picture"),
         (("stage", "remote", "params.yaml"), "request params.yaml: not JSON"),
         (("stage", "remote", "nothing.json"), "request nothing.json: cannot read it"),

@@ -82,7 +82,7 @@ class LatentStore(RecordStore):
 
         Args:
             folder: of the store.
-            verify: compare record hashes on every read, on a record's first, or never.
+            verify: when record hashes are compared, as in `RecordReader`.
 
         Raises:
             LatentStoreIncomplete: no index (encoding has not finished), or another layout.

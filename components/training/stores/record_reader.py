@@ -3,6 +3,10 @@
 Reading is the kernel's one copy and nothing else: `preadv` scatters records that are neighbours on
 disk to their places in the batch, shards stay open, a few threads keep the disk's queue filled and
 hash each piece while it is still in the processor's cache. No thread outlives its reader.
+
+What lies in the page cache as this process has verified it needs no second hash: the kernel is
+asked for exactly those bytes first (`RWF_NOWAIT`), and whatever has to come from the disk is hashed
+again.
 """
 
 from __future__ import annotations
@@ -39,6 +43,8 @@ _PIECE_BYTES = 2**18
 reads ahead meanwhile."""
 _RUN_RECORDS = 512
 """Below the kernel's limit of 1,024 buffers per call."""
+_FROM_MEMORY: int | None = getattr(os, "RWF_NOWAIT", None)
+"""Answers with what is in the page cache and never waits for a disk (Linux)."""
 
 
 class RecordCorrupt(RuntimeError):
@@ -121,12 +127,15 @@ class RecordReader:
         Args:
             folder: holds the shards.
             extents: of all records.
-            verify: compare hashes on every read, on the first read of a record, or never.
+            verify: compare hashes on every read (`always`), not at all (`never`), or (`first`) on
+                a record's first read and on each later one that the page cache does not answer, or
+                whose shard was changed since.
             threads: requests in flight; 1 reads in the calling thread.
         """
         self._folder, self._extents, self._verify = folder, extents, verify
         # Only "first" asks it: one byte per record, and a lost entry costs one more check.
         self._checked = np.zeros(len(extents.offset), dtype=np.bool_)
+        self._seen: dict[int, tuple[int, ...]] = {}
         self._open: OrderedDict[int, int] = OrderedDict()
         self._kept = shards_kept_open()
         self._lock = threading.Lock()
@@ -211,6 +220,9 @@ class RecordReader:
         for number in needed.keys() & self._open.keys():
             self._open.move_to_end(number)
         descriptors = {number: self._descriptor(number, row) for number, row in needed.items()}
+        if self._verify == "first":
+            for number, descriptor in descriptors.items():
+                self._doubt_if_changed(number, descriptor)
         runs: list[_Run] = []
         # No record ends there, so the first one always begins a run.
         end = (-1, -1)
@@ -235,6 +247,14 @@ class RecordReader:
             end = (number, offset + size)
         return runs
 
+    def _doubt_if_changed(self, number: int, descriptor: int) -> None:
+        """Verify all of a shard anew that is not the file it was when it was last read."""
+        state = os.fstat(descriptor)
+        seen = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        if self._seen.setdefault(number, seen) != seen:
+            self._checked[self._extents.shard == number] = False
+            self._seen[number] = seen
+
     def _descriptor(self, number: int, row: int) -> int:
         if number not in self._open:
             # Before another is opened: at no moment are there more than are kept.
@@ -257,6 +277,9 @@ class RecordReader:
         size = buffer.shape[1]
         done, total = 0, size * len(parts)
         is_hashed = self._verify != "never"
+        is_known = self._verify == "first" and bool(self._checked[run.rows].all())
+        if is_known and _read_from_memory(run, parts) == total:
+            return
         # Without hashing there is no cache to stay in, and one request is the least work.
         piece = _PIECE_BYTES if is_hashed else total
         digest = xxhash.xxh64()
@@ -274,10 +297,7 @@ class RecordReader:
             arrived = _next_parts(parts, size, done, got) if is_hashed else ()
             for view in arrived:
                 row = run.rows[done // size]
-                # Skipped bytes are counted all the same: `done` says where in the run this piece
-                # lies.
-                if self._verify == "always" or not self._checked[row]:
-                    digest.update(view)
+                digest.update(view)
                 done += len(view)
                 # A record is complete; a piece never spans two hashes, since views end with their
                 # record.
@@ -289,8 +309,6 @@ class RecordReader:
 
     def _check(self, row: int, shard: str, digest: xxhash.xxh64) -> None:
         """Compare the hash of a record that has arrived."""
-        if self._verify == "first" and self._checked[row]:
-            return
         expected = int(self._extents.digest[row])
         if digest.intdigest() != expected:
             start = int(self._extents.offset[row])
@@ -301,6 +319,17 @@ class RecordReader:
                 f"{expected:016x}",
             )
         self._checked[row] = True
+
+
+def _read_from_memory(run: _Run, parts: list[memoryview]) -> int:
+    """Bytes of the run that the page cache answered with; 0 where nobody can say."""
+    if _FROM_MEMORY is None:
+        return 0
+    try:
+        return os.preadv(run.fd, parts, run.offset, _FROM_MEMORY)
+    # EAGAIN: not in memory. Network and user-space file systems refuse the flag.
+    except OSError:
+        return 0
 
 
 def _next_parts(parts: Sequence[memoryview], size: int, start: int, count: int) -> list[memoryview]:

@@ -72,7 +72,7 @@ class RecordStore:
 
         Args:
             folder: of the store.
-            verify: compare record hashes on every read, on a record's first, or never.
+            verify: when record hashes are compared, as in `RecordReader`.
 
         Raises:
             RuntimeError: `kind.incomplete`: no index (the stage has not finished), or another

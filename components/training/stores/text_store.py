@@ -100,7 +100,7 @@ class TextStore(RecordStore):
 
         Args:
             folder: of the store.
-            verify: compare record hashes on every read, on a record's first, or never.
+            verify: when record hashes are compared, as in `RecordReader`.
 
         Raises:
             TextStoreIncomplete: no index (embedding has not finished), or another layout.

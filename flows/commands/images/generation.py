@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.commands.command_line import why_no_file
+
 if TYPE_CHECKING:
     from components.generation.sampling import GenerationRequest
     from components.settings.schema import Settings
@@ -108,15 +110,16 @@ def _check(options: GenerateOptions) -> None:
         raise GenerationRefused(f"--steps {options.steps}: at least 1")
     if options.seed < 0:
         raise GenerationRefused(f"--seed {options.seed}: at least 0")
-    if options.prompt_file is not None and not options.prompt_file.is_file():
-        raise GenerationRefused(f"--prompts {options.prompt_file}: no such file")
+    for name, path in (("prompts", options.prompt_file), ("image", options.image)):
+        if path is not None and not path.is_file():
+            raise GenerationRefused(f"--{name} {path}: {why_no_file(path)}")
     if options.image is not None:
         _image_size(options.image)
     for name in ("model", "transformer"):
-        path: Path | None = getattr(options, name)
+        model: Path | None = getattr(options, name)
         # Of published weights below weights/ a line each says how to get them.
-        if path is not None and not path.exists() and "weights" not in path.parts:
-            raise GenerationRefused(f"--{name} {path}: no such folder or file")
+        if model is not None and not model.exists() and "weights" not in model.parts:
+            raise GenerationRefused(f"--{name} {model}: no such folder or file")
 
 
 def _image_size(path: Path) -> str:
@@ -125,8 +128,6 @@ def _image_size(path: Path) -> str:
 
     try:
         header = read_header(path.read_bytes())
-    except FileNotFoundError:
-        raise GenerationRefused(f"--image {path}: no such file") from None
     except (OSError, ImageUndecodable) as problem:
         raise GenerationRefused(f"--image {path}: not a readable picture ({problem})") from None
     return f"{_rounded(header.width)}x{_rounded(header.height)}"

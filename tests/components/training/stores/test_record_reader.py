@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import resource
 import threading
+from collections.abc import Callable
+from errno import EAGAIN, EOPNOTSUPP
 from pathlib import Path
 
 import numpy as np
@@ -133,17 +135,81 @@ def test_a_changed_record_is_named_with_its_bytes(
     assert problem.value.row == 9
 
 
-def test_hashes_are_compared_as_often_as_asked(folder: Path, tmp_path: Path) -> None:
+def test_reads_that_are_never_verified_take_what_is_there(folder: Path, tmp_path: Path) -> None:
     buffer = np.empty((1, SIZE), dtype=np.uint8)
+    RecordReader(spoiled(folder, tmp_path), extents(), verify="never").read_into([9], buffer)
+    assert bytes(buffer[0]) != record(9)
+
+
+def hashes_in(reading: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many records are hashed while `reading` runs."""
+    compared = []
+    real = RecordReader._check
+
+    def counted(self: RecordReader, row: int, *arguments: object) -> None:
+        compared.append(row)
+        real(self, row, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordReader, "_check", counted)
+        reading()
+    return len(compared)
+
+
+def test_records_in_memory_are_hashed_on_their_first_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = np.empty((3, SIZE), dtype=np.uint8)
+    first = RecordReader(folder, extents(), verify="first")
+    always = RecordReader(folder, extents())
+    for rows, needed in (([1, 2, 20], 3), ([20, 2, 1], 0), ([1, 2, 3], 3)):
+        assert hashes_in(lambda rows=rows: first.read_into(rows, buffer), monkeypatch) == needed
+        assert [bytes(row) for row in buffer] == [record(row) for row in rows]
+        assert hashes_in(lambda rows=rows: always.read_into(rows, buffer), monkeypatch) == 3
+
+
+@pytest.mark.parametrize("reason", ["not in memory", "refused", "half of it", "no such flag"])
+def test_records_that_memory_does_not_answer_are_hashed_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    buffer = np.empty((2, SIZE), dtype=np.uint8)
+    first = RecordReader(folder, extents(), verify="first")
+    first.read_into([1, 2], buffer)
+    real = os.preadv
+
+    def from_disk(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags and reason == "half of it":
+            return real(fd, buffers[:1], offset)
+        if flags:
+            raise OSError(EAGAIN if reason == "not in memory" else EOPNOTSUPP, reason)
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", from_disk)
+    if reason == "no such flag":
+        monkeypatch.setattr(record_reader, "_FROM_MEMORY", None)
+    buffer[:] = 0
+    assert hashes_in(lambda: first.read_into([1, 2], buffer), monkeypatch) == 2
+    assert [bytes(row) for row in buffer] == [record(1), record(2)]
+
+
+@pytest.mark.parametrize("with_times", [False, True])
+def test_a_shard_that_was_changed_is_verified_again(
+    folder: Path, tmp_path: Path, with_times: bool
+) -> None:
     root = spoiled(folder, tmp_path)
-    RecordReader(root, extents(), verify="never").read_into([9], buffer)
+    buffer = np.empty((1, SIZE), dtype=np.uint8)
     first = RecordReader(root, extents(), verify="first")
-    first.read_into([8], buffer)
-    data = (root / "s-1.bin").read_bytes()
-    (root / "s-1.bin").write_bytes(data[:SIZE] + bytes(SIZE) + data[2 * SIZE :])
-    first.read_into([8], buffer)
-    with pytest.raises(RecordCorrupt):
-        RecordReader(root, extents()).read_into([8], buffer)
+    for row in (0, 8):
+        first.read_into([row], buffer)
+    state = (root / "s-1.bin").stat()
+    with (root / "s-1.bin").open("r+b") as file:
+        file.seek(SIZE)
+        file.write(bytes(SIZE))
+    if with_times:
+        os.utime(root / "s-1.bin", ns=(state.st_atime_ns, state.st_mtime_ns))
+    first.read_into([0], buffer)
+    with pytest.raises(RecordCorrupt, match=r"s-1\.bin: bytes 40 to 80"):
+        first.read_into([8], buffer)
 
 
 def test_threads_share_a_reader(folder: Path) -> None:
