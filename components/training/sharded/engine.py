@@ -130,6 +130,8 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
             set_master(name, parameter, given.pop(name), ranks)
     if settings.zero_stage == 0:
         _clip_with_norm(engine, settings.max_grad_norm)
+        if ranks.world_size == 1 and settings.precision == "fp32":
+            _leave_gradients_where_they_are(engine)
     for name, values in exact.items():
         owner, _, leaf = name.rpartition(".")
         # Replaced and not copied into: the engine's buffer has the dtype that rounds.
@@ -214,6 +216,19 @@ def _clip_with_norm(engine: Any, max_norm: float) -> None:
         engine._global_grad_norm = float(norm)
 
     engine.clip_fp32_gradients = clip
+
+
+def _leave_gradients_where_they_are(engine: Any) -> None:
+    """The sum over one process is its own gradient: no copy into a buffer and back for it.
+
+    Weights without a gradient still get zeros, as the sum of several processes would have them:
+    weight decay reaches those as well.
+    """
+
+    def sum_of_one(**_: Any) -> None:
+        engine._get_gradients_for_reduction()
+
+    engine.buffered_allreduce_fallback = sum_of_one
 
 
 class UpdateGate:

@@ -72,3 +72,45 @@ def test_the_model_computes_with_the_rounded_masters(make_dit_job, tmp_path):
         engine = initialize_engine(model, make_dit_job(tmp_path).settings, ranks)
         for name, parameter in engine.module.named_parameters():
             assert torch.equal(parameter.detach(), moved[name].bfloat16())
+
+
+class HalfUsed(torch.nn.Module):
+    """Two weights of which the loss sees one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.used = torch.nn.Parameter(torch.randn(5, 3, generator=generator))
+        self.unused = torch.nn.Parameter(torch.randn(7, generator=generator))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return (values @ self.used).square().mean()
+
+
+def test_one_process_without_zero_takes_the_step_of_torch(
+    make_dit_job, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = make_dit_job(tmp_path, zero_stage=0, precision="fp32").settings
+    model, twin = HalfUsed(), HalfUsed()
+    optimizer = torch.optim.AdamW(
+        twin.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    micro_batches = settings.global_batch_size // settings.micro_batch_size
+    values = torch.randn(micro_batches, 2, 5, generator=torch.Generator().manual_seed(2))
+    with open_ranks("cpu") as ranks:
+        engine = initialize_engine(model, settings, ranks)
+        # One process has nobody to add up with.
+        monkeypatch.setattr(engine, "allreduce_bucket", None)
+        for micro in values:
+            engine.backward(engine(micro))
+            engine.step()
+        stepped = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    for micro in values:
+        (twin(micro) / micro_batches).backward()
+    twin.unused.grad = torch.zeros(7)
+    torch.nn.utils.clip_grad_norm_(twin.parameters(), settings.max_grad_norm)
+    optimizer.step()
+    assert settings.weight_decay > 0
+    for name, weight in twin.named_parameters():
+        assert torch.equal(stepped[name], weight.detach()), name
+    assert not torch.equal(stepped["unused"], HalfUsed().unused.detach())
