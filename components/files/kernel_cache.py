@@ -3,21 +3,30 @@
 numba keys its cache by the path and time of the source file, so that every fresh clone would
 compile again. Here the key is the hash of the source and its `*_kernels.py` neighbours; numba adds
 the processor and its own version. Without a writable folder a kernel is compiled once per process.
+
+A kernel that several processes ask for at once is compiled by the first of them, which holds the
+kernel's lock file; the others load what it leaves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
-from numba.core.caching import _CacheLocator
+from numba.core.caching import FunctionCache, _CacheLocator
 
 Kernel = TypeVar("Kernel")
+
+_COMPILES_S = 60.0
+"""Nobody waits longer for another's compiler: the process may have been stopped."""
+_ASK_EVERY_S = 0.02
 
 
 def cache_folder() -> Path:
@@ -67,6 +76,61 @@ class ContentLocator(_CacheLocator):
         return str(self._line)
 
 
+class SharedCache(FunctionCache):
+    """numba's cache of one function, in which one process at a time compiles.
+
+    numba looks a kernel up, compiles it where it is missing, and saves it. The lock is held from
+    the second look to the saving.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._lock_path = Path(self.cache_path) / f"{function.__name__}.lock"
+        self._lock: int | None = None
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """What is kept for this signature; None: whoever asked is to compile it."""
+        found = super().load_overload(sig, target_context)
+        if found is None:
+            self._take_lock()
+            # Whoever had the lock may have left it.
+            found = super().load_overload(sig, target_context)
+        if found is not None:
+            self._give_lock_back()
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep what was compiled, for those that wait."""
+        try:
+            super().save_overload(sig, data)
+        finally:
+            self._give_lock_back()
+
+    def _take_lock(self) -> None:
+        """Wait for the lock, not for ever, and do without where files cannot be locked."""
+        try:
+            descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:
+            return
+        give_up_at = time.monotonic() + _COMPILES_S
+        while time.monotonic() < give_up_at:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_ASK_EVERY_S)
+            except OSError:
+                break
+            else:
+                self._lock = descriptor
+                return
+        os.close(descriptor)
+
+    def _give_lock_back(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
 def cached(kernel: Kernel) -> Kernel:
     """Let a numba function load its machine code from `cache_folder` and leave it there."""
     settings: Any = numba.config
@@ -77,7 +141,8 @@ def cached(kernel: Kernel) -> Kernel:
     try:
         # RuntimeError: no locator, the folder is not writable.
         with contextlib.suppress(RuntimeError):
-            kernel.enable_caching()  # type: ignore[attr-defined]
+            # As its `enable_caching` does with numba's own class.
+            kernel._cache = SharedCache(kernel.py_func)  # type: ignore[attr-defined]
     finally:
         settings.CACHE_LOCATOR_CLASSES = previous
     return kernel

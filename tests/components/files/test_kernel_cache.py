@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numba
 import pytest
+
+from components.files import kernel_cache
 
 ROOT = Path(__file__).parents[3]
 CODE = """
@@ -18,13 +22,18 @@ print(sum(patch_entropies.stats.cache_hits.values()))
 """
 
 
-def cache_hits(folder: str) -> int:
+def cache_hits(folder: str, processes: int = 1) -> int:
+    """How many of these processes, started together, load the kernel."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": folder}
     environment.pop("NUMBA_CACHE_DIR", None)
-    answer = subprocess.run(
-        [sys.executable, "-c", CODE], env=environment, capture_output=True, check=True, cwd="/"
-    )
-    return int(answer.stdout)
+    command = [sys.executable, "-c", CODE]
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, cwd="/")
+        for _ in range(processes)
+    ]
+    said = [process.communicate()[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes
+    return sum(map(int, said))
 
 
 def test_a_second_process_loads_what_the_first_compiled_even_after_a_fresh_checkout(
@@ -38,6 +47,35 @@ def test_a_second_process_loads_what_the_first_compiled_even_after_a_fresh_check
         assert cache_hits(str(tmp_path)) == 1
     finally:
         os.utime(source, (times.st_atime, times.st_mtime))
+
+
+def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    assert cache_hits(str(tmp_path), processes=3) == 2
+
+
+def twice(value: int) -> int:
+    return 2 * value
+
+
+def test_a_compiler_that_stands_still_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(kernel_cache, "_COMPILES_S", 0.3)
+    kernel = kernel_cache.cached(numba.njit(twice))
+    lock = Path(kernel.stats.cache_path) / "twice.lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        begun = time.monotonic()
+        assert kernel(3) == 6
+        assert time.monotonic() - begun > 0.25
+    # What was compiled without the lock is kept all the same, and nobody holds it afterwards.
+    again = kernel_cache.cached(numba.njit(twice))
+    assert again(4) == 8
+    assert sum(again.stats.cache_hits.values()) == 1
+    assert again(1.5) == 3.0
+    with lock.open("w") as free:
+        fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write")
