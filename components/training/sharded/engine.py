@@ -130,7 +130,7 @@ def initialize_engine(model: nn.Module, settings: DitStageSettings, ranks: Ranks
             set_master(name, parameter, given.pop(name), ranks)
     if settings.zero_stage == 0:
         _clip_with_norm(engine, settings.max_grad_norm)
-        if ranks.world_size == 1 and settings.precision == "fp32":
+        if ranks.world_size == 1:
             _leave_gradients_where_they_are(engine)
     for name, values in exact.items():
         owner, _, leaf = name.rpartition(".")
