@@ -200,8 +200,8 @@ def build_flow(
                     thread.join(JOIN_S)
                 if gone.is_set() or any(map(_is_out_of_reach, problems)):
                     say(
-                        f"The Prefect server at {os.environ['PREFECT_API_URL']} has gone: the "
-                        "pipeline goes on without it"
+                        f"The Prefect server at {os.environ['PREFECT_API_URL']} has gone: "
+                        f"{runner.without_server}"
                     )
                     server_lost.set()
                     outcomes.update(walk_graph(shared, tell))

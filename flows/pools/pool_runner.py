@@ -39,12 +39,22 @@ LOST_GRACE_S = 60.0
 """How long a run in that state may take to be scheduled again before it counts as failed."""
 
 
+class _ParametersRefused(Exception):
+    """The deployment on the server has other parameters."""
+
+
+class _ServerAway(Exception):
+    """Nothing could be submitted; the stage's message."""
+
+
 class PoolRunner(DvcRunner):
     """Runs stages of one pipeline run on work pools.
 
     The workers share the clone (same machine or a shared file system), so what a stage wrote is
     there when its flow run ends. `flows.pools.remote_pool_runner` is for workers that do not.
     """
+
+    without_server = f"stages on pools wait for it, at most {SERVER_AWAY_S / 60:g} minutes"
 
     def __init__(
         self,
@@ -66,21 +76,21 @@ class PoolRunner(DvcRunner):
         self, node: versioning.StageNode, prefect_run: str | None, started: float
     ) -> StageOutcome:
         try:
-            flow_run = self._submit(node, prefect_run or self.parent_record or "")
+            flow_run = self._submitted(node, prefect_run or self.parent_record or "")
         except ObjectNotFound:
             message = (
                 f"{node.name}: no deployment {self._deployment(node)} on the Prefect server: "
                 "create it with `ultraflux deploy`"
             )
             return StageOutcome(node.name, "refused", time.monotonic() - started, message)
-        except PrefectHTTPStatusError as problem:
-            if problem.response.status_code not in REFUSED_PARAMETERS:
-                raise
+        except _ParametersRefused:
             message = (
                 f"{node.name}: the deployment {self._deployment(node)} on the Prefect server "
                 "knows other parameters than this clone: `ultraflux deploy` here"
             )
             return StageOutcome(node.name, "refused", time.monotonic() - started, message)
+        except _ServerAway as problem:
+            return StageOutcome(node.name, "failed", time.monotonic() - started, str(problem))
         with self._lock:
             self._flow_runs[node.name] = flow_run.id
         try:
@@ -88,6 +98,31 @@ class PoolRunner(DvcRunner):
         finally:
             with self._lock:
                 self._flow_runs.pop(node.name, None)
+
+    def _submitted(self, node: versioning.StageNode, run: str) -> FlowRun:
+        """The stage's flow run, as `_submit`; waits for a server that is away.
+
+        Raises:
+            ObjectNotFound: the deployment is not on the server.
+            _ParametersRefused: the deployment has others.
+            _ServerAway: for too long, or when the run is stopped.
+        """
+        away_since = time.monotonic()
+        while True:
+            try:
+                # Asked again after an answer that was lost, the server finds the key it has.
+                return self._submit(node, run)
+            except ObjectNotFound:
+                raise
+            except (httpx.TransportError, PrefectHTTPStatusError) as problem:
+                answer = getattr(problem, "response", None)
+                if answer is not None and answer.status_code in REFUSED_PARAMETERS:
+                    raise _ParametersRefused from None
+                if time.monotonic() - away_since > SERVER_AWAY_S:
+                    raise _ServerAway(_no_answer(node.name, problem)) from None
+            if self._stopping:
+                raise _ServerAway(f"{node.name}: interrupted")
+            time.sleep(POLL_S)
 
     def _submit(self, node: versioning.StageNode, run: str) -> FlowRun:
         """The stage's flow run: the one that a former process of this pipeline started, or new."""
@@ -170,7 +205,7 @@ class PoolRunner(DvcRunner):
             except (httpx.TransportError, PrefectHTTPStatusError) as problem:
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > SERVER_AWAY_S:
-                    message = f"{name}: the Prefect server does not answer ({problem})"
+                    message = _no_answer(name, problem)
                     return StageOutcome(name, "failed", time.monotonic() - started, message)
             if self._stopping:
                 self._cancel(flow_run.id)
@@ -199,3 +234,7 @@ class PoolRunner(DvcRunner):
         """Names of the stages that are on a pool now, waiting ones included."""
         with self._lock:
             return sorted(self._flow_runs)
+
+
+def _no_answer(stage: str, problem: Exception) -> str:
+    return f"{stage}: the Prefect server does not answer ({problem})"

@@ -73,6 +73,8 @@ def progress_path(clone: Path, stage: str) -> Path:
 class DvcRunner:
     """Runs stages of one pipeline run in this clone: skips, knows what runs now, and stops it."""
 
+    without_server = "the pipeline goes on without it"
+
     def __init__(
         self,
         root: Path,

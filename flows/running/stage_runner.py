@@ -64,6 +64,8 @@ class StageRunner(Protocol):
     root: Path
     graph: dict[str, versioning.StageNode]
     stale: dict[str, str]
+    without_server: str
+    """What happens while the Prefect server is away."""
 
     def run(self, name: str, *, prefect_run: str | None = None) -> StageOutcome:
         """Run (or skip) one stage; never raises for a failing stage."""

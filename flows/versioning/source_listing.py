@@ -36,10 +36,12 @@ def source_changes(root: Path, entry: Mapping[str, Any], *, read: bool = False) 
         settings = load_settings(root / "params.yaml")
         table = known_table(settings.ingest, root)
         if table is None and read:
-            limits = EngineLimits.of(settings)
-            describe_source(
-                settings.ingest, root / STATE / "here.parquet", root=root, limits=limits
-            )
+            here = root / STATE / "here.parquet"
+            try:
+                describe_source(settings.ingest, here, root=root, limits=EngineLimits.of(settings))
+            finally:
+                # What it says of the table is noted.
+                here.unlink(missing_ok=True)
             table = known_table(settings.ingest, root)
     except (SettingsError, ValueError) as problem:
         # The stage says it again, as its own error.

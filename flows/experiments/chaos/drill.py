@@ -60,7 +60,7 @@ class Report:
 
 
 def _shape(said: str) -> str:
-    return _DRAWN.sub("#", re.sub(r"/\S+/", "", said))[:110]
+    return _DRAWN.sub("#", re.sub(r"(?<![\w.])/\S+/", "", said))[:110]
 
 
 class Drill:
@@ -428,8 +428,17 @@ def _emptied(folder: Path) -> list[str]:
     return [path.name for path in found]
 
 
-_KEPT = ("runs/records/", "runs/logs/", "runs/services/", "runs/flow-runs/", ".git/", ".dvc/tmp/")
-"""What stays by intent: records, logs, databases; and what Git and DVC keep for themselves."""
+_KEPT = (
+    "runs/records/",
+    "runs/logs/",
+    "runs/services/",
+    "runs/flow-runs/",
+    ".git/",
+    ".dvc/tmp/",
+    ".dvc/config.local",
+)
+"""What stays by intent: records, logs, databases; what Git and DVC keep for themselves, and the
+remote that `--remote-data` wrote there."""
 
 _OF_STARTS = re.compile(r"(runs/[^/]+/[^/]+)/(ranks/.+|restarts\.jsonl)")
 """Logs of a training state: a folder a start of torchrun, a line a restart of its ranks."""
