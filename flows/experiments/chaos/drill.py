@@ -15,7 +15,7 @@ from typing import Literal
 
 import psutil
 
-from flows.experiments.chaos.faults import Draw, Fault, away, inflict
+from flows.experiments.chaos.faults import Draw, Fault, bring_back, inflict
 from flows.experiments.chaos.site import Site, last_words, made_anew, output_hashes
 from flows.experiments.chaos.victims import SERVERS, Victim, marked, victims
 from flows.records.owners import ownerless_flow_runs
@@ -266,8 +266,7 @@ class Drill:
 
     def _remote_back(self) -> None:
         self._back_at = None
-        if away(self.site.remote).is_dir():
-            away(self.site.remote).rename(self.site.remote)
+        bring_back(self.site.remote)
 
     def _repair(self, engine: Engine) -> None:
         """Start what was killed of servers and workers, as one types it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import resource
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -110,7 +111,7 @@ def inflict(
     for kind in draw.order:
         if kind == REMOTE_AWAY:
             if remote is not None and remote.is_dir():
-                remote.rename(away(remote))
+                take_away(remote)
                 return kind, None, _AWAY_S[0] + draw.amount * (_AWAY_S[1] - _AWAY_S[0])
             continue
         wanted = FULL if kind == DISK_FULL else {kind}
@@ -128,8 +129,27 @@ def inflict(
     return None
 
 
-def away(remote: Path) -> Path:
-    """Where a remote is while it cannot be reached."""
+def take_away(remote: Path) -> None:
+    """Nothing can be read from the remote, or written to it, until `bring_back`."""
+    remote.rename(_away(remote))
+    # Where there is nothing, DVC makes a new folder and believes to have pushed.
+    remote.touch()
+
+
+def bring_back(remote: Path) -> None:
+    """Undo `take_away`; nothing where it was not called."""
+    elsewhere = _away(remote)
+    if not elsewhere.is_dir():
+        return
+    if remote.is_dir():
+        # Somebody was quicker than the file that was to stand in the way.
+        shutil.copytree(remote, elsewhere, dirs_exist_ok=True)
+        shutil.rmtree(remote)
+    remote.unlink(missing_ok=True)
+    elsewhere.rename(remote)
+
+
+def _away(remote: Path) -> Path:
     return remote.with_name(f"{remote.name}.away")
 
 

@@ -112,6 +112,8 @@ def test_a_clone_that_never_listed_the_source_compares_contents(finished: Path) 
     finally:
         path.write_bytes(before)
     assert stale_without_data(finished, graph) == {}
+    kept = {path.name for path in (finished / "runs" / "listing").iterdir()}
+    assert kept == {"files.sqlite", "written.json"}
     describe(finished)
 
 

@@ -15,7 +15,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.experiments.chaos.faults import DISK_FULL, REMOTE_AWAY, WEIGHTS, Draw, inflict, schedule
+from flows.experiments.chaos.faults import (
+    DISK_FULL,
+    REMOTE_AWAY,
+    WEIGHTS,
+    Draw,
+    bring_back,
+    inflict,
+    schedule,
+    take_away,
+)
 from flows.experiments.chaos.site import MARK
 from flows.experiments.chaos.victims import Victim, kind_of, marked, victims
 
@@ -145,12 +154,32 @@ def test_a_full_disk_is_a_limit_of_one_process_and_what_it_starts(
 def test_a_remote_goes_away_whole(tmp_path: Path) -> None:
     remote = tmp_path / "remote"
     remote.mkdir()
+    (remote / "kept").write_text("kept")
     draw = Draw(0.0, (REMOTE_AWAY,), 0.0, 1.0)
     assert inflict(draw, [], None) is None
     done = inflict(draw, [], remote)
     assert done == (REMOTE_AWAY, None, 15.0)
-    assert not remote.exists()
     assert inflict(draw, [], remote) is None
+    # As DVC does where it finds no folder.
+    with pytest.raises(NotADirectoryError):
+        (remote / "files").mkdir(parents=True)
+    bring_back(remote)
+    assert (remote / "kept").read_text() == "kept"
+    bring_back(remote)
+    assert [path.name for path in tmp_path.iterdir()] == ["remote"]
+
+
+def test_what_came_to_a_remote_while_it_went_away_is_kept(tmp_path: Path) -> None:
+    remote = tmp_path / "remote"
+    (remote / "files").mkdir(parents=True)
+    (remote / "files" / "old").write_text("old")
+    take_away(remote)
+    remote.unlink()
+    (remote / "files").mkdir(parents=True)
+    (remote / "files" / "new").write_text("new")
+    bring_back(remote)
+    assert {path.name for path in (remote / "files").iterdir()} == {"old", "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["remote"]
 
 
 def test_the_same_seed_draws_the_same_faults() -> None:
