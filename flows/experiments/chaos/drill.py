@@ -173,6 +173,8 @@ class Drill:
         log.parent.mkdir(exist_ok=True)
         self.report.starts += 1
         mine: list[Fault] = []
+        # The fault of an earlier start: this one may refuse to begin.
+        is_away = self._back_at is not None
         begun = time.monotonic()
         with log.open("wb") as output:
             run = site.start(site.disturbed, command, output)
@@ -213,7 +215,7 @@ class Drill:
         for fault in mine:
             fault.said = said
             self._note(fault)
-        return run.returncode, bool(mine), said
+        return run.returncode, bool(mine) or is_away, said
 
     def _is_at_work(self) -> bool:
         """Whether there is a stage at work, or one of those that faults are for."""
