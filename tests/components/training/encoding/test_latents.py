@@ -138,7 +138,8 @@ def test_a_drawn_latent_is_mean_plus_spread_times_noise_of_its_image_and_bucket(
     with torch.no_grad():
         weight, bias = vae.encoder.conv_out.weight, vae.encoder.conv_out.bias
         half = len(bias) // 2
-        weight[half:] = 0.02 * torch.randn(weight[half:].shape)
+        generator = torch.Generator().manual_seed(4)
+        weight[half:] = 0.005 * torch.randn(weight[half:].shape, generator=generator)
         bias[half:] = -1.0
     items = encoding_items(corpus[1], corpus[0])
     stores = {}
@@ -168,7 +169,8 @@ def test_a_drawn_latent_is_mean_plus_spread_times_noise_of_its_image_and_bucket(
             )
         distance = (stores["mean"].read(item.image_id) - expected).std()
         assert distance > 0.2
-        assert (stores["other"].read(item.image_id) - expected).std() > distance
+        # Two draws lie a square root of two further apart than one lies from the mean.
+        assert (stores["other"].read(item.image_id) - expected).std() > 1.2 * distance
 
 
 def test_batches_never_mix_buckets_and_cover_every_image_once(
