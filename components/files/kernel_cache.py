@@ -108,6 +108,8 @@ class SharedCache(FunctionCache):
 
     def _take_lock(self) -> None:
         """Wait for the lock, not for ever, and do without where files cannot be locked."""
+        # Of a kernel that could not be compiled, and was not saved.
+        self._give_lock_back()
         try:
             descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError:

@@ -74,6 +74,14 @@ def test_a_compiler_that_stands_still_is_not_waited_for_for_ever(
     assert again(4) == 8
     assert sum(again.stats.cache_hits.values()) == 1
     assert again(1.5) == 3.0
+    # A kernel that cannot be compiled keeps nobody waiting, itself neither.
+    monkeypatch.setattr(kernel_cache, "_COMPILES_S", 60.0)
+    begun = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(numba.TypingError):
+            again(None)
+    assert again(2j) == 4j
+    assert time.monotonic() - begun < 30
     with lock.open("w") as free:
         fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
