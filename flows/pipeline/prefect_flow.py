@@ -256,5 +256,5 @@ def _collect(runner: StageRunner, name: str, futures: dict[str, PrefectFuture]) 
         return result
     if isinstance(result, StageError):
         return result.outcome
-    said = (state.message or state.name).removeprefix("Task run encountered an exception ")
+    said = str(state.message or state.name).removeprefix("Task run encountered an exception ")
     return StageOutcome(name, "failed", message=f"{name}: {said}")
