@@ -39,10 +39,6 @@ LOST_GRACE_S = 60.0
 """How long a run in that state may take to be scheduled again before it counts as failed."""
 
 
-class _ParametersRefused(Exception):
-    """The deployment on the server has other parameters."""
-
-
 class _ServerAway(Exception):
     """Nothing could be submitted; the stage's message."""
 
@@ -83,7 +79,7 @@ class PoolRunner(DvcRunner):
                 "create it with `ultraflux deploy`"
             )
             return StageOutcome(node.name, "refused", time.monotonic() - started, message)
-        except _ParametersRefused:
+        except PrefectHTTPStatusError:
             message = (
                 f"{node.name}: the deployment {self._deployment(node)} on the Prefect server "
                 "knows other parameters than this clone: `ultraflux deploy` here"
@@ -104,7 +100,7 @@ class PoolRunner(DvcRunner):
 
         Raises:
             ObjectNotFound: the deployment is not on the server.
-            _ParametersRefused: the deployment has others.
+            PrefectHTTPStatusError: one of `REFUSED_PARAMETERS`.
             _ServerAway: for too long, or when the run is stopped.
         """
         away_since = time.monotonic()
@@ -112,12 +108,12 @@ class PoolRunner(DvcRunner):
             try:
                 # Asked again after an answer that was lost, the server finds the key it has.
                 return self._submit(node, run)
-            except ObjectNotFound:
-                raise
             except (httpx.TransportError, PrefectHTTPStatusError) as problem:
-                answer = getattr(problem, "response", None)
-                if answer is not None and answer.status_code in REFUSED_PARAMETERS:
-                    raise _ParametersRefused from None
+                if (
+                    isinstance(problem, PrefectHTTPStatusError)
+                    and problem.response.status_code in REFUSED_PARAMETERS
+                ):
+                    raise
                 if time.monotonic() - away_since > SERVER_AWAY_S:
                     raise _ServerAway(_no_answer(node.name, problem)) from None
             if self._stopping:
