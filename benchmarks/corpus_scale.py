@@ -3,6 +3,7 @@
     python benchmarks/corpus_scale.py --sizes 500 5000 50000
 
     python benchmarks/corpus_scale.py --sizes 0     (the bundled photographs at their full sizes)
+    python benchmarks/corpus_scale.py --sizes 5000 15000 50000 --until source     (the first stage)
 
 For each size: a fresh clone of the last commit, that many distinct small photographs, and
 `ultraflux run --until slices --no-rehearsal`. The photographs are cut at random from the bundled
@@ -113,10 +114,10 @@ def watch(
                 row["gib"] = max(row["gib"], sum(one.resident for one in tree) / 2**30)
 
 
-def measured(clone: Path) -> dict[str, dict[str, float]]:
+def measured(clone: Path, until: str) -> dict[str, dict[str, float]]:
     """CPU seconds and peak GiB by stage, and of the command as a whole."""
     # A rehearsal costs the same at every size.
-    words = ["run", "--until", "slices", "--no-rehearsal"]
+    words = ["run", "--until", until, "--no-rehearsal"]
     command = [str(Path(sys.executable).with_name("ultraflux")), *words]
     environment = command_environment(clone)
     found: dict[str, dict[str, float]] = {}
@@ -148,15 +149,16 @@ def measured(clone: Path) -> dict[str, dict[str, float]]:
     return stages
 
 
-def run_size(folder: Path, count: int) -> dict[str, Any]:
+def run_size(folder: Path, count: int, until: str) -> dict[str, Any]:
     """One size in a fresh clone; 0: the bundled photographs as they are, with their settings."""
     clone = folder / "clone"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
     if count:
         small_project.change_settings(clone, SETTINGS)
         make_photographs(clone / "photos", count)
-    stages = measured(clone)
-    slices = json.loads((clone / "data" / "slices" / "summary.json").read_text(encoding="utf-8"))
+    stages = measured(clone, until)
+    summary = clone / "data" / "slices" / "summary.json"
+    slices = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
     return {"rows": count, "stages": stages, "slices": slices}
 
 
@@ -175,6 +177,8 @@ def report(runs: list[dict[str, Any]]) -> list[str]:
     print(f"| stage | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     missed = []
     for name in (*STAGES, "whole command"):
+        if name not in runs[0]["stages"]:
+            continue
         rows = [run["stages"][name] for run in runs]
         slopes = [slope_ms(name, *pair) for pair in pairwise(runs)]
         cells = [f"{row['cpu_s']:.1f}" for row in rows]
@@ -195,6 +199,7 @@ def main() -> int:
     """Measure every size and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[500, 5_000, 50_000])
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="Last stage that runs.")
     parser.add_argument("--results", type=Path, help="JSON: sizes in it are not measured again.")
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
@@ -204,7 +209,7 @@ def main() -> int:
         if size in (run["rows"] for run in runs):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            runs.append(run_size(Path(folder), size))
+            runs.append(run_size(Path(folder), size, options.until))
         if options.results:
             options.results.write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
     missed = report(sorted(runs, key=lambda run: run["rows"]))

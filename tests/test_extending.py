@@ -124,6 +124,7 @@ def test_a_quality_scorer_is_one_module_and_one_entry(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_stage_is_one_module_its_settings_and_a_short_stanza(tmp_path: Path) -> None:
     follow("A stage", tmp_path)
     colours = json.loads((tmp_path / "data" / "palette" / "palette.json").read_text())
@@ -136,6 +137,7 @@ def test_a_stage_is_one_module_its_settings_and_a_short_stanza(tmp_path: Path) -
     assert (tmp_path / "data" / "code" / "palette.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_backbone_is_one_folder_and_one_line_of_the_registry(tmp_path: Path) -> None:
     assert follow("A backbone", tmp_path).endswith("trained\n")
     files = {file for file, _ in edits("A backbone")}

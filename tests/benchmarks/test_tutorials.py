@@ -75,6 +75,7 @@ def test_every_page_shows_outputs_of_what_it_runs(page: Path) -> None:
     assert sum(bool(block.printed) for block in found if block.how != "not run") >= 2
 
 
+@pytest.mark.slow
 def test_two_systems_are_evaluated_as_the_page_says(clone: Callable[..., Path]) -> None:
     assert "better" in run(TUTORIALS / "evaluating.md", clone)[1]
 

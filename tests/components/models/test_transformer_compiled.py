@@ -50,6 +50,7 @@ def _inputs(grid: tuple[int, int]) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_whole_forward_compiles_without_a_graph_break_once_per_bucket() -> None:
     model, counter = _model(), CompileCounterWithBackend("aot_eager")

@@ -179,3 +179,10 @@ def test_compression_ratio_is_a_ratio_of_sums() -> None:
     assert jpeg95_ratio([plain]) > jpeg95_ratio([noisy])
     with pytest.raises(ValueError, match="empty set"):
         jpeg95_ratio([])
+
+
+@pytest.mark.parametrize("shape", [(1, 65501), (65501, 1)])
+def test_an_edge_that_no_jpeg_has_is_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"{shape[0]}x{shape[1]}: JPEG edges end at 65500"):
+        jpeg95_bytes(np.zeros((*shape, 3), np.uint8))
+    assert jpeg95_bytes(np.zeros((*(min(edge, 65500) for edge in shape), 3), np.uint8)) > 0

@@ -202,9 +202,8 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize(
-    "kills_at", [*(pytest.param(at, marks=pytest.mark.slow) for at in ("start", "a")), "d"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kills_at", ["start", "a", "d"])
 def test_a_server_that_dies_costs_a_line_and_no_result(
     toy: Path, root: Path, kills_at: str
 ) -> None:

@@ -67,7 +67,13 @@ def asking(tmp_path: Path, root: Path) -> Iterator[Callable[[], psutil.Process]]
 
 
 @pytest.mark.parametrize(
-    "killed", [("launcher",), ("command",), ("asking", "launcher"), ("asking",)]
+    "killed",
+    [
+        ("launcher",),
+        pytest.param(("command",), marks=pytest.mark.slow),
+        ("asking", "launcher"),
+        pytest.param(("asking",), marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_works_on_when_one_of_them_is_killed(
     asking: Callable[[], psutil.Process], killed: tuple[str, ...]

@@ -127,6 +127,7 @@ def test_only_what_two_stages_need_is_imported_ahead(root: Path) -> None:
         assert needed_by is None or needed_by <= set(stages), module
 
 
+@pytest.mark.slow
 def test_imports_ahead_leave_the_compilers_folder_in_the_clone(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

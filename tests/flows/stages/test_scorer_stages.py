@@ -157,6 +157,7 @@ def test_quality_by_qalign_and_aesthetics_by_a_scorer_server(
         run("quality", root, found)
 
 
+@pytest.mark.slow
 def test_a_killed_run_asks_the_scorer_for_no_image_twice(
     root: Path, scorer: tuple[CountingScorer, str]
 ) -> None:

@@ -350,6 +350,20 @@ def test_quotas_hold_and_rejected_rows_name_their_draw() -> None:
     assert set(shuffled.loc[shuffled["kept"], "image_id"]) == set(kept["image_id"])
 
 
+def test_a_quota_has_its_lowest_ratio_and_not_its_highest() -> None:
+    bounds = {"square": (1.0, 1.5, 0.25), "wide": (1.5, 3.0, 1.0)}
+    quotas = tuple(
+        AspectQuotaSettings(name=name, min_ratio=low, max_ratio=high, min_share=0.0, max_share=most)
+        for name, (low, high, most) in bounds.items()
+    )
+    sizes = [(3000, 3000)] * 6 + [(4500, 3000)] * 6 + [(6000, 2000)] * 6
+    table = rows(*({"width": width, "height": height} for width, height in sizes))
+    result = select(table, PAPER.model_copy(update={"aspect_quotas": quotas}))
+    # 6 of 1.5 are wide, 6 of 3 are in no quota: 4 squares are a quarter of 16.
+    kept = result.loc[result["kept"], "width"].value_counts().to_dict()
+    assert kept == {3000: 4, 4500: 6, 6000: 6}
+
+
 def test_a_quota_of_an_absent_group_names_group_and_setting() -> None:
     person = ShareSettings(min_share=0.2, max_share=1.0)
     with pytest.raises(QuotaInfeasible, match=r"select\.character_quota.*character 0"):

@@ -174,7 +174,7 @@ def test_settings_that_came_back_with_a_state_give_way_to_todays(make_dit_job, t
     assert matrices["eps"] == 1e-7
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adafactor", marks=pytest.mark.slow), "muon"])
 def test_whole_matrix_optimizers_resume_with_the_same_bytes_and_say_their_name(
     make_dit_job, tmp_path, optimizer
 ):

@@ -44,7 +44,9 @@ def warned_at(job: DitJob, step: int, number: signal.Signals, patch: pytest.Monk
     return newest[0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1]
+)
 def test_a_warned_run_saves_the_step_it_is_at(
     make_dit_job: Callable[..., Any],
     tmp_path: Path,

@@ -60,7 +60,7 @@ def measure(model, inputs, policy):
     return gradients, held, flops.get_total_flops()
 
 
-@pytest.mark.parametrize("backbone", ["flux", "sd3"])
+@pytest.mark.parametrize("backbone", ["flux", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_selective_lies_between_storing_all_and_blocks_alone(tiny_backbone, backbone):
     gradients, held, flops = {}, {}, {}
     for policy in ("none", "blocks", "selective"):

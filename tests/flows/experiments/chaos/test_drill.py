@@ -65,6 +65,7 @@ def test_a_killed_pipeline_of_trivial_stages_comes_out_the_same(
     assert not (project / "data" / "ingest").exists()
 
 
+@pytest.mark.slow
 def test_a_drill_that_is_ended_in_its_undisturbed_run_leaves_no_process(
     trivial_clone: Callable[[Path, int], Path], tmp_path: Path
 ) -> None:
