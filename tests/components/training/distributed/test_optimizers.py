@@ -191,6 +191,14 @@ def test_whole_matrix_optimizers_resume_with_the_same_bytes_and_say_their_name(
     assert described_optimizer(whole.settings).lower().startswith(optimizer)
 
 
+def test_a_model_card_says_what_decays(make_dit_job, tmp_path):
+    settings = make_dit_job(tmp_path, **ADAM).settings
+    constants = "betas 0.6, 0.8, eps 0.3, weight decay 0.4"
+    assert described_optimizer(settings) == f"AdamW ({constants} except of norms and biases)"
+    all_of_them = settings.model_copy(update={"decayed_weights": "all"})
+    assert described_optimizer(all_of_them) == f"AdamW ({constants})"
+
+
 def test_optimizers_that_need_whole_matrices_refuse_divided_ones(make_dit_job, tmp_path):
     with pytest.raises(ValueError, match=r"optimizer 'muon' needs whole matrices.*zero_stage 0"):
         make_dit_job(tmp_path, optimizer="muon", zero_stage=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from components.settings.schema import load_settings
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.checkpoints import CheckpointStore
 from components.training.dit.block_compilation import (
+    check_compilation,
     compilation_problem,
     compile_for_buckets,
     uncompiled,
@@ -99,6 +101,9 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(make_dit_job, tmp_path, 
     assert problem is not None
     assert named in problem
     assert "\n" not in problem
+    # What the plan advises against, training refuses.
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        check_compilation(job.settings, job.runtime)
 
 
 def test_nothing_is_refused_without_compilation(make_dit_job, tmp_path):
