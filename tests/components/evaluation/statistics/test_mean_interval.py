@@ -164,6 +164,14 @@ def test_a_ratio_of_sums_has_the_delta_methods_error() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.97 * jackknife, rel=0.1)
     equal = ratio_sums(pixels, np.ones(400), list(range(400)))
     assert equal.standard_error == pytest.approx(cluster_sums(pixels).standard_error, rel=1e-12)
+    # Prompts of one to three pictures: residuals and denominators add up within each.
+    prompts = rng.integers(0, 3, 400).cumsum()
+    uneven = ratio_sums(pixels, compressed, list(prompts))
+    of_prompt = {prompt: prompts == prompt for prompt in dict.fromkeys(prompts)}
+    residuals = pixels - uneven.centre * compressed
+    for found_here, values in ((uneven.sums, residuals), (uneven.sizes, compressed)):
+        expected = [values[mask].sum() for mask in of_prompt.values()]
+        assert found_here == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_bca_levels_are_numbers_where_all_draws_lie_on_one_side_or_the_pole_is_passed() -> None:

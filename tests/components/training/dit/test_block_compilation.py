@@ -106,6 +106,18 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(make_dit_job, tmp_path, 
         check_compilation(job.settings, job.runtime)
 
 
+def test_without_a_compiler_only_the_cpu_is_refused(make_dit_job, tmp_path):
+    from torch._inductor import config
+
+    job = make_dit_job(tmp_path, compile="blocks")
+    on_gpu = job.runtime.model_copy(update={"device": "cuda"})
+    with config.patch({"cpp.cxx": ("/nowhere/g++",)}):
+        check_compilation(job.settings, on_gpu)
+        with pytest.raises(ValueError, match=r"^runtime\.compile 'blocks': .* needs a C\+\+ comp"):
+            check_compilation(job.settings, job.runtime)
+    check_compilation(job.settings, job.runtime)
+
+
 def test_nothing_is_refused_without_compilation(make_dit_job, tmp_path):
     job = make_dit_job(tmp_path, zero_stage=3, gradient_checkpointing="selective")
     assert compilation_problem(job.settings, job.runtime) is None
