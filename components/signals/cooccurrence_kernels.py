@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from components.files.kernel_cache import cached
-from components.signals.integer_kernels import count_in_four
+from components.signals.integer_kernels import plus
 
 PATCH_PX = 64
 PAIRS = 4096
@@ -25,12 +25,31 @@ def _join(high: np.ndarray, low: np.ndarray, codes: np.ndarray) -> None:
 
 
 @numba.njit(nogil=True, error_model="numpy")
+def _count(codes: np.ndarray, tables: np.ndarray) -> None:
+    """Count in four tables, so that equal neighbours do not wait for each other's increment.
+
+    Args:
+        codes: (4 n,) uint16.
+        tables: (4, more than the largest code) uint16, which hold all pairs of a patch; together
+            they fit into the processor's nearest cache, as wider ones would not.
+    """
+    words = codes.view(np.uint64)
+    low = np.uint64(0xFFFF)
+    for word in words:
+        # An explicit uint16, or numba would add in 64 bits.
+        tables[0, word & low] += np.uint16(1)
+        tables[1, word >> np.uint64(16) & low] += np.uint16(1)
+        tables[2, word >> np.uint64(32) & low] += np.uint16(1)
+        tables[3, word >> np.uint64(48)] += np.uint16(1)
+
+
+@numba.njit(nogil=True, error_model="numpy")
 def _merge(tables: np.ndarray, merged: np.ndarray) -> None:
     """Sum of the four tables, which are zero again afterwards."""
     first, second = tables[0, : merged.size], tables[1, : merged.size]
     third, fourth = tables[2, : merged.size], tables[3, : merged.size]
     for pair in range(merged.size):
-        merged[pair] = np.uint32(first[pair] + second[pair] + third[pair] + fourth[pair])
+        merged[pair] = plus(plus(first[pair], second[pair]), plus(third[pair], fourth[pair]))
         # Cleared in passing, while the cells are in cache.
         first[pair] = 0
         second[pair] = 0
@@ -39,23 +58,33 @@ def _merge(tables: np.ndarray, merged: np.ndarray) -> None:
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _occurrences(merged: np.ndarray, often: np.ndarray, seen: np.ndarray) -> int:
-    """How often each count above 0 occurs (`often`); the distinct counts are listed in `seen`.
+def _occurrences(
+    merged: np.ndarray, present: np.ndarray, often: np.ndarray, seen: np.ndarray
+) -> int:
+    """How often each count above 0 occurs (sum of `often`); the distinct ones are listed in `seen`.
 
-    Most pairs never occur, so two are skipped at a time; the size of `merged` is even.
+    No branch asks a cell: which pairs occur in a photograph no processor can foretell. What may be
+    needed is written, and a position moves on only where it is.
+
+    Args:
+        merged: (n,) uint16 counts.
+        present: (n + 1,) uint16 scratch: the counts above 0.
+        often: (2, more than the largest count) uint32 zeros; equal neighbours go to both in turn.
+        seen: (n + 1,) int64.
     """
-    distinct = 0
-    words = merged.view(np.uint64)
-    for word in range(words.size):
-        if words[word] != 0:
-            for pair in range(2 * word, 2 * word + 2):
-                count = merged[pair]
-                if count != 0:
-                    if often[count] == 0:
-                        seen[distinct] = count
-                        distinct += 1
-                    often[count] += 1
-    return distinct
+    number = np.uint64(0)
+    for pair in range(merged.size):
+        count = merged[pair]
+        present[number] = count
+        number += np.uint64(count != 0)
+    distinct = np.uint64(0)
+    for index in range(number):
+        place = np.uint64(index)
+        count = present[place]
+        seen[distinct] = count
+        distinct += np.uint64((often[0, count] | often[1, count]) == 0)
+        often[place & np.uint64(1), count] += np.uint32(1)
+    return int(distinct)
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -97,9 +126,10 @@ def patch_entropies(
     low = np.zeros(PATCH_PX * PATCH_PX + PATCH_PX, np.uint16)
     codes = np.empty(PATCH_PX * PATCH_PX, np.uint16)
     # One cell more than pairs, for those that wrap around an edge.
-    tables = np.zeros((4, PAIRS + 1), np.uint32)
-    merged = np.empty(PAIRS, np.uint32)
-    often = np.zeros(PAIRS + 1, np.int64)
+    tables = np.zeros((4, PAIRS + 1), np.uint16)
+    merged = np.empty(PAIRS, np.uint16)
+    present = np.empty(PAIRS + 1, np.uint16)
+    often = np.zeros((2, PAIRS + 1), np.uint32)
     seen_counts = np.empty(PAIRS + 1, np.int64)
     # Cleared by whoever reads them, cell by cell: most of these cells are never touched.
     frequencies = np.zeros(values, np.int64)
@@ -125,8 +155,7 @@ def patch_entropies(
                     level = np.uint16((row[x] >> 2) - first)
                     low[PATCH_PX * y + x] = level
                     high[PATCH_PX * y + x] = np.uint16(level * levels)
-            # Even, for `_occurrences`; the pair beyond the last never occurs.
-            size = (int(levels) * int(levels) + 1) // 2 * 2
+            size = int(levels) * int(levels)
             distinct_values = 0
             for index in range(offsets.shape[0]):
                 down, across, weight, values_row = offsets[index]
@@ -140,18 +169,19 @@ def patch_entropies(
                 for y in range(PATCH_PX - down):
                     for x in range(wrapped, wrapped + abs(across)):
                         joined[PATCH_PX * y + x] = np.uint16(size)
-                count_in_four(joined, tables)
+                _count(joined, tables)
                 # Forgotten before it can be merged.
                 tables[:, size] = 0
                 _merge(tables, merged[:size])
-                distinct = _occurrences(merged[:size], often, seen_counts)
+                distinct = _occurrences(merged[:size], present, often, seen_counts)
                 pairs = width * (PATCH_PX - down)
                 occurring = 0
                 sum_of_logs = 0.0
                 for position in range(distinct):
                     count = seen_counts[position]
-                    cells = often[count]
-                    often[count] = 0
+                    cells = int(often[0, count]) + int(often[1, count])
+                    often[0, count] = 0
+                    often[1, count] = 0
                     # Cells, not pairs: both entropies ask how many cells of the matrix hold this
                     # count.
                     occurring += cells

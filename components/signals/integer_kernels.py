@@ -37,27 +37,6 @@ shifted = _narrow("lshr")
 """To the right, as an unsigned number."""
 
 
-@numba.njit(nogil=True, error_model="numpy")
-def count_in_four(values: np.ndarray, tables: np.ndarray) -> None:
-    """Count in four tables, so that equal neighbours do not wait for each other's increment.
-
-    Args:
-        values: (n,) unsigned integers.
-        tables: (4, more than the largest value) uint32; their sum grows by the histogram.
-    """
-    whole = values.size // 4
-    for block in range(whole):
-        x = 4 * block
-        # An explicit uint32, or numba would add in 64 bits.
-        tables[0, values[x]] += np.uint32(1)
-        tables[1, values[x + 1]] += np.uint32(1)
-        tables[2, values[x + 2]] += np.uint32(1)
-        tables[3, values[x + 3]] += np.uint32(1)
-    # At most three are left; the tables are summed, so any of them may take these.
-    for x in range(4 * whole, values.size):
-        tables[0, values[x]] += np.uint32(1)
-
-
 PAIR_TABLES = (2, 1 << 16)
 """Counters of 16 bits: 256 KiB, of which a photograph touches what lies near the diagonal."""
 _MOST_WORDS = (1 << 15) - 1
@@ -94,7 +73,7 @@ def count_levels(
 ) -> int:
     """Histogram of a stretch of bytes; neighbours are counted together, half as many increments.
 
-    Equal neighbours alternate between two tables, as in `count_in_four`.
+    Equal neighbours go to two tables in turn, or each would wait for the one before.
 
     Args:
         levels: ((8 n),) uint8, contiguous.
