@@ -132,6 +132,16 @@ SHAPES = {
         {"size": (3, 5), "colours": 0, "interlaced": 1},
         (1 + 1) + (1 + 1) + 0 + (1 + 1) + (1 + 3) + 2 * (1 + 2) + (1 + 5),
     ),
+    # Passes of 1x1, none, 1x1, none, 1x1, none and 2x1; then of 1x1, 1x1, none, 1x1, none, 1x2 and
+    # none.
+    "interlaced, narrow": (
+        {"size": (5, 1), "colours": 0, "interlaced": 1},
+        (1 + 1) + 0 + (1 + 1) + 0 + (1 + 1) + 0 + 2 * (1 + 1),
+    ),
+    "interlaced, low": (
+        {"size": (1, 5), "colours": 0, "interlaced": 1},
+        (1 + 1) + (1 + 1) + 0 + (1 + 1) + 0 + (1 + 2) + 0,
+    ),
 }
 
 
