@@ -348,8 +348,7 @@ def _propose_slices(found: FolderSurvey, settings: Settings, proposal: Proposal)
     """Small slices for a small corpus: what is held out must not be all of it."""
     # With what has just been proposed: a lower bound on pixels keeps more.
     select_now = settings.select.model_copy(update=proposal.settings.get("select", {}))
-    counts = survivors(found, settings.model_copy(update={"select": select_now}))
-    expected = found.photographs * counts["kept"] / counts["candidates"]
+    expected = _expected(found, settings.model_copy(update={"select": select_now}))
     held_out = settings.slices.eval_min_images
     if held_out > 1 and expected < 4 * held_out:
         why = f"about {expected:.0f} photographs will be left"
@@ -394,9 +393,21 @@ def survivors(found: FolderSurvey, settings: Settings) -> dict[str, int]:
     return count_by_reason(select(rows, alone))
 
 
+def _expected(found: FolderSurvey, settings: Settings) -> float:
+    """How many photographs of the whole folder will be left."""
+    counts = survivors(found, settings)
+    return found.photographs * counts["kept"] / counts["candidates"]
+
+
 def advice(found: FolderSurvey, settings: Settings) -> list[str]:
-    """A line for each measured threshold that rejects most of the sample: what would keep more."""
+    """What will stop a run, and for each threshold that rejects most what would keep more."""
     lines = []
+    held_out = settings.slices.eval_min_images
+    if round(_expected(found, settings)) <= held_out:
+        lines.append(
+            f"too few are left: {held_out} are held out for evaluation (slices.eval_min_images), "
+            "and at least one more has to be trained on; add photographs"
+        )
     for name, key, limit, keeps_below in (
         ("flat_fraction", "max_flat_fraction", settings.select.max_flat_fraction, True),
         ("entropy_bits", "min_entropy_bits", settings.select.min_entropy_bits, False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,7 +43,7 @@ def new(
     from flows.versioning.profiles import changed_values, composed, derived_profile
 
     root = project_root()
-    name = name or re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "photos"
+    name = name or _profile_name(folder.resolve().name)
     target = root / "conf" / "profiles" / f"{name}.yaml"
     try:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
@@ -72,6 +73,12 @@ def new(
         f"\nWritten: {target.relative_to(root)}\n"
         f"Next: ultraflux config compose --profile {name} && ultraflux run --until slices"
     )
+
+
+def _profile_name(folder: str) -> str:
+    """A folder's name in letters, digits and dashes; accents are left out, not the letters."""
+    plain = unicodedata.normalize("NFKD", folder).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "photos"
 
 
 def _source(folder: Path, root: Path) -> str:

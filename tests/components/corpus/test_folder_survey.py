@@ -173,8 +173,21 @@ def test_survivors_follow_the_rules_and_advice_names_what_would_keep_more(
     counts = survivors(found, settings)
     assert (counts["candidates"], counts["kept"]) == (4, 1)
     assert (counts["rejected_entropy"], counts["rejected_integrity"]) == (2, 1)
-    (line,) = advice(found, settings)
+    few, line = advice(found, settings)
     assert line.startswith("select.min_entropy_bits: 7 rejects 2 of 3 measured; ")
+    held_out = settings.slices.eval_min_images
+    assert few.startswith(f"too few are left: {held_out} are held out for evaluation")
+
+
+def test_one_photograph_more_than_is_held_out_is_enough(tmp_path: Path, params: Settings) -> None:
+    rules = params.select.model_copy(update={"min_pixels": 1})
+    slices = params.slices.model_copy(update={"eval_min_images": 2})
+    settings = params.model_copy(update={"select": rules, "slices": slices})
+    for name in ("a.png", "bb.png"):
+        write(tmp_path / name)
+    assert len(advice(look(tmp_path), settings)) == 1
+    write(tmp_path / "ccc.png")
+    assert advice(look(tmp_path), settings) == []
 
 
 def test_what_is_no_folder_of_photographs_is_one_line(tmp_path: Path) -> None:
