@@ -405,8 +405,8 @@ def advice(found: FolderSurvey, settings: Settings) -> list[str]:
     held_out = settings.slices.eval_min_images
     if round(_expected(found, settings)) <= held_out:
         lines.append(
-            f"too few are left: {held_out} are held out for evaluation (slices.eval_min_images), "
-            "and at least one more has to be trained on; add photographs"
+            f"too few are left: slices.eval_min_images holds out {held_out}, and there must be one "
+            "more to train on; add photographs"
         )
     for name, key, limit, keeps_below in (
         ("flat_fraction", "max_flat_fraction", settings.select.max_flat_fraction, True),

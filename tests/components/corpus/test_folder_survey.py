@@ -176,7 +176,7 @@ def test_survivors_follow_the_rules_and_advice_names_what_would_keep_more(
     few, line = advice(found, settings)
     assert line.startswith("select.min_entropy_bits: 7 rejects 2 of 3 measured; ")
     held_out = settings.slices.eval_min_images
-    assert few.startswith(f"too few are left: {held_out} are held out for evaluation")
+    assert few.startswith(f"too few are left: slices.eval_min_images holds out {held_out}, ")
 
 
 def test_one_photograph_more_than_is_held_out_is_enough(tmp_path: Path, params: Settings) -> None:
