@@ -137,10 +137,13 @@ def seen_of(template: str, own: Path, environment: Mapping[str, str] | None = No
     }
 
 
-def _is_written_by_it(path: str, before: str | None, after: str) -> bool:
-    """Whether a file appeared, or grew at its end, while the command ran: a log, no input."""
-    if path.startswith(_VARIABLE) or Path(path).suffix in _SOURCE_SUFFIXES:
-        return False
+def _may_be_written(name: str) -> bool:
+    """Whether a program may write this itself while it works; its sources are what it is."""
+    return not name.startswith(_VARIABLE) and Path(name).suffix not in _SOURCE_SUFFIXES
+
+
+def _is_grown(path: str, before: str | None) -> bool:
+    """Whether a file appeared or grew at its end: a log, no input."""
     if before is None:
         return True
     size, _, digest = before.partition(" ")
@@ -170,6 +173,7 @@ class ProgramRecord:
         except (OSError, ValueError):
             pass
         self._logs: set[str] = set(known.get("logs", ()))
+        self._rewritten: set[str] = set(known.get("rewritten", ()))
         inputs = {name: value for name, value in self._seen.items() if name not in self._logs}
         self.identity = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         """Another one whenever something that is seen of the program changed."""
@@ -179,19 +183,32 @@ class ProgramRecord:
         self._write()
 
     def note_logs(self) -> None:
-        """After the command ran: what it wrote itself is none of its inputs."""
+        """After the command ran: what it wrote itself is none of its inputs.
+
+        A file that was begun anew may be a log, or weights that somebody replaced meanwhile. So it
+        stays an input until it is rewritten under the command a second time.
+        """
         after = seen_of(self._template, self._folder)
-        new = {
+        changed = {
             name
             for name, value in after.items()
-            if self._seen.get(name) != value
-            and _is_written_by_it(name, self._seen.get(name), value)
-        }
-        if new:
-            self._logs |= new
-            self._inputs = {k: v for k, v in self._inputs.items() if k not in new}
+            if self._seen.get(name) != value and _may_be_written(name)
+        } - self._logs
+        grown = {name for name in changed if _is_grown(name, self._seen.get(name))}
+        logs = grown | (changed & self._rewritten)
+        self._rewritten = (self._rewritten | changed) - logs
+        # The next run is compared with what this one left.
+        self._seen = after
+        if changed:
+            self._logs |= logs
+            self._inputs = {k: v for k, v in self._inputs.items() if k not in logs}
             self._write()
 
     def _write(self) -> None:
-        values = {"identity": self.identity, "inputs": self._inputs, "logs": sorted(self._logs)}
+        values = {
+            "identity": self.identity,
+            "inputs": self._inputs,
+            "logs": sorted(self._logs),
+            "rewritten": sorted(self._rewritten),
+        }
         write_text(self._file, json.dumps(values, indent=1, sort_keys=True) + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components.evaluation.suites.program_fingerprint import seen_of
+from components.evaluation.suites.program_fingerprint import ProgramRecord, seen_of
 
 SCRIPT = """
 import os
@@ -75,3 +75,50 @@ def test_a_folder_that_holds_the_pictures_is_no_input(command: str, tmp_path: Pa
     before = seen_of(command, own, {})
     CHANGES["one more weight"](tmp_path)
     assert seen_of(command, own, {}) == before
+
+
+def identities(command: str, tmp_path: Path, *writes: Callable[[Path], object]) -> list[str]:
+    """Of a run after another, during each of which something is written; then of one more."""
+    own = tmp_path / "pictures"
+    own.mkdir(exist_ok=True)
+    found = []
+    for write in writes:
+        record = ProgramRecord(command, own)
+        found.append(record.identity)
+        write(tmp_path)
+        record.note_logs()
+    return [*found, ProgramRecord(command, own).identity]
+
+
+def appended(at: Path) -> None:
+    with (at / "run.log").open("a") as log:
+        log.write("one more line\n")
+
+
+def test_a_log_that_appears_or_grows_is_no_input(command: str, tmp_path: Path) -> None:
+    logging = f"{command} --log {tmp_path / 'run.log'}"
+    assert len(set(identities(logging, tmp_path, appended, appended))) == 1
+
+
+def test_a_log_that_is_begun_anew_costs_the_pictures_once(command: str, tmp_path: Path) -> None:
+    lines = iter(range(9))
+    log = tmp_path / "run.log"
+    log.write_text("of a run by hand\n")
+    logging = f"{command} --log {log}"
+    first, second, third, fourth = identities(
+        logging, tmp_path, *[lambda _: log.write_text(f"run {next(lines)}\n")] * 3
+    )
+    assert first != second
+    assert second == third == fourth
+
+
+def test_weights_that_are_replaced_under_a_run_make_the_pictures_anew(
+    command: str, tmp_path: Path
+) -> None:
+    first, second, third, fourth = identities(
+        command, tmp_path, CHANGES["weights"], lambda _: None, lambda _: None
+    )
+    assert first != second
+    assert second == third == fourth
+    CHANGES["one more weight"](tmp_path)
+    assert ProgramRecord(command, tmp_path / "pictures").identity != fourth
