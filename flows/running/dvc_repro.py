@@ -31,6 +31,7 @@ from flows.running.shared_turns import shared_turn
 from flows.running.stage_runner import OutcomeStatus, StageOutcome, interrupted
 from flows.running.warm_start import WarmStart
 from flows.versioning import graph as versioning
+from flows.versioning.torn_files import mend_after_kills
 
 TIMEOUT_STEP_S = 5.0
 BUSY_MARK = "is busy, it is being blocked by"
@@ -133,6 +134,8 @@ class DvcRunner:
                 return interrupted(name)
             started = time.monotonic()
             outcome = self._repro(node, prefect_run, started)
+            # What has just been saved is in the copy of dvc.lock before another stage saves.
+            mend_after_kills(self.root)
         self._record_outputs(outcome)
         return outcome
 
@@ -198,9 +201,8 @@ class DvcRunner:
             )
             # Of a run that was killed: the bar would start where that one ended.
             self.progress_file(node.name).unlink(missing_ok=True)
-            # A kill within a write leaves half a JSON file, on which every later dvc command
-            # fails.
-            versioning.clear_torn_rwlock(self.root)
+            # A kill within a write leaves half a file, on which every later dvc command fails.
+            mend_after_kills(self.root)
             with (
                 log.open("wb") as output,
                 self._process(node, command, env=env, output=output, lock=lock) as process,

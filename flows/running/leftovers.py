@@ -22,6 +22,7 @@ from flows.environment import COMPILED
 from flows.running.clone_lock import LOCK_FILE, STAGE_LOCKS
 from flows.running.dvc_repro import ATTEMPTS
 from flows.versioning import graph as versioning
+from flows.versioning.torn_files import TORN_LOCK
 
 OLD_LOG_S = 30 * 86400.0
 TILES = "runs/vae_tiles"
@@ -147,10 +148,14 @@ def _killed(root: Path) -> Iterator[Leftover]:
     """What runs keep for as long as they work, and could not remove when they were killed."""
     if _in_use(root):
         return
-    for folder in (root / ATTEMPTS, root / "runs" / "progress"):
-        for path in sorted(folder.glob("*")):
-            place = str(path.relative_to(root))
-            yield Leftover(place, "killed run", "no run works here", _size(path))
+    found = [
+        *sorted((root / ATTEMPTS).glob("*")),
+        *sorted((root / "runs" / "progress").glob("*")),
+        *([torn] if (torn := root / TORN_LOCK).is_file() else []),
+    ]
+    for path in found:
+        place = str(path.relative_to(root))
+        yield Leftover(place, "killed run", "no run works here", _size(path))
 
 
 def _compiled(root: Path) -> Iterator[Leftover]:

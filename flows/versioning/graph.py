@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from flows.versioning.code_files import CODE, CodeChanges, code_path
 from flows.versioning.source_listing import ALWAYS_CHANGED, SOURCE, source_changes
+from flows.versioning.torn_files import mend_after_kills
 
 # dvc.Repo keeps per-process state that is not thread-safe. Reentrant, because a unit of work
 # (`flows.versioning.clone`) asks several questions of one opened Repo.
@@ -96,7 +97,7 @@ def open_repo(root: Path) -> Iterator[Any]:
         if place in _OPENED:
             yield _OPENED[place]
             return
-        clear_torn_rwlock(root)
+        mend_after_kills(root)
         work_without_git(root)
         # Waiting: without it a question fails when another dvc process holds the lock for a moment.
         repo = _OPENED[place] = Repo(str(root), _wait_for_lock=True)
@@ -130,37 +131,6 @@ def work_without_git(root: Path) -> None:
         "commit",
         file=sys.stderr,
     )
-
-
-def clear_torn_rwlock(root: Path) -> None:
-    """Remove DVC's table of busy paths when a killed process left it half-written.
-
-    DVC rewrites the table in place, and refuses every later command once a kill has torn it. The
-    table holds claims of running processes only; DVC's own guard is held here, so nobody is
-    writing it now.
-    """
-    from dvc.lock import make_lock
-    from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
-
-    folder = root / ".dvc" / "tmp"
-    table = folder / RWLOCK_FILE
-    # Looked at without the lock first: it is whole nearly always, and the lock may be held for
-    # long.
-    if not _is_torn(table):
-        return
-    with make_lock(str(folder / RWLOCK_LOCK), tmp_dir=str(folder), wait=True):
-        if _is_torn(table):
-            table.unlink()
-
-
-def _is_torn(table: Path) -> bool:
-    try:
-        json.loads(table.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except json.JSONDecodeError:
-        return True
-    return False
 
 
 def _meta(name: str, values: Any) -> StageMeta:

@@ -19,6 +19,7 @@ from flows.running.dvc_repro import CpuSlots, DvcRunner
 from flows.running.graph_walk import walk_graph
 from flows.running.stage_runner import StageOutcome
 from flows.versioning import graph as versioning
+from flows.versioning.torn_files import clear_torn_rwlock
 
 
 def runner_for(root: Path) -> DvcRunner:
@@ -145,7 +146,7 @@ def test_a_claim_of_a_running_process_is_kept(toy: Path) -> None:
     table = toy / ".dvc" / "tmp" / "rwlock"
     claim = f'{{"write": {{"data/a": {{"pid": {os.getpid()}, "cmd": "dvc repro"}}}}, "read": {{}}}}'
     table.write_text(claim)
-    versioning.clear_torn_rwlock(toy)
+    clear_torn_rwlock(toy)
     assert table.read_text() == claim
 
 

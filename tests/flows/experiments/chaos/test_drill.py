@@ -19,6 +19,7 @@ from flows.experiments.chaos.site import MARK, Site
 from flows.records.owners import own_flow_run
 from flows.records.records import RunDescription, RunResult, open_record
 from flows.running.leftovers import leftovers
+from flows.versioning.torn_files import mend_after_kills
 
 
 def chaos(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -117,6 +118,8 @@ def drill(toy_template: Path, tmp_path: Path) -> Drill:
     for clone in (site.undisturbed, site.disturbed):
         subprocess.run(["cp", "-a", str(toy_template), str(clone)], check=True)
         (clone / "dvc.lock").write_text(LOCK)
+        # As every command does that asks DVC.
+        mend_after_kills(clone)
     made = Drill(
         site, schedule(0, 1.0, ["stage"]), lasts_s=0.0, most_faults=1, served=False, say=print
     )
