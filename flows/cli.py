@@ -458,6 +458,9 @@ def _refusal(problem: Exception) -> str | None:
     if (cut := remove_cut_bytecode(problem)) is not None:
         return describe_cut_bytecode(cut)
     text = " ".join(str(problem).split())
+    graph = sys.modules.get("flows.versioning.graph")
+    if graph is not None and isinstance(problem, graph.GraphError):
+        return text
     errors = sys.modules.get("dvc.exceptions")
     if errors is not None and isinstance(problem, errors.DvcException):
         return f"DVC: {text}"

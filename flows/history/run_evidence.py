@@ -180,9 +180,7 @@ class Evidence:
     def __init__(self, root: Path, *, mlflow: bool = True) -> None:
         """Read records and lock; ask MLflow unless told not to."""
         self.root = root
-        self.lock: dict[str, Any] = {}
-        if (root / "dvc.lock").is_file():
-            self.lock = versioning.locked_stages((root / "dvc.lock").read_text(encoding="utf-8"))
+        self.lock = versioning.read_lock(root)
         self.client, self.mlflow_problem = connect(root) if mlflow else (None, "not asked")
         self.runs = self._read_runs()
 

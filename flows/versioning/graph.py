@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 from flows.versioning.code_files import CODE, CodeChanges, code_path
 from flows.versioning.source_listing import ALWAYS_CHANGED, SOURCE, source_changes
-from flows.versioning.torn_files import mend_after_kills
+from flows.versioning.torn_files import mend_after_kills, mend_lock
 
 # dvc.Repo keeps per-process state that is not thread-safe. Reentrant, because a unit of work
 # (`flows.versioning.clone`) asks several questions of one opened Repo.
@@ -446,8 +446,20 @@ def lock_entry(root: Path, name: str) -> dict[str, Any] | None:
 
 
 def read_lock(root: Path) -> dict[str, Any]:
-    """`stages` of dvc.lock, empty before the first run."""
+    """`stages` of dvc.lock, empty before the first run.
+
+    Raises:
+        GraphError: it is no YAML, such as with the marks of a merge; one line.
+    """
+    mend_lock(root)
     try:
         return locked_stages((root / "dvc.lock").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except yaml.YAMLError as problem:
+        mark = getattr(problem, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise GraphError(
+            f"dvc.lock cannot be read{where}; mend it, or take that of the last commit: git "
+            "checkout HEAD dvc.lock"
+        ) from None

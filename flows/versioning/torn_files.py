@@ -25,9 +25,7 @@ _PATIENCE_S, _ASK_EVERY_S = 10.0, 0.05
 def mend_after_kills(root: Path) -> None:
     """Mend what a kill of DVC has left half-written; keep a copy of what is whole."""
     clear_torn_rwlock(root)
-    # A folder that cannot be written keeps no copy, and DVC says what it cannot write itself.
-    with suppress(OSError):
-        _keep_or_restore_lock(root)
+    mend_lock(root)
 
 
 def clear_torn_rwlock(root: Path) -> None:
@@ -60,12 +58,18 @@ def _is_torn(table: Path) -> bool:
     return False
 
 
-def _keep_or_restore_lock(root: Path) -> None:
+def mend_lock(root: Path) -> None:
     """dvc.lock without an end becomes what it was before; else the copy follows it.
 
     What the stage that was saved in that moment has made is there, and so is its entry in DVC's
     cache of runs: the next run looks at it again and repeats nothing.
     """
+    # A folder that cannot be written keeps no copy, and DVC says what it cannot write itself.
+    with suppress(OSError):
+        _keep_or_restore_lock(root)
+
+
+def _keep_or_restore_lock(root: Path) -> None:
     until = time.monotonic() + _PATIENCE_S
     while (content := _content(root / "dvc.lock")) != _content(root / KEPT_LOCK):
         with _turn(root) as is_ours:
@@ -97,13 +101,11 @@ def _settle(root: Path) -> None:
         aside = f" (what was left of it: {TORN_LOCK})"
     if before is None:
         lock.unlink()
+        now = "no whole one is known, so it is removed"
     else:
         write_bytes(lock, before)
-    print(
-        f"dvc.lock was cut off by a kill; it is again as it was before{aside}",
-        file=sys.stderr,
-        flush=True,
-    )
+        now = "it is again as it was before"
+    print(f"dvc.lock was cut off by a kill; {now}{aside}", file=sys.stderr, flush=True)
 
 
 def _is_whole(content: bytes | None) -> bool:

@@ -62,6 +62,20 @@ def test_a_kill_while_dvc_saves_costs_no_stage(
     assert (TORN_LOCK in [one.path for one in leftovers(toy)]) == bool(written)
 
 
+def test_what_only_reads_the_file_mends_it_too(toy: Path) -> None:
+    run(toy)
+    whole = versioning.read_lock(toy)
+    lock = toy / "dvc.lock"
+    lock.write_bytes(lock.read_bytes()[:40])
+    assert versioning.read_lock(toy) == whole
+    text = lock.read_text().replace("stages:", "<<<<<<< ours\nstages:")
+    lock.write_text(text)
+    with pytest.raises(versioning.GraphError, match=r"^dvc\.lock cannot be read at line \d; mend"):
+        versioning.read_lock(toy)
+    # A merge is a person's work.
+    assert lock.read_text() == text
+
+
 def test_a_kill_in_the_first_saving_leaves_a_clone_that_runs(toy: Path) -> None:
     subprocess.run([sys.executable, "-c", KILLED, str(toy), "0"])
     assert (toy / "dvc.lock").read_bytes() == b""
