@@ -31,7 +31,7 @@ from flows.running.shared_turns import shared_turn
 from flows.running.stage_runner import OutcomeStatus, StageOutcome, interrupted
 from flows.running.warm_start import WarmStart
 from flows.versioning import graph as versioning
-from flows.versioning.torn_files import mend_after_kills
+from flows.versioning.torn_files import mend_after_kills, mend_lock
 
 TIMEOUT_STEP_S = 5.0
 BUSY_MARK = "is busy, it is being blocked by"
@@ -135,7 +135,7 @@ class DvcRunner:
             started = time.monotonic()
             outcome = self._repro(node, prefect_run, started)
             # What has just been saved is in the copy of dvc.lock before another stage saves.
-            mend_after_kills(self.root)
+            mend_lock(self.root)
         self._record_outputs(outcome)
         return outcome
 

@@ -148,14 +148,10 @@ def _killed(root: Path) -> Iterator[Leftover]:
     """What runs keep for as long as they work, and could not remove when they were killed."""
     if _in_use(root):
         return
-    found = [
-        *sorted((root / ATTEMPTS).glob("*")),
-        *sorted((root / "runs" / "progress").glob("*")),
-        *([torn] if (torn := root / TORN_LOCK).is_file() else []),
-    ]
-    for path in found:
-        place = str(path.relative_to(root))
-        yield Leftover(place, "killed run", "no run works here", _size(path))
+    for pattern in (f"{ATTEMPTS}/*", "runs/progress/*", TORN_LOCK):
+        for path in sorted(root.glob(pattern)):
+            place = str(path.relative_to(root))
+            yield Leftover(place, "killed run", "no run works here", _size(path))
 
 
 def _compiled(root: Path) -> Iterator[Leftover]:
