@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,14 +44,13 @@ from flows.commands.pipeline import store as store_commands
 from flows.commands.pipeline import submit as submit_command
 from flows.commands.pipeline import sweep as sweep_command
 from flows.commands.pipeline import verify as verify_command
+from flows.commands.refusals import refusal
 from flows.commands.services import chaos as chaos_command
 from flows.commands.services import clean as clean_command
 from flows.commands.services import deploy as deploy_command
 from flows.commands.services import remote as remote_command
 from flows.commands.services import services as services_command
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_ROOM_SAID = "disk I/O error|database or disk is full"
 PIPELINE, CORPUS = "Pipeline", "Corpus"
 IMAGES, MODEL, SERVICES = "Images and evaluation", "Model", "Services"
 
@@ -439,11 +436,11 @@ def main() -> None:
     except Exception as problem:
         # What others refuse is said in their words; anything else is a fault of ours, with its
         # trace.
-        said = _refusal(problem)
-        if said is None:
+        refused = refusal(problem, sys.argv[1:])
+        if refused is None:
             raise
-        print(f"error: {said}", file=sys.stderr)
-        sys.exit(1)
+        print(f"error: {refused[0]}", file=sys.stderr)
+        sys.exit(refused[1])
     except SystemExit as end:
         # Click takes the end of a file for a person's: it says "Aborted" and no more.
         aborted = end.__context__.__cause__ if end.__context__ is not None else None
@@ -451,24 +448,6 @@ def main() -> None:
             print(f"error: {describe_cut_bytecode(cut)}", file=sys.stderr)
         _leave_threads_behind(end.code)
         raise
-
-
-def _refusal(problem: Exception) -> str | None:
-    """One line for what DVC refuses and for a disk that is or was full; None: something else."""
-    if (cut := remove_cut_bytecode(problem)) is not None:
-        return describe_cut_bytecode(cut)
-    text = " ".join(str(problem).split())
-    graph = sys.modules.get("flows.versioning.graph")
-    if graph is not None and isinstance(problem, graph.GraphError):
-        return text
-    errors = sys.modules.get("dvc.exceptions")
-    if errors is not None and isinstance(problem, errors.DvcException):
-        return f"DVC: {text}"
-    full = isinstance(problem, OSError) and problem.errno in _NO_ROOM
-    # SQLite says no more than this, of DVC's own databases as of ours.
-    if full or (type(problem).__name__ == "OperationalError" and re.search(_NO_ROOM_SAID, text)):
-        return f"a file cannot be written ({text}): make room on the disk, then run it again"
-    return None
 
 
 def _leave_threads_behind(code: object) -> None:

@@ -38,6 +38,8 @@ class RunLine:
     is_dirty: bool
     experiment: str
     """Name of the DVC experiment."""
+    mlflow_experiment: str
+    """Its id on the server that the run was sent to; empty before that."""
     mlflow_run: str
     prefect_run: str
     summary: str
@@ -92,6 +94,7 @@ def _line(root: Path, tree: Path, record: Record) -> RunLine:
         commit=tags.get("mlflow.source.git.commit", ""),
         is_dirty=tags.get("git.dirty") == "true",
         experiment=tags.get("dvc.experiment", ""),
+        mlflow_experiment=record.experiment_id or "",
         mlflow_run=record.mlflow_run_id or "",
         prefect_run=str(flow_run or tags.get("prefect.flow_run_id", "")),
         summary="" if result is None else (result.error or result.summary),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from flows.pools.contract_artifact import contracts_table
 from flows.records.costs import COST, GPU_HOURS, pipeline_cost
 from flows.records.records import Record, all_records
 from flows.running.stage_runner import StageOutcome, StageRunner
-from flows.services.servers import running_services
+from flows.services.ui_addresses import mlflow_ui
 from flows.tracking.run_pages import record_url
 from flows.versioning.setting_overrides import read_params
 
@@ -33,15 +32,6 @@ REPORT = Path("data/evaluate/report.html")
 PICTURES = Path("data/generate/grid.png")
 PICTURES_PX = 1024
 """Long edge of the copy inside the artifact: some 100 kB in the server's database."""
-
-
-def mlflow_pages(root: Path) -> str | None:
-    """Address of the MLflow UI that shows this project's runs; None while no server runs."""
-    named = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if named.startswith(("http://", "https://")):
-        return named.rstrip("/")
-    urls = [service.url for service in running_services(root) if service.name == "mlflow"]
-    return urls[0] if urls else None
 
 
 def stage_rows(
@@ -143,7 +133,7 @@ class PipelineArtifacts:
     ) -> None:
         """Write the table of what ended, with links to MLflow, contracts, pictures and report."""
         rows = stage_rows(self._runner, self._outcomes, self._price)
-        pages = mlflow_pages(self._root)
+        pages = mlflow_ui(self._root)
         pipelines = [r for r in all_records(self._root) if r.run.kind == "pipeline"]
         pipeline = pipelines[-1] if pipelines else None
         records = stage_records(self._root, pipeline, self._outcomes)

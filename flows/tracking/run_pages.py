@@ -1,4 +1,4 @@
-"""The description on a run's MLflow page: its summary, and links to the pages that it logged."""
+"""Addresses of runs in both UIs, and the description on a run's MLflow page."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ def run_url(experiment_id: str, run_id: str, artifact: str = "") -> str:
     """Of a run or one of its artifacts, relative to the MLflow server's page."""
     path = f"#/experiments/{experiment_id}/runs/{run_id}"
     return f"{path}/artifactPath/{artifact}" if artifact else path
+
+
+def flow_run_url(ui: str, flow_run_id: str) -> str:
+    """Page of a flow run.
+
+    Args:
+        ui: address of the Prefect UI.
+        flow_run_id: of the run.
+    """
+    return f"{ui}/runs/flow-run/{flow_run_id}"
 
 
 def record_url(record: Record, pages: str | None, artifact: str = "") -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,14 +14,20 @@ EPILOG = """Examples:
 
   ultraflux history
 
+  ultraflux history --limit 0 --html history.html
+
   ultraflux history --limit 0 --json
 
 A run's record (first column) is what `ultraflux compare` and `ultraflux lineage` take. Runs of
-working trees (submitted with -S, sets of a sweep) are listed with the tree they ran in."""
+working trees (submitted with -S, sets of a sweep) are listed with the tree they ran in. While the
+servers of `ultraflux up` run, the ids of MLflow and Prefect are links to their pages."""
 
 
 def history(
     limit: Annotated[int, typer.Option(min=0, help="How many runs; 0: all.")] = 20,
+    html: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write a page with links there.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False,
 ) -> None:
     """List runs, whatever started them: state, commit, and where MLflow and Prefect have them."""
@@ -36,28 +42,21 @@ def history(
     if as_json:
         print(json.dumps([line.as_dict() for line in shown], indent=1, ensure_ascii=False))
         return
-    from rich.console import Console
-    from rich.table import Table
+    from flows.history.history_view import Uis, history_page, history_table, shown_runs
+    from flows.services.ui_addresses import mlflow_ui, prefect_ui
 
-    table = Table()
-    table.add_column("record", no_wrap=True)
-    for heading in ("state", "started", "took", "engine", "commit", "MLflow", "Prefect", "result"):
-        table.add_column(heading, overflow="fold")
-    for line in shown:
-        where = f"in {line.tree}: " if line.tree else ""
-        seconds = 0.0 if line.seconds is None else line.seconds
-        table.add_row(
-            line.record,
-            line.status.lower(),
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(line.started_ms / 1000)),
-            f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s",
-            line.experiment or line.engine,
-            line.commit[:8] + ("+" if line.is_dirty else ""),
-            line.mlflow_run[:8],
-            line.prefect_run[:8],
-            (where + line.summary).replace("[", "\\["),
-        )
+    uis = Uis(mlflow_ui(root), prefect_ui(root))
+    runs = shown_runs(shown, uis)
+    if html is not None:
+        from components.files.whole_files import write_text
+
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_text(html, history_page(root.resolve().name, runs, len(lines), uis))
+        print(html)
+        return
+    from rich.console import Console
+
     console = Console()
-    console.print(table if shown else "no runs yet: ultraflux run")
+    console.print(history_table(runs) if runs else "no runs yet: ultraflux run")
     if len(shown) < len(lines):
         console.print(f"{len(lines) - len(shown)} older runs: --limit 0 shows all")

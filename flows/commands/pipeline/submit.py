@@ -99,6 +99,7 @@ def submit(
     from prefect.exceptions import ObjectNotFound
 
     from flows.environment import pool_name
+    from flows.tracking.run_pages import flow_run_url
 
     with get_client(sync_client=True) as client:
         project = _project(client, root)
@@ -115,7 +116,7 @@ def submit(
             ) from None
         run = client.create_flow_run_from_deployment(found.id, parameters=parameters, name=stage)
         print(f"submitted {run.name} to pool {found.work_pool_name}")
-        print(f"watch it  {url.removesuffix('/api')}/runs/flow-run/{run.id}")
+        print(f"watch it  {flow_run_url(url.removesuffix('/api'), str(run.id))}")
         if watch and not _watch(client, run.id):
             raise typer.Exit(1)
 

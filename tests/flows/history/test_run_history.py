@@ -67,12 +67,44 @@ def test_the_command_says_killed_of_what_was_killed(
     ran: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ran)
-    history(limit=0, as_json=True)
+    history(limit=0, html=None, as_json=True)
     said = json.loads(capsys.readouterr().out)
     assert [line["status"] for line in said] == ["KILLED", "FINISHED", "FINISHED", "FAILED"]
     assert said[0]["summary"] == "its process ended without a result"
     monkeypatch.setenv("COLUMNS", "200")
-    history(limit=1, as_json=False)
+    history(limit=1, html=None, as_json=False)
     table = capsys.readouterr().out
     assert "killed" in table
     assert "3 older runs: --limit 0 shows all" in table
+
+
+def test_the_page_links_what_a_server_shows_and_escapes_what_runs_said(
+    ran: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = RunDescription(kind="sweep", name="<b>grid", started_ms=6_000)
+    open_record(ran, odd).finish(RunResult(status="FAILED", error="<script>alert(1)</script>"))
+    monkeypatch.chdir(ran)
+    page = ran / "pages" / "history.html"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    history(limit=0, html=page, as_json=False)
+    assert capsys.readouterr().out.strip() == str(page)
+    text = page.read_text()
+    assert "href" not in text
+    assert "No MLflow server runs" in text
+    assert "No Prefect server runs" in text
+    assert "<script>" not in text
+    assert "<b>grid" not in text
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    monkeypatch.setenv("PREFECT_API_URL", "http://flows:4200/api")
+    history(limit=0, html=page, as_json=False)
+    text = page.read_text()
+    # The one run that both servers know.
+    assert text.count("<a href=") == 2
+    assert 'href="http://tracking:5000/#/experiments/1/runs/m1"' in text
+    assert 'href="http://flows:4200/runs/flow-run/p1"' in text
+    assert "5 of 5 runs" in text
+    for said in ("hazy-lynx", "in runs/submitted/abcd", "01234567", "with edits", "killed"):
+        assert said in text
+    history(limit=2, html=page, as_json=False)
+    assert "2 of 5 runs" in page.read_text()

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from components.settings.schema import load_settings
-from flows.pools.pipeline_artifacts import mlflow_pages, stage_rows
+from flows.pools.pipeline_artifacts import stage_rows
 from flows.records.costs import gpu_hours, pipeline_cost, with_cost
 from flows.records.records import RunResult
 from flows.running.dvc_repro import DvcRunner
@@ -47,12 +45,3 @@ def test_the_table_has_a_row_per_stage_and_their_sum(toy: Path) -> None:
     assert [row["cost"] for row in rows] == [0, 4, 4]
     assert rows[-1]["seconds"] == 1800
     assert "cost" not in stage_rows(runner, outcomes, None)[0]
-
-
-def test_links_lead_to_a_server_only(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert mlflow_pages(toy) is None
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////somewhere.db")
-    assert mlflow_pages(toy) is None
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000/")
-    assert mlflow_pages(toy) == "http://tracking:5000"

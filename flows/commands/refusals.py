@@ -1,0 +1,91 @@
+"""What ends a command in one line: refusals of others, of the disk, and of paths that were typed.
+
+Everything else is a fault of this program and keeps its trace.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from components.files.cut_bytecode import describe_cut_bytecode, remove_cut_bytecode
+
+FAILED, BAD_INPUT = 1, 2
+"""Exit codes."""
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ROOM_SAID = "disk I/O error|database or disk is full"
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
+
+def refusal(problem: Exception, words: Sequence[str]) -> tuple[str, int] | None:
+    """One line and the exit code; None: a fault of this program.
+
+    Args:
+        problem: what ended the command.
+        words: of the command line, without the program.
+    """
+    if (cut := remove_cut_bytecode(problem)) is not None:
+        return describe_cut_bytecode(cut), FAILED
+    text = " ".join(str(problem).split())
+    graph = sys.modules.get("flows.versioning.graph")
+    if graph is not None and isinstance(problem, graph.GraphError):
+        return text, FAILED
+    errors = sys.modules.get("dvc.exceptions")
+    if errors is not None and isinstance(problem, errors.DvcException):
+        return f"DVC: {text}", FAILED
+    full = isinstance(problem, OSError) and problem.errno in _NO_ROOM
+    # SQLite says no more than this, of DVC's own databases as of ours.
+    if full or (type(problem).__name__ == "OperationalError" and re.search(_NO_ROOM_SAID, text)):
+        line = f"a file cannot be written ({text}): make room on the disk, then run it again"
+        return line, FAILED
+    said = _of_a_path(problem, words) if isinstance(problem, OSError) else None
+    return None if said is None else (said, BAD_INPUT)
+
+
+def _of_a_path(problem: OSError, words: Sequence[str]) -> str | None:
+    """What the system says of a path: forbidden ones, or what the command line names."""
+    names = [os.fsdecode(name) for name in (problem.filename, problem.filename2) if _is_path(name)]
+    if not names:
+        return None
+    reason = os.strerror(problem.errno) if problem.errno else str(problem.strerror)
+    for typed in _typed_paths(words):
+        if problem.errno in _NOT_ALLOWED | _NO_SUCH_PLACE and _belongs(typed, names):
+            at = "" if _same(typed, names[0]) else f" ({names[0]})"
+            return f"{typed}: {reason}{at}"
+    return f"{names[0]}: {reason}" if problem.errno in _NOT_ALLOWED else None
+
+
+def _is_path(name: object) -> bool:
+    return isinstance(name, str | bytes) and bool(name)
+
+
+def _typed_paths(words: Sequence[str]) -> Iterator[str]:
+    """Words, and values of --option=value, that can name a file or a folder."""
+    here = Path.cwd()
+    for word in words:
+        value = word.partition("=")[2] if word.startswith("-") else word
+        # The folder one stands in, or one above it, would own every file of the project.
+        if value and not here.is_relative_to(os.path.abspath(value)):
+            yield value
+
+
+def _belongs(typed: str, names: Sequence[str]) -> bool:
+    """Whether one of `names` is that path, a folder on its way, inside it, or its temporary."""
+    path, here = Path(os.path.abspath(typed)), Path.cwd()
+    for name in names:
+        found = Path(os.path.abspath(name))
+        is_temporary = found.parent == path.parent and found.name.startswith(f".{path.name}.")
+        # What holds the folder one stands in is on the way to every word.
+        is_on_its_way = path.is_relative_to(found) and not here.is_relative_to(found)
+        if is_on_its_way or found.is_relative_to(path) or is_temporary:
+            return True
+    return False
+
+
+def _same(typed: str, name: str) -> bool:
+    return os.path.abspath(typed) == os.path.abspath(name)

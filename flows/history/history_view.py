@@ -1,0 +1,103 @@
+"""The history of runs as people read it: a table in the terminal, or a page with links."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from components.files.page_templates import page_templates
+from flows.history.run_history import RunLine
+from flows.tracking.run_pages import flow_run_url, run_url
+
+_HEADINGS = ("state", "started", "took", "engine", "commit", "MLflow", "Prefect", "result")
+
+
+@dataclass(frozen=True)
+class Uis:
+    """Addresses of the pages for people; None where no server runs."""
+
+    mlflow: str | None
+    prefect: str | None
+
+
+@dataclass(frozen=True)
+class ShownRun:
+    """A run with what readers need besides its values."""
+
+    line: RunLine
+    started: str
+    """Local time to the minute."""
+    took: str
+    mlflow_url: str | None
+    """Its page; None while no server shows it."""
+    prefect_url: str | None
+
+
+def shown_runs(lines: Sequence[RunLine], uis: Uis) -> list[ShownRun]:
+    """Times in words, and addresses on the servers that run now.
+
+    Args:
+        lines: of `run_history`.
+        uis: their addresses.
+    """
+    mlflow, prefect = uis.mlflow, uis.prefect
+    shown = []
+    for line in lines:
+        seconds = 0.0 if line.seconds is None else line.seconds
+        is_in_mlflow = mlflow and line.mlflow_experiment and line.mlflow_run
+        shown.append(
+            ShownRun(
+                line,
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(line.started_ms / 1000)),
+                f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s",
+                f"{mlflow}/{run_url(line.mlflow_experiment, line.mlflow_run)}"
+                if is_in_mlflow
+                else None,
+                flow_run_url(prefect, line.prefect_run) if prefect and line.prefect_run else None,
+            )
+        )
+    return shown
+
+
+def history_table(runs: Sequence[ShownRun]) -> Table:
+    """A row per run; terminals that can open links open the pages of both servers."""
+    table = Table()
+    table.add_column("record", no_wrap=True)
+    for heading in _HEADINGS:
+        table.add_column(heading, overflow="fold")
+    for run in runs:
+        line = run.line
+        where = f"in {line.tree}: " if line.tree else ""
+        table.add_row(
+            *(line.record, line.status.lower(), run.started, run.took),
+            line.experiment or line.engine,
+            line.commit[:8] + ("+" if line.is_dirty else ""),
+            _linked(line.mlflow_run[:8], run.mlflow_url),
+            _linked(line.prefect_run[:8], run.prefect_url),
+            escape(where + line.summary),
+        )
+    return table
+
+
+def history_page(project: str, runs: Sequence[ShownRun], total: int, uis: Uis) -> str:
+    """A self-contained HTML page.
+
+    Args:
+        project: its name.
+        runs: to show.
+        total: how many there are.
+        uis: what the links lead to.
+    """
+    templates = page_templates(Path(__file__).parents[1] / "templates")
+    return templates.get_template("history.html.j2").render(
+        project=project, runs=runs, total=total, uis=uis, now=time.strftime("%Y-%m-%d %H:%M")
+    )
+
+
+def _linked(text: str, address: str | None) -> str:
+    return text if address is None else f"[link={address}]{text}[/link]"
