@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,16 @@ import typer
 from flows import environment
 
 
+_SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([^:]+): '(.+?)'( -> '.+?')?")
+"""How Python words what the system says of a path."""
+
+
 def fail(message: str, code: int = 2) -> typer.Exit:
-    """Print each line of `message` as an error; raise what is returned to end with `code`."""
-    for line in message.splitlines():
+    """Print each line of `message` as an error; raise what is returned to end with `code`.
+
+    Of an error with a path, the path is said first and the system's number not at all.
+    """
+    for line in _SYSTEM_ERROR.sub(r"\2: \1", message).splitlines():
         print(f"error: {line}", file=sys.stderr)
     return typer.Exit(code)
 

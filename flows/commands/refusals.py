@@ -19,7 +19,8 @@ FAILED, BAD_INPUT = 1, 2
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ROOM_SAID = "disk I/O error|database or disk is full"
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_NO_SUCH_PLACE |= {errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def refusal(problem: Exception, words: Sequence[str]) -> tuple[str, int] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.commands.command_line import fail
 from flows.commands.refusals import BAD_INPUT, FAILED, refusal
 
 
@@ -71,6 +72,23 @@ def test_a_full_disk_is_said_to_be_one(here: Path) -> None:
     said, code = refusal(failed(errno.ENOSPC, "x"), ["a", "x"]) or ("", 0)
     assert "make room on the disk" in said
     assert code == FAILED
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (str(failed(errno.ENOENT, "/a b/c")), "/a b/c: No such file or directory"),
+        (str(failed(errno.EXDEV, "x", "y")), "x: Invalid cross-device link"),
+        (f"weights: {failed(errno.EACCES, 'x')}", "weights: x: Permission denied"),
+        ("[Errno 5] nothing of a path", "[Errno 5] nothing of a path"),
+        ("mean: 'x'", "mean: 'x'"),
+    ],
+)
+def test_the_path_is_said_first_and_no_number(
+    capsys: pytest.CaptureFixture[str], said: str, line: str
+) -> None:
+    assert fail(said).exit_code == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_the_command_says_it(toy: Path) -> None:
