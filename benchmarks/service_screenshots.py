@@ -1,8 +1,10 @@
-"""Pictures of both UIs of a served project, as in docs/images.
+"""Pictures of both UIs of a served project, and of its history, as in docs/images.
 
     python benchmarks/service_screenshots.py PROJECT --output docs/images
+    python benchmarks/service_screenshots.py PROJECT --only history
 
 PROJECT is a clone in which `ultraflux up --served` and a run with `--engine prefect` have been.
+The page of `ultraflux history` needs no server.
 Needs Debian's package `chromium` and the extra `dev`.
 """
 
@@ -13,7 +15,10 @@ import asyncio
 import base64
 import io
 import json
+import subprocess
+import tempfile
 import urllib.request
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from PIL import Image
 from flows.records.records import read_json
 from flows.tracking.tier import Secrets, ServedTier, served_tier, services_dir
 
+PAGES = ("history", "prefect-run", "prefect-contracts", "mlflow-runs", "mlflow-stage")
 WIDTH, HEIGHT = 1360, 850
 SETTLE_S = 6.0
 """For charts and animations, after the text that shows that the data are there."""
@@ -86,25 +92,57 @@ async def picture(tab: Tab, address: str, text: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(shot["data"])))
 
 
+async def history(project: Path) -> Image.Image:
+    """The page of `ultraflux history --html`, as high as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "history.html"
+        command = ["ultraflux", "history", "--html", str(page)]
+        subprocess.run(command, cwd=project, check=True)
+        async with open_browser(WIDTH, HEIGHT) as tab:
+            await tab.call("Page.navigate", url=page.as_uri())
+            await tab.wait_for("document.body && document.body.innerText.includes('Runs of')")
+            height = await tab.evaluate("Math.ceil(document.documentElement.scrollHeight)")
+            await tab.resize(WIDTH, min(int(height), HEIGHT))
+            shot = await tab.call("Page.captureScreenshot", format="png")
+    return Image.open(io.BytesIO(base64.b64decode(shot["data"])))
+
+
+async def of_servers(
+    project: Path, names: Collection[str]
+) -> AsyncIterator[tuple[str, Image.Image]]:
+    """Pages of both UIs by name."""
+    tier = served_tier(project)
+    if tier is None:
+        raise SystemExit(f"error: {project} is not served: ultraflux up --served")
+    known = Secrets(**read_json(services_dir(project) / "secrets.json"))
+    for name, (address, text) in pages(tier, known).items():
+        if name not in names:
+            continue
+        async with open_browser(WIDTH, HEIGHT) as tab:
+            if name.startswith("mlflow"):
+                headers = {"Authorization": _authorization(known)}
+                await tab.call("Network.setExtraHTTPHeaders", headers=headers)
+            yield name, await picture(tab, address, text)
+
+
+def write(image: Image.Image, target: Path) -> None:
+    """Write a PNG of few colours."""
+    image.convert("RGB").quantize(COLOURS).save(target, optimize=True)
+    print(f"{target}  {target.stat().st_size / 1000:.0f} kB")
+
+
 async def main() -> None:
     """Write one PNG a page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("project", type=Path)
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
+    parser.add_argument("--only", nargs="+", choices=PAGES, default=PAGES)
     arguments = parser.parse_args()
-    tier = served_tier(arguments.project)
-    if tier is None:
-        raise SystemExit(f"error: {arguments.project} is not served: ultraflux up --served")
-    known = Secrets(**read_json(services_dir(arguments.project) / "secrets.json"))
-    for name, (address, text) in pages(tier, known).items():
-        async with open_browser(WIDTH, HEIGHT) as tab:
-            if name.startswith("mlflow"):
-                headers = {"Authorization": _authorization(known)}
-                await tab.call("Network.setExtraHTTPHeaders", headers=headers)
-            image = (await picture(tab, address, text)).convert("RGB").quantize(COLOURS)
-        target = arguments.output / f"{name}.png"
-        image.save(target, optimize=True)
-        print(f"{target}  {target.stat().st_size / 1000:.0f} kB")
+    if "history" in arguments.only:
+        write(await history(arguments.project), arguments.output / "history.png")
+    if served := set(arguments.only) - {"history"}:
+        async for name, image in of_servers(arguments.project, served):
+            write(image, arguments.output / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -75,12 +75,6 @@ class LiveBytes(TorchDispatchMode):
         """Count tensors that were there before."""
         for tensor in tensors:
             self._note(tensor)
-
-    def hold_modules(self, *modules: nn.Module) -> None:
-        """Count parameters and buffers that were there before."""
-        for module in modules:
-            self.hold(module.parameters())
-            self.hold(module.buffers())
 
     def _note(self, tensor: Tensor) -> None:
         # A wrapper (of rounded weights) has no storage; its parts were counted when they were made.
