@@ -56,6 +56,7 @@ IMAGES, MODEL, SERVICES = "Images and evaluation", "Model", "Services"
 
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Train UltraFlux: photographs in; corpus, F16 VAE, native-4K DiT, images, report out.",
