@@ -8,9 +8,14 @@ Told by the first bytes alone; nothing is unpacked or run.
 from __future__ import annotations
 
 import codecs
+import io
 import re
+import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
 
 from components.images.png_chunks import SIGNATURE, check_chunks, find_chunk
 
@@ -68,6 +73,11 @@ _JPEG = b"\xff\xd8\xff"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _RAW_MARK = slice(8, 10)
 _DNG_VERSION, _SUBFILE, _REDUCED = 50706, 254, 1
+_HEADER_BYTES, _BIG_HEADER_BYTES, _BIG_TIFF = 8, 16, 43
+_BIG_ENDIAN_BIG_TIFF = b"MM\0+"
+# Tags of TIFF 6.0, section 8 and "sample format".
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _CHANNELS = 256, 257, 258, 259, 262, 277
+_SAMPLE_FORMAT, _FRACTIONS = 339, 3
 
 # Frames of ITU-T T.81, table B.1, that baseline and progressive decoders do not read.
 _LOSSLESS = (0xC3, 0xC7, 0xCB, 0xCF)
@@ -136,6 +146,8 @@ def _picture(data: bytes) -> str | None:
         return _HEADER.format("WebP")
     if data[_RAW_MARK] == b"CR":
         return None
+    if data.startswith(_TIFF) and (kind := _tiff(data)) is not None:
+        return kind
     return next((_HEADER.format(n) for n, start in starts.items() if data.startswith(start)), None)
 
 
@@ -165,6 +177,36 @@ def raw_of_a_camera(data: bytes, tags: Mapping[int, Any]) -> bool:
     reduced = tags.get(_SUBFILE, 0)
     preview = isinstance(reduced, int) and bool(reduced & _REDUCED)
     return data[_RAW_MARK] == b"CR" or _DNG_VERSION in tags or preview
+
+
+def _tiff(data: bytes) -> str | None:
+    """Samples and compression of a TIFF whose directory can be read, None where it cannot."""
+    if data.startswith(_BIG_ENDIAN_BIG_TIFF):
+        return "big-endian BigTIFF: convert it"
+    file = io.BytesIO(data)
+    try:
+        head = file.read(_HEADER_BYTES)
+        if head[2] == _BIG_TIFF:
+            head += file.read(_BIG_HEADER_BYTES - _HEADER_BYTES)
+        directory = ImageFileDirectory_v2(head)
+        file.seek(directory.next)
+        with warnings.catch_warnings():
+            # Of a directory that is cut; what it lacks is seen below.
+            warnings.simplefilter("ignore")
+            directory.load(file)
+        found = {tag: directory[tag] for tag in directory}
+    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, struct.error):
+        return None
+    if not {_WIDTH, _HEIGHT, _PHOTOMETRIC} <= set(found):
+        return None
+    bits = found.get(_BITS, (1,))
+    channels = found.get(_CHANNELS, len(bits))
+    fractions = _FRACTIONS in found.get(_SAMPLE_FORMAT, ())
+    samples = f"{channels} x {'/'.join(map(str, sorted(set(bits))))}-bit "
+    samples += "fractions" if fractions else "numbers"
+    code = found.get(_COMPRESSION, 1)
+    packed = "" if code in COMPRESSION_INFO else f", compression {code}"
+    return f"TIFF of {samples}, photometric {found[_PHOTOMETRIC]}{packed}: convert it"
 
 
 def _png(data: bytes) -> str | None:

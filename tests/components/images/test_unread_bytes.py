@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ def test_of_sound_pictures_nothing_is_said(kind: str) -> None:
         (b"II*\0\x10\0\0\0CR\2\0", "camera raw: develop it"),
         (b"\0\5\x16\7\0\2", "what macOS keeps beside a file of that name (AppleDouble)"),
         (b"BMx", "BMP with a damaged header"),
+        (b"MM\0+\0\x08\0\0", "big-endian BigTIFF: convert it"),
         (b"\x07\x99\xfe\xff\x01", None),
     ],
 )
@@ -91,3 +93,43 @@ def test_the_preview_in_front_of_a_camera_raw_is_not_taken_for_the_photograph(
         assert read_header(data).width == 60
     else:
         assert said(data) == "camera raw: develop it; PIL shows its preview alone"
+
+
+def tiff(order: str, version: int, **tags: int | tuple[int, ...]) -> bytes:
+    """A directory of 16-bit values behind eight bytes of pixels."""
+    names = {"width": 256, "height": 257, "bits": 258, "compression": 259, "photometric": 262}
+    names |= {"offset": 273, "channels": 277, "rows": 278, "counts": 279, "format": 339}
+    big = version == 43
+    start = 24 if big else 16
+    entry, inline = (20, 8) if big else (12, 4)
+    head = struct.pack(
+        order + ("HHHQ" if big else "HI"), *((43, 8, 0, start) if big else (42, 8 + 8))
+    )
+    rows, spilled = b"", b""
+    behind = start + (8 if big else 2) + entry * len(tags) + (8 if big else 4)
+    for name, value in sorted(tags.items(), key=lambda item: names[item[0]]):
+        values = value if isinstance(value, tuple) else (value,)
+        packed = struct.pack(f"{order}{len(values)}H", *values)
+        if len(packed) > inline:
+            packed, spilled = (
+                struct.pack(order + ("Q" if big else "I"), behind + len(spilled)),
+                (spilled + packed),
+            )
+        rows += struct.pack(order + ("HHQ" if big else "HHI"), names[name], 3, len(values))
+        rows += packed.ljust(inline, b"\0")
+    count = struct.pack(order + ("Q" if big else "H"), len(tags))
+    mark = b"II" if order == "<" else b"MM"
+    return mark + head + bytes(8) + count + rows + bytes(8 if big else 4) + spilled
+
+
+@pytest.mark.parametrize(("order", "version"), [("<", 42), (">", 42), ("<", 43)])
+def test_a_tiff_of_a_kind_that_is_not_read_is_no_damaged_one(order: str, version: int) -> None:
+    common = {"width": 1, "height": 1, "offset": 8, "rows": 1, "counts": 8}
+    fractions = {"bits": (32, 32, 32), "photometric": 2, "channels": 3, "format": (3, 3, 3)}
+    found = what_it_is(tiff(order, version, compression=1, **fractions, **common))
+    assert found == "TIFF of 3 x 32-bit fractions, photometric 2: convert it"
+    rare = tiff(order, version, bits=8, compression=34926, photometric=1, **common)
+    expected = "TIFF of 1 x 8-bit numbers, photometric 1, compression 34926: convert it"
+    assert what_it_is(rare) == expected
+    assert said(rare) == f"not an image that PIL knows ({expected})"
+    assert what_it_is(rare[:40]) == "TIFF with a damaged header"
