@@ -24,7 +24,7 @@ from components.corpus.listing.source_files import photographs
 from components.corpus.selection.rules import count_by_reason, select
 from components.corpus.sources.records.source_records import shown_name
 from components.files.weight_folders import WeightsMissing
-from components.images.decoding import ImageUndecodable, read_header
+from components.images.decoding import ImageUndecodable, image_bytes, read_header
 from components.settings.schema import Settings
 from components.signals.candidate import measure_image
 
@@ -163,14 +163,9 @@ def _headers(paths: Sequence[Path]) -> tuple[list[int], list[str]]:
     pixels, unreadable = [], []
     for path in paths:
         try:
-            if not path.is_file():
-                # A pipe would wait for ever.
-                raise ImageUndecodable("not a regular file")
-            header = read_header(path.read_bytes())
-        except (ImageUndecodable, OSError) as problem:
-            # Without the path that the text of an OSError holds.
-            said = getattr(problem, "strerror", None) or problem
-            unreadable.append(f"{shown_name(path)}: {said}")
+            header = read_header(image_bytes(path))
+        except ImageUndecodable as problem:
+            unreadable.append(f"{shown_name(path)}: {problem}")
         else:
             pixels.append(header.width * header.height)
     return pixels, unreadable

@@ -23,7 +23,7 @@ from PIL import Image
 
 from components.files.manifest_boxes import is_as_signed
 from components.files.signatures import KEY_SETTING, KeyUnusable, SigningKey
-from components.files.whole_files import whole_file, write_bytes
+from components.files.whole_files import regular_bytes, whole_file, write_bytes
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -197,7 +197,7 @@ def sign_picture(
     import c2pa
 
     kind = media_type(source)
-    data = source.read_bytes()
+    data = regular_bytes(source)
     name, _, version = software.partition(" ")
     manifest = {
         "claim_generator_info": [{"name": name, "version": version or "unknown"}],
@@ -247,7 +247,7 @@ def read_credentials(path: Path, anchors: str = "") -> Credentials | None:
     """
     import c2pa
 
-    data = path.read_bytes()
+    data = regular_bytes(path)
     kind = _kind(data)
     try:
         with c2pa.Reader(kind, io.BytesIO(data), context=_context(anchors)) as reader:

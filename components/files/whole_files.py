@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +66,27 @@ def write_bytes(
 def write_text(path: Path, text: str, *, durable: bool = False, contended: bool = False) -> None:
     """As `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode(), durable=durable, contended=contended)
+
+
+class NotRegularFile(OSError):
+    """A pipe, a socket or a device."""
+
+
+def regular_bytes(path: Path) -> bytes:
+    """All bytes of a file; a pipe or a device is refused, for it would keep its reader for ever.
+
+    Raises:
+        OSError: they cannot be had; `strerror` says why.
+    """
+    # Not blocking, and the status of what was opened: a name may change its meaning in between.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as file:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise NotRegularFile(errno.EINVAL, "not a regular file", str(path))
+        return file.readall()
 
 
 def flush(path: Path) -> None:

@@ -20,11 +20,11 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from components.files.whole_files import NotRegularFile
 from components.images import (
     as_seen,
     colour_profiles,
@@ -54,6 +54,7 @@ from components.images.image_files import (
     OpenedImage,
     opened,
     read_header,
+    source_bytes,
 )
 from components.images.jpeg_scans import JpegPixels, decode_strictly
 from components.images.png_chunks import missing_rows
@@ -275,12 +276,16 @@ def decode_both(
         return decoded.facts(decoded.seen, extras), decoded.stored
 
 
-def _bytes_of(path: ByteSource) -> bytes:
+def image_bytes(source: ByteSource) -> bytes:
+    """The bytes of an image file; of a pipe or a device none are waited for.
+
+    Raises:
+        ImageUndecodable: not a regular file, or unreadable.
+    """
     try:
-        if isinstance(path, Path) and path.exists() and not path.is_file():
-            # A pipe would wait for ever.
-            raise ImageUndecodable("not a regular file")
-        return path.read_bytes()
+        return source_bytes(source)
+    except NotRegularFile as problem:
+        raise ImageUndecodable(str(problem.strerror)) from None
     except OSError as problem:
         raise ImageUndecodable(f"cannot read: {problem.strerror}") from None
 
@@ -291,7 +296,7 @@ def read_rgb(path: ByteSource, *, max_megapixels: float = MAX_MEGAPIXELS) -> Dec
     Raises:
         ImageUndecodable: unreadable file or no pixels.
     """
-    return decode_rgb(_bytes_of(path), max_megapixels=max_megapixels)
+    return decode_rgb(image_bytes(path), max_megapixels=max_megapixels)
 
 
 def read_as_stored(path: ByteSource, *, max_megapixels: float = MAX_MEGAPIXELS) -> DecodedImage:
@@ -300,4 +305,4 @@ def read_as_stored(path: ByteSource, *, max_megapixels: float = MAX_MEGAPIXELS) 
     Raises:
         ImageUndecodable: unreadable file or no pixels.
     """
-    return decode_as_stored(_bytes_of(path), max_megapixels=max_megapixels)
+    return decode_as_stored(image_bytes(path), max_megapixels=max_megapixels)

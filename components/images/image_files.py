@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from PIL import Image, UnidentifiedImageError, features
 
+from components.files.whole_files import regular_bytes
 from components.images import png_chunks
 from components.images.colour_profiles import ColourReading
 from components.images.header_facts import (
@@ -54,6 +56,15 @@ class ByteSource(Protocol):
             OSError: they cannot be had; `strerror` says why.
         """
         ...
+
+
+def source_bytes(source: ByteSource) -> bytes:
+    """All bytes of a path that is a regular file, or of an original.
+
+    Raises:
+        OSError: they cannot be had; `strerror` says why.
+    """
+    return regular_bytes(source) if isinstance(source, Path) else source.read_bytes()
 
 
 @dataclass(frozen=True)

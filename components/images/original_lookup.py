@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from components.images.image_files import source_bytes
 from components.images.image_store import FOLDER, ImageStore, PackedImage
 
 _NAMED_IN_MESSAGES = 3
@@ -57,7 +58,7 @@ class Original:
             if place is None:
                 continue
             try:
-                data = place.read_bytes()
+                data = source_bytes(place)
             except OSError as caught:
                 # What is wrong with a place that exists says more than that another one is gone.
                 if problem is None or not isinstance(caught, FileNotFoundError):

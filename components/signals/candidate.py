@@ -25,6 +25,7 @@ from components.images.decoding import (
     decode_both,
     read_as_stored,
 )
+from components.images.image_files import source_bytes
 from components.images.original_lookup import Original
 from components.images.scratch import Scratch
 from components.signals.compression import jpeg95_ratio
@@ -153,7 +154,7 @@ def measure_candidate(candidate: Candidate) -> dict[str, Any]:
         a row of `CANDIDATE_SCHEMA` without image_id.
     """
     try:
-        data = candidate.path.read_bytes()
+        data = source_bytes(candidate.path)
         decoded, stored = decode_both(
             data, max_megapixels=candidate.max_megapixels, scratch=_scratch()
         )

@@ -22,6 +22,7 @@ from components.engine.ordered_pool import EngineLimits, Failure
 from components.engine.worker_pool import WorkerPool
 from components.evaluation.measuring.ledger import FeatureKey, Ledger, ValueKey, prompt_digest
 from components.files.weight_folders import WeightsMissing
+from components.files.whole_files import regular_bytes
 from components.images.arrays import ImageArray
 from components.images.colour_profiles import SRGB, UNTAGGED
 from components.images.decoding import (
@@ -146,7 +147,7 @@ def open_metrics(metric_ids: Iterable[str], weights_dir: Path, device: str) -> O
 def find_picture(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Found:
     """Digest and size of a file; its pixels are not decoded."""
     try:
-        data = path.read_bytes()
+        data = regular_bytes(path)
     except OSError as problem:
         return Found(path, "", error=f"{path.name}: {problem.strerror or problem}")
     digest = hashlib.sha256(data).hexdigest()
@@ -255,7 +256,7 @@ class _Measure:
         answer = _Answer()
         picture = job.picture
         try:
-            data = picture.path.read_bytes()
+            data = regular_bytes(picture.path)
             if hashlib.sha256(data).hexdigest() != picture.sha256:
                 raise ImageUndecodable("the file changed while it was being evaluated")
             rgb = decode_rgb(data, max_megapixels=self._options.max_megapixels).pixels

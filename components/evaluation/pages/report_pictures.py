@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from components.evaluation.judge.exhibits import detailed_places
+from components.files.whole_files import regular_bytes
 from components.images.arrays import ImageArray
 from components.images.decoding import MAX_MEGAPIXELS, ImageUndecodable, decode_rgb
 
@@ -60,7 +61,7 @@ def read_source(source: Source, *, max_megapixels: float = MAX_MEGAPIXELS) -> Im
         PictureChanged: the file is gone, or has another digest than the one measured.
     """
     try:
-        data = source.path.read_bytes()
+        data = regular_bytes(source.path)
     except OSError as problem:
         raise PictureChanged(
             f"{source.path}: {problem.strerror}; put it back, or run ultraflux evaluate again"

@@ -245,12 +245,12 @@ def _items(
 
 def _folder_suite(folder: Path, seed: int) -> Suite:
     """A folder of one's own; every picture is asked for at the size of its reference."""
-    from components.images.decoding import ImageUndecodable, read_header
+    from components.images.decoding import ImageUndecodable, image_bytes, read_header
 
     items = []
     for index, (item_id, picture, prompt) in enumerate(read_benchmark(folder)):
         try:
-            header = read_header(picture.read_bytes())
+            header = read_header(image_bytes(picture))
         except ImageUndecodable as problem:
             raise ValueError(f"{picture}: {problem}") from None
         size = (header.height, header.width)

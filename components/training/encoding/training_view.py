@@ -19,7 +19,7 @@ import pandas as pd
 
 from components.images.arrays import ImageArray
 from components.images.aspect_buckets import Bucket, buckets, nearest_bucket
-from components.images.decoding import ImageHeader, ImageUndecodable, read_header
+from components.images.decoding import ImageHeader, image_bytes, read_header
 from components.images.original_lookup import OriginalLookup
 from components.images.pixel_range import to_pixels
 from components.models.autoencoder_f16 import AutoencoderKLF16
@@ -115,10 +115,7 @@ class TrainingViews:
             ImageUndecodable: unreadable file or no pixels.
             ValueError: the store's latents are of another autoencoder.
         """
-        try:
-            data = path.read_bytes()
-        except OSError as problem:
-            raise ImageUndecodable(f"cannot read: {problem.strerror}") from None
+        data = image_bytes(path)
         return self._view(path.name, hashlib.sha256(data).hexdigest(), data, None)
 
     def of_row(self, row: pd.Series) -> TrainingView:
@@ -132,11 +129,7 @@ class TrainingViews:
         bucket = None
         if not pd.isna(row["bucket_height"]):
             bucket = Bucket(int(row["bucket_height"]), int(row["bucket_width"]))
-        try:
-            data = original.read_bytes()
-        except OSError as problem:
-            raise ImageUndecodable(f"cannot read: {problem.strerror}") from None
-        return self._view(original.name, row["image_id"], data, bucket)
+        return self._view(original.name, row["image_id"], image_bytes(original), bucket)
 
     def _view(self, name: str, image_id: str, data: bytes, bucket: Bucket | None) -> TrainingView:
         limit = self._settings.ingest.max_megapixels

@@ -156,7 +156,7 @@ def test_what_cannot_be_opened_is_named_by_its_cause(tmp_path: Path) -> None:
     (tmp_path / "gone\n.jpg").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.jpg")
     assert sorted(look(tmp_path).unreadable) == [
-        "gone\\n.jpg: not a regular file",
+        "gone\\n.jpg: cannot read: No such file or directory",
         "pipe.jpg: not a regular file",
     ]
 

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from components.files.whole_files import whole_file, whole_folder, write_bytes, write_text
+from components.files.whole_files import (
+    NotRegularFile,
+    regular_bytes,
+    whole_file,
+    whole_folder,
+    write_bytes,
+    write_text,
+)
 
 
 def fail_after_writing(path: Path) -> None:
@@ -88,3 +95,19 @@ def test_what_a_failed_folder_left_behind_is_not_in_the_next(tmp_path: Path) -> 
     with whole_folder(path) as filled:
         (filled / "whole").touch()
     assert [file.name for file in path.iterdir()] == ["whole"]
+
+
+def test_bytes_are_those_of_regular_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 100_000)
+    (tmp_path / "link").symlink_to("file")
+    assert regular_bytes(tmp_path / "link") == b"x" * 100_000
+    # Nobody writes: a reader would wait for ever.
+    os.mkfifo(tmp_path / "pipe")
+    for odd in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(NotRegularFile) as found:
+            regular_bytes(odd)
+        assert found.value.strerror == "not a regular file"
+    with pytest.raises(IsADirectoryError):
+        regular_bytes(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        regular_bytes(tmp_path / "none")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from components.images.aspect_buckets import Bucket
+from components.images.decoding import ImageUndecodable
 from components.models.loading.base_autoencoder import load_base_autoencoder
 from components.settings.schema import load_settings
 from components.settings.training import LatentsSettings
@@ -64,6 +66,18 @@ def test_a_file_without_a_row_gets_the_nearest_bucket_and_its_latent_by_its_byte
     assert view.latent is not None
     assert view.crop.shape == (view.bucket.height, view.bucket.width, 3)
     assert view.bucket.width > view.bucket.height
+
+
+def test_a_pipe_is_no_photograph_whether_it_has_a_row_or_not(
+    project: tuple[Path, pd.DataFrame], tmp_path: Path
+) -> None:
+    # Nobody writes to it: who opened it as a file would wait for ever.
+    os.mkfifo(tmp_path / "pipe.png")
+    rows = pd.DataFrame([{"image_id": "0" * 64, "uri": "pipe.png", "bucket_height": None}])
+    views = TrainingViews(SETTINGS, tmp_path)
+    for look in (lambda: views.of_file(tmp_path / "pipe.png"), lambda: views.of_row(rows.iloc[0])):
+        with pytest.raises(ImageUndecodable, match="not a regular file"):
+            look()
 
 
 def test_latents_of_another_autoencoder_are_not_shown(project: tuple[Path, pd.DataFrame]) -> None:
