@@ -15,8 +15,9 @@ sizes (shared pages count in each of them: an upper bound). Libraries are import
 stages: that is in the whole command's seconds alone, which are read four times a second, so that
 the last moments of each process are missing. "ms a row" is the slope between two
 sizes, so that the start of a process does not count. Exit code 1: in some stage or in all
-together, the slope between the two largest sizes is more than 1.1 times the one before; or a stage
-peaks at 2 GiB or more. Slopes below 0.1 ms count as 0.1 ms.
+together, the slope between the two largest sizes is more than 1.1 times the one before, and by more
+than 0.3 s of difference between starts can make of it; or a stage peaks at 2 GiB or more. Slopes
+below 0.1 ms count as 0.1 ms.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,9 @@ from process_tree import words as words_of
 ROOT = Path(__file__).resolve().parents[1]
 MOST_GROWTH, MOST_GIB = 1.1, 2.0
 _READ_EVERY_S = 0.25
-# Starts of one process differ by seconds; less a row than this cannot be told from them.
+# The start of a process takes so much more or less from one size to the next; less a row than
+# SMALLEST_MS cannot be told from that.
+START_S = 0.3
 SMALLEST_MS = 0.1
 STAGES = ("source", "ingest", "signals", "quality", "people", "select", "caption")
 STAGES += ("validate", "slices")
@@ -185,7 +189,7 @@ def report(runs: list[dict[str, Any]]) -> list[str]:
         cells += [f"{slope:.2f}" for slope in slopes]
         cells += [f"{row['gib']:.2f}" for row in rows]
         print(f"| {name} | {' | '.join(cells)} |")
-        if len(slopes) > 1 and slopes[-1] > MOST_GROWTH * max(slopes[-2], SMALLEST_MS):
+        if len(slopes) > 1 and slopes[-1] > most_ms(slopes[-2], [run["rows"] for run in runs]):
             missed.append(f"{name}: {slopes[-2]:.2f} ms a row, then {slopes[-1]:.2f}")
         if max(row["gib"] for row in rows) >= MOST_GIB:
             missed.append(f"{name}: {max(row['gib'] for row in rows):.2f} GiB")
@@ -193,6 +197,13 @@ def report(runs: list[dict[str, Any]]) -> list[str]:
         wall_s = run["stages"]["whole command"]["wall_s"]
         print(f"{run['rows']} photographs: {wall_s:.0f} s of wall time; slices {run['slices']}")
     return missed
+
+
+def most_ms(before: float, sizes: Sequence[int]) -> float:
+    """Milliseconds a row between the two largest sizes that are no growth over `before`."""
+    first, second = (high - low for low, high in pairwise(sorted(sizes)[-3:]))
+    starts = START_S * 1000 * (MOST_GROWTH / first + 1 / second)
+    return MOST_GROWTH * max(before, SMALLEST_MS) + starts
 
 
 def main() -> int:
