@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import small_project
+import trivial_clone
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +23,8 @@ STEP = re.compile(
     r"|Run(?: [^\n]*)?):\n\n```\w+\n(?P<text>.*?)\n```$",
     re.MULTILINE | re.DOTALL,
 )
-COPIED = ("components", "flows", "conf", "mlflow", "data", ".dvc")
+COPIED = {"components", "flows", "conf", "mlflow", "data", ".dvc"}
+COPIED_FILES = {"dvc.yaml", "params.yaml", "pyproject.toml", ".dvcignore", ".gitignore"}
 
 
 def steps(title: str) -> Iterator[re.Match[str]]:
@@ -33,15 +34,10 @@ def steps(title: str) -> Iterator[re.Match[str]]:
 
 
 def copy_project(target: Path) -> None:
-    # With the compiled modules: Python takes those that the recipe does not change as they are.
-    ignored = shutil.ignore_patterns("tmp", "cache")
-    for folder in COPIED:
-        shutil.copytree(ROOT / folder, target / folder, ignore=ignored)
-    for path in (target / "data").iterdir():
-        if path.is_dir() and path.name not in {"sample", "contracts", "scores"}:
-            shutil.rmtree(path)
-    for file in ("dvc.yaml", "params.yaml", "pyproject.toml", ".dvcignore", ".gitignore"):
-        shutil.copy2(ROOT / file, target / file)
+    # What belongs to the project: in a clone that has run, data/ holds terabytes of results.
+    trivial_clone.copy_files(
+        target, lambda file: file.partition("/")[0] in COPIED or file in COPIED_FILES
+    )
     small_project.keep_photos(target, small_project.PHOTOS[:2])
     for path in (target / "data" / "sample").glob("*.jpg"):
         with Image.open(path) as photo:
