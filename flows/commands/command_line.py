@@ -13,7 +13,6 @@ import typer
 
 from flows import environment
 
-
 _SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([^:]+): '(.+?)'( -> '.+?')?")
 """How Python words what the system says of a path."""
 

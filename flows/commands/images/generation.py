@@ -50,6 +50,9 @@ def _rounded(edge: int) -> int:
     return max(_MULTIPLE_PX, round(edge / _MULTIPLE_PX) * _MULTIPLE_PX)
 
 
+_NO_SIZE = "--size: missing; such as 5120x2880 (WIDTHxHEIGHT)"
+
+
 @dataclass(frozen=True)
 class GenerateOptions:
     """What the command line says; None: the settings' value."""
@@ -100,6 +103,8 @@ def _check(options: GenerateOptions) -> None:
     _choose("vae-stride", str(options.vae_stride), ("1", "2"))
     if bool(options.prompts) == (options.prompt_file is not None):
         raise GenerationRefused("give --prompt or --prompts FILE (one of them)")
+    if options.size is None and options.image is None and options.prompt_file is None:
+        raise GenerationRefused(_NO_SIZE)
     if any(not prompt.strip() for prompt in options.prompts):
         raise GenerationRefused("--prompt: empty; say what to paint")
     if not 0.0 <= options.strength <= 1.0:
@@ -148,7 +153,7 @@ def _requests(root: Path, options: GenerateOptions, settings: Settings) -> list[
     for line in lines:
         wanted = line.size or size
         if wanted is None:
-            raise GenerationRefused("--size: missing; such as 5120x2880 (WIDTHxHEIGHT)")
+            raise GenerationRefused(_NO_SIZE)
         sizes.append(parse_size(wanted, round_size=options.round_size))
     texts = [(line.prompt, "") for line in lines]
     if options.refine:
