@@ -1,20 +1,21 @@
-"""The history of runs as people read it: a table in the terminal, or a page with links."""
+"""The history of runs as people read it: lines in the terminal, or a page with links."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from components.files.page_templates import page_templates
 from flows.history.run_history import RunLine
 from flows.tracking.run_pages import flow_run_url, run_url
 
-_HEADINGS = ("state", "started", "took", "engine", "commit", "MLflow", "Prefect", "result")
+_INDENT = (0, 0, 0, 4)
+_STYLES = {"FAILED": "red", "KILLED": "red", "RUNNING": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -64,24 +65,25 @@ def shown_runs(lines: Sequence[RunLine], uis: Uis) -> list[ShownRun]:
     return shown
 
 
-def history_table(runs: Sequence[ShownRun]) -> Table:
-    """A row per run; terminals that can open links open the pages of both servers."""
-    table = Table()
-    table.add_column("record", no_wrap=True)
-    for heading in _HEADINGS:
-        table.add_column(heading, overflow="fold")
+def history_lines(runs: Sequence[ShownRun]) -> Iterator[Padding | Text]:
+    """A few lines a run, for 80 columns; terminals that can open links open the servers' pages."""
     for run in runs:
         line = run.line
-        where = f"in {line.tree}: " if line.tree else ""
-        table.add_row(
-            *(line.record, line.status.lower(), run.started, run.took),
-            line.experiment or line.engine,
-            line.commit[:8] + ("+" if line.is_dirty else ""),
-            _linked(line.mlflow_run[:8], run.mlflow_url),
-            _linked(line.prefect_run[:8], run.prefect_url),
-            escape(where + line.summary),
-        )
-    return table
+        when = f"{line.status.lower():<8}  {run.started}  {run.took:<6}  {line.engine}"
+        yield Text(f"{line.record:<22}  {when}".rstrip(), style=_STYLES.get(line.status, ""))
+        where = Text(line.commit[:8] + ("+" if line.is_dirty else ""))
+        for name, identity, address in (
+            ("MLflow", line.mlflow_run[:8], run.mlflow_url),
+            ("Prefect", line.prefect_run[:8], run.prefect_url),
+            ("experiment", line.experiment, None),
+        ):
+            if identity:
+                where.append(f"  {name} ")
+                where.append(identity, style="" if address is None else f"link {address}")
+        yield Padding(where, _INDENT, expand=False)
+        said = " ".join(filter(None, (line.summary, f"(in {line.tree})" if line.tree else "")))
+        if said:
+            yield Padding(Text(said), _INDENT, expand=False)
 
 
 def history_page(project: str, runs: Sequence[ShownRun], total: int, uis: Uis) -> str:
@@ -97,7 +99,3 @@ def history_page(project: str, runs: Sequence[ShownRun], total: int, uis: Uis) -
     return templates.get_template("history.html.j2").render(
         project=project, runs=runs, total=total, uis=uis, now=time.strftime("%Y-%m-%d %H:%M")
     )
-
-
-def _linked(text: str, address: str | None) -> str:
-    return text if address is None else f"[link={address}]{text}[/link]"

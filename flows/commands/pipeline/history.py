@@ -18,7 +18,7 @@ EPILOG = """Examples:
 
   ultraflux history --limit 0 --json
 
-A run's record (first column) is what `ultraflux compare` and `ultraflux lineage` take. Runs of
+A run's record (its first word) is what `ultraflux compare` and `ultraflux lineage` take. Runs of
 working trees (submitted with -S, sets of a sweep) are listed with the tree they ran in. While the
 servers of `ultraflux up` run, the ids of MLflow and Prefect are links to their pages."""
 
@@ -42,7 +42,7 @@ def history(
     if as_json:
         print(json.dumps([line.as_dict() for line in shown], indent=1, ensure_ascii=False))
         return
-    from flows.history.history_view import Uis, history_page, history_table, shown_runs
+    from flows.history.history_view import Uis, history_lines, history_page, shown_runs
     from flows.services.ui_addresses import mlflow_ui, prefect_ui
 
     uis = Uis(mlflow_ui(root), prefect_ui(root))
@@ -56,7 +56,10 @@ def history(
         return
     from rich.console import Console
 
-    console = Console()
-    console.print(history_table(runs) if runs else "no runs yet: ultraflux run")
+    console = Console(highlight=False)
+    if not runs:
+        console.print("no runs yet: ultraflux run")
+    for line in history_lines(runs):
+        console.print(line)
     if len(shown) < len(lines):
         console.print(f"{len(lines) - len(shown)} older runs: --limit 0 shows all")

@@ -71,11 +71,18 @@ def test_the_command_says_killed_of_what_was_killed(
     said = json.loads(capsys.readouterr().out)
     assert [line["status"] for line in said] == ["KILLED", "FINISHED", "FINISHED", "FAILED"]
     assert said[0]["summary"] == "its process ended without a result"
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
+    history(limit=0, html=None, as_json=False)
+    words = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    # A record is what other commands take: whole, and first on its line.
+    assert [line.split()[0] for line in words if line[:1].strip()] == [r["record"] for r in said]
+    assert max(map(len, words)) <= 80
+    assert words[0].split()[1] == "killed"
+    assert "    01234567+  MLflow m1  Prefect p1" in words
+    assert "  experiment hazy-lynx" in "\n".join(words)
+    assert "(in runs/submitted/abcd)" in "\n".join(words)
     history(limit=1, html=None, as_json=False)
-    table = capsys.readouterr().out
-    assert "killed" in table
-    assert "3 older runs: --limit 0 shows all" in table
+    assert "3 older runs: --limit 0 shows all" in capsys.readouterr().out
 
 
 def test_the_page_links_what_a_server_shows_and_escapes_what_runs_said(
