@@ -101,7 +101,7 @@ async def history(project: Path) -> Image.Image:
         async with open_browser(WIDTH, HEIGHT) as tab:
             await tab.call("Page.navigate", url=page.as_uri())
             await tab.wait_for("document.body && document.body.innerText.includes('Runs of')")
-            height = await tab.evaluate("Math.ceil(document.documentElement.scrollHeight)")
+            height = await tab.evaluate("Math.ceil(document.body.getBoundingClientRect().bottom) + 32")
             await tab.resize(WIDTH, min(int(height), HEIGHT))
             shot = await tab.call("Page.captureScreenshot", format="png")
     return Image.open(io.BytesIO(base64.b64decode(shot["data"])))
