@@ -26,6 +26,10 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@sed -n '1,2p' Makefile; echo "also: test-all, bench, lint, services, services-down, lock, clean"
 
+# Ended while it was made, an environment may lack pip (as those of `uv venv` do), or hold uv's entry
+# without its program.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
+
 setup: $(READY)
 
 $(READY): requirements.lock requirements-bootstrap.lock pyproject.toml
@@ -34,8 +38,10 @@ $(READY): requirements.lock requirements-bootstrap.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "error: $(VENV) has $$($(BIN)/python --version 2>&1), and 3.11 to 3.13 is needed: \`make clean\`, then PYTHON=/path/to/python3.12"; exit 2; }
+	@$(BIN)/python -c 'import pip' 2> /dev/null || $(BIN)/python -m ensurepip > /dev/null
 	@echo "Installing the locked packages into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bootstrap.lock
+	@$(PIP_INSTALL) -r requirements-bootstrap.lock
+	@$(BIN)/uv --version > /dev/null 2>&1 || $(PIP_INSTALL) --ignore-installed -r requirements-bootstrap.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $(READY)

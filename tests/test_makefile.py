@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import venv
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,16 @@ def test_an_environment_behind_a_link_is_left_alone(clone: Path, tmp_path: Path)
     (clone / ".venv").symlink_to(elsewhere)
     assert "made for another folder" not in made(clone)
     assert (elsewhere / "bin" / "ultraflux").is_file()
+
+
+def test_an_environment_without_pip_gets_one(clone: Path) -> None:
+    """One whose making was ended, or that `uv venv` made."""
+    shutil.rmtree(clone / ".venv")
+    venv.create(clone / ".venv", with_pip=False)
+    python = clone / ".venv" / "bin" / "python"
+    asked = [str(python), "-c", "import pip"]
+    assert subprocess.run(asked, capture_output=True).returncode == 1
+    (line,) = (line for line in made(clone).splitlines() if "ensurepip" in line)
+    for _ in range(2):
+        subprocess.run(["bash", "-c", line], cwd=clone, check=True, capture_output=True)
+        subprocess.run(asked, check=True)
