@@ -89,6 +89,40 @@ WORKS: dict[str, dict[str, str | None]] = {
         "OMP_NUM_THREADS": "64",
     },
     "a hook of another repository": {"GIT_DIR": "/nonexistent/.git", "GIT_INDEX_FILE": "x"},
+    "certificates that are not there": {
+        "SSL_CERT_FILE": "/nonexistent/ca.pem",
+        "REQUESTS_CA_BUNDLE": "/nonexistent/ca.pem",
+        "CURL_CA_BUNDLE": "/nonexistent/ca.pem",
+    },
+    "a plotting back end with windows": {"MPLBACKEND": "TkAgg", "MPLCONFIGDIR": "/proc/mpl"},
+    "thread counts of another machine": {"OMP_NUM_THREADS": "4,2", "MKL_NUM_THREADS": "all"},
+    "no size of a terminal": {"COLUMNS": "0", "LINES": "none"},
+    "temporary files nowhere": {"TMPDIR": "/nonexistent/tmp"},
+    "an encoding of another age": {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+    "a Prefect log level that is none": {"PREFECT_LOGGING_LEVEL": "loud"},
+    "a Prefect server of other work": {
+        "PREFECT_SERVER_API_PORT": "1",
+        "PREFECT_API_KEY": "theirs",
+        "PREFECT_API_DATABASE_CONNECTION_URL": "sqlite:////nonexistent/theirs.db",
+    },
+    "an MLflow login of other work": {
+        "MLFLOW_TRACKING_USERNAME": "they",
+        "MLFLOW_TRACKING_TOKEN": "theirs",
+        "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "maybe",
+    },
+    "switches of torch and numba": {
+        "TORCH_LOGS": "loud",
+        "TORCHDYNAMO_DISABLE": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "theirs",
+        "CUDA_VISIBLE_DEVICES": "7",
+        "NUMBA_CACHE_DIR": "/proc/numba",
+        "NUMBA_NUM_THREADS": "99",
+    },
+    "an environment of another project": {
+        "VIRTUAL_ENV": "/nonexistent/venv",
+        "CONDA_PREFIX": "/nonexistent/conda",
+        "PYTHONUSERBASE": "/nonexistent/base",
+    },
     "a foreign DVC environment": {"DVC_GLOBAL_CONFIG_DIR": "/proc/dvc", "DVC_EXP_NAME": None},
 }
 NAMES = ("with a space", "größer", "100% sure", "a#b?c", "it's", "-dash", "d" * 120)
