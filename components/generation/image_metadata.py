@@ -8,6 +8,7 @@ ImageDescription and the version the Software. No file carries a date.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from components.files.whole_files import whole_file
+from components.files.whole_files import NotRegularFile, regular_bytes, whole_file
 
 FileFormat = Literal["png", "jpg"]
 JPEG_QUALITY = 95
@@ -88,12 +89,16 @@ def read_metadata(path: Path) -> dict[str, str]:
         ValueError: not a readable picture.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(regular_bytes(path))) as image:
             image.load()
             info = dict(image.info)
             is_png = image.format == "PNG"
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except NotRegularFile as problem:
+        raise ValueError(f"{path}: {problem.strerror}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a readable picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
         raise ValueError(f"{path}: not a readable picture ({problem})") from None
     if is_png:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,7 +197,13 @@ def test_other_pictures_have_no_metadata_and_other_files_are_an_error(tmp_path: 
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.jpg")
     assert read_metadata(tmp_path / "plain.jpg") == {}
     (tmp_path / "text.png").write_text("no picture")
-    for name, message in (("text.png", "not a readable picture"), ("none.png", "no such file")):
+    # Nobody writes: who opened it as a picture would wait for ever.
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, message in (
+        ("text.png", "not a readable picture"),
+        ("none.png", "no such file"),
+        ("pipe.png", "not a regular file"),
+    ):
         with pytest.raises(ValueError, match=message):
             read_metadata(tmp_path / name)
     with pytest.raises(ValueError, match="do not fit into a JPEG"):
