@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import pytest
 import yaml
 
@@ -9,10 +12,12 @@ from components.settings.schema import Settings, parse_settings
 from flows.versioning.profiles import compose
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def profile(root):
+    composed = functools.cache(lambda name: yaml.safe_load(compose(root, name)))
+
     def load(name: str, **changes: object) -> Settings:
-        values = yaml.safe_load(compose(root, name))
+        values = copy.deepcopy(composed(name))
         for path, value in changes.items():
             *sections, key = path.split("__")
             place = values
