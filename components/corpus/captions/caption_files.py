@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from components.corpus.captions.checks import Caption
-from components.corpus.captions.flaws import is_unreadable
+from components.corpus.captions.flaws import is_undecoded, is_unreadable
 from components.corpus.captions.spilled import Spilled
 
 SIDECAR = ".txt"
@@ -109,7 +109,7 @@ def _parse(line: str) -> tuple[str, Caption]:
     file: str = record["file"]
     english: str = record["caption_en"]
     chinese: str | None = record.get("caption_zh")
-    if is_unreadable(file):
+    if is_undecoded(file):
         raise ValueError("'file' has characters that no file name can have")
     return file, Caption(
         _without_surrogates(english), None if chinese is None else _without_surrogates(chinese)
@@ -185,7 +185,9 @@ def read_captions(
             first_line[file] = number
             captions.add(file, caption)
             if is_unreadable(caption.english + (caption.chinese or "")):
-                losses.append(CaptionLoss(where, "characters that could not be read became U+FFFD"))
+                losses.append(
+                    CaptionLoss(where, "control characters, or such as could not be read")
+                )
     # One wrong line of many is a loss; all of them wrong mean that the wrong file is named.
     if losses and not captions:
         raise ValueError(

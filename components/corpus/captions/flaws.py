@@ -104,12 +104,19 @@ _SENTENCE_END = re.compile(
 )
 
 
-_UNREADABLE = re.compile("[\ufffd\ud800-\udfff]")
+_UNDECODED = re.compile("[\ufffd\ud800-\udfff]")
+# White space aside. The upper block is what quotation marks of cp1252 become in Latin-1.
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+
+
+def is_undecoded(text: str) -> bool:
+    """Whether a decoder left U+FFFD in it, or half of a surrogate pair, which no file can hold."""
+    return bool(_UNDECODED.search(text))
 
 
 def is_unreadable(text: str) -> bool:
-    """Whether a decoder left U+FFFD in it, or half of a surrogate pair, which no file can hold."""
-    return bool(_UNREADABLE.search(text))
+    """Whether it is undecoded, or has control characters."""
+    return is_undecoded(text) or bool(_CONTROLS.search(text))
 
 
 def is_refusal(text: str) -> bool:

@@ -15,6 +15,7 @@ from components.corpus.captions.flaws import (
     is_cut_english,
     is_refusal,
     is_repetitive,
+    is_undecoded,
     is_unreadable,
 )
 from components.corpus.captions.statuses import STATUSES, remedies
@@ -197,7 +198,12 @@ def test_any_text_can_be_asked(text: str) -> None:
 def test_unreadable_characters_are_found() -> None:
     assert is_unreadable("caf\ufffd")
     assert is_unreadable("caf\udce9")
-    assert not is_unreadable("café 湖 😀")
+    assert not is_unreadable("café 湖 😀\ta\r\nb")
+    for control in "\0\x07\x1f\x7f\x92":
+        assert is_unreadable(f"a lake{control} in snow")
+        # A file may be called so.
+        assert not is_undecoded(control)
+    assert is_undecoded("\udce9")
 
 
 def test_remedies_name_the_commonest_first_and_fit_the_status() -> None:
