@@ -29,7 +29,7 @@ from flows.records.records import read_json
 from flows.tracking.tier import Secrets, ServedTier, served_tier, services_dir
 
 PAGES = ("history", "prefect-run", "prefect-contracts", "mlflow-runs", "mlflow-stage")
-WIDTH, HEIGHT = 1360, 850
+WIDTH, HEIGHT, MARGIN = 1360, 850, 32
 SETTLE_S = 6.0
 """For charts and animations, after the text that shows that the data are there."""
 COLOURS = 128
@@ -101,8 +101,8 @@ async def history(project: Path) -> Image.Image:
         async with open_browser(WIDTH, HEIGHT) as tab:
             await tab.call("Page.navigate", url=page.as_uri())
             await tab.wait_for("document.body && document.body.innerText.includes('Runs of')")
-            height = await tab.evaluate("Math.ceil(document.body.getBoundingClientRect().bottom) + 32")
-            await tab.resize(WIDTH, min(int(height), HEIGHT))
+            bottom = await tab.evaluate("document.body.getBoundingClientRect().bottom")
+            await tab.resize(WIDTH, min(int(bottom) + MARGIN, HEIGHT))
             shot = await tab.call("Page.captureScreenshot", format="png")
     return Image.open(io.BytesIO(base64.b64decode(shot["data"])))
 
