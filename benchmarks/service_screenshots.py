@@ -78,6 +78,12 @@ def pages(tier: ServedTier, known: Secrets) -> dict[str, tuple[str, str]]:
     }
 
 
+async def screenshot(tab: Tab) -> Image.Image:
+    """What the window shows now."""
+    shot = await tab.call("Page.captureScreenshot", format="png")
+    return Image.open(io.BytesIO(base64.b64decode(shot["data"])))
+
+
 async def picture(tab: Tab, address: str, text: str) -> Image.Image:
     """What a page looks like once it shows `text` and has settled."""
     await tab.call("Page.navigate", url=address)
@@ -88,8 +94,7 @@ async def picture(tab: Tab, address: str, text: str) -> Image.Image:
     await asyncio.sleep(SETTLE_S)
     await tab.evaluate("[...document.querySelectorAll('.ag-row button')].at(-1)?.click()")
     await asyncio.sleep(SETTLE_S)
-    shot = await tab.call("Page.captureScreenshot", format="png")
-    return Image.open(io.BytesIO(base64.b64decode(shot["data"])))
+    return await screenshot(tab)
 
 
 async def history(project: Path) -> Image.Image:
@@ -103,8 +108,7 @@ async def history(project: Path) -> Image.Image:
             await tab.wait_for("document.body && document.body.innerText.includes('Runs of')")
             bottom = await tab.evaluate("document.body.getBoundingClientRect().bottom")
             await tab.resize(WIDTH, min(int(bottom) + MARGIN, HEIGHT))
-            shot = await tab.call("Page.captureScreenshot", format="png")
-    return Image.open(io.BytesIO(base64.b64decode(shot["data"])))
+            return await screenshot(tab)
 
 
 async def of_servers(

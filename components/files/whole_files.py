@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 
@@ -72,11 +73,13 @@ class NotRegularFile(OSError):
     """A pipe, a socket or a device."""
 
 
-def regular_bytes(path: Path) -> bytes:
-    """All bytes of a file; a pipe or a device is refused, for it would keep its reader for ever.
+@contextmanager
+def open_regular(path: Path | str) -> Iterator[FileIO]:
+    """A regular file for reading; a pipe or a device would keep its reader for ever.
 
     Raises:
-        OSError: they cannot be had; `strerror` says why.
+        NotRegularFile: a pipe, a socket or a device.
+        OSError: it cannot be opened; `strerror` says why.
     """
     # Not blocking, and the status of what was opened: a name may change its meaning in between.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -86,6 +89,16 @@ def regular_bytes(path: Path) -> bytes:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode):
             raise NotRegularFile(errno.EINVAL, "not a regular file", str(path))
+        yield file
+
+
+def regular_bytes(path: Path) -> bytes:
+    """All bytes of a file that `open_regular` opens.
+
+    Raises:
+        OSError: see there, or they cannot be read.
+    """
+    with open_regular(path) as file:
         return file.readall()
 
 

@@ -15,8 +15,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
-
 from components.images.png_chunks import SIGNATURE, check_chunks, find_chunk
 
 _STARTS: tuple[tuple[bytes, str], ...] = (
@@ -181,6 +179,8 @@ def raw_of_a_camera(data: bytes, tags: Mapping[int, Any]) -> bool:
 
 def _tiff(data: bytes) -> str | None:
     """Samples and compression of a TIFF whose directory can be read, None where it cannot."""
+    from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
+
     if data.startswith(_BIG_ENDIAN_BIG_TIFF):
         return "big-endian BigTIFF: convert it"
     file = io.BytesIO(data)

@@ -19,8 +19,14 @@ FAILED, BAD_INPUT = 1, 2
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ROOM_SAID = "disk I/O error|database or disk is full"
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
-_NO_SUCH_PLACE |= {errno.ENAMETOOLONG, errno.ELOOP}
+_NO_SUCH_PLACE = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 def refusal(problem: Exception, words: Sequence[str]) -> tuple[str, int] | None:
@@ -51,23 +57,22 @@ def refusal(problem: Exception, words: Sequence[str]) -> tuple[str, int] | None:
 def _of_a_path(problem: OSError, words: Sequence[str]) -> str | None:
     """What the system says of a path: forbidden ones, or what the command line names."""
     names = [os.fsdecode(name) for name in (problem.filename, problem.filename2) if _is_path(name)]
-    if not names:
+    if not names or problem.errno not in _NOT_ALLOWED | _NO_SUCH_PLACE:
         return None
-    reason = os.strerror(problem.errno) if problem.errno else str(problem.strerror)
-    for typed in _typed_paths(words):
-        if problem.errno in _NOT_ALLOWED | _NO_SUCH_PLACE and _belongs(typed, names):
-            at = "" if _same(typed, names[0]) else f" ({names[0]})"
-            return f"{typed}: {reason}{at}"
-    return f"{names[0]}: {reason}" if problem.errno in _NOT_ALLOWED else None
+    here = Path.cwd()
+    for typed in _typed_paths(words, here):
+        if any(_belongs(typed, name, here) for name in names):
+            at = "" if os.path.abspath(typed) == os.path.abspath(names[0]) else f" ({names[0]})"
+            return f"{typed}: {problem.strerror}{at}"
+    return f"{names[0]}: {problem.strerror}" if problem.errno in _NOT_ALLOWED else None
 
 
 def _is_path(name: object) -> bool:
     return isinstance(name, str | bytes) and bool(name)
 
 
-def _typed_paths(words: Sequence[str]) -> Iterator[str]:
+def _typed_paths(words: Sequence[str], here: Path) -> Iterator[str]:
     """Words, and values of --option=value, that can name a file or a folder."""
-    here = Path.cwd()
     for word in words:
         value = word.partition("=")[2] if word.startswith("-") else word
         # The folder one stands in, or one above it, would own every file of the project.
@@ -75,18 +80,10 @@ def _typed_paths(words: Sequence[str]) -> Iterator[str]:
             yield value
 
 
-def _belongs(typed: str, names: Sequence[str]) -> bool:
-    """Whether one of `names` is that path, a folder on its way, inside it, or its temporary."""
-    path, here = Path(os.path.abspath(typed)), Path.cwd()
-    for name in names:
-        found = Path(os.path.abspath(name))
-        is_temporary = found.parent == path.parent and found.name.startswith(f".{path.name}.")
-        # What holds the folder one stands in is on the way to every word.
-        is_on_its_way = path.is_relative_to(found) and not here.is_relative_to(found)
-        if is_on_its_way or found.is_relative_to(path) or is_temporary:
-            return True
-    return False
-
-
-def _same(typed: str, name: str) -> bool:
-    return os.path.abspath(typed) == os.path.abspath(name)
+def _belongs(typed: str, name: str, here: Path) -> bool:
+    """Whether `name` is that path, a folder on its way, inside it, or its temporary."""
+    path, found = Path(os.path.abspath(typed)), Path(os.path.abspath(name))
+    # What holds the folder one stands in is on the way to every word.
+    is_on_its_way = path.is_relative_to(found) and not here.is_relative_to(found)
+    is_temporary = found.parent == path.parent and found.name.startswith(f".{path.name}.")
+    return is_on_its_way or found.is_relative_to(path) or is_temporary

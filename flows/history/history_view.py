@@ -12,7 +12,7 @@ from rich.text import Text
 
 from components.files.page_templates import page_templates
 from flows.history.run_history import RunLine
-from flows.tracking.run_pages import flow_run_url, run_url
+from flows.tracking.run_pages import flow_run_url, shown_run_url
 
 _INDENT = (0, 0, 0, 4)
 _STYLES = {"FAILED": "red", "KILLED": "red", "RUNNING": "yellow"}
@@ -46,19 +46,16 @@ def shown_runs(lines: Sequence[RunLine], uis: Uis) -> list[ShownRun]:
         lines: of `run_history`.
         uis: their addresses.
     """
-    mlflow, prefect = uis.mlflow, uis.prefect
+    prefect = uis.prefect
     shown = []
     for line in lines:
         seconds = 0.0 if line.seconds is None else line.seconds
-        is_in_mlflow = mlflow and line.mlflow_experiment and line.mlflow_run
         shown.append(
             ShownRun(
                 line,
                 time.strftime("%Y-%m-%d %H:%M", time.localtime(line.started_ms / 1000)),
                 f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s",
-                f"{mlflow}/{run_url(line.mlflow_experiment, line.mlflow_run)}"
-                if is_in_mlflow
-                else None,
+                shown_run_url(uis.mlflow, line.mlflow_experiment, line.mlflow_run),
                 flow_run_url(prefect, line.prefect_run) if prefect and line.prefect_run else None,
             )
         )

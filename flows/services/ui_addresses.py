@@ -21,7 +21,12 @@ def mlflow_ui(root: Path, environment: Mapping[str, str] = os.environ) -> str | 
 def prefect_ui(root: Path, environment: Mapping[str, str] = os.environ) -> str | None:
     """Address of the Prefect UI that shows this project's flow runs; None while no server runs."""
     named = environment.get(API_URL)
-    return named.rstrip("/").removesuffix("/api") if named else _own(root, "prefect")
+    return ui_of_api(named) if named else _own(root, "prefect")
+
+
+def ui_of_api(address: str) -> str:
+    """Address of the Prefect UI whose server has its API at `address`."""
+    return address.rstrip("/").removesuffix("/api")
 
 
 def _own(root: Path, name: str) -> str | None:

@@ -16,6 +16,22 @@ def run_url(experiment_id: str, run_id: str, artifact: str = "") -> str:
     return f"{path}/artifactPath/{artifact}" if artifact else path
 
 
+def shown_run_url(
+    ui: str | None, experiment_id: str | None, run_id: str | None, artifact: str = ""
+) -> str | None:
+    """Page of a run or of one of its artifacts; None where no server shows it.
+
+    Args:
+        ui: address of the MLflow UI.
+        experiment_id: on its server; None or empty before the run was sent.
+        run_id: likewise.
+        artifact: path below the run's artifacts.
+    """
+    if not (ui and experiment_id and run_id):
+        return None
+    return f"{ui}/{run_url(experiment_id, run_id, artifact)}"
+
+
 def flow_run_url(ui: str, flow_run_id: str) -> str:
     """Page of a flow run.
 
@@ -34,9 +50,7 @@ def record_url(record: Record, pages: str | None, artifact: str = "") -> str | N
         pages: address of the MLflow UI.
         artifact: path below the run's artifacts.
     """
-    if pages is None or record.experiment_id is None or record.mlflow_run_id is None:
-        return None
-    return f"{pages}/{run_url(record.experiment_id, record.mlflow_run_id, artifact)}"
+    return shown_run_url(pages, record.experiment_id, record.mlflow_run_id, artifact)
 
 
 def stage_note(experiment_id: str, run_id: str, result: RunResult) -> str:

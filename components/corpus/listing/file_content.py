@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import time
 from typing import Any, NamedTuple
 
 from components.corpus.sources.image_probe import header_columns
+from components.files.whole_files import NotRegularFile, open_regular
 from components.images.decoding import ImageUndecodable, read_header
 
 HEADER_COLUMNS = (
@@ -92,20 +92,14 @@ def read_content(file: FileToRead) -> FileContent:
 
 
 def _read_once(file: FileToRead) -> FileContent:
+    data: bytes | None = None
     try:
-        # Not blocking: what was a file when it was listed may be a pipe by now.
-        descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as problem:
-        return _unread(problem)
-    # The stat of the descriptor, not of the name: it belongs to the bytes that are read.
-    with open(descriptor, "rb", buffering=0) as opened:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            return FileContent(None, None, {"integrity": "not a regular file"})
-        if 0 <= time.time_ns() - status.st_ctime_ns < _CLOCK_STEP_NS:
-            time.sleep(_CLOCK_STEP_NS / 1e9)
-        data: bytes | None = None
-        try:
+        # What was a file when it was listed may be a pipe by now.
+        with open_regular(file.path) as opened:
+            # The stat of the descriptor, not of the name: it belongs to the bytes that are read.
+            status = os.fstat(opened.fileno())
+            if 0 <= time.time_ns() - status.st_ctime_ns < _CLOCK_STEP_NS:
+                time.sleep(_CLOCK_STEP_NS / 1e9)
             if file.max_megapixels is None:
                 digest = hashlib.sha256()
                 while chunk := opened.read(_CHUNK_BYTES):
@@ -113,11 +107,13 @@ def _read_once(file: FileToRead) -> FileContent:
             else:
                 data = opened.readall()
                 digest = hashlib.sha256(data)
-        except OSError as problem:
-            return _unread(problem)
-        # Also when another file took its name: the one that is read lost it, which is a change.
-        if _stat(status) != _stat(os.fstat(descriptor)):
-            return _CHANGED
+            # Also when another file took its name: the one that is read lost it, which is a change.
+            if _stat(status) != _stat(os.fstat(opened.fileno())):
+                return _CHANGED
+    except (NotRegularFile, IsADirectoryError):
+        return FileContent(None, None, {"integrity": "not a regular file"})
+    except OSError as problem:
+        return FileContent(None, None, {"integrity": f"cannot read: {problem.strerror}"})
     if data is None or file.max_megapixels is None:
         columns: dict[str, Any] = {"integrity": "ok"}
     else:
@@ -127,10 +123,6 @@ def _read_once(file: FileToRead) -> FileContent:
 
 def _stat(status: os.stat_result) -> Stat:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _unread(problem: OSError) -> FileContent:
-    return FileContent(None, None, {"integrity": f"cannot read: {problem.strerror}"})
 
 
 def _photograph(data: bytes, max_megapixels: float) -> dict[str, Any]:

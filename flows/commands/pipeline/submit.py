@@ -99,6 +99,7 @@ def submit(
     from prefect.exceptions import ObjectNotFound
 
     from flows.environment import pool_name
+    from flows.services.ui_addresses import ui_of_api
     from flows.tracking.run_pages import flow_run_url
 
     with get_client(sync_client=True) as client:
@@ -116,7 +117,7 @@ def submit(
             ) from None
         run = client.create_flow_run_from_deployment(found.id, parameters=parameters, name=stage)
         print(f"submitted {run.name} to pool {found.work_pool_name}")
-        print(f"watch it  {flow_run_url(url.removesuffix('/api'), str(run.id))}")
+        print(f"watch it  {flow_run_url(ui_of_api(url), str(run.id))}")
         if watch and not _watch(client, run.id):
             raise typer.Exit(1)
 

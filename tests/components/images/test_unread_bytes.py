@@ -102,9 +102,7 @@ def tiff(order: str, version: int, **tags: int | tuple[int, ...]) -> bytes:
     big = version == 43
     start = 24 if big else 16
     entry, inline = (20, 8) if big else (12, 4)
-    head = struct.pack(
-        order + ("HHHQ" if big else "HI"), *((43, 8, 0, start) if big else (42, 8 + 8))
-    )
+    head = struct.pack(order + ("HHHQ" if big else "HI"), *((43, 8, 0) if big else (42,)), start)
     rows, spilled = b"", b""
     behind = start + (8 if big else 2) + entry * len(tags) + (8 if big else 4)
     for name, value in sorted(tags.items(), key=lambda item: names[item[0]]):
