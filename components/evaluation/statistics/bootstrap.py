@@ -51,7 +51,7 @@ IntervalMethod = Literal["extended", "studentised", "bca", "percentile"]
 FEWEST_STUDENTISED_CLUSTERS = 6
 """Below it, resamples of one repeated cluster (k^(1-k) of them, 0.8% at 5) reach the tails."""
 ASYMMETRY_GAIN_CLUSTERS = 16.0
-"""See `extended_draws`. Calibrated: the least multiple of 4 at which 95% intervals of 8 log-normal
+"""See `extended`. Calibrated: the least multiple of 4 at which 95% intervals of 8 log-normal
 prompts' means (sigma 1, skewness 6.2) hold the mean in 93% of samples and more."""
 
 
@@ -228,26 +228,38 @@ def studentised_draws(
     return np.sort(draws)
 
 
-def extended_draws(grouped: ClusterSums, *, resamples: int, seed: int) -> npt.NDArray[np.float64]:
-    """`studentised_draws` with their asymmetry extended, the pivot of every printed interval.
+def extended(
+    draws: npt.NDArray[np.float64], clusters: int, gain: float = ASYMMETRY_GAIN_CLUSTERS
+) -> npt.NDArray[np.float64]:
+    """Sorted draws of the pivot with their asymmetry extended.
 
     A sample of k clusters shows less skewness than it was drawn from (it cannot show more than
     about sqrt(k)), so the bootstrap's long tail is too short, by a share that falls as 1/k. Of two
-    draws that face each other in the order, the one farther from 0 moves out by
-    `ASYMMETRY_GAIN_CLUSTERS` / k times the difference of their distances. Symmetric draws stay as
-    they are. Deviation: the bootstrap-t of Efron (1982) has no such term (tested).
+    draws that face each other in the order, the one farther from 0 moves out by `gain` / k times
+    the difference of their distances. Symmetric draws stay as they are. Deviation: the bootstrap-t
+    of Efron (1982) has no such term (tested).
 
-    Raises:
-        ValueError: as `studentised_draws`.
+    Args:
+        draws: (resamples,) of `studentised_draws`.
+        clusters: k.
+        gain: in clusters.
     """
-    draws = studentised_draws(grouped, resamples=resamples, seed=seed)
     # Two infinite tails have no difference that could be told.
     with np.errstate(invalid="ignore"):
         longer = np.nan_to_num(draws + draws[::-1], nan=0.0, posinf=np.inf, neginf=-np.inf)
     is_upper = np.arange(draws.size) >= draws.size / 2
     moved = np.where(is_upper, np.maximum(longer, 0.0), np.minimum(longer, 0.0))
     # Sorted again: a difference may fall faster than the draws rise.
-    return np.sort(draws + ASYMMETRY_GAIN_CLUSTERS / grouped.clusters * moved)
+    return np.sort(draws + gain / clusters * moved)
+
+
+def extended_draws(grouped: ClusterSums, *, resamples: int, seed: int) -> npt.NDArray[np.float64]:
+    """`studentised_draws`, `extended`: the pivot of every printed interval.
+
+    Raises:
+        ValueError: as `studentised_draws`.
+    """
+    return extended(studentised_draws(grouped, resamples=resamples, seed=seed), grouped.clusters)
 
 
 def one_sided_p_value(
@@ -266,7 +278,7 @@ def one_sided_p_value(
 
 
 def two_sided_p_value(grouped: ClusterSums, draws: npt.NDArray[np.float64]) -> float:
-    """Of the hypothesis that the true mean is 0: the printed interval of these draws, inverted.
+    """Of the hypothesis that the true mean is 0: the interval of these draws, inverted.
 
     Below 1 - confidence where the interval of that confidence leaves out 0, but for one draw (the
     observed sample is counted among its own resamples, so p is never 0).

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from components.evaluation.statistics.bootstrap import cluster_sums, studentised_draws
 from components.evaluation.statistics.comparison import (
     Comparison,
     ComparisonInvalid,
@@ -35,8 +36,8 @@ def test_a_constant_gain_is_found_with_its_size_and_the_prompts_as_units() -> No
     assert isinstance(found, Comparison)
     assert found.difference.mean == pytest.approx(0.5)
     assert (found.difference.n, found.difference.clusters) == (24, 12)
-    # No draw of 4 * 999 is as far out, on either side; of 4,096 sign patterns two are.
-    assert found.p_value == 2 / (4 * 999 + 1) > 2 / 2**12
+    # Of 4,096 sign patterns two are as far out; of 4 * 999 draws none is, in that direction.
+    assert found.p_value == 2 / 2**12 > 1 / (4 * 999 + 1)
     assert found.after - found.before == pytest.approx(0.5)
 
 
@@ -133,6 +134,39 @@ def test_a_p_value_is_never_below_that_of_the_sign_flips() -> None:
     signs = paired_permutation(before, after, permutations=400, seed=0)
     assert signs.exact
     assert compared_means(pairs, resamples=100, seed=0)[1] >= signs.p_value > 0.05
+
+
+@pytest.mark.parametrize(("errors", "decided_by"), [(4.0, "direction"), (1.2, "printed")])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_a_p_value_is_the_largest_of_three(sign: float, errors: float, decided_by: str) -> None:
+    """Against a loop over draws: 24 skewed differences whose mean lies on the short side."""
+    rng = np.random.default_rng(5)
+    skewed = rng.exponential(size=24)
+    skewed -= skewed.mean()
+    grouped = cluster_sums(skewed)
+    values = sign * (skewed - errors * grouped.standard_error)
+    pairs = PairedScores("psnr_db", "x", np.zeros(24), values, tuple(map(str, range(24))), 0)
+    draws = studentised_draws(cluster_sums(values), resamples=4000, seed=3)
+    pivot = values.mean() / grouped.standard_error
+
+    def two_sided(gain: float) -> float:
+        moved = []
+        for number, draw in enumerate(draws):
+            longer = draw + draws[len(draws) - 1 - number]
+            grows = longer > 0.0 if number >= len(draws) // 2 else longer < 0.0
+            moved.append(draw + gain / 24 * longer if grows else draw)
+        above = sum(draw >= pivot for draw in moved)
+        below = sum(draw <= pivot for draw in moved)
+        return 2 * (min(above, below) + 1) / (len(draws) + 1)
+
+    signs = paired_permutation(np.zeros(24), values, permutations=4000, seed=3).p_value
+    p_values = {"signs": signs, "direction": two_sided(64.0) / 2}
+    if two_sided(16.0) >= 0.05:
+        p_values["printed"] = two_sided(16.0)
+    largest = max(p_values, key=lambda name: p_values[name])
+    assert largest == decided_by
+    found = compared_means(pairs, resamples=1000, seed=3)[1]
+    assert found == pytest.approx(p_values[largest], rel=1e-12)
 
 
 def test_a_p_value_below_5_percent_stands_beside_an_interval_without_zero() -> None:
