@@ -13,6 +13,7 @@ import sys
 
 def main() -> None:
     """Entry point."""
+    _import_from(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     if sys.argv[1:3] == ["stage", "run"]:
         from flows.running.stage_forks import ask_launcher
 
@@ -22,6 +23,21 @@ def main() -> None:
     from flows import cli
 
     cli.main()
+
+
+def _import_from(code: str) -> None:
+    """Look for modules beside this package first.
+
+    PYTHONPATH stands before what is installed, and the `components` or `flows` of another project
+    on it would be imported as ours.
+    """
+    if not os.environ.get("PYTHONPATH"):
+        return
+    sys.path.insert(0, code)
+    found = sys.modules.get("flows")
+    # Another `flows` that lacks this module lets the search go on to ours.
+    if found is not None and found.__path__[0] != os.path.join(code, "flows"):
+        del sys.modules["flows"]
 
 
 def _end(code: int) -> None:

@@ -123,6 +123,12 @@ class WarmProcess:
             return self._code
 
 
+def _python_path() -> str:
+    """PYTHONPATH with this code first: on it may be another project's `components`."""
+    code = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 class WarmStart:
     """The process that has the imports, as a pipeline run holds it."""
 
@@ -146,7 +152,7 @@ class WarmStart:
                 cwd=root,
                 # A title as long as a command line needs room, which that of this program has;
                 # taken from the environment, a look into /proc would not find that any more.
-                env=os.environ | {TITLE_SWITCH: "1"},
+                env=os.environ | {TITLE_SWITCH: "1", "PYTHONPATH": _python_path()},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

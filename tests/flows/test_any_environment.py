@@ -314,6 +314,24 @@ def test_settings_of_git_that_change_its_answers_change_nothing(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("form", ["module", "package"])
+def test_packages_of_our_names_on_the_path_are_not_ours(
+    project: Path, tmp_path: Path, form: str
+) -> None:
+    for name in ("components", "mlflow/store", "data"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    if form == "module":
+        (tmp_path / "components.py").write_text("raise RuntimeError('another project')\n")
+        (tmp_path / "components").rmdir()
+    else:
+        for part in ("files", "models", "corpus", "settings", "."):
+            (tmp_path / "components" / part).mkdir(exist_ok=True)
+            (tmp_path / "components" / part / "__init__.py").write_text("x = 1\n")
+    path = f"{tmp_path}:{project}"
+    done = ultraflux(project, "run", "--until", "source", env={"PYTHONPATH": path})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_few_open_files_are_enough(project: Path) -> None:
     before = ["bash", "-c", 'ulimit -n 256; exec "$0" "$@"']
     done = ultraflux(project, "run", "--until", "source", before=before)

@@ -34,7 +34,7 @@ _P_VALUE_RESAMPLES = 4
 """Times those of other intervals: Holm's levels lie farther out than 2.5%, where draws are few."""
 DIRECTION_GAIN_CLUSTERS = 64.0
 """See `compared_means`. Calibrated: at 4 times the intervals' own, pages of eight tests over 24, 50
-and 100 prompts find log-normal differences (sigma 1) of mean 0 in 5% to 6%; at 2 times in up to 9%."""
+and 100 prompts find log-normal differences (sigma 1) of mean 0 in 5% to 6%; at 2 times in 9%."""
 CLUSTER_COLUMN = "prompt"
 """Where a row has one, pictures of a prompt form a cluster; else those of an image name."""
 

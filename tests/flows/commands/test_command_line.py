@@ -128,3 +128,24 @@ def test_remarks_of_libraries_on_each_other_are_no_part_of_an_answer(
     assert [record.message for record in caplog.records] == [
         f"an error of {name}" for name in environment._REMARKS
     ]
+
+
+@pytest.mark.parametrize("place", ["components.py", "components/__init__.py"])
+def test_another_projects_packages_of_our_names_are_not_imported(
+    root: Path, tmp_path: Path, place: str
+) -> None:
+    for text, path in {
+        "": tmp_path / "flows" / "__init__.py",
+        "raise RuntimeError('another project')\n": tmp_path / place,
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "ultraflux"), "stage", "list"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "dit_stage1" in done.stdout
