@@ -17,7 +17,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 PACKAGES = ("components", "flows")
@@ -111,7 +111,7 @@ class CodeIdentity:
             for path in folder.glob("*.py")
             if any(
                 isinstance(node, ast.FunctionDef) and node.name == "run"
-                for node in _parse(path).body
+                for node in _parse(path, path.read_bytes()).body
             )
         )
 
@@ -125,9 +125,8 @@ class CodeIdentity:
             if module not in self.modules:
                 raise KeyError(module)
             path = self._file(module)
-            reader = _Reader(module, self.modules, is_package=path.name == "__init__.py")
-            own, references = reader.read(_parse(path))
-            templates = _folder_digest(path.parent / TEMPLATES) if reader.renders else ""
+            own, references, renders = _read(path, path.read_bytes(), module, self.modules)
+            templates = _folder_digest(path.parent / TEMPLATES) if renders else ""
             self._meanings[module] = ModuleMeaning(own, references, templates)
         return self._meanings[module]
 
@@ -219,11 +218,22 @@ def _dotted(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _parse(path: Path) -> ast.Module:
+def _parse(path: Path, source: bytes) -> ast.Module:
     with warnings.catch_warnings():
         # Odd escapes are the linter's business.
         warnings.simplefilter("ignore")
-        return ast.parse(path.read_bytes(), filename=str(path))
+        return ast.parse(source, filename=str(path))
+
+
+# By content: a process that asks twice, or was forked by one that asked, parses what changed.
+@lru_cache(maxsize=2048)
+def _read(
+    path: Path, source: bytes, module: str, modules: frozenset[str]
+) -> tuple[str, tuple[Reference, ...], bool]:
+    """What `_Reader.read` says of a source, and whether the module renders templates."""
+    reader = _Reader(module, modules, is_package=path.name == "__init__.py")
+    own, references = reader.read(_parse(path, source))
+    return own, references, reader.renders
 
 
 def _sha256(*parts: str) -> str:

@@ -29,6 +29,9 @@ LEVELS = 8
 # integral over t.
 NOISE_LEVELS = tuple((k + 0.5) / LEVELS for k in range(LEVELS))
 
+HeldOut = tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Image id, latents (c, h, w), text (tokens, width) and pooled text (width)."""
+
 
 @dataclass(frozen=True)
 class ValidationLoss:
@@ -113,11 +116,8 @@ class ValidationSet:
     def _draws(self) -> list[tuple[int, int]]:
         return [(level, repeat) for level in range(LEVELS) for repeat in range(self._repeats)]
 
-    def _batch(self, image_id: str, draws: Sequence[tuple[int, int]]) -> NoisedBatch:
-        # Read anew each time: a held-out set of 4096 px latents in memory would cost training its
-        # room.
-        latents = self._latents.read(image_id)
-        text, pooled = self._texts.read(image_id)
+    def _batch(self, image: HeldOut, draws: Sequence[tuple[int, int]]) -> NoisedBatch:
+        image_id, latents, text, pooled = image
         # A repeat is the generator's last key: more repeats keep the draws that were there.
         noise = [
             # Steps of training are not negative, so -1 - level is a stream of its own.
@@ -163,10 +163,13 @@ class ValidationSet:
             # In the last round a rank without an image repeats one: with ZeRO 3 every forward
             # pass is collective.
             image_id = self.image_ids[(first + ranks.data_rank) % count]
+            # Read anew at every validation: a held-out set of 4096 px latents in memory would cost
+            # training its room.
+            image = (image_id, self._latents.read(image_id), *self._texts.read(image_id))
             for start in range(0, len(draws), self._batch_size):
                 # No larger than a training batch, for which the memory is known to suffice.
                 part = draws[start : start + self._batch_size]
-                batch = self._batch(image_id, part).to(ranks.device)
+                batch = self._batch(image, part).to(ranks.device)
                 velocity = predict_velocity(transformer, batch, guidance_scale, dtype)
                 plain = flow_matching_loss(velocity, batch.latents, batch.noise).tolist()
                 own = objective_loss(
