@@ -56,6 +56,8 @@ class Collected:
     megapixels: float
     losses: dict[str, int] = field(default_factory=dict)
     """By cause, sorted; a folder loses nothing."""
+    remark: str | None = None
+    """What a person should look at though nothing is lost by it; one line."""
 
     @property
     def described_losses(self) -> str:
@@ -102,10 +104,12 @@ def collect(
 
 
 def _scan(settings: IngestSettings, folder: Path, listing: Path, root: Path) -> Collected:
-    manifest = manifest_of_folder(read_listing(listing), settings, root)
+    manifest, remark = manifest_of_folder(read_listing(listing), settings, root)
     write_table(manifest, folder / "manifest.parquet")
     write_empty_side_tables(folder)
-    _write_coverage(table_coverage(manifest), folder)
+    coverage = table_coverage(manifest)
+    coverage.remark = remark
+    _write_coverage(coverage, folder)
     # Of an earlier run over another kind of source: the manifest names none of them any more.
     prune_originals(folder / "originals", keep=())
     return Collected(
@@ -114,6 +118,7 @@ def _scan(settings: IngestSettings, folder: Path, listing: Path, root: Path) -> 
         unreadable=int((manifest["integrity"] != "ok").sum()),
         duplicates=int(manifest["duplicate_of"].notna().sum()),
         megapixels=float(manifest["megapixels"].sum()),
+        remark=remark,
     )
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import hashlib
+from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 
 from components.corpus.listing.file_content import HEADER_COLUMNS
 from components.corpus.listing.source_files import printable, source_folder
+from components.corpus.sources.records.separated_values import SeparatedValues
+from components.corpus.sources.records.source_records import SourceRecord
+from components.corpus.sources.records.text_lines import unmarked_utf_16
 from components.settings.corpus import IngestSettings
 
 __all__ = ["file_name", "manifest_of_folder", "read_attribution", "source_folder"]
@@ -27,6 +31,8 @@ _ATTRIBUTION_COLUMNS = {
     "query": "query",
 }
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+_LONGEST_CELL = 2**16
+"""Characters. A name or an address has hundreds; a cell without end is a file that is no table."""
 ATTRIBUTION = "ATTRIBUTION.csv"
 """Customary name of the table of authors and licences in a folder of photographs."""
 
@@ -46,8 +52,8 @@ def read_attribution(path: Path) -> dict[str, dict[str, str]]:
     by a person, and must be.
 
     Raises:
-        ValueError: missing file, another encoding or separator, no `file` column, or a file named
-            twice (with its line).
+        ValueError: missing file, another encoding or separator, no `file` column, a row that is not
+            the heading's (with its line), or a file named twice (with its line).
     """
     try:
         data = path.read_bytes()
@@ -58,26 +64,54 @@ def read_attribution(path: Path) -> dict[str, dict[str, str]]:
             f"{path.name}: attribution file not found in ingest.source; add it or set "
             "ingest.attribution to null"
         ) from None
-    reader = csv.DictReader(_text(data, path.name).splitlines())
-    heading = [name or "" for name in reader.fieldnames or []]
-    if "file" not in heading:
-        # One cell that holds another mark: a heading that was not divided.
-        cell = heading[0] if len(heading) == 1 else ""
-        separated = next((name for mark, name in _SEPARATORS.items() if mark in cell), None)
-        raise ValueError(
-            f"{path.name}: its cells are separated by {separated}; save it with commas"
-            if separated
-            else f"{path.name}: needs a column 'file', has {', '.join(heading)[:200] or 'nothing'}"
-        )
+    # The lists' reader: spreadsheets make the same mistakes in both. Here they end the stage, since
+    # a row in the wrong place is somebody else's licence.
+    text = StringIO(_text(data, path.name), newline="")
+    reader = SeparatedValues(text, path.name, ",", columns=None, url_column=None)
     rows: dict[str, dict[str, str]] = {}
-    for record in reader:
-        name = record["file"]
+    for record in reader.records():
+        _check_heading(reader.columns, path.name)
+        line = f"{path.name} line {record.place.rpartition(':')[2]}"
+        _check_row(record, reader.columns, line)
+        cells = record.values or {}
+        # A spreadsheet writes its empty rows, too.
+        if not any(cells.values()):
+            continue
+        name = cells["file"]
         if name in rows:
-            raise ValueError(f"{path.name} line {reader.line_num}: {name!r} is listed twice")
+            raise ValueError(f"{line}: {name!r} is listed twice")
         rows[name] = {
-            column: record[key] for key, column in _ATTRIBUTION_COLUMNS.items() if record.get(key)
+            column: cells[key] for key, column in _ATTRIBUTION_COLUMNS.items() if cells.get(key)
         }
+    _check_heading(reader.columns, path.name)
     return rows
+
+
+def _check_heading(heading: list[str], name: str) -> None:
+    if "file" in heading:
+        return
+    # One cell that holds another mark: a heading that was not divided.
+    cell = heading[0] if len(heading) == 1 else ""
+    separated = next((named for mark, named in _SEPARATORS.items() if mark in cell), None)
+    raise ValueError(
+        f"{name}: its cells are separated by {separated}; save it with commas"
+        if separated
+        else f"{name}: needs a column 'file', has {', '.join(heading)[:200] or 'nothing'}"
+    )
+
+
+def _check_row(record: SourceRecord, heading: list[str], line: str) -> None:
+    """Refuse what a list loses one record by."""
+    if record.values is None:
+        raise ValueError(f"{line}: {record.problem}")
+    # Of a list they are empty cells at the end; here one in the middle would move a licence.
+    if len(record.values) < len(heading):
+        raise ValueError(f"{line}: {len(record.values)} cells under {len(heading)} headings")
+    for column, cell in record.values.items():
+        if "\0" in cell:
+            raise ValueError(f"{line}: a zero byte under {column!r}")
+        if len(cell) > _LONGEST_CELL:
+            raise ValueError(f"{line}: more than {_LONGEST_CELL} characters under {column!r}")
 
 
 def _text(data: bytes, name: str) -> str:
@@ -87,8 +121,8 @@ def _text(data: bytes, name: str) -> str:
         ValueError: another encoding; one line.
     """
     fix = 'save it as UTF-8 (a spreadsheet calls it "CSV UTF-8")'
-    # In UTF-16 every second byte of a heading is zero, with or without a mark.
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:200]:
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if marked or unmarked_utf_16(data) is not None:
         raise ValueError(f"{name}: is UTF-16; {fix}")
     try:
         # Spreadsheets put a byte order mark before the heading; it would become part of "file".
@@ -99,7 +133,19 @@ def _text(data: bytes, name: str) -> str:
         raise ValueError(f"{name}: byte 0x{byte:02X} in line {line} is not UTF-8; {fix}") from None
 
 
-def manifest_of_folder(listing: pd.DataFrame, settings: IngestSettings, root: Path) -> pd.DataFrame:
+def _named_in_vain(attribution: Mapping[str, object], names: pd.Series, file: str) -> str | None:
+    """What to say of rows whose photograph is not there: renamed, removed or misspelled."""
+    there = set(names)
+    vain = [name for name in attribution if name not in there]
+    if not vain:
+        return None
+    rows = "1 row names" if len(vain) == 1 else f"{len(vain)} rows name"
+    return f"{file}: {rows} no photograph of the source, such as {vain[0][:200]!r}"
+
+
+def manifest_of_folder(
+    listing: pd.DataFrame, settings: IngestSettings, root: Path
+) -> tuple[pd.DataFrame, str | None]:
     """Rows of the manifest for the photographs of a source's table.
 
     A file that cannot be used is a row whose `integrity` says why. A byte-identical copy shares its
@@ -112,7 +158,8 @@ def manifest_of_folder(listing: pd.DataFrame, settings: IngestSettings, root: Pa
         root: where relative paths start.
 
     Returns:
-        manifest columns known so far, in the order of the table.
+        manifest columns known so far, in the order of the table; and what to say of rows of the
+        attribution that name no photograph.
 
     Raises:
         ValueError: folder missing or unreadable; broken attribution file.
@@ -144,7 +191,7 @@ def manifest_of_folder(listing: pd.DataFrame, settings: IngestSettings, root: Pa
             manifest[column] = values.where(values.notna(), manifest[column])
         else:
             manifest[column] = values.astype(object)
-    return manifest
+    return manifest, _named_in_vain(attribution, names, settings.attribution or "")
 
 
 def _sha256(text: str) -> str:

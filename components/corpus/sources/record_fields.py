@@ -161,6 +161,8 @@ class Coverage:
     """Rows of the manifest."""
     losses: dict[str, int] = field(default_factory=dict)
     """Candidates that are not there, by cause; with `kept`, all of them."""
+    remark: str | None = None
+    """What a person should look at though nothing is lost by it; one line."""
 
     def add(self, fields: Fields) -> None:
         """Count one record."""
@@ -183,4 +185,5 @@ class Coverage:
             "ledger": self.ledger.report(),
             "kept": self.kept,
             "losses": dict(sorted(self.losses.items())),
+            "remark": self.remark,
         }

@@ -78,7 +78,8 @@ class SeparatedValues:
         self._name = name
         self._separator = separator
         self._url_column = url_column
-        self._columns: list[str] = []
+        self.columns: list[str] = []
+        """Names of the columns; empty until the heading is read."""
         self._url_at: int | None = None
         if columns is not None:
             self._name_columns(list(columns))
@@ -96,23 +97,23 @@ class SeparatedValues:
             if not line.strip("\r\n"):
                 self._apart["blank"] += 1
                 continue
-            if not self._columns and (named := named_separator(line)) is not None:
+            if not self.columns and (named := named_separator(line)) is not None:
                 self._separator = named
                 self._apart["header"] += 1
                 continue
             cells, problem = self._cells(line)
             # Physical lines, because that is what `Lines` counts on the other side of the ledger.
             units = self._lines.number - number + 1
-            if not self._columns and cells is not None:
+            if not self.columns and cells is not None:
                 self._name_columns(cells)
                 self._apart["header"] += units
                 continue
             # Fewer cells are common (empty ones at the end left out); more mean that a separator
             # stands inside a cell, and then every later cell is another column's.
-            if len(cells or ()) > len(self._columns):
-                problem = f"{len(cells or ())} cells under {len(self._columns)} headings"
+            if len(cells or ()) > len(self.columns):
+                problem = f"{len(cells or ())} cells under {len(self.columns)} headings"
                 cells = None
-            values = None if cells is None else dict(zip(self._columns, cells, strict=False))
+            values = None if cells is None else dict(zip(self.columns, cells, strict=False))
             yield SourceRecord(f"{self._name}:{number}", values, problem, units)
 
     def end(self) -> SourceEnd:
@@ -120,8 +121,8 @@ class SeparatedValues:
         return SourceEnd(self._name, "lines", self._lines.read, self._apart, self._notes)
 
     def _name_columns(self, cells: list[str]) -> None:
-        self._columns = headings(cells)
-        self._url_at = address_column(self._columns, self._url_column)
+        self.columns = headings(cells)
+        self._url_at = address_column(self.columns, self._url_column)
 
     def _cells(self, line: str) -> tuple[list[str] | None, str]:
         """Cells of the record that begins on the line taken last, or why it is none."""
@@ -167,12 +168,12 @@ class SeparatedValues:
         return cells, ""
 
     def _could_be_a_record(self, line: str) -> bool:
-        if self._url_at is None or (self._separator not in line and len(self._columns) > 1):
+        if self._url_at is None or (self._separator not in line and len(self.columns) > 1):
             return False
         cells = split_line(line, self._separator)
         return (
             cells is not None
-            and len(cells) == len(self._columns)
+            and len(cells) == len(self.columns)
             and is_address(cells[self._url_at])
         )
 

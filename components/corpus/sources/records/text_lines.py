@@ -42,6 +42,16 @@ def marked_encoding(start: bytes) -> str | None:
     return next((name for mark, name in _BYTE_ORDER_MARKS if start.startswith(mark)), None)
 
 
+def unmarked_utf_16(start: bytes) -> str | None:
+    """The byte order of UTF-16 without a mark, told from its zero bytes; fewer are damage."""
+    # Latin text has a zero in every second byte; on which side says the byte order.
+    head = start[:_HEAD_BYTES]
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if even + odd <= _UTF_16_ZEROS * len(head):
+        return None
+    return "utf-16-le" if even < odd else "utf-16-be"
+
+
 def open_text(path: Path, encoding: str | None = None) -> TextIO:
     """A text file for reading, gzipped or not; wrong bytes become U+FFFD.
 
@@ -87,12 +97,7 @@ def foreign_encoding(path: Path) -> str | None:
         while chunk := file.read(_SCAN_BYTES):
             if lines == 0 and marked_encoding(chunk):
                 return None
-            # Latin text in UTF-16 has a zero in every second byte; on which side says the byte
-            # order.
-            even, odd = chunk[:_HEAD_BYTES:2].count(0), chunk[1:_HEAD_BYTES:2].count(0)
-            if lines == 0 and even + odd > _UTF_16_ZEROS * len(chunk[:_HEAD_BYTES]):
-                # Fewer are damage, which costs its own line.
-                name = "utf-16-le" if even < odd else "utf-16-be"
+            if lines == 0 and (name := unmarked_utf_16(chunk)) is not None:
                 return f"zero bytes as in UTF-16; set ingest.lists.encoding to {name}"
             # Whole lines: no UTF-8 sequence holds the byte of a line end.
             chunk += file.readline(LONGEST_LINE)

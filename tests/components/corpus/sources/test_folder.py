@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from PIL import Image
 from components.corpus.listing.source_files import source_folder
 from components.corpus.listing.source_table import describe_source, read_listing
 from components.corpus.manifest import SCHEMA, to_arrow
+from components.corpus.sources.collect import collect
 from components.corpus.sources.folder import file_name, manifest_of_folder, read_attribution
 from components.engine.map_items import EngineLimits
 from components.settings.corpus import IngestSettings
@@ -41,7 +43,7 @@ def scan_folder(settings: IngestSettings, root: Path) -> pd.DataFrame:
         table = Path(folder) / "listing.parquet"
         limits = EngineLimits(workers=1, timeout_s=30.0, memory_mb=2048, retries=0)
         describe_source(settings, table, root=root, limits=limits)
-        return manifest_of_folder(read_listing(table), settings, root)
+        return manifest_of_folder(read_listing(table), settings, root)[0]
 
 
 @pytest.fixture
@@ -185,6 +187,11 @@ def test_an_attribution_file_of_another_kind_says_what_it_is(
         (None, "attribution file not found"),
         ("name,author\n", "needs a column 'file'"),
         ("file,author\nb.jpg,A\nb.jpg,B\n", "line 3: 'b.jpg' is listed twice"),
+        ('file,author\nb.jpg,"A\na.jpg,B\n', "line 2: a quotation mark opens and does not close"),
+        ("file,author\nb.jpg,Doe, Ada\n", "line 2: 3 cells under 2 headings"),
+        ("file,author,license\nb.jpg,Ada\n", "line 2: 2 cells under 3 headings"),
+        (f"file,author\nb.jpg,{'A' * 200_000}\n", "line 2: more than 65536 characters under 'auth"),
+        ("file,author\nb.jpg,A\0da\n", "line 2: a zero byte under 'author'"),
     ],
 )
 def test_a_broken_attribution_file_is_one_clear_error(
@@ -194,6 +201,28 @@ def test_a_broken_attribution_file_is_one_clear_error(
         (photos / "who.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         scan_folder(settings(attribution="who.csv"), photos.parent)
+
+
+def test_cells_of_the_attribution_end_at_commas_and_line_ends_alone(photos: Path) -> None:
+    strange = "A\x0bd\x0ca \x1cd\x1de\x1e \x85L\u2028o\u2029v"
+    text = f'file,author,license\r\n\r\nb.jpg,{strange},"CC\r\nBY"\r\n,,\r\ndeep/a.PNG,Bob,\r\n'
+    (photos / "who.csv").write_bytes(text.encode())
+    assert read_attribution(photos / "who.csv") == {
+        "b.jpg": {"photographer": strange, "license": "CC\r\nBY"},
+        "deep/a.PNG": {"photographer": "Bob"},
+    }
+
+
+def test_rows_of_the_attribution_that_name_no_photograph_are_said(photos: Path) -> None:
+    (photos / "who.csv").write_text("file,author\nb.jpg,A\na.PNG,B\nc.jpg,C\n")
+    chosen = settings(attribution="who.csv")
+    table, out = photos.parent / "listing.parquet", photos.parent / "out"
+    limits = EngineLimits(workers=1, timeout_s=30.0, memory_mb=2048, retries=0)
+    describe_source(chosen, table, root=photos.parent, limits=limits)
+    root = photos.parent
+    found = collect(chosen, out, root=root, state_dir=root, listing=table)
+    assert found.remark == "who.csv: 2 rows name no photograph of the source, such as 'a.PNG'"
+    assert json.loads((out / "coverage.json").read_text())["remark"] == found.remark
 
 
 @pytest.mark.parametrize("source", [".", "..", "data", "linked"])
