@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from flows.records.records import read_json, write_json
+from flows.services.clone_processes import works_in
 from flows.tracking.tier import LOOPBACK as HOST
 from flows.tracking.tier import (
     embedded_clients,
@@ -305,7 +306,7 @@ def end_orphans(root: Path) -> None:
     Each was started as the leader of a session, and no number is given anew while a session has it:
     what is left in one without a leader, and works in this clone, is ours.
     """
-    dead = {one.pid for one in known_services(root) if not _owns(one) and not _is_alive(one.pid)}
+    dead = {one.pid for one in known_services(root) if not _is_alive(one.pid)}
     left = []
     for process in psutil.process_iter() if dead else ():
         with suppress(OSError, psutil.Error):
@@ -343,17 +344,18 @@ def known_services(root: Path) -> list[Service]:
 
 def running_services(root: Path) -> list[Service]:
     """Servers from `up` whose process is still there."""
-    return [service for service in known_services(root) if _owns(service)]
+    return [service for service in known_services(root) if _owns(root, service)]
 
 
 def _state(root: Path) -> Path:
     return services_dir(root) / "services.json"
 
 
-def _owns(service: Service) -> bool:
-    """Whether the pid is still our server (pids are reused)."""
+def _owns(root: Path, service: Service) -> bool:
+    """Whether the pid is still our server: pids are reused, and a copied clone has our notes."""
     try:
-        command = " ".join(psutil.Process(service.pid).cmdline())
+        process = psutil.Process(service.pid)
+        command = " ".join(process.cmdline()) if works_in(process, root) else ""
     except psutil.Error:
         return False
     # The port as well: another clone's server may have got the number.

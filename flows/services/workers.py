@@ -13,6 +13,7 @@ import psutil
 
 from flows.environment import PROJECT, pool_name, project_name
 from flows.records.records import read_json, write_json
+from flows.services.clone_processes import works_in
 from flows.services.servers import ServiceError, services_dir, start_detached
 
 POOLS = ("pipelines", "cpu", "gpu")
@@ -101,7 +102,7 @@ def stop_workers(root: Path) -> list[Worker]:
 
 def running_workers(root: Path) -> list[Worker]:
     """Workers from `start_workers` whose process is still there."""
-    return [worker for worker in known_workers(root) if _is_ours(worker)]
+    return [worker for worker in known_workers(root) if _is_ours(root, worker)]
 
 
 def known_workers(root: Path) -> list[Worker]:
@@ -113,10 +114,11 @@ def _state(root: Path) -> Path:
     return services_dir(root) / "workers.json"
 
 
-def _is_ours(worker: Worker) -> bool:
-    """Whether the pid is still that worker (pids are reused)."""
+def _is_ours(root: Path, worker: Worker) -> bool:
+    """Whether the pid is still that worker, in this clone (pids are reused, folders copied)."""
     try:
-        return worker.name in psutil.Process(worker.pid).cmdline()
+        process = psutil.Process(worker.pid)
+        return worker.name in process.cmdline() and works_in(process, root)
     except psutil.Error:
         return False
 
@@ -138,7 +140,7 @@ def _wait_until_online(root: Path, workers: list[Worker]) -> None:
     with get_client(sync_client=True) as client:
         while waiting:
             for worker in list(waiting):
-                if not _is_ours(worker) or _has_ended(worker.pid):
+                if not _is_ours(root, worker) or _has_ended(worker.pid):
                     raise ServiceError(
                         f"worker {worker.pool} ended while starting; see {worker.log}"
                     )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
 
@@ -17,7 +21,9 @@ import pytest
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
+from flows.records.records import write_json
 from flows.services import servers as services
+from flows.services import workers
 from flows.tracking import tier
 
 
@@ -190,6 +196,40 @@ def test_workers_of_a_server_that_was_killed_do_not_keep_its_port(
         process.kill()
 
 
+def begin_sleeper(root: Path, *arguments: str) -> psutil.Process:
+    """A process that lasts, with these words on its command line, as `up` starts its own."""
+    command = [sys.executable, "-c", "import time; time.sleep(600)", *arguments]
+    log = root.parent / "sleeper.log"
+    return psutil.Process(services.start_detached(command, log, dict(os.environ), cwd=root))
+
+
+def test_a_copied_clone_owns_nothing_of_the_original_and_a_moved_one_all(
+    toy: Path, tmp_path: Path
+) -> None:
+    server = begin_sleeper(toy, "-m mlflow", "--port", "51234")
+    worker = begin_sleeper(toy, "machine-gpu-1")
+    url = "http://127.0.0.1:51234"
+    services.remember(toy, services.Service("mlflow", url, server.pid, ""))
+    known = [asdict(workers.Worker("gpu", "machine-gpu-1", worker.pid, ""))]
+    write_json(services.services_dir(toy) / "workers.json", known)
+    try:
+        copy = shutil.copytree(toy, tmp_path / "copy", symlinks=True)
+        assert services.running_services(copy) == []
+        assert services.down(copy) == []
+        assert workers.stop_workers(copy) == []
+        assert services.is_running(server)
+        assert services.is_running(worker)
+        moved = toy.rename(tmp_path / "moved")
+        assert [one.pid for one in workers.stop_workers(moved)] == [worker.pid]
+        assert [one.pid for one in services.down(moved)] == [server.pid]
+        assert not services.is_running(server)
+        assert not services.is_running(worker)
+    finally:
+        for process in (server, worker):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
 @pytest.mark.slow
 def test_up_repairs_a_server_of_which_one_process_was_killed(toy: Path) -> None:
     ports = {"prefect_port": services.free_port(), "mlflow_port": services.free_port()}
@@ -208,8 +248,6 @@ def test_up_repairs_a_server_of_which_one_process_was_killed(toy: Path) -> None:
 
 
 def test_a_reused_pid_is_not_taken_for_a_server(toy: Path) -> None:
-    import os
-
     state = services.services_dir(toy) / "services.json"
     state.parent.mkdir(parents=True)
     state.write_text(

@@ -179,7 +179,9 @@ def test_status_names_a_server_that_died_and_counts_what_mlflow_misses(toy: Path
 
 def test_status_names_workers_that_run_and_those_that_died(toy: Path) -> None:
     name = "machine-gpu-1"
-    with subprocess.Popen([sys.executable, "-c", "input()", name], stdin=subprocess.PIPE) as alive:
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()", name], stdin=subprocess.PIPE, cwd=toy
+    ) as alive:
         known = [Worker("gpu", name, alive.pid, "log"), Worker("cpu", "other", alive.pid, "log")]
         write_json(services.services_dir(toy) / "workers.json", [asdict(one) for one in known])
         done = subprocess.run(["ultraflux", "status"], cwd=toy, capture_output=True, text=True)
