@@ -41,7 +41,7 @@ from flows.tracking.tier import (
     write_clients,
 )
 from flows.tracking.tier import services_dir as services_dir
-from flows.tracking.uploader import tracking_config
+from flows.tracking.uploader import keep_own_artifacts_here, tracking_config
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
@@ -269,6 +269,7 @@ def up(
         mlflow_port = mlflow_port or DEFAULT_PORTS["mlflow"]
         environment = prefect_environment(root, prefect_port)
         Path(environment["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+        keep_own_artifacts_here(root, tracking_config(root)["backend_store"])
         plans = {
             "prefect": (prefect_port, prefect_command(prefect_port), environment),
             "mlflow": (mlflow_port, mlflow_command(root, mlflow_port), mlflow_environment(root)),

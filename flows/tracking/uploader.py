@@ -37,6 +37,7 @@ from flows.records.records import (
     write_json,
 )
 from flows.tracking import metric_feed
+from flows.tracking.artifact_places import keep_artifacts_here
 from flows.tracking.logged_models import LoggedModels
 from flows.tracking.registry import Promotion, register
 from flows.tracking.run_pages import NOTE_TAG, pipeline_note, stage_note
@@ -78,6 +79,13 @@ def tracking_uri(root: Path) -> str:
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         os.environ.setdefault(name, served[name])
     return served["MLFLOW_TRACKING_URI"]
+
+
+def keep_own_artifacts_here(root: Path, uri: str) -> None:
+    """Bring places in the clone's own SQLite store up to date after a copy or a move."""
+    config = tracking_config(root)
+    if uri == config["backend_store"]:
+        keep_artifacts_here(root, uri, config["artifact_root"])
 
 
 def use_store(uri: str) -> None:
@@ -137,6 +145,7 @@ class Uploader:
             sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
             # What MLflow says when it makes its tables is no news to who asked for an upload.
             logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+            keep_own_artifacts_here(root, uri)
         # The registry of the SQLite store resolves models through the global URI.
         use_store(uri)
         self.client = MlflowClient(tracking_uri=uri)

@@ -298,3 +298,29 @@ def test_two_projects_in_one_process_keep_their_own_stores(
         assert len(runs) == (1 if record else 0)
     assert uris[0] != uris[1]
     assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_a_copied_or_moved_clone_keeps_its_artifacts_below_itself(
+    toy: Path, uploader: Uploader, tmp_path: Path
+) -> None:
+    def send(root: Path, client: Uploader, name: str) -> str:
+        (root / "data" / name).write_text(name)
+        record = open_record(root, RunDescription(kind="stage", name=name, stage_key=name))
+        record.finish(RunResult(status="FINISHED", artifacts=[f"data/{name}"]))
+        client.sync()
+        return str(record.mlflow_run_id)
+
+    old = send(toy, uploader, "old")
+    chosen = f"file://{tmp_path}/chosen"
+    uploader.client.create_experiment("elsewhere", artifact_location=chosen)
+    copy = shutil.copytree(toy, tmp_path / "a copy%_", symlinks=True)
+    copied = Uploader(copy)
+    new = send(copy, copied, "new")
+    shutil.rmtree(toy)
+    for run_id, name in ((old, "old"), (new, "new")):
+        place = copied.client.get_run(run_id).info.artifact_uri
+        assert place.startswith((copy / "runs" / "services" / "artifacts").as_uri())
+        assert [item.path for item in copied.client.list_artifacts(run_id)] == [name]
+    elsewhere = copied.client.get_experiment_by_name("elsewhere")
+    assert elsewhere is not None
+    assert elsewhere.artifact_location == chosen
