@@ -116,6 +116,9 @@ class Trail:
         Raises:
             FetchFailed: nowhere, in a circle, or on and on.
         """
+        if not location.strip():
+            # As a relative address it would be the same place again.
+            raise FetchFailed("bad_redirect", "no Location")
         try:
             following = normalise_url(urljoin(url, location))
         except ValueError as problem:

@@ -136,6 +136,7 @@ ROUTES: dict[str, Handler] = {
     "/teapot.jpg": answers("418 I'm a teapot"),
     "/moved.jpg": answers("301 Moved", Location="/ok.jpg"),
     "/nowhere.jpg": answers("302 Found"),
+    "/nowhere-said.jpg": answers("302 Found", Location=""),
     "/to-ftp.jpg": answers("302 Found", Location="ftp://127.0.0.1/x"),
     "/to-file.jpg": answers("302 Found", Location="file:///etc/passwd"),
     "/to-metadata.jpg": answers("302 Found", Location="http://169.254.169.254/latest/"),
@@ -265,7 +266,8 @@ def test_transient_failures_are_retried_and_lasting_ones_are_not(
         "/gone.jpg": Loss("not_found", "HTTP 404"),
         "/secret.jpg": Loss("forbidden", "HTTP 403"),
         "/teapot.jpg": Loss("http_error", "HTTP 418"),
-        "/nowhere.jpg": None,
+        "/nowhere.jpg": Loss("bad_redirect", "no Location"),
+        "/nowhere-said.jpg": Loss("bad_redirect", "no Location"),
         "/to-ftp.jpg": Loss("bad_redirect", "scheme is not http or https"),
         "/to-file.jpg": Loss("bad_redirect", "scheme is not http or https"),
     }
@@ -278,7 +280,7 @@ def test_transient_failures_are_retried_and_lasting_ones_are_not(
     outcomes = fetch(server, tmp_path, *final, *transient, *recovering)
     for path, expected in final.items():
         assert outcomes[path].attempts == 1, path
-        assert expected in (None, outcomes[path].result)
+        assert outcomes[path].result == expected, path
     for path, expected in transient.items():
         assert (outcomes[path].attempts, outcomes[path].result) == (3, expected), path
     for path in recovering:
