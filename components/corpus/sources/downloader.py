@@ -25,6 +25,7 @@ from components.corpus.sources.answer_headers import (
     leading_range,
     retry_after_s,
 )
+from components.corpus.sources.content_encoding import BodyDecoder
 from components.corpus.sources.download_journal import (
     DownloadJournal,
     FetchFailed,
@@ -231,7 +232,9 @@ class Downloader:
                 sock_connect=settings.connect_timeout_s,
                 sock_read=settings.read_timeout_s,
             ),
-            # No compression: what arrives are the original bytes.
+            # No compression: what arrives are the original bytes; `BodyDecoder` undoes it where
+            # servers compress all the same.
+            auto_decompress=False,
             headers={
                 "User-Agent": settings.user_agent,
                 "Accept": "*/*",
@@ -367,7 +370,8 @@ class Downloader:
             return await self._receive(response)
 
     async def _chunks(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-        """The body within time, transport problems as `FetchFailed`."""
+        """The body within time and uncompressed, transport problems as `FetchFailed`."""
+        decoder = BodyDecoder(response.headers.get("Content-Encoding", ""))
         # A deadline for the body as a whole: slow drops would pass any limit per chunk.
         deadline = time.monotonic() + self._settings.total_timeout_s
         while True:
@@ -377,9 +381,12 @@ class Downloader:
             except (aiohttp.ClientError, TimeoutError) as problem:
                 raise failed_exchange(problem) from None
             if not chunk:
+                if not decoder.is_whole:
+                    raise FetchFailed("truncated", "compressed body ends early", retry=True)
                 return
             self.received_bytes += len(chunk)
-            yield chunk
+            for piece in decoder.pieces(chunk):
+                yield piece
 
     async def _judge_start(
         self, response: aiohttp.ClientResponse
@@ -389,7 +396,8 @@ class Downloader:
         Of a partial answer whose bytes are not those that it says, nothing is concluded: None.
         """
         said = leading_range(response.headers)
-        if said is None:
+        # The range of a compressed body counts other bytes than those of the file.
+        if said is None or BodyDecoder(response.headers.get("Content-Encoding", "")).is_compressed:
             return None
         length, total = said
         if total is not None:

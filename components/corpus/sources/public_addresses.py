@@ -19,7 +19,6 @@ import certifi
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
-from aiohttp.http_exceptions import ContentEncodingError
 from aiohttp.tracing import Trace
 
 from components.corpus.sources.download_journal import FetchFailed
@@ -222,12 +221,9 @@ def failed_exchange(problem: Exception) -> FetchFailed:
     cause: BaseException | None = problem
     while cause is not None:
         # aiohttp wraps these: only the chain of causes tells a wrong certificate from a port on
-        # which nothing listens, and a wrong compression from a cut body. Its wrappers are SSL
-        # errors as well, without a reason.
+        # which nothing listens. Its wrappers are SSL errors as well, without a reason.
         if isinstance(cause, ssl.SSLError) and not isinstance(cause, aiohttp.ClientError):
             return FetchFailed("tls", cause.reason or "TLS error")
-        if isinstance(cause, ContentEncodingError):
-            return FetchFailed("wrong_content", "not compressed as its header says")
         cause = cause.__cause__ or cause.__context__
     if isinstance(problem, aiohttp.ClientConnectorError):
         return FetchFailed("refused_connection", "nothing listens there")

@@ -8,6 +8,8 @@ import hashlib
 import io
 import ssl
 import threading
+import tracemalloc
+import zlib
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -320,6 +322,46 @@ def test_a_body_is_what_it_is_compressed_from_or_says_that_it_is_not(
     assert is_photo(found["/packed.jpg"])
     lies = Outcome(1, Loss("wrong_content", "not compressed as its header says"))
     assert found["/lies.jpg"] == lies
+
+
+@pytest.mark.parametrize("photo", [PHOTO, TINY])
+@pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "deflate", "raw deflate"])
+def test_a_compressed_body_without_its_end_is_asked_for_again_and_truncated(
+    server: Server, tmp_path: Path, photo: bytes, encoding: str
+) -> None:
+    """The length of such a body agrees with its header."""
+    made = zlib.compressobj(wbits={"deflate": 15, "raw deflate": -15}.get(encoding, 31))
+    packed = made.compress(photo) + made.flush()
+    told = {"Content_Encoding": encoding.rpartition(" ")[2]}
+    cut = whole("200 OK", packed[:-100], **told)
+
+    async def mended(server: Server, writer: asyncio.StreamWriter, request: Request) -> None:
+        answer = cut if request.number == 1 else whole("200 OK", packed, **told)
+        await answer(server, writer, request)
+
+    found = fetch_all(server, tmp_path, {"/cut.jpg": cut, "/mended.jpg": mended}, retries=1)
+    assert found["/cut.jpg"] == Outcome(2, Loss("truncated", "compressed body ends early"))
+    assert is_photo(found["/mended.jpg"], photo)
+    assert found["/mended.jpg"].attempts == 2
+
+
+def test_a_compressed_body_is_bounded_by_what_it_unfolds_to(server: Server, tmp_path: Path) -> None:
+    bomb = gzip.compress(PHOTO + bytes(2**28))
+    # gzip knows several streams one after the other.
+    two = gzip.compress(PHOTO[:9000]) + gzip.compress(PHOTO[9000:])
+    handlers = {
+        "/bomb.jpg": whole("200 OK", bomb, Content_Encoding="gzip"),
+        "/two.jpg": whole("200 OK", two, Content_Encoding="GZIP"),
+        "/br.jpg": whole("200 OK", PHOTO, Content_Encoding="br"),
+    }
+    tracemalloc.start()
+    found = fetch_all(server, tmp_path, handlers, max_mb=1.0)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found["/bomb.jpg"].result == Loss("too_large", "more than 1 MiB")
+    assert most < 2**25
+    assert is_photo(found["/two.jpg"])
+    assert found["/br.jpg"].result == Loss("wrong_content", "compressed (br), unasked")
 
 
 def test_a_certificate_that_nobody_vouches_for_is_one_lost_address(tmp_path: Path) -> None:
