@@ -43,9 +43,12 @@ if TYPE_CHECKING:
     from components.models.f16_pipeline import F16Pipeline
     from components.models.loading.memory_modes import MemoryModes
     from components.models.loading.released import ModelSources
+    from components.models.resonance_rope import RopeVariant
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 KEY_CHUNK = "ultraflux_key"
+_OFF = {"quantisation": "none", "text_quantisation": "none", "rope_variant": None, "vae_stride": 2}
+"""What leaves the weights as they are."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,21 @@ class SamplerSettings:
     text_quantisation: Quantisation = "none"
     """Of the text encoders' blocks."""
     speed: SamplingSpeed = field(default_factory=SamplingSpeed)
+    rope_variant: RopeVariant | None = None
+    """Instead of the weights' own."""
+    vae_stride: Literal[1, 2] = 2
+    """Of a stock autoencoder."""
 
     def deciding(self) -> dict[str, Any]:
-        """Values by name, without rounding and short cuts that are off.
+        """Values by name, without what is left as it is by default or in the weights.
 
         Pictures from before there was such a choice keep their identity.
         """
-        off = ("quantisation", "text_quantisation")
         values = asdict(self)
         del values["speed"]
-        kept = {key: value for key, value in values.items() if key not in off or value != "none"}
+        kept = {
+            key: value for key, value in values.items() if key not in _OFF or value != _OFF[key]
+        }
         return kept | self.speed.deciding()
 
 
@@ -228,16 +236,14 @@ def load_model(
     *,
     device: str,
     memory: MemoryModes,
-    **options: Any,
 ) -> F16Pipeline:
     """A pipeline on its device, with text encoders unless they come first.
 
     Args:
         sources: the parts.
-        sampler: its schedule, shift and dtype are read.
+        sampler: all but steps, guidance and the length of texts is read.
         device: such as "cpu" or "cuda".
         memory: how to save memory.
-        **options: `rope_variant`, `stride` and `decode_mode` of `released.load_pipeline`.
 
     Raises:
         WeightsMissing: a part is not there; the message names it.
@@ -259,7 +265,8 @@ def load_model(
         with_encoders=not memory.text_first,
         schedule=sampler.schedule,
         shift=sampler.shift,
-        **options,
+        rope_variant=sampler.rope_variant,
+        stride=sampler.vae_stride,
     )
     round_pipeline(pipeline, sampler, dtype, device if memory.offload == "none" else "cpu")
     speed_up(pipeline.transformer, sampler.speed)

@@ -12,6 +12,7 @@ What it lacks comes from a base folder, usually FLUX.1-dev. Nothing is fetched.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 
 from components.files.install_hints import download_command
+from components.files.safetensors_header import metadata_of
 from components.files.weight_folders import (
     PICKLED_SUFFIXES,
     ComponentsMissing,
@@ -33,9 +35,10 @@ from components.files.weight_folders import (
 )
 from components.models.autoencoder_f16 import AutoencoderKLF16, DecodeMode
 from components.models.backbones import backbone_in, family_in, family_of
-from components.models.checkpoint_files import WeightsBroken, check_folder
+from components.models.checkpoint_files import WeightsBroken, check_folder, file_shapes
 from components.models.f16_pipeline import SHIFT, F16Pipeline, Schedule, build_scheduler
 from components.models.loading.flux_transformer import TRANSFORMER_CLASSES
+from components.models.loading.single_file import said_rope
 from components.models.resonance_rope import RopeVariant
 from components.models.text_encoders import FOLDERS
 
@@ -183,6 +186,38 @@ def source_digests(sources: ModelSources) -> dict[str, str]:
         "transformer": file_digest(file) if file.is_file() else folder_digest(file),
         "text_encoders": hashlib.sha256("\n".join(parts).encode()).hexdigest(),
     }
+
+
+def departures(sources: ModelSources, rope_variant: str | None, stride: int) -> tuple[Any, Any]:
+    """What of a wish differs from the weights' own and so changes pictures.
+
+    Args:
+        sources: from `find_sources`.
+        rope_variant: wanted; None: the weights' own.
+        stride: wanted of the autoencoder, where it is a stock one.
+
+    Returns:
+        (`rope_variant` or None, `stride` or 2), as `load_pipeline` takes them.
+    """
+    if class_name(sources.autoencoder) != "AutoencoderKL":
+        stride = 2
+    if rope_variant is not None and rope_variant == _own_rope(sources.transformer):
+        rope_variant = None
+    return rope_variant, stride
+
+
+def _own_rope(transformer: Path) -> str | None:
+    """What a transformer without a wish takes; None: its class has no such thing."""
+    if transformer.suffix == ".safetensors" and transformer.is_file():
+        # Names a file that is none.
+        file_shapes(transformer)
+        return str(said_rope(metadata_of(transformer)).get("rope_variant", "official"))
+    if transformer.is_file():
+        return "official"
+    if class_name(transformer) not in TRANSFORMER_CLASSES:
+        return None
+    config = json.loads((transformer / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("rope_variant", "official"))
 
 
 def load_autoencoder(

@@ -238,6 +238,7 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
     from components.generation import sampling
     from components.generation.held_weights import encoder_loader
     from components.models.loading.memory_modes import memory_modes, parse_memory
+    from components.models.loading.released import departures, find_sources, source_digests
     from flows import environment
     from flows.versioning.profiles import settings_of
 
@@ -251,8 +252,6 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
     if options.model is None:
         sources = sampling.model_sources(root, settings)
     else:
-        from components.models.loading.released import find_sources
-
         base = options.base or root / "weights" / "FLUX.1-dev"
         sources = find_sources(options.model, base=base, transformer=options.transformer)
     chosen: dict[str, Any] = {
@@ -268,11 +267,11 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
         vae_tiling=memory.vae_tiling,
         **{name: value for name, value in chosen.items() if value is not None},
     )
+    rope_variant, vae_stride = departures(sources, options.rope, options.vae_stride)
+    sampler = replace(sampler, rope_variant=rope_variant, vae_stride=vae_stride)
     memory.check(sampler.quantisation, sampler.text_quantisation)
     sampler.speed.check(settings.runtime.device, sampler.dtype)
     requests = _requests(root, options, settings)
-    from components.models.loading.released import source_digests
-
     digests = source_digests(sources)
     # The key in the name: other settings or weights are another file, nothing is overwritten.
     requests = [
@@ -288,12 +287,7 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
     load_encoders = encoder_loader(sources, sampler, device=settings.runtime.device, memory=memory)
     made = sampling.generate_images(
         lambda: sampling.load_model(
-            sources,
-            sampler,
-            device=settings.runtime.device,
-            memory=memory,
-            rope_variant=options.rope,
-            stride=options.vae_stride,
+            sources, sampler, device=settings.runtime.device, memory=memory
         ),
         requests,
         options.output,

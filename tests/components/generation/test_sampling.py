@@ -151,6 +151,13 @@ def test_a_batch_changes_an_image_by_rounding_only(
         assert np.abs(pixels[0] - pixels[1]).max() <= 1
 
 
+def test_positions_and_stride_are_in_the_key_where_they_are_not_the_weights_own() -> None:
+    others = ({}, {"rope_variant": "paper"}, {"vae_stride": 1})
+    samplers = [replace(SAMPLER, **other) for other in others]  # type: ignore[arg-type]
+    assert not {"rope_variant", "vae_stride"} & set(samplers[0].deciding())
+    assert len({sampling.request_key(REQUESTS[0], one, DIGESTS) for one in samplers}) == 3
+
+
 def test_image_to_image_is_keyed_by_the_picture_and_the_strength(
     pipeline: UltraFluxPipeline, tmp_path: Path
 ) -> None:

@@ -79,6 +79,20 @@ def test_a_picture_of_a_short_cut_says_so_and_is_another_file(
     assert (fields["step_cache"], fields["step_cache_interval"]) == ("taylorseer", "2")
 
 
+def test_positions_and_a_stride_unlike_the_weights_are_another_file_that_says_so(
+    project: Path, tmp_path: Path
+) -> None:
+    plain, named, paper = (
+        generate(project, options(project, tmp_path, **changes))[0]
+        for changes in ({}, {"rope": "official", "vae_stride": 1}, {"rope": "paper"})
+    )
+    # The weights' own positions by name, and a stride that no stock autoencoder takes.
+    assert named == plain
+    assert "rope_variant" not in read_metadata(plain)
+    assert paper != plain
+    assert read_metadata(paper)["rope_variant"] == "paper"
+
+
 def test_image_to_image_takes_the_size_of_its_picture(project: Path, tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     Image.radial_gradient("L").resize((100, 70)).save(photo)
