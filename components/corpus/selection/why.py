@@ -9,11 +9,15 @@ At a prompt::
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import pyarrow.compute as pc
 
+from components.corpus.manifest_columns import manifest_batches
 from components.corpus.selection.rules import (
     REASONS,
     SETTING_OF,
@@ -97,10 +101,16 @@ class Why:
     """`uri` of those that are dropped for this one."""
     stored_reason: str | None
     """What the stage `select` said; differs after a change of settings."""
+    dropped_later: str | None = None
+    """By which later stage it is dropped, and why; see `with_later_stages`."""
+    said_later: tuple[str, ...] = ()
+    """A line per later stage."""
 
     def lines(self) -> list[str]:
         """A few lines for a terminal."""
-        verdict = "kept" if self.kept else f"dropped by {self.reason}"
+        # The first that drops it: of what is rejected here the later stages decide nothing.
+        reason = self.dropped_later if self.kept else self.reason
+        verdict = "kept" if reason is None else f"dropped by {reason}"
         lines = [f"{self.uri} ({self.image_id[:12]}): {verdict}"]
         lines += [f"  {_line(rule, self)}" for rule in self.rules]
         if self.off:
@@ -119,7 +129,7 @@ class Why:
                 f"  settings have changed: the stage select said "
                 f"{self.stored_reason or 'kept'}; run: ultraflux run --until select"
             )
-        return lines
+        return [*lines, *(f"  {line}" for line in self.said_later)]
 
 
 def _number(value: float) -> str:
@@ -202,6 +212,30 @@ def explain(selected: pd.DataFrame, row: int, settings: Settings) -> Why:
         keeps_for=tuple(stands_for["uri"]),
         stored_reason=_text(selected["reject_reason"].iloc[row]),
     )
+
+
+def with_later_stages(why: Why, data: Path) -> Why:
+    """The verdict with what `caption` and `slices` said of the row, as far as they have run.
+
+    Args:
+        why: of `explain`.
+        data: folder of the stages' outputs.
+    """
+    said, dropped = [], None
+    for stage, column in (("caption", "caption_status"), ("slices", "split")):
+        path = data / stage / "manifest.parquet"
+        row = _row(path, why.uri, [column, "reject_reason"]) if path.is_file() else {}
+        if row.get(column) is not None:
+            said.append(f"{stage}: {column} {row[column]}")
+        if row.get("reject_reason") == stage:
+            dropped = f"{stage} ({row[column]})"
+    return replace(why, dropped_later=dropped, said_later=tuple(said))
+
+
+def _row(manifest: Path, uri: str, columns: Sequence[str]) -> dict[str, Any]:
+    batches = manifest_batches(manifest, ["uri", *columns])
+    found = (one.filter(pc.equal(one["uri"], uri)).to_pylist() for one in batches)
+    return next(filter(None, found), [{}])[0]
 
 
 _QUIET = ("excluded", "integrity", "duplicate")

@@ -252,7 +252,7 @@ def why(
     from components.corpus.manifest_columns import read_columns
     from components.corpus.pages.why_page import write_why
     from components.corpus.selection.rules import COLUMNS
-    from components.corpus.selection.why import explain, find
+    from components.corpus.selection.why import explain, find, with_later_stages
     from components.settings.schema import SettingsError, load_settings
 
     root = project_root()
@@ -263,7 +263,8 @@ def why(
         settings = load_settings(root / "params.yaml")
         table = read_columns(path, [*COLUMNS, "uri", "reject_reason"])
         found = explain(table, find(table, image, root), settings)
-        print("\n".join([*found.lines(), *_what_came_later(root, found.uri)]))
+        found = with_later_stages(found, root / "data")
+        print("\n".join(found.lines()))
         if out is not None:
             write_why(found, root / "data" / "signals" / "derivatives.parquet", out)
     # QuotaInfeasible and ImageUnknown are ValueErrors too; all are one line.
@@ -271,24 +272,6 @@ def why(
         raise fail(str(problem)) from None
     if out is not None:
         print(out)
-
-
-def _what_came_later(root: Path, uri: str) -> list[str]:
-    """What the stages after `select` said of a row, as far as they have run."""
-    import pyarrow.compute as pc
-
-    from components.corpus.manifest_columns import manifest_batches
-
-    lines = []
-    for stage, column in (("caption", "caption_status"), ("slices", "split")):
-        path = root / "data" / stage / "manifest.parquet"
-        if path.is_file():
-            batches = manifest_batches(path, ["uri", column])
-            found = (one.filter(pc.equal(one["uri"], uri)).to_pylist() for one in batches)
-            row: dict[str, Any] = next(filter(None, found), [{}])[0]
-            if row.get(column) is not None:
-                lines.append(f"  {stage}: {column} {row[column]}")
-    return lines
 
 
 app.command(

@@ -5,8 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from components.corpus.manifest import write_table
 from components.corpus.selection.rules import REASONS, judgements, select
-from components.corpus.selection.why import ImageUnknown, explain, find
+from components.corpus.selection.why import ImageUnknown, explain, find, with_later_stages
 from components.settings.schema import Settings, load_settings
 
 ROOT = Path(__file__).parents[4]
@@ -104,6 +105,27 @@ def test_a_change_of_settings_since_the_stage_is_said(params: Settings) -> None:
     why = explain(table, 0, params.model_copy(update={"select": rules}))
     assert why.kept
     assert "settings have changed: the stage select said entropy" in why.lines()[-1]
+
+
+def test_the_verdict_is_that_of_the_last_stage(params: Settings, tmp_path: Path) -> None:
+    selected = select(candidates({}, {}, {"width": 400}), params.select)
+    later = selected.assign(
+        caption_status=["missing", "ok", "missing"],
+        kept=[False, True, False],
+        reject_reason=["caption", None, "resolution"],
+    )
+    verdicts = []
+    for stage in (None, "caption", "slices"):
+        if stage is not None:
+            (tmp_path / stage).mkdir()
+            split = [None, "train", None] if stage == "slices" else None
+            write_table(later.assign(split=split), tmp_path / stage / "manifest.parquet")
+        found = [with_later_stages(explain(selected, n, params), tmp_path) for n in range(3)]
+        verdicts.append([why.lines()[0].partition(": ")[2] for why in found])
+    assert verdicts[0] == ["kept", "kept", "dropped by resolution"]
+    assert verdicts[1] == verdicts[2] == ["dropped by caption (missing)", *verdicts[0][1:]]
+    assert found[0].lines()[-1] == "  caption: caption_status missing"
+    assert found[1].lines()[-2:] == ["  caption: caption_status ok", "  slices: split train"]
 
 
 def test_an_image_is_found_by_id_prefix_path_and_name(
