@@ -42,6 +42,9 @@ def refusal(problem: Exception, words: Sequence[str]) -> tuple[str, int] | None:
     graph = sys.modules.get("flows.versioning.graph")
     if graph is not None and isinstance(problem, graph.GraphError):
         return text, FAILED
+    records = sys.modules.get("flows.records.records")
+    if records is not None and isinstance(problem, records.TornJson):
+        return text, FAILED
     errors = sys.modules.get("dvc.exceptions")
     if errors is not None and isinstance(problem, errors.DvcException):
         return f"DVC: {text}", FAILED

@@ -14,6 +14,7 @@ lost.
 from __future__ import annotations
 
 import json
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -31,20 +32,46 @@ ACCEPTED_TAG = "ultraflux.accepted"
 MAKER_TAG = "ultraflux.accepts.record"
 """Tag of an acceptance: the record of the run that made the results."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+_said_torn: set[Path] = set()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = False) -> None:
     """Write JSON beside `path` and rename, so that readers see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False), contended=True)
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    write_text(path, text, durable=durable, contended=True)
 
 
 def read_json(path: Path) -> Any:
-    """The value in `path`, None when there is no such file."""
+    """The value in `path`; None when there is no such file, or none that a power cut left whole.
+
+    The latter is said once: what a process notes as it works, a lost note makes it do again.
+    """
+    try:
+        return read_whole_json(path)
+    except TornJson as problem:
+        if path not in _said_torn:
+            _said_torn.add(path)
+            print(f"{problem}: it counts as missing", file=sys.stderr, flush=True)
+        return None
+
+
+class TornJson(ValueError):
+    """A file that was to hold JSON; one line that names it."""
+
+
+def read_whole_json(path: Path) -> Any:
+    """As `read_json`, of what nothing can stand in for.
+
+    Raises:
+        TornJson: the file is there, but not whole.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as problem:
+        raise TornJson(f"{path} is not JSON ({problem})") from None
 
 
 @dataclass(frozen=True)
@@ -128,11 +155,11 @@ class Record:
 
     def finish(self, result: RunResult) -> None:
         """Write result.json."""
-        write_json(self.folder / "result.json", asdict(result))
+        write_json(self.folder / "result.json", asdict(result), durable=True)
 
     def set_outputs(self, hashes: Mapping[str, str]) -> None:
         """Write outputs.json."""
-        write_json(self.folder / "outputs.json", dict(hashes))
+        write_json(self.folder / "outputs.json", dict(hashes), durable=True)
 
 
 def records_dir(root: Path) -> Path:
@@ -143,7 +170,8 @@ def records_dir(root: Path) -> Path:
 def all_records(root: Path) -> Iterator[Record]:
     """Records in the order of their start."""
     # Not by the folder: a record is one from the moment that its run.json is there, whole.
-    found = [Record(path.parent) for path in records_dir(root).glob("*/run.json")]
+    folders = [path.parent for path in records_dir(root).glob("*/run.json")]
+    found = [Record(folder) for folder in folders if read_json(folder / "run.json")]
     yield from sorted(found, key=lambda record: (record.run.started_ms, record.record_id))
 
 
@@ -161,10 +189,10 @@ def open_record(root: Path, run: RunDescription) -> Record:
                         "started_ms": known.started_ms,
                         "attempts": known.attempts + 1,
                     }
-                    write_json(record.folder / "run.json", values)
+                    write_json(record.folder / "run.json", values, durable=True)
                     return record
     record = Record(records_dir(root) / f"{run.name}-{uuid.uuid4().hex[:12]}")
-    write_json(record.folder / "run.json", asdict(run))
+    write_json(record.folder / "run.json", asdict(run), durable=True)
     return record
 
 

@@ -24,10 +24,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 from flows.environment import PROJECT, project_name
-from flows.records.records import read_json, write_json
+from flows.records.records import TornJson, read_whole_json, write_json
 
 LOOPBACK = "127.0.0.1"
 SUPERUSER = "postgres"
@@ -115,7 +116,10 @@ class Secrets:
 
 def served_tier(root: Path) -> ServedTier | None:
     """The served tier of this project; None: the project is embedded."""
-    values = read_json(services_dir(root) / "served.json")
+    values = _read(
+        services_dir(root) / "served.json",
+        "remove it, then run `ultraflux up --served` (or --embedded) again with its options",
+    )
     return ServedTier(**values) if values else None
 
 
@@ -136,13 +140,29 @@ def use_served(root: Path, tier: ServedTier) -> Secrets:
 def own_secrets(root: Path) -> Secrets:
     """The project's passwords: drawn once, in a file that its owner alone can read."""
     path = services_dir(root) / "secrets.json"
-    if (known := read_json(path)) is None:
+    lost = (
+        "restore it from a backup, or run `ultraflux down` and remove it with mlflow-users.db "
+        "beside it; the databases of the served tier open with these passwords alone"
+    )
+    if (known := _read(path, lost)) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn = {item.name: secrets.token_urlsafe(24) for item in fields(Secrets)}
         # Two commands may come first at the same time: one of them wins, for both.
         _write_private(path, json.dumps(drawn, indent=1), replace=False)
-        known = read_json(path)
+        known = _read(path, lost)
     return Secrets(**known)
+
+
+def _read(path: Path, remedy: str) -> Any:
+    """A file that must not count as missing: another tier or other passwords would be used.
+
+    Raises:
+        TornJson: it is not whole; says what to do.
+    """
+    try:
+        return read_whole_json(path)
+    except TornJson as problem:
+        raise TornJson(f"{problem}: {remedy}") from None
 
 
 def write_clients(root: Path, environment: Mapping[str, str]) -> None:

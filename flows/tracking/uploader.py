@@ -235,10 +235,11 @@ class Uploader:
         data = {path: md5 for path, md5 in run.inputs.items() if path.startswith("data/")}
         tags |= {f"dvc.in.{path}": md5 for path, md5 in data.items()}
         if run.parent is not None:
-            parent = Record(record.folder.parent / run.parent).mlflow_run_id
-            if parent is None:
+            above = Record(record.folder.parent / run.parent)
+            if above.mlflow_run_id is not None:
+                tags["mlflow.parentRunId"] = above.mlflow_run_id
+            elif read_json(above.folder / "run.json"):
                 return False
-            tags["mlflow.parentRunId"] = parent
         # A run whose answer was lost with the server is taken up, not made twice.
         found = self.client.search_runs(
             [self.experiment_id], f"tags.`ultraflux.record` = '{record.record_id}'", max_results=1

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.records.records import RunDescription, RunResult, open_record, write_json
+from flows.commands.refusals import FAILED, refusal
+from flows.records.records import RunDescription, RunResult, TornJson, open_record, write_json
 from flows.services import postgres, served
 from flows.services import servers as services
 from flows.services import status as services_status
@@ -94,6 +95,17 @@ def test_prefect_clients_wait_longer_and_log_in_where_it_asks(toy: Path) -> None
     served_one = services.prefect_environment(toy, 4200)
     assert int(served_one["PREFECT_CLIENT_MAX_RETRIES"]) > 5
     assert served_one["PREFECT_API_AUTH_STRING"] == f"admin:{known.prefect_login}"
+
+
+@pytest.mark.parametrize("name", ["served.json", "secrets.json"])
+def test_a_torn_file_of_the_tier_is_one_line_with_what_to_do(toy: Path, name: str) -> None:
+    tier.use_served(toy, tier.ServedTier(postgres_port=5433))
+    (tier.services_dir(toy) / name).write_text("")
+    with pytest.raises(TornJson, match="is not JSON .*remove it") as found:
+        tier.served_clients(toy)
+    assert refusal(found.value, ["status"]) == (str(found.value), FAILED)
+    assert str(found.value).startswith(str(tier.services_dir(toy) / name))
+    assert services.down(toy) == []
 
 
 def test_a_run_does_not_start_a_server_of_its_own_beside_a_served_one(toy: Path) -> None:
