@@ -82,7 +82,7 @@ def read_candidates(
     table = join_signals(
         read_columns(manifest, MANIFEST_COLUMNS),
         _read(signals, [*_SIGNALS, *_COMPLAINTS]),
-        _read(quality, _QUALITY),
+        _read(quality, [*_QUALITY, "error"]),
         _read(people, _PEOPLE),
         settings,
     )
@@ -118,7 +118,7 @@ def join_signals(
         ValueError: an image stands twice in one of the three.
     """
     table = _with_signals(manifest, signals)
-    table = _with_columns(table, quality, _QUALITY)
+    table = _with_scores(table, quality)
     table = _with_columns(table, people, _PEOPLE)
     # `qalign` is filled only by the model of that name: the paper's threshold means its scale.
     is_qalign = table["quality_scorer"].str.lower().str.startswith(("qalign", "q-align"))
@@ -162,3 +162,19 @@ def _with_signals(manifest: pd.DataFrame, signals: pd.DataFrame) -> pd.DataFrame
     header = joined["integrity"].astype("str")
     joined["integrity"] = header.where(header != "ok", joined["decoded"])
     return joined.drop(columns="decoded")
+
+
+def _with_scores(table: pd.DataFrame, quality: pd.DataFrame) -> pd.DataFrame:
+    """Add scores; `integrity` becomes the complaint of a scorer that gave none.
+
+    Every kept row has both scores. One that cannot have them (1x1 pixels) is rejected like one that
+    could not be measured, or the contract would end the stage for all.
+    """
+    if "error" not in quality or quality["error"].isna().all():
+        return _with_columns(table, quality, _QUALITY)
+    is_scored = quality[["quality_score", "aesthetic"]].notna().all(axis=1)
+    found = quality.assign(unscored=quality["error"].mask(is_scored))
+    joined = _with_columns(table, found, [*_QUALITY, "unscored"])
+    refused = joined["integrity"].eq("ok") & joined["unscored"].notna()
+    joined["integrity"] = joined["integrity"].mask(refused, joined["unscored"])
+    return joined.drop(columns="unscored")
