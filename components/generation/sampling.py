@@ -103,9 +103,7 @@ class SamplerSettings:
         """
         values = asdict(self)
         del values["speed"]
-        kept = {
-            key: value for key, value in values.items() if key not in _OFF or value != _OFF[key]
-        }
+        kept = {key: value for key, value in values.items() if (key, value) not in _OFF.items()}
         return kept | self.speed.deciding()
 
 
@@ -201,8 +199,8 @@ def model_sources(
     Args:
         root: repository root.
         settings: of the project.
-        transformer: another folder than the pipeline's newest.
-        autoencoder: the same.
+        transformer: another folder, or file, than the pipeline's newest.
+        autoencoder: another folder.
 
     Raises:
         WeightsMissing: the pipeline has not trained them yet.
@@ -218,7 +216,8 @@ def model_sources(
         "transformer": transformer or root / "data" / "dit_stage2" / settings.generate.weights,
     }
     for kind, folder in folders.items():
-        resolve_folder(folder, f"trained {kind}", "ultraflux run")
+        if kind == "autoencoder" or not folder.is_file():
+            resolve_folder(folder, f"trained {kind}", "ultraflux run")
     # After the checks: this import takes seconds.
     from components.models.loading.released import ModelSources
 

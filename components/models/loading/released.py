@@ -103,13 +103,10 @@ def find_sources(
     # Collected, not raised one by one: each would cost the user another download and another try.
     missing: list[WeightsMissing] = []
     chosen_transformer = transformer or repository / "transformer"
-    if not (chosen_transformer.is_file() or _holds(chosen_transformer)):
-        missing.append(_missing_transformer(chosen_transformer, repository, transformer))
-    elif chosen_transformer.suffix in PICKLED_SUFFIXES:
-        raise WeightsBroken(
-            f"{chosen_transformer}: pickled weights can run code and are not loaded; get the "
-            ".safetensors file"
-        )
+    try:
+        check_transformer(chosen_transformer, None if transformer else repository)
+    except WeightsMissing as problem:
+        missing.append(problem)
     # The model's own autoencoder first: UltraFlux' F16 decoder is not the base's F8.
     candidates = [repository / "vae", fallback / "vae"]
     chosen_vae = autoencoder or next(filter(_holds, candidates), candidates[0])
@@ -131,6 +128,25 @@ def find_sources(
     schedules = (root / "scheduler" for root in (repository, fallback))
     scheduler = next((s for s in schedules if (s / "scheduler_config.json").is_file()), None)
     return ModelSources(chosen_transformer, chosen_vae, encoders, scheduler)
+
+
+def check_transformer(path: Path, repository: Path | None = None) -> None:
+    """Refuse what cannot be a transformer, before anything is read.
+
+    Args:
+        path: folder, or .safetensors or .gguf file.
+        repository: the model's folder that `path` is part of; None: it stands alone.
+
+    Raises:
+        WeightsMissing: it is not there; names the command that gets it.
+        WeightsBroken: pickled weights.
+    """
+    if not (path.is_file() or _holds(path)):
+        raise _missing_transformer(path, repository)
+    if path.suffix in PICKLED_SUFFIXES:
+        raise WeightsBroken(
+            f"{path}: pickled weights can run code and are not loaded; get the .safetensors file"
+        )
 
 
 def _refuse_other(folder: Path) -> None:
@@ -162,8 +178,8 @@ def _repository_of(folder: Path) -> str:
     return FLUX if "flux.1" in folder.name.lower() else ULTRAFLUX
 
 
-def _missing_transformer(path: Path, repository: Path, replacement: Path | None) -> WeightsMissing:
-    if replacement is None:
+def _missing_transformer(path: Path, repository: Path | None) -> WeightsMissing:
+    if repository is not None:
         command = download_command(
             _repository_of(repository), repository, include=("transformer/*",)
         )

@@ -120,6 +120,8 @@ def _check(options: GenerateOptions) -> None:
             raise GenerationRefused(f"--{name} {path}: {why_no_file(path)}")
     if options.image is not None:
         _image_size(options.image)
+    if options.base is not None and options.model is None:
+        raise GenerationRefused("--base: holds what --model lacks; give --model with it")
     for name in ("model", "transformer"):
         model: Path | None = getattr(options, name)
         # Of published weights below weights/ a line each says how to get them.
@@ -238,7 +240,12 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
     from components.generation import sampling
     from components.generation.held_weights import encoder_loader
     from components.models.loading.memory_modes import memory_modes, parse_memory
-    from components.models.loading.released import departures, find_sources, source_digests
+    from components.models.loading.released import (
+        check_transformer,
+        departures,
+        find_sources,
+        source_digests,
+    )
     from flows import environment
     from flows.versioning.profiles import settings_of
 
@@ -250,7 +257,9 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
     )
     environment.prepare(offline=settings.runtime.offline)
     if options.model is None:
-        sources = sampling.model_sources(root, settings)
+        if options.transformer is not None:
+            check_transformer(options.transformer)
+        sources = sampling.model_sources(root, settings, transformer=options.transformer)
     else:
         base = options.base or root / "weights" / "FLUX.1-dev"
         sources = find_sources(options.model, base=base, transformer=options.transformer)

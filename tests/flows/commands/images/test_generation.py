@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from components.files.weight_folders import ComponentsMissing
+from components.files.weight_folders import ComponentsMissing, WeightsMissing
 from components.generation.image_metadata import read_metadata
 from components.models.text_encoders import build_tiny_text_encoders
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
@@ -107,6 +108,8 @@ def test_image_to_image_takes_the_size_of_its_picture(project: Path, tmp_path: P
     ("changes", "problem"),
     [
         ({"prompts": ()}, "give --prompt or --prompts"),
+        ({"model": None, "base": Path("base")}, "--base: holds what --model lacks"),
+        ({"model": None, "transformer": Path("typed")}, "--transformer typed: no such folder"),
         ({"prompts": (" ",)}, "--prompt: empty"),
         ({"size": None}, "--size: missing"),
         ({"size": "100x64"}, "nearest is 96"),
@@ -132,6 +135,27 @@ def test_missing_parts_are_listed_with_commands(project: Path, tmp_path: Path) -
     with pytest.raises(ComponentsMissing, match="hf download black-forest-labs") as raised:
         generate(project, options(project, tmp_path, base=tmp_path / "nothing"))
     assert len(str(raised.value).splitlines()) == 4
+
+
+def test_a_transformer_replaces_the_pipelines_own(project: Path, tmp_path: Path) -> None:
+    trained = tmp_path / "data"
+    (tmp_path / "params.yaml").write_text((project / "params.yaml").read_text())
+    weights = project / "weights"
+    own = trained / "dit_stage2" / "ema"
+    shutil.copytree(weights / "UltraFlux-v1" / "transformer", own)
+    shutil.copytree(weights / "UltraFlux-v1" / "vae", trained / "vae" / "autoencoder")
+    shutil.copytree(weights / "FLUX.1-dev", trained / "text_embeddings" / "encoders")
+    build_tiny_transformer(
+        num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=32, seed=7
+    ).save_pretrained(tmp_path / "other")
+    pictures = [
+        generate(tmp_path, options(project, tmp_path / "out", model=None, **changes))[0]
+        for changes in ({}, {"transformer": own}, {"transformer": tmp_path / "other"})
+    ]
+    assert pictures[0] == pictures[1] != pictures[2]
+    missing = tmp_path / "weights" / "none"
+    with pytest.raises(WeightsMissing, match="hf download Owen777/UltraFlux-v1-1-Transformer"):
+        generate(tmp_path, options(project, tmp_path, model=None, transformer=missing))
 
 
 def test_sizes_round_to_multiples_of_32_only_when_asked() -> None:
