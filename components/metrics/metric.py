@@ -148,8 +148,12 @@ def _decoded(path: Path, _sha256: str | None) -> ImageArray:
     The digest is part of the key, so a file that was replaced is read again.
     """
     from components.images.decoding import read_rgb
+    from components.images.image_files import ImageUndecodable
 
-    return read_rgb(path).pixels
+    try:
+        return read_rgb(path).pixels
+    except ImageUndecodable as problem:
+        raise ImageUndecodable(f"reference {path.name}: {problem}") from None
 
 
 def reference_rgb(picture: Picture) -> ImageArray:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from components.chat.prompts import Prompt, load_prompt
 
@@ -55,6 +55,11 @@ class AnswerInvalid(ValueError):
     """An answer that does not fit the schema; one line saying where."""
 
 
+def _whole_characters(text: object) -> object:
+    # Half of a character, as JSON of a cut emoji holds it, cannot be written to a file.
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else text
+
+
 class Verdict(BaseModel):
     """The answer, as the supplement's format has it."""
 
@@ -63,7 +68,7 @@ class Verdict(BaseModel):
     preferred: Literal["A", "B", "tie"]
     a_score: Annotated[float, Field(ge=0.0, le=100.0)]
     b_score: Annotated[float, Field(ge=0.0, le=100.0)]
-    reasons: str
+    reasons: Annotated[str, BeforeValidator(_whole_characters)]
     repairs: tuple[str, ...] = Field(default=(), exclude=True)
     """What was not as asked, though it could be read one way only."""
 

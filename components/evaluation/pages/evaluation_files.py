@@ -85,7 +85,7 @@ def read_evaluation(folder: Path) -> Evaluation:
             failed_systems=description["failed_systems"],
             table=table,
             scores_sha256=digest,
-            pictures=[json.loads(line) for line in lines if line.strip()],
+            pictures=[dict(json.loads(line)) for line in lines if line.strip()],
             set_comparisons=tuple(
                 SetComparison(**one) for one in description.get("set_comparisons", ())
             ),
@@ -93,7 +93,7 @@ def read_evaluation(folder: Path) -> Evaluation:
             other_sizes=description.get("other_sizes", {}),
             notes=tuple(description.get("notes", ())),
         )
-    except (OSError, KeyError, TypeError, ValueError) as problem:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as problem:
         detail = f"{problem.strerror}" if isinstance(problem, OSError) else f"{problem}"
         name = Path(str(getattr(problem, "filename", "") or "")).name
         raise EvaluationIncomplete(

@@ -43,7 +43,7 @@ from components.evaluation.pages.suite_pictures import (
     build_viewer,
 )
 from components.evaluation.pages.suite_tables import metric_tables
-from components.evaluation.paper_tables.records import read_record
+from components.evaluation.paper_tables.records import read_judged, read_timed
 from components.evaluation.statistics.comparison import Comparison, Refusal
 from components.evaluation.statistics.set_comparison import SetComparison
 from components.evaluation.statistics.worst_cases import WorstCase, by_rank, worst_cases
@@ -315,8 +315,8 @@ def build_suite_report(
     """
     evaluation = read_together((folder, *options.further))
     beside = [
-        *judge_tables([read_record(path) for path in options.judged]),
-        *runtime_tables([read_record(path) for path in options.timed]),
+        *judge_tables([read_judged(path) for path in options.judged]),
+        *runtime_tables([read_timed(path) for path in options.timed]),
     ]
     systems = evaluation.systems
     if not systems:

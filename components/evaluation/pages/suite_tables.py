@@ -20,7 +20,8 @@ from components.metrics.paper_tables import table_of_suite
 from components.metrics.published import PublishedTable
 
 
-def _cell(evaluation: Evaluation, prefix: str, metric: str) -> Cell:
+def _cell(evaluation: Evaluation, prefix: str, metric: str, pictures: int) -> Cell:
+    """A mean with its interval, and of how many pictures it is where that is not all."""
     name = f"{prefix}.{metric}"
     values = evaluation.metrics
     low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
@@ -28,6 +29,9 @@ def _cell(evaluation: Evaluation, prefix: str, metric: str) -> Cell:
         "" if low is None or high is None else f"{fixed(low, metric)} to {fixed(high, metric)}"
     )
     value, note = fixed(values.get(name), metric), count_note(values, name)
+    count = int(values.get(f"{name}_n", 0.0) + values.get(f"{name}_infinite", 0.0))
+    if name in values and 0 < count != pictures and card(metric).needs != "set pair":
+        interval = f"{interval}, n = {count}" if interval else f"n = {count}"
     if not note:
         return Cell(value, interval)
     # An infinite value is the best there is: it stands first, the mean over the others below.
@@ -74,11 +78,13 @@ def _ours(
         if stratum:
             scores = scores[scores["stratum"] == stratum]
             prefix, name = f"{system}.{stratum}", f"{stratum}, {system}"
+        # An unreadable picture has rows, and no value in any of them.
+        pictures = scores[scores["value"].notna()]["item"].nunique()
         cells = tuple(
-            replace(_cell(evaluation, prefix, metric), best=prefix in best[metric])
+            replace(_cell(evaluation, prefix, metric, pictures), best=prefix in best[metric])
             for metric in metrics
         )
-        label = f"{name} (n = {scores['item'].nunique()})"
+        label = f"{name} (n = {pictures})"
         rows.append(Row(label, cells, first_ours=index == 0))
     return rows
 

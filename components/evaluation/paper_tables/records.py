@@ -176,6 +176,34 @@ def read_record(folder: Path) -> Record:
     return _from_evaluation(folder)
 
 
+def read_judged(folder: Path) -> Record:
+    """What `ultraflux judge` left in a folder.
+
+    Raises:
+        ValueError: it left nothing there, or not whole.
+    """
+    if not (folder / "summary.json").is_file():
+        raise ValueError(
+            f"{folder}: no judgement (summary.json); name the --output of a finished "
+            "`ultraflux judge`"
+        )
+    return read_record(folder)
+
+
+def read_timed(folder: Path) -> Record:
+    """What the runtime suite left in a folder.
+
+    Raises:
+        ValueError: it left nothing there, or not whole.
+    """
+    if not (folder / "runtime.json").is_file():
+        raise ValueError(
+            f"{folder}: no times (runtime.json); name the --out of a finished `ultraflux evaluate "
+            "runtime`"
+        )
+    return read_record(folder)
+
+
 def default_records(table: PublishedTable, root: Path) -> list[Record]:
     """What the commands left at their default places for a table; other folders are skipped.
 

@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -30,6 +34,8 @@ from components.evaluation.suites.suites import SuiteItem
 
 _TAIL_CHARACTERS = 400
 _NAMED_IN_MESSAGES = 3
+GRACE_S = 5.0
+"""A program that is ended may save what it has."""
 
 
 def _system_failed(message: str) -> Exception:
@@ -175,10 +181,64 @@ class CommandSystem:
                 word = word.replace(placeholder, value)
             words.append(word)
         try:
-            done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+            code, output, errors = _run_to_its_end(words)
         except OSError as problem:
             return f"the command does not start: {words[0]}: {problem.strerror};"
-        if done.returncode == 0:
+        if code == 0:
             return None
-        tail = " ".join((done.stderr.strip() or done.stdout.strip()).split())[-_TAIL_CHARACTERS:]
-        return f"the command ended with code {done.returncode} ({tail or 'it said nothing'});"
+        tail = " ".join((errors.strip() or output.strip()).split())[-_TAIL_CHARACTERS:]
+        return f"the command ended with code {code} ({tail or 'it said nothing'});"
+
+
+def _run_to_its_end(words: Sequence[str]) -> tuple[int, str, str]:
+    """(code, output, errors) of a program; whatever ends us first ends it and all it started.
+
+    It would go on painting into a folder that the next run empties, and keep the GPU's memory.
+
+    Raises:
+        OSError: it does not start.
+    """
+    with _ended_by_sigterm():
+        process = subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            output, errors = process.communicate()
+        except BaseException:
+            _end_group(process)
+            raise
+    return process.returncode, output, errors
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    for end in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, end)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process by way of its `finally` blocks, where nobody else handles it."""
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if not is_ours:
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from components.evaluation.measuring.evaluation_run import Found
 from components.evaluation.suites.suites import SuiteItem
 
 _NAMED = 2
+_FLOAT = "F"
+"""PIL's mode of floating-point pictures, as `Found.kind` says it."""
+FLOAT_RANGE = (
+    "; floating-point values by 1, or where they exceed it by the largest of the file, so that two "
+    "such files may be scaled differently: save them as 16 bits to compare them"
+)
 
 
 def _size(width: int, height: int) -> str:
@@ -58,6 +66,41 @@ def left_out(by_name: Mapping[str, Path], items: Sequence[SuiteItem]) -> list[st
     ]
 
 
+def missing_values(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines about pictures that a mean does not hold: not measured, or without a defined value.
+
+    Args:
+        rows: of one system, as the table of scores has them.
+    """
+    total = len({row["item"] for row in rows})
+    failed: dict[str, set[str]] = defaultdict(set)
+    undefined: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if row["error"] is not None:
+            failed[row["item"]].add(row["error"])
+        elif row["value"] is None or math.isnan(row["value"]):
+            undefined[row["metric"]].append(f"{row['image']} ({row['width']}x{row['height']})")
+    lines = []
+    if failed:
+        reasons = Counter(error for errors in failed.values() for error in errors)
+        reason, _ = reasons.most_common(1)[0]
+        more = f", and {len(reasons) - 1} other reasons" if len(reasons) > 1 else ""
+        lines.append(
+            f"{len(failed)} of {total} pictures could not be measured and are in no mean: "
+            f"{reason}{more}"
+        )
+    same: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for metric, images in undefined.items():
+        same[tuple(images)].append(metric)
+    for images, metrics in same.items():
+        what = "has" if len(metrics) == 1 else "have"
+        lines.append(
+            f"{', '.join(metrics)} {what} no value for {len(images)} of {total} pictures, too "
+            f"small or without what it measures, such as {images[0]}"
+        )
+    return lines
+
+
 def reading_notes(found: Sequence[Found]) -> list[str]:
     """A line about pictures that are not plain 8-bit sRGB; metrics see what a viewer shows."""
     special = [one for one in found if one.error is None and one.reading]
@@ -68,4 +111,5 @@ def reading_notes(found: Sequence[Found]) -> list[str]:
         f"{len(special)} of {len(found)} pictures are not plain 8-bit sRGB ({kinds}), such as "
         f"{special[0].path.name}; they were read as a viewer shows them: upright, in sRGB, "
         "transparency over white, 16 bits scaled to 8"
+        + (FLOAT_RANGE if any(f" {_FLOAT} " in f" {one.kind} " for one in special) else "")
     ]

@@ -44,6 +44,11 @@ class ReferenceFiles:
     def __init__(self) -> None:
         self._found: dict[Path, Found] = {}
 
+    @property
+    def found(self) -> list[Found]:
+        """Those that were needed."""
+        return list(self._found.values())
+
     def _find(self, path: Path) -> Found:
         if path not in self._found:
             self._found[path] = find_picture(path)

@@ -32,6 +32,7 @@ from components.evaluation.statistics.comparison import Refusal
 from components.evaluation.statistics.set_comparison import SetComparison
 from components.evaluation.suites.picture_checks import (
     measured_sizes,
+    missing_values,
     other_size,
     reading_notes,
 )
@@ -81,6 +82,19 @@ class SuiteResult:
     """By system: the last look of a run that stops when a metric decides."""
     notes: list[str] = field(default_factory=list)
     """What a reader has to know of how pictures were matched, read and taken over."""
+
+    @property
+    def unmeasured(self) -> dict[str, str]:
+        """Systems with pictures that could not be measured, or without any value: how many."""
+        said = {}
+        for system, rows in self.table.groupby("system"):
+            failed = rows.loc[rows["error"].notna(), "item"].nunique()
+            if failed:
+                total = rows["item"].nunique()
+                said[str(system)] = f"{failed} of {total} pictures could not be measured"
+            elif rows["value"].isna().all():
+                said[str(system)] = "no metric has a value for any picture"
+        return said
 
 
 def fitted_references(items: Sequence[SuiteItem], folder: Path) -> list[SuiteItem]:
@@ -192,7 +206,6 @@ def evaluate_suite(
             say(f"{system.name}: {problem}")
             continue
         notes += [f"{system.name}: {note}" for note in (*remarks(system), *reading_notes(found))]
-        sizes[system.name] = measured_sizes(found)
         if other:
             others[system.name] = other
         good = [place for place, file in enumerate(found) if file.error is None]
@@ -200,8 +213,12 @@ def evaluate_suite(
         theirs = references.needed(opened, items)
         measured = run.measure(pictures, sets_only=theirs, name=f"measure {system.name}")
         by_place = dict(zip(good, measured, strict=True))
+        # One that cannot be decoded is known by its header alone.
+        whole = (place for place in good if by_place[place].values or not by_place[place].errors)
+        sizes[system.name] = measured_sizes([found[place] for place in whole])
+        ours: list[dict[str, Any]] = []
         for place, item in enumerate(items):
-            rows += _rows(system.name, item, found[place], by_place.get(place), reported)
+            ours += _rows(system.name, item, found[place], by_place.get(place), reported)
             listed.append(
                 {
                     "system": system.name,
@@ -212,6 +229,8 @@ def evaluate_suite(
                     "reference": str(item.reference or ""),
                 }
             )
+        rows += ours
+        notes += [f"{system.name}: {line}" for line in missing_values(ours)]
         by_system[system.name] = {
             items[place].id: picture for place, picture in zip(good, pictures, strict=True)
         }
@@ -223,6 +242,8 @@ def evaluate_suite(
             unavailable |= {name: reason for name, reason in reasons.items() if name in reported}
             moved = set_movers(opened, ledger, by_system[system.name], references, items)
             notes += [f"{system.name}: {line}" for line in moved]
+    if any(card(metric_id).needs in {"pair", "set pair"} for metric_id in opened.ids):
+        notes += [f"references: {note}" for note in reading_notes(references.found)]
     if by_system and _has_sets(opened):
         notes.append(NO_SET_INTERVAL)
     ledger.compact()
@@ -242,7 +263,7 @@ def evaluate_suite(
     if baseline in by_system and _has_sets(opened):
         for name in (name for name in by_system if name != baseline):
             if sizes[name] != sizes[baseline]:
-                reason = f"{name} and {baseline} have pictures of other sizes"
+                reason = f"{name} and {baseline} have other sizes or numbers of pictures"
                 result.set_refusals[name] = [Refusal("sets", reason)]
                 continue
             for stratum, chosen in groups(items).items():

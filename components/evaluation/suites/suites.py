@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -172,6 +173,21 @@ def suite_names() -> tuple[str, ...]:
     return (*(definition.name for definition in DEFINITIONS), HELD_OUT, RUNTIME)
 
 
+def item_name(stem: str) -> str:
+    """The id that a picture's path without suffix gives; files of a system go by it as well."""
+    # Composed: a copy from a Mac has an accent as a character of its own.
+    plain = unicodedata.normalize("NFC", stem)
+    return re.sub(r"[^\w.-]", "_", plain.replace("/", "__"))
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _entries(folder: Path) -> Iterator[tuple[str, Path, str]]:
     """(id, picture, prompt) of a folder's metadata.jsonl."""
     metadata = folder / "metadata.jsonl"
@@ -187,15 +203,19 @@ def _entries(folder: Path) -> Iterator[tuple[str, Path, str]]:
             raise ValueError(f"{where}: not JSON: {problem.msg}") from None
         fields = record if isinstance(record, dict) else {}
         name, text = fields.get("file_name"), fields.get("text")
-        if not isinstance(name, str) or not isinstance(text, str) or not (name and text.strip()):
+        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: expected an object with texts `file_name` and `text`")
+        if not PurePosixPath(name).name or "\0" in name:
+            raise ValueError(f"{where}: file_name {name!r} names no file")
+        # JSON may hold half of a character (a cut emoji), which no file takes.
+        if not _is_whole(name + text):
+            raise ValueError(f"{where}: half of a character (\\ud800 to \\udfff) in {name!r}")
         picture = folder / name
         # By the name alone: a link in the user's own folder leads where they laid it, as every
         # picture of a hub's cache does; a name is text from elsewhere.
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ValueError(f"{where}: file_name '{name}' leads out of the folder; refused")
-        stem = PurePosixPath(name).with_suffix("").as_posix()
-        item_id = re.sub(r"[^\w.-]", "_", stem.replace("/", "__"))
+        item_id = item_name(PurePosixPath(name).with_suffix("").as_posix())
         if item_id in seen:
             raise ValueError(
                 f"{where}: '{name}' and line {seen[item_id]} give the same name '{item_id}'; "

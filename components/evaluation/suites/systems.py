@@ -30,7 +30,7 @@ from PIL import Image
 
 from components.evaluation.suites.picture_checks import left_out
 from components.evaluation.suites.step_clock import PipelinePaint
-from components.evaluation.suites.suites import SuiteItem
+from components.evaluation.suites.suites import SuiteItem, item_name
 from components.evaluation.suites.system import (
     IMAGE_SUFFIXES,
     References,
@@ -95,7 +95,7 @@ class FolderSystem:
         )
         by_name: dict[str, Path] = {}
         for path in files:
-            other = by_name.setdefault(path.stem, path)
+            other = by_name.setdefault(item_name(path.stem), path)
             if other != path:
                 raise SystemFailed(
                     f"{self.name}: {other.name} and {path.name} in {self.folder} are both for "

@@ -277,8 +277,10 @@ def evaluate(
     if log:
         files = [written / "metrics.json", written / "scores.parquet"]
         _log(root, loaded, result.metrics, files, is_complete=not result.failed_systems)
-    if result.failed_systems:
-        lines = [
+    if result.failed_systems or result.unmeasured:
+        # Told at the end as well: a mean over the others is no mean of the system.
+        lines = [f"{name}: {text}" for name, text in result.unmeasured.items()]
+        lines += [
             text if text.startswith(f"{name}: ") else f"{name}: {text}"
             for name, text in result.failed_systems.items()
         ]

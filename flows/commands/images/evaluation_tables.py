@@ -118,9 +118,6 @@ def show_result(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None
         console.print(comparisons(published), markup=False, soft_wrap=True)
     for metric_id, reason in result.unavailable.items():
         console.print(f"not measured: {metric_id}: {reason}", markup=False, soft_wrap=True)
-    errors = result.table[result.table["error"].notna()]
-    for (name, error), failed in errors.groupby(["system", "error"]):
-        console.print(f"no value: {name}: {len(failed)} ({error})", markup=False, soft_wrap=True)
 
 
 def _cells(

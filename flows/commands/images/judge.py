@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,11 @@ EPILOG = """Examples:
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"}
 
 
+def _composed(name: str) -> str:
+    # A copy from a Mac has an accent as a character of its own.
+    return unicodedata.normalize("NFC", name)
+
+
 def _pictures(folder: Path, flag: str) -> dict[str, Path]:
     """Pictures of a folder by name without suffix.
 
@@ -35,11 +41,14 @@ def _pictures(folder: Path, flag: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder}: no such folder")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-    found = {path.stem: path for path in files}
+    found = {_composed(path.stem): path for path in files}
     if not files:
         raise ValueError(f"{flag} {folder}: holds no pictures ({', '.join(sorted(_SUFFIXES))})")
     if len(found) != len(files):
-        raise ValueError(f"{flag} {folder}: two pictures differ in their suffix alone")
+        raise ValueError(
+            f"{flag} {folder}: two pictures differ only in their suffix, or in how an accent is "
+            "written"
+        )
     return found
 
 
@@ -60,7 +69,7 @@ def _named_prompts(path: Path) -> dict[str, str] | None:
         text = record.get("text")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{path.name} line {number}: no text")
-        named[Path(str(record["file_name"])).stem] = text
+        named[_composed(Path(str(record["file_name"])).stem)] = text
     return named
 
 

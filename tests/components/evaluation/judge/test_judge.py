@@ -278,6 +278,10 @@ def test_answers_are_validated_and_questions_are_known() -> None:
     for text in ("", "[]", "{}", verdict("A", b_score="high"), verdict("A", a_score=None)):
         with pytest.raises(AnswerInvalid):
             parse_verdict(text)
+    # A cut emoji, which JSON can hold and no file can.
+    for prose in ("", "Well: "):
+        cut = parse_verdict(f"{prose}{verdict('A', reasons='X')}".replace("X", "\\ud83d sharp"))
+        assert cut.reasons == "? sharp"
     with pytest.raises(ValueError, match="choose of aesthetics, alignment, detail"):
         judge_prompt("beauty")
 

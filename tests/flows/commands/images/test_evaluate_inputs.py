@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -231,3 +235,137 @@ def test_an_evaluation_of_equal_systems_sees_every_prompt(project: Path, typed: 
     assert "stopped early" not in equal.stdout
     described = json.loads((project / "runs/evaluations/set/metrics.json").read_text())
     assert "+drawn" not in described["protocol"]
+
+
+def test_pictures_without_a_value_are_counted_and_said(project: Path, typed: Typed) -> None:
+    pictures = {"a": texture(0, 256), "b": texture(1, 256), "c": texture(2, 64)}
+    suite(project / "mixed", pictures)
+    write(project / "mine", {name: noisy(one, 3, 0) for name, one in pictures.items()})
+    done = typed(project, "evaluate", "mixed", *words("s=mine", "psnr_db,flat_fraction"))
+    assert done.returncode == 0
+    assert "s: flat_fraction has no value for 1 of 3 pictures" in done.stdout
+    assert "such as c.png (64x64)" in done.stdout
+    done = typed(project, "report", "runs/evaluations/mixed")
+    assert done.returncode == 0
+    page = (project / "runs" / "evaluations" / "mixed" / "report.html").read_text()
+    assert "flat_fraction has no value for 1 of 3 pictures" in page
+    assert "s (n = 3)" in page
+    assert "n = 2" in page
+    only = suite(project / "small", {"c": texture(2, 64)})
+    done = typed(project, "evaluate", str(only), *words("s=small", "flat_fraction"))
+    assert done.returncode == 1
+    assert "error: s: no metric has a value for any picture" in done.stderr
+
+
+def test_a_broken_picture_is_in_no_mean_and_no_success(project: Path, typed: Typed) -> None:
+    pictures = {name: texture(n, 128) for n, name in enumerate("abc")}
+    suite(project / "base", pictures)
+    write(project / "mine", pictures)
+    whole = (project / "mine" / "b.png").read_bytes()
+    (project / "mine" / "b.png").write_bytes(whole[: len(whole) // 2])
+    done = typed(project, "evaluate", "base", *words("s=mine", "glcm_score"))
+    assert done.returncode == 1
+    assert "s: 1 of 3 pictures could not be measured and are in no mean: b.png: " in done.stdout
+    assert "error: s: 1 of 3 pictures could not be measured" in done.stderr
+    assert typed(project, "report", "runs/evaluations/base").returncode == 0
+    page = (project / "runs" / "evaluations" / "base" / "report.html").read_text()
+    assert "s (n = 2)" in page
+    assert "s 2 of 128x128." in page
+    assert "could not be measured" in page
+    (project / "base" / "a.png").write_bytes(whole[: len(whole) // 2])
+    write(project / "mine", pictures)
+    done = typed(project, "evaluate", "base", *words("s=mine", "psnr_db", "--relock"))
+    assert done.returncode == 1
+    assert "reference a.png: " in done.stdout
+
+
+def test_references_that_are_not_plain_are_said_too(project: Path, typed: Typed) -> None:
+    gray = np.asarray(Image.fromarray(texture(0)).convert("L"))
+    write(project / "deep", {"g": gray.astype(np.uint16) * 257})
+    Image.fromarray(gray.astype(np.float32)).save(project / "deep" / "f.tif")
+    lines = [json.dumps({"file_name": name, "text": "x"}) for name in ("g.png", "f.tif")]
+    (project / "deep" / "metadata.jsonl").write_text("\n".join(lines))
+    write(project / "mine", {"g": gray, "f": gray})
+    done = typed(project, "evaluate", "deep", *words("s=mine", "psnr_db"))
+    assert done.returncode == 0
+    assert "references: 2 of 2 pictures are not plain 8-bit sRGB (16-bit I;16, 32-bit F)" in (
+        done.stdout
+    )
+    assert "floating-point values by 1, or where they exceed it by the largest" in done.stdout
+    done = typed(project, "evaluate", "deep", *words("s=mine", "glcm_score"))
+    assert "references:" not in done.stdout
+
+
+def test_names_match_however_an_accent_is_written(project: Path, typed: Typed) -> None:
+    suite(project / "base", {"é": texture(0), "o p": texture(1)})
+    write(project / "mine", {"e\u0301": texture(1), "o p": texture(0)})
+    done = typed(project, "evaluate", "base", *words("s=mine", "psnr_db"))
+    assert done.returncode == 0
+    assert "note" not in done.stdout
+    assert scores(project, "base")["value"].max() < 30
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"file_name": ".", "text": "x"}, "line 1: file_name '.' names no file"),
+        ({"file_name": "a.png", "text": "\ud800 x"}, "line 1: half of a character"),
+    ],
+)
+def test_a_row_that_names_nothing_says_its_line(
+    project: Path, typed: Typed, row: dict[str, str], said: str
+) -> None:
+    (project / "base").mkdir()
+    (project / "base" / "metadata.jsonl").write_text(json.dumps(row))
+    done = typed(project, "evaluate", "base", *words("s=references", "psnr_db"))
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_page_takes_judgements_and_times_from_their_own_folders(
+    project: Path, typed: Typed
+) -> None:
+    suite(project / "base", {"a": texture(0), "b": texture(1)})
+    assert typed(project, "evaluate", "base", *words("s=base", "glcm_score")).returncode == 0
+    folder = "runs/evaluations/base"
+    done = typed(project, "report", folder, "--judged", folder)
+    assert (done.returncode, "no judgement (summary.json)" in done.stderr) == (2, True)
+    done = typed(project, "report", folder, "--runtime", folder)
+    assert (done.returncode, "no times (runtime.json)" in done.stderr) == (2, True)
+    for name in ("metrics.json", "pictures.jsonl"):
+        before = (project / folder / name).read_bytes()
+        (project / folder / name).write_text("[1]")
+        done = typed(project, "report", folder)
+        assert (done.returncode, "not an evaluation" in done.stderr) == (2, True)
+        assert "Traceback" not in done.stderr
+        (project / folder / name).write_bytes(before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_command_ends_the_program_it_runs(
+    project: Path, root: Path, number: signal.Signals
+) -> None:
+    suite(project / "base", {"a": texture(0)})
+    # Through a shell, as a launcher's script would: what it started ends as well.
+    (project / "hang.sh").write_text("sleep 300 & echo $! > pid; wait\n")
+    command = [str(Path(sys.executable).parent / "ultraflux"), "evaluate", "base"]
+    command += words("s=command:sh hang.sh {prompts} {out}", "psnr_db")
+    running = subprocess.Popen(
+        command,
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A test run in the background may ignore it, and a child would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+    deadline = time.monotonic() + 60
+    while not (project / "pid").is_file() or not (project / "pid").read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started = int((project / "pid").read_text())
+    running.send_signal(number)
+    assert running.wait(30) != 0
+    assert not Path(f"/proc/{started}/stat").exists() or " Z " in (
+        Path(f"/proc/{started}/stat").read_text()
+    )
