@@ -53,6 +53,7 @@ def up(root: Path, tier: ServedTier) -> list[Service]:
     postgres.find_programs()
     with services.up_lock(root):
         services.end_orphans(root)
+        services.refuse_forgotten(root)
         running = {service.name: service for service in services.running_services(root)}
         _check(root, running, tier)
         known = use_served(root, tier)

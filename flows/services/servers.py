@@ -20,13 +20,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from flows.records.records import read_json, write_json
-from flows.services.clone_processes import works_in
+from flows.services.clone_processes import daemons_in, works_in
 from flows.tracking.tier import LOOPBACK as HOST
 from flows.tracking.tier import (
     embedded_clients,
@@ -46,6 +47,12 @@ from flows.tracking.uploader import keep_own_artifacts_here, tracking_config
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 DEFAULT_PORTS = {"prefect": 4200, "mlflow": 5000}
+_PROGRAMS = {
+    "postgres": "postgres -D",
+    "prefect": "-m prefect server start",
+    "mlflow": "-m mlflow server",
+}
+"""What stands on a server's command line."""
 
 
 class ServiceError(RuntimeError):
@@ -255,6 +262,7 @@ def up(
     """
     with up_lock(root):
         end_orphans(root)
+        refuse_forgotten(root)
         running = {service.name: service for service in running_services(root)}
         for name, wanted in {"prefect": prefect_port, "mlflow": mlflow_port}.items():
             if name not in running:
@@ -294,11 +302,13 @@ def up(
 def down(root: Path) -> list[Service]:
     """Stop what `up` started, the last one first; returns what was stopped."""
     with up_lock(root):
-        services = running_services(root)[::-1]
+        services, forgotten = running_services(root)[::-1], forgotten_services(root)[::-1]
         stop(root, services)
+        for service in forgotten:
+            stop_service(service)
         end_orphans(root)
         _state(root).unlink(missing_ok=True)
-        return services
+        return [*services, *forgotten]
 
 
 def end_orphans(root: Path) -> None:
@@ -348,6 +358,47 @@ def running_services(root: Path) -> list[Service]:
     return [service for service in known_services(root) if _owns(root, service)]
 
 
+def forgotten_services(root: Path) -> list[Service]:
+    """Servers of this clone by their processes alone: somebody has removed runs/services."""
+    known = {service.pid for service in known_services(root)}
+    found = []
+    for process, command in daemons_in(root):
+        words = " ".join(command)
+        name = next((name for name, program in _PROGRAMS.items() if program in words), None)
+        port = _value(command, "--port", "-p")
+        if name is not None and port is not None and process.pid not in known:
+            scheme, host = (
+                ("postgresql" if name == "postgres" else "http"),
+                _value(command, "--host"),
+            )
+            url = f"{scheme}://{HOST if host in {None, '0.0.0.0', '::'} else host}:{port}"
+            found.append(Service(name, url, process.pid, str(_log(root, name))))
+    return found
+
+
+def _value(command: list[str], *options: str) -> str | None:
+    """What stands behind an option."""
+    return next((value for name, value in pairwise(command) if name in options), None)
+
+
+def refuse_forgotten(root: Path) -> None:
+    """Before a start: passwords and databases of such servers have gone with the notes.
+
+    Raises:
+        ServiceError: there are some.
+    """
+    if forgotten := forgotten_services(root):
+        names = " and ".join(f"{service.name} at {service.url}" for service in forgotten)
+        raise ServiceError(
+            f"{names} of this clone run, of which runs/services does not know: stop them first "
+            "with `ultraflux down`"
+        )
+
+
+def _log(root: Path, name: str) -> Path:
+    return root / "runs" / "logs" / f"{name}-server.log"
+
+
 def _state(root: Path) -> Path:
     return services_dir(root) / "services.json"
 
@@ -360,8 +411,7 @@ def _owns(root: Path, service: Service) -> bool:
     except psutil.Error:
         return False
     # The port as well: another clone's server may have got the number.
-    program = "postgres -D" if service.name == "postgres" else f"-m {service.name}"
-    return program in command and service.url.rsplit(":", 1)[1] in command
+    return _PROGRAMS[service.name] in command and service.url.rsplit(":", 1)[1] in command
 
 
 def start_daemon(
@@ -382,7 +432,7 @@ def start_daemon(
         extra: environment variables beside this process's own.
         options: further arguments of `subprocess.Popen`.
     """
-    log = root / "runs" / "logs" / f"{name}-server.log"
+    log = _log(root, name)
     pid = start_detached(command, log, os.environ | dict(extra), **({"cwd": root} | options))
     return Service(name, url, pid, str(log))
 

@@ -18,7 +18,7 @@ from flows.records.records import all_records, read_json
 from flows.services import postgres
 from flows.services import servers as services
 from flows.services.servers import Service
-from flows.services.workers import known_workers, running_workers
+from flows.services.workers import forgotten_workers, known_workers, running_workers
 from flows.tracking.tier import own_secrets, served_tier
 
 PATIENCE_S = 5.0
@@ -105,15 +105,17 @@ class Status:
 def examine(root: Path) -> Status:
     """Ask every server that was started whether it is well, and look for the workers."""
     close_ownerless(root)
-    known = services.known_services(root)
-    owned = set(services.running_services(root))
+    forgotten = services.forgotten_services(root)
+    known = [*services.known_services(root), *forgotten]
+    owned = {*services.running_services(root), *forgotten}
     with ThreadPoolExecutor() as pool:
         servers = list(pool.map(lambda one: _examine(root, one, one in owned), known))
     tier: Literal["embedded", "served"] = "embedded" if served_tier(root) is None else "served"
-    running = set(running_workers(root))
+    lost = forgotten_workers(root)
+    running = {*running_workers(root), *lost}
     workers = [
         WorkerStatus(one.pool, "runs" if one in running else "died", one.pid, one.log)
-        for one in known_workers(root)
+        for one in [*known_workers(root), *lost]
     ]
     return Status(tier, servers, workers, unsent_records(root))
 

@@ -13,7 +13,7 @@ import psutil
 
 from flows.environment import PROJECT, pool_name, project_name
 from flows.records.records import read_json, write_json
-from flows.services.clone_processes import works_in
+from flows.services.clone_processes import daemons_in, works_in
 from flows.services.servers import ServiceError, services_dir, start_detached
 
 POOLS = ("pipelines", "cpu", "gpu")
@@ -94,7 +94,7 @@ def start_workers(
 
 def stop_workers(root: Path) -> list[Worker]:
     """Stop the workers of this clone and the runs they have begun; returns them."""
-    workers = running_workers(root)
+    workers = [*running_workers(root), *forgotten_workers(root)]
     _stop(workers)
     _state(root).unlink(missing_ok=True)
     return workers
@@ -108,6 +108,25 @@ def running_workers(root: Path) -> list[Worker]:
 def known_workers(root: Path) -> list[Worker]:
     """Workers that were started and not stopped, whether they still run or not."""
     return [Worker(**values) for values in read_json(_state(root)) or []]
+
+
+def forgotten_workers(root: Path) -> list[Worker]:
+    """Workers of this clone by their processes alone: somebody has removed runs/services."""
+    known = {worker.pid for worker in known_workers(root)}
+    found = []
+    for process, command in daemons_in(root):
+        # As `worker_command` has it: people start others, of other types, in the clone's folder.
+        if process.pid not in known and "--type process --install-policy never" in " ".join(
+            command
+        ):
+            pool, name = (command[command.index(word) + 1] for word in ("--pool", "--name"))
+            kind = pool.rpartition("-")[2]
+            found.append(Worker(kind, name, process.pid, str(_log(root, kind))))
+    return found
+
+
+def _log(root: Path, pool: str) -> Path:
+    return root / "runs" / "logs" / f"worker-{pool}.log"
 
 
 def _state(root: Path) -> Path:
@@ -125,7 +144,7 @@ def _is_ours(root: Path, worker: Worker) -> bool:
 
 def _start(root: Path, pool: str, limit: int | None) -> Worker:
     name = f"{socket.gethostname()}-{pool}-{os.getpid()}"
-    log = root / "runs" / "logs" / f"worker-{pool}.log"
+    log = _log(root, pool)
     command = worker_command(pool_name(project_name(root), pool), name, limit)
     env = os.environ | worker_environment(root)
     return Worker(pool, name, start_detached(command, log, env, cwd=root), str(log))

@@ -21,9 +21,12 @@ import pytest
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
+from flows.environment import pool_name, project_name
 from flows.records.records import write_json
+from flows.running.guarded_process import GuardedProcess
 from flows.services import servers as services
 from flows.services import workers
+from flows.services.status import examine
 from flows.tracking import tier
 
 
@@ -167,7 +170,7 @@ def test_workers_of_a_server_that_was_killed_do_not_keep_its_port(
 ) -> None:
     def begun(folder: Path) -> tuple[psutil.Process, int]:
         port = services.free_port()
-        command = [sys.executable, "-c", LEADER, WORKER, str(port), "-m mlflow"]
+        command = [sys.executable, "-c", LEADER, WORKER, str(port), "-m mlflow server"]
         url = f"http://127.0.0.1:{port}"
         services.remember(toy, services.start_daemon(toy, "mlflow", url, command, {}, cwd=folder))
         (service,) = services.known_services(toy)
@@ -206,7 +209,7 @@ def begin_sleeper(root: Path, *arguments: str) -> psutil.Process:
 def test_a_copied_clone_owns_nothing_of_the_original_and_a_moved_one_all(
     toy: Path, tmp_path: Path
 ) -> None:
-    server = begin_sleeper(toy, "-m mlflow", "--port", "51234")
+    server = begin_sleeper(toy, "-m mlflow server", "--port", "51234")
     worker = begin_sleeper(toy, "machine-gpu-1")
     url = "http://127.0.0.1:51234"
     services.remember(toy, services.Service("mlflow", url, server.pid, ""))
@@ -225,6 +228,40 @@ def test_a_copied_clone_owns_nothing_of_the_original_and_a_moved_one_all(
         assert not services.is_running(server)
         assert not services.is_running(worker)
     finally:
+        for process in (server, worker):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+@pytest.mark.parametrize("notes", [None, "", "[{"])
+def test_servers_and_workers_whose_notes_are_gone_are_found_and_stopped(
+    toy: Path, notes: str | None
+) -> None:
+    port = services.free_port()
+    server = begin_sleeper(toy, "-m prefect server start", "--port", str(port))
+    pool = pool_name(project_name(toy), "gpu")
+    worker = begin_sleeper(toy, *workers.worker_command(pool, "machine-gpu-1"))
+    # A run's own server ends with the run: its launcher leads the session.
+    launched = GuardedProcess(["sh", "-c", "sleep 600", "-m prefect server start"], cwd=toy)
+    try:
+        if notes is not None:
+            for name in ("services.json", "workers.json"):
+                place = services.services_dir(toy) / name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_text(notes)
+        found = examine(toy)
+        url = f"http://127.0.0.1:{port}"
+        assert [(one.name, one.url, one.pid) for one in found.servers] == [
+            ("prefect", url, server.pid)
+        ]
+        assert [(one.pool, one.state) for one in found.workers] == [("gpu", "runs")]
+        with pytest.raises(services.ServiceError, match=r"prefect at .*ultraflux down"):
+            services.up(toy)
+        assert [one.pid for one in workers.stop_workers(toy)] == [worker.pid]
+        assert [one.pid for one in services.down(toy)] == [server.pid]
+        assert launched.poll() is None
+    finally:
+        launched.stop()
         for process in (server, worker):
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -101,7 +101,7 @@ def test_prefect_clients_wait_longer_and_log_in_where_it_asks(toy: Path) -> None
 def test_a_torn_file_of_the_tier_is_one_line_with_what_to_do(toy: Path, name: str) -> None:
     tier.use_served(toy, tier.ServedTier(postgres_port=5433))
     (tier.services_dir(toy) / name).write_text("")
-    with pytest.raises(TornJson, match="is not JSON .*remove it") as found:
+    with pytest.raises(TornJson, match=r"is not JSON .*remove it") as found:
         tier.served_clients(toy)
     assert refusal(found.value, ["status"]) == (str(found.value), FAILED)
     assert str(found.value).startswith(str(tier.services_dir(toy) / name))
