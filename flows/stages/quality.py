@@ -32,13 +32,24 @@ def run(context: StageContext) -> StageResult:
     scorers = sorted(
         {*table["quality_scorer"].dropna().unique(), *table["aesthetic_scorer"].dropna().unique()}
     )
+    is_scored = table[["quality_score", "aesthetic"]].notna().all(axis=1)
     return StageResult(
         metrics={
-            "scored": float(table["quality_score"].notna().sum()),
+            "scored": float(is_scored.sum()),
             "mean_quality_score": _mean(table["quality_score"]),
             "mean_aesthetic": _mean(table["aesthetic"]),
         },
         datasets={"quality": path},
         tags={"scorers": ", ".join(scorers)},
-        summary=f"{len(table)} scored by {', '.join(scorers) or 'nothing'}",
+        summary=f"{is_scored.sum()} scored by {', '.join(scorers) or 'nothing'}"
+        + _without(table["error"][~is_scored]),
     )
+
+
+def _without(errors: pd.Series) -> str:
+    """How many lack a score, and what is said of most of them."""
+    if errors.empty:
+        return ""
+    reasons = errors.value_counts()
+    most = f", most often: {reasons.index[0]}" if len(reasons) else ""
+    return f"; {len(errors)} without both scores{most}"

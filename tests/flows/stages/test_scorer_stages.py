@@ -185,6 +185,24 @@ def test_a_killed_run_asks_the_scorer_for_no_image_twice(
     assert (root / "data" / "quality" / "quality.parquet").read_bytes() == resumed
 
 
+def test_the_summary_counts_the_scored_and_says_why_others_are_not(tmp_path: Path) -> None:
+    pictures = [jpeg(0), jpeg(1), *(derivative_jpeg(np.zeros((1, 1, 3), np.uint8), 128),) * 3]
+    edges = [512, 512, 2, 1, 1]
+    rows = [
+        {"image_id": f"{n:064x}", "height": edge, "width": edge, "jpeg": picture}
+        for n, (edge, picture) in enumerate(zip(edges, pictures, strict=True))
+    ]
+    table = pa.Table.from_pylist(rows, schema=DERIVATIVES_SCHEMA)
+    write_parquet(table, tmp_path / "data" / "signals" / "derivatives.parquet")
+    found = values(quality={"scorer": "classical", "aesthetic_scorer": "classical"})
+    result = run("quality", tmp_path, found)
+    assert result.summary == (
+        "2 scored by classical-aesthetic-v1, classical-quality-v1; 3 without both scores, "
+        "most often: 1x1: too small to be scored"
+    )
+    assert result.metrics["scored"] == 2.0
+
+
 def test_a_scorer_that_is_not_there_is_one_line_with_its_address(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
