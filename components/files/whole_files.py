@@ -14,7 +14,9 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path, *, durable: bool = False, contended: bool = False) -> Iterator[Path]:
+def whole_file(
+    path: Path, *, durable: bool = False, contended: bool = False, follow: bool = False
+) -> Iterator[Path]:
     """A name beside `path` to write to; it becomes `path` when the block ends.
 
     An error in the block leaves `path` as it was and nothing else behind. What a kill leaves has a
@@ -25,7 +27,16 @@ def whole_file(path: Path, *, durable: bool = False, contended: bool = False) ->
         durable: bytes and name are on the disk at the end, also after a power cut.
         contended: several processes may replace the file at once: the name is this process's own,
             and what a kill leaves stays.
+        follow: a link stays, and what it leads to is replaced: for a place that a person names.
+            Otherwise the link gives way, for in a clone it may lead into DVC's cache.
+
+    Raises:
+        NotRegularFile: a pipe, a socket or a device has that name; a file is never put in its
+            place.
     """
+    _refuse_odd(path)
+    if follow:
+        path = path.resolve()
     owner = os.getpid() if contended else "partial"
     temporary = path.with_name(f".{path.name}.{owner}")
     try:
@@ -56,17 +67,34 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.rename(path)
 
 
+def _refuse_odd(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        # There is none, or writing says what is wrong.
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise NotRegularFile(errno.EINVAL, "not a regular file", str(path))
+
+
 def write_bytes(
-    path: Path, content: bytes | memoryview, *, durable: bool = False, contended: bool = False
+    path: Path,
+    content: bytes | memoryview,
+    *,
+    durable: bool = False,
+    contended: bool = False,
+    follow: bool = False,
 ) -> None:
     """Make or replace `path`; a reader (or a kill) never meets a half-written file."""
-    with whole_file(path, durable=durable, contended=contended) as temporary:
+    with whole_file(path, durable=durable, contended=contended, follow=follow) as temporary:
         temporary.write_bytes(content)
 
 
-def write_text(path: Path, text: str, *, durable: bool = False, contended: bool = False) -> None:
+def write_text(
+    path: Path, text: str, *, durable: bool = False, contended: bool = False, follow: bool = False
+) -> None:
     """As `write_bytes`, in UTF-8."""
-    write_bytes(path, text.encode(), durable=durable, contended=contended)
+    write_bytes(path, text.encode(), durable=durable, contended=contended, follow=follow)
 
 
 class NotRegularFile(OSError):

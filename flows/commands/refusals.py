@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from components.files.cut_bytecode import describe_cut_bytecode, remove_cut_bytecode
+from components.files.whole_files import NotRegularFile
 
 FAILED, BAD_INPUT = 1, 2
 """Exit codes."""
@@ -53,6 +54,8 @@ def refusal(problem: Exception, words: Sequence[str]) -> tuple[str, int] | None:
     if full or (type(problem).__name__ == "OperationalError" and re.search(_NO_ROOM_SAID, text)):
         line = f"a file cannot be written ({text}): make room on the disk, then run it again"
         return line, FAILED
+    if isinstance(problem, NotRegularFile):
+        return f"{problem.filename}: {problem.strerror}", BAD_INPUT
     said = _of_a_path(problem, words) if isinstance(problem, OSError) else None
     return None if said is None else (said, BAD_INPUT)
 

@@ -51,7 +51,7 @@ def history(
         from components.files.whole_files import write_text
 
         html.parent.mkdir(parents=True, exist_ok=True)
-        write_text(html, history_page(root.resolve().name, runs, len(lines), uis))
+        write_text(html, history_page(root.resolve().name, runs, len(lines), uis), follow=True)
         print(html)
         return
     from rich.console import Console

@@ -77,6 +77,37 @@ def test_processes_that_replace_one_file_use_names_of_their_own(tmp_path: Path) 
         temporary.touch()
 
 
+def test_a_pipe_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to("pipe")
+    for path in (pipe, link):
+        for follow in (False, True):
+            with pytest.raises(NotRegularFile) as found:
+                write_text(path, "page", follow=follow)
+            assert found.value.filename == str(path)
+    assert pipe.is_fifo()
+    assert sorted(tmp_path.iterdir()) == [link, pipe]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_that_a_person_names_stays_and_one_into_a_cache_gives_way(
+    tmp_path: Path, there: bool
+) -> None:
+    kept, link = tmp_path / "cache" / "kept", tmp_path / "link"
+    kept.parent.mkdir()
+    if there:
+        kept.write_text("before")
+    link.symlink_to("cache/kept")
+    write_text(link, "named", follow=True)
+    assert link.is_symlink()
+    assert kept.read_text() == "named"
+    write_text(link, "own")
+    assert not link.is_symlink()
+    assert (link.read_text(), kept.read_text()) == ("own", "named")
+    assert list(kept.parent.iterdir()) == [kept]
+
+
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "model"
     for name in ("old", "new"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from components.files.whole_files import NotRegularFile, write_text
 from flows.commands.command_line import fail
 from flows.commands.refusals import BAD_INPUT, FAILED, refusal
 
@@ -49,6 +50,16 @@ def test_only_a_path_that_was_typed_may_be_missing(
 ) -> None:
     expected = None if said is None else (said, BAD_INPUT)
     assert refusal(failed(errno.ENOENT, name), words) == expected
+
+
+def test_a_pipe_in_the_place_of_a_file_is_one_line(here: Path) -> None:
+    os.mkfifo("pipe")
+    with pytest.raises(NotRegularFile) as found:
+        write_text(Path("pipe"), "page")
+    assert refusal(found.value, ["history", "--html", "pipe"]) == (
+        "pipe: not a regular file",
+        BAD_INPUT,
+    )
 
 
 def test_either_name_of_a_rename_counts(here: Path) -> None:
