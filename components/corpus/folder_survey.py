@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from components.corpus.captions.caption_files import Sidecars, read_captions
+from components.corpus.captions.caption_files import CaptionLoss, Sidecars, read_captions
 from components.corpus.captions.checks import Caption
 from components.corpus.captions.local import COMMAND, check_folder
 from components.corpus.listing.source_files import photographs
@@ -45,6 +45,7 @@ _OVERSAMPLING = 4
 """Pixels of a photograph per pixel of training, at least: twice the edge leaves room to crop."""
 _SUBJECT_PHOTOGRAPHS = 100
 """Up to so many photographs without captions are taken for those of one subject."""
+_NAMED_CAUSES = 3
 _MANY = 0.5
 """Share of a sample that a rule rejects from which on its threshold is worth a line."""
 
@@ -67,12 +68,14 @@ class FolderSurvey:
     """Words of each English caption of captions.jsonl, and of the text files that were looked
     at."""
     caption_lines: int
-    """Photographs with a line of captions.jsonl."""
+    """Photographs with a caption in captions.jsonl."""
     caption_files: int
-    """Other photographs with a text file beside them."""
+    """Other photographs with a text file beside them, without those of `caption_unread`."""
     caption_problem: str | None
     """Why captions.jsonl is of no use as a whole; one line."""
     has_attribution: bool
+    caption_unread: tuple[CaptionLoss, ...] = ()
+    """Captions of which the stage `caption` can make nothing, of those that were looked at."""
     captioner: str | None = None
     """Folder of a captioning model (`local_captioner`)."""
 
@@ -154,6 +157,7 @@ def survey(
         caption_lines=brought.lines,
         caption_files=brought.files,
         caption_problem=brought.problem,
+        caption_unread=tuple(brought.unread),
         has_attribution=(folder / attribution).is_file(),
         captioner=captioner,
     )
@@ -175,31 +179,43 @@ def _headers(paths: Sequence[Path]) -> tuple[list[int], list[str]]:
 class _Brought:
     """Captions that lie in a folder."""
 
-    words: list[int]
+    words: list[int] = field(default_factory=list)
     lines: int = 0
     files: int = 0
+    unread: list[CaptionLoss] = field(default_factory=list)
     problem: str | None = None
+
+    def takes(self, record: str, text: str) -> bool:
+        """Whether a text is a caption; counts it or its loss."""
+        count = len(text.split())
+        if count:
+            self.words.append(count)
+        else:
+            self.unread.append(CaptionLoss(record, "empty"))
+        return count > 0
 
 
 def _captions(folder: Path, file: str, photographs: Sequence[Path]) -> _Brought:
     """What the stage `caption` will find, by its own readers; text files of a sample are read."""
     names = [path.relative_to(folder).as_posix() for path in photographs]
-    found = _Brought([])
+    found = _Brought()
     captions: Mapping[str, Caption] = {}
     if (folder / file).is_file():
         try:
             captions, _ = read_captions(folder / file, names)
         except ValueError as problem:
             found.problem = str(problem)
-    found.lines = len(captions)
-    found.words = [len(caption.english.split()) for caption in captions.values()]
+    found.lines = sum(found.takes(name, caption.english) for name, caption in captions.items())
     sidecars = Sidecars(folder)
     beside = [sidecar for n in names if n not in captions and (sidecar := sidecars.find(n))]
     found.files = len(beside)
     for path in _spread([Path(sidecar) for sidecar in beside], _HEADERS):
-        with contextlib.suppress(ValueError):
-            # The stage names those that are no text.
-            found.words.append(len(sidecars.read(path.as_posix()).split()))
+        name = path.as_posix()
+        try:
+            found.files -= not found.takes(name, sidecars.read(name))
+        except ValueError as problem:
+            found.unread.append(CaptionLoss(name, str(problem)))
+            found.files -= 1
     return found
 
 
@@ -291,6 +307,8 @@ def _propose_captions(found: FolderSurvey, settings: Settings, proposal: Proposa
             else ("; mend or remove it, or the stage caption ends with this")
         )
         proposal.remarks.append(f"not read: {found.caption_problem}{mend}")
+    if found.caption_unread:
+        proposal.remarks.append(_unread(found.caption_unread))
     if not found.captioned:
         if caption.provider == "shipped":
             _propose_captioner(found, settings, proposal)
@@ -315,6 +333,18 @@ def _propose_captions(found: FolderSurvey, settings: Settings, proposal: Proposa
         )
 
 
+def _unread(losses: Sequence[CaptionLoss]) -> str:
+    """How many captions cannot be read, and one of each cause."""
+    causes = Counter(loss.detail for loss in losses)
+    firsts = {loss.detail: loss for loss in reversed(losses)}
+    named = [
+        f"{shown_name(Path(firsts[cause].record))}: {cause}"
+        + (f" (and {number - 1} more)" if number > 1 else "")
+        for cause, number in causes.most_common(_NAMED_CAUSES)
+    ]
+    return f"captions that cannot be read: {len(losses)}, such as {'; '.join(named)}"
+
+
 def _propose_captioner(found: FolderSurvey, settings: Settings, proposal: Proposal) -> None:
     """No photograph brings a caption: a model that is there, else one text for all."""
     none = {"provider": "none"}
@@ -326,12 +356,14 @@ def _propose_captioner(found: FolderSurvey, settings: Settings, proposal: Propos
         few = found.photographs <= _SUBJECT_PHOTOGRAPHS
         name = " ".join(re.split(r"[\W_]+", found.folder.resolve().name.lower())).strip()
         text = f"a photo of {name}" if few and name else "a photograph"
+        none_found = f"no {settings.caption.file} and no text file beside a photograph"
         proposal.set(
             "caption",
             "provider",
             "fixed",
-            f"no {settings.caption.file} and no text file beside a photograph. For captions of "
-            f"their own: provider local ({COMMAND}) or endpoint (docs/corpus.md)",
+            ("no caption can be read" if found.caption_unread else none_found)
+            + f". For captions of their own: provider local ({COMMAND}) or endpoint "
+            "(docs/corpus.md)",
         )
         proposal.set("caption", "text", text, "of every photograph; say what they show")
     if found.caption_problem is not None:

@@ -110,6 +110,29 @@ def test_captions_outside_the_bounds_move_them(tmp_path: Path, params: Settings)
     assert "without a caption" not in said
 
 
+def test_text_files_that_are_no_captions_are_not_counted_as_captions(
+    tmp_path: Path, params: Settings
+) -> None:
+    for name in "abcdef":
+        write(tmp_path / f"{name}.png")
+    unread = {"a": b" \n", "b": "André".encode("latin-1"), "c": b"", "d": b"a " * 2**20}
+    for name, data in unread.items():
+        (tmp_path / f"{name}.txt").write_bytes(data)
+    proposal = propose(look(tmp_path), params, "photos")
+    causes = "a.txt: empty (and 1 more); b.txt: not UTF-8; d.txt: 2097152 bytes are no caption"
+    said = f"captions that cannot be read: 4, such as {causes}"
+    assert said in proposal.remarks
+    assert proposal.settings["caption"]["provider"] == "fixed"
+    assert any("no caption can be read. For captions" in remark for remark in proposal.remarks)
+    (tmp_path / "e.txt").write_text("word " * 30)
+    (tmp_path / "captions.jsonl").write_text('{"file": "f.png", "caption_en": " "}\n')
+    found = look(tmp_path)
+    assert (found.caption_lines, found.caption_files, found.caption_words) == (0, 1, (30,))
+    remarks = propose(found, params, "photos").remarks
+    assert "captions: 1 text files beside photographs, for 6 photographs" in remarks
+    assert any("5 photographs without a caption are rejected" in remark for remark in remarks)
+
+
 def test_a_captions_file_of_no_use_is_said_and_a_text_for_all_proposed(
     tmp_path: Path, params: Settings
 ) -> None:
