@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,16 +102,35 @@ Restart = Annotated[
 ]
 
 
-def _wish(continue_from: str | None, restart: bool) -> None:
-    """Hand on to the stage's process, which DVC starts, what the person wants."""
-    from flows.running.training_state import CONTINUE_FROM, RESTART
+def _wish(
+    root: Path, stages: Callable[[], Collection[str]], continue_from: str | None, restart: bool
+) -> str | None:
+    """Hand on to the stage's process, which DVC starts, what the person wants.
+
+    Args:
+        root: of the project.
+        stages: gives those that are run.
+        continue_from: state to go on from.
+        restart: begin again instead.
+
+    Returns:
+        The stage of `continue_from`.
+    """
+    from components.training.distributed.run_states import StateRefused
+    from flows.running.training_state import CONTINUE_FROM, RESTART, wished_stage
 
     if continue_from is not None and restart:
         raise fail("--continue-from and --restart: choose one")
-    if continue_from is not None:
-        os.environ[CONTINUE_FROM] = continue_from
     if restart:
         os.environ[RESTART] = "1"
+    if continue_from is None:
+        return None
+    try:
+        stage = wished_stage(root, continue_from, stages())
+    except StateRefused as problem:
+        raise fail(str(problem)) from None
+    os.environ[CONTINUE_FROM] = continue_from
+    return stage
 
 
 @app.callback()
@@ -174,14 +194,14 @@ def run(
     from flows.pipeline.pipeline_run import run_pipeline
     from flows.pipeline.preflight import PipelineRefused
     from flows.services.servers import ServiceError
-    from flows.versioning.graph import GraphError
+    from flows.versioning.graph import GraphError, stages_until
 
     # The wish travels in the environment, which ends at this machine.
     if engine == "pools" and (continue_from or restart):
         raise fail(
             "--continue-from, --restart: stages of pools run elsewhere; set runtime.on_changed_run"
         )
-    _wish(continue_from, restart)
+    wished = _wish(root, lambda: stages_until(root, until), continue_from, restart)
     try:
         with silenced(quiet or as_json):
             summary = run_pipeline(
@@ -202,6 +222,10 @@ def run(
     if not summary.ok:
         failed = [o for o in summary.outcomes.values() if o.status in {"failed", "refused"}]
         raise fail("\n".join(outcome.message for outcome in failed), 1)
+    if wished is not None and summary.outcomes[wished].status == "skipped":
+        print(
+            f"--continue-from {continue_from}: not used, {wished} was up to date", file=sys.stderr
+        )
     if quiet or as_json:
         return
     print(f"\nPipeline up to date in {summary.seconds:.0f} s.")
@@ -228,7 +252,7 @@ def stage_run(
     refuse_unknown_stage(root, name)
     from flows.running.recorded_stage import run_stage
 
-    _wish(continue_from, restart)
+    _wish(root, lambda: [name], continue_from, restart)
     rehearse_command.before_stage(name, root)
     raise typer.Exit(run_stage(name, root))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from components.training.distributed.run_states import (
 from flows.stages.contract import state_folder
 from flows.versioning import graph as versioning
 from flows.versioning.code_files import code_path
+from flows.versioning.graph import read_stages
 from flows.versioning.parameters import stage_parameters
 
 CONTINUE_FROM = "ULTRAFLUX_CONTINUE_FROM"
@@ -64,6 +65,10 @@ class Wish:
             os.environ.get(CONTINUE_FROM) or None,
             bool(os.environ.get(RESTART)),
         )
+
+    def names(self, stage: str) -> bool:
+        """Whether a state of this stage is to be gone on from."""
+        return self.continue_from is not None and self.continue_from.partition("/")[0] == stage
 
 
 def identity_of(
@@ -170,12 +175,17 @@ def open_state(root: Path, identity: RunIdentity, wish: Wish, processes: int) ->
     # The same identity: nothing that decides has changed, so there is nothing to ask.
     own = read_state(folder)
     if own is not None:
+        if wish.names(stage) and not own.name.startswith(str(wish.continue_from)):
+            _say(
+                f"{stage}: {own.name}, the state of these very settings, data and code, goes on at "
+                f"step {own.step}; --continue-from {wish.continue_from} is not used"
+            )
         return resume_state(own, processes)
     if newest_checkpoint(folder / CHECKPOINTS) is not None:
         # Brought here from a clone that was lost.
         return begin_state(folder, identity, processes)
     others = read_states(folder.parent)
-    if wish.continue_from is not None and wish.continue_from.partition("/")[0] == stage:
+    if wish.continue_from is not None and wish.names(stage):
         chosen = _named(others, wish.continue_from)
         _say(f"{stage}: goes on from {chosen.name} at step {chosen.step}")
         return continue_from(chosen, folder, identity, processes)
@@ -202,6 +212,29 @@ def open_state(root: Path, identity: RunIdentity, wish: Wish, processes: int) ->
         )
         return begin_state(folder, identity, processes)
     raise StateRefused(_refusal(unfinished, identity, seconds))
+
+
+def wished_stage(root: Path, name: str, stages: Collection[str]) -> str:
+    """The stage that `--continue-from` means, which no stage of the run may leave unused.
+
+    Args:
+        root: repository root.
+        name: STAGE/KEY as typed.
+        stages: that are run.
+
+    Raises:
+        StateRefused: no such state, of no stage that trains, or of one that is not run.
+    """
+    trains = [one for one, said in read_stages(root).items() if said.get("meta", {}).get("trains")]
+    stage, slash, _ = name.partition("/")
+    if stage not in trains or not slash:
+        raise StateRefused(
+            f"--continue-from {name}: expected STAGE/KEY; stages that train: {', '.join(trains)}"
+        )
+    if stage not in stages:
+        raise StateRefused(f"--continue-from {name}: {stage} is not part of this run")
+    _named(read_states(root / "runs" / stage), name)
+    return stage
 
 
 def _is_open(state: RunState) -> bool:

@@ -17,7 +17,7 @@ from components.training.distributed.run_states import (
     StateRefused,
     mark_finished,
 )
-from flows.running.training_state import AT_STAKE_S, Wish, open_state, segment_tags
+from flows.running.training_state import AT_STAKE_S, Wish, open_state, segment_tags, wished_stage
 
 STEP = 12
 Open = Callable[..., RunState]
@@ -106,6 +106,37 @@ def test_options_answer_for_one_run(opened, capsys) -> None:
         opened(fourth, continue_from="dit_stage1/zz")
     with pytest.raises(StateRefused, match="several states begin so"):
         opened(fourth, continue_from="dit_stage1/")
+
+
+def test_an_own_state_goes_on_and_says_that_a_wish_is_not_used(opened, capsys) -> None:
+    old = unfinished(opened, 1e6)
+    new = opened(NEW, restart=True)
+    capsys.readouterr()
+    opened(NEW, continue_from=new.name[:-4])
+    assert capsys.readouterr().err == ""
+    opened(NEW, continue_from=old.name)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{new.name}, the state of these very settings" in line
+    assert f"--continue-from {old.name} is not used" in line
+
+
+def test_a_wish_that_no_stage_could_use_is_refused(opened, tmp_path: Path) -> None:
+    old = unfinished(opened, 1e6)
+    trains = "{cmd: x, meta: {trains: true}}"
+    (tmp_path / "dvc.yaml").write_text(
+        f"stages: {{vae: {trains}, dit_stage1: {trains}, ingest: {{cmd: x}}}}"
+    )
+    everything = ("ingest", "vae", "dit_stage1")
+    assert wished_stage(tmp_path, old.name[:-4], everything) == "dit_stage1"
+    for name, stages, problem in (
+        ("dit_stage/01", everything, "stages that train: vae, dit_stage1"),
+        ("ingest/01", everything, "stages that train: vae, dit_stage1"),
+        ("dit_stage1", everything, "expected STAGE/KEY"),
+        ("dit_stage1/zz", everything, "no such state"),
+        (old.name, ("ingest", "vae"), "dit_stage1 is not part of this run"),
+    ):
+        with pytest.raises(StateRefused, match=problem):
+            wished_stage(tmp_path, name, stages)
 
 
 def test_a_setting_cannot_go_on_from_what_does_not_load(opened) -> None:
