@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from components.corpus.sources.records.address_columns import with_address
 from components.corpus.sources.records.json_values import parse_json
 from components.corpus.sources.records.list_shapes import list_kind, refuse_misread, separator_of
-from components.corpus.sources.records.separated_values import SeparatedValues
+from components.corpus.sources.records.separated_values import SeparatedValues, headings
 from components.corpus.sources.records.source_records import (
     SourceEnd,
     SourceItem,
@@ -104,7 +104,8 @@ class _ParquetRows:
             with pq.ParquetFile(self._path) as file:
                 self._total = file.metadata.num_rows
                 for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                    for values, detail in _rows(batch):
+                    # A row becomes a dictionary, in which the last of two equal names would stay.
+                    for values, detail in _rows(batch.rename_columns(headings(batch.schema.names))):
                         number += 1
                         yield SourceRecord(f"{self._name}:{number}", values, detail)
         except (pa.ArrowException, OSError) as caught:

@@ -42,14 +42,19 @@ def named_separator(line: str) -> str | None:
     return text[4] if len(text) == 5 and text[:4].lower() == "sep=" else None
 
 
-def headings(cells: list[str]) -> list[str]:
+def headings(cells: Sequence[str]) -> list[str]:
     """Names of the columns; a repeated one gets its number, so that no cell is overwritten."""
     seen: Counter[str] = Counter()
-    names = []
+    names: dict[str, None] = {}
     for cell in cells:
         seen[cell] += 1
-        names.append(cell if seen[cell] == 1 else f"{cell}.{seen[cell]}")
-    return names
+        name = cell
+        # A column may be called "caption.2" by itself.
+        while name in names:
+            name = f"{cell}.{max(seen[cell], 2)}"
+            seen[cell] += name in names
+        names[name] = None
+    return list(names)
 
 
 class SeparatedValues:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -47,6 +48,23 @@ def test_the_same_list_reads_alike_from_csv_jsonl_and_parquet(tmp_path: Path) ->
     expected = table.to_dict("records")
     assert values(records) == expected * 4
     assert [records[0].place, records[-1].place] == ["a.csv:2", "d.parquet:2"]
+
+
+def test_of_equal_column_names_no_value_is_lost(tmp_path: Path) -> None:
+    names = ["url", "caption", "caption", "caption.2", "caption"]
+    cells = ["http://a/1.jpg", "first", "second", "own", "third"]
+    table = pa.table([[cell] for cell in cells], names=names)
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text(f"{','.join(names)}\n{','.join(cells)}\n")
+    path = tmp_path / "candidates.parquet"
+    read = values(records_of(tmp_path))
+    assert read[0] == read[1]
+    assert read[0] is not None
+    assert list(read[0].values()) == cells
+    write_candidates(read_url_lists(tmp_path / "a.parquet", "a", ListSettings()), path)
+    (row,) = pq.read_table(path).to_pylist()
+    assert row["caption_en"] == "first"
+    assert json.loads(row["extra"])["caption.2"] == "second"
 
 
 def test_broken_lines_are_records_with_a_reason_and_cost_no_neighbour(tmp_path: Path) -> None:
