@@ -89,7 +89,11 @@ def open_repo(root: Path) -> Iterator[Any]:
 
     An opening inside another one of the same clone shares it, and with it the state of dvc.yaml,
     dvc.lock and DVC's configuration at the outer one's beginning.
+
+    Raises:
+        GraphError: DVC has met a dvc.lock that cannot be read.
     """
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     with _REPO_LOCK:
@@ -103,6 +107,10 @@ def open_repo(root: Path) -> Iterator[Any]:
         repo = _OPENED[place] = Repo(str(root), _wait_for_lock=True)
         try:
             yield repo
+        except DvcException:
+            # Of marks of a merge in dvc.lock DVC says neither the line nor what to do.
+            read_lock(root)
+            raise
         finally:
             del _OPENED[place]
             repo.close()

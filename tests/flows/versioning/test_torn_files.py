@@ -72,6 +72,10 @@ def test_what_only_reads_the_file_mends_it_too(toy: Path) -> None:
     lock.write_text(text)
     with pytest.raises(versioning.GraphError, match=r"^dvc\.lock cannot be read at line \d; mend"):
         versioning.read_lock(toy)
+    # Where DVC meets it first, too.
+    met = pytest.raises(versioning.GraphError, match=r"^dvc\.lock cannot be read at line \d; mend")
+    with met, versioning.open_repo(toy) as repo:
+        repo.status()
     # A merge is a person's work.
     assert lock.read_text() == text
 
