@@ -12,9 +12,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
+from components.corpus.listing.source_files import is_of_system
 from components.corpus.sources.download_journal import (
     DownloadJournal,
     FetchFailed,
@@ -63,6 +64,11 @@ _ARCHIVE_ERRORS = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError)
 
 class _ArchiveBroken(Exception):
     """Reading on is impossible; not raised for the store, whose trouble is the machine's."""
+
+
+def _is_litter(name: str) -> bool:
+    """Whether a folder's entry of this path would not be looked at; ".." is no name."""
+    return any(is_of_system(part) for part in PurePosixPath(name).parts if part != "..")
 
 
 def _read(file: IO[bytes], size: int) -> bytes:
@@ -159,6 +165,9 @@ class _Archive:
         ending = key_and_ending(member.name)[1].rpartition(".")[2]
         if member.isdir():
             self._apart["folders"] += 1
+        # macOS puts a "._a.jpg" beside every a.jpg, which is no picture.
+        elif _is_litter(member.name):
+            self._apart["of the system"] += 1
         # The archive of a folder holds equal files as hard links, and each name is a photograph of
         # its own.
         elif member.islnk():

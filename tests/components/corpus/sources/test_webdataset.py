@@ -108,6 +108,25 @@ def test_archives_give_images_with_sidecars_and_no_path_of_theirs_is_used(tmp_pa
     assert original_path(store, stored.sha256, ".jpg").read_bytes() == picture()
 
 
+def test_what_macos_left_in_an_archive_is_counted_and_not_looked_at(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "m.tar", "w") as archive:
+        for name in ("a.jpg", "./b.jpg", "../c.jpg"):
+            add(archive, name, picture())
+        add(archive, "a.txt", b"a caption")
+        for name in ("._a.jpg", "._a.txt", "__MACOSX/x/._b.jpg", "x/.DS_Store", "@eaDir/a.jpg"):
+            add(archive, name, b"litter")
+        add(archive, "__MACOSX/._link.jpg", b"", tarfile.SYMTYPE)
+    ledger = Ledger()
+    with DownloadJournal(tmp_path / "j.sqlite", "s") as journal:
+        items = read_webdataset(
+            tmp_path / "m.tar", "m.tar", tmp_path / "store", journal, small_limits()
+        )
+        records = list(balanced(items, ledger))
+    found = {record.place: record.values for record in records}
+    assert found == {"m.tar#a.jpg": {"txt": "a caption"}, "m.tar#b.jpg": {}, "m.tar#../c.jpg": {}}
+    assert ledger.files[0].apart == {"sidecars": 1, "of the system": 6}
+
+
 def archive_of(path: Path, write: Callable[[tarfile.TarFile], None], mode: str = "w") -> Path:
     with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
         write(archive)
