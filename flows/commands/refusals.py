@@ -17,6 +17,12 @@ from components.files.whole_files import NotRegularFile
 
 FAILED, BAD_INPUT = 1, 2
 """Exit codes."""
+_OWN_WORDS = (
+    ("flows.versioning.graph", "GraphError"),
+    ("flows.records.records", "TornJson"),
+    ("flows.tracking.artifact_places", "DamagedStore"),
+)
+"""Exceptions of ours that are a line, by a module that is imported where one is raised."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ROOM_SAID = "disk I/O error|database or disk is full"
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -40,12 +46,9 @@ def refusal(problem: Exception, words: Sequence[str]) -> tuple[str, int] | None:
     if (cut := remove_cut_bytecode(problem)) is not None:
         return describe_cut_bytecode(cut), FAILED
     text = " ".join(str(problem).split())
-    graph = sys.modules.get("flows.versioning.graph")
-    if graph is not None and isinstance(problem, graph.GraphError):
-        return text, FAILED
-    records = sys.modules.get("flows.records.records")
-    if records is not None and isinstance(problem, records.TornJson):
-        return text, FAILED
+    for module, name in _OWN_WORDS:
+        if isinstance(problem, getattr(sys.modules.get(module), name, ())):
+            return text, FAILED
     errors = sys.modules.get("dvc.exceptions")
     if errors is not None and isinstance(problem, errors.DvcException):
         return f"DVC: {text}", FAILED

@@ -37,7 +37,7 @@ from flows.records.records import (
     write_json,
 )
 from flows.tracking import metric_feed
-from flows.tracking.artifact_places import keep_artifacts_here
+from flows.tracking.artifact_places import keep_artifacts_here, refuse_damaged
 from flows.tracking.logged_models import LoggedModels
 from flows.tracking.registry import Promotion, register
 from flows.tracking.run_pages import NOTE_TAG, pipeline_note, stage_note
@@ -439,12 +439,14 @@ def sync_now(root: Path) -> int:
 
     Raises:
         TrackingAway: MLflow did not take the records; they stay where they are.
+        DamagedStore: it cannot read its own.
     """
     from mlflow.exceptions import MlflowException
 
     try:
         return sync_once(root)
     except MlflowException as problem:
+        refuse_damaged(tracking_uri(root), problem)
         # MLflow repeats the whole address and each library's words about it.
         reason = str(problem).partition(" failed with exception ")[2] or str(problem)
         reason = reason.rpartition("Caused by ")[2] or reason

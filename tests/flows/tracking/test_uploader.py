@@ -15,6 +15,7 @@ import pandas
 import pytest
 from PIL import Image
 
+from flows.commands.refusals import FAILED, refusal
 from flows.records.records import (
     Record,
     RunDescription,
@@ -22,9 +23,11 @@ from flows.records.records import (
     close_interrupted,
     latest_finished,
     open_record,
+    write_json,
 )
+from flows.tracking.artifact_places import DamagedStore, refuse_damaged
 from flows.tracking.registry import Promotion
-from flows.tracking.uploader import Uploader
+from flows.tracking.uploader import Uploader, sync_now, tracking_uri
 
 
 @pytest.fixture
@@ -324,3 +327,28 @@ def test_a_copied_or_moved_clone_keeps_its_artifacts_below_itself(
     elsewhere = copied.client.get_experiment_by_name("elsewhere")
     assert elsewhere is not None
     assert elsewhere.artifact_location == chosen
+
+
+def test_a_damaged_store_is_one_line_and_what_it_says_to_do_sends_everything_again(
+    toy: Path, give_store: Callable[[Path], None]
+) -> None:
+    record = open_record(toy, RunDescription(kind="stage", name="vae", stage_key="k"))
+    record.finish(RunResult(status="FINISHED", ended_ms=5))
+    sent = {"store": "1@1", "run_id": "of the damaged store", "ended_ms": 5}
+    write_json(record.folder / "mlflow.json", sent)
+    store = toy / "runs" / "services" / "mlflow.db"
+    store.parent.mkdir(parents=True)
+    store.write_bytes(b"not a database" * 1000)
+    with pytest.raises(DamagedStore, match=r"mlflow\.db is damaged .*ultraflux sync") as found:
+        sync_now(toy)
+    assert refusal(found.value, ["sync"]) == (str(found.value), FAILED)
+    store.rename(store.with_name("aside.db"))
+    (record.folder / "mlflow.json").unlink()
+    give_store(toy)
+    sync_now(toy)
+    assert Uploader(toy).client.get_run(str(record.mlflow_run_id)).info.status == "FINISHED"
+    # Damage that only a later question meets comes in MLflow's words.
+    with pytest.raises(DamagedStore, match=r"mlflow\.db is damaged"):
+        refuse_damaged(
+            tracking_uri(toy), ValueError("(sqlite3) database disk image is malformed [SQL]")
+        )
