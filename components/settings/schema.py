@@ -11,7 +11,6 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from components.settings.captions import CaptionSettings
@@ -36,6 +35,7 @@ from components.settings.objective import ObjectiveSettings
 from components.settings.runtime import ProjectSettings, RuntimeSettings
 from components.settings.section import Section
 from components.settings.training import DitStageSettings, LatentsSettings, VaeSettings
+from components.settings.yaml_files import YamlRefused, read_yaml
 
 
 class SettingsError(ValueError):
@@ -141,14 +141,14 @@ def load_settings(path: Path) -> Settings:
     """Read and validate a `params.yaml`.
 
     Raises:
-        SettingsError: file missing, not YAML, or not valid settings.
+        SettingsError: file missing, not YAML that DVC reads alike, or not valid settings.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except FileNotFoundError:
         raise SettingsError(
             f"{path}: not found; run `ultraflux config compose --profile embedded`"
         ) from None
-    except yaml.YAMLError as problem:
-        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(problem).split())}") from None
+    except YamlRefused as problem:
+        raise SettingsError(str(problem)) from None
     return parse_settings(values, where=path.name)

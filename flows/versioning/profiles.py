@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from components.settings.schema import Settings, SettingsError, load_settings, parse_settings
+from components.settings.yaml_files import NUMBER_IN_DVC, YamlRefused, read_yaml
 from flows import environment
 
 DEFAULT = "embedded"
@@ -30,6 +31,8 @@ class _AsDvcWrites(yaml.SafeDumper):
 _AsDvcWrites.add_representer(
     type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "")
 )
+# A text that DVC would take for a number is written in quotes.
+_AsDvcWrites.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER_IN_DVC, list("-+0123456789"))
 
 
 def settings_text(values: Mapping[str, Any]) -> str:
@@ -41,7 +44,7 @@ def composed(root: Path, profile: str) -> dict[str, Any]:
     """Values of conf/base.yaml with those of a profile over them, not yet checked.
 
     Raises:
-        SettingsError: no such profile.
+        SettingsError: no such profile, or a file of it that cannot be read.
     """
     from omegaconf import OmegaConf
 
@@ -52,9 +55,22 @@ def composed(root: Path, profile: str) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
         raise SettingsError(f"profile '{profile}': not found; profiles: {known}")
-    merged = OmegaConf.merge(OmegaConf.load(root / "conf" / "base.yaml"), OmegaConf.load(path))
+    merged = OmegaConf.merge(_read(root / "conf" / "base.yaml"), _read(path))
     values: Any = OmegaConf.to_container(merged)
     return dict(values)
+
+
+def _read(path: Path) -> Any:
+    """Content of a file below conf/, for merging."""
+    from omegaconf import OmegaConf
+
+    try:
+        values = read_yaml(path)
+    except YamlRefused as problem:
+        raise SettingsError(str(problem)) from None
+    if not isinstance(values, dict | None):
+        raise SettingsError(f"{path}: expected a mapping, got {type(values).__name__}")
+    return OmegaConf.create(values or {})
 
 
 def settings_of(root: Path) -> Settings:
@@ -84,9 +100,7 @@ def derived_profile(
     """
     from omegaconf import OmegaConf
 
-    base: Any = OmegaConf.to_container(
-        OmegaConf.load(root / "conf" / "profiles" / f"{profile}.yaml")
-    )
+    base: Any = OmegaConf.to_container(_read(root / "conf" / "profiles" / f"{profile}.yaml"))
     values = changed_values(base, changes)
     comments = "".join(f"# {' '.join(line.split())}\n" for line in remarks)
     return f"# Profile {profile} for one folder of photographs.\n{comments}{settings_text(values)}"

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.settings.schema import Settings, SettingsError, load_settings, parse_settings
+from components.settings.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[3]
 VALUES = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -118,6 +119,53 @@ def test_broken_yaml_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(tmp_path / "params.yaml")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("steps: 0200", "0200 is read in two ways"),
+        ("steps: 08", "08 is read in two ways"),
+        ("steps: 1:30", "1:30 is read in two ways"),
+        ("learning_rate: 1e-4", "write the number 1.0e-4"),
+        ("learning_rate: 1e4", "write the number 1.0e+4"),
+        ("resume: yes", "write true or false"),
+        ("steps: 1\n  steps: 2", "the key 'steps' is there twice"),
+    ],
+)
+def test_what_dvc_reads_otherwise_is_refused_with_its_line(
+    tmp_path: Path, line: str, expected: str
+) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"dit_stage1:\n  {line}\n")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path} line {2 + line.count(chr(10))}: ")
+    assert expected in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", ["params.yaml", "conf/base.yaml", "conf/profiles/paper.yaml"])
+def test_files_of_settings_are_read_as_dvc_reads_them(path: str) -> None:
+    from ruamel.yaml import YAML
+
+    assert read_yaml(ROOT / path) == YAML(typ="safe").load(ROOT / path)
+
+
+def test_numbers_that_both_versions_know_and_quoted_texts_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("[1.0e-4, 1_000, 0x1f, .5, -0, true, '0200', \"yes\", 2a, ~]")
+    assert read_yaml(path) == [1e-4, 1000, 31, 0.5, 0, True, "0200", "yes", "2a", None]
+
+
+def test_a_folder_or_other_bytes_in_place_of_settings_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=f"{tmp_path}: a folder"):
+        load_settings(tmp_path)
+    path = tmp_path / "params.yaml"
+    path.write_bytes(b"project:\n  name: caf\xe9\n")
+    with pytest.raises(SettingsError, match=r"params\.yaml: not UTF-8 at byte 20 \(line 2\)"):
+        load_settings(path)
 
 
 def test_settings_are_frozen() -> None:
