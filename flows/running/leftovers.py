@@ -26,6 +26,8 @@ from flows.versioning.torn_files import TORN_LOCK
 
 OLD_LOG_S = 30 * 86400.0
 TILES = "runs/vae_tiles"
+_TREES = {"submitted": "submitted tree", "reproduce": "reproduction"}
+"""Kinds of working trees by their folder below runs/."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def leftovers(root: Path) -> list[Leftover]:
     that have not ended, records, databases of the servers, and everything that DVC tracks.
     """
     found = [
-        *(*_submitted(root), *_states(root), *_tiles(root), *_logs(root)),
+        *(*_working_trees(root), *_states(root), *_tiles(root), *_logs(root)),
         *_killed(root),
         *_compiled(root),
     ]
@@ -64,7 +66,9 @@ def remove(root: Path, one: Leftover) -> None:
         states = {state.folder: state for state in read_states(path.parent)}
         if path in states:
             remove_state(states[path])
-    elif one.kind == "submitted tree":
+    elif one.kind in _TREES.values():
+        # One that Git was making when it was killed is locked for ever.
+        subprocess.run(["git", "worktree", "unlock", str(path)], cwd=root, capture_output=True)
         shutil.rmtree(path, ignore_errors=True)
         subprocess.run(["git", "worktree", "prune"], cwd=root, capture_output=True)
     elif path.is_dir():
@@ -103,18 +107,18 @@ def _is_held(lock: Path) -> bool:
     return False
 
 
-def _submitted(root: Path) -> Iterator[Leftover]:
-    """Trees of submissions: their results are in DVC's cache, their runs in MLflow."""
-    for tree in sorted((root / "runs" / "submitted").glob("*")):
-        unfinished = any(
-            not state.finished
-            for stage in versioning.stage_graph(root)
-            for state in read_states(tree / "runs" / stage)
-        )
-        if tree.is_dir() and not _in_use(tree) and not unfinished:
-            yield Leftover(
-                str(tree.relative_to(root)), "submitted tree", "no run works there", _size(tree)
+def _working_trees(root: Path) -> Iterator[Leftover]:
+    """Of submissions and reproductions: results are in DVC's cache, their runs in MLflow."""
+    for folder, kind in _TREES.items():
+        for tree in sorted((root / "runs" / folder).glob("*")):
+            unfinished = any(
+                not state.finished
+                for stage in versioning.stage_graph(root)
+                for state in read_states(tree / "runs" / stage)
             )
+            if tree.is_dir() and not _in_use(tree) and not unfinished:
+                place = str(tree.relative_to(root))
+                yield Leftover(place, kind, "no run works there", _size(tree))
 
 
 def _states(root: Path) -> Iterator[Leftover]:

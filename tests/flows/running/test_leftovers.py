@@ -15,9 +15,9 @@ from flows.running.clone_lock import clone_lock
 from flows.running.leftovers import leftovers, remove
 
 
-def submitted(toy: Path, name: str) -> Path:
+def submitted(toy: Path, name: str, folder: str = "submitted") -> Path:
     """A working tree as `ultraflux submit -S` makes it, with 64 KiB of its own."""
-    tree = toy / "runs" / "submitted" / name
+    tree = toy / "runs" / folder / name
     command = ["git", "worktree", "add", "-q", "--detach", str(tree), "HEAD"]
     subprocess.run(command, cwd=toy, check=True)
     (tree / "data").mkdir(exist_ok=True)
@@ -62,6 +62,26 @@ def test_trees_and_old_logs_can_go_and_what_is_used_stays(toy: Path) -> None:
     assert "aaaa" not in listed
     assert "bbbb" in listed
     assert [one.path for one in leftovers(toy)] == ["runs/submitted/bbbb"]
+
+
+def test_trees_of_reproductions_can_go_also_where_git_was_killed_as_it_made_them(
+    toy: Path,
+) -> None:
+    made, half, used = (submitted(toy, name, "reproduce") for name in ("made", "half", "used"))
+    lock = ["git", "worktree", "lock", "--reason", "initializing", str(half)]
+    subprocess.run(lock, cwd=toy, check=True)
+    with clone_lock(used, print):
+        found = leftovers(toy)
+    assert {(one.path, one.kind) for one in found} == {
+        ("runs/reproduce/made", "reproduction"),
+        ("runs/reproduce/half", "reproduction"),
+    }
+    for one in found:
+        remove(toy, one)
+    assert not made.exists()
+    # Its place is free again.
+    submitted(toy, "half", "reproduce")
+    assert used.is_dir()
 
 
 def test_compiled_kernels_of_stages_stay_in_the_clone_and_are_listed(
