@@ -30,9 +30,13 @@ CONTENT_COUNTS = Effect.CONTENT
 
 
 class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys, no silent type coercion."""
+    """Base of every section: immutable, finite, no unknown keys, no silent type coercion."""
 
     # The sentence below a field is also its description in the schema that forms are made of.
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )

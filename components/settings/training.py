@@ -42,7 +42,7 @@ def _one_problem(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 
 
 Shift = Annotated[
-    Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["dynamic"],
+    Annotated[float, Field(gt=0)] | Literal["dynamic"],
     WrapValidator(_one_problem),
 ]
 

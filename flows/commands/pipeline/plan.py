@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -107,10 +108,10 @@ def plan(
     from components.planning.planner import plan as make
     from components.settings.schema import SettingsError
 
-    if gpu_memory_gib is not None and gpu_memory_gib <= 0:
-        raise fail(f"--gpu-memory-gib {gpu_memory_gib}: must be above 0")
-    if price_per_gpu_hour is not None and price_per_gpu_hour < 0:
-        raise fail(f"--price-per-gpu-hour {price_per_gpu_hour}: must not be negative")
+    if gpu_memory_gib is not None and not 0 < gpu_memory_gib * _GIB < math.inf:
+        raise fail(f"--gpu-memory-gib {gpu_memory_gib}: must be a number above 0")
+    if price_per_gpu_hour is not None and not 0 <= price_per_gpu_hour < math.inf:
+        raise fail(f"--price-per-gpu-hour {price_per_gpu_hour}: must be a number from 0")
     root = workplace()
     rate = _rate(tflops_per_gpu, mfu)
     try:
@@ -242,7 +243,7 @@ def _rate(tflops_per_gpu: float | None, mfu: float | None) -> Rate | None:
         return None
     if tflops_per_gpu is None or mfu is None:
         raise fail("--tflops-per-gpu and --mfu: give both, or neither")
-    if tflops_per_gpu <= 0 or not 0 < mfu <= 1:
+    if not (0 < tflops_per_gpu * 1e12 < math.inf and 0 < mfu <= 1):
         raise fail(f"--tflops-per-gpu {tflops_per_gpu} --mfu {mfu}: above 0, mfu at most 1")
     return Rate(tflops_per_gpu * 1e12 * mfu, f"{tflops_per_gpu:g} TFLOP/s x MFU {mfu:g} (stated)")
 

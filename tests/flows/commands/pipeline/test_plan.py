@@ -48,6 +48,12 @@ def test_json_holds_the_sums():
         ["--images", "0"],
         ["--stage", "select"],
         ["--price-per-gpu-hour", "-1"],
+        ["--price-per-gpu-hour", "inf"],
+        ["--gpu-memory-gib", "nan"],
+        ["--gpu-memory-gib", "1e300"],
+        ["--tflops-per-gpu", "inf", "--mfu", "0.4"],
+        ["--tflops-per-gpu", "nan", "--mfu", "0.4"],
+        ["--tflops-per-gpu", "989", "--mfu", "nan"],
     ],
 )
 def test_bad_input_is_one_line(arguments):
