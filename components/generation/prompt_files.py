@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,17 @@ class PromptLine:
     seed: int | None = None
 
 
+SEEDS = 2**63
+"""They are below this: what a signed number of 64 bits holds."""
+# What stands for bytes that are not UTF-8, and half a pair in JSON: no text can hold it.
+_NO_CHARACTER = re.compile("[\ud800-\udfff]")
 _FIELDS = ("prompt", "size", "seed")
+
+
+def odd_character(prompt: str) -> int | None:
+    """Number, from 1, of the first character that UTF-8 does not have; None: all are text."""
+    found = _NO_CHARACTER.search(prompt)
+    return None if found is None else found.start() + 1
 
 
 def read_prompts(path: Path) -> list[PromptLine]:
@@ -87,6 +98,8 @@ def _parse(record: Mapping[str, Any], where: str) -> PromptLine:
     prompt, size, seed = (record.get(field) for field in _FIELDS)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{where}: no prompt (a text under the key `prompt`)")
+    if (odd := odd_character(prompt)) is not None:
+        raise ValueError(f"{where}: prompt: not UTF-8 at character {odd}")
     if size is not None and not isinstance(size, str):
         raise ValueError(f"{where}: size must be WIDTHxHEIGHT, got {size!r}")
     if isinstance(seed, str):
@@ -94,7 +107,7 @@ def _parse(record: Mapping[str, Any], where: str) -> PromptLine:
             seed = int(seed)
         except ValueError:
             raise ValueError(f"{where}: seed must be a whole number, got {seed!r}") from None
-    is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63
+    is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < SEEDS
     if seed is not None and not is_seed:
         raise ValueError(f"{where}: seed must be a whole number from 0, got {seed!r}")
     return PromptLine(prompt.strip(), size, seed)

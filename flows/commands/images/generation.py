@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.generation.prompt_files import SEEDS, odd_character
 from flows.commands.command_line import why_no_file
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from components.settings.schema import Settings
 
 _MULTIPLE_PX = 32
+_MAX_STEPS = 1000
+"""As many times as a schedule was trained with (FLUX.1-dev's `num_train_timesteps`)."""
 
 
 class GenerationRefused(ValueError):
@@ -107,14 +111,19 @@ def _check(options: GenerateOptions) -> None:
         raise GenerationRefused(_NO_SIZE)
     if any(not prompt.strip() for prompt in options.prompts):
         raise GenerationRefused("--prompt: empty; say what to paint")
+    for prompt in options.prompts:
+        if (odd := odd_character(prompt)) is not None:
+            raise GenerationRefused(f"--prompt: not UTF-8 at character {odd}")
     if not 0.0 <= options.strength <= 1.0:
         raise GenerationRefused(f"--strength {options.strength}: from 0 to 1")
     if options.num_images < 1 or options.batch_size < 1:
         raise GenerationRefused("--num-images and --batch-size start at 1")
-    if options.steps is not None and options.steps < 1:
-        raise GenerationRefused(f"--steps {options.steps}: at least 1")
-    if options.seed < 0:
-        raise GenerationRefused(f"--seed {options.seed}: at least 0")
+    if options.steps is not None and not 1 <= options.steps <= _MAX_STEPS:
+        raise GenerationRefused(f"--steps {options.steps}: from 1 to {_MAX_STEPS}")
+    guidance = options.guidance_scale
+    if guidance is not None and not 0.0 <= guidance < math.inf:
+        raise GenerationRefused(f"--guidance-scale {guidance}: a number from 0")
+    _check_seeds(options.seed, options.num_images)
     for name, path in (("prompts", options.prompt_file), ("image", options.image)):
         if path is not None and not path.is_file():
             raise GenerationRefused(f"--{name} {path}: {why_no_file(path)}")
@@ -127,6 +136,13 @@ def _check(options: GenerateOptions) -> None:
         # Of published weights below weights/ a line each says how to get them.
         if model is not None and not model.exists() and "weights" not in model.parts:
             raise GenerationRefused(f"--{name} {model}: no such folder or file")
+
+
+def _check_seeds(first: int, count: int) -> None:
+    if first < 0 or first + count > SEEDS:
+        raise GenerationRefused(
+            f"--seed {first} --num-images {count}: seeds go from 0 to {SEEDS - 1}"
+        )
 
 
 def _image_size(path: Path) -> str:
@@ -157,6 +173,7 @@ def _requests(root: Path, options: GenerateOptions, settings: Settings) -> list[
         if wanted is None:
             raise GenerationRefused(_NO_SIZE)
         sizes.append(parse_size(wanted, round_size=options.round_size))
+        _check_seeds(options.seed if line.seed is None else line.seed, options.num_images)
     texts = [(line.prompt, "") for line in lines]
     if options.refine:
         texts = refined(root, [line.prompt for line in lines], settings)
