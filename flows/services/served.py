@@ -106,7 +106,8 @@ def _check(root: Path, running: dict[str, Service], tier: ServedTier) -> None:
     """Refuse what cannot work before anything starts.
 
     Raises:
-        ServiceError: embedded servers run, servers run with other options, or a port is taken.
+        ServiceError: embedded servers run, servers run with other options, two are given one port,
+            or a port is taken.
     """
     before = served_tier(root)
     if running and before != tier:
@@ -117,6 +118,7 @@ def _check(root: Path, running: dict[str, Service], tier: ServedTier) -> None:
         "prefect": tier.prefect_port,
         "mlflow": tier.mlflow_port,
     }
+    services.refuse_one_port(ports)
     for name, port in ports.items():
         if name not in running:
             services.check_port(name, port, LOOPBACK if name == "postgres" else tier.host)

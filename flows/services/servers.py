@@ -98,6 +98,18 @@ def check_port(name: str, port: int, host: str = HOST) -> None:
         )
 
 
+def refuse_one_port(ports: Mapping[str, int]) -> None:
+    """Before a start: each server listens on a port of its own.
+
+    Raises:
+        ServiceError: two have the same.
+    """
+    owners: dict[int, str] = {}
+    for name, port in ports.items():
+        if (other := owners.setdefault(port, name)) != name:
+            raise ServiceError(f"--{name}-port {port}: {other} is to listen there; choose another")
+
+
 def free_port() -> int:
     """A port nobody listens on now."""
     with socket.socket() as probe:
@@ -264,7 +276,9 @@ def up(
         end_orphans(root)
         refuse_forgotten(root)
         running = {service.name: service for service in running_services(root)}
-        for name, wanted in {"prefect": prefect_port, "mlflow": mlflow_port}.items():
+        given = {"prefect": prefect_port, "mlflow": mlflow_port}
+        refuse_one_port({n: given[n] or DEFAULT_PORTS[n] for n in given if n not in running})
+        for name, wanted in given.items():
             if name not in running:
                 check_port(name, wanted or DEFAULT_PORTS[name])
             elif wanted is not None and not running[name].url.endswith(f":{wanted}"):

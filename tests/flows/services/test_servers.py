@@ -55,6 +55,19 @@ def test_a_taken_port_is_one_clear_line_and_nothing_is_started(toy: Path) -> Non
     assert services.running_services(toy) == []
 
 
+@pytest.mark.parametrize(
+    ("prefect", "mlflow", "said"),
+    [(4300, 4300, "--mlflow-port 4300: prefect"), (5000, None, "--mlflow-port 5000: prefect")],
+)
+def test_two_servers_on_one_port_are_refused_before_anything_starts(
+    toy: Path, prefect: int, mlflow: int | None, said: str
+) -> None:
+    with pytest.raises(services.ServiceError, match=f"^{said} is to listen there"):
+        services.up(toy, prefect_port=prefect, mlflow_port=mlflow)
+    assert services.known_services(toy) == []
+    assert not (toy / "runs" / "logs").exists()
+
+
 HOSTILE = {"Origin": "http://evil.example", "Host": "evil.example"}
 """What a page that somebody opens in a browser of this machine makes it send."""
 STRANGERS = [{}, HOSTILE, {"Origin": "http://evil.example"}, {"Authorization": "Basic eA=="}]
