@@ -70,7 +70,9 @@ def read_attribution(path: Path) -> dict[str, dict[str, str]]:
     reader = SeparatedValues(text, path.name, ",", columns=None, url_column=None)
     rows: dict[str, dict[str, str]] = {}
     for record in reader.records():
-        _check_heading(reader.columns, path.name)
+        # None yet where the heading itself is broken, which `_check_row` says.
+        if reader.columns:
+            _check_heading(reader.columns, path.name)
         line = f"{path.name} line {record.place.rpartition(':')[2]}"
         _check_row(record, reader.columns, line)
         cells = record.values or {}

@@ -188,6 +188,7 @@ def test_an_attribution_file_of_another_kind_says_what_it_is(
         ("name,author\n", "needs a column 'file'"),
         ("file,author\nb.jpg,A\nb.jpg,B\n", "line 3: 'b.jpg' is listed twice"),
         ('file,author\nb.jpg,"A\na.jpg,B\n', "line 2: a quotation mark opens and does not close"),
+        ('file,"author\nb.jpg,A\n', "line 1: a quotation mark opens and does not close"),
         ("file,author\nb.jpg,Doe, Ada\n", "line 2: 3 cells under 2 headings"),
         ("file,author,license\nb.jpg,Ada\n", "line 2: 2 cells under 3 headings"),
         (f"file,author\nb.jpg,{'A' * 200_000}\n", "line 2: more than 65536 characters under 'auth"),
