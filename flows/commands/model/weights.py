@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,6 +27,20 @@ _COLOURS = {"ok": "green", "recorded": "green", "unchecked": "yellow", "wrong": 
 
 def _today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def _check_typed(date: str | None, resolution: str | None = None) -> None:
+    """Refuse what other programs could not read in a file's metadata."""
+    if date is not None:
+        try:
+            # Alone it would take 20261129 and weeks, too.
+            is_date = datetime.date.fromisoformat(date).isoformat() == date
+        except ValueError:
+            is_date = False
+        if not is_date:
+            raise fail(f"--date {date}: expected a day as YYYY-MM-DD, such as {_today()}")
+    if resolution is not None and not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", resolution):
+        raise fail(f"--resolution {resolution}: expected WIDTHxHEIGHT, such as 4096x4096")
 
 
 def _nsfwjs() -> Weights:
@@ -206,6 +221,7 @@ def export_adapter(
 
     It is the whole change from the base that it names, whichever stages made it.
     """
+    _check_typed(date)
     if not source.exists():
         raise fail(f"{source}: no such file or folder; give trained weights, or an adapter's file")
     from components.settings.bad_input import BadInput
@@ -283,6 +299,7 @@ def export_weights(
     from components.settings.bad_input import BadInput
     from components.training.adapters import export_choices
 
+    _check_typed(date, resolution)
     if not out.parent.is_dir():
         raise fail(f"--out {out}: there is no folder {out.parent}")
     if not source.is_dir():

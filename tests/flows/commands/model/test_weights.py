@@ -115,3 +115,27 @@ def test_other_names_are_not_fetched(project: Path) -> None:
     done = CliRunner().invoke(app, ["weights", "get", "fid"])
     assert done.exit_code == 2
     assert "ultraflux weights list fid" in done.output
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("export", "--date", "yesterday"),
+        ("export", "--date", "2026-02-30"),
+        ("adapter", "--date", "20261129"),
+        ("adapter", "--date", ""),
+        ("export", "--resolution", "large"),
+        ("export", "--resolution", "0x4096"),
+        ("export", "--resolution", "4096x4096 "),
+    ],
+)
+def test_metadata_that_no_program_reads_is_refused(
+    project: Path, command: str, option: str, value: str
+) -> None:
+    source = project / "source"
+    source.mkdir()
+    words = ["weights", command, str(source), "--out", str(project / "out"), option, value]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {option} {value}: expected ")
