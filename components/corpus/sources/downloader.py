@@ -19,13 +19,13 @@ import aiohttp
 from yarl import URL
 
 from components.corpus.sources.answer_headers import (
+    BodyDecoder,
     Trail,
     cookie_header,
     forbidden_by_robots,
     leading_range,
     retry_after_s,
 )
-from components.corpus.sources.content_encoding import BodyDecoder
 from components.corpus.sources.download_journal import (
     DownloadJournal,
     FetchFailed,
