@@ -106,7 +106,9 @@ class CorpusDiff:
 
 def _differs(before: pd.Series, after: pd.Series) -> np.ndarray:
     """Where two columns of one length differ; missing equals missing."""
-    if all(isinstance(c.dtype, pd.CategoricalDtype) for c in (before, after)):
+    coded = all(isinstance(c.dtype, pd.CategoricalDtype) for c in (before, after))
+    # A column that is all missing has categories of no text, which unite with no others.
+    if coded and before.cat.categories.dtype == after.cat.categories.dtype:
         codes = union_categoricals([before, after]).codes
         return np.asarray(codes[: len(before)] != codes[len(before) :])
     is_text = [isinstance(c.dtype, pd.StringDtype) for c in (before, after)]

@@ -135,6 +135,14 @@ def test_every_kind_of_change_is_found_in_its_row(params: Settings) -> None:
     assert found.by_column()["caption_en"] == found.by_column()["license"] == 1
 
 
+def test_a_coded_column_that_only_one_version_fills_is_compared(params: Settings) -> None:
+    after = corpus(params).astype({"caption_status": "category"})
+    nothing = pd.Series(pd.Categorical([None] * len(after)), after.index)
+    found = diff(after.assign(caption_status=nothing), after)
+    assert found.by_column() == {"caption_status": len(after)}
+    assert diff(after, after.assign(caption_status=nothing)).counts()["caption"] > 0
+
+
 def test_drift_statistics_have_their_known_values() -> None:
     a = np.random.default_rng(0).normal(size=900)
     assert population_stability(a, a) == 0.0
