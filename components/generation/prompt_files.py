@@ -78,6 +78,11 @@ def _json_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             record = json.loads(line)
         except json.JSONDecodeError as problem:
             raise ValueError(f"{name} line {number}: not JSON: {problem.msg}") from None
+        except RecursionError:
+            raise ValueError(f"{name} line {number}: too deeply nested") from None
+        except ValueError:
+            # The other error of the reader: Python converts no number of so many digits.
+            raise ValueError(f"{name} line {number}: a number with too many digits") from None
         if not isinstance(record, dict):
             raise ValueError(f"{name} line {number}: expected an object with a prompt")
         yield f"{name} line {number}", record

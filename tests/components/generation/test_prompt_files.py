@@ -35,6 +35,8 @@ def test_a_text_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": ""}', "line 1: no prompt"),
         ("p.jsonl", '{"prompt": "a", "seed": -1}', "line 1: seed must be a whole number"),
         ("p.jsonl", r'{"prompt": "caf\udce9"}', "line 1: prompt: not UTF-8 at character 4"),
+        ("p.jsonl", '{"prompt": ' + "[" * 200_000, "line 1: too deeply nested"),
+        ("p.jsonl", '{"seed": ' + "9" * 5000 + "}", "line 1: a number with too many digits"),
         ("p.csv", "prompt,seed\na,x\n", "line 2: seed must be a whole number"),
         ("p.csv", "text\na\n", "no column named prompt"),
         ("p.txt", "\n", "holds no prompt"),
