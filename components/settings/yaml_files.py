@@ -1,7 +1,8 @@
 """Files of settings, in YAML that DVC reads alike.
 
-This program reads version 1.1, DVC 1.2: what the two would take for different things (0200 is 128
-in 1.1) is refused with its line.
+PyYAML reads version 1.1, DVC 1.2 (and writes 1e-05, a text in 1.1): powers of ten are numbers here
+as well, and what else the two would take for different things (0200 is 128 in 1.1) is refused with
+its line.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 import yaml
 
-NUMBER_IN_DVC = re.compile(r"[-+]?0o?[0-9_]+|[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")
+_POWER = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")
+NUMBER_IN_DVC = re.compile(rf"[-+]?0o?[0-9_]+|{_POWER.pattern}")
 """Text in YAML 1.1 and a number in 1.2: 08, 1e-4. Also 0200, which is 128 in 1.1."""
 _NO_ZEROS = "write the number in decimal without zeros in front, or a text in quotes"
 _TAG = "tag:yaml.org,2002:"
@@ -58,11 +60,7 @@ def _number(loader: _OneReading, node: Any) -> int | float:
 def _text(loader: _OneReading, node: Any) -> str:
     # Without a style: neither quoted nor a block.
     if node.style is None and NUMBER_IN_DVC.fullmatch(node.value):
-        base, e, power = node.value.lower().partition("e")
-        if not e:
-            _refuse(node, _NO_ZEROS)
-        base, sign = base if "." in base else f"{base}.0", "" if power[0] in "+-" else "+"
-        _refuse(node, f"write the number {base}e{sign}{power}, or a text in quotes")
+        _refuse(node, _NO_ZEROS)
     return loader.construct_yaml_str(node)
 
 
@@ -72,6 +70,9 @@ def _truth(loader: _OneReading, node: Any) -> bool:
     return loader.construct_yaml_bool(node)
 
 
+_OneReading.add_implicit_resolver(
+    f"{_TAG}float", re.compile(f"^(?:{_POWER.pattern})$"), list("-+0123456789")
+)
 _OneReading.add_constructor(f"{_TAG}int", _number)
 _OneReading.add_constructor(f"{_TAG}float", _number)
 _OneReading.add_constructor(f"{_TAG}str", _text)
@@ -90,17 +91,30 @@ def read_yaml(path: Path) -> Any:
     except IsADirectoryError:
         raise YamlRefused(f"{path}: a folder; expected a YAML file") from None
     try:
-        return yaml.load(content.decode("utf-8"), _OneReading)
+        return parse_yaml(content.decode("utf-8"), str(path))
     except UnicodeDecodeError as problem:
         line = content.count(b"\n", 0, problem.start) + 1
         raise YamlRefused(
             f"{path}: not UTF-8 at byte {problem.start} (line {line}); save it as UTF-8"
         ) from None
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """`read_yaml` of a text; `where` stands for its file.
+
+    Raises:
+        YamlRefused: as `read_yaml`.
+    """
+    try:
+        return yaml.load(text, _OneReading)
     except _Refused as problem:
         line = problem.problem_mark.line + 1 if problem.problem_mark is not None else 1
-        raise YamlRefused(f"{path} line {line}: {problem.problem}") from None
+        raise YamlRefused(f"{where} line {line}: {problem.problem}") from None
+    except yaml.MarkedYAMLError as problem:
+        line = problem.problem_mark.line + 1 if problem.problem_mark is not None else 1
+        raise YamlRefused(f"{where}: not valid YAML: line {line}: {problem.problem}") from None
     except yaml.YAMLError as problem:
-        raise YamlRefused(f"{path}: not valid YAML: {' '.join(str(problem).split())}") from None
+        raise YamlRefused(f"{where}: not valid YAML: {' '.join(str(problem).split())}") from None
     except ValueError as problem:
         # A date that no calendar has.
-        raise YamlRefused(f"{path}: not valid YAML: {problem}") from None
+        raise YamlRefused(f"{where}: not valid YAML: {problem}") from None

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from components.files.weight_folders import file_digest
+from components.settings.yaml_files import read_yaml
 from flows.history.run_evidence import Evidence
 from flows.pipeline.pipeline_run import CHANGES_FILE
 from flows.records.provenance import changes_digest
@@ -168,7 +167,7 @@ def set_up(root: Path, recorded: Recorded, tree: Path) -> list[str]:
     try:
         if marker is None:
             _new_tree(root, recorded, tree)
-        values = yaml.safe_load((tree / "params.yaml").read_text(encoding="utf-8"))
+        values = read_yaml(tree / "params.yaml")
         share(root, tree, values.get("ingest", {}).get("source"))
     except TreeRefused as problem:
         raise ReproductionRefused(f"{recorded.name}: {problem}") from None
@@ -233,13 +232,25 @@ def run_again(
 
     # What the lock names and the cache has; the rest is for the stages to make.
     ends_well("dvc", "checkout", "-q", "--allow-missing")
+    last = last_stage(recorded, tree)
+    until = () if last is None else ("--until", last)
     if recompute and not stages:
-        return ends_well("ultraflux", "run", "--force")
-    if not ends_well("ultraflux", "run"):
+        return ends_well("ultraflux", "run", "--force", *until)
+    if not ends_well("ultraflux", "run", *until):
         return False
     # In the order of the graph: a later stage is to read what an earlier one has computed anew.
     order = [name for name in versioning.stage_graph(tree) if name in stages]
     return all(ends_well("dvc", "--wait-for-lock", "repro", "-s", "-f", name) for name in order)
+
+
+def last_stage(recorded: Recorded, tree: Path) -> str | None:
+    """Where the run was asked to stop (`--until`); None: it had the whole graph, or is a revision.
+
+    A run says of each of its stages how it ended, of one that it could not begin, too.
+    """
+    had = {name for name in versioning.stage_graph(tree) if f"stage.{name}" in recorded.tags}
+    ends = [name for name in had if set(versioning.stages_until(tree, name)) == had]
+    return ends[0] if ends and had < set(versioning.stage_graph(tree)) else None
 
 
 def compare_locks(recorded: Recorded, tree: Path) -> list[StageComparison]:

@@ -8,11 +8,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from components.evaluation.suites.ablation import Arm, with_overrides
 from components.settings.schema import SettingsError
-from flows.versioning.setting_overrides import parse_value
+from components.settings.yaml_files import YamlRefused, parse_yaml
 
 _MOST_SETS = 256
 
@@ -61,12 +59,12 @@ def expand(assignments: Sequence[str], params: Mapping[str, Any]) -> tuple[Arm, 
 def _values(text: str, values: str) -> list[Any]:
     try:
         # As YAML, so that a list in brackets stays one value at its commas.
-        found = yaml.safe_load(f"[{values}]")
-    except yaml.YAMLError:
-        raise SweepRefused(f"-S {text}: the values are not YAML") from None
+        found: list[Any] = parse_yaml(f"[{values}]", f"-S {text}")
+    except YamlRefused as problem:
+        raise SweepRefused(str(problem)) from None
     if not found:
         raise SweepRefused(f"-S {text}: no value")
-    return [parse_value(one) for one in found]
+    return found
 
 
 def short_digest(value: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from components.metrics.cards import CARDS
+from components.settings.yaml_files import parse_yaml, read_yaml
 from flows.history.run_evidence import Evidence, StageRun
 from flows.history.run_history import pipeline_records
 from flows.records.provenance import locked_packages, provenance_tags
@@ -129,7 +130,7 @@ def _tagged(title: str, tags: Mapping[str, str], **values: Any) -> Side:
 
 def _workspace(evidence: Evidence) -> Side:
     root = evidence.root
-    settings = dict(flatten(yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))))
+    settings = dict(flatten(read_yaml(root / "params.yaml")))
     data, metrics = _locked(evidence, evidence.lock)
     return _tagged(WORKSPACE, provenance_tags(root), settings=settings, data=data, metrics=metrics)
 
@@ -175,7 +176,7 @@ def _revision(evidence: Evidence, name: str) -> Side:
             f"{name}: neither `{WORKSPACE}`, a run, a stage with a run, nor a git revision{away}"
         )
     params = _git(root, "show", f"{commit}:params.yaml")
-    settings = dict(flatten(yaml.safe_load(params))) if params else {}
+    settings = dict(flatten(parse_yaml(params, f"{commit}:params.yaml"))) if params else {}
     lock = _git(root, "show", f"{commit}:dvc.lock")
     data, metrics = _locked(evidence, versioning.locked_stages(lock or ""))
     return _tagged(name, {_COMMIT: commit}, settings=settings, data=data, metrics=metrics)

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from components.files.weight_folders import file_digest
 from components.settings.schema import load_settings
+from components.settings.yaml_files import read_yaml
 from flows import environment
 from flows.pipeline.preflight import PipelineRefused, preflight
 from flows.pipeline.rehearsal import RehearsalFailed, rehearse_if_due
@@ -269,7 +268,7 @@ def _run(engine: Engine, runner: StageRunner, report: Report) -> dict[str, Stage
 
 
 def _description(root: Path, engine: Engine) -> RunDescription:
-    values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+    values = read_yaml(root / "params.yaml")
     return RunDescription(
         kind="pipeline",
         name="pipeline",

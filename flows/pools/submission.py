@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from components.settings.yaml_files import parse_yaml
 from flows.running.working_trees import settings_tree
 from flows.versioning.profiles import compose
 from flows.versioning.setting_overrides import merged, read_params
@@ -35,4 +34,4 @@ def profile_values(root: Path, profile: str, overrides: Mapping[str, Any]) -> di
     Raises:
         SettingsError: no such profile, or the result is not valid.
     """
-    return merged(yaml.safe_load(compose(root, profile)), overrides)
+    return merged(parse_yaml(compose(root, profile), f"profile {profile}"), overrides)

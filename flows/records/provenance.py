@@ -11,9 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import yaml
-
 from components.files.weight_folders import file_digest
+from components.settings.yaml_files import read_yaml
 
 # Of untracked files: what is neither code nor settings may be large, or a secret.
 _KEPT_SUFFIXES = frozenset({".py", ".yaml", ".yml", ".toml", ".j2", ".jsonl"})
@@ -76,9 +75,9 @@ def _tracked_changes(root: Path, env: dict[str, str] | None = None) -> bytes:
 def _source(root: Path) -> Path | None:
     """`ingest.source`; None where the settings do not say."""
     try:
-        values = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+        values = read_yaml(root / "params.yaml")
         return root / values["ingest"]["source"]
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 

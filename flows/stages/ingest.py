@@ -60,9 +60,10 @@ def _metrics(found: Collected) -> dict[str, float]:
 
 def _summary(found: Collected, kind: str) -> str:
     if kind == "folder":
+        remark = f"; {found.remark}" if found.remark else ""
         return (
             f"{found.candidates} candidates, {found.unreadable} unreadable, "
-            f"{found.duplicates} duplicates"
+            f"{found.duplicates} duplicates{remark}"
         )
     lost = f", lost: {found.described_losses}" if found.losses else ""
     return f"{found.candidates} candidates, {found.kept} kept{lost}"

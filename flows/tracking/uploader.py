@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from components.settings.yaml_files import read_yaml
 from flows import environment
 from flows.records.owners import close_ownerless
 from flows.records.records import (
@@ -138,7 +139,7 @@ class Uploader:
         from mlflow import MlflowClient
 
         self._root = root
-        params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+        params = read_yaml(root / "params.yaml")
         self.project: str = params["project"]["name"]
         uri = tracking_uri(root)
         if uri.startswith("sqlite:///"):

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from components.settings.yaml_files import read_yaml
+
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("a.b", value) pairs of a nested mapping."""
@@ -30,7 +32,7 @@ def stage_parameters(
     """
     declared = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage].get("params", [])
     if settings is None:
-        settings = yaml.safe_load((root / "params.yaml").read_text())
+        settings = read_yaml(root / "params.yaml")
     values = dict(flatten(settings))
     return {
         name: value

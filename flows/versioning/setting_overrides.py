@@ -6,17 +6,14 @@ deployment that takes it as a parameter shows the whole settings schema in the P
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from components.settings.schema import Settings, SettingsError, parse_settings
-
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+from components.settings.yaml_files import YamlRefused, parse_yaml, read_yaml
 
 
 def overrides_model(model: type[BaseModel]) -> type[BaseModel]:
@@ -76,15 +73,6 @@ def _merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
     return result
 
 
-def parse_value(value: Any) -> Any:
-    """A YAML value in which 1e-4 is a number too (YAML 1.1 wants 1.0e-4), also inside lists."""
-    if isinstance(value, list):
-        return [parse_value(one) for one in value]
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        return float(value)
-    return value
-
-
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     """Nested values of `section.key=value` texts; values are YAML.
 
@@ -97,9 +85,9 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         if not equals or not name:
             raise SettingsError(f"-S {assignment}: expected section.key=value")
         try:
-            value: Any = parse_value(yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise SettingsError(f"-S {assignment}: the value is not YAML") from None
+            value: Any = parse_yaml(text, f"-S {assignment}")
+        except YamlRefused as problem:
+            raise SettingsError(str(problem)) from None
         for part in reversed(name.split(".")):
             value = {part: value}
         result = _merged(result, value)
@@ -108,5 +96,5 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 def read_params(root: Path) -> dict[str, Any]:
     """`params.yaml` as nested values."""
-    values: dict[str, Any] = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+    values: dict[str, Any] = read_yaml(root / "params.yaml")
     return values

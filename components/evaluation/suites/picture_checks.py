@@ -92,11 +92,11 @@ def missing_values(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     same: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for metric, images in undefined.items():
         same[tuple(images)].append(metric)
-    for images, metrics in same.items():
+    for alike, metrics in same.items():
         what = "has" if len(metrics) == 1 else "have"
         lines.append(
-            f"{', '.join(metrics)} {what} no value for {len(images)} of {total} pictures, too "
-            f"small or without what it measures, such as {images[0]}"
+            f"{', '.join(metrics)} {what} no value for {len(alike)} of {total} pictures, too "
+            f"small or without what it measures, such as {alike[0]}"
         )
     return lines
 

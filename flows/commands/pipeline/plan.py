@@ -250,6 +250,7 @@ def _rate(tflops_per_gpu: float | None, mfu: float | None) -> Rate | None:
 
 def _settings(root: Path, profile: str | None, params: Path | None) -> Settings:
     from components.settings.schema import load_settings, parse_settings
+    from components.settings.yaml_files import parse_yaml
     from flows.versioning.profiles import compose
 
     if profile is not None and params is not None:
@@ -258,9 +259,9 @@ def _settings(root: Path, profile: str | None, params: Path | None) -> Settings:
         if params is None and not (root / "params.yaml").is_file():
             raise fail(f"no UltraFlux project at or above {root}: give --profile or --params")
         return load_settings(params or root / "params.yaml")
-    import yaml
-
-    return parse_settings(yaml.safe_load(compose(root, profile)), where=f"profile {profile}")
+    return parse_settings(
+        parse_yaml(compose(root, profile), f"profile {profile}"), where=f"profile {profile}"
+    )
 
 
 def _images(root: Path, settings: Settings) -> tuple[int, str]:

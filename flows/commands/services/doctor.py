@@ -239,14 +239,15 @@ def _weights(root: Path) -> Iterator[Finding]:
 
 
 def _services(root: Path) -> Iterator[Finding]:
-    from flows.services.servers import port_is_free, running_services
+    from flows.services.servers import DEFAULT_PORTS, port_is_free, running_services
 
     running = running_services(root)
     for service in running:
         yield Finding("services", "ok", f"{service.name} at {service.url}")
     if not running:
         yield Finding("services", "ok", "not running (start: make services)")
-    taken = [port for port in (4200, 5000) if not port_is_free(port)]
+    taken = {name: port for name, port in DEFAULT_PORTS.items() if not port_is_free(port)}
     if taken and not running:
-        ports = ", ".join(map(str, taken))
-        yield Finding("ports", "warning", f"{ports} taken", "ultraflux up --prefect-port N")
+        ports = ", ".join(map(str, taken.values()))
+        options = " ".join(f"--{name}-port N" for name in taken)
+        yield Finding("ports", "warning", f"{ports} taken", f"ultraflux up {options}")

@@ -14,6 +14,7 @@ from flows.experiments.reproduction import (
     ReproductionRefused,
     compare_locks,
     find_recorded,
+    last_stage,
     set_up,
 )
 from flows.history.run_evidence import Evidence
@@ -148,6 +149,20 @@ def test_stages_that_did_not_end_are_not_compared(toy: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_run_that_was_asked_to_stop_is_reproduced_as_far(toy: Path) -> None:
+    graph = versioning.stage_graph(toy)
+
+    def last(stages: list[str]) -> str | None:
+        tags = {f"stage.{name}": "ran" for name in stages} | {"stage.a.run_id": "x"}
+        return last_stage(Recorded("x", "HEAD", None, b"", tags=tags if stages else {}), toy)
+
+    assert last([]) is None
+    assert last(list(graph)) is None
+    for name in graph:
+        part = list(versioning.stages_until(toy, name))
+        assert last(part) == (None if len(part) == len(graph) else name)
+
+
 def test_a_run_of_another_clone_is_read_from_mlflow(
     changed: tuple[Path, Record], tmp_path: Path
 ) -> None:

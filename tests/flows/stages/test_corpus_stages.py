@@ -68,6 +68,19 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_rows_of_the_attribution_that_name_nothing_are_said_by_ingest(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 40), "teal").save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "list.csv").write_text("file,author\na.png,Ann\nb.png,Bo\n")
+    settings = adjusted(ingest={"attribution": "list.csv"})
+    for stage in ("source", "ingest"):
+        result = run(stage, tmp_path, settings)
+    assert result.summary.startswith(
+        "1 candidates, 0 unreadable, 0 duplicates; list.csv: 1 row names no photograph of the "
+        "source, such as 'b.png'"
+    )
+
+
 def test_every_file_ends_as_a_row_with_its_verdict(project: Path) -> None:
     table = read_table(project / "data" / "slices" / "manifest.parquet")
     verdicts = {Path(row.uri).name: row.reject_reason for row in table.itertuples()}
