@@ -80,6 +80,11 @@ def _version_files(before: str, after: str, manifest: str) -> Iterator[tuple[Pat
         raise fail(str(problem)) from None
 
 
+def _refuse_folder(output: Path) -> None:
+    if output.is_dir():
+        raise fail(f"--output {output}: a folder; name a file")
+
+
 def _print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
@@ -159,6 +164,9 @@ def drift(
     from components.corpus.pages.drift import COLUMNS, drift_page, measure_drift
     from components.corpus.pages.page_figures import write_page
 
+    _refuse_folder(output)
+    if output.suffix == ".json":
+        raise fail(f"--output {output}: name the page, such as drift.html; JSON goes beside it")
     with _version_files(before, after, manifest) as files:
         old, new = (read_columns(file, COLUMNS, kept_only=True) for file in files)
     report = measure_drift(old, new)
@@ -207,6 +215,7 @@ def datasheet(
     from components.corpus.selection import slices
     from components.settings.schema import SettingsError, load_settings
 
+    _refuse_folder(output)
     root = project_root()
     columns = [*slices.COLUMNS, *page.COLUMNS]
     try:

@@ -104,6 +104,16 @@ def test_drift_and_datasheet_write_their_pages(project: Path) -> None:
     done = CliRunner().invoke(app, ["corpus", "datasheet", str(path), "--output", str(sheet)])
     assert done.exit_code == 0, done.output
     assert "4 kept" in sheet.read_text()
+    folder = str(project / "data")
+    for wrong, said in (
+        (["drift", str(path), str(path), "--output", "x.json"], "--output x.json: name the page"),
+        (["drift", str(path), str(path), "--output", folder], "data: a folder; name a file"),
+        (["datasheet", str(path), "--output", folder], "data: a folder; name a file"),
+    ):
+        done = CliRunner().invoke(app, ["corpus", *wrong])
+        assert done.exit_code == 2, done.output
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_one_changed_row_of_eleven_is_told_from_drift_by_the_command(project: Path) -> None:
