@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from components.settings.schema import Settings
 
 _MULTIPLE_PX = 32
+_STRENGTH = 0.6
 _MAX_STEPS = 1000
 """As many times as a schedule was trained with (FLUX.1-dev's `num_train_timesteps`)."""
 
@@ -80,7 +81,7 @@ class GenerateOptions:
     compile: str | None = None
     batch_size: int = 1
     image: Path | None = None
-    strength: float = 0.6
+    strength: float = _STRENGTH
     model: Path | None = None
     base: Path | None = None
     transformer: Path | None = None
@@ -116,6 +117,8 @@ def _check(options: GenerateOptions) -> None:
             raise GenerationRefused(f"--prompt: not UTF-8 at character {odd}")
     if not 0.0 <= options.strength <= 1.0:
         raise GenerationRefused(f"--strength {options.strength}: from 0 to 1")
+    if options.image is None and options.strength != _STRENGTH:
+        raise GenerationRefused(f"--strength {options.strength}: of --image; give one with it")
     if options.num_images < 1 or options.batch_size < 1:
         raise GenerationRefused("--num-images and --batch-size start at 1")
     if options.steps is not None and not 1 <= options.steps <= _MAX_STEPS:
@@ -236,6 +239,13 @@ def _sped_up(settings: Settings, options: GenerateOptions) -> Settings:
         error = problem.errors()[0]
         flag = "--" + str(error["loc"][0]).replace("_", "-")
         raise GenerationRefused(f"{flag} {error['input']}: {error['msg'].lower()}") from None
+    # Only now: the settings may name the cache that the command line leaves out.
+    for cache, name in (("first_block", "threshold"), ("taylorseer", "interval")):
+        value = typed.get(f"step_cache_{name}")
+        if value is not None and chosen.step_cache != cache:
+            raise GenerationRefused(
+                f"--step-cache-{name} {value}: of --step-cache {cache}; give it too"
+            )
     return settings.model_copy(update={"generate": chosen})
 
 
