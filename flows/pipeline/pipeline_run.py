@@ -144,7 +144,9 @@ def _run_pipeline(
             except RehearsalFailed as problem:
                 raise PipelineRefused(str(problem)) from None
     close_ownerless(root)
-    if not (stale or force or engine == "pools" or unsent_records(root)):
+    # What somebody has named (a reproduction, a sweep's set) is a run also where nothing is to do.
+    is_named = bool(os.environ.get(RUN_TAGS))
+    if not (stale or force or engine == "pools" or is_named or unsent_records(root)):
         return _nothing_to_do(root, graph, started)
     record = open_record(root, _description(root, engine))
     own_record(root, record.record_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from flows.experiments.reproduction import (
 )
 from flows.history.run_evidence import Evidence
 from flows.records.provenance import changes_digest, changes_since_commit, provenance_tags
-from flows.records.records import Record, RunDescription, RunResult, open_record
+from flows.records.records import RUN_TAGS, Record, RunDescription, RunResult, open_record
 from flows.tracking.uploader import Uploader
 from flows.versioning import graph as versioning
 
@@ -204,6 +205,22 @@ def reproduce(root: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
+
+
+def test_a_run_that_somebody_names_is_recorded_though_nothing_is_to_do(
+    toy: Path, root: Path
+) -> None:
+    (toy / "params.yaml").write_text((root / "params.yaml").read_text())
+    graph = (toy / "dvc.yaml").read_text().replace("params: [value]", "params: [project.seed]")
+    (toy / "dvc.yaml").write_text(graph)
+
+    def records(**tags: str) -> int:
+        env = os.environ | ({RUN_TAGS: json.dumps(tags)} if tags else {})
+        done = subprocess.run(["ultraflux", "run"], cwd=toy, env=env, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return len(list((toy / "runs" / "records").glob("pipeline-*")))
+
+    assert [records(), records(), records(repeats="a")] == [1, 1, 2]
 
 
 @pytest.mark.slow
