@@ -80,7 +80,13 @@ def render(template: str, **values: Any) -> str:
     return templates.get_template(template).render(**values)
 
 
-def write_page(text: str, path: Path) -> None:
-    """Write a page whole or not at all."""
+def write_page(text: str, path: Path, *, follow: bool = False) -> None:
+    """Write a page whole or not at all.
+
+    Args:
+        text: of the page.
+        path: its folder is made.
+        follow: see `whole_file`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    write_text(path, text, follow=follow)

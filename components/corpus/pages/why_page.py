@@ -37,12 +37,14 @@ def write_why(why: Why, derivatives: Path, destination: Path) -> None:
     if destination.suffix.lower() == ".html":
         embedded = [(uri, base64.b64encode(jpeg).decode("ascii")) for uri, jpeg in pictures]
         write_page(
-            render("why.html.j2", why=why, lines=why.lines(), pictures=embedded), destination
+            render("why.html.j2", why=why, lines=why.lines(), pictures=embedded),
+            destination,
+            follow=True,
         )
         return
     if not pictures:
         raise ValueError(f"{why.uri}: no derivative to show (was it decoded?); write an .html page")
-    write_bytes(destination, _side_by_side(pictures))
+    write_bytes(destination, _side_by_side(pictures), follow=True)
 
 
 def _side_by_side(pictures: Sequence[tuple[str, bytes]]) -> bytes:

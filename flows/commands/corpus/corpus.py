@@ -170,7 +170,7 @@ def drift(
     with _version_files(before, after, manifest) as files:
         old, new = (read_columns(file, COLUMNS, kept_only=True) for file in files)
     report = measure_drift(old, new)
-    write_page(drift_page(report, old, new), output)
+    write_page(drift_page(report, old, new), output, follow=True)
     document = json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n"
     write_page(document, output.with_suffix(".json"))
     for feature in report.features:
@@ -225,7 +225,8 @@ def datasheet(
     except (SettingsError, ValueError) as problem:
         raise fail(str(problem)) from None
     rows = slices.slice_rows(table, settings.slices, settings.project.seed)
-    write_page(page.datasheet_page(table, rows, _coverage(root, version)), output)
+    text = page.datasheet_page(table, rows, _coverage(root, version))
+    write_page(text, output, follow=True)
     print(output)
 
 

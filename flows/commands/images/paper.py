@@ -71,7 +71,7 @@ def table(
     ):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, text())
+            write_text(path, text(), follow=True)
     if as_json:
         print(json.dumps(described(filled), ensure_ascii=False, indent=1))
         return

@@ -96,7 +96,8 @@ def report(
     except (SettingsError, ValueError) as problem:
         raise fail(str(problem)) from None
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, made.html)
+    # The default is part of an evaluation, which in a clone may lead into DVC's cache.
+    write_text(target, made.html, follow=out is not None)
     _export((evaluation, *(further or ())), csv, latex)
     for line in made.verdicts:
         print(line)
@@ -120,7 +121,7 @@ def _export(evaluations: Sequence[Path], csv: Path | None, latex: Path | None) -
     ):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, make())
+            write_text(path, make(), follow=True)
             print(f"Table: {path}")
 
 

@@ -53,6 +53,15 @@ def test_the_two_pictures_stand_side_by_side(derivatives: Path, tmp_path: Path) 
     assert right[2] > 240 > 20 > right[0]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("name", ["why.png", "why.html"])
+def test_a_link_that_is_named_stays_one(derivatives: Path, tmp_path: Path, name: str) -> None:
+    link = tmp_path / name
+    link.symlink_to(tmp_path / f"real-{name}")
+    write_why(verdict(), derivatives, link)
+    assert link.is_symlink()
+    assert (tmp_path / f"real-{name}").is_file()
+
+
 def test_the_page_holds_both_pictures_and_escapes_names(derivatives: Path, tmp_path: Path) -> None:
     write_why(verdict(), derivatives, tmp_path / "why.html")
     text = (tmp_path / "why.html").read_text()

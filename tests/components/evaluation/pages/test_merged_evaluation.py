@@ -175,13 +175,15 @@ def test_the_command_compares_two_folders_and_says_the_verdict(
     project = evaluation.parent
     (project / "dvc.yaml").write_text("stages: {}\n")
     shutil.copy2(root / "params.yaml", project / "params.yaml")
+    (project / "both.csv").symlink_to(tmp_path / "real.csv")
+    (tmp_path / "r.html").symlink_to(tmp_path / "real.html")
     words = ("--with", str(later), "--baseline", "mine@evaluation", "--csv", "both.csv")
     done = typed(project, "report", str(evaluation), *words, "--out", str(tmp_path / "r.html"))
     assert done.returncode == 0, done.stderr
     assert "mine@later against mine@evaluation over 8 prompts: better in PSNR, SSIM" in done.stdout
-    assert "mine@later,,psnr_db" in (project / "both.csv").read_text()
+    assert "mine@later,,psnr_db" in (tmp_path / "real.csv").read_text()
     refused = typed(project, "report", str(evaluation), "--with", str(tmp_path))
     assert refused.returncode == 2
     assert len(refused.stderr.strip().splitlines()) == 1
     digest = hashlib.sha256((evaluation / "scores.parquet").read_bytes()).hexdigest()
-    assert digest in (tmp_path / "r.html").read_text()
+    assert digest in (tmp_path / "real.html").read_text()

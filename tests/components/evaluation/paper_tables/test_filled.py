@@ -283,6 +283,7 @@ def test_the_command_prints_lists_and_refuses(
     (tmp_path / "params.yaml").write_bytes((root / "params.yaml").read_bytes())
     listed = typed(tmp_path, "paper", "table", "--json")
     assert {row["table"] for row in json.loads(listed.stdout)} == {t.name for t in TABLES}
+    (tmp_path / "t.csv").symlink_to(tmp_path / "real.csv")
     words = ("--from", str(evaluation), "--csv", "t.csv", "--latex", "t.tex")
     done = typed(tmp_path, "paper", "table", "reconstruction", *words)
     assert done.returncode == 0, done.stderr
@@ -291,7 +292,7 @@ def test_the_command_prints_lists_and_refuses(
     assert "ultraflux evaluate reconstruction --system" in done.stdout
     assert "mine, here" in (tmp_path / "t.tex").read_text()
     assert "UltraFlux-F16-VAE (published)" in (tmp_path / "t.tex").read_text()
-    assert (tmp_path / "t.csv").read_text().count("\n") == 41
+    assert (tmp_path / "real.csv").read_text().count("\n") == 41
     for words, message in (
         (("nothing",), "no table 'nothing'; tables: main"),
         (("main", "--from", str(tmp_path)), "not an evaluation"),

@@ -95,15 +95,18 @@ def test_two_revisions_are_compared_from_the_cache(project: Path) -> None:
 def test_drift_and_datasheet_write_their_pages(project: Path) -> None:
     path = project / "a.parquet"
     write_table(manifest([7.5, 7.2, 7.1, 7.9]), path)
-    page = project / "drift.html"
+    page, sheet = project / "drift.html", project / "sheet.html"
+    for link in (page, sheet):
+        link.symlink_to(project / f"real-{link.name}")
     call = ["corpus", "drift", str(path), str(path), "--output", str(page)]
     done = CliRunner().invoke(app, call)
     assert done.exit_code == 0, done.output
     assert json.loads(page.with_suffix(".json").read_text())["status"] == "stable"
-    sheet = project / "sheet.html"
     done = CliRunner().invoke(app, ["corpus", "datasheet", str(path), "--output", str(sheet)])
     assert done.exit_code == 0, done.output
     assert "4 kept" in sheet.read_text()
+    assert page.is_symlink()
+    assert sheet.is_symlink()
     folder = str(project / "data")
     for wrong, said in (
         (["drift", str(path), str(path), "--output", "x.json"], "--output x.json: name the page"),
