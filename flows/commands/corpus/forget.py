@@ -32,6 +32,8 @@ ordinary pipeline trains what descends from the photographs anew, versions of th
 their aliases in MLflow, and a signed certificate is written (`ultraflux verify` checks it)."""
 
 CERTIFICATES = Path("certificates")
+_SAID = 3
+"""Names that are not known, each in a line; a list of the wrong kind has hundreds."""
 
 
 def forget(
@@ -154,10 +156,13 @@ def _nobody(root: Path, entries: list[Exclusion]) -> str:
 
     names = sorted(set(read_table(root / INGESTED, ["photographer"])["photographer"].dropna()))
     lines = []
-    for entry in entries:
+    for entry in entries[:_SAID]:
         close = difflib.get_close_matches(entry.value, names, n=2, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        lines.append(f"{entry.kind} {entry.value!r}: no photograph in {INGESTED}{hint}")
+        value = entry.value if len(entry.value) <= 80 else entry.value[:77] + "..."
+        lines.append(f"{entry.kind} {value!r}: no photograph in {INGESTED}{hint}")
+    if len(entries) > _SAID:
+        lines.append(f"and {len(entries) - _SAID} more without a photograph")
     return "\n".join(lines)
 
 
@@ -238,7 +243,7 @@ def _certify(
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
     path = certificate or root / CERTIFICATES / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    write_text(path, text, follow=certificate is not None)
     return path
 
 

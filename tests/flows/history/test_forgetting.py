@@ -19,6 +19,7 @@ from recorded_project import ROWS, RecordedProject, image
 from components.corpus.selection.rights import Exclusion, Exclusions, read_exclusions
 from components.files.signatures import checked, signed, signing_key
 from components.files.weight_folders import folder_digest
+from flows.commands.corpus.forget import _certify
 from flows.history.affected import Affected, affected_by
 from flows.history.forgetting_certificate import NotForgotten, differences, statement
 from flows.history.run_evidence import Evidence
@@ -146,6 +147,17 @@ def test_a_certificate_names_the_new_weights_and_every_table_that_was_searched(
     assert "changed" in json.loads(done.stdout)["problems"][0]
 
 
+def test_a_certificate_is_written_through_a_link_that_is_named(
+    small: RecordedProject, tmp_path: Path
+) -> None:
+    before = affected(small)
+    small.train(WITHOUT, "without")
+    link = tmp_path / "named.json"
+    link.symlink_to(tmp_path / "real.json")
+    _certify(small.root, [LEE], before, signing_key(tmp_path), link)
+    assert checked((tmp_path / "real.json").read_text(encoding="utf-8"))
+
+
 def test_verify_takes_no_other_key_than_the_one_that_was_named(
     small: RecordedProject, typed: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -247,6 +259,19 @@ def test_nobody_is_refused_in_one_line(
     assert done.returncode != 0
     assert re.search(said, done.stderr), done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_of_a_list_of_nobody_three_and_their_number_are_said(
+    small: RecordedProject, typed: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    listed = small.root / "README.md"
+    listed.write_text("".join(f"{n} {'x' * 300}\n" for n in range(40)))
+    done = typed(small.root, "corpus", "forget", "--list", str(listed))
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4
+    assert max(map(len, lines)) < 200
+    assert lines[3] == "error: and 37 more without a photograph"
 
 
 def test_a_list_names_people_addresses_and_digests_by_the_line(
