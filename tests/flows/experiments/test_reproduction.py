@@ -207,12 +207,19 @@ def reproduce(root: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout)
 
 
+def with_settings(toy: Path, root: Path) -> None:
+    """Make of the toy a project that `ultraflux run` takes."""
+    (toy / "params.yaml").write_text((root / "params.yaml").read_text())
+    (toy / "data" / "sample").mkdir()
+    (toy / "data" / "sample" / "photo.txt").touch()
+    graph = (toy / "dvc.yaml").read_text().replace("params: [value]", "params: [project.seed]")
+    (toy / "dvc.yaml").write_text(graph.replace("  a:\n", "  ingest:\n"))
+
+
 def test_a_run_that_somebody_names_is_recorded_though_nothing_is_to_do(
     toy: Path, root: Path
 ) -> None:
-    (toy / "params.yaml").write_text((root / "params.yaml").read_text())
-    graph = (toy / "dvc.yaml").read_text().replace("params: [value]", "params: [project.seed]")
-    (toy / "dvc.yaml").write_text(graph)
+    with_settings(toy, root)
 
     def records(**tags: str) -> int:
         env = os.environ | ({RUN_TAGS: json.dumps(tags)} if tags else {})
@@ -227,11 +234,7 @@ def test_a_run_that_somebody_names_is_recorded_though_nothing_is_to_do(
 def test_the_command_restores_or_computes_again_and_says_whether_all_is_equal(
     toy: Path, root: Path
 ) -> None:
-    (toy / "params.yaml").write_text((root / "params.yaml").read_text())
-    (toy / "data" / "sample").mkdir()
-    (toy / "data" / "sample" / "photo.txt").touch()
-    graph = (toy / "dvc.yaml").read_text().replace("params: [value]", "params: [project.seed]")
-    (toy / "dvc.yaml").write_text(graph.replace("  a:\n", "  ingest:\n"))
+    with_settings(toy, root)
     done = subprocess.run(["ultraflux", "run"], cwd=toy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     run = next((toy / "runs" / "records").glob("pipeline-*")).name

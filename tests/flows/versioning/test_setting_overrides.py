@@ -70,7 +70,8 @@ def test_assignments_are_yaml_values_at_dotted_places() -> None:
 
 
 @pytest.mark.parametrize(
-    ("assignment", "said"), [("vae.steps", "expected"), ("=4", "expected"), ("a=[1", "not valid YAML")]
+    ("assignment", "said"),
+    [("vae.steps", "expected"), ("=4", "expected"), ("a=[1", "not valid YAML")],
 )
 def test_a_malformed_assignment_is_named(assignment: str, said: str) -> None:
     with pytest.raises(SettingsError, match=said):
