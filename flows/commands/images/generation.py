@@ -267,12 +267,6 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
     from components.generation import sampling
     from components.generation.held_weights import encoder_loader
     from components.models.loading.memory_modes import memory_modes, parse_memory
-    from components.models.loading.released import (
-        check_transformer,
-        departures,
-        find_sources,
-        source_digests,
-    )
     from flows import environment
     from flows.versioning.profiles import settings_of
 
@@ -282,6 +276,14 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
         if options.memory is None
         else parse_memory(options.memory)
     )
+    # Reads weights, and so imports torch: after what is refused by its name.
+    from components.models.loading.released import (
+        check_transformer,
+        departures,
+        find_sources,
+        source_digests,
+    )
+
     environment.prepare(offline=settings.runtime.offline)
     if options.model is None:
         if options.transformer is not None:
