@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from components.files.install_hints import download_command
+from components.generation.prompt_files import odd_character
 from components.generation.sampling import image_seed
 
 BENCHMARKS = Path("data/benchmarks")
@@ -180,14 +181,6 @@ def item_name(stem: str) -> str:
     return re.sub(r"[^\w.-]", "_", plain.replace("/", "__"))
 
 
-def _is_whole(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _entries(folder: Path) -> Iterator[tuple[str, Path, str]]:
     """(id, picture, prompt) of a folder's metadata.jsonl."""
     metadata = folder / "metadata.jsonl"
@@ -208,7 +201,7 @@ def _entries(folder: Path) -> Iterator[tuple[str, Path, str]]:
         if not PurePosixPath(name).name or "\0" in name:
             raise ValueError(f"{where}: file_name {name!r} names no file")
         # JSON may hold half of a character (a cut emoji), which no file takes.
-        if not _is_whole(name + text):
+        if odd_character(name + text) is not None:
             raise ValueError(f"{where}: half of a character (\\ud800 to \\udfff) in {name!r}")
         picture = folder / name
         # By the name alone: a link in the user's own folder leads where they laid it, as every

@@ -83,7 +83,7 @@ def _table(root: Path, manifest: Path | None) -> pd.DataFrame | None:
         # As typed, or below the project.
         path = manifest if manifest.is_file() else root / manifest
         if not path.is_file():
-            raise ValueError(f"--manifest {manifest}: no such file")
+            raise ValueError(f"--manifest {manifest}: {why_no_file(path)}")
         return read_table(path, _COLUMNS)
     present = [root / name for name in _MANIFESTS if (root / name).is_file()]
     return read_table(present[0], _COLUMNS) if present else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components.files.whole_files import write_text
-from flows.commands.command_line import fail, workplace
+from flows.commands.command_line import fail, why_no_file, workplace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,6 +56,8 @@ def _named_prompts(path: Path) -> dict[str, str] | None:
     """Prompts by picture of a `metadata.jsonl` (file_name, text); None for other files."""
     if path.suffix.lower() != ".jsonl":
         return None
+    from components.generation.prompt_files import odd_character
+
     named: dict[str, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
@@ -69,6 +71,8 @@ def _named_prompts(path: Path) -> dict[str, str] | None:
         text = record.get("text")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{path.name} line {number}: no text")
+        if (odd := odd_character(text)) is not None:
+            raise ValueError(f"{path.name} line {number}: not UTF-8 at character {odd} of the text")
         named[_composed(Path(str(record["file_name"])).stem)] = text
     return named
 
@@ -95,7 +99,7 @@ def read_pairs(a: Path, b: Path, prompts: Path) -> list[Pair]:
             f"{len(alone)} pictures have no partner of the same name, such as {alone[0]}"
         )
     if not prompts.is_file():
-        raise ValueError(f"--prompts {prompts}: no such file")
+        raise ValueError(f"--prompts {prompts}: {why_no_file(prompts)}")
     texts = _named_prompts(prompts)
     names = sorted(first, key=natural_key)
     if texts is None:

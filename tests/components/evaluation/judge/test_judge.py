@@ -308,9 +308,16 @@ def test_the_command_writes_results_and_names_what_is_missing(
         )
     assert results[0] == results[1]
     assert json.loads(results[0][0])["questions"]["detail"]["a"] == 8
+    metadata = tmp_path / "metadata.jsonl"
+    cut = metadata.read_text().replace('"text": "', r'"text": "\ud83d', 1)
+    (tmp_path / "cut.jsonl").write_text(cut)
+    with pytest.raises(ValueError, match="line 1: not UTF-8 at character 1 of the text"):
+        judge_command.read_pairs(tmp_path / "a", tmp_path / "b", tmp_path / "cut.jsonl")
+    with pytest.raises(ValueError, match="a folder, not a file"):
+        judge_command.read_pairs(tmp_path / "a", tmp_path / "b", tmp_path)
     (tmp_path / "b" / "3.png").unlink()
     with pytest.raises(ValueError, match="1 pictures have no partner of the same name, such as 3"):
-        judge_command.read_pairs(tmp_path / "a", tmp_path / "b", tmp_path / "metadata.jsonl")
+        judge_command.read_pairs(tmp_path / "a", tmp_path / "b", metadata)
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
 
