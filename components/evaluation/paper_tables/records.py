@@ -182,12 +182,8 @@ def read_judged(folder: Path) -> Record:
     Raises:
         ValueError: it left nothing there, or not whole.
     """
-    if not (folder / "summary.json").is_file():
-        raise ValueError(
-            f"{folder}: no judgement (summary.json); name the --output of a finished "
-            "`ultraflux judge`"
-        )
-    return read_record(folder)
+    made_by = "name the --output of a finished `ultraflux judge`"
+    return _holding(folder, "summary.json", f"no judgement (summary.json); {made_by}")
 
 
 def read_timed(folder: Path) -> Record:
@@ -196,11 +192,14 @@ def read_timed(folder: Path) -> Record:
     Raises:
         ValueError: it left nothing there, or not whole.
     """
-    if not (folder / "runtime.json").is_file():
-        raise ValueError(
-            f"{folder}: no times (runtime.json); name the --out of a finished `ultraflux evaluate "
-            "runtime`"
-        )
+    made_by = "name the --out of a finished `ultraflux evaluate runtime`"
+    return _holding(folder, "runtime.json", f"no times (runtime.json); {made_by}")
+
+
+def _holding(folder: Path, file: str, otherwise: str) -> Record:
+    """A record of one kind, told by its file; `otherwise` says what is wrong with the folder."""
+    if not (folder / file).is_file():
+        raise ValueError(f"{folder}: {otherwise}")
     return read_record(folder)
 
 
