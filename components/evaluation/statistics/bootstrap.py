@@ -345,6 +345,7 @@ def sums_interval(
     seed: int,
     confidence: float = 0.95,
     method: IntervalMethod = "extended",
+    pivots: npt.NDArray[np.float64] | None = None,
 ) -> Estimate:
     """As `mean_interval`, of values that are grouped already.
 
@@ -355,6 +356,7 @@ def sums_interval(
         seed: as in `mean_interval`.
         confidence: as in `mean_interval`.
         method: as in `mean_interval`.
+        pivots: `studentised_draws` of these very arguments, where somebody has them already.
     """
     _check_resampling(resamples, confidence)
     tail = (1.0 - confidence) / 2.0
@@ -368,8 +370,10 @@ def sums_interval(
         high = _student(grouped, float(levels[1]))
         low = -high
     elif method in ("extended", "studentised"):
-        drawn = extended_draws if method == "extended" else studentised_draws
-        pivots = drawn(grouped, resamples=resamples, seed=seed)
+        if pivots is None:
+            pivots = studentised_draws(grouped, resamples=resamples, seed=seed)
+        if method == "extended":
+            pivots = extended(pivots, grouped.clusters)
         low, high = _pivotal(pivots, levels, grouped.standard_error)
     else:
         means, _ = _resampled(grouped, resamples, seed)

@@ -213,13 +213,18 @@ def compared_means(
         )
     draws = _P_VALUE_RESAMPLES * resamples
     grouped = cluster_sums(pairs.differences, pairs.clusters)
+    pivots = studentised_draws(grouped, resamples=draws, seed=seed)
     difference = sums_interval(
-        grouped, pairs.differences.size, resamples=draws, seed=seed, confidence=confidence
+        grouped,
+        pairs.differences.size,
+        resamples=draws,
+        seed=seed,
+        confidence=confidence,
+        pivots=pivots,
     )
     signs = paired_permutation(
         pairs.before, pairs.after, permutations=draws, seed=seed, clusters=pairs.clusters
     )
-    pivots = studentised_draws(grouped, resamples=draws, seed=seed)
     printed, direction = (
         two_sided_p_value(grouped, extended(pivots, independent, gain))
         for gain in (ASYMMETRY_GAIN_CLUSTERS, DIRECTION_GAIN_CLUSTERS)
