@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flows.commands.command_line import fail, project_root, workplace
-from flows.commands.images.sign import Signer, is_signed
+from flows.commands.images.sign import Signer, is_signed, made_with
 
 EPILOG = """Examples:
 
@@ -87,7 +87,9 @@ def generate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images made together; 1 is exact.")] = 1,
     image: Annotated[Path | None, typer.Option(help="Starting picture (image-to-image).")] = None,
-    strength: Annotated[float, typer.Option(help="0: keep --image, 1: forget it.")] = 0.6,
+    strength: Annotated[
+        float | None, typer.Option(help="0: keep --image, 1: forget it (default: 0.6).")
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(
@@ -181,7 +183,7 @@ def generate(
         for path in make(root, options):
             # A picture that was there before keeps the manifest that it has.
             if signer is not None and not is_signed(path):
-                signer.sign(path, path)
+                signer.sign(path, path, made_with(path))
             print(path)
     except (WeightsMissing, ValueError) as problem:
         raise fail(str(problem)) from None

@@ -81,7 +81,7 @@ class GenerateOptions:
     compile: str | None = None
     batch_size: int = 1
     image: Path | None = None
-    strength: float = _STRENGTH
+    strength: float | None = None
     model: Path | None = None
     base: Path | None = None
     transformer: Path | None = None
@@ -115,10 +115,11 @@ def _check(options: GenerateOptions) -> None:
     for prompt in options.prompts:
         if (odd := odd_character(prompt)) is not None:
             raise GenerationRefused(f"--prompt: not UTF-8 at character {odd}")
-    if not 0.0 <= options.strength <= 1.0:
-        raise GenerationRefused(f"--strength {options.strength}: from 0 to 1")
-    if options.image is None and options.strength != _STRENGTH:
-        raise GenerationRefused(f"--strength {options.strength}: of --image; give one with it")
+    strength = options.strength
+    if strength is not None and not 0.0 <= strength <= 1.0:
+        raise GenerationRefused(f"--strength {strength}: from 0 to 1")
+    if strength is not None and options.image is None:
+        raise GenerationRefused(f"--strength {strength}: of --image; give one with it")
     if options.num_images < 1 or options.batch_size < 1:
         raise GenerationRefused("--num-images and --batch-size start at 1")
     if options.steps is not None and not 1 <= options.steps <= _MAX_STEPS:
@@ -181,6 +182,7 @@ def _requests(root: Path, options: GenerateOptions, settings: Settings) -> list[
     if options.refine:
         texts = refined(root, [line.prompt for line in lines], settings)
     refiner = settings.refiner.endpoint.model if options.refine else ""
+    strength = _STRENGTH if options.strength is None else options.strength
     return [
         GenerationRequest(
             prompt=prompt,
@@ -189,7 +191,7 @@ def _requests(root: Path, options: GenerateOptions, settings: Settings) -> list[
             width=width,
             name="",
             image=options.image,
-            strength=options.strength if options.image is not None else 1.0,
+            strength=strength if options.image is not None else 1.0,
             original_prompt=original,
             refiner=refiner if original else "",
         )

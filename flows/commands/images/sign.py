@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,14 +20,15 @@ EPILOG = """Examples:
   ULTRAFLUX_SIGNING_KEY=key.pem ULTRAFLUX_SIGNING_CHAIN=chain.pem ultraflux sign outputs/a.png
 
 Outputs of stages are signed in a copy, since a manifest has random parts and stages repeat bit by
-bit. Without a key of your own a development key is made at first use: it shows that a picture was
-not changed since, not who made it. `ultraflux verify PICTURE` checks."""
+bit. Pictures of a folder that this project did not make are left out, and named. Without a key of
+your own a development key is made at first use: it shows that a picture was not changed since, not
+who made it. `ultraflux verify PICTURE` checks."""
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
-def _pictures(paths: list[Path]) -> list[Path]:
-    """The files that are named, and those of folders that are.
+def _pictures(paths: list[Path]) -> dict[Path, bool]:
+    """The files that are named, and those of folders that are; whether each was named itself.
 
     Raises:
         typer.Exit: no file, a folder without pictures, or two copies of one name; one line.
@@ -47,7 +49,31 @@ def _pictures(paths: list[Path]) -> list[Path]:
                     "into folders of their own"
                 )
             found[file.name] = file
-    return list(found.values())
+    return {file: file in paths for file in found.values()}
+
+
+def _made_here(found: dict[Path, bool]) -> dict[Path, dict[str, str]]:
+    """What can be signed and its fields, known before anything is; the rest of folders is said.
+
+    Raises:
+        NotSignable: a file that was named was not made by this project, or nothing was.
+    """
+    from components.files.content_credentials import NotSignable
+
+    ours: dict[Path, dict[str, str]] = {}
+    others: list[str] = []
+    for file, named in found.items():
+        try:
+            ours[file] = made_with(file)
+        except (NotSignable, ValueError) as problem:
+            if named:
+                raise
+            others.append(f"left out {file.name}: {str(problem).removeprefix(f'{file}: ')}")
+    for line in others:
+        print(line, file=sys.stderr)
+    if not ours:
+        raise NotSignable(f"none of {len(others)} pictures was made by this project")
+    return ours
 
 
 def sign(
@@ -59,12 +85,12 @@ def sign(
     from components.files.signatures import KeyUnusable
 
     root = project_root()
-    found = _pictures(paths)
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        found = _made_here(_pictures(paths))
         signer = Signer(root)
-        for file in found:
-            signer.sign(file, out / file.name)
+        out.mkdir(parents=True, exist_ok=True)
+        for file, fields in found.items():
+            signer.sign(file, out / file.name, fields)
             print(out / file.name)
     except (NotSignable, KeyUnusable, ValueError) as problem:
         raise fail(str(problem)) from None
@@ -76,6 +102,25 @@ def key_folder(root: Path) -> Path:
     from flows.tracking.tier import services_dir
 
     return services_dir(root) / "signing"
+
+
+def made_with(source: Path) -> dict[str, str]:
+    """The fields that a picture of this project carries.
+
+    Raises:
+        NotSignable: one of somebody else, or without its metadata.
+        ValueError: no picture.
+    """
+    from components.files.content_credentials import NotSignable
+    from components.generation.image_metadata import read_metadata
+
+    fields = read_metadata(source)
+    if "ultraflux_key" not in fields:
+        raise NotSignable(
+            f"{source}: not made by this project, or its metadata was removed: nothing is known "
+            "that could be signed"
+        )
+    return fields
 
 
 def is_signed(path: Path) -> bool:
@@ -102,21 +147,19 @@ class Signer:
         self.key = signing_key(key_folder(root))
         self._chain = certificate_chain(self.key, key_folder(root))
 
-    def sign(self, source: Path, target: Path) -> None:
-        """Write a signed picture; `target` may be `source`.
+    def sign(self, source: Path, target: Path, fields: dict[str, str]) -> None:
+        """Write a signed picture.
+
+        Args:
+            source: the picture.
+            target: where it goes; it may be `source`.
+            fields: what made it, as `made_with` says.
 
         Raises:
-            NotSignable: no picture, or one that this project did not make.
+            NotSignable: no picture that holds a manifest.
         """
-        from components.files.content_credentials import NotSignable, sign_picture
-        from components.generation.image_metadata import read_metadata
+        from components.files.content_credentials import sign_picture
 
-        fields = read_metadata(source)
-        if "ultraflux_key" not in fields:
-            raise NotSignable(
-                f"{source}: not made by this project, or its metadata was removed: nothing is "
-                "known that could be signed"
-            )
         software = fields.get("software", "ultraflux-mlops")
         sign_picture(source, target, _lineage(fields), software, self.key, self._chain)
 

@@ -127,6 +127,7 @@ def test_image_to_image_takes_the_size_of_its_picture(project: Path, tmp_path: P
         ({"step_cache": "some"}, "--step-cache some: input should be 'none', 'first_block' or"),
         ({"step_cache_threshold": 0.0}, "--step-cache-threshold 0.0: input should be greater"),
         ({"strength": 0.3}, "--strength 0.3: of --image"),
+        ({"strength": 0.6}, "--strength 0.6: of --image"),
         ({"step_cache_threshold": 0.2}, "threshold 0.2: of --step-cache first_block"),
         ({"step_cache_interval": 3, "step_cache": "first_block"}, "3: of --step-cache taylorseer"),
         ({"attention_backend": "flash"}, r"attention_backend flash needs a CUDA GPU \(the device"),

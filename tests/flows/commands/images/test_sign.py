@@ -61,6 +61,26 @@ def test_a_photograph_is_not_signed_as_a_generated_picture(toy: Path, typed: Typ
     assert "not made by this project" in done.stderr
 
 
+def test_foreign_pictures_of_a_folder_are_left_out_and_named(toy: Path, typed: Typed) -> None:
+    folder = toy / "mixed"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a_photo.png")
+    (folder / "b_cut.png").write_bytes(b"\x89PNG")
+    done = typed(toy, "sign", "mixed")
+    assert done.returncode == 2
+    assert "none of 2 pictures was made by this project" in done.stderr
+    assert not (toy / "signed").exists()
+    picture(folder / "c.png")
+    done = typed(toy, "sign", "mixed")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (toy / "signed").iterdir()] == ["c.png"]
+    assert "left out a_photo.png: not made by this project" in done.stderr
+    assert "left out b_cut.png: not a readable picture" in done.stderr
+    done = typed(toy, "sign", "mixed/c.png", "mixed/b_cut.png", "--out", "named")
+    assert done.returncode == 2
+    assert not (toy / "named").exists()
+
+
 def test_what_cannot_be_signed_is_said_before_anything_is(toy: Path, typed: Typed) -> None:
     (toy / "empty").mkdir()
     (toy / "more").mkdir()
