@@ -53,7 +53,7 @@ def read_prompts(path: Path) -> list[PromptLine]:
         raise ValueError(f"{path}: no such file of prompts") from None
     except UnicodeDecodeError as problem:
         raise ValueError(f"{path}: not UTF-8 at byte {problem.start}") from None
-    readers = {".txt": _text_lines, ".jsonl": _json_lines, ".csv": _csv_lines}
+    readers = {".txt": _text_lines, ".jsonl": json_objects, ".csv": _csv_lines}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(readers)}")
@@ -69,7 +69,12 @@ def _text_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{name} line {number}", {"prompt": line}
 
 
-def _json_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_objects(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("`name` line N", object) of each line of JSON lines that is not blank.
+
+    Raises:
+        ValueError: a line, by number, that is no object.
+    """
     # Only "\n" ends a line: splitlines() would also split at separators inside a prompt.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -84,7 +89,7 @@ def _json_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             # The other error of the reader: Python converts no number of so many digits.
             raise ValueError(f"{name} line {number}: a number with too many digits") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{name} line {number}: expected an object with a prompt")
+            raise ValueError(f"{name} line {number}: expected an object")
         yield f"{name} line {number}", record
 
 

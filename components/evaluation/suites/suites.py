@@ -7,7 +7,6 @@ is one error with the command that gets it.
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from components.files.install_hints import download_command
-from components.generation.prompt_files import odd_character
+from components.generation.prompt_files import json_objects, odd_character
 from components.generation.sampling import image_seed
 
 BENCHMARKS = Path("data/benchmarks")
@@ -184,18 +183,9 @@ def item_name(stem: str) -> str:
 def _entries(folder: Path) -> Iterator[tuple[str, Path, str]]:
     """(id, picture, prompt) of a folder's metadata.jsonl."""
     metadata = folder / "metadata.jsonl"
-    seen: dict[str, int] = {}
-    # Only "\n" ends a line: splitlines() would also split at separators inside a text.
-    for number, line in enumerate(metadata.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{metadata} line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as problem:
-            raise ValueError(f"{where}: not JSON: {problem.msg}") from None
-        fields = record if isinstance(record, dict) else {}
-        name, text = fields.get("file_name"), fields.get("text")
+    seen: dict[str, str] = {}
+    for where, record in json_objects(metadata.read_text(encoding="utf-8-sig"), str(metadata)):
+        name, text = record.get("file_name"), record.get("text")
         if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: expected an object with texts `file_name` and `text`")
         if not PurePosixPath(name).name or "\0" in name:
@@ -211,10 +201,10 @@ def _entries(folder: Path) -> Iterator[tuple[str, Path, str]]:
         item_id = item_name(PurePosixPath(name).with_suffix("").as_posix())
         if item_id in seen:
             raise ValueError(
-                f"{where}: '{name}' and line {seen[item_id]} give the same name '{item_id}'; "
+                f"{where}: '{name}' and {seen[item_id]} give the same name '{item_id}'; "
                 "rename one of the pictures"
             )
-        seen[item_id] = number
+        seen[item_id] = where.removeprefix(f"{metadata} ")
         yield item_id, picture, text
 
 

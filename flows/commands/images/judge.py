@@ -56,23 +56,17 @@ def _named_prompts(path: Path) -> dict[str, str] | None:
     """Prompts by picture of a `metadata.jsonl` (file_name, text); None for other files."""
     if path.suffix.lower() != ".jsonl":
         return None
-    from components.generation.prompt_files import odd_character
+    from components.generation.prompt_files import json_objects, odd_character
 
     named: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as problem:
-            raise ValueError(f"{path.name} line {number}: not JSON: {problem.msg}") from None
-        if not isinstance(record, dict) or "file_name" not in record:
+    for where, record in json_objects(path.read_text(encoding="utf-8-sig"), path.name):
+        if "file_name" not in record:
             return None
         text = record.get("text")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path.name} line {number}: no text")
+            raise ValueError(f"{where}: no text")
         if (odd := odd_character(text)) is not None:
-            raise ValueError(f"{path.name} line {number}: not UTF-8 at character {odd} of the text")
+            raise ValueError(f"{where}: not UTF-8 at character {odd} of the text")
         named[_composed(Path(str(record["file_name"])).stem)] = text
     return named
 

@@ -114,6 +114,8 @@ def test_pictures_that_are_links_are_read_as_a_hub_cache_lays_them_out(tmp_path:
     ("records", "message"),
     [
         (["{"], "line 1: not JSON"),
+        (["[" * 100_000], "line 1: too deeply nested"),
+        ([{"file_name": "one.jpg", "text": "a"}, "1" * 5_000], "line 2: a number with too many"),
         ([{"file_name": "one.jpg", "text": "a"}, [1]], "line 2: expected an object"),
         ([{"file_name": "one.jpg", "text": " "}], "line 1: expected"),
         ([{"file_name": "one.jpg", "text": "a"}] * 2, "line 2: .*same name 'one'"),
