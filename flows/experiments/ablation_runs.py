@@ -20,6 +20,7 @@ from components.evaluation.statistics.scores import GENERATED
 from components.evaluation.suites.ablation import Arm, Design, planned_stages, with_overrides
 from components.evaluation.suites.ablation_table import ArmScores
 from components.evaluation.suites.suites import BENCHMARKS
+from flows.records.trees import ABLATE, tree_place
 from flows.running.working_trees import TreeRefused, settings_tree, tree_environment
 from flows.versioning.graph import stage_graph
 from flows.versioning.setting_overrides import read_params
@@ -54,7 +55,7 @@ def arm_tree(root: Path, design: Design, arm: Arm) -> Path:
     """
     values = with_overrides(read_params(root), arm.overrides)
     try:
-        tree = settings_tree(root, root / "runs" / "ablate" / design / arm.name, values)
+        tree = settings_tree(root, tree_place(root, ABLATE, design, arm.name), values)
     except TreeRefused as problem:
         raise AblationFailed(str(problem)) from None
     if (root / BENCHMARKS).is_dir() and not (tree / BENCHMARKS).exists():

@@ -23,6 +23,7 @@ from flows.history.run_evidence import StageRun, finished_runs
 from flows.records.owners import own_record
 from flows.records.provenance import provenance_tags
 from flows.records.records import Record, RunDescription, RunResult, open_record, write_json
+from flows.records.trees import SWEEP, tree_place
 from flows.running.guarded_process import GuardedProcess
 from flows.running.shared_turns import SHARED_TURNS
 from flows.running.working_trees import TreeRefused, settings_tree, tree_environment
@@ -64,7 +65,7 @@ def run_sweep(
     Raises:
         SweepRefused: a tree cannot be made.
     """
-    folder = root / "runs" / "sweep" / name
+    folder = tree_place(root, SWEEP, name)
     params = read_params(root)
     try:
         # One after the other: Git locks the list of its worktrees.
@@ -193,7 +194,7 @@ def finish(
     root: Path, name: str, record: Record, results: Sequence[SetResult], metric: str | None
 ) -> Path:
     """Write `results.json` of a sweep and end its record; returns the file."""
-    file = root / "runs" / "sweep" / name / "results.json"
+    file = tree_place(root, SWEEP, name) / "results.json"
     write_json(file, {"metric": metric, "sets": [asdict(one) for one in results]})
     best = results[0]
     failed = [one for one in results if one.problem]

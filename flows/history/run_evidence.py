@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from components.files.weight_folders import file_digest
 from components.generation.generation_list import read_generations
 from flows.history.acceptance import accepted_lines
-from flows.history.run_history import record_trees
 from flows.records.records import ACCEPTED_TAG, Record, all_records
+from flows.records.trees import record_trees
 from flows.versioning import graph as versioning
 from flows.versioning.parameters import flatten
 
@@ -127,7 +127,6 @@ def finished_runs(
         lock: `stages` of dvc.lock.
         client: of a tracking store that answers, if there is one.
     """
-    # Working trees of submissions and sweeps are this clone's, too.
     records = (record for tree in record_trees(root) for record in all_records(tree))
     known = (_from_record(record, lock) for record in records)
     runs = [run for run in known if run is not None]

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.records.records import Record, all_records, read_json
+from flows.records.trees import record_trees
 
 PREFECT_FILE = "prefect.json"
 """In a pipeline's record: its flow run."""
-_TREES = ("runs/submitted/*", "runs/sweep/*/*", "runs/ablation/*/*")
-"""Where working trees of a clone lie that keep records of their own."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,6 @@ class RunLine:
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
-
-
-def record_trees(root: Path) -> list[Path]:
-    """The clone, and those of its working trees that have records."""
-    trees = [path for pattern in _TREES for path in sorted(root.glob(pattern))]
-    return [root, *(tree for tree in trees if (tree / "runs" / "records").is_dir())]
 
 
 def pipeline_records(root: Path) -> list[Record]:

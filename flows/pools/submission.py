@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.settings.yaml_files import parse_yaml
+from flows.records.trees import SUBMITTED, tree_place
 from flows.running.working_trees import settings_tree
 from flows.versioning.profiles import compose
 from flows.versioning.setting_overrides import merged, read_params
@@ -25,7 +26,7 @@ def submitted_tree(root: Path, overrides: Mapping[str, Any]) -> Path:
     """
     values = merged(read_params(root), overrides)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:DIGITS]
-    return settings_tree(root, root / "runs" / "submitted" / digest, values)
+    return settings_tree(root, tree_place(root, SUBMITTED, digest), values)
 
 
 def profile_values(root: Path, profile: str, overrides: Mapping[str, Any]) -> dict[str, Any]:

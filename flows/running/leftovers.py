@@ -19,6 +19,7 @@ from components.training.distributed.run_states import (
     unneeded,
 )
 from flows.environment import COMPILED
+from flows.records.trees import REPRODUCE, SUBMITTED, trees_of
 from flows.running.clone_lock import LOCK_FILE, STAGE_LOCKS
 from flows.running.dvc_repro import ATTEMPTS
 from flows.versioning import graph as versioning
@@ -26,8 +27,8 @@ from flows.versioning.torn_files import TORN_LOCK
 
 OLD_LOG_S = 30 * 86400.0
 TILES = "runs/vae_tiles"
-_TREES = {"submitted": "submitted tree", "reproduce": "reproduction"}
-"""Kinds of working trees by their folder below runs/."""
+_TREES = {SUBMITTED: "submitted tree", REPRODUCE: "reproduction"}
+"""What goes once no run works there: a sweep and an ablation are compared as a whole."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def _is_held(lock: Path) -> bool:
 
 def _working_trees(root: Path) -> Iterator[Leftover]:
     """Of submissions and reproductions: results are in DVC's cache, their runs in MLflow."""
-    for folder, kind in _TREES.items():
-        for tree in sorted((root / "runs" / folder).glob("*")):
+    for kind, title in _TREES.items():
+        for tree in trees_of(root, kind):
             unfinished = any(
                 not state.finished
                 for stage in versioning.stage_graph(root)
@@ -118,7 +119,7 @@ def _working_trees(root: Path) -> Iterator[Leftover]:
             )
             if tree.is_dir() and not _in_use(tree) and not unfinished:
                 place = str(tree.relative_to(root))
-                yield Leftover(place, kind, "no run works there", _size(tree))
+                yield Leftover(place, title, "no run works there", _size(tree))
 
 
 def _states(root: Path) -> Iterator[Leftover]:

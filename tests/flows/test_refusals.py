@@ -21,7 +21,7 @@ TYPED = (
     "config compose --profile nosuch",
     "plan --profile nosuch",
     "plan --stage nosuch",
-    "plan --params nosuch.yaml",
+    "plan --settings nosuch.yaml",
     "new nosuch",
     "measure nosuch --json",
     "corpus look nosuch",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root, silenced
 
 if TYPE_CHECKING:
     from components.corpus.selection.rights import Exclusion
@@ -94,7 +94,8 @@ def forget(
     _exclude(root / settings.select.exclusions, entries)
     if not as_json:
         _show(affected)
-    _rebuild(root)
+    with silenced(as_json):
+        _rebuild(root)
     written = _certify(root, entries, affected, key, certificate)
     retired = _retire(root, affected, written)
     if as_json:

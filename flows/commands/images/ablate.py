@@ -8,6 +8,7 @@ import typer
 
 from components.files.whole_files import write_text
 from flows.commands.command_line import fail, project_root
+from flows.records.trees import ABLATE, tree_place
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,7 +87,7 @@ def ablate(
         raise fail(str(problem), 1) from None
     seed = int(read_params(root)["project"]["seed"])
     table = ablation_table(chosen_design, scores, resamples=2000, seed=seed)
-    target = root / "runs" / "ablate" / design / "table.md"
+    target = tree_place(root, ABLATE, design) / "table.md"
     write_text(target, table)
     print(table)
     print(f"Table: {target}")

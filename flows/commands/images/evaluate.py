@@ -16,6 +16,20 @@ if TYPE_CHECKING:
     from components.evaluation.suites.system import Sampling
     from components.settings.schema import Settings
 
+_OF_SCORES = {
+    "metrics",
+    "ledger",
+    "workers",
+    "baseline",
+    "refine",
+    "any_size",
+    "stop_when_decided",
+    "looks",
+    "relock",
+}
+_OF_RUNTIME = {"size", "warm_up", "repeats", "way"}
+"""Options that the other kind of suite would leave unread."""
+
 EPILOG = """Suites: aesthetic-eval-4096, aesthetic-eval-2048, aspect-ratio, reconstruction, detail,
 held-out, runtime, or a folder with metadata.jsonl (an object a line: file_name, text).
 
@@ -42,7 +56,24 @@ Examples:
   ultraflux evaluate runtime --system ours=trained --system sana=sana --size 4096x4096"""
 
 
+def _check_options(ctx: typer.Context, suite: Suite, *, is_runtime: bool) -> None:
+    """Raises ValueError where an option was typed that this suite does not read."""
+    unread = _OF_SCORES if is_runtime else _OF_RUNTIME
+    sources = (
+        (option, ctx.get_parameter_source(option.name or "")) for option in ctx.command.params
+    )
+    typed = [option for option, source in sources if source and source.name != "DEFAULT"]
+    for option in typed:
+        if option.name in unread:
+            of = "suites with scores" if is_runtime else "the suite runtime"
+            raise ValueError(f"{option.opts[0]}: of {of}, not of {suite.name}")
+    names = {option.name for option in typed}
+    if "looks" in names and "stop_when_decided" not in names:
+        raise ValueError("--looks: of --stop-when-decided; give it with a metric")
+
+
 def evaluate(
+    ctx: typer.Context,
     suite: Annotated[str, typer.Argument(help="Name of a suite, or a folder; see below.")],
     system: Annotated[
         list[str] | None, typer.Option(help="NAME=SPEC; repeat for several. See below.")
@@ -167,6 +198,8 @@ def evaluate(
         settings = settings_of(root)
         chosen = device or settings.runtime.device
         loaded = load_suite(suite, root, data=data, seed=seed).limited(limit)
+        is_runtime = loaded.protocol.startswith("runtime/")
+        _check_options(ctx, loaded, is_runtime=is_runtime)
         ids = metric_ids(metrics, loaded.metrics)
         sampling = Sampling(
             num_inference_steps=steps,
@@ -179,9 +212,6 @@ def evaluate(
             raise ValueError("--system: name at least one, such as --system mine=pictures/")
         systems = [find_system(text, root, settings, sampling) for text in system]
         folder = out or root / "runs" / "evaluations" / loaded.name
-        is_runtime = loaded.protocol.startswith("runtime/")
-        if way and not is_runtime:
-            raise ValueError(f"--way: of the suite runtime, not of {loaded.name}")
         if is_runtime:
             sizes, ways = parse_sizes(size), parse_ways(way or ())
             with taken(folder):

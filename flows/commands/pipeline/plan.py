@@ -56,7 +56,7 @@ def plan(
     ] = None,
     params: Annotated[
         Path | None,
-        typer.Option("--settings", "--params", help="A settings file (default: params.yaml)."),
+        typer.Option("--settings", help="A settings file (default: params.yaml)."),
     ] = None,
     stages: Annotated[
         list[str] | None,
@@ -254,10 +254,10 @@ def _settings(root: Path, profile: str | None, params: Path | None) -> Settings:
     from flows.versioning.profiles import compose
 
     if profile is not None and params is not None:
-        raise fail("--profile and --params: give one of them")
+        raise fail("--profile and --settings: give one of them")
     if profile is None:
         if params is None and not (root / "params.yaml").is_file():
-            raise fail(f"no UltraFlux project at or above {root}: give --profile or --params")
+            raise fail(f"no UltraFlux project at or above {root}: give --profile or --settings")
         return load_settings(params or root / "params.yaml")
     return parse_settings(
         parse_yaml(compose(root, profile), f"profile {profile}"), where=f"profile {profile}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.commands.command_line import fail, project_root
+from flows.records.trees import REPRODUCE, tree_place
 
 if TYPE_CHECKING:
     from flows.experiments.reproduction import StageComparison
@@ -58,7 +59,7 @@ def reproduce(
         known = locked_stages(recorded.lock.decode())
         if unknown := sorted(set(stage or ()) - set(known)):
             raise fail(f"--stage {unknown[0]}: the run has {', '.join(known)}")
-        tree = (into or root / "runs" / "reproduce" / recorded.name.replace("/", "-")).resolve()
+        tree = (into or tree_place(root, REPRODUCE, recorded.name.replace("/", "-"))).resolve()
         warnings = reproduction.set_up(root, recorded, tree)
     except reproduction.ReproductionRefused as problem:
         raise fail(str(problem)) from None

@@ -62,7 +62,7 @@ def test_pictures_are_measured_and_compared_outside_of_a_clone(
 @pytest.mark.parametrize(
     ("typed_words", "words"),
     [
-        ("plan", "give --profile or --params"),
+        ("plan", "give --profile or --settings"),
         ("plan --profile nosuch", "profiles: consumer-24gb, embedded, paper, single-gpu"),
         ("evaluate nosuch --system a=b", "neither a folder with metadata.jsonl nor one of"),
         ("evaluate held-out --system a=b", "held-out: "),

@@ -310,7 +310,8 @@ def test_weights_without_a_photographer_equal_those_of_a_run_whose_source_never_
     assert asked["pictures"]
     path = project / "certificate.json"
     options = ["--photographer", "sean afnan", "--rebuild", "--certificate", str(path)]
-    typed(project, "corpus", "forget", *options)
+    certified = json.loads(typed(project, "corpus", "forget", *options, "--json"))
+    assert certified["certificate"] == str(path)
     assert "valid" in typed(project, "verify", str(path))
     said, _ = checked(path.read_text(encoding="utf-8"))
     photos = [name for name in small_project.PHOTOS if not name.startswith("sean-afnan")]

@@ -178,7 +178,7 @@ def test_both_commands_show_it_and_refuse_bad_prices(
     whole = json.loads(run(app, ["plan", "--json"]).stdout)
     assert whole["next_run"]["stages"][0]["reason"] == "never run"
     assert "next_run" not in json.loads(
-        run(app, ["plan", "--params", "params.yaml", "--json"]).stdout
+        run(app, ["plan", "--settings", "params.yaml", "--json"]).stdout
     )
     refused = run(app, ["stage", "plan", "--price-per-gpu-hour", "-1"])
     assert refused.exit_code == 2

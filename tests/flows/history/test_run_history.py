@@ -63,6 +63,17 @@ def test_every_run_once_the_newest_first_with_its_places(ran: Path) -> None:
     assert [record.run.started_ms for record in pipeline_records(ran)] == [1_000, 4_000, 5_000]
 
 
+@pytest.mark.parametrize(
+    "tree", ["submitted/a1", "sweep/lr/set0", "ablate/ladder/snr-hw", "reproduce/pipeline-x"]
+)
+def test_runs_of_every_kind_of_working_tree_are_the_clones(tmp_path: Path, tree: str) -> None:
+    place = tmp_path / "runs" / tree
+    run = RunDescription(kind="pipeline", name="pipeline", started_ms=1_000)
+    open_record(place, run).finish(RunResult(status="FINISHED", ended_ms=2_000))
+    lines = list(run_history(tmp_path))
+    assert [(line.tree, line.status) for line in lines] == [(f"runs/{tree}", "FINISHED")]
+
+
 def test_the_command_says_killed_of_what_was_killed(
     ran: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

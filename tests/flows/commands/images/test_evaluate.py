@@ -108,6 +108,13 @@ def test_json_says_what_the_tables_say(project: Path, typed: Typed) -> None:
         (("runtime", "--system", "x=mine", "--way", "fast"), "--way fast: 'fast' is none of int8"),
         (("runtime", "--system", "x=mine", "--way", "fp8"), "x: --way is of weights"),
         (("real", "--system", "x=mine", "--way", "fp8"), "--way: of the suite runtime, not of"),
+        (("real", "--system", "x=mine", "--size", "32x32"), "--size: of the suite runtime"),
+        (("real", "--system", "x=mine", "--warm-up", "1"), "--warm-up: of the suite runtime"),
+        (("real", "--system", "x=mine", "--repeats", "3"), "--repeats: of the suite runtime"),
+        (("runtime", "--system", "x=mine", "--metrics", "all"), "--metrics: of suites with scores"),
+        (("runtime", "--system", "x=mine", "--baseline", "x"), "--baseline: of suites with"),
+        (("runtime", "--system", "x=mine", "--relock"), "--relock: of suites with scores, not of"),
+        (("real", "--system", "x=mine", "--looks", "5"), "--looks: of --stop-when-decided"),
     ],
 )
 def test_what_is_wrong_is_one_line(

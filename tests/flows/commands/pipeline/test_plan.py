@@ -43,7 +43,7 @@ def test_json_holds_the_sums():
         ["--mfu", "0.4"],
         ["--tflops-per-gpu", "989", "--mfu", "40"],
         ["--profile", "laptop"],
-        ["--profile", "paper", "--params", "params.yaml"],
+        ["--profile", "paper", "--settings", "params.yaml"],
         ["--gpu-memory-gib", "0"],
         ["--images", "0"],
         ["--stage", "select"],
