@@ -13,6 +13,7 @@ lost.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -20,7 +21,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 from components.files.whole_files import write_text
 
@@ -32,6 +33,7 @@ ACCEPTED_TAG = "ultraflux.accepted"
 MAKER_TAG = "ultraflux.accepts.record"
 """Tag of an acceptance: the record of the run that made the results."""
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+_Kind = TypeVar("_Kind")
 _said_torn: set[Path] = set()
 
 
@@ -50,10 +52,24 @@ def read_json(path: Path) -> Any:
     try:
         return read_whole_json(path)
     except TornJson as problem:
-        if path not in _said_torn:
-            _said_torn.add(path)
-            print(f"{problem}: it counts as missing", file=sys.stderr, flush=True)
+        _say_missing(path, problem)
         return None
+
+
+def read_fields(cls: type[_Kind], path: Path) -> _Kind | None:
+    """As `read_json`, of a file that holds a dataclass."""
+    try:
+        values = read_whole_json(path)
+        return None if values is None else from_json(cls, values, path)
+    except TornJson as problem:
+        _say_missing(path, problem)
+        return None
+
+
+def _say_missing(path: Path, problem: TornJson) -> None:
+    if path not in _said_torn:
+        _said_torn.add(path)
+        print(f"{problem}: it counts as missing", file=sys.stderr, flush=True)
 
 
 class TornJson(ValueError):
@@ -70,8 +86,31 @@ def read_whole_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as problem:
+    except (IsADirectoryError, RecursionError, ValueError) as problem:
         raise TornJson(f"{path} is not JSON ({problem})") from None
+
+
+@functools.cache
+def _reader(cls: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+def from_json(cls: type[_Kind], values: Any, path: Path) -> _Kind:
+    """A dataclass of what a file held; fields that a newer version of the code wrote are left.
+
+    Raises:
+        TornJson: no object of these fields; one line.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return cast(_Kind, _reader(cast(Any, cls)).validate_python(values))
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise TornJson(f"{path}: {place + ': ' if place else ''}{first['msg']}") from None
 
 
 @dataclass(frozen=True)
@@ -128,14 +167,18 @@ class Record:
 
     @property
     def run(self) -> RunDescription:
-        """run.json."""
-        return RunDescription(**read_json(self.folder / "run.json"))
+        """run.json.
+
+        Raises:
+            TornJson: another kind of file; `all_records` has none of these.
+        """
+        path = self.folder / "run.json"
+        return from_json(RunDescription, read_whole_json(path), path)
 
     @property
     def result(self) -> RunResult | None:
         """result.json, None while the run goes on (or was killed)."""
-        values = read_json(self.folder / "result.json")
-        return RunResult(**values) if values else None
+        return read_fields(RunResult, self.folder / "result.json")
 
     @property
     def outputs(self) -> dict[str, str]:
@@ -171,7 +214,7 @@ def all_records(root: Path) -> Iterator[Record]:
     """Records in the order of their start."""
     # Not by the folder: a record is one from the moment that its run.json is there, whole.
     folders = [path.parent for path in records_dir(root).glob("*/run.json")]
-    found = [Record(folder) for folder in folders if read_json(folder / "run.json")]
+    found = [Record(path) for path in folders if read_fields(RunDescription, path / "run.json")]
     yield from sorted(found, key=lambda record: (record.run.started_ms, record.record_id))
 
 

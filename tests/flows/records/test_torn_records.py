@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from flows.records.records import (
     all_records,
     latest_finished,
     open_record,
+    records_dir,
 )
 from flows.services.status import unsent_records
 
@@ -50,3 +52,38 @@ def test_a_torn_file_counts_as_missing_and_is_named_once(
     assert [str(record.folder / name) in line for line in said] == (
         [] if name == "owner.json" else [True]
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"kind": "stage"}', "name: Field required"),
+        ('{"kind": "stage", "name": "vae", "started_ms": "soon"}', "started_ms: Input should be"),
+        ('"text"', "Input should be a dictionary"),
+        ("[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_record_of_another_shape_costs_itself_alone(
+    tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = open_record(tmp_path, RunDescription(kind="stage", name="vae"))
+    other = records_dir(tmp_path) / "other"
+    other.mkdir()
+    (other / "run.json").write_text(text)
+    assert [record.record_id for record in all_records(tmp_path)] == [good.record_id]
+    assert f"{other / 'run.json'}" in (error := capsys.readouterr().err)
+    assert said in error
+
+
+def test_a_record_of_newer_code_is_read_without_what_this_code_does_not_know(
+    tmp_path: Path,
+) -> None:
+    record = open_record(tmp_path, RunDescription(kind="stage", name="vae", started_ms=5))
+    record.finish(RunResult(status="FINISHED", ended_ms=6))
+    for name in ("run.json", "result.json"):
+        file = record.folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"newer": 1, "version": 2}))
+    (found,) = all_records(tmp_path)
+    result = found.result
+    assert result is not None
+    assert (found.run.name, found.run.started_ms, result.status) == ("vae", 5, "FINISHED")
