@@ -8,13 +8,11 @@ are never written to.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import pandas as pd
 import pyarrow as pa
 
 from components.corpus.sources.image_probe import image_extension
+from components.files.holder_locks import folder_alone
 from components.files.parquet_files import write_parquet
 from components.images.image_store import INDEX_NAME, INDEX_SCHEMA, SHARD_NAME, read_index
 from components.images.original_lookup import Original
@@ -57,20 +56,6 @@ def shard_name(prefix: str, image_ids: Sequence[str]) -> str:
     for image_id in image_ids:
         digest.update(image_id.encode())
     return f"{prefix}-{digest.hexdigest()[:16]}.tar"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One packing at a time; the lock goes with the process."""
-    # The folder itself is locked: a lock file would be one more file in a store that DVC tracks.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another packing is at work; wait for it to end") from None
-    finally:
-        os.close(descriptor)
 
 
 def _append(archive: tarfile.TarFile, image_id: str, data: bytes) -> Row:
@@ -171,7 +156,7 @@ def pack_images(originals: Sequence[Original], folder: Path, *, shard_digits: in
         ValueError: the index is damaged, or another process is packing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with folder_alone(folder, "another packing is at work; wait for it to end"):
         known = read_index(folder)
         present = dict(list(known.groupby("shard", sort=False)))
         frames = [known.iloc[:0]]

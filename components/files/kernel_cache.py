@@ -11,7 +11,6 @@ kernel's lock file; the others load what it leaves.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import time
@@ -21,6 +20,8 @@ from typing import Any, TypeVar
 
 import numba
 from numba.core.caching import FunctionCache, _CacheLocator
+
+from components.files.holder_locks import lock_when_free
 
 Kernel = TypeVar("Kernel")
 
@@ -115,14 +116,10 @@ class SharedCache(FunctionCache):
         except OSError:
             return
         give_up_at = time.monotonic() + _COMPILES_S
-        while time.monotonic() < give_up_at:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(_ASK_EVERY_S)
-            except OSError:
-                break
-            else:
+        with contextlib.suppress(OSError):
+            if lock_when_free(
+                descriptor, lambda: time.monotonic() >= give_up_at, poll_s=_ASK_EVERY_S
+            ):
                 self._lock = descriptor
                 return
         os.close(descriptor)

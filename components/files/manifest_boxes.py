@@ -17,6 +17,8 @@ _PACKET = b"JP\x02\x11"
 _APP11, _SOS = 0xEB, 0xDA
 _DESCRIPTION = 17
 """Bytes of a description before its label: a UUID and the toggles."""
+_RESERVED = 0xE0
+"""Bits of the toggles that mean nothing yet and are zero."""
 # The text "pad" and the head of a byte string whose length has two bytes (RFC 8949).
 _PAD = b"\x63pad\x59"
 _NULL = 0xF6
@@ -99,6 +101,8 @@ def _superbox(kind: bytes, content: bytes) -> tuple[str, list[tuple[bytes, bytes
     (first, described), *inner = _boxes(content)
     if (kind, first) != (b"jumb", b"jumd"):
         raise ValueError(f"{kind!r} with {first!r} in it")
+    if described[_DESCRIPTION - 1] & _RESERVED:
+        raise ValueError("reserved toggles of a description are set")
     return described[_DESCRIPTION:].partition(b"\0")[0].decode("utf-8"), inner
 
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from components.files.holder_locks import lock_when_free, try_lock
+
 LOCK_FILE = "runs/clone.lock"
 STAGE_LOCKS = "runs/stage-locks"
-POLL_S = 0.2
 
 
 class CloneBusy(RuntimeError):
@@ -44,9 +45,7 @@ def clone_lock(
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(descriptor):
             holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
             named = f" (process {holder})" if holder else ""
             busy = f"Another run{named} works in {root}"
@@ -55,7 +54,9 @@ def clone_lock(
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             else:
                 say(f"{busy}: waiting for {patience_s:.0f} s")
-                _take_within(descriptor, patience_s, busy)
+                deadline = time.monotonic() + patience_s
+                if not lock_when_free(descriptor, lambda: time.monotonic() >= deadline):
+                    raise CloneBusy(busy)
         # For people: the kernel's lock counts, not the number in the file.
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -83,26 +84,7 @@ def stage_lock(root: Path, stage: str, stopping: Callable[[], bool]) -> Iterator
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        # Asked again and again, not waited for: a blocking flock would not notice that the run is
-        # stopped.
-        while not stopping():
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(POLL_S)
+        lock_when_free(descriptor, stopping)
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _take_within(descriptor: int, patience_s: float, busy: str) -> None:
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise CloneBusy(busy) from None
-        time.sleep(POLL_S)

@@ -11,7 +11,6 @@ this lock is passed over.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.files.holder_locks import try_lock
 from components.settings.bad_input import BadInput
 
 COUNT_VARIABLE = "ULTRAFLUX_GPU_COUNT"
@@ -118,9 +118,7 @@ def _try_lock(gpu: Gpu) -> int | None:
     except FileNotFoundError:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         os.fchmod(descriptor, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(descriptor):
         os.close(descriptor)
         return None
     os.truncate(descriptor, 0)

@@ -6,18 +6,16 @@ finds the result in DVC's run cache. The lock is the kernel's, so a killed tree 
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from components.files.holder_locks import lock_when_free
 from flows.versioning import graph as versioning
 
 SHARED_TURNS = "ULTRAFLUX_SHARED_TURNS"
 """Environment variable: folder of the locks, one for all trees; unset: there are no other trees."""
-_POLL_S = 0.5
 
 
 @contextmanager
@@ -36,10 +34,5 @@ def shared_turn(root: Path, stage: str, stopping: Callable[[], bool]) -> Iterato
     Path(folder).mkdir(parents=True, exist_ok=True)
     # Equal keys mean equal inputs; trees that differ in this stage do not wait for each other.
     with (Path(folder) / f"{stage}-{versioning.stage_key(root, stage)[:16]}").open("w") as file:
-        while not stopping():
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(_POLL_S)
+        lock_when_free(file, stopping)
         yield

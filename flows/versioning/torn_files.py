@@ -6,7 +6,6 @@ the moment in which a file is emptied and the one in which it is written.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from components.files.holder_locks import try_lock
 from components.files.whole_files import write_bytes
 
 KEPT_LOCK = "runs/dvc.lock"
@@ -124,9 +124,4 @@ def _content(path: Path) -> bytes | None:
 def _turn(root: Path) -> Iterator[bool]:
     """Hold the lock under which DVC writes dvc.lock, if nobody has it."""
     with (root / ".dvc" / "tmp" / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield try_lock(file)

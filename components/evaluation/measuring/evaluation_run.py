@@ -8,7 +8,6 @@ errors are not kept, so the next run tries again.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -16,11 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from components.engine.ordered_pool import EngineLimits, Failure
 from components.engine.worker_pool import WorkerPool
 from components.evaluation.measuring.ledger import FeatureKey, Ledger, ValueKey, prompt_digest
+from components.files.holder_locks import claim_first
 from components.files.weight_folders import WeightsMissing
 from components.files.whole_files import regular_bytes
 from components.images.arrays import ImageArray
@@ -222,24 +222,19 @@ class _Measure:
         self._options = options
         self._lock_dir = lock_dir
         self._device = "cpu"
-        self._claim: IO[str] | None = None
 
     def prepare_worker(self) -> None:
         """Take a device that no other worker of this run has."""
         if self._options.devices == ("cpu",):
             return
-        self._lock_dir.mkdir(parents=True, exist_ok=True)
-        for device in self._options.devices:
-            file = (self._lock_dir / f"{device.replace(':', '-')}.lock").open("w")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                file.close()
-                continue
-            # Held as long as the process lives: a worker that dies gives its device back.
-            self._claim, self._device = file, device
-            return
-        raise RuntimeError(f"every one of {', '.join(self._options.devices)} is taken")
+        files = {
+            self._lock_dir / f"{device.replace(':', '-')}.lock": device
+            for device in self._options.devices
+        }
+        claimed = claim_first(files)
+        if claimed is None:
+            raise RuntimeError(f"every one of {', '.join(self._options.devices)} is taken")
+        self._device = files[claimed]
 
     @functools.cached_property
     def _opened(self) -> dict[int, Metric]:

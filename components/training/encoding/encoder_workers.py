@@ -6,15 +6,15 @@ workers there are. Networks are loaded by the first batch of a worker and kept.
 
 from __future__ import annotations
 
-import fcntl
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from components.engine.ordered_pool import EngineLimits
+from components.files.holder_locks import claim_first
 from components.settings.schema import Settings
 
 _TIMEOUT_S = 1800.0
@@ -52,24 +52,11 @@ def claim_slot(folder: Path, slots: int) -> int:
     Raises:
         RuntimeError: every slot is taken.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for slot in range(slots):
-        # Never removed: deleting a locked file would let two processes lock two files of one name.
-        file = (folder / f"slot-{slot}").open("w")
-        try:
-            # Not waiting: a taken slot means to try the next one.
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            continue
-        # The lock lasts as long as the file is open; nobody closes it.
-        _CLAIMED.append(file)
-        return slot
-    raise RuntimeError(f"all {slots} encoder slots in {folder} are taken by living processes")
-
-
-_CLAIMED: list[Any] = []
-"""Open files keep their locks."""
+    files = [folder / f"slot-{slot}" for slot in range(slots)]
+    claimed = claim_first(files)
+    if claimed is None:
+        raise RuntimeError(f"all {slots} encoder slots in {folder} are taken by living processes")
+    return files.index(claimed)
 
 
 @dataclass(frozen=True)

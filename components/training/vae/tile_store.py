@@ -10,13 +10,11 @@ last: where it is, the store is whole. A kill loses at most the photographs in h
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,6 +25,7 @@ import pandas as pd
 from components.engine.map_items import open_pool
 from components.engine.ordered_pool import EngineLimits, Failure
 from components.files.code_identity import CodeIdentity
+from components.files.holder_locks import folder_alone
 from components.files.whole_files import whole_file, write_text
 from components.telemetry.progress import track
 from components.training.stores.record_writer import INDEX_FILE, MIB, STORE_FILE, RecordWriter
@@ -114,7 +113,7 @@ def make_tiles(
         return store
     try:
         store.mkdir(parents=True, exist_ok=True)
-        with _locked(store):
+        with folder_alone(store, "another run is cutting these tiles; wait for it to end"):
             # Whoever held the lock before may have finished it.
             if not (store / INDEX_FILE).exists():
                 cutting = _Cutting(photographs, rules, store, shard_mib)
@@ -133,21 +132,6 @@ _ADVICE = (
     "(vae.tiles_per_photograph) or smaller (vae.tile_px) tiles; other folders beside it hold tiles "
     "of other settings and may be deleted"
 )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One cutting at a time; the lock goes with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(
-            f"{folder}: another run is cutting these tiles; wait for it to end"
-        ) from None
-    finally:
-        os.close(descriptor)
 
 
 class _Cutting:

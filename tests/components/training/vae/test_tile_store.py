@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from components.engine.ordered_pool import EngineLimits
+from components.files.holder_locks import folder_alone
 from components.training.vae import tile_store
 from components.training.vae.tile_store import (
     NoRoomForTiles,
@@ -246,5 +247,5 @@ def test_a_second_run_does_not_cut_the_same_tiles(
 ) -> None:
     store = tmp_path / tiles_digest(photographs, RULES)[:16]
     store.mkdir()
-    with tile_store._locked(store), pytest.raises(ValueError, match="another run is cutting"):
+    with folder_alone(store, "busy"), pytest.raises(ValueError, match="another run is cutting"):
         make_tiles(photographs, RULES, tmp_path)
