@@ -6,12 +6,15 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 from components.files.weight_folders import WeightsMissing
 from components.objectives.reconstruction import (
+    MS_SSIM_WEIGHTS,
     RandomVggDistance,
     ReconstructionLoss,
     gmsd,
@@ -100,6 +103,44 @@ def test_single_scale_equals_scikit_images_ssim() -> None:
     # 16 px hold one scale; its exponent is the sum of the five (1.0001).
     expected = full[5:-5, 5:-5].mean() ** 1.0001
     assert ms_ssim(prediction, target).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "scales"), [(11, 1), (21, 1), (22, 2), (43, 2), (44, 3), (88, 4), (176, 5), (352, 5)]
+)
+def test_ms_ssim_uses_every_scale_that_holds_the_window(size: int, scales: int) -> None:
+    # An inverted chequerboard: the finest scale is anti-correlated, which counts as 1e-4, and the
+    # others, whose pixels are means of 2x2, are equal.
+    even = (torch.arange(size)[:, None] + torch.arange(size)) % 2 == 0
+    target = torch.where(even, 0.5, -0.5).expand(1, 3, size, size)
+    finest = MS_SSIM_WEIGHTS[0] / sum(MS_SSIM_WEIGHTS[:scales]) * sum(MS_SSIM_WEIGHTS)
+    assert ms_ssim(-target, target).item() == pytest.approx(1e-4**finest, rel=1e-4)
+
+
+def test_gmsd_equals_its_definition_in_numpy() -> None:
+    def gradient_magnitude(image: torch.Tensor) -> Any:
+        luma = np.tensordot([0.299, 0.587, 0.114], (image.double().numpy() + 1) / 2, 1)
+        halved = luma.reshape(8, 2, 8, 2).mean((1, 3))
+        rows, columns = (ndimage.prewitt(halved, axis, mode="constant") / 3 for axis in (0, 1))
+        return np.hypot(rows, columns)
+
+    predictions, targets = _images(16)
+    for prediction, target, found in zip(
+        predictions, targets, gmsd(predictions, targets), strict=True
+    ):
+        a, b = gradient_magnitude(prediction), gradient_magnitude(target)
+        similarity = (2 * a * b + 170 / 255**2) / (a**2 + b**2 + 170 / 255**2)
+        assert found.item() == pytest.approx(np.std(similarity), rel=1e-4)
+
+
+def test_random_features_are_compared_by_their_angle_at_each_pixel() -> None:
+    # Of unit vectors the squared distance is 2 - 2 cos; a mean over pixels, a sum over stages.
+    distance, (a, b) = RandomVggDistance(), _images()
+    found, expected = distance(a, b), torch.zeros(2)
+    for stage in distance.stages:
+        a, b = stage(a), stage(b)
+        expected += (2 - 2 * F.cosine_similarity(a, b, dim=1)).mean((1, 2))
+    torch.testing.assert_close(found, expected)
 
 
 def test_random_features_are_seeded_and_leave_the_global_random_state_alone() -> None:
