@@ -29,7 +29,7 @@ from components.models.transformer import UltraFluxTransformer2DModel
 
 def remaining_steps(num_inference_steps: int, strength: float) -> int:
     """Steps that image-to-image takes: the last ceil(steps * strength) of the schedule."""
-    # The tolerance undoes rounding: 10 * 0.7 is a little more than 7.
+    # The tolerance undoes rounding: 50 * 0.14 is a little more than 7.
     return min(num_inference_steps, math.ceil(num_inference_steps * strength - 1e-9))
 
 

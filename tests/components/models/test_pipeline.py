@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 
-from components.models.f16_pipeline import build_scheduler
+from components.models.f16_pipeline import build_scheduler, check_image_size
 from components.models.loading.memory_modes import parse_memory, place_pipeline
 from components.models.pipeline import UltraFluxPipeline, remaining_steps
 from components.models.text_encoders import build_tiny_text_encoders, encode_prompts
@@ -69,6 +69,17 @@ def test_images_have_the_asked_size_and_reproducible_bytes(
 def test_an_image_does_not_depend_on_its_batch(pipeline: UltraFluxPipeline) -> None:
     alone, batch = _sample(pipeline, (64, 96), [2]), _sample(pipeline, (64, 96), [1, 2])
     np.testing.assert_allclose(batch[1], alone[0], atol=1e-4)
+
+
+def test_each_picture_of_one_prompt_has_a_generator_of_its_own(
+    pipeline: UltraFluxPipeline,
+) -> None:
+    one_prompt = {"prompt": PROMPT, "num_images_per_prompt": 2}
+    both = _sample(pipeline, (64, 96), [1, 2], **one_prompt)
+    for seed, picture in zip((1, 2), both, strict=True):
+        np.testing.assert_allclose(picture, _sample(pipeline, (64, 96), [seed])[0], atol=1e-4)
+    with pytest.raises(ValueError, match=r"^generator: expected one per image, 2, got 1"):
+        _sample(pipeline, (64, 96), [1], **one_prompt)
 
 
 def test_precomputed_embeddings_give_the_same_image_without_text_encoders(
@@ -132,6 +143,12 @@ def test_sizes_and_generators_that_do_not_fit_are_refused(pipeline: UltraFluxPip
         )
 
 
+@pytest.mark.parametrize(("height", "width", "named"), [(0, 64, "height"), (64, -32, "width")])
+def test_no_edge_is_zero_or_less(height: int, width: int, named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named}: must be a positive multiple of 32, got "):
+        check_image_size(height, width, 32)
+
+
 def picture(size: tuple[int, int]) -> torch.Tensor:
     """(1, 3, H, W) in [0, 1]."""
     return torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(3))
@@ -162,11 +179,29 @@ def test_strength_one_is_text_to_image_with_the_same_noise(
     assert from_image.tobytes() == _sample(other, (64, 96), [4]).tobytes()
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        build_scheduler(),
+        build_scheduler(schedule="dynamic"),
+        # A steep line through the 6 tokens of the picture: mu is 0.98.
+        FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_image_seq_len=2,
+            max_image_seq_len=7,
+            base_shift=0.3,
+            max_shift=1.15,
+        ),
+    ],
+    ids=["static", "dynamic", "steep"],
+)
 def test_image_to_image_equals_the_library_from_the_same_latents(
-    pipeline: UltraFluxPipeline,
+    pipeline: UltraFluxPipeline, scheduler: FlowMatchEulerDiscreteScheduler
 ) -> None:
     size, strength = (64, 96), 2 / 3
     pixels = picture(size)
+    pipeline = UltraFluxPipeline(**{**pipeline.components, "scheduler": scheduler})  # type: ignore[arg-type]
+    pipeline.set_progress_bar_config(disable=True)
     reference = FluxImg2ImgPipeline(
         **{
             name: part
@@ -212,6 +247,14 @@ def test_strength_is_the_rounded_up_share_of_the_steps(
     steps: int, strength: float, expected: int
 ) -> None:
     assert remaining_steps(steps, strength) == expected
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28, 50, 100])
+def test_no_rounding_of_the_product_adds_a_step(steps: int) -> None:
+    # In whole numbers: 50 * 0.14 is 7.000000000000001 as floats.
+    hundredths = range(101)
+    found = [remaining_steps(steps, hundredth / 100) for hundredth in hundredths]
+    assert found == [-(-steps * hundredth // 100) for hundredth in hundredths]
 
 
 def test_bad_starting_images_and_strengths_are_refused(pipeline: UltraFluxPipeline) -> None:

@@ -74,6 +74,22 @@ def test_explicit_grid_ids_and_context_give_the_same_output() -> None:
 
 
 @torch.no_grad()
+def test_contexts_nest_and_an_error_leaves_the_outer_one() -> None:
+    model = build_tiny_transformer(**SHAPE, rope_window=2)
+    _random_output(model)
+    outer, inner = (model(**_inputs(), grid_hw=grid).sample for grid in ((5, 3), (3, 5)))
+    with model.grid_context(5, 3):
+        with model.grid_context(3, 5):
+            assert torch.equal(model(**_inputs()).sample, inner)
+        assert torch.equal(model(**_inputs()).sample, outer)
+        with pytest.raises(ValueError, match="11 positions for 15"), model.grid_context(3, 5):
+            model(**_inputs(), img_ids=grid_ids(3, 5)[:11])
+        assert torch.equal(model(**_inputs()).sample, outer)
+    with pytest.raises(ValueError, match="grid_hw"):
+        model(**_inputs())
+
+
+@torch.no_grad()
 def test_rope_settings_survive_saving_and_loading(tmp_path: Path) -> None:
     model = build_tiny_transformer(**SHAPE, rope_variant="paper", rope_window=3)
     _random_output(model)
@@ -124,6 +140,18 @@ def test_bfloat16_models_keep_float32_positions() -> None:
     assert model(**inputs, grid_hw=(5, 3)).sample.dtype == torch.bfloat16
     cos, sin = model.pos_embed(grid_ids(5, 3))
     assert cos.dtype == sin.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "longest"), [(torch.bfloat16, 257), (torch.float16, 2049)])
+def test_ids_of_a_dtype_are_taken_as_far_as_it_counts(dtype: torch.dtype, longest: int) -> None:
+    model = build_tiny_transformer(**SHAPE)
+    model(**_inputs((1, longest)), img_ids=grid_ids(1, longest).to(dtype))
+    assert torch.equal(grid_ids(1, longest).to(dtype).float(), grid_ids(1, longest))
+    # The next one is rounded to its neighbour.
+    beyond = (1, longest + 1)
+    with pytest.raises(ValueError, match=f"is exact only to {longest - 1}, the grid is 1x"):
+        model(**_inputs(beyond), img_ids=grid_ids(*beyond).to(dtype), grid_hw=beyond)
 
 
 def test_ids_that_cannot_be_right_are_refused() -> None:

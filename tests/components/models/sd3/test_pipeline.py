@@ -135,6 +135,17 @@ def test_an_image_does_not_depend_on_its_batch(pipeline: StableDiffusion3F16Pipe
     np.testing.assert_allclose(batch[1], alone[0], atol=1e-4)
 
 
+def test_each_picture_of_one_prompt_has_a_generator_of_its_own(
+    pipeline: StableDiffusion3F16Pipeline,
+) -> None:
+    one_prompt = {"prompt": PROMPT, "num_images_per_prompt": 2}
+    both = sample(pipeline, (64, 96), [1, 2], **one_prompt)
+    for seed, picture in zip((1, 2), both, strict=True):
+        np.testing.assert_allclose(picture, sample(pipeline, (64, 96), [seed])[0], atol=1e-4)
+    with pytest.raises(ValueError, match=r"^generator: expected one per image, 2, got 1"):
+        sample(pipeline, (64, 96), [1], **one_prompt)
+
+
 def test_embeddings_from_outside_give_the_same_image_as_the_prompt(
     pipeline: StableDiffusion3F16Pipeline,
 ) -> None:
