@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from components.generation import sampling
@@ -149,6 +150,41 @@ def test_a_batch_changes_an_image_by_rounding_only(
             for folder in ("alone", "together")
         ]
         assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_a_picture_with_a_number_that_is_none_is_an_error_and_not_black(
+    pipeline: UltraFluxPipeline, tmp_path: Path
+) -> None:
+    broken = UltraFluxPipeline(**{**pipeline.components, "vae": build_tiny_autoencoder()})  # type: ignore[arg-type]
+    broken.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        # Of one colour alone: the other two are as they should be.
+        broken.vae.decoder.conv_out.bias[1] = float("nan")
+    with pytest.raises(ValueError, match=f"^seed {REQUESTS[0].seed} at 96x64: no picture but NaN"):
+        generate(broken, tmp_path, REQUESTS[:1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_mixes_neither_strengths_nor_text_with_pictures(
+    pipeline: UltraFluxPipeline, tmp_path: Path
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.radial_gradient("L").resize((96, 64)).convert("RGB").save(photo)
+    text = sampling.GenerationRequest(PROMPTS[0][1], 0, 64, 96, "text")
+    requests = [text] + [
+        replace(text, seed=seed, name=f"seed{seed}", image=photo, strength=strength)
+        for seed, strength in enumerate((1.0, 0.5, 0.5, 0.0), start=1)
+    ]
+    alone, together = (
+        [
+            np.asarray(image).astype(int)
+            for _, image in sampling.paint_requests(lambda: pipeline, None, requests, SAMPLER, size)
+        ]
+        for size in (1, 5)
+    )
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one - other).max() <= 1
+    assert np.abs(alone[2] - alone[4]).max() > 1
 
 
 def test_positions_and_stride_are_in_the_key_where_they_are_not_the_weights_own() -> None:

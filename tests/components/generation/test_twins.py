@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from components.generation.generation_list import read_generations
-from components.generation.sampling import Generation
+from components.generation.sampling import Generation, make_requests
 from components.generation.twins import (
     LIST,
     TRAINED,
@@ -68,6 +68,9 @@ def test_each_captioned_image_comes_in_its_own_size_and_the_first_in_three_other
 def test_no_two_pictures_share_a_seed_or_a_name(project: Path, settings: Settings) -> None:
     made = twin_requests(project, settings)
     assert len({one.seed for one in made}) == len({one.name for one in made}) == len(made)
+    # Nor with a picture of a held-out prompt of the same number and size.
+    held_out = make_requests([("x", "a fox"), ("y", "a fir")], SIZES, settings.generate.seed)
+    assert not {one.seed for one in made} & {one.seed for one in held_out}
 
 
 def test_the_three_sizes_least_like_ones_own() -> None:
