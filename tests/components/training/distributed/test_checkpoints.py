@@ -124,6 +124,45 @@ def test_sigkill_before_any_single_file_operation_leaves_a_whole_checkpoint(
     assert len(died_at) > 15
 
 
+def test_a_checkpoint_has_its_name_and_the_pointer_only_when_all_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A kill does not lose what only the kernel holds, a power cut does.
+    store = CheckpointStore(tmp_path, keep=1)
+    on_disk: dict[str, int] = {}
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+    renamed: list[str] = []
+
+    def noted_fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        on_disk[path.relative_to(tmp_path).as_posix()] = path.stat().st_size
+        fsync(descriptor)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        expected = [source, *source.rglob("*")]
+        assert {path.relative_to(tmp_path).as_posix() for path in expected} <= on_disk.keys()
+        for path in expected:
+            if path.is_file():
+                assert on_disk[path.relative_to(tmp_path).as_posix()] == path.stat().st_size
+        on_disk.clear()
+        renamed.append(target.name)
+        rename(source, target)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        # The folder, which holds the new name, and the pointer's own text.
+        assert on_disk.keys() >= {".", source.name}
+        on_disk.clear()
+        renamed.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    store.save(1, write_folder(1))
+    assert renamed == ["step-00000001", LATEST_FILE]
+    assert on_disk.keys() == {"."}
+
+
 def test_an_empty_folder_has_no_latest(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path / "new", keep=2).latest() is None
 

@@ -145,6 +145,13 @@ def test_an_unhealthy_checkpoint_is_never_the_last_good_one(tmp_path) -> None:
     assert store.steps() == [30]
 
 
+def test_of_several_healthy_checkpoints_the_newest_stays(tmp_path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    for step, healthy in ((10, True), (20, True), (30, False), (40, False), (50, False)):
+        saved(store, step, healthy=healthy)
+    assert store.steps() == [20, 40, 50]
+
+
 def test_what_a_rollback_may_need_stays_beside_the_newest(tmp_path) -> None:
     settings = DivergenceSettings(rollback_every=10, rollback_margin=5)
     guard = DivergenceGuard(settings)

@@ -150,6 +150,26 @@ def test_a_cell_is_the_picture_that_the_pipeline_makes(
     assert drawn.tobytes() == contact_sheet([held_out, mine], columns=2, cell_px=512).tobytes()
 
 
+@torch.no_grad()
+def test_only_pictures_beyond_1024_px_are_decoded_in_tiles(
+    make_grids: Callable[..., SampleGrids],
+) -> None:
+    grids = make_grids(Ranks(0, 1, torch.device("cpu")))
+    pipeline = grids._pipeline(tiny_transformer(seed=5))
+    vae = pipeline.vae
+    vae.set_tile_size(512)
+    for height, is_tiled in ((1024, False), (1056, True)):
+        latents = torch.randn(1, 16, height // 16, 2, generator=torch.Generator().manual_seed(1))
+        drawn = grids._decode(pipeline, latents)
+        made = {}
+        for vae.use_tiling in (False, True):
+            decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor)
+            (picture,) = pipeline.image_processor.postprocess(decoded.sample, output_type="pil")
+            made[vae.use_tiling] = picture.tobytes()
+        assert made[True] != made[False]
+        assert drawn.tobytes() == made[is_tiled]
+
+
 def test_a_size_that_would_be_rounded_is_refused_by_the_number_of_its_prompt(
     make_grids: Callable[..., SampleGrids],
 ) -> None:

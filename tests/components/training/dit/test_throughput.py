@@ -102,6 +102,12 @@ def test_long_waiting_is_reported_once_each_time_it_begins() -> None:
     assert [wait.add(*slow) for _ in range(3)] == [True, False, False]
 
 
+def test_waiting_for_just_the_limit_is_not_reported() -> None:
+    wait = DataWait(window=2, limit=0.25)
+    assert [wait.add(1.0, 0.25) for _ in range(3)] == [False, False, False]
+    assert wait.add(1.0, 0.5)
+
+
 def test_a_step_says_what_it_cost_and_mfu_only_with_a_known_peak(transformer, capsys) -> None:
     data = batch()
     options = {"images_per_step": 6, "world_size": 2, "memory_every": 2}

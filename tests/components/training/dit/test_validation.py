@@ -85,6 +85,9 @@ def test_metrics_round_trip_and_range_restriction():
     loss = ValidationLoss(tuple(float(k) for k in range(8)), tuple(0.1 * k for k in range(8)))
     assert loss.mean == 3.5
     assert loss.mean_within((0.541, 1.0)) == pytest.approx((4 + 5 + 6 + 7) / 4)
+    # Both ends belong to the range.
+    assert loss.mean_within((NOISE_LEVELS[4], 0.7)) == 4.5
+    assert loss.mean_within((0.6, NOISE_LEVELS[6])) == 5.5
     assert math.isnan(loss.mean_within((0.0, 0.01)))
     assert ValidationLoss.from_metrics(loss.metrics("_ema"), "_ema") == loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,26 @@ def test_a_rebuilt_shard_has_the_old_bytes(corpus: Corpus) -> None:
         == 5
     )
     assert shard.read_bytes() == before
+
+
+def test_a_rebuilt_shard_is_on_the_disk_before_it_has_its_name(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The index promises these bytes already: after a power cut they have to be there.
+    items, vae, folder = corpus
+    shard = damage(folder)
+    size, sizes = shard.stat().st_size, []
+    flush = os.fsync
+
+    def note_flush(descriptor: int) -> None:
+        flush(descriptor)
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent == folder:
+            sizes.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    store = LatentStore(folder)
+    rebuild_shard(store, shard.name, items, vae, SETTINGS, max_megapixels=100, posterior=MEAN)
+    assert sizes == [size]
 
 
 def test_another_encoder_leaves_the_shard_alone(corpus: Corpus) -> None:

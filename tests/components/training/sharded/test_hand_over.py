@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from components.training.distributed.ranks import Ranks
 from components.training.dit.worker import run_job
 from components.training.sharded.hand_over import (
     MOVEMENT_FILE,
     HandOver,
     LearningLost,
+    MasterSample,
     compared,
     movement,
     noted_hand_overs,
 )
+from components.training.sharded.weight_shards import WeightShard
 
 pytestmark = pytest.mark.usefixtures("training_environment_restored")
 
@@ -54,6 +60,21 @@ def test_bfloat16_gives_back_what_a_small_learning_rate_moved():
         "quantisation", learned.items(), lambda name: learned[name].bfloat16(), squares
     )
     assert rounded.kept < 0.25
+
+
+@given(size=st.integers(1, 500), cuts=st.lists(st.floats(0, 1), max_size=4))
+def test_shares_of_any_cut_sample_the_same_places(size, cuts):
+    whole = torch.arange(size, dtype=torch.float32)
+    bounds = [0, *sorted(int(cut * size) for cut in cuts), size]
+    sampled = {}
+    for start, stop in itertools.pairwise(bounds):
+        shard = WeightShard("w", (size,), start, whole[start:stop])
+        sample = MasterSample(lambda shard=shard: [shard], Ranks(0, 1, torch.device("cpu")))
+        first, values = sample.take()["w"]
+        sampled |= dict(enumerate(values.tolist(), first)) if len(values) else {}
+    # Every n-th element from the first on, n the 64th part.
+    stride = max(1, size // 64)
+    assert sampled == dict(enumerate(range(0, size, stride)))
 
 
 def shares(job):

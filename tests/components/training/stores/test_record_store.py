@@ -146,3 +146,28 @@ def test_a_power_cut_leaves_no_index_of_records_that_are_not_on_the_disk(
         assert events[at - 1] == f"flush .{name}.partial"
         assert events[at + 1] == "flush store"
     assert events[-2] == "rename index.parquet"
+
+
+def test_a_batch_is_on_the_disk_before_its_line_and_the_line_before_append_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = StoreWriter(
+        KIND, tmp_path, key="image_id", dtype="float32", encoder_digest="pen", shard_mb=1
+    )
+    journal, shard = tmp_path / "journal.jsonl", tmp_path / "mask-00000.bin"
+    header = journal.stat().st_size
+    flushed: list[tuple[str, int, int]] = []
+    flush = os.fsync
+
+    def note_flush(descriptor: int) -> None:
+        flush(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flushed.append((path.name, shard.stat().st_size, journal.stat().st_size))
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    record = to_record(MASKS["image0"], "float32")
+    writer.records.append("mask", [{"image_id": "image0"}], [record])
+    assert flushed == [
+        (shard.name, len(record), header),
+        (journal.name, len(record), journal.stat().st_size),
+    ]
