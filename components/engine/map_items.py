@@ -204,6 +204,8 @@ def map_items(
             if not failed.keys() & set(chunks[index]):
                 write_parquet(pa.Table.from_pylist(rows, schema=schema), shards[index])
                 journals[index].remove()
+                # Where rows are kept one by one they were counted as they came.
+                kept += 0 if keep_items else len(rows) - len(known[index])
         # Past the last item, so that the bar and the workers finish properly.
         assert next(tracked, None) is None
     if failed:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -39,6 +40,8 @@ WORK = textwrap.dedent(
             raise RuntimeError(f"no {number}")
         if kind == "greedy":
             return {"value": len(bytearray(1 << 31))}
+        if kind == "modest":
+            return {"value": len(bytearray(300 << 20))}
         if kind == "once" and not (Path(folder) / "tried").exists():
             (Path(folder) / "tried").touch()
             os._exit(1)
@@ -46,7 +49,7 @@ WORK = textwrap.dedent(
             time.sleep(0.1)
         return {"value": number * number}
 
-    def go(folder, kinds, workers=2, retries=0, key=None):
+    def go(folder, kinds, workers=2, retries=0, key=None, outside=()):
         limits = EngineLimits(workers=workers, timeout_s=5, memory_mb=512, retries=retries)
         shards = map_items(
             work,
@@ -57,6 +60,7 @@ WORK = textwrap.dedent(
             schema=SCHEMA,
             state_dir=Path(folder) / "shards",
             limits=limits,
+            outside=outside,
         )
         join_shards(shards, SCHEMA, Path(folder) / "out.parquet")
 
@@ -73,7 +77,9 @@ def work_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(work_file: Path, folder: Path, call: str) -> list[dict[str, object]]:
+def run(
+    work_file: Path, folder: Path, call: str, stderr: int | None = None
+) -> list[dict[str, object]]:
     folder.mkdir(exist_ok=True)
     driver = work_file.with_name("driver.py")
     driver.write_text(
@@ -81,7 +87,12 @@ def run(work_file: Path, folder: Path, call: str) -> list[dict[str, object]]:
         f"if __name__ == '__main__':\n    go(Path(sys.argv[1]), {call})\n"
     )
     subprocess.run(
-        [sys.executable, driver, folder], env=environment(), check=True, cwd=ROOT, timeout=120
+        [sys.executable, driver, folder],
+        env=environment(),
+        check=True,
+        cwd=ROOT,
+        timeout=120,
+        stderr=stderr,
     )
     return pq.read_table(folder / "out.parquet").to_pylist()
 
@@ -95,10 +106,12 @@ def calls(folder: Path) -> list[int]:
 
 
 def test_every_kind_of_failure_costs_exactly_its_item(work_file: Path, tmp_path: Path) -> None:
-    kinds = ["ok", "exit", "ok", "killed", "segfault", "hang", "raises", "greedy", "ok"]
+    kinds = ["ok", "exit", "ok", "killed", "segfault", "hang", "raises", "greedy", "ok", "modest"]
     rows = run(work_file, tmp_path / "a", repr(kinds))
-    assert [row["image_id"] for row in rows] == [f"id{n}" for n in range(9)]
-    assert [row["value"] for row in rows] == [0, None, 4, None, None, None, None, None, 64]
+    assert [row["image_id"] for row in rows] == [f"id{n}" for n in range(10)]
+    # The last takes 300 of 512 MiB, beside what its worker held when it was ready.
+    values = [0, None, 4, None, None, None, None, None, 64, 300 << 20]
+    assert [row["value"] for row in rows] == values
     assert [row["error"] for row in rows if row["error"]] == [
         "quarantined: worker exited with status 3",
         "quarantined: worker killed by SIGKILL",
@@ -131,6 +144,30 @@ def test_finished_work_is_not_repeated_unless_its_key_changes(
     assert len(calls(folder)) == 5
     run(work_file, folder, "['ok'] * 5, key={'px': 2}")
     assert len(calls(folder)) == 10
+
+
+def test_the_third_failure_from_outside_ends_the_run_and_the_next_repeats_no_finished_item(
+    work_file: Path, tmp_path: Path
+) -> None:
+    failing = "['ok'] * 4 + ['raises'] * 60, outside=(RuntimeError,)"
+    with pytest.raises(subprocess.CalledProcessError) as ended:
+        run(work_file, tmp_path / "a", failing, stderr=subprocess.PIPE)
+    *_, last = ended.value.stderr.decode().splitlines()
+    assert last.endswith(
+        "ItemsFailed: 3 of 64 items failed (no 4); 4 finished ones are kept, run the stage again "
+        "for the rest"
+    )
+    listed = (tmp_path / "a" / "shards" / "failed.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in listed] == [
+        {"image_id": f"id{n}", "error": f"RuntimeError: no {n}"} for n in (4, 5, 6)
+    ]
+    # None of them has become a row, and most have never been tried.
+    assert len(calls(tmp_path / "a")) < 32
+    (tmp_path / "a" / "calls.txt").unlink()
+    rows = run(work_file, tmp_path / "a", "['ok'] * 64")
+    assert [row["value"] for row in rows] == [n * n for n in range(64)]
+    assert sorted(calls(tmp_path / "a")) == list(range(4, 64))
+    assert not (tmp_path / "a" / "shards" / "failed.jsonl").exists()
 
 
 def test_a_function_that_cannot_be_imported_is_an_error_and_no_endless_restart(

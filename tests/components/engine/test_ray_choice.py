@@ -44,6 +44,18 @@ def test_settings_become_options_and_gpus_are_for_networks_alone(root: Path) -> 
     limits = EngineLimits.for_networks(on_cpu, timeout_s=1.0, memory_mb=1)
     assert limits.ray == RayOptions(None, None, 0.0, 2, batch_items=1)
     assert limits.workers == on_cpu.runtime.workers
+    # What a network asks for is the least, not the most.
+    signals = on_cpu.signals
+    assert (limits.timeout_s, limits.memory_mb) == (signals.timeout_s, signals.memory_mb)
+
+
+@pytest.mark.parametrize(("actors", "cpus"), [(None, 2), (1, 2), (5, 5)])
+def test_an_own_instance_has_a_cpu_for_each_actor(
+    root: Path, actors: int | None, cpus: int
+) -> None:
+    options = EngineLimits.of(settings(root, engine="ray", actors=actors)).ray
+    assert options is not None
+    assert (options.actors, options.local_cpus) == (actors, cpus)
 
 
 @pytest.mark.parametrize(
