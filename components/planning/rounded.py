@@ -33,8 +33,9 @@ def layer_bytes(kind: Quantisation, inputs: int, outputs: int, item: int) -> int
         return item * values
     if kind == "nf4":
         return values // 2 + 4 * -(-values // NF4_BLOCK)
-    # torchao's scale of a row: of the weights' type for int8, float32 for fp8.
-    return values + (item if kind == "int8" else 4) * outputs
+    # torchao's float32 scale of a row, whatever the weights' type, and for int8 a zero point of a
+    # byte.
+    return values + (5 if kind == "int8" else 4) * outputs
 
 
 def saved_bytes(transformer: Transformer, kind: Quantisation, item: int) -> int:

@@ -220,4 +220,5 @@ def test_the_engine_holds_the_planned_states(root, tmp_path, optimizer, frozen):
 def test_small_moments_are_not_kept_in_8_bits():
     assert moment_bytes(4095, eight_bits=True) == moment_bytes(4095, eight_bits=False)
     # 2 bytes a value, 2 x 4 bytes per 256 of them, 2 tables of 1 KiB.
+    assert moment_bytes(4096, eight_bits=True) == 2 * 4096 + 2 * 4 * 16 + 2048
     assert moment_bytes(2**20, eight_bits=True) == 2 * 2**20 + 2**15 + 2048

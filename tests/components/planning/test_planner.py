@@ -363,6 +363,35 @@ def test_the_second_backbone_is_planned_from_counts(profile, tmp_path):
     assert first.memory.activations > 0
 
 
+@pytest.mark.parametrize(("batch", "accumulates"), [(4, False), (8, True)])
+def test_gpus_that_share_the_tokens_of_a_sample_count_once_towards_the_batch(
+    profile, tmp_path, batch, accumulates
+):
+    # Eight of them in pairs: a batch of four is one micro batch each, of eight it is two.
+    options = {
+        "runtime__processes": 8,
+        "runtime__context_parallel_degree": 2,
+        "dit_stage1__precision": "fp32",
+        "dit_stage1__zero_stage": 2,
+        "dit_stage1__micro_batch_size": 1,
+        "dit_stage1__global_batch_size": batch,
+    }
+    memory = stage(plan(profile("paper", **options), tmp_path, 1000), "dit_stage1").memory
+    # In float32 the gradients of the micro batch before stay beside ZeRO's two buckets.
+    assert memory.buffers == 4 * 2 * 200_000_000 + accumulates * memory.gradients
+
+
+@pytest.mark.parametrize(("beside_training", "bytes_a_weight"), [(True, 16), (False, 8)])
+def test_a_checkpoint_written_beside_training_copies_states_and_average(
+    profile, tmp_path, beside_training, bytes_a_weight
+):
+    # Masters, two moments and the average, of all weights together; or the float32 weights that
+    # each of the two processes loads.
+    options = {"runtime__processes": 2, "dit_stage1__async_checkpoints": beside_training}
+    made = stage(plan(profile("paper", **options), tmp_path, 1000), "dit_stage1")
+    assert made.host_bytes == bytes_a_weight * 11_901_408_320
+
+
 def test_the_average_is_divided_over_the_gpus_or_kept_on_the_host(profile, tmp_path):
     first = stage(plan(profile("paper", dit_stage1__ema_device="model"), tmp_path, 9), "dit_stage1")
     assert first.memory.average == 4 * 1_487_676_040
