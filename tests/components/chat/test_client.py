@@ -41,6 +41,7 @@ def test_requests_start_no_faster_than_allowed(api: Api, corpus: Corpus) -> None
     "bad",
     [
         lambda api: api.problem(500, "oops"),
+        lambda api: api.problem(408, "you were slow"),
         lambda api: api.problem(503, "busy", Retry_After="0"),
         lambda api: api.problem(429, "busy", Retry_After="Fri, 31 Dec 1999 00:00:00 GMT"),
         lambda api: (200, {}, b"<html>not JSON"),
@@ -96,6 +97,7 @@ def test_a_request_that_is_refused_as_such_is_not_repeated(api: Api, corpus: Cor
             lambda api: api.problem(401, f"Incorrect API key provided: {api.key}"),
             r"HTTP 401: the API key is refused",
         ),
+        (lambda api: api.problem(402, "no credit"), "HTTP 402: payment is required"),
         (lambda api: api.problem(403, "no"), r"HTTP 403.*check CAPTION_TEST_KEY"),
         (lambda api: api.problem(404, "no"), "HTTP 404: no such address or model"),
         (
