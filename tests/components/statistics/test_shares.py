@@ -10,10 +10,13 @@ from components.statistics.shares import wilson_interval
 
 
 @pytest.mark.parametrize(("wins", "n"), [(0, 5), (7, 7), (3, 8), (61, 195)])
-def test_it_is_scipys(wins: int, n: int) -> None:
-    expected = binomtest(wins, n).proportion_ci(0.95, method="wilson")
-    found = wilson_interval(wins / n, n)
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+def test_it_is_scipys(wins: int, n: int, confidence: float) -> None:
+    expected = binomtest(wins, n).proportion_ci(confidence, method="wilson")
+    found = wilson_interval(wins / n, n, confidence)
     assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
+    if confidence == 0.95:
+        assert wilson_interval(wins / n, n) == found
 
 
 def test_seven_of_seven_is_not_certain() -> None:

@@ -87,5 +87,12 @@ def test_thousands_of_rare_categories_take_no_minutes() -> None:
     rng = np.random.default_rng(2)
     before, after = rng.poisson(2, 5000), rng.poisson(2, 5000)
     assert same_shares(before, after) > 0.001
+    # The rare ones count together: what is new in one sample is not overlooked for being scattered.
+    common, scattered = np.full(50, 20), np.full(100, 4)
+    expected = chi2_contingency([[20] * 50 + [400], [20] * 50 + [200]], correction=False).pvalue
+    halved = np.where(np.arange(100) < 50, scattered, 0)
+    found = same_shares(np.append(common, scattered), np.append(common, halved))
+    assert 0.001 < found < 0.9
+    assert found == pytest.approx(expected)
     # The commonest are compared by name: there the difference shows.
     assert same_shares(np.append(before, 900), np.append(after, 0)) < 0.001
