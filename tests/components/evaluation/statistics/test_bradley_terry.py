@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from components.evaluation.statistics.bradley_terry import Judged, fit_bradley_terry
 
@@ -68,6 +69,33 @@ def test_repeating_the_answers_of_a_prompt_adds_no_certainty() -> None:
     once, thrice = fit_bradley_terry(judged), fit_bradley_terry(judged * 3)
     width = once.strengths["b"].high - once.strengths["b"].low
     assert thrice.strengths["b"].high - thrice.strengths["b"].low == pytest.approx(width, rel=0.02)
+
+
+def test_few_prompts_have_the_interval_of_their_number() -> None:
+    # On 6 of 8 prompts a wins in both orders, on the others b: the lead is ln 3. Per prompt the
+    # residuals are 2 (1 - e) or 2 e, e = 3/4, and the information is 2 * 8 e (1 - e): the variance
+    # is 1 / (7 e (1 - e)), with 7 and not 8 for the prompts.
+    judged = [Judged("a", "b", float(i < 6), f"p{i}") for i in range(8)]
+    judged += [Judged("b", "a", float(i >= 6), f"p{i}") for i in range(8)]
+    found = fit_bradley_terry(judged).strengths["b"]
+    half = stats.t.ppf(0.975, 7) / np.sqrt(7 * 3 / 16)
+    # The prior moves both by 0.3%.
+    assert found.value == pytest.approx(-np.log(3.0), rel=0.01)
+    assert found.high - found.value == pytest.approx(half, rel=0.01)
+    assert found.value - found.low == pytest.approx(half, rel=0.01)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_answers_that_agree_to_the_last_one_keep_the_models_own_variance(repeats: int) -> None:
+    # All ties: no residual, so the sandwich is 0. 20 prompts in both orders, each of variance 1/4,
+    # and the prior of 10 logits; asking the same again tells nothing.
+    pairs = (("a", "b"), ("b", "a"))
+    judged = [Judged(*pair, 0.5, f"p{i}") for i in range(20) for pair in pairs] * repeats
+    fitted = fit_bradley_terry(judged)
+    half = stats.t.ppf(0.975, 19) / np.sqrt(40 / 4)
+    for found in (fitted.strengths["b"], fitted.order):
+        assert found.value == pytest.approx(0.0, abs=1e-9)
+        assert (found.low, found.high) == pytest.approx((-half, half), rel=1e-3)
 
 
 def test_nothing_to_fit_is_refused() -> None:

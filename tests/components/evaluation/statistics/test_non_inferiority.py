@@ -77,6 +77,28 @@ def test_a_loss_above_the_margin_refuses_and_says_by_how_much() -> None:
     assert "at most 0.5 may be lost" in rule["reason"]
 
 
+@pytest.mark.parametrize(("correction", "level"), [("holm", 0.025), ("none", 0.05)])
+def test_the_power_that_is_said_beforehand_is_at_the_hardest_level(
+    correction: str, level: float
+) -> None:
+    table = _table({"psnr_db": 0.0, "ssim": 0.0}, n=12, noise=1.0)
+    baseline = _table({"psnr_db": 0.0, "ssim": 0.0}, n=12)
+    rules = _settings(("psnr_db", 0.4), ("ssim", 0.3), correction=correction)
+    said: list[str] = []
+    judge_non_inferiority(baseline, table, rules, 0, said.append)
+    for line, metric, margin in zip(said, ("psnr_db", "ssim"), (0.4, 0.3), strict=True):
+        after, before = (
+            rows[rows["metric"] == metric]["value"].to_numpy() for rows in (table, baseline)
+        )
+        room = margin / stats.sem(after - before)
+        power = stats.nct.sf(stats.t.isf(level, 11), 11, room)
+        assert 0.2 < power < 0.95
+        assert line == (
+            f"generated.{metric}: with 12 prompts, a model as good as the baseline passes the "
+            f"margin of {margin:g} in {power:.0%} of cases"
+        )
+
+
 def test_lower_is_better_turns_the_sign() -> None:
     lower, same = _table({"nmse": -1.0}, noise=0.1), _table({"nmse": 0.0})
     settings = _settings(("nmse", 0.2))
@@ -163,6 +185,26 @@ def test_a_truly_inferior_model_passes_no_more_often_than_the_level() -> None:
         (rule,) = judge_non_inferiority(base, worse, settings, seed)
         passed += rule["passed"]
     assert passed / 100 <= 0.1
+
+
+def test_pictures_of_a_prompt_are_one_observation_of_it() -> None:
+    settings = _settings(("psnr_db", 0.5))
+    once = [table.assign(prompt=table["image"]) for table in _noisy_pair(12)]
+    thrice = [
+        pd.concat([table.assign(image=f"{seed}-" + table["image"]) for seed in range(3)])
+        for table in once
+    ]
+    (single,) = judge_non_inferiority(*once, settings, 0)
+    (several,) = judge_non_inferiority(*thrice, settings, 0)
+    assert (single["n"], single["prompts"]) == (12, 12)
+    assert (several["n"], several["prompts"]) == (36, 12)
+    for name in ("value", "p_value", "power", "detectable"):
+        assert several[name] == pytest.approx(single[name], rel=1e-9), name
+
+
+def _noisy_pair(n: int) -> list[pd.DataFrame]:
+    """Scores of a baseline and of a candidate that differs at random."""
+    return [_table({"psnr_db": 0.0}, n=n), _table({"psnr_db": 0.0}, n=n, noise=1.0)]
 
 
 def test_a_baseline_is_read_only_with_the_digest_that_the_settings_hold(tmp_path: Path) -> None:

@@ -45,6 +45,18 @@ def test_the_smallest_p_value_of_n_pairs_is_known() -> None:
     assert result.statistic == 3.0
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("alternative", ["greater", "less"])
+def test_rounding_separates_no_patterns_that_tie(sign: float, alternative: str) -> None:
+    # 0.3 - 0.1 - 0.2 and its mirror image are 0 but for rounding; of the eight sums three lie on
+    # either side of them.
+    after = sign * np.array([0.3, -0.1, -0.2])
+    result = paired_permutation(
+        np.zeros(3), after, permutations=100, seed=0, alternative=alternative
+    )
+    assert result.p_value == 5 / 8
+
+
 def test_large_samples_are_drawn_and_close_to_the_t_test() -> None:
     before, after = _pairs(60, 0.3, seed=4)
     result = paired_permutation(before, after, permutations=20_000, seed=1)

@@ -68,6 +68,17 @@ def test_compression_ratio_of_a_set_weighs_by_bytes() -> None:
     assert metrics["generated_compression_ratio"] == pytest.approx(4.0)
 
 
+def test_a_picture_counts_once_at_each_size_however_many_metrics_it_has() -> None:
+    values = {"entropy_bits": 2.0, "flat_fraction": 0.5}
+    rows = [
+        row
+        for name, size in (("x", (64, 64)), ("x", (64, 96)), ("x", (96, 64)), ("y", (64, 64)))
+        for row in scores.image_scores(name, scores.GENERATED, size, values)
+    ]
+    metrics = scores.headline_metrics(scores.scores_table(rows), resamples=500, seed=0)
+    assert metrics["generated_images"] == 4.0
+
+
 def test_an_unknown_metric_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown metric"):
         scores.image_scores("x", scores.GENERATED, (10, 10), {"beauty": 1.0})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from components.evaluation.statistics.sequential import (
     boundaries,
@@ -93,6 +94,17 @@ def test_the_repeated_interval_holds_the_difference_whenever_one_stops() -> None
             # What decides and the interval are one statement.
             assert one.is_decided == (not one.low <= 0.0 <= one.high)
     assert 0.925 <= np.mean(held) <= 0.975
+
+
+def test_a_look_is_a_t_test_and_its_interval_that_of_the_boundarys_level() -> None:
+    differences = np.array([0.2, -0.4, 0.9, 1.3, -0.1, 0.6, 0.0, 0.7])
+    expected = stats.ttest_1samp(differences, 0.0)
+    boundary = 2.5
+    found = look(differences.tolist(), 40, 2, boundary)
+    assert found.deviate == pytest.approx(stats.norm.isf(expected.pvalue / 2.0), rel=1e-9)
+    interval = expected.confidence_interval(1.0 - 2.0 * stats.norm.sf(boundary))
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert (found.prompts, found.of, found.number, found.is_decided) == (8, 40, 2, False)
 
 
 def test_differences_without_spread_decide_where_they_are_not_zero() -> None:

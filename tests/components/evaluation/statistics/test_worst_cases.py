@@ -48,3 +48,18 @@ def test_ranks_alternate_between_metrics_and_name_an_item_once() -> None:
     )
     cases = worst_cases(scores, "base", "mine", ["psnr_db", "ssim"], 3)
     assert [case.item for case in by_rank(cases)] == ["a", "c", "b"]
+
+
+def test_an_item_is_named_for_every_system_that_loses_on_it() -> None:
+    scores = table("psnr_db", {"a": 9.0}, {"a": 1.0})
+    other = scores[scores["system"] == "mine"].assign(system="theirs", value=2.0)
+    both = pd.concat([scores, other])
+    cases = [
+        case
+        for system in ("mine", "theirs")
+        for case in worst_cases(both, "base", system, ["psnr_db"], 3)
+    ]
+    assert [(case.system, case.item, case.loss) for case in by_rank(cases)] == [
+        ("mine", "a", 8.0),
+        ("theirs", "a", 7.0),
+    ]
