@@ -280,6 +280,7 @@ def test_scaling_keeps_order_and_ends_in_range(values: list[float], kind: type) 
         (np.float32([[0, 2, 4]]), [0, 128, 255], True),
         (np.float32([[-1, 0, 1]]), [0, 128, 255], True),
         (np.float32([[np.nan, np.inf, 1]]), [0, 255, 255], False),
+        (np.float32([[np.nan, np.inf, -np.inf, 0.5, 0.25]]), [0, 128, 64, 128, 64], False),
         (np.int32([[0, 100, 200]]), [0, 100, 200], False),
         (np.int32([[0, 257, 65535]]), [0, 1, 255], False),
         (np.int32([[0, 50000, 100000]]), [0, 128, 255], True),

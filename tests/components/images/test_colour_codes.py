@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
+from icc_bytes import ADOBE, rgb_profile
 from PIL import Image, PngImagePlugin
 
 from components.images.colour_profiles import coded_reading, to_srgb
@@ -43,12 +43,12 @@ def expected(colours: np.ndarray, primaries: int, transfer: int) -> np.ndarray:
     return np.rint(255 * curve)
 
 
-def png(*extra: tuple[bytes, bytes], mode: str = "RGB") -> bytes:
+def png(*extra: tuple[bytes, bytes], mode: str = "RGB", icc: bytes | None = None) -> bytes:
     info = PngImagePlugin.PngInfo()
     for name, content in extra:
         info.add(name, content)
     buffer = io.BytesIO()
-    Image.fromarray(COLOURS).convert(mode).save(buffer, "PNG", pnginfo=info)
+    Image.fromarray(COLOURS).convert(mode).save(buffer, "PNG", pnginfo=info, icc_profile=icc)
     return buffer.getvalue()
 
 
@@ -101,9 +101,11 @@ def test_numbers_that_are_not_understood_are_noted(
 
 
 def test_numbers_overrule_a_profile_and_grays_stay_gray() -> None:
-    profile = zlib.compress(b"no profile at all")
-    seen = decode_rgb(png(cicp(12, 13), (b"iCCP", b"x\0\0" + profile)))
+    profile = rgb_profile("Adobe RGB (1998)", ADOBE, 563 / 256)
+    assert decode_rgb(png(icc=profile)).header.color_space == "Adobe RGB (1998)"
+    seen = decode_rgb(png(cicp(12, 13), icc=profile))
     assert (seen.header.color_space, seen.note) == ("Display P3", None)
+    np.testing.assert_array_equal(seen.pixels, decode_rgb(png(cicp(12, 13))).pixels)
     gray = decode_rgb(png(cicp(12, 4), mode="L")).pixels
     assert np.ptp(gray.astype(int), axis=-1).max() <= 1
     np.testing.assert_array_equal(gray[0, 0], [0, 0, 0])

@@ -164,6 +164,20 @@ def test_a_file_closed_properly_before_its_last_row_is_damaged_whatever_its_rows
     assert decode_rgb(by_hand(rows, size=(6, 5))).integrity == "ok"
 
 
+@pytest.mark.parametrize("height", [4, 5])
+def test_an_interlaced_file_may_lack_its_odd_rows_alone(height: int) -> None:
+    # (rows, columns) of the passes over a picture 4 wide; the last one brings every odd row whole.
+    even = {4: [(1, 1), (1, 1), (1, 2), (2, 2)], 5: [(1, 1), (1, 1), (2, 1), (1, 2), (3, 2)]}
+    passes = [*even[height], (2, 4)]
+    rows = b"".join((b"\0" + b"\xc8" * columns) * count for count, columns in passes)
+    size = {"size": (height, 4), "colours": 0, "interlaced": 1}
+    whole = decode_rgb(by_hand(rows, **size))  # type: ignore[arg-type]
+    assert (whole.integrity, whole.pixels.min()) == ("ok", 200)
+    short = decode_rgb(by_hand(rows[:-5], **size))  # type: ignore[arg-type]
+    assert short.integrity == "PNG whose pixels end before the last row"
+    assert np.flatnonzero((short.pixels == 0).all(axis=(1, 2))).tolist() == [3]
+
+
 def test_a_critical_chunk_of_no_standard_is_damage() -> None:
     data = png()
     block = (
