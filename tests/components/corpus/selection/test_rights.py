@@ -101,17 +101,25 @@ def test_share_alike_stands_apart_from_both_sides() -> None:
 
 ROWS = pd.DataFrame(
     {
-        "image_id": ["a" * 64, "b" * 64, "c" * 64, "d" * 64, "b" * 64],
-        "uri": ["x/1.jpg", "x/2.jpg", "x/3.jpg", "x/4.jpg", "x/5.jpg"],
-        "photographer": ["Ann  Lee (Unsplash)", "Bo Ek", None, "Ann Leeson", "Someone Else"],
+        "image_id": ["a" * 64, "b" * 64, "c" * 64, "d" * 64, "b" * 64, "e" * 64],
+        "uri": ["x/1.jpg", "x/2.jpg", "x/3.jpg", "x/4.jpg", "x/5.jpg", "x/6.jpg"],
+        "photographer": [
+            "Ann  Lee (Unsplash)",
+            "Bo Ek",
+            None,
+            "Ann Leeson",
+            "Someone Else",
+            "Zoe\N{COMBINING DIAERESIS} Ek",
+        ],
         "image_url": [
             "https://img.example.org/1.jpg",
             None,
             "http://www.other.net/3.jpg?w=1",
             "https://badexample.org/4.jpg",
             None,
+            None,
         ],
-        "work_url": [None, "https://site.org/works/2/", None, None, None],
+        "work_url": [None, "https://site.org/works/2/", None, None, None, None],
     }
 )
 
@@ -122,6 +130,9 @@ ROWS = pd.DataFrame(
         ("photographer", "ann lee", [0]),
         ("photographer", "Ann Lee (Unsplash)", [0]),
         ("photographer", "Ann Lee (Flickr)", []),
+        # One letter, or a letter and its accent; wide letters of a Japanese keyboard.
+        ("photographer", "Zo\N{LATIN SMALL LETTER E WITH DIAERESIS} Ek", [5]),
+        ("photographer", "\N{FULLWIDTH LATIN CAPITAL LETTER B}o Ek", [1]),
         ("identity", "B" * 64, [1, 4]),
         ("identity", "x/3.jpg", [2]),
         ("url", "http://other.net/3.jpg?w=1", [2]),
@@ -144,7 +155,7 @@ def test_equal_bytes_are_excluded_whoever_is_credited(tmp_path: Path) -> None:
     assert listed.images(path) == {"b" * 64}
     column = listed.column(path)
     assert column is not None
-    assert column.tolist() == [False, True, False, False, True]
+    assert column.tolist() == [False, True, False, False, True, False]
     assert Exclusions([Exclusion("photographer", "Nobody")]).column(path) is None
 
 
@@ -174,7 +185,7 @@ def test_an_entry_that_means_nobody_is_refused(text: str, said: str) -> None:
 
 
 def test_attribution_names_author_licence_source_and_changes(tmp_path: Path) -> None:
-    table = ROWS.assign(license=["CC-BY-SA-4.0", None, "CC0", "CC0 1.0", None])
+    table = ROWS.assign(license=["CC-BY-SA-4.0", None, "CC0", "CC0 1.0", None, None])
     write_table(table, tmp_path / "manifest.parquet")
     write_attribution(tmp_path / "manifest.parquet", {"stage1": np.array([0, 2, 3])}, tmp_path)
     rows = read_attribution_file(tmp_path / "stage1.csv")

@@ -246,6 +246,13 @@ def test_the_human_channel_has_its_own_thresholds_and_no_flatness_rule() -> None
     assert result["reject_threshold"][2] == 6.0
 
 
+def test_images_without_a_score_count_for_the_share_and_get_no_place_in_it() -> None:
+    changes = [{"aesthetic": score} for score in (1.0, 2.0, 3.0, 4.0, *[None] * 6)]
+    for share, kept in ((0.3, [2.0, 3.0, 4.0]), (0.9, [1.0, 2.0, 3.0, 4.0])):
+        result = select(rows(*changes), PAPER.model_copy(update={"aesthetic_top_fraction": share}))
+        assert result.loc[result["kept"], "aesthetic"].tolist() == kept
+
+
 def test_the_aesthetic_share_is_of_the_whole_or_of_each_channel() -> None:
     changes = [{"aesthetic": float(n), "channel": "human"} for n in range(10)]
     changes += [{"aesthetic": 50.0 + n, "channel": "general"} for n in range(10)]
@@ -348,6 +355,12 @@ def test_quotas_hold_and_rejected_rows_name_their_draw() -> None:
         table.sample(frac=1, random_state=0), quota_settings(character_quota=person), 5
     )
     assert set(shuffled.loc[shuffled["kept"], "image_id"]) == set(kept["image_id"])
+
+
+def test_rounding_takes_no_row_from_a_group_that_is_at_its_bound() -> None:
+    # 0.07 * 100 is a hair above 7 in floating point, 0.29 * 100 a hair below 29.
+    for counts, share in (((7, 93), Share("a", 0.07)), ((29, 71), Share("a", 0.0, 0.29))):
+        assert quota_sizes(counts, [share, Share("b")]).tolist() == list(counts)
 
 
 def test_a_quota_has_its_lowest_ratio_and_not_its_highest() -> None:

@@ -116,6 +116,17 @@ def test_the_ablation_subset_has_its_size_and_the_proportions_of_stage_1() -> No
     assert set(other["image_id"]) != set(cut["image_id"])
 
 
+def test_the_ablation_subset_does_not_lie_beside_the_held_out_images() -> None:
+    table = corpus(400)
+    table["split"] = split(table, slice_settings(), 3)
+    cut = slices(table, slice_settings(ablation_images=80), seed=3)
+    # Those that a larger share would hold out next: 80 of 320, of which chance takes 20 +- 3.4.
+    next_out = split(table, slice_settings(eval_fraction=0.4), 3) == "eval"
+    beside = set(table[next_out]["image_id"]) - set(cut["eval"]["image_id"])
+    assert len(beside) == 80
+    assert len(beside & set(cut["ablation"]["image_id"])) < 40
+
+
 def test_ties_at_the_border_go_by_image_id_and_missing_scores_come_last() -> None:
     table = corpus(60).assign(split="train")
     table.loc[:9, "aesthetic"] = None
