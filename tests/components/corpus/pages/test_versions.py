@@ -151,6 +151,11 @@ def test_drift_statistics_have_their_known_values() -> None:
     high = np.repeat([0.0, 1.0], [50, 150])
     by_hand = (0.25 - 0.5) * np.log(0.25 / 0.5) + (0.75 - 0.5) * np.log(0.75 / 0.5)
     assert population_stability(low, high) == pytest.approx(by_hand)
+    # A bin that the newer version lacks counts as a ten thousandth.
+    gone = (1 - 0.5) * np.log(1 / 0.5) + (1e-4 - 0.5) * np.log(1e-4 / 0.5)
+    assert population_stability(low, np.zeros(70)) == pytest.approx(gone)
+    # A bin holds its lower edge and not its upper one, as those of a histogram.
+    assert population_stability(low, np.repeat([0.2, 1.0], 35)) == 0.0
 
 
 def feature(before: pd.DataFrame, after: pd.DataFrame, name: str) -> FeatureDrift:
