@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 
 import pytest
@@ -21,6 +22,18 @@ AGENT = "ultraflux-corpus/0.1"
 )
 def test_retry_after_is_seconds_or_a_date(value: str | None, expected: float | None) -> None:
     assert retry_after_s(value, datetime(2000, 1, 1, tzinfo=UTC)) == expected
+
+
+def test_a_date_without_a_zone_is_in_utc_wherever_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        for zone in ("-0000", ""):
+            said = f"Sat, 01 Jan 2000 00:00:30 {zone}".strip()
+            assert retry_after_s(said, datetime(2000, 1, 1, tzinfo=UTC)) == 30.0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,23 @@ def test_in_any_window_a_host_gets_no_more_than_burst_plus_rate() -> None:
     assert buckets.reserve("b", now) == 0.0
 
 
+def test_the_longest_pause_that_a_host_asked_for_holds() -> None:
+    buckets = TokenBuckets(rate=5.0)
+    buckets.pause("a", 60.0)
+    # Of a request that was under way; its answer comes later and asks for less.
+    buckets.pause("a", 2.0)
+    assert buckets.ready_at("a", 1.0) == 60.0
+    assert buckets.reserve("a", 1.0) == 59.0
+    assert buckets.ready_at("b", 1.0) <= 1.0
+
+
+def test_an_idle_host_gets_one_burst_and_not_an_hour_of_them() -> None:
+    buckets = TokenBuckets(rate=2.0)
+    buckets.reserve("a", 0.0)
+    waits = [buckets.reserve("a", 3600.0) for _ in range(4)]
+    assert waits == [0.0, 0.0, 0.5, 1.0]
+
+
 def test_one_paused_host_does_not_hold_up_the_others() -> None:
     async def scenario() -> list[str]:
         buckets = TokenBuckets(rate=1000.0)
