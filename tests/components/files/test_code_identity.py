@@ -221,6 +221,9 @@ def test_templates_count_for_the_modules_that_render_them(project: Path) -> None
     )
     edit = replace(folder / "page.html.j2", "<p>", "<b>")
     assert changed(project, edit) == {"scaled"}
+    # Another name, and the module finds it no more.
+    rename = lambda: (folder / "page.html.j2").rename(folder / "sheet.html.j2")  # noqa: E731
+    assert changed(project, rename) == {"scaled"}
 
 
 def test_modules_that_name_each_other_have_fingerprints_too(project: Path) -> None:

@@ -57,6 +57,28 @@ def twice(value: int) -> int:
     return 2 * value
 
 
+def test_a_kernel_is_one_by_its_own_source_and_that_of_the_kernels_beside_it(
+    tmp_path: Path,
+) -> None:
+    def stamp(name: str = "cooccurrence_kernels.py", clone: str = "one") -> str:
+        source = str(tmp_path / clone / name)
+        return kernel_cache.ContentLocator(twice, source).get_source_stamp()
+
+    for clone in ("one", "two"):
+        (tmp_path / clone).mkdir()
+        for name in ("cooccurrence_kernels.py", "histogram_kernels.py", "glcm.py"):
+            (tmp_path / clone / name).write_text("one = 1\n")
+    first = stamp()
+    # A clone at another place has the same one; another file of the same content has not.
+    assert stamp(clone="two") == first
+    assert stamp("histogram_kernels.py") != first
+    (tmp_path / "one" / "glcm.py").write_text("two = 2\n")
+    assert stamp() == first
+    # Its functions may be compiled into the kernel.
+    (tmp_path / "one" / "histogram_kernels.py").write_text("two = 2\n")
+    assert stamp() != first
+
+
 def test_a_compiler_that_stands_still_is_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

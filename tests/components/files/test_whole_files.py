@@ -34,6 +34,29 @@ def test_a_written_file_has_the_bytes_and_leaves_nothing_beside_it(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes", "text"]
 
 
+def test_bytes_are_on_the_disk_before_the_name_and_the_name_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("before")
+    synced: list[tuple[Path, str]] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), path.read_text()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_text(path, "quick")
+    assert synced == []
+    write_text(path, "after", durable=True)
+    (written, then), named = synced
+    # After a power cut there is the former file or the whole new one, never an empty one.
+    assert (written.parent, then) == (tmp_path, "quick")
+    assert written != path
+    assert named == (tmp_path, "after")
+
+
 def test_an_error_keeps_the_former_file_and_removes_the_half_written_one(tmp_path: Path) -> None:
     path = tmp_path / "numbers.json"
     write_text(path, "before")
