@@ -56,6 +56,13 @@ def test_weights_are_found_locally_then_in_the_caches(tmp_path: Path) -> None:
         find("Metric", HUB, tmp_path)
     _put(snapshot / "config.json", b"{}")
     assert find("Metric", HUB, tmp_path) == snapshot
+    # Snapshots of other versions stay beside the one that the branch names.
+    for name in ("aaa", "zzz"):
+        _put(model / "snapshots" / name / "model.safetensors", b"old")
+        _put(model / "snapshots" / name / "config.json", b"{}")
+    assert find("Metric", HUB, tmp_path) == snapshot
+    _put(model / "refs" / "main", b"zzz\n")
+    assert find("Metric", HUB, tmp_path) == model / "snapshots" / "zzz"
 
 
 def test_a_name_with_a_digest_is_checked_against_it(tmp_path: Path) -> None:
