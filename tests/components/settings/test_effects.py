@@ -104,7 +104,13 @@ def test_of_a_folder_of_weights_the_content_counts(root) -> None:
 
 def test_what_a_checkpoint_cannot_be_loaded_under() -> None:
     hard = ("dit_stage1.precision", "dit_stage1.adapter.rank", "models.transformer.tiny.num_layers")
-    soft = ("dit_stage1.learning_rate", "dit_stage2.precision", "models.transformer.rope_variant")
+    soft = (
+        "dit_stage1.learning_rate",
+        "dit_stage2.precision",
+        "models.transformer.rope_variant",
+        "models.transformer.rope_window",
+        "models.transformer.quantisation",
+    )
     assert all(shapes_state("dit_stage1", name) for name in hard)
     assert not any(shapes_state("dit_stage1", name) for name in soft)
 
