@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -80,6 +81,20 @@ def test_who_is_gone() -> None:
     assert replace(me, pid=unused).is_gone()
     # Another machine's processes cannot be seen here.
     assert not replace(me, pid=unused, host="elsewhere").is_gone()
+
+
+def test_a_process_that_has_ended_and_that_nobody_has_waited_for_is_gone() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = replace(
+        Owner.of_this_process(), pid=process.pid, started=psutil.Process(process.pid).create_time()
+    )
+    assert not owner.is_gone()
+    process.kill()
+    # Its entry stays in the kernel's table until this process asks.
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert psutil.pid_exists(process.pid)
+    assert owner.is_gone()
+    process.communicate()
 
 
 @pytest.mark.parametrize("values", [None, {}, {"host": "a"}, {"host": "a", "pid": "x"}, [1]])
