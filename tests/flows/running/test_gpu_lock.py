@@ -142,6 +142,29 @@ def test_devices_hidden_from_this_process_are_not_taken(
     assert os.environ[VISIBLE] == "1, 3"
 
 
+def driver(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> Path:
+    """An `nvidia-smi` that says this, first in PATH."""
+    monkeypatch.delenv(COUNT_VARIABLE, raising=False)
+    program = folder / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    return program
+
+
+def test_a_scheduler_may_name_devices_as_the_driver_does(
+    machine: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A tenth of the second is used: as much as is allowed.
+    driver(tmp_path, monkeypatch, "0, GPU-a, 1000, 0\\n1, GPU-b, 1000, 100\\n")
+    monkeypatch.setenv(VISIBLE, "GPU-b")
+    assert [gpu.identity for gpu in machine_gpus()] == ["GPU-b"]
+    with gpus_for("vae", 1, wait_s=0) as held:
+        assert held == ("1",)
+    assert os.environ[VISIBLE] == "GPU-b"
+
+
 def test_the_drivers_answer_is_read() -> None:
     text = "0, GPU-aaaa, 81559, 4\n1, GPU-bbbb, 81559, 40779\n2, GPU-cccc, [N/A], [N/A]\n"
     devices = parse_query(text)
@@ -154,12 +177,8 @@ def test_the_drivers_answer_is_read() -> None:
 def test_a_device_that_somebody_uses_without_the_lock_is_passed_over(
     machine: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(COUNT_VARIABLE, raising=False)
-    program = tmp_path / "bin" / "nvidia-smi"
-    program.parent.mkdir()
-    program.write_text("#!/bin/sh\nprintf '0, GPU-a, 1000, 600\\n1, GPU-b, 1000, 10\\n'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    said = "0, GPU-a, 1000, 600\\n1, GPU-b, 1000, 10\\n"
+    program = driver(tmp_path, monkeypatch, said)
     with gpus_for("vae", 1) as held:
         assert held == ("1",)
     with pytest.raises(GpusMissing):

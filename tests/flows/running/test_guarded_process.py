@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flows.running.guarded_process import GuardedProcess
+
 # As `dvc` does with a stage: the command starts a shell, which starts what works.
 STAGE = """\
 import sys, time
@@ -64,6 +66,15 @@ def asking(tmp_path: Path, root: Path) -> Iterator[Callable[[], psutil.Process]]
         one.kill()
     process.kill()
     process.wait()
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -TERM $$", 143), ("kill -9 $$", 137)]
+)
+def test_the_exit_code_is_the_commands_as_a_shell_says_it(
+    tmp_path: Path, script: str, code: int
+) -> None:
+    assert GuardedProcess(["/bin/sh", "-c", script], cwd=tmp_path).wait(60) == code
 
 
 @pytest.mark.parametrize(

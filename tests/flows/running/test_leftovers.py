@@ -22,7 +22,9 @@ def submitted(toy: Path, name: str, folder: str = "submitted") -> Path:
     subprocess.run(command, cwd=toy, check=True)
     (tree / "data").mkdir(exist_ok=True)
     (tree / "data" / "own").write_bytes(os.urandom(65536))
-    os.link(toy / "source", tree / "data" / "linked")
+    shared = toy / "data" / "shared"
+    shared.write_bytes(os.urandom(2**20))
+    os.link(shared, tree / "data" / "linked")
     return tree
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from components.settings.schema import parse_settings
+from components.settings.yaml_files import read_yaml
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.checkpoints import CheckpointStore
 from components.training.distributed.run_states import (
@@ -17,7 +20,14 @@ from components.training.distributed.run_states import (
     StateRefused,
     mark_finished,
 )
-from flows.running.training_state import AT_STAKE_S, Wish, open_state, segment_tags, wished_stage
+from flows.running.training_state import (
+    AT_STAKE_S,
+    Wish,
+    identity_of,
+    open_state,
+    segment_tags,
+    wished_stage,
+)
 
 STEP = 12
 Open = Callable[..., RunState]
@@ -53,6 +63,36 @@ def unfinished(opened: Open, seconds: float) -> RunState:
     for step in range(1, STEP + 1):
         log.log({"step_s": seconds / STEP}, step)
     return opened(identity())
+
+
+def test_weights_that_a_run_begins_with_count_by_their_content_and_not_by_their_place(
+    root: Path, tmp_path: Path
+) -> None:
+    shutil.copyfile(root / "dvc.yaml", tmp_path / "dvc.yaml")
+    values = read_yaml(root / "params.yaml")
+    for name in ("base", "moved", "tuned"):
+        (tmp_path / name).mkdir()
+        # Larger than what is read at either end.
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(3 * 2**20))
+    (tmp_path / "moved" / ".cache").write_text("notes of a download")
+
+    def begun(place: str) -> RunIdentity:
+        values["models"]["transformer"]["pretrained"] = place
+        return identity_of(tmp_path, "dit_stage1", parse_settings(values), {})
+
+    first = begun("base")
+    assert list(first.weights) == ["models.transformer.pretrained"]
+    assert begun("moved") == first
+    for place in (0, 3 * 2**20 - 1):
+        with (tmp_path / "tuned" / "model.safetensors").open("r+b") as file:
+            file.seek(place)
+            file.write(b"\1")
+        assert begun("tuned").key != first.key
+        with (tmp_path / "tuned" / "model.safetensors").open("r+b") as file:
+            file.seek(place)
+            file.write(b"\0")
+    (tmp_path / "tuned" / "model.safetensors").rename(tmp_path / "tuned" / "other.safetensors")
+    assert begun("tuned").key != first.key
 
 
 def test_the_same_past_goes_on_without_a_word(opened, capsys) -> None:
