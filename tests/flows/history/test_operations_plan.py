@@ -22,7 +22,7 @@ from flows.history.operations_plan import (
     plan_operations,
     time_text,
 )
-from flows.history.run_evidence import finished_runs
+from flows.history.run_evidence import StageRun, finished_runs
 from flows.records.records import RunDescription, RunResult, open_record
 from flows.tracking.uploader import Uploader
 from flows.versioning import graph as versioning
@@ -87,6 +87,24 @@ def test_times_are_medians_of_the_same_settings_first_then_of_others(project: Pa
         ran(project, "a", seconds, dict(seed))
     runs = finished_runs(project, {}, None)
     assert duration(node, runs, seed) == (20 / 3600, "3 runs, same settings")
+
+
+def test_the_time_between_two_attempts_is_no_time_of_a_run(project: Path) -> None:
+    for stage, attempts in (("a", 2), ("b", 1)):
+        for _ in range(attempts):
+            described = RunDescription(kind="stage", name=stage, stage_key="k", started_ms=1_000)
+            record = open_record(project, described)
+        record.finish(RunResult(status="FINISHED", ended_ms=6_000))
+    known = {run.stage: run.seconds for run in finished_runs(project, {}, None)}
+    assert known == {"a": None, "b": 5.0}
+
+
+def test_the_newest_runs_count_and_those_of_a_former_machine_do_not(project: Path) -> None:
+    node, params = versioning.stage_graph(project)["a"], {"value": 1}
+    times = [*[100.0] * 30, *[10.0] * 20]
+    runs = [StageRun("a", "record", params=params, seconds=seconds) for seconds in times]
+    assert duration(node, runs, params) == (10 / 3600, "20 runs, same settings")
+    assert duration(node, runs, {"value": 2}) == (10 / 3600, "20 runs, other settings")
 
 
 @pytest.mark.slow
