@@ -95,6 +95,8 @@ def test_sets_are_ranked_by_the_good_end_and_those_without_a_number_come_last() 
     loss = "dit.validation_loss_last"
     assert [one.name for one in ranked(results, loss, "lowest")] == ["b", "a", "c", "d"]
     assert [one.name for one in ranked(results, loss, "highest")] == ["a", "b", "c", "d"]
+    # Wherever they stand: what has no number compares with nothing.
+    assert [one.name for one in ranked(results[::-1], loss, "lowest")] == ["b", "a", "d", "c"]
     assert differing_metrics(results) == ["evaluate.psnr_db", loss]
     assert better("evaluate.generated_psnr_db") == "highest"
     assert better("dit_stage1.validation_loss_drop") == "highest"
