@@ -84,6 +84,33 @@ def test_only_loopback_addresses_count_as_inside(host: str, inside: bool) -> Non
     assert tier.is_loopback(host) is inside
 
 
+@pytest.mark.parametrize(
+    ("host", "called"), [("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("box", "box")]
+)
+def test_clients_call_an_address_and_not_the_one_that_stands_for_all(
+    tmp_path: Path, host: str, called: str
+) -> None:
+    known = tier.own_secrets(tmp_path)
+    told = tier.client_environment(tier.ServedTier(postgres_port=5433, host=host), known)
+    assert told["PREFECT_API_URL"] == f"http://{called}:4200/api"
+    assert told["MLFLOW_TRACKING_URI"] == f"http://{called}:5000"
+
+
+def test_what_a_killed_process_left_lends_a_password_neither_its_mode_nor_its_owner(
+    tmp_path: Path,
+) -> None:
+    folder = tier.services_dir(tmp_path)
+    folder.mkdir(parents=True)
+    for name in ("secrets.json", "clients.env"):
+        # Of a process that had this one's number.
+        left = folder / f".{name}.{os.getpid()}"
+        left.write_text("")
+        left.chmod(0o644)
+    tier.write_clients(tmp_path, tier.embedded_clients(tmp_path, "http://a", "http://b"))
+    assert mode(folder / "secrets.json") == mode(folder / "clients.env") == 0o600
+    assert sorted(path.name for path in folder.iterdir()) == ["clients.env", "secrets.json"]
+
+
 def test_prefect_clients_wait_longer_and_log_in_where_it_asks(toy: Path) -> None:
     plain = services.prefect_environment(toy, 4200)
     assert "PREFECT_CLIENT_MAX_RETRIES" not in plain
@@ -168,6 +195,19 @@ def test_a_missing_package_is_named_before_anything_starts(
     ):
         served.up(toy, tier.ServedTier(postgres_port=1))
     assert tier.served_tier(toy) is None
+
+
+def test_a_second_attempt_that_ended_is_to_be_sent_although_the_first_was(tmp_path: Path) -> None:
+    described = RunDescription(kind="stage", name="vae", stage_key="k")
+    record = open_record(tmp_path, described)
+    record.finish(RunResult(status="FAILED", ended_ms=5))
+    write_json(record.folder / "mlflow.json", {"run_id": "x", "ended_ms": 5})
+    assert services_status.unsent_records(tmp_path) == 0
+    again = open_record(tmp_path, described)
+    assert again == record
+    assert services_status.unsent_records(tmp_path) == 0  # it goes on
+    again.finish(RunResult(status="FINISHED", ended_ms=9))
+    assert services_status.unsent_records(tmp_path) == 1
 
 
 def test_status_names_a_server_that_died_and_counts_what_mlflow_misses(toy: Path) -> None:
