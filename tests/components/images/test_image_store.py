@@ -20,8 +20,13 @@ from components.corpus.image_packing import PackReport, pack_images
 from components.corpus.sources.download_journal import DownloadJournal
 from components.corpus.sources.records.source_records import SourceRecord
 from components.corpus.sources.webdataset import read_webdataset
-from components.images.image_store import ImageStore, read_index
-from components.images.original_lookup import OriginalChanged, OriginalLookup, OriginalsMissing
+from components.images.image_store import ImageStore, PackedImage, read_index
+from components.images.original_lookup import (
+    Original,
+    OriginalChanged,
+    OriginalLookup,
+    OriginalsMissing,
+)
 from components.settings.schema import load_settings
 
 ROOT = Path(__file__).parents[3]
@@ -49,6 +54,37 @@ def pack(root: Path, rows: pd.DataFrame, digits: int = 1) -> PackReport:
 
 def contents(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((root / "data/images").iterdir())}
+
+
+def test_an_image_that_was_never_packed_is_not_another_one(tmp_path: Path) -> None:
+    rows = photographs(tmp_path, many(8))
+    pack(tmp_path, rows)
+    store = ImageStore(tmp_path / "data/images")
+    known = sorted(rows["image_id"])
+    for image_id in known:
+        found = store.find(image_id)
+        assert found is not None
+        assert hashlib.sha256(found.read_bytes()).hexdigest() == image_id
+        # Beside it in the order of the index.
+        for digit in "0f":
+            beside = image_id[:-1] + digit
+            assert (store.find(beside) is None) == (beside not in known)
+    assert store.find("0" * 64) is None
+    assert store.find("f" * 64) is None
+
+
+def test_bytes_that_changed_say_more_than_a_place_that_is_gone(tmp_path: Path) -> None:
+    good, other = many(2)
+    image_id = hashlib.sha256(good).hexdigest()
+    changed, gone = tmp_path / "changed.dat", tmp_path / "gone.dat"
+    changed.write_bytes(other)
+    for path, shard in ((changed, gone), (gone, changed)):
+        original = Original(image_id, path, PackedImage(shard, 0, len(other)))
+        assert original.is_there()
+        with pytest.raises(OriginalChanged, match="no longer holds these bytes"):
+            original.read_bytes()
+    with pytest.raises(FileNotFoundError):
+        Original(image_id, gone, PackedImage(gone, 0, 1)).read_bytes()
 
 
 def test_the_store_gives_back_every_byte_when_the_files_are_gone(tmp_path: Path) -> None:

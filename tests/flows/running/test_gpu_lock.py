@@ -97,13 +97,15 @@ def test_a_stage_that_cannot_get_all_devices_keeps_none(
     machine: Callable[[int], None], root: Path
 ) -> None:
     machine(2)
-    holder, _ = hold(root, 1)
+    holder, held = hold(root, 1)
     try:
         with pytest.raises(GpusMissing, match="no 2 GPUs"):
             gpus_for("dit_stage1", 2, wait_s=0.5, say=lambda line: None).__enter__()
-        other, _ = hold(root, 1)
+        other, left = hold(root, 1)
         other.kill()
         other.wait()
+        # Not the first word of a line that says that it waits.
+        assert (held, left) == ("0", "1")
     finally:
         holder.kill()
         holder.wait()
