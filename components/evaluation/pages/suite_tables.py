@@ -15,6 +15,7 @@ from components.evaluation.pages.report_page import (
     published_rows,
 )
 from components.evaluation.suites.suite_scores import count_note
+from components.evaluation.suites.suites import not_of_suite
 from components.metrics.cards import card
 from components.metrics.paper_tables import table_of_suite
 from components.metrics.published import PublishedTable
@@ -113,12 +114,24 @@ def _table(
     )
 
 
-def comparisons(paper: PublishedTable) -> str:
-    """Which columns compare with ours, by protocol id, and why the others do not."""
+def paper_beside(suite: str, protocol: str) -> PublishedTable | None:
+    """The published table of a suite or a part of it; None: another suite, or it has none."""
+    whole = protocol.partition("+")[0]
+    return None if not_of_suite(suite, suite, whole) else table_of_suite(suite)
+
+
+def comparisons(paper: PublishedTable, protocol: str) -> str:
+    """Which columns compare with ours, by protocol id, and why the others do not.
+
+    Args:
+        paper: as `paper_beside` gives it.
+        protocol: of the suite or the part of it that ours were measured on.
+    """
+    part = not_of_suite(paper.suite, paper.suite, protocol)
     equal: list[str] = []
     other: dict[str, list[str]] = {}
     for place, (column, metric) in enumerate(zip(paper.columns, paper.metrics, strict=True)):
-        reason = paper.comparison(place, card(metric).protocol)
+        reason = part or paper.comparison(place, card(metric).protocol)
         if reason:
             other.setdefault(reason, []).append(column)
         else:
@@ -133,7 +146,7 @@ def metric_tables(evaluation: Evaluation) -> list[Table]:
     """The paper's layout where the suite has one, and a table of all other metrics."""
     tables = []
     rest = evaluation.measured
-    paper = table_of_suite(evaluation.suite)
+    paper = paper_beside(evaluation.suite, evaluation.protocol)
     if paper is not None:
         tables.append(
             _table(
@@ -141,7 +154,7 @@ def metric_tables(evaluation: Evaluation) -> list[Table]:
                 paper.caption,
                 paper.columns,
                 paper.metrics,
-                source=f"{paper.source}. {comparisons(paper)}",
+                source=f"{paper.source}. {comparisons(paper, evaluation.protocol)}",
                 published=published_rows(paper),
             )
         )

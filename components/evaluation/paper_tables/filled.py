@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.evaluation.paper_tables.needs import Need, needs_of
+from components.evaluation.paper_tables.needs import ABLATION_SUITE, Need, needs_of
 from components.evaluation.paper_tables.records import Number, Record
+from components.evaluation.suites.suites import not_of_suite
 from components.metrics.cards import CARDS, card
 from components.metrics.published import PublishedRow, PublishedTable
 
@@ -89,18 +90,20 @@ def _shown(number: Number, decimals: int) -> str:
     return f"∞ ({note}; {value} over the others)" if value else f"∞ ({note})"
 
 
-def _incomparable(table: PublishedTable, place: int, record: Record) -> str:
+def _incomparable(table: PublishedTable, row: PublishedRow, place: int, record: Record) -> str:
     field = table.fields[place]
     if table.filling == "runtime":
         return f"measured on {record.notes[0]}; paper: {field.script}"
     if table.filling == "judge":
         asked = record.protocols.get(field.measure) or "in our own words"
         return f"asked {asked} ({record.notes[0]}); paper: {field.script}"
-    if table.filling == "evaluation" and record.about != table.suite:
-        return f"measured on suite {record.about}, not {table.suite}"
-    limited = [note for note in record.notes if "+" in note]
-    if limited:
-        return f"measured on a part of the suite ({limited[0]})"
+    suite = ABLATION_SUITE if table.filling == "ablation" else table.suite
+    if reason := not_of_suite(suite, record.suite, record.protocol):
+        return reason
+    if sizes := record.other_sizes.get(row.system):
+        return f"not at the suite's sizes: {sizes}"
+    if row.stratum not in table.strata:
+        return f"a group that the table lacks: {row.stratum}"
     return table.comparison(place, record.protocols.get(field.measure, ""))
 
 
@@ -180,7 +183,7 @@ def _ours(
         if record is not None:
             number = record.numbers[key]
             text = _shown(number, _decimals(table, place))
-            why = _incomparable(table, place, record)
+            why = _incomparable(table, row, place, record)
             cells.append(FilledCell(text, number, why))
             used.append(record)
         elif ask:

@@ -54,6 +54,12 @@ class Record:
     asked: dict[str, Any] = field(default_factory=dict)
     """How systems sampled, as far as it is known."""
     notes: tuple[str, ...] = ()
+    suite: str = ""
+    """Of an evaluation: what it was measured on, also where `about` is a design."""
+    protocol: str = ""
+    """Of that suite."""
+    other_sizes: dict[str, str] = field(default_factory=dict)
+    """Systems that were not measured at the suite's sizes, and how."""
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -81,6 +87,9 @@ def _from_evaluation(folder: Path, about: str = "", rename: str = "") -> Record:
         {name: f"{card(name).name}: {reason}" for name, reason in found.unavailable.items()},
         {} if lock is None else lock.asked,
         tuple(notes),
+        found.suite,
+        found.protocol,
+        found.other_sizes if not rename else {rename: "; ".join(found.other_sizes.values())},
     )
 
 

@@ -173,6 +173,23 @@ def suite_names() -> tuple[str, ...]:
     return (*(definition.name for definition in DEFINITIONS), HELD_OUT, RUNTIME)
 
 
+def not_of_suite(name: str, suite: str, protocol: str) -> str:
+    """Why numbers are not those of a whole named suite; empty where they are.
+
+    Args:
+        name: of `DEFINITIONS`.
+        suite: what they were measured on; a folder may have any name.
+        protocol: of that suite or of a part of it.
+    """
+    if suite != name:
+        return f"measured on suite {suite}, not {name}"
+    known = next((one.protocol for one in DEFINITIONS if one.name == name), "")
+    whole, is_part, _ = protocol.partition("+")
+    if whole != known:
+        return f"measured on another suite of that name ({protocol}, not {known})"
+    return f"measured on a part of the suite ({protocol})" if is_part else ""
+
+
 def item_name(stem: str) -> str:
     """The id that a picture's path without suffix gives; files of a system go by it as well."""
     # Composed: a copy from a Mac has an accent as a character of its own.

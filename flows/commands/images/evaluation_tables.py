@@ -67,7 +67,7 @@ def show_result(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None
     from rich.console import Console
     from rich.table import Table
 
-    from components.metrics.paper_tables import table_of_suite
+    from components.evaluation.pages.suite_tables import comparisons, paper_beside
 
     console = Console()
     systems = sorted(set(result.table["system"]))
@@ -100,10 +100,8 @@ def show_result(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None
             console.print(measured_table(result.metrics, measured, rows))
     for note in result.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
-    published = table_of_suite(suite.name)
+    published = paper_beside(suite.name, suite.protocol)
     if published is not None:
-        from components.evaluation.pages.suite_tables import comparisons
-
         beside = Table(
             title=f"Published, other pictures and weights: {published.caption} "
             f"({published.source})",
@@ -115,7 +113,7 @@ def show_result(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None
         for row in published.rows:
             beside.add_row(row.title, *row.values)
         console.print(beside)
-        console.print(comparisons(published), markup=False, soft_wrap=True)
+        console.print(comparisons(published, suite.protocol), markup=False, soft_wrap=True)
     for metric_id, reason in result.unavailable.items():
         console.print(f"not measured: {metric_id}: {reason}", markup=False, soft_wrap=True)
 

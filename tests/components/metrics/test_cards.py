@@ -66,7 +66,9 @@ def test_a_published_column_compares_only_under_an_equal_protocol_id() -> None:
     assert "do not state the protocol" in paper_table("main").comparison(0, card("fid").protocol)
     detail = table_of_suite("detail")
     assert detail is not None
-    assert comparisons(detail).startswith("Equal protocol ids: GLCM score")
+    assert comparisons(detail, "detail/v1").startswith("Equal protocol ids: GLCM score")
+    assert "a part of the suite (detail/v1+first8)" in comparisons(detail, "detail/v1+first8")
+    assert "Equal" not in comparisons(detail, "detail/v1+first8")
 
 
 def test_every_card_says_what_it_is_after_and_the_papers_what_deviates() -> None:

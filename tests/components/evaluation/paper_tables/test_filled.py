@@ -70,7 +70,12 @@ def record(table: str, system: str, **more: Any) -> Record:
     chosen = paper_table(table)
     numbers = {(system, "", m): Number(10.0, 9.0, 11.0, 195) for m in chosen.metrics}
     protocols = {m: card(m).protocol for m in chosen.metrics}
-    return replace(Record(Path("runs/x"), chosen.suite, numbers, protocols), **more)
+    made = Record(
+        *(Path("runs/x"), chosen.suite, numbers, protocols),
+        suite=chosen.suite,
+        protocol=f"{chosen.suite}/v1",
+    )
+    return replace(made, **more)
 
 
 def ours(filled: FilledTable, system: str, stratum: str = "") -> Any:
@@ -100,8 +105,10 @@ def test_another_suite_a_part_of_it_and_another_protocol_do_not_compare(tmp_path
     table = paper_table("diffusion4k-2048")
     whole = record(table.name, "mine")
     others = {
-        "another suite": replace(whole, about="mine"),
-        "a part": replace(whole, notes=("aesthetic-eval-2048/v1+first8",)),
+        "another suite": replace(whole, suite="mine"),
+        "a namesake": replace(whole, protocol="folder/v1"),
+        "a part": replace(whole, protocol="aesthetic-eval-2048/v1+first8"),
+        "another size": replace(whole, other_sizes={"mine": "8 of 8 pictures are 256x256"}),
         "measured under": replace(whole, protocols=dict.fromkeys(table.metrics, "other/v9")),
     }
     messages = {
@@ -109,7 +116,9 @@ def test_another_suite_a_part_of_it_and_another_protocol_do_not_compare(tmp_path
         for name, one in others.items()
     }
     assert messages["another suite"] == "measured on suite mine, not aesthetic-eval-2048"
+    assert messages["a namesake"].startswith("measured on another suite of that name (folder/v1,")
     assert "aesthetic-eval-2048/v1+first8" in messages["a part"]
+    assert messages["another size"] == "not at the suite's sizes: 8 of 8 pictures are 256x256"
     assert messages["measured under"].endswith("ours under other/v9")
 
 
@@ -136,11 +145,15 @@ def test_groups_are_filled_apart_and_groups_of_our_own_come_last(tmp_path: Path)
         ("mine", "512x512", "fid_fitted"): Number(7.0),
     }
     protocols = {"fid_fitted": card("fid_fitted").protocol}
-    filled = fill(table, [Record(Path("x"), table.suite, numbers, protocols)], tmp_path)
+    record = Record(
+        *(Path("x"), table.suite, numbers, protocols), suite=table.suite, protocol="aspect-ratio/v1"
+    )
+    filled = fill(table, [record], tmp_path)
     assert ours(filled, "sana", "4096x2048").cells[0].text == "150.00"
     assert ours(filled, "sana", "5120x2880").cells[0].text == "153.00"
     assert ours(filled, "sana", "2048x4096").cells[0].needs
     assert filled.rows[-1].stratum == "512x512"
+    assert filled.rows[-1].cells[0].incomparable == "a group that the table lacks: 512x512"
     assert "1.00" not in {cell.text for row in filled.rows for cell in row.cells}
 
 

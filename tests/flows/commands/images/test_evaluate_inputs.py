@@ -138,6 +138,33 @@ def test_another_size_is_refused_or_stands_under_its_own_title(project: Path, ty
     assert title.replace("'", "&#39;") in (folder / "report.html").read_text()
 
 
+def test_pictures_of_another_size_or_suite_do_not_compare_with_printed_numbers(
+    project: Path, typed: Typed
+) -> None:
+    names = [f"aesthetic-eval-{size}" for size in (2048, 4096)]
+    for name in names:
+        suite(project / "data" / "benchmarks" / name, {"a": texture(0, 256)})
+    suite(project / "own" / "detail", {"a": texture(1, 256)})
+    write(project / "mine", {f"{name}_a": texture(1, 256) for name in names})
+    for asked, reason in (
+        (("detail", *words("mine=mine", "glcm_score", "--any-size")), "not at the suite's sizes"),
+        (("own/detail", *words("mine=references", "glcm_score")), "another suite of that name"),
+    ):
+        done = typed(project, "evaluate", *asked, "--out", "measured")
+        assert done.returncode == 0, done.stderr
+        assert ("Published" in done.stdout) == (asked[0] == "detail")
+        table = ("paper", "table", "diffusion4k-detail-4096", "--from", "measured")
+        done = typed(project, *table, "--csv", "t.csv")
+        assert "equal protocol ids" not in done.stdout
+        assert reason in done.stdout
+        cells = pd.read_csv(project / "t.csv")
+        assert set(cells["comparable"].dropna()) == {False}
+        typed(project, "report", "measured")
+        page = (project / "measured" / "report.html").read_text()
+        assert ("Fine detail, Aesthetic-Eval@2048" in page) == (asked[0] == "detail")
+        shutil.rmtree(project / "measured")
+
+
 def test_a_second_run_on_a_folder_is_refused_and_a_failed_one_replaces_nothing(
     project: Path, typed: Typed
 ) -> None:
