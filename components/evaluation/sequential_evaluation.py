@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from components.evaluation.measuring.evaluation_run import OpenedMetrics
 from components.evaluation.statistics.sequential import (
+    FEWEST_PROMPTS,
     Look,
     boundaries,
     drawn_order,
@@ -20,19 +22,21 @@ from components.metrics.cards import card
 
 
 def check_stopping(
-    metric: str, metric_ids: Sequence[str], baseline: str | None, systems: Sequence[str]
+    metric: str, opened: OpenedMetrics, baseline: str | None, systems: Sequence[str]
 ) -> None:
     """Refuse before anything is made what no look could decide.
 
     Raises:
-        ValueError: no baseline, no other system, or a metric that is not measured, is of sets or
-            has no better direction.
+        ValueError: no baseline, no other system, or a metric that is not or cannot be measured, or
+            is of sets.
     """
     if baseline is None or len(systems) < 2:
         raise ValueError("--stop-when-decided compares: name two systems, and one as --baseline")
     if card(metric).needs == "set pair":
         raise ValueError(f"--stop-when-decided {metric}: of sets; take a metric of pictures")
-    if metric not in metric_ids:
+    if metric in opened.unavailable:
+        raise ValueError(f"--stop-when-decided {metric}: {opened.unavailable[metric]}")
+    if metric not in opened.ids:
         raise ValueError(f"--stop-when-decided {metric}: not among the metrics that are measured")
 
 
@@ -67,6 +71,8 @@ def evaluate_until_decided(
     order = drawn_order([item.prompt for item in suite.items], seed)
     sizes = look_sizes(len(order), looks)
     decided: dict[str, Look] = {}
+    few: dict[str, int] = {}
+    is_stopped = False
     edges: tuple[float, ...] = ()
     part, result = suite, None
     for number, size in enumerate(sizes, start=1):
@@ -80,8 +86,8 @@ def evaluate_until_decided(
         )
         result = measure(part)
         values = _by_prompt(result, metric)
-        others = [name for name in values if name != baseline]
-        if result.failed_systems or not others or baseline not in values:
+        others = sorted(set(result.table["system"]) - {baseline})
+        if result.failed_systems:
             break
         if not edges:
             shares = [count / len(order) for count in sizes]
@@ -89,14 +95,24 @@ def evaluate_until_decided(
         for name in others:
             if name in decided and decided[name].is_decided:
                 continue
-            found = paired_differences(values[name], values[baseline], order[:size])
+            found = paired_differences(values.get(name, {}), values.get(baseline, {}), order[:size])
+            few[name] = len(found)
+            if len(found) < FEWEST_PROMPTS:
+                continue
             decided[name] = look(found, len(order), number, edges[number - 1])
-        if all(one.is_decided for one in decided.values()):
+        is_stopped = all(name in decided and decided[name].is_decided for name in others)
+        if is_stopped:
             break
     assert result is not None
     result.looks = decided
     result.notes += [sentence(one, name, baseline, metric, looks) for name, one in decided.items()]
-    if part is not suite and len(part.items) < len(suite.items):
+    result.notes += [
+        f"not decided after {size} of {len(order)} prompts: {name} and {baseline} have values of "
+        f"{card(metric).name} for {count} of them, and a look needs {FEWEST_PROMPTS}"
+        for name, count in few.items()
+        if name not in decided
+    ]
+    if is_stopped and len(part.items) < len(suite.items):
         result.notes.append(
             "stopped early: other p-values and intervals of this result do not know that the "
             "number of prompts depended on what was found"

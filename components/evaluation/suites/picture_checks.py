@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,9 @@ def other_size(items: Sequence[SuiteItem], found: Sequence[Found]) -> str:
     )
 
 
-def left_out(by_name: Mapping[str, Path], items: Sequence[SuiteItem]) -> list[str]:
+def left_out(by_name: Mapping[str, Path], ids: Set[str]) -> list[str]:
     """A line about files whose names are no item's, where every item has its own."""
-    extra = sorted(by_name.keys() - {item.id for item in items})
+    extra = sorted(by_name.keys() - ids)
     if not extra:
         return []
     return [

@@ -73,6 +73,8 @@ class FolderSystem:
 
     name: str
     folder: Path
+    known: frozenset[str] = frozenset()
+    """Ids of the whole suite, where only a part of it is asked for."""
     _said: list[str] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -103,7 +105,7 @@ class FolderSystem:
                 )
         missing = [item.id for item in items if item.id not in by_name]
         if not missing:
-            self._said.extend(left_out(by_name, items))
+            self._said.extend(left_out(by_name, self.known | {item.id for item in items}))
             return [by_name[item.id] for item in items]
         if len(missing) == len(items) and len(files) == len(items):
             # Said, since a folder that was numbered by anything else would give wrong numbers.
@@ -459,6 +461,7 @@ def parse_system(text: str, root: Path, settings: Settings, sampling: Sampling) 
             "ours=trained; a name has letters, digits, '.', '_' and '-'"
         )
     weights = root / "weights"
+    base = weights / "FLUX.1-dev"
     kind, colon, rest = spec.partition(":")
     if spec == "references":
         return References(name)
@@ -469,7 +472,6 @@ def parse_system(text: str, root: Path, settings: Settings, sampling: Sampling) 
         if preset.kind == "diffusers":
             return PipelineSystem(name, weights / preset.folder, sampling, preset.command)
         transformer = weights / preset.transformer if preset.transformer else None
-        base = weights / "FLUX.1-dev"
         model = weights / preset.folder
         return UltraFluxSystem(
             name, root, settings, sampling, model, base, transformer, preset.command
@@ -478,9 +480,7 @@ def parse_system(text: str, root: Path, settings: Settings, sampling: Sampling) 
         makers: dict[str, Callable[[], System]] = {
             "folder": lambda: FolderSystem(name, Path(rest)),
             "command": lambda: CommandSystem(name, rest),
-            "ultraflux": lambda: UltraFluxSystem(
-                name, root, settings, sampling, Path(rest), weights / "FLUX.1-dev"
-            ),
+            "ultraflux": lambda: UltraFluxSystem(name, root, settings, sampling, Path(rest), base),
             "diffusers": lambda: PipelineSystem(name, Path(rest), sampling),
             "vae": lambda: AutoencoderSystem(name, Path(rest), sampling),
         }
@@ -490,7 +490,7 @@ def parse_system(text: str, root: Path, settings: Settings, sampling: Sampling) 
     if (folder / "model_index.json").is_file():
         return PipelineSystem(name, folder, sampling)
     if (folder / "transformer").is_dir():
-        return UltraFluxSystem(name, root, settings, sampling, folder, weights / "FLUX.1-dev")
+        return UltraFluxSystem(name, root, settings, sampling, folder, base)
     if folder.is_dir():
         return FolderSystem(name, folder)
     known = ", ".join(("references", "trained", *PRESETS))

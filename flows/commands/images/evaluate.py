@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from pathlib import Path
@@ -181,6 +182,7 @@ def evaluate(
     from components.evaluation.suites.suite_scores import evaluate_suite, statistics_of
     from components.evaluation.suites.suites import load_suite, runtime_items, ways_items
     from components.evaluation.suites.system import Sampling
+    from components.evaluation.suites.systems import FolderSystem
     from components.settings.schema import SettingsError
     from flows.commands.images.evaluation_tables import print_json, show_result, show_tests
     from flows.commands.images.runtime import (
@@ -197,7 +199,8 @@ def evaluate(
     try:
         settings = settings_of(root)
         chosen = device or settings.runtime.device
-        loaded = load_suite(suite, root, data=data, seed=seed).limited(limit)
+        whole = load_suite(suite, root, data=data, seed=seed)
+        loaded = whole.limited(limit)
         is_runtime = loaded.protocol.startswith("runtime/")
         _check_options(ctx, loaded, is_runtime=is_runtime)
         ids = metric_ids(metrics, loaded.metrics)
@@ -211,6 +214,11 @@ def evaluate(
         if not system:
             raise ValueError("--system: name at least one, such as --system mine=pictures/")
         systems = [find_system(text, root, settings, sampling) for text in system]
+        known = frozenset(item.id for item in whole.items)
+        systems = [
+            dataclasses.replace(one, known=known) if isinstance(one, FolderSystem) else one
+            for one in systems
+        ]
         folder = out or root / "runs" / "evaluations" / loaded.name
         if is_runtime:
             sizes, ways = parse_sizes(size), parse_ways(way or ())
@@ -249,7 +257,7 @@ def evaluate(
         if stop_when_decided is not None:
             from components.evaluation.sequential_evaluation import check_stopping
 
-            check_stopping(stop_when_decided, ids, baseline, [one.name for one in systems])
+            check_stopping(stop_when_decided, opened, baseline, [one.name for one in systems])
             asked["stopped_by"] = f"{stop_when_decided}, {looks} looks"
         lock = lock_of(loaded, opened, asked)
         with taken(folder):

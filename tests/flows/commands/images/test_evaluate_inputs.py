@@ -235,6 +235,7 @@ def test_an_evaluation_stops_once_its_metric_has_decided(project: Path, typed: T
     assert done.returncode == 0, done.stderr
     assert "decided after 8 of 24 prompts (look 1 of 3): far is worse" in done.stdout
     assert "stopped early" in done.stdout
+    assert "left out" not in done.stdout
     # Eight prompts of two systems, one value each: nothing else was measured.
     assert "16 pictures, 16 decoded, 16 values computed" in done.stdout
     described = json.loads((project / "runs/evaluations/set/metrics.json").read_text())
@@ -245,12 +246,29 @@ def test_an_evaluation_stops_once_its_metric_has_decided(project: Path, typed: T
         (stop[2:], "name two systems, and one as --baseline"),
         ((*stop[:3], "fid", *stop[4:]), "--stop-when-decided fid: of sets"),
         ((*stop[:3], "ssim", *stop[4:]), "not among the metrics"),
+        ((*stop[:3], "hpsv3", "--metrics", "hpsv3"), "HPSv3 weights not found"),
         ((*stop[:5], "4"), "--looks 4: the first of 4 looks at 24 prompts"),
     ):
         refused = typed(project, *asked, *words, "--out", "refused")
         assert refused.returncode == 2
         assert message in refused.stderr
         assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_an_evaluation_goes_through_all_prompts_where_its_metric_has_no_value(
+    project: Path, typed: Typed
+) -> None:
+    asked = stopping(project, ("close", 2.0, 100), ("far", 20.0, 100))
+    (project / "close" / "no_item.png").write_bytes((project / "close" / "p00.png").read_bytes())
+    stop = ("--baseline", "close", "--stop-when-decided", "flat_fraction", "--looks", "3")
+    done = typed(project, *asked, "--metrics", "psnr_db,flat_fraction", *stop)
+    assert done.returncode == 0, done.stderr
+    assert "stopped early" not in done.stdout
+    assert "after 24 of 24 prompts: far and close have values of Flat fraction for 0" in done.stdout
+    assert "close: 1 of 25 pictures have no item's name" in done.stdout
+    done = typed(project, *asked, "--limit", "8", "--out", "limited")
+    assert "close: 1 of 25 pictures have no item's name" in done.stdout
+    assert "far: " not in done.stdout
 
 
 @pytest.mark.slow
