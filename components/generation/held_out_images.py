@@ -90,8 +90,8 @@ def generate_held_out(
     sources = sampling.model_sources(root, settings)
     # Part of the result: another number of threads sums in another order, which moves pixels.
     torch.set_num_threads(settings.runtime.torch_threads)
-    digests = source_digests(sources)
     sampler = sampling.sampler_settings(settings)
+    digests = source_digests(sources, sampler.schedule)
     sizes = settings.generate.sizes
     device, memory = settings.runtime.device, memory_modes(settings.generate.memory)
     memory.check(sampler.quantisation, sampler.text_quantisation)

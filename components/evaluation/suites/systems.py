@@ -266,7 +266,7 @@ class UltraFluxSystem:
             [_request(item) for item in items],
             out_dir,
             sampler=sampler,
-            digests=source_digests(sources),
+            digests=source_digests(sources, sampler.schedule),
             description=self.name,
         )
         return [out_dir / record.file for record in made]

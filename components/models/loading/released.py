@@ -47,6 +47,7 @@ FLUX = "black-forest-labs/FLUX.1-dev"
 VAE_CLASSES = ("AutoencoderKLF16", "AutoencoderKL")
 _ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """As diffusers names it."""
+_SCHEDULE = "scheduler_config.json"
 VAE_STRIDES: tuple[int, ...] = (1, 2)
 
 
@@ -126,7 +127,7 @@ def find_sources(
         raise ComponentsMissing(missing)
     # Never missing: without a folder Flux' values are built in.
     schedules = (root / "scheduler" for root in (repository, fallback))
-    scheduler = next((s for s in schedules if (s / "scheduler_config.json").is_file()), None)
+    scheduler = next((s for s in schedules if (s / _SCHEDULE).is_file()), None)
     return ModelSources(chosen_transformer, chosen_vae, encoders, scheduler)
 
 
@@ -191,13 +192,20 @@ def _missing_transformer(path: Path, repository: Path | None) -> WeightsMissing:
     return WeightsMissing("transformer", path, command)
 
 
-def source_digests(sources: ModelSources) -> dict[str, str]:
-    """Content digest of each part; of a text encoder folder only its parts count."""
+def source_digests(sources: ModelSources, schedule: Schedule = "static") -> dict[str, str]:
+    """Content digest of each part; of a text encoder folder only its parts count.
+
+    A folder's scheduler is a part where `load_scheduler` reads it.
+    """
     file = sources.transformer
     # A FLUX.1-dev folder also holds what is not read here.
     family = family_in(sources.text_encoders)
     parts = [f"{name}={folder_digest(sources.text_encoders / name)}" for name in family.folders]
+    read: dict[str, str] = {}
+    if schedule == "dynamic" and sources.scheduler is not None:
+        read["scheduler"] = file_digest(sources.scheduler / _SCHEDULE)
     return {
+        **read,
         "autoencoder": folder_digest(sources.autoencoder),
         "transformer": file_digest(file) if file.is_file() else folder_digest(file),
         "text_encoders": hashlib.sha256("\n".join(parts).encode()).hexdigest(),

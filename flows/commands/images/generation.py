@@ -312,7 +312,7 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
     memory.check(sampler.quantisation, sampler.text_quantisation)
     sampler.speed.check(settings.runtime.device, sampler.dtype)
     requests = _requests(root, options, settings)
-    digests = source_digests(sources)
+    digests = source_digests(sources, sampler.schedule)
     # The key in the name: other settings or weights are another file, nothing is overwritten.
     requests = [
         replace(

@@ -423,3 +423,11 @@ def test_digests_follow_content_not_place(weights: Path, tmp_path: Path) -> None
     single = find_sources(weights / "flux1-dev.safetensors", base=weights / "FLUX.1-dev")
     assert source_digests(single)["transformer"] != first["transformer"]
     assert source_digests(single)["text_encoders"] == first["text_encoders"]
+    # A folder's scheduler decides pictures of the dynamic schedule alone.
+    config = tmp_path / "copy" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_shift": 2.5}))
+    copy = find_sources(tmp_path / "copy")
+    assert source_digests(copy) == first
+    assert source_digests(copy, "dynamic") != source_digests(
+        find_sources(weights / "FLUX.1-dev"), "dynamic"
+    )
