@@ -200,6 +200,14 @@ class Job:
     """Numbers of the opened metrics."""
 
 
+JobKey = tuple[str, str | None, str | None]
+
+
+def job_key(picture: Picture) -> JobKey:
+    """What tells jobs apart: the same content under two names is one, another reference is not."""
+    return picture.content, picture.reference_content, picture.prompt
+
+
 @dataclass
 class _Answer:
     """What a worker found."""
@@ -326,7 +334,7 @@ class EvaluationRun:
         features = self._ledger.known_features(
             self._feature(n, p) for p, ns in wanted for n in ns if n in set_numbers
         )
-        jobs: dict[tuple[Any, ...], Job] = {}
+        jobs: dict[JobKey, Job] = {}
         for picture, ns in wanted:
             missing = [n for n in ns if not self._is_known(n, picture, known, features)]
             self.statistics.reused += sum(
@@ -335,8 +343,7 @@ class EvaluationRun:
                 if n not in missing
             )
             if missing:
-                # The same content under two names is one job.
-                same = (picture.content, picture.reference_content, picture.prompt)
+                same = job_key(picture)
                 before = jobs.get(same)
                 together = sorted({*missing, *(before.metrics if before else ())})
                 jobs[same] = Job(picture, tuple(together))
@@ -406,9 +413,9 @@ class EvaluationRun:
             return self._feature(number, picture) in features
         return all(key in known for key in self._keys(number, picture))
 
-    def _compute(self, jobs: list[Job], name: str) -> dict[tuple[str, int], str]:
-        """Run the jobs; what they yield is in the ledger. Returns errors by (sha256, metric)."""
-        errors: dict[tuple[str, int], str] = {}
+    def _compute(self, jobs: list[Job], name: str) -> dict[tuple[JobKey, int], str]:
+        """Run the jobs; what they yield is in the ledger. Returns errors by metric."""
+        errors: dict[tuple[JobKey, int], str] = {}
         if not jobs:
             return errors
         throughput = Throughput(pending=len(jobs))
@@ -416,7 +423,7 @@ class EvaluationRun:
         def keep(place: int, result: Any) -> None:
             job = jobs[place]
             self._keep(job, result, errors)
-            failed = (job.picture.sha256, job.metrics[0]) in errors
+            failed = (job_key(job.picture), job.metrics[0]) in errors
             throughput.see({"error": "failed"} if failed else {})
 
         names = [metric.ids[0] for metric in self._opened.metrics]
@@ -429,13 +436,13 @@ class EvaluationRun:
         self.statistics.decoded += len(jobs)
         return errors
 
-    def _keep(self, job: Job, result: Any, errors: dict[tuple[str, int], str]) -> None:
+    def _keep(self, job: Job, result: Any, errors: dict[tuple[JobKey, int], str]) -> None:
         picture = job.picture
         if isinstance(result, Failure):
-            errors |= {(picture.sha256, n): result.message for n in job.metrics}
+            errors |= {(job_key(picture), n): result.message for n in job.metrics}
             return
         answer: _Answer = result
-        errors |= {(picture.sha256, n): text for n, text in answer.errors.items()}
+        errors |= {(job_key(picture), n): text for n, text in answer.errors.items()}
         digests = {
             name: metric.weights_digest for metric in self._opened.metrics for name in metric.ids
         }
@@ -451,11 +458,11 @@ class EvaluationRun:
         self,
         picture: Picture,
         known: Mapping[ValueKey, float | None],
-        errors: Mapping[tuple[str, int], str],
+        errors: Mapping[tuple[JobKey, int], str],
     ) -> Measured:
         measured = Measured()
         for number, metric in enumerate(self._opened.metrics):
-            reason = errors.get((picture.sha256, number))
+            reason = errors.get((job_key(picture), number))
             if reason is not None:
                 measured.errors |= dict.fromkeys(metric.ids, reason)
             elif isinstance(metric, ImageMetric):

@@ -95,6 +95,17 @@ def test_a_metric_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert numbers.values["compression_ratio"] is not None
 
 
+def test_a_broken_reference_costs_its_own_pair_alone(tmp_path: Path) -> None:
+    gray = paint(tmp_path / "gray.png", 1)
+    references = [paint(tmp_path / f"{n}.png", 100 + n) for n in range(3)]
+    broken = tmp_path / "1.png"
+    broken.write_bytes(broken.read_bytes()[:-4000])
+    references[1] = Picture(broken, find_picture(broken).sha256)
+    measured = run(tmp_path).measure([pair(gray, one) for one in references], name="test")
+    assert [sorted(one.errors) for one in measured] == [[], ["psnr_db"], []]
+    assert measured[0].values["psnr_db"] != measured[2].values["psnr_db"]
+
+
 def test_missing_weights_and_unknown_ids(tmp_path: Path) -> None:
     opened = open_metrics(["entropy_bits", "hpsv3"], tmp_path, "cpu")
     assert set(opened.unavailable) == {"hpsv3"}
