@@ -213,6 +213,10 @@ class ChatClient:
         """Close connections."""
         self._http.close()
 
+    def knows(self, question: Question) -> bool:
+        """Whether the answer is stored already."""
+        return self._cache.get(self._cache_key(question)) is not None
+
     def ask(self, question: Question) -> Answer:
         """The stored or a fresh answer.
 

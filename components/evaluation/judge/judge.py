@@ -8,10 +8,11 @@ they do not fit, cached, and paid for under a cap, by the client that also write
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +89,14 @@ def _ask(client: ChatClient, question: Question) -> Verdict:
         RequestFailed: no answer, or none that fits the schema.
     """
     failure = ""
-    for attempt in range(_ATTEMPTS):
-        answer = client.ask(
-            Question(
-                question.image_id,
-                question.prompt,
-                text=question.text,
-                picture=question.picture,
-                exhibits=question.exhibits,
-                attempt=attempt,
-            )
-        )
+    fresh = 0
+    for attempt in itertools.count():
+        if fresh == _ATTEMPTS:
+            break
+        asked = replace(question, attempt=attempt)
+        # An earlier run's answers without a verdict are no attempts of this one.
+        fresh += not client.knows(asked)
+        answer = client.ask(asked)
         if answer.finish_reason in {"refusal", "length"}:
             failure = f"answer ended with {answer.finish_reason}"
             continue
@@ -253,8 +251,11 @@ def _reading(answered: Sequence[Judgement]) -> dict[str, Any]:
 
 
 def _warnings(part: dict[str, Any], pairs: int) -> list[str]:
-    """What forbids reading the numbers as the judge's taste, in sentences."""
+    """What forbids reading the numbers as the judge's taste; `pairs`: that were answered."""
     lines = []
+    if part["unanswered"]:
+        total = pairs + part["unanswered"]
+        lines.append(f"{part['unanswered']} of {total} pairs unanswered: no number counts them")
     if part["contradictory"]:
         lines.append(
             f"{part['contradictory']} of {part['answers']} answers prefer one picture and give "

@@ -99,19 +99,25 @@ def parse_verdict(text: str) -> Verdict:
     missing or listed reasons. A preference or a score is never guessed.
 
     Raises:
-        AnswerInvalid: no object, two that differ, no preference or score, or one out of range.
+        AnswerInvalid: no object, two that differ, a key with two values, no preference or score, or
+            one out of range.
     """
     body = _FENCE.sub("", _THOUGHTS.sub("", text).strip()).strip()
     try:
-        return Verdict.model_validate_json(body)
+        plain = Verdict.model_validate_json(body)
+        # The model's own reader takes the last of two values.
+        json.loads(body, object_pairs_hook=_distinct, parse_int=float)
+        return plain
     except ValidationError as problem:
         first = problem
-    fields, repairs = _found_object(body, first)
-    verdict = _repaired(fields, repairs)
     try:
+        fields, repairs = _found_object(body, first)
+        verdict = _repaired(fields, repairs)
         return Verdict.model_validate(verdict | {"repairs": tuple(repairs)})
     except ValidationError as problem:
         raise AnswerInvalid(_where(problem)) from None
+    except RecursionError:
+        raise AnswerInvalid("answer: too deeply nested") from None
 
 
 def _where(problem: ValidationError) -> str:
@@ -119,20 +125,30 @@ def _where(problem: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in error['loc']) or 'answer'}: {error['msg']}"
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object with keys in lower case, none of them said twice with other values."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        name = key.strip().lower()
+        if found.setdefault(name, value) != value:
+            raise AnswerInvalid(f"{name}: two values that differ")
+    return found
+
+
 def _found_object(body: str, problem: ValidationError) -> tuple[dict[str, Any], list[str]]:
     """The one JSON object of a text, keys in lower case, and what had to be passed over."""
-    # Not strict: line breaks within a text are no valid JSON, and can mean nothing else.
-    decoder = json.JSONDecoder(strict=False)
+    # Not strict: line breaks within a text are no valid JSON, and can mean nothing else. Floats:
+    # Python converts no whole number of very many digits.
+    decoder = json.JSONDecoder(strict=False, object_pairs_hook=_distinct, parse_int=float)
     found: list[dict[str, Any]] = []
     place, prose = 0, ""
     while (start := body.find("{", place)) >= 0:
         try:
             value, end = decoder.raw_decode(body, start)
-        except ValueError:
-            end, value = start + 1, None
-        lower = {str(k).strip().lower(): v for k, v in value.items()} if value else {}
-        if "preferred" in lower:
-            found.append(lower)
+        except json.JSONDecodeError:
+            end, value = start + 1, {}
+        if "preferred" in value:
+            found.append(value)
             prose += body[place:start]
         else:
             prose += body[place:end]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,12 +54,21 @@ def _pictures(folder: Path, flag: str) -> dict[str, Path]:
 
 
 def _named_prompts(path: Path) -> dict[str, str] | None:
-    """Prompts by picture of a `metadata.jsonl` (file_name, text); None for other files."""
+    """Prompts by picture of a `metadata.jsonl` (file_name, text); None for other files.
+
+    A picture goes by its whole path as `ultraflux evaluate` names it, or by its bare name where one
+    line has it.
+
+    Raises:
+        ValueError: a line, by number, without a name or text, or with another text for a name.
+    """
     if path.suffix.lower() != ".jsonl":
         return None
+    from components.evaluation.suites.suites import item_name
     from components.generation.prompt_files import json_objects, odd_character
 
     named: dict[str, str] = {}
+    bare: dict[str, set[str]] = {}
     for where, record in json_objects(path.read_text(encoding="utf-8-sig"), path.name):
         if "file_name" not in record:
             return None
@@ -67,8 +77,15 @@ def _named_prompts(path: Path) -> dict[str, str] | None:
             raise ValueError(f"{where}: no text")
         if (odd := odd_character(text)) is not None:
             raise ValueError(f"{where}: not UTF-8 at character {odd} of the text")
-        named[_composed(Path(str(record["file_name"])).stem)] = text
-    return named
+        file = PurePosixPath(str(record["file_name"]))
+        if not file.name:
+            raise ValueError(f"{where}: file_name '{file}' names no file")
+        name = item_name(file.with_suffix("").as_posix())
+        if named.setdefault(name, text) != text:
+            raise ValueError(f"{where}: an earlier line has another text for '{name}'")
+        bare.setdefault(item_name(file.stem), set()).add(name)
+    alone = {stem: named[min(names)] for stem, names in bare.items() if len(names) == 1}
+    return alone | named
 
 
 def read_pairs(a: Path, b: Path, prompts: Path) -> list[Pair]:
@@ -84,6 +101,7 @@ def read_pairs(a: Path, b: Path, prompts: Path) -> list[Pair]:
         ValueError: a picture without partner or prompt, or an unreadable file.
     """
     from components.evaluation.judge.judge import Pair
+    from components.evaluation.suites.suites import item_name
     from components.files.natural_order import natural_key
     from components.generation.prompt_files import read_prompts
 
@@ -94,9 +112,9 @@ def read_pairs(a: Path, b: Path, prompts: Path) -> list[Pair]:
         )
     if not prompts.is_file():
         raise ValueError(f"--prompts {prompts}: {why_no_file(prompts)}")
-    texts = _named_prompts(prompts)
+    named = _named_prompts(prompts)
     names = sorted(first, key=natural_key)
-    if texts is None:
+    if named is None:
         lines = [line.prompt for line in read_prompts(prompts)]
         if len(lines) != len(names):
             raise ValueError(
@@ -104,9 +122,13 @@ def read_pairs(a: Path, b: Path, prompts: Path) -> list[Pair]:
                 "metadata.jsonl with file_name and text"
             )
         texts = dict(zip(names, lines, strict=True))
+    else:
+        keys = {name: item_name(name) for name in names}
+        texts = {name: named[key] for name, key in keys.items() if key in named}
     if without := [name for name in names if name not in texts]:
         raise ValueError(
-            f"{prompts.name}: {len(without)} pictures have no prompt, such as {without[0]}"
+            f"{prompts.name}: {len(without)} pictures have no prompt, or their name several, such "
+            f"as {without[0]}"
         )
     return [Pair(name, texts[name], first[name], second[name]) for name in names]
 
@@ -181,6 +203,8 @@ def judge(
     workplace()
     questions = list(dict.fromkeys(question or QUESTIONS))
     try:
+        if max_cost_usd is not None and not 0.0 <= max_cost_usd < math.inf:
+            raise ValueError(f"--max-cost-usd {max_cost_usd:g}: a sum of money from 0")
         if max_cost_usd is not None and None in (input_usd, output_usd):
             raise ValueError("--max-cost-usd needs --input-usd and --output-usd (0 for your own)")
         if prompt_file is not None and len(questions) != 1:
@@ -260,5 +284,10 @@ def judge(
                 f"and repaired ({kinds})",
                 err=True,
             )
-    if all(row["outcome"] == "unanswered" for row in rows):
-        raise fail(f"no pair was answered: {rows[0]['problem']}", 1)
+    unanswered = [row for row in rows if row["outcome"] == "unanswered"]
+    if unanswered:
+        # Those with an answer stay in the cache and in the results.
+        which = "no pair was answered"
+        if len(unanswered) < len(rows):
+            which = f"{len(unanswered)} of {len(rows)} judgements have no answer"
+        raise fail(f"{which}: {unanswered[0]['problem']}; run it again to ask again", 1)

@@ -376,8 +376,64 @@ def test_a_verdict_that_can_be_read_two_ways_is_not_guessed() -> None:
     ):
         with pytest.raises(AnswerInvalid):
             parse_verdict(text)
+    scores = '"a_score": 60, "b_score": 40, "reasons": ""}'
+    for first in ('"preferred": "A"', '"Preferred": "A"', '"a_score": 1' + "0" * 5000):
+        for prose in ("", "Well: "):
+            with pytest.raises(AnswerInvalid, match="two values that differ"):
+                parse_verdict(f'{prose}{{{first}, "preferred": "B", {scores}')
+    deep = "[" * 3000 + "]" * 3000
+    for text in (f'{{"preferred": "A", "extra": {deep}, {scores}', f"Sure. {deep} {{{deep}"):
+        with pytest.raises(AnswerInvalid):
+            parse_verdict(text)
+    assert parse_verdict('{"preferred": "B", "preferred": "B", ' + scores).preferred == "B"
     assert parse_verdict(f"{verdict('B')} Again: {verdict('B')}").preferred == "B"
     assert parse_verdict(verdict("Image B")).preferred == "B"
+
+
+def test_unanswered_pairs_are_no_success_and_are_asked_again(
+    server: Server, pairs: list[Pair], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(pair.prompt for pair in pairs))
+
+    def respond(body: dict[str, Any], n: int) -> Reply:
+        return (200, {}, "No." if "prompt 1" in json.dumps(body) else GOOD)
+
+    server.respond = respond
+    found, said = judged(server, tmp_path)
+    assert (found["exit_code"], found["unanswered"], found["tie"]) == (1, 1, 7)
+    assert "warning: detail: 1 of 8 pairs unanswered: no number counts them" in said
+    assert "error: 1 of 8 judgements have no answer: no valid answer in 3" in said
+    asked = len(server.bodies)
+    server.respond = lambda body, n: (200, {}, GOOD)
+    _, said = judged(server, tmp_path, "--max-cost-usd", "nan")
+    assert said == "error: --max-cost-usd nan: a sum of money from 0\n"
+    found, said = judged(server, tmp_path)
+    assert (found["exit_code"], found["unanswered"], found["tie"]) == (0, 0, 8)
+    assert len(server.bodies) == asked + 2
+
+
+def test_prompts_belong_to_whole_paths_or_to_names_that_one_line_has(
+    pairs: list[Pair], tmp_path: Path
+) -> None:
+    def read(*lines: tuple[str, str]) -> list[str]:
+        file = tmp_path / "metadata.jsonl"
+        rows = [json.dumps({"file_name": name, "text": text}) for name, text in lines]
+        file.write_text("\n".join(rows))
+        read_pairs = judge_command.read_pairs
+        return [one.prompt for one in read_pairs(tmp_path / "a", tmp_path / "b", file)]
+
+    for system in ("a", "b"):
+        for number in range(2, 8):
+            (tmp_path / system / f"{number}.png").unlink()
+    assert read(("train/0.png", "zero"), ("train/1.png", "one")) == ["zero", "one"]
+    with pytest.raises(ValueError, match=r"1 pictures have no prompt, or their name several.* 0$"):
+        read(("train/0.png", "zero"), ("test/0.png", "other"), ("train/1.png", "one"))
+    with pytest.raises(ValueError, match="line 2: an earlier line has another text for '0'"):
+        read(("0.png", "zero"), ("0.jpg", "other"), ("1.png", "one"))
+    for system in ("a", "b"):
+        (tmp_path / system / "0.png").rename(tmp_path / system / "train__0.png")
+    lines = (("train/0.png", "zero"), ("test/0.png", "other"), ("1.png", "one"))
+    assert read(*lines) == ["one", "zero"]
 
 
 def sharpness(body: dict[str, Any]) -> list[float]:
