@@ -131,6 +131,18 @@ def refuse_others(names: Iterable[str]) -> None:
             )
 
 
+def refuse_whole_numbers(state: Mapping[str, Tensor]) -> None:
+    """Refuse what a cast would make weights of without a word.
+
+    Raises:
+        WeightsBroken: a tensor of whole, complex or truth values; names it.
+    """
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise WeightsBroken(f"{name}: {kind}; weights are floating-point numbers")
+
+
 def convert_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Original keys to diffusers' keys.
 
@@ -192,14 +204,16 @@ def transformer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     Rotary channels per axis are not in the weights: Flux's shares 2:7:7 are taken.
 
     Raises:
-        WeightsBroken: a tensor that tells a size is missing.
+        WeightsBroken: a tensor that tells a size is missing, or all blocks of a kind.
     """
 
     def count(prefix: str) -> int:
         pattern = re.compile(rf"{prefix}\.(\d+)\.")
         numbers = [int(match[1]) for name in shapes if (match := pattern.match(name))]
+        if not numbers:
+            raise WeightsBroken(f"no tensor of {prefix}: not a whole Flux transformer")
         # Highest number and not how many: a gap in the blocks is then a missing tensor by name.
-        return max(numbers, default=-1) + 1
+        return max(numbers) + 1
 
     try:
         width, in_channels = shapes["x_embedder.weight"]
@@ -286,6 +300,7 @@ def load_single_file(
     try:
         refuse_others(state)
         state = unscaled(state)
+        refuse_whole_numbers(state)
         if is_original_layout(state):
             state = convert_original(state)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -356,6 +356,29 @@ def test_what_is_no_whole_flux_transformer_is_called_what_it_is(
     assert "\n" not in str(raised.value)
 
 
+def test_a_transformer_without_blocks_or_of_whole_numbers_is_refused(
+    weights: Path, tmp_path: Path
+) -> None:
+    state = load_file(weights / "flux1-dev.safetensors")
+    file = tmp_path / "part.safetensors"
+    parts = {
+        "no tensor of transformer_blocks": {
+            name: one for name, one in state.items() if not name.startswith("double_blocks.")
+        },
+        "no tensor of single_transformer_blocks": {
+            name: one for name, one in state.items() if not name.startswith("single_blocks.")
+        },
+        "img_in.weight: int32; weights are": state
+        | {"img_in.weight": state["img_in.weight"].to(torch.int32)},
+        "img_in.weight: complex64; weights are": state
+        | {"img_in.weight": state["img_in.weight"].to(torch.complex64)},
+    }
+    for problem, tensors in parts.items():
+        save_file(tensors, file)
+        with pytest.raises(WeightsBroken, match=problem):
+            load_single_file(file, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
 def test_scaled_fp8_is_its_values_times_their_scale(
     weights: Path, tmp_path: Path, scale: str
