@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ class PromptLine:
     size: str | None = None
     """WIDTHxHEIGHT."""
     seed: int | None = None
+    where: str = field(default="", compare=False)
+    """Such as "prompts.jsonl line 2"; empty where it was typed."""
 
 
 SEEDS = 2**63
@@ -120,4 +122,4 @@ def _parse(record: Mapping[str, Any], where: str) -> PromptLine:
     is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < SEEDS
     if seed is not None and not is_seed:
         raise ValueError(f"{where}: seed must be a whole number from 0, got {seed!r}")
-    return PromptLine(prompt.strip(), size, seed)
+    return PromptLine(prompt.strip(), size, seed, where)

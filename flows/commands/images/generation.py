@@ -26,26 +26,27 @@ class GenerationRefused(ValueError):
     """The request cannot be met; one line."""
 
 
-def parse_size(size: str, *, round_size: bool = False) -> tuple[int, int]:
+def parse_size(size: str, *, round_size: bool = False, flag: str = "--size") -> tuple[int, int]:
     """(height, width) of "WIDTHxHEIGHT".
 
     Args:
         size: as typed.
         round_size: take the nearest multiples of 32 instead of refusing other edges.
+        flag: or field of a file that it comes from, as an error names it.
 
     Raises:
         GenerationRefused: not of that form, or an edge is not a positive multiple of 32.
     """
     match = re.fullmatch(r"\s*(\d{1,6})\s*[xX]\s*(\d{1,6})\s*", size)
     if match is None:
-        raise GenerationRefused(f"--size {size}: expected WIDTHxHEIGHT, such as 5120x2880")
+        raise GenerationRefused(f"{flag} {size}: expected WIDTHxHEIGHT, such as 5120x2880")
     width, height = int(match[1]), int(match[2])
     if round_size:
         return _rounded(height), _rounded(width)
     for edge in (width, height):
         if edge == 0 or edge % _MULTIPLE_PX:
             raise GenerationRefused(
-                f"--size {size}: {edge} is not a multiple of 32; the nearest is {_rounded(edge)} "
+                f"{flag} {size}: {edge} is not a multiple of 32; the nearest is {_rounded(edge)} "
                 "(or add --round-size)"
             )
     return height, width
@@ -142,10 +143,10 @@ def _check(options: GenerateOptions) -> None:
             raise GenerationRefused(f"--{name} {model}: no such folder or file")
 
 
-def _check_seeds(first: int, count: int) -> None:
+def _check_seeds(first: int, count: int, flag: str = "--seed") -> None:
     if first < 0 or first + count > SEEDS:
         raise GenerationRefused(
-            f"--seed {first} --num-images {count}: seeds go from 0 to {SEEDS - 1}"
+            f"{flag} {first} --num-images {count}: seeds go from 0 to {SEEDS - 1}"
         )
 
 
@@ -176,8 +177,11 @@ def _requests(root: Path, options: GenerateOptions, settings: Settings) -> list[
         wanted = line.size or size
         if wanted is None:
             raise GenerationRefused(_NO_SIZE)
-        sizes.append(parse_size(wanted, round_size=options.round_size))
-        _check_seeds(options.seed if line.seed is None else line.seed, options.num_images)
+        flag = f"{line.where}: size" if line.size else "--size"
+        sizes.append(parse_size(wanted, round_size=options.round_size, flag=flag))
+        flag = "--seed" if line.seed is None else f"{line.where}: seed"
+        first = options.seed if line.seed is None else line.seed
+        _check_seeds(first, options.num_images, flag)
     texts = [(line.prompt, "") for line in lines]
     if options.refine:
         texts = refined(root, [line.prompt for line in lines], settings)

@@ -141,6 +141,23 @@ def test_bad_options_are_one_line(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "problem"),
+    [
+        ('"size": "100x64"', "p.jsonl line 2: size 100x64: 100 is not a multiple of 32"),
+        (f'"seed": {2**63 - 1}', "p.jsonl line 2: seed 9223372036854775807 --num-images 2"),
+    ],
+)
+def test_a_field_of_a_file_is_named_with_its_line(
+    project: Path, tmp_path: Path, field: str, problem: str
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b", ' + field + "}")
+    changes = {"prompts": (), "prompt_file": file, "size": "64x64", "num_images": 2}
+    with pytest.raises(ValueError, match=problem):
+        generate(project, options(project, tmp_path, **changes))
+
+
 def test_missing_parts_are_listed_with_commands(project: Path, tmp_path: Path) -> None:
     with pytest.raises(ComponentsMissing, match="hf download black-forest-labs") as raised:
         generate(project, options(project, tmp_path, base=tmp_path / "nothing"))
