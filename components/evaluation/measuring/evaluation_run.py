@@ -155,9 +155,10 @@ def find_picture(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> Found:
         header = read_header(data, max_megapixels=max_megapixels)
     except ImageUndecodable as problem:
         return Found(path, digest, error=f"{path.name}: {problem}")
-    if is_plain(header):
-        return Found(path, digest, header.height, header.width)
-    return Found(path, digest, header.height, header.width, reading=SEEN, kind=_kind(header))
+    plain = is_plain(header)
+    kind = "" if plain and header.frames == 1 else _kind(header)
+    reading = "" if plain else SEEN
+    return Found(path, digest, header.height, header.width, reading=reading, kind=kind)
 
 
 def _kind(header: ImageHeader) -> str:
@@ -168,6 +169,8 @@ def _kind(header: ImageHeader) -> str:
         parts.append(f"EXIF orientation {header.orientation}")
     if header.color_space not in (SRGB, UNTAGGED):
         parts.append(f"colours of {header.color_space}")
+    if header.frames > 1:
+        parts.append(f"first of {header.frames} frames")
     return " ".join(parts)
 
 

@@ -102,8 +102,8 @@ def missing_values(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def reading_notes(found: Sequence[Found]) -> list[str]:
-    """A line about pictures that are not plain 8-bit sRGB; metrics see what a viewer shows."""
-    special = [one for one in found if one.error is None and one.reading]
+    """A line about pictures that are not one plain 8-bit sRGB; metrics see what a viewer shows."""
+    special = [one for one in found if one.error is None and one.kind]
     if not special:
         return []
     kinds = ", ".join(dict.fromkeys(one.kind for one in special))

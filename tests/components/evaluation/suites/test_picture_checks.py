@@ -38,3 +38,14 @@ def test_depth_transparency_orientation_and_cmyk_are_noted(tmp_path: Path) -> No
     for words in ("16-bit", "transparency", "CMYK", "orientation 6"):
         assert words in note
     assert reading_notes([find_picture(tmp_path / "plain.png")]) == []
+
+
+def test_of_several_frames_the_first_is_measured_and_said(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 90, 180)]
+    for name in ("moving.webp", "moving.png", "pages.tiff"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        found = find_picture(tmp_path / name)
+        (note,) = reading_notes([found])
+        assert "first of 3 frames" in note
+        # It is read as any plain picture: what was measured of it stays.
+        assert found.content == found.sha256
