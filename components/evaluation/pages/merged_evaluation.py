@@ -84,7 +84,8 @@ def _compared(folder: Path, first: Evaluation, other_folder: Path, other: Evalua
     ours, theirs = read_lock(folder), read_lock(other_folder)
     if ours is not None and theirs is not None:
         found = theirs.differences(ours, sampling=False, code=False)
-    elif (first.suite, first.protocol) != (other.suite, other.protocol):
+    # A lock names the suite that was asked for, of which a decision may have needed a part.
+    if not found and (first.suite, first.protocol) != (other.suite, other.protocol):
         found = [f"suite {other.suite} ({other.protocol}), was {first.suite} ({first.protocol})"]
     protocols = [
         dict(zip(one.table["metric"], one.table["protocol"], strict=True)) for one in (first, other)

@@ -106,6 +106,17 @@ def test_what_does_not_compare_is_refused(
     assert message in str(refused.value)
 
 
+def test_a_part_that_was_decided_does_not_compare_with_the_whole(evaluation: Path) -> None:
+    one, two = copied(evaluation, "one"), copied(evaluation, "two")
+    lock(one)
+    lock(two)
+    described = json.loads((one / "metrics.json").read_text())
+    described["protocol"] += "+drawn8of40"
+    (one / "metrics.json").write_text(json.dumps(described))
+    with pytest.raises(EvaluationIncomplete, match=r"was reconstruction \(\S+\+drawn8of40\)"):
+        read_together((one, two))
+
+
 def test_other_sampling_is_compared_and_other_code_is_said(evaluation: Path) -> None:
     one, two = copied(evaluation, "one"), copied(evaluation, "two")
     lock(one)
