@@ -35,7 +35,7 @@ def _cell(evaluation: Evaluation, prefix: str, metric: str, pictures: int) -> Ce
         interval = f"{interval}, n = {count}" if interval else f"n = {count}"
     if not note:
         return Cell(value, interval)
-    # An infinite value is the best there is: it stands first, the mean over the others below.
+    # An infinite value is the best or the worst there is: it stands first, the others' mean below.
     others = f"; the others {value} {f'({interval})' if interval else ''}".rstrip()
     return Cell("∞", note + (others if name in values else ""))
 
@@ -47,14 +47,14 @@ def _strata(evaluation: Evaluation) -> list[str]:
 
 
 def _rank(evaluation: Evaluation, prefix: str, metric: str) -> tuple[float, float] | None:
-    """Larger is better: share of identical pictures first, then the mean of the others."""
+    """Larger is better: share of pictures with an infinite value first, then the others' mean."""
     name, values = f"{prefix}.{metric}", evaluation.metrics
     infinite = values.get(f"{name}_infinite", 0.0)
     sign = {"higher": 1.0, "lower": -1.0, "neither": 0.0}[card(metric).direction]
     if not sign or (name not in values and not infinite):
         return None
     share = infinite / (infinite + values.get(f"{name}_n", 0.0)) if infinite else 0.0
-    return share, sign * values.get(name, 0.0)
+    return sign * share, sign * values.get(name, 0.0)
 
 
 def _best(evaluation: Evaluation, prefixes: Sequence[str], metric: str) -> set[str]:

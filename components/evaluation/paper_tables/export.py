@@ -13,7 +13,7 @@ from components.evaluation.paper_tables.filled import FilledCell, FilledRow, Fil
 _HERE = "here"
 _COLUMNS = (
     *("table", "group", "system", "from", "column", "measure", "text"),
-    *("value", "low", "high", "n", "comparable", "why_not", "needs"),
+    *("value", "low", "high", "n", "infinite", "comparable", "why_not", "needs"),
 )
 
 
@@ -72,8 +72,10 @@ def as_csv(filled: FilledTable) -> str:
     for row in filled.rows:
         for field, cell in zip(filled.table.fields, row.cells, strict=True):
             number = cell.number
-            values = () if number is None else (number.value, number.low, number.high, number.n)
-            shown = ["" if value is None else repr(value) for value in values] or [""] * 4
+            values: tuple[float | None, ...] = (None,) * 5
+            if number is not None:
+                values = number.value, number.low, number.high, number.n, number.infinite
+            shown = ["" if value is None else repr(value) for value in values]
             lacking = "; ".join(
                 f"{filled.needs[place - 1].what}: {filled.needs[place - 1].command}".rstrip(": ")
                 for place in cell.needs

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from components.evaluation.paper_tables.needs import ABLATION_SUITE, Need, needs_of
 from components.evaluation.paper_tables.records import Number, Record
+from components.evaluation.suites.suite_scores import infinite_note
 from components.evaluation.suites.suites import not_of_suite
 from components.metrics.cards import CARDS, card
 from components.metrics.published import PublishedRow, PublishedTable
@@ -80,13 +81,13 @@ def _decimals(table: PublishedTable, place: int) -> int:
     return card(measure).decimals if measure in _METRICS else _DECIMALS
 
 
-def _shown(number: Number, decimals: int) -> str:
+def _shown(number: Number, measure: str, decimals: int) -> str:
     value = f"{number.value:.{decimals}f}" if math.isfinite(number.value) else ""
     if value and number.low is not None and number.high is not None:
         value += f" [{number.low:.{decimals}f}, {number.high:.{decimals}f}]"
     if not number.infinite:
         return value
-    note = f"{number.infinite} of {number.infinite + (number.n or 0)} identical"
+    note = infinite_note(measure, number.infinite, number.n or 0)
     return f"∞ ({note}; {value} over the others)" if value else f"∞ ({note})"
 
 
@@ -182,7 +183,7 @@ def _ours(
         record = next((one for one in reversed(known) if key in one.numbers), None)
         if record is not None:
             number = record.numbers[key]
-            text = _shown(number, _decimals(table, place))
+            text = _shown(number, measure, _decimals(table, place))
             why = _incomparable(table, row, place, record)
             cells.append(FilledCell(text, number, why))
             used.append(record)

@@ -379,12 +379,15 @@ def _summary(
 def count_note(metrics: Mapping[str, float], name: str) -> str:
     """Such as "4 of 7 identical" where a metric is infinite for some pictures; else empty."""
     infinite = int(metrics.get(f"{name}_infinite", 0))
-    if not infinite:
-        return ""
+    finite = int(metrics.get(f"{name}_n", 0))
+    return infinite_note(name.rpartition(".")[2], infinite, finite) if infinite else ""
+
+
+def infinite_note(metric: str, infinite: int, finite: int) -> str:
+    """Such as "4 of 7 identical": what an infinite value says, by the metric's direction."""
     # Of NMSE it is the worst there is: any error over a black reference.
-    is_best = card(name.rpartition(".")[2]).direction == "higher"
-    what = "identical" if is_best else "infinite"
-    return f"{infinite} of {infinite + int(metrics.get(f'{name}_n', 0))} {what}"
+    what = "identical" if card(metric).direction == "higher" else "infinite"
+    return f"{infinite} of {infinite + finite} {what}"
 
 
 def statistics_of(result: SuiteResult) -> dict[str, int]:
