@@ -42,6 +42,8 @@ def find_system(text: str, root: Path, settings: Settings, sampling: Sampling) -
         )
     from flows.tracking.uploader import tracking_config
 
+    system = parse_system(f"{name}=trained", root, settings, sampling)
+    assert isinstance(system, UltraFluxSystem)
     names = {
         pattern.format(project=settings.project.name): kind
         for kind, pattern in tracking_config(root)["registry"].items()
@@ -51,8 +53,6 @@ def find_system(text: str, root: Path, settings: Settings, sampling: Sampling) -
     path = _weights(root, name, chosen)
     if names.get(chosen.model) == "autoencoder":
         return AutoencoderSystem(name, path, sampling)
-    system = parse_system(f"{name}=trained", root, settings, sampling)
-    assert isinstance(system, UltraFluxSystem)
     companions = [
         version
         for version in known

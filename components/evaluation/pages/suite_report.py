@@ -51,8 +51,8 @@ from components.evaluation.suites.against_baseline import against_baseline, verd
 from components.evaluation.viewer import Viewer
 from components.metrics.cards import CARDS, card, status
 
-REFERENCE = "reference"
-"""What the viewer calls the pictures that pair metrics compare with."""
+REFERENCE = "(reference)"
+"""What the viewer calls the pictures that pair metrics compare with; no name of a system."""
 WORST_PER_METRIC = 3
 _ROW_LIMIT = 2000
 _MOST_BINS = 24
@@ -335,7 +335,7 @@ def build_suite_report(
     has_reference = any(REFERENCE in item.sources for item in sources)
     viewer, embedded, held = build_viewer(
         sources,
-        (*systems, REFERENCE) if has_reference and REFERENCE not in systems else systems,
+        (*systems, REFERENCE) if has_reference else systems,
         [(case.item, (case.baseline, case.system)) for case in by_rank(cases)],
         PictureOptions(options.budget_bytes - _PAGE_RESERVE_BYTES, options.tiles, options.workers),
     )

@@ -454,11 +454,11 @@ def parse_system(text: str, root: Path, settings: Settings, sampling: Sampling) 
     """
     from components.evaluation.suites.command_system import CommandSystem
 
-    name, equals, spec = text.partition("=")
-    if not equals or not spec or not name or not all(c.isalnum() or c in "._-" for c in name):
+    name, _, spec = text.partition("=")
+    if not (spec and name.strip(".") and all(c.isalnum() or c in "._-" for c in name)):
         raise ValueError(
             f"--system {text}: expected NAME=SPEC, such as mine=pictures/ or "
-            "ours=trained; a name has letters, digits, '.', '_' and '-'"
+            "ours=trained; a name has letters, digits, '.', '_' and '-', not dots alone"
         )
     weights = root / "weights"
     base = weights / "FLUX.1-dev"

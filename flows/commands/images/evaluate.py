@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -211,6 +212,8 @@ def evaluate(
             device=chosen.split(",")[0],
             memory=memory,
         )
+        if guidance_scale is not None and not 0.0 <= guidance_scale < math.inf:
+            raise ValueError(f"--guidance-scale {guidance_scale:g}: a number from 0")
         if not system:
             raise ValueError("--system: name at least one, such as --system mine=pictures/")
         systems = [find_system(text, root, settings, sampling) for text in system]

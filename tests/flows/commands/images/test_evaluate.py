@@ -98,6 +98,8 @@ def test_json_says_what_the_tables_say(project: Path, typed: Typed) -> None:
     [
         (("real",), "--system: name at least one"),
         (("real", "--system", "x"), "expected NAME=SPEC"),
+        (("real", "--system", "..=references"), "not dots alone"),
+        (("real", "--system", "x=mine", "--guidance-scale", "nan"), "nan: a number from 0"),
         (("nothing", "--system", "x=mine"), "neither a folder with metadata.jsonl nor one of"),
         (("aesthetic-eval-4096", "--system", "x=mine"), "get it with: hf download"),
         (("real", "--system", "x=mine", "--metrics", "beauty"), "unknown metric 'beauty'"),
