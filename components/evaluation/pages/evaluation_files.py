@@ -80,7 +80,7 @@ def read_evaluation(folder: Path) -> Evaluation:
             suite=description["suite"],
             protocol=description["protocol"],
             items=int(description["items"]),
-            metrics=description["metrics"],
+            metrics={k: v for k, v in description["metrics"].items() if v is not None},
             unavailable=description["unavailable"],
             failed_systems=description["failed_systems"],
             table=table,

@@ -54,6 +54,11 @@ def _is_good(folder: Path) -> bool:
         return False
 
 
+def finite(described: Any) -> Any:
+    """What JSON can hold: null for what is not finite, such as an end that is not bounded."""
+    return json.loads(json.dumps(described), parse_constant=lambda _: None)
+
+
 def write_result(result: SuiteResult, suite: Suite, out_dir: Path) -> Path:
     """`scores.parquet`, `metrics.json`, and for reports on this machine `pictures.jsonl`.
 
@@ -84,5 +89,6 @@ def write_result(result: SuiteResult, suite: Suite, out_dir: Path) -> Path:
         description["looks"] = {name: asdict(one) for name, one in sorted(result.looks.items())}
     if result.set_comparisons:
         description["set_comparisons"] = [asdict(one) for one in result.set_comparisons]
-    write_text(folder / "metrics.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(finite(description), indent=2, sort_keys=True, allow_nan=False)
+    write_text(folder / "metrics.json", text + "\n")
     return folder

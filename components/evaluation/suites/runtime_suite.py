@@ -297,4 +297,4 @@ def write_runtime(
         "metrics": runtime_metrics(timings),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(described, indent=2) + "\n")
+    write_text(path, json.dumps(described, indent=2, allow_nan=False) + "\n")

@@ -183,6 +183,7 @@ def print_json(
 ) -> None:
     """What `show_result` and `show_tests` print, as one JSON object."""
     from components.evaluation.suites.against_baseline import against_baseline, verdict
+    from components.evaluation.suites.result_folder import finite
     from components.evaluation.suites.suite_scores import statistics_of
 
     tests = []
@@ -226,9 +227,7 @@ def print_json(
         "statistics": statistics_of(result),
         "scores": str(scores),
     }
-    # JSON has no infinity: an end that is not bounded is null.
-    finite = json.loads(json.dumps(described, ensure_ascii=False), parse_constant=lambda _: None)
-    print(json.dumps(finite, ensure_ascii=False))
+    print(json.dumps(finite(described), ensure_ascii=False, allow_nan=False))
 
 
 def not_compared(system: str, reasons: list[str]) -> Iterator[str]:

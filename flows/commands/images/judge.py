@@ -198,6 +198,7 @@ def judge(
     from components.chat.client import EndpointUnusable
     from components.evaluation.judge.judge import JudgeStopped, judge_pairs, summarise
     from components.evaluation.judge.prompts import QUESTIONS, judge_prompt
+    from components.evaluation.suites.result_folder import finite
     from components.settings.captions import EndpointSettings
 
     workplace()
@@ -254,7 +255,7 @@ def judge(
         "pairs": len(pairs),
         "a": a.resolve().name,
         "b": b.resolve().name,
-        "questions": summarise(judgements),
+        "questions": finite(summarise(judgements)),
     }
     for name, part in summary["questions"].items():
         part["prompt"] = judge_prompt(name, prompt_file).version
@@ -272,8 +273,9 @@ def judge(
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(output / "judgements.jsonl", lines)
-    write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary, indent=1))
+    text = json.dumps(summary, indent=1, allow_nan=False)
+    write_text(output / "summary.json", text + "\n")
+    print(text)
     for name, part in summary["questions"].items():
         for line in part["warnings"]:
             typer.echo(f"warning: {name}: {line}", err=True)

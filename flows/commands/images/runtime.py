@@ -145,7 +145,7 @@ def compare_and_show(
             for name, rows in tables.items()
         },
     }
-    write_text(path, json.dumps(described, indent=2) + "\n")
+    write_text(path, json.dumps(described, indent=2, allow_nan=False) + "\n")
     print(json.dumps(described, ensure_ascii=False) if as_json else f"Ways: {path}")
     return metrics, problems
 

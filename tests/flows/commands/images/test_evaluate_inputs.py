@@ -18,6 +18,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from components.evaluation.pages.evaluation_files import read_evaluation
+from components.evaluation.pages.suite_tables import metric_tables
 from components.evaluation.suites.result_folder import taken
 
 Typed = Callable[..., subprocess.CompletedProcess[str]]
@@ -110,6 +112,36 @@ def test_identical_pictures_are_counted_on_the_table_and_the_page(
     page = (folder / "report.html").read_text()
     assert "4 of 7 identical" in page
     assert "7 of 7 identical" in page
+
+
+def test_infinite_is_the_worst_where_lower_is_better(project: Path, typed: Typed) -> None:
+    black = np.zeros((64, 64, 3), np.uint8)
+    base = {name: black if n < 2 else texture(n) for n, name in enumerate("abcd")}
+    suite(project / "dark", base)
+    write(project / "good", {n: p if p is black else noisy(p, 3, 0) for n, p in base.items()})
+    write(project / "bad", {n: noisy(p, 3, 0) for n, p in base.items()})
+    more = ("--system", "bad=bad")
+    done = typed(project, "evaluate", "dark", *words("good=good", "nmse,psnr_db", *more))
+    assert "2 of 4 infinite" in done.stdout
+    folder = project / "runs" / "evaluations" / "dark"
+    (table,) = metric_tables(read_evaluation(folder))
+    best = {row.name.partition(" ")[0]: [cell.best for cell in row.cells] for row in table.rows}
+    assert best == {"good": [True, True], "bad": [False, False]}
+    table_words = ("reconstruction", "--from", str(folder), "--csv", "t.csv")
+    assert typed(project, "paper", "table", *table_words).returncode == 0
+    cells = pd.read_csv(project / "t.csv").set_index(["system", "measure"])
+    assert "2 of 4 infinite" in cells.loc[("bad", "nmse"), "text"]
+    assert "2 of 4 identical" in cells.loc[("good", "psnr_db"), "text"]
+    assert cells.loc[("bad", "nmse"), "infinite"] == 2
+
+
+def test_a_system_called_reference_keeps_its_own_pictures(project: Path, typed: Typed) -> None:
+    suite(project / "set", {"a": texture(0)})
+    write(project / "mine", {"a": noisy(texture(0), 3, 0)})
+    typed(project, "evaluate", "set", *words("reference=mine", "psnr_db"))
+    assert typed(project, "report", "runs/evaluations/set").returncode == 0
+    page = (project / "runs" / "evaluations" / "set" / "report.html").read_text()
+    assert '"systems": ["reference", "(reference)"]' in page
 
 
 def test_another_size_is_refused_or_stands_under_its_own_title(project: Path, typed: Typed) -> None:
@@ -269,6 +301,19 @@ def test_an_evaluation_goes_through_all_prompts_where_its_metric_has_no_value(
     done = typed(project, *asked, "--limit", "8", "--out", "limited")
     assert "close: 1 of 25 pictures have no item's name" in done.stdout
     assert "far: " not in done.stdout
+
+
+def test_a_result_holds_what_json_can_hold(project: Path, typed: Typed) -> None:
+    asked = stopping(project, ("close", 2.0, 100), ("far", 20.0, 100))
+    for system, colour in (("close", 10), ("far", 90)):
+        flat = np.full((64, 64, 3), (colour, 0, 0), np.uint8)
+        write(project / system, {f"p{number:02d}": flat for number in range(24)})
+    stop = ("--baseline", "close", "--stop-when-decided", "colourfulness", "--looks", "3")
+    done = typed(project, *asked, "--metrics", "colourfulness", *stop)
+    assert "decided after 8 of 24 prompts" in done.stdout, done.stderr
+    text = (project / "runs/evaluations/set/metrics.json").read_text()
+    assert "Infinity" not in text
+    assert json.loads(text)["looks"]["far"]["deviate"] is None
 
 
 @pytest.mark.slow
