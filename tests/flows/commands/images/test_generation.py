@@ -7,6 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from PIL import Image
 
 from components.files.weight_folders import ComponentsMissing, WeightsMissing
@@ -78,6 +81,22 @@ def test_a_picture_of_a_short_cut_says_so_and_is_another_file(
     assert "step_cache" not in read_metadata(plain)
     fields = read_metadata(short)
     assert (fields["step_cache"], fields["step_cache_interval"]) == ("taylorseer", "2")
+
+
+def test_another_scheduler_is_another_file_of_the_dynamic_schedule_alone(
+    project: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(project / "weights" / "FLUX.1-dev", tmp_path / "base")
+    made = []
+    for shift in (1.15, 2.5):
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=shift)
+        scheduler.save_pretrained(tmp_path / "base" / "scheduler")
+        made += [
+            generate(project, options(project, tmp_path, base=tmp_path / "base", **more))[0]
+            for more in ({}, {"schedule": "dynamic"})
+        ]
+    assert made[0] == made[2]
+    assert len(set(made)) == 3
 
 
 def test_positions_and_a_stride_unlike_the_weights_are_another_file_that_says_so(
