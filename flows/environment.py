@@ -37,6 +37,28 @@ SWITCHES = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 
+GIT_PLACES = (
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_IMPLICIT_WORK_TREE",
+    "GIT_COMMON_DIR",
+    "GIT_INDEX_FILE",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+    "GIT_QUARANTINE_PATH",
+    "GIT_SHALLOW_FILE",
+    "GIT_GRAFT_FILE",
+    "GIT_REPLACE_REF_BASE",
+    "GIT_NAMESPACE",
+    "GIT_PREFIX",
+    "GIT_INTERNAL_SUPER_PREFIX",
+    "GIT_CONFIG",
+)
+"""What Git puts into the environment of its hooks to say which repository is meant
+(`git rev-parse --local-env-vars`): a program that starts there would read and prune that one. Not
+GIT_CONFIG_COUNT and GIT_CONFIG_PARAMETERS, which hold settings of a person such as
+`safe.directory`."""
+
 
 def project_root(start: Path | None = None) -> Path:
     """The nearest folder at or above `start` (default: here) with dvc.yaml and params.yaml.
@@ -127,6 +149,8 @@ def prepare(
 ) -> None:
     """Switch telemetry off, keep this environment's programs first in PATH, the loopback direct.
 
+    Git finds the repository by the folder that it is asked in, and by nothing else.
+
     Args:
         offline: forbid the Hugging Face hub, so that a missing weight fails at once.
         torch_threads: intra-op threads for processes that start from here.
@@ -135,6 +159,8 @@ def prepare(
     """
     for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)
+    for name in GIT_PLACES:
+        os.environ.pop(name, None)
     for name in _REMARKS:
         # Once, however often this is called: the same function is the same filter.
         logging.getLogger(name).addFilter(_is_more_than_a_remark)
