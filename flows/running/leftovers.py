@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,26 +61,43 @@ def leftovers(root: Path) -> list[Leftover]:
     return sorted(found, key=lambda one: (-one.size_bytes, one.path))
 
 
-def remove(root: Path, one: Leftover) -> None:
-    """Remove what `leftovers` listed; Git forgets a working tree with it."""
+def remove(root: Path, one: Leftover) -> bool:
+    """Remove what `leftovers` listed; Git forgets a working tree with it.
+
+    Returns:
+        Whether it has gone.
+    """
     path = root / one.path
     if one.kind == "training state":
         states = {state.folder: state for state in read_states(path.parent)}
-        if path in states:
-            remove_state(states[path])
+        try:
+            if path in states:
+                remove_state(states[path])
+        except OSError:
+            return False
     elif one.kind in _TREES.values():
         # One that Git was making when it was killed is locked for ever.
         subprocess.run(["git", "worktree", "unlock", str(path)], cwd=root, capture_output=True)
-        shutil.rmtree(path, ignore_errors=True)
+        _take_away(path)
         subprocess.run(["git", "worktree", "prune"], cwd=root, capture_output=True)
-    elif path.is_dir():
+    else:
+        _take_away(path)
+    return not os.path.lexists(path)
+
+
+def _take_away(path: Path) -> None:
+    """As far as the system allows; of a link, itself and nothing of what it leads to."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def _size(path: Path) -> int:
     """Bytes on disk that only this path holds: DVC's links into its cache cost nothing."""
+    if path.is_symlink():
+        return 0
     files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
     total = 0
     for file in files:

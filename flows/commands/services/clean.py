@@ -32,18 +32,18 @@ def clean(
         found = leftovers(root)
     except GraphError as problem:
         raise fail(str(problem)) from None
-    if runs:
-        for one in found:
-            remove(root, one)
+    gone = [one for one in found if runs and remove(root, one)]
+    total = sum(one.size_bytes for one in (gone if runs else found)) / 2**20
     if as_json:
-        print(json.dumps([one.as_dict() | {"removed": runs} for one in found], indent=1))
-        return
-    for one in found:
-        print(f"{one.size_bytes / 2**20:10.1f} MiB  {one.path}  ({one.kind}: {one.reason})")
-    total = sum(one.size_bytes for one in found) / 2**20
-    if not found:
-        print("nothing to clean below runs/")
-    elif runs:
-        print(f"{len(found)} removed, {total:.1f} MiB freed")
+        print(json.dumps([one.as_dict() | {"removed": one in gone} for one in found], indent=1))
     else:
-        print(f"{len(found)} can go, {total:.1f} MiB: ultraflux clean --runs")
+        for one in found:
+            print(f"{one.size_bytes / 2**20:10.1f} MiB  {one.path}  ({one.kind}: {one.reason})")
+        if not found:
+            print("nothing to clean below runs/")
+        elif runs:
+            print(f"{len(gone)} removed, {total:.1f} MiB freed")
+        else:
+            print(f"{len(found)} can go, {total:.1f} MiB: ultraflux clean --runs")
+    if runs and (left := [one.path for one in found if one not in gone]):
+        raise fail("\n".join(f"{path} could not be removed: look who owns it" for path in left), 1)

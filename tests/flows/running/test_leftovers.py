@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -130,3 +132,84 @@ def test_what_a_kill_left_of_a_training_state_is_listed_and_goes(root: Path, toy
     for one in found:
         remove(toy, one)
     assert list(states.iterdir()) == []
+
+
+def cleaned(project: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """`ultraflux clean --runs`, and the commit that a run would name."""
+    code = (
+        "from flows import cli; from flows.records.provenance import provenance_tags; "
+        "import atexit, pathlib, sys; "
+        "atexit.register(lambda: print(provenance_tags(pathlib.Path())['mlflow.source.git.commit'],"
+        " file=sys.stderr)); cli.main()"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, "clean", "--runs", *options],
+        cwd=project,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_in_a_hook_of_another_repository_its_trees_and_its_commit_stay_its_own(
+    toy: Path, tmp_path: Path
+) -> None:
+    def said(folder: Path, *words: str) -> str:
+        command = ["git", *words]
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    other = tmp_path / "other"
+    other.mkdir()
+    said(other, "init", "-q")
+    who = ("-c", "user.name=t", "-c", "user.email=t@t")
+    said(other, *who, "commit", "-q", "--allow-empty", "-m", "theirs")
+    said(other, "worktree", "add", "-q", "--detach", str(tmp_path / "on-a-stick"))
+    # A disk that is not there now; Git would forget the tree at the next `prune`.
+    (tmp_path / "on-a-stick").rename(tmp_path / "away")
+    submitted(toy, "aaaa")
+    place = other / ".git"
+    env = {"GIT_DIR": place, "GIT_COMMON_DIR": place, "GIT_INDEX_FILE": place / "index"}
+    done = cleaned(toy, **{name: str(path) for name, path in env.items()}, GIT_WORK_TREE=str(other))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.split() == [said(toy, "rev-parse", "HEAD")]
+    assert "on-a-stick" in said(other, "worktree", "list")
+    assert "aaaa" not in said(toy, "worktree", "list")
+
+
+def test_a_link_goes_without_what_it_leads_to(toy: Path, tmp_path: Path) -> None:
+    big, linked = tmp_path / "big", toy / "runs" / "vae_tiles" / "linked"
+    big.mkdir()
+    (big / "kept").write_text("kept")
+    linked.parent.mkdir(parents=True)
+    linked.symlink_to(big)
+    done = cleaned(toy)
+    assert done.returncode == 0, done.stderr
+    assert "1 removed" in done.stdout
+    assert not linked.is_symlink()
+    assert (big / "kept").is_file()
+
+
+def test_what_cannot_be_removed_is_named(toy: Path) -> None:
+    if os.geteuid() == 0 and not shutil.which("chattr"):
+        pytest.skip("nothing withstands root here")
+    tile = toy / "runs" / "vae_tiles" / "cccc"
+    tile.mkdir(parents=True)
+    (tile / "shard.bin").write_bytes(b"tile")
+    (tile.parent / "dddd").mkdir()
+    hold, free = ("+i", "-i") if os.geteuid() == 0 else ("a-w", "u+w")
+    program = "chattr" if os.geteuid() == 0 else "chmod"
+    if subprocess.run([program, hold, str(tile)], capture_output=True).returncode:
+        pytest.skip("this file system has no such mark")
+    try:
+        done = cleaned(toy)
+        listed = cleaned(toy, "--json")
+    finally:
+        subprocess.run([program, free, str(tile)], check=True)
+    assert done.returncode == listed.returncode == 1
+    assert "error: runs/vae_tiles/cccc could not be removed" in done.stderr
+    assert "1 removed" in done.stdout
+    assert [(one["path"], one["removed"]) for one in json.loads(listed.stdout)] == [
+        ("runs/vae_tiles/cccc", False)
+    ]
