@@ -346,12 +346,16 @@ def has_cached_result(root: Path, name: str) -> bool:
     lock and not for those that are there.
     """
     from dvc.exceptions import DvcException
+    from dvc.stage.cache import _can_hash
 
     with open_repo(root) as repo:
         stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
         try:
             stage.save_deps()
         except DvcException:
+            return False
+        # The run cache knows no stage whose outputs persist, such as `source`, and refuses to look.
+        if not _can_hash(stage):
             return False
         entry = repo.stage_cache._load(stage) or {}
         folder = Path(repo.cache.local.path)

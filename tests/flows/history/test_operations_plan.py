@@ -76,6 +76,21 @@ def test_actions_follow_dvc_and_nothing_is_changed(project: Path) -> None:
     assert actions()["a"] == "restore"
 
 
+def test_a_stage_whose_outputs_persist_is_run_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = project / "dvc.yaml"
+    # As the listing of photographs: the stage reads what it wrote before.
+    graph.write_text(graph.read_text().replace("outs: [data/a]", "outs: [data/a: {persist: true}]"))
+    repro(project)
+    (project / "source").write_text("one photograph more\n")
+    monkeypatch.chdir(project)
+    for typed in (["plan"], ["stage", "plan"]):
+        done = CliRunner().invoke(app, typed)
+        assert done.exit_code == 0, (done.output, done.exception)
+        assert "source (modified)" in done.output
+
+
 def test_times_are_medians_of_the_same_settings_first_then_of_others(project: Path) -> None:
     seed = {"project.seed": 20260721}
     node = versioning.stage_graph(project)["a"]
