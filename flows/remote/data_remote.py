@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -72,7 +72,11 @@ def configure(root: Path) -> str:
 
 
 def _checked(url: str) -> str:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        # Not with the address: it may hold a password.
+        raise RemoteFailed(f"{REMOTE} is no address: look at what stands behind ://") from None
     # The address goes into a file, messages and MLflow tags.
     if parts.password or (parts.username and parts.scheme != "ssh"):
         raise RemoteFailed(
@@ -163,7 +167,7 @@ def patiently(root: Path, what: str, act: Callable[[Any], T]) -> T:
     Raises:
         RemoteFailed: the remote is not set up, lacks something, or stays away.
     """
-    deadline = time.monotonic() + float(os.environ.get(PATIENCE, DEFAULT_PATIENCE_S))
+    deadline = time.monotonic() + _patience_s()
     pause = FIRST_WAIT_S
     while True:
         try:
@@ -173,6 +177,14 @@ def patiently(root: Path, what: str, act: Callable[[Any], T]) -> T:
                 raise
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_WAIT_S)
+
+
+def _patience_s() -> float:
+    given = os.environ.get(PATIENCE) or str(DEFAULT_PATIENCE_S)
+    with suppress(ValueError):
+        if (seconds := float(given)) >= 0:
+            return seconds
+    raise RemoteFailed(f"{PATIENCE}={given}: give a number of seconds from 0 on")
 
 
 def _attempt(root: Path, what: str, act: Callable[[Any], T]) -> T:

@@ -22,6 +22,7 @@ def repro(root: Path) -> None:
         ("s3://key:secret@bucket/path", "credentials"),
         ("some/folder", "absolute"),
         ("/no/such/share", "no folder here"),
+        ("s3://key:secret@[bad", "no address"),
     ],
 )
 def test_a_remote_that_cannot_be_used_is_one_line_without_secrets(
@@ -35,6 +36,15 @@ def test_a_remote_that_cannot_be_used_is_one_line_without_secrets(
     assert len(done.stderr.splitlines()) == 1
     assert says in done.stderr
     assert "secret" not in done.stderr
+
+
+@pytest.mark.parametrize("given", ["soon", "-1", "nan"])
+def test_a_patience_that_is_no_time_is_one_line(
+    toy: Path, share: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv(data_remote.PATIENCE, given)
+    with pytest.raises(data_remote.RemoteFailed, match=f"{data_remote.PATIENCE}={given}: give a"):
+        data_remote.patiently(toy, "dvc pull", lambda repo: None)
 
 
 def test_without_any_remote_the_line_says_how_to_name_one(
