@@ -43,7 +43,7 @@ def ran(tmp_path: Path) -> Path:
     killed = open_record(root, replace(pipeline, started_ms=5_000))
     own_record(root, killed.record_id)
     owner = read_json(killed.folder / OWNER_FILE)
-    write_json(killed.folder / OWNER_FILE, owner | {"started": owner["started"] - 60})
+    write_json(killed.folder / OWNER_FILE, owner | {"started": owner["started"] - 60, "ticks": 1})
     return root
 
 
