@@ -35,6 +35,7 @@ SWITCHES = {
     # minutes when the server is away.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "PGCONNECT_TIMEOUT": "20",
 }
 
 GIT_PLACES = (
@@ -79,6 +80,12 @@ CODE = Path(__file__).resolve().parents[1]
 """The folder that this code was installed from, a clone where it was installed to be edited."""
 PROJECT = "ULTRAFLUX_PROJECT"
 """Names what this clone owns on a Prefect server that others use too."""
+
+
+class ProjectNameRefused(ValueError):
+    """ULTRAFLUX_PROJECT cannot be part of a name on the server; one line."""
+
+
 _PROJECT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -89,14 +96,14 @@ def project_name(root: Path) -> str:
     own (of its machine and folder), so that nobody takes what is somebody else's.
 
     Raises:
-        ValueError: ULTRAFLUX_PROJECT cannot be part of a name on the server; one line.
+        ProjectNameRefused: ULTRAFLUX_PROJECT cannot be part of a name on the server.
     """
     chosen = os.environ.get(PROJECT)
     if chosen is None:
         place = f"{socket.gethostname()}:{root.resolve()}"
         return f"ultraflux-{hashlib.sha256(os.fsencode(place)).hexdigest()[:8]}"
     if not _PROJECT_NAME.fullmatch(chosen):
-        raise ValueError(
+        raise ProjectNameRefused(
             f"{PROJECT}={chosen!r}: use 1 to 63 letters, digits, dots, dashes or underscores, and "
             "begin with a letter or digit"
         )

@@ -18,9 +18,11 @@ from components.files.whole_files import NotRegularFile
 FAILED, BAD_INPUT = 1, 2
 """Exit codes."""
 _OWN_WORDS = (
+    ("flows.environment", "ProjectNameRefused"),
     ("flows.versioning.graph", "GraphError"),
     ("flows.records.records", "TornJson"),
-    ("flows.tracking.artifact_places", "DamagedStore"),
+    ("flows.tracking.store_problems", "DamagedStore"),
+    ("flows.tracking.store_problems", "TrackingAway"),
 )
 """Exceptions of ours that are a line, by a module that is imported where one is raised."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

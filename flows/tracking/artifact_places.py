@@ -6,11 +6,11 @@ of a clone would send its artifacts to the original, and look for old ones there
 
 from __future__ import annotations
 
-import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from flows.tracking.store_problems import refuse_damaged
 from flows.tracking.tier import sqlite_file
 
 _PLACES = {
@@ -20,29 +20,8 @@ _PLACES = {
     "model_versions": ["source", "storage_location"],
 }
 """Columns by table; a store of an older MLflow has fewer of them."""
-_DAMAGED = "file is not a database|database disk image is malformed"
-
-
-class DamagedStore(RuntimeError):
-    """The store's file is no database any more; one line that says what to do."""
-
-    def __init__(self, file: Path, problem: object) -> None:
-        """Of what SQLite says of the file."""
-        super().__init__(
-            f"{file} is damaged ({problem}): `ultraflux down`, move it aside and remove "
-            "runs/records/*/mlflow.json, which name its runs; `ultraflux sync` then sends all "
-            "records again"
-        )
-
-
-def refuse_damaged(store: str, problem: Exception) -> None:
-    """Tell what MLflow's client says of a damaged file from a store that is away.
-
-    Raises:
-        DamagedStore: it is damaged.
-    """
-    if store.startswith("sqlite:") and (said := re.search(_DAMAGED, str(problem))):
-        raise DamagedStore(sqlite_file(store), said[0]) from None
+_PATIENCE_S = 15.0
+"""For who writes there now; MLflow itself takes a second at most."""
 
 
 def keep_artifacts_here(root: Path, store: str, artifacts: Path) -> None:
@@ -55,6 +34,7 @@ def keep_artifacts_here(root: Path, store: str, artifacts: Path) -> None:
 
     Raises:
         DamagedStore: the file is no database.
+        TrackingAway: another program holds it.
         sqlite3.Error: it cannot be written.
     """
     inside = artifacts.is_relative_to(root)
@@ -63,17 +43,22 @@ def keep_artifacts_here(root: Path, store: str, artifacts: Path) -> None:
     here = artifacts.as_uri()
     ending = here.removeprefix(root.as_uri())
     file = sqlite_file(store)
-    with closing(sqlite3.connect(file, timeout=60)) as database, database:
+    with closing(sqlite3.connect(file, timeout=_PATIENCE_S)) as database:
         try:
-            if not _columns(database, "experiments"):
-                return
+            with database:
+                _move_all(database, here, ending)
         except sqlite3.DatabaseError as problem:
             refuse_damaged(store, problem)
             raise
-        places = database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
-        for (place,) in places:
-            if place and place.startswith("file:") and place.endswith(ending) and place != here:
-                _move(database, place, here)
+
+
+def _move_all(database: sqlite3.Connection, here: str, ending: str) -> None:
+    if not _columns(database, "experiments"):
+        return
+    places = database.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+    for (place,) in places:
+        if place and place.startswith("file:") and place.endswith(ending) and place != here:
+            _move(database, place, here)
 
 
 def _columns(database: sqlite3.Connection, table: str) -> set[str]:

@@ -38,10 +38,16 @@ from flows.records.records import (
     write_json,
 )
 from flows.tracking import metric_feed
-from flows.tracking.artifact_places import keep_artifacts_here, refuse_damaged
+from flows.tracking.artifact_places import keep_artifacts_here
 from flows.tracking.logged_models import LoggedModels
 from flows.tracking.registry import Promotion, register
 from flows.tracking.run_pages import NOTE_TAG, pipeline_note, stage_note
+from flows.tracking.store_problems import (
+    TrackingAway,
+    ask_databases_briefly,
+    checked_address,
+    refuse_damaged,
+)
 from flows.tracking.tier import served_clients, sqlite_address, sqlite_file
 from flows.tracking.tracked_datasets import dataset_inputs
 
@@ -71,9 +77,12 @@ def tracking_uri(root: Path) -> str:
 
     MLflow's client looks for user and password in the environment alone, so those of the served
     tier are set there.
+
+    Raises:
+        TrackingAway: MLFLOW_TRACKING_URI is no address.
     """
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
-        return given
+        return checked_address(given)
     served = served_clients(root)
     if not served:
         return str(tracking_config(root)["backend_store"])
@@ -97,6 +106,7 @@ def use_store(uri: str) -> None:
     """
     import mlflow
 
+    ask_databases_briefly(uri)
     given = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     if given is None:
@@ -431,10 +441,6 @@ def sync_once(root: Path) -> int:
         return sum(1 for record in all_records(root) if record.result is None)
 
 
-class TrackingAway(RuntimeError):
-    """MLflow cannot be reached or refuses the login; one line."""
-
-
 def sync_now(root: Path) -> int:
     """`sync_once` for a person who waits.
 
@@ -443,20 +449,14 @@ def sync_now(root: Path) -> int:
         DamagedStore: it cannot read its own.
     """
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         return sync_once(root)
-    except MlflowException as problem:
+    # A module that is not there: the driver of a database.
+    except (MlflowException, SQLAlchemyError, ModuleNotFoundError) as problem:
         refuse_damaged(tracking_uri(root), problem)
-        # MLflow repeats the whole address and each library's words about it.
-        reason = str(problem).partition(" failed with exception ")[2] or str(problem)
-        reason = reason.rpartition("Caused by ")[2] or reason
-        said = " ".join(reason.split())[:200]
-        raise TrackingAway(
-            f"MLflow at {tracking_uri(root)} did not take the records ({said}): they stay in "
-            "runs/records; start it (`ultraflux up`) or set MLFLOW_TRACKING_URI, then run "
-            "`ultraflux sync` again"
-        ) from None
+        raise TrackingAway.of(tracking_uri(root), problem) from None
 
 
 def _stdin_closed(wait_s: float) -> bool:

@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pandas
@@ -25,8 +27,10 @@ from flows.records.records import (
     open_record,
     write_json,
 )
-from flows.tracking.artifact_places import DamagedStore, refuse_damaged
+from flows.services import servers
+from flows.tracking import artifact_places
 from flows.tracking.registry import Promotion
+from flows.tracking.store_problems import DamagedStore, TrackingAway, refuse_damaged
 from flows.tracking.uploader import Uploader, sync_now, tracking_uri
 
 
@@ -352,3 +356,44 @@ def test_a_damaged_store_is_one_line_and_what_it_says_to_do_sends_everything_aga
         refuse_damaged(
             tracking_uri(toy), ValueError("(sqlite3) database disk image is malformed [SQL]")
         )
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://[bad", "MLFLOW_TRACKING_URI is no address"),
+        ("postgresql://u:secret@127.0.0.1:x/x", "MLFLOW_TRACKING_URI is no address"),
+        ("postgresql+psycopg://u:secret@127.0.0.1:1/x", "MLflow at postgresql+psycopg://127.0.0.1"),
+        ("mysql+nosuch://127.0.0.1:1/x", "MLflow at mysql+nosuch://127.0.0.1"),
+    ],
+)
+def test_a_store_that_cannot_be_asked_is_one_line_soon(
+    toy: Path, address: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    done = subprocess.run(
+        ["ultraflux", "sync"], cwd=toy, capture_output=True, text=True, timeout=90
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith(f"error: {said}")
+    assert "secret" not in done.stderr
+
+
+def test_a_store_that_another_program_holds_is_one_line(
+    toy: Path, give_store: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_store(toy)
+    store = toy / "runs" / "services" / "mlflow.db"
+    monkeypatch.setattr(artifact_places, "_PATIENCE_S", 0.2)
+    with closing(sqlite3.connect(store)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(TrackingAway, match=r"mlflow\.db is locked by another") as found:
+            sync_now(toy)
+        assert refusal(found.value, []) == (str(found.value), FAILED)
+        with pytest.raises(TrackingAway, match=r"mlflow\.db is locked by another"):
+            servers.up(toy, prefect_port=servers.free_port(), mlflow_port=servers.free_port())
+    assert servers.known_services(toy) == []
+    sync_now(toy)
+    # A lock that only a later question meets comes in MLflow's words.
+    with pytest.raises(TrackingAway, match=r"mlflow\.db is locked"):
+        refuse_damaged(tracking_uri(toy), ValueError("(sqlite3) database is locked [SQL]"))
