@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 
 POLL_S = 1.0
 ANSWER_S = 5.0
@@ -40,7 +41,7 @@ def watch_server(api_url: str) -> Iterator[threading.Event]:
             try:
                 # Anything that it says, a refusal included, is a sign of life.
                 urllib.request.urlopen(f"{api_url}/health", timeout=ANSWER_S).close()
-            except urllib.error.HTTPError:
+            except (urllib.error.HTTPError, HTTPException):
                 refusals, heard = 0, time.monotonic()
             except OSError as problem:
                 refused = isinstance(getattr(problem, "reason", problem), ConnectionError)

@@ -66,6 +66,17 @@ def read_fields(cls: type[_Kind], path: Path) -> _Kind | None:
         return None
 
 
+def read_list(cls: type[_Kind], path: Path) -> list[_Kind]:
+    """As `read_fields`, of a list of them: what has another shape is said, the others count."""
+    found = []
+    for values in read_fields(list, path) or []:
+        try:
+            found.append(from_json(cls, values, path))
+        except TornJson as problem:
+            _say_missing(path, problem)
+    return found
+
+
 def _say_missing(path: Path, problem: TornJson) -> None:
     if path not in _said_torn:
         _said_torn.add(path)

@@ -47,8 +47,7 @@ def embedded_prefect(root: Path) -> Iterator[dict[str, str]]:
         return
     running = {service.name: service for service in running_services(root)}
     if "prefect" in running:
-        port = int(running["prefect"].url.rsplit(":", 1)[1])
-        environment = prefect_environment(root, port)
+        environment = prefect_environment(root, running["prefect"].port)
         os.environ.update(environment)
         yield environment
         return

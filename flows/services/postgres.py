@@ -22,7 +22,8 @@ from typing import Any
 
 import psutil
 
-from flows.services.servers import Service, ServiceError, is_running, start_daemon, stop_service
+from flows.services.clone_processes import is_running
+from flows.services.servers import Service, ServiceError, start_daemon, stop_service
 from flows.tracking.tier import DATABASES, LOOPBACK, SUPERUSER, Secrets, services_dir
 
 START_TIMEOUT_S = 60.0
@@ -213,7 +214,7 @@ def _connect(service: Service, known: Secrets) -> Any:
 
     return psycopg.connect(
         host=LOOPBACK,
-        port=int(service.url.rsplit(":", 1)[1]),
+        port=service.port,
         user=SUPERUSER,
         password=known.superuser,
         dbname="postgres",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import urllib.error
 import urllib.request
 from base64 import b64encode
+from http.client import HTTPException
 from pathlib import Path
 
 from flows.services.servers import ServiceError, prefect_environment, running_services
@@ -13,6 +15,8 @@ from flows.services.servers import ServiceError, prefect_environment, running_se
 API_URL = "PREFECT_API_URL"
 ANSWER_TIMEOUT_S = 10.0
 LOGIN_REFUSED = {401, 403}
+_LONGEST_VERSION = 1000
+"""Bytes."""
 
 
 def _with_login(url: str) -> urllib.request.Request:
@@ -33,7 +37,7 @@ def connect_to_prefect(root: Path | None) -> str:
         The API address.
 
     Raises:
-        ServiceError: no server is named, or it does not answer.
+        ServiceError: no server is named, it does not answer, or what answers is another program.
     """
     if root is not None:
         for service in running_services(root):
@@ -42,7 +46,7 @@ def connect_to_prefect(root: Path | None) -> str:
                 None,
                 f"{service.url}/api",
             }:
-                os.environ.update(prefect_environment(root, int(service.url.rsplit(":", 1)[1])))
+                os.environ.update(prefect_environment(root, service.port))
     if API_URL not in os.environ:
         raise ServiceError(
             "no Prefect server: start one with `ultraflux up --workers`, or set PREFECT_API_URL"
@@ -51,8 +55,10 @@ def connect_to_prefect(root: Path | None) -> str:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=ANSWER_TIMEOUT_S):
             pass
-        with urllib.request.urlopen(_with_login(f"{url}/admin/version"), timeout=ANSWER_TIMEOUT_S):
-            return url
+        asked = _with_login(f"{url}/admin/version")
+        with urllib.request.urlopen(asked, timeout=ANSWER_TIMEOUT_S) as answer:
+            if _is_version(answer.read(_LONGEST_VERSION)):
+                return url
     except urllib.error.HTTPError as problem:
         if problem.code in LOGIN_REFUSED:
             raise ServiceError(
@@ -61,8 +67,22 @@ def connect_to_prefect(root: Path | None) -> str:
                 "or set PREFECT_API_AUTH_STRING"
             ) from None
         raise ServiceError(f"PREFECT_API_URL = {url}: the server says {problem}") from None
-    except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError) as problem:
+    except HTTPException:
+        pass
+    except (OSError, ValueError) as problem:
         reason = getattr(problem, "reason", problem)
         raise ServiceError(
             f"PREFECT_API_URL = {url}: no Prefect server answers ({reason})"
         ) from None
+    raise ServiceError(
+        f"PREFECT_API_URL = {url}: what answers there is no Prefect server; its API's address ends "
+        "with /api"
+    )
+
+
+def _is_version(answer: bytes) -> bool:
+    """Whether it is what a Prefect server says of its version: a string of JSON."""
+    try:
+        return isinstance(json.loads(answer), str)
+    except ValueError:
+        return False

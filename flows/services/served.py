@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from components.files.install_hints import install_hint
+from flows.environment import project_name
 from flows.services import postgres
 from flows.services import servers as services
 from flows.services.servers import Service, ServiceError
@@ -43,6 +44,7 @@ def up(root: Path, tier: ServedTier) -> list[Service]:
     Raises:
         ServiceError: something is not installed, a port is taken, or a server does not come up
             (then those that this call started are stopped again).
+        ProjectNameRefused: the clients' file would name no project.
     """
     if missing := missing_packages():
         raise ServiceError(
@@ -50,10 +52,11 @@ def up(root: Path, tier: ServedTier) -> list[Service]:
             f"as locked, or {install_hint('serve')}"
         )
     # Looked for before anything is started, or written down.
+    project_name(root)
     postgres.find_programs()
     with services.up_lock(root):
         services.end_orphans(root)
-        services.refuse_forgotten(root)
+        services.refuse_unknown(root)
         running = {service.name: service for service in services.running_services(root)}
         _check(root, running, tier)
         known = use_served(root, tier)

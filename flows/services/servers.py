@@ -9,25 +9,36 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import signal
 import socket
-import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from flows.records.records import read_json, write_json
-from flows.services.clone_processes import daemons_in, works_in
+from flows.environment import project_name
+from flows.records.records import read_list, write_json
+from flows.services.clone_processes import (
+    MARK,
+    daemons_in,
+    hidden,
+    is_alive,
+    is_ours,
+    is_running,
+    orphans,
+    start_detached,
+    wait_or_kill,
+)
 from flows.tracking.tier import LOOPBACK as HOST
 from flows.tracking.tier import (
     embedded_clients,
@@ -45,7 +56,6 @@ from flows.tracking.tier import services_dir as services_dir
 from flows.tracking.uploader import keep_own_artifacts_here, tracking_config
 
 START_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 15.0
 DEFAULT_PORTS = {"prefect": 4200, "mlflow": 5000}
 _PROGRAMS = {
     "postgres": "postgres -D",
@@ -71,6 +81,26 @@ class Service:
     url: str
     pid: int
     log: str
+    mark: str = ""
+    """Of it and of all that it starts (`clone_processes.MARK`); notes of older code have none."""
+
+    def __post_init__(self) -> None:
+        """Refuse notes that name no process or no port.
+
+        Raises:
+            ValueError: so it is.
+        """
+        if self.pid < 1 or not self.url.rpartition(":")[2].isdecimal():
+            raise ValueError(f"no process {self.pid} or no port in {self.url}")
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.url.rpartition(":")[2])
+
+
+NO_ANSWER = (OSError, HTTPException)
+"""What Python raises where nothing answers, or something else than a server of ours does."""
 
 
 def port_is_free(port: int, host: str = HOST) -> bool:
@@ -210,17 +240,12 @@ def wait_until_healthy(name: str, url: str, alive: psutil.Process | None, log: P
             with urllib.request.urlopen(url, timeout=2) as answer:
                 if answer.status == 200:
                     return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
+        except NO_ANSWER:
             pass
         if alive is not None and not is_running(alive):
             raise ServiceEnded(f"{name} ended while starting; see {log}")
         time.sleep(0.2)
     raise ServiceError(f"{name} did not answer at {url} within {START_TIMEOUT_S:.0f} s; see {log}")
-
-
-def is_running(process: psutil.Process) -> bool:
-    """Whether a process still works (a zombie does not)."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def health_url(service: Service) -> str | None:
@@ -271,10 +296,12 @@ def up(
     Raises:
         ServiceError: a port is taken, a server runs on another one, or a server does not come up
             (the other is stopped again).
+        ProjectNameRefused: the clients' file would name no project.
     """
+    project_name(root)
     with up_lock(root):
         end_orphans(root)
-        refuse_forgotten(root)
+        refuse_unknown(root)
         running = {service.name: service for service in running_services(root)}
         given = {"prefect": prefect_port, "mlflow": mlflow_port}
         refuse_one_port({n: given[n] or DEFAULT_PORTS[n] for n in given if n not in running})
@@ -304,48 +331,45 @@ def up(
                     started.append(start_daemon(root, name, url, command, extra))
                     remember(root, started[-1])
             wait_for_all([*running.values(), *started])
+            servers = sorted([*running.values(), *started], key=lambda service: service.name)
+            addresses = {service.name: service.url for service in servers}
+            write_clients(root, embedded_clients(root, addresses["prefect"], addresses["mlflow"]))
         except BaseException:
             stop(root, started)
             raise
-        servers = sorted([*running.values(), *started], key=lambda service: service.name)
-        addresses = {service.name: service.url for service in servers}
-        write_clients(root, embedded_clients(root, addresses["prefect"], addresses["mlflow"]))
         return servers
 
 
 def down(root: Path) -> list[Service]:
-    """Stop what `up` started, the last one first; returns what was stopped."""
+    """Stop what `up` started, the last one first; returns what was stopped.
+
+    What may not be looked at stays as it is, noted (`hidden_services`).
+    """
     with up_lock(root):
         services, forgotten = running_services(root)[::-1], forgotten_services(root)[::-1]
         stop(root, services)
         for service in forgotten:
             stop_service(service)
         end_orphans(root)
-        _state(root).unlink(missing_ok=True)
+        if left := hidden_services(root):
+            write_json(_state(root), [asdict(service) for service in left])
+        else:
+            _state(root).unlink(missing_ok=True)
         return [*services, *forgotten]
 
 
 def end_orphans(root: Path) -> None:
-    """Kill what servers that died have left behind, whose workers hold the port of the next one.
-
-    Each was started as the leader of a session, and no number is given anew while a session has it:
-    what is left in one without a leader, and works in this clone, is ours.
-    """
-    dead = {one.pid for one in known_services(root) if not _is_alive(one.pid)}
+    """Kill what servers that died have left behind, whose workers hold the port of the next one."""
+    dead = {one.pid: one for one in known_services(root) if one.mark and not is_alive(one.pid)}
     left = []
-    for process in psutil.process_iter() if dead else ():
-        with suppress(OSError, psutil.Error):
-            if os.getsid(process.pid) in dead and Path(process.cwd()).is_relative_to(root):
-                process.kill()
-                left.append(process)
-    psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return is_running(psutil.Process(pid))
-    except psutil.Error:
-        return False
+    for process, leader in orphans(root, {pid: one.mark for pid, one in dead.items()}):
+        with suppress(psutil.Error):
+            command = " ".join(process.cmdline())[:80]
+            process.kill()
+            left.append(process)
+            name = dead[leader].name
+            print(f"{name} had died: its process {process.pid} was ended ({command})", flush=True)
+    wait_or_kill(left)
 
 
 def stop(root: Path, services: Iterable[Service]) -> None:
@@ -364,12 +388,17 @@ def remember(root: Path, service: Service) -> None:
 
 def known_services(root: Path) -> list[Service]:
     """Servers from `up` in the order of their start, whether they still run or not."""
-    return [Service(**values) for values in read_json(_state(root)) or []]
+    return read_list(Service, _state(root))
 
 
 def running_services(root: Path) -> list[Service]:
     """Servers from `up` whose process is still there."""
     return [service for service in known_services(root) if _owns(root, service)]
+
+
+def hidden_services(root: Path) -> list[Service]:
+    """Servers from `up` that may not be looked at: another account's, or a container's."""
+    return [service for service in known_services(root) if _owns(root, service) is None]
 
 
 def forgotten_services(root: Path) -> list[Service]:
@@ -395,12 +424,16 @@ def _value(command: list[str], *options: str) -> str | None:
     return next((value for name, value in pairwise(command) if name in options), None)
 
 
-def refuse_forgotten(root: Path) -> None:
-    """Before a start: passwords and databases of such servers have gone with the notes.
+def refuse_unknown(root: Path) -> None:
+    """Before a start: servers that may not be looked at, or whose notes have gone.
+
+    With the notes their passwords and databases have.
 
     Raises:
         ServiceError: there are some.
     """
+    for service in hidden_services(root):
+        raise ServiceError(hidden(service.name, service.pid))
     if forgotten := forgotten_services(root):
         names = " and ".join(f"{service.name} at {service.url}" for service in forgotten)
         raise ServiceError(
@@ -417,15 +450,10 @@ def _state(root: Path) -> Path:
     return services_dir(root) / "services.json"
 
 
-def _owns(root: Path, service: Service) -> bool:
-    """Whether the pid is still our server: pids are reused, and a copied clone has our notes."""
-    try:
-        process = psutil.Process(service.pid)
-        command = " ".join(process.cmdline()) if works_in(process, root) else ""
-    except psutil.Error:
-        return False
-    # The port as well: another clone's server may have got the number.
-    return _PROGRAMS[service.name] in command and service.url.rsplit(":", 1)[1] in command
+def _owns(root: Path, service: Service) -> bool | None:
+    """As `is_ours`; the port as well: another clone's server may have got the number."""
+    program = _PROGRAMS.get(service.name)
+    return program is not None and is_ours(service.pid, root, [program, str(service.port)])
 
 
 def start_daemon(
@@ -446,36 +474,10 @@ def start_daemon(
         extra: environment variables beside this process's own.
         options: further arguments of `subprocess.Popen`.
     """
-    log = _log(root, name)
-    pid = start_detached(command, log, os.environ | dict(extra), **({"cwd": root} | options))
-    return Service(name, url, pid, str(log))
-
-
-def start_detached(
-    command: Sequence[str], log: Path, env: Mapping[str, str], **options: Any
-) -> int:
-    """Start a program that outlives this one and return its process id.
-
-    Args:
-        command: program and arguments.
-        log: gets what it says, after what stands there.
-        env: its environment.
-        options: further arguments of `subprocess.Popen`.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            # A process that ignores SIGINT would hand that on.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-            **options,
-        )
-    return process.pid
+    log, mark = _log(root, name), secrets.token_hex(16)
+    env = os.environ | dict(extra) | {MARK: mark}
+    pid = start_detached(command, log, env, **({"cwd": root} | options))
+    return Service(name, url, pid, str(log), mark)
 
 
 def stop_service(service: Service) -> None:
@@ -493,7 +495,4 @@ def stop_service(service: Service) -> None:
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-    _, left = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
-    for process in left:
-        process.kill()
-    psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)
+    wait_or_kill(family)

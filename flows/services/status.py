@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +16,19 @@ from flows.records.owners import close_ownerless
 from flows.records.records import all_records, read_json
 from flows.services import postgres
 from flows.services import servers as services
+from flows.services.clone_processes import hidden
 from flows.services.servers import Service
-from flows.services.workers import forgotten_workers, known_workers, running_workers
+from flows.services.workers import (
+    forgotten_workers,
+    hidden_workers,
+    known_workers,
+    running_workers,
+)
 from flows.tracking.tier import own_secrets, served_tier
 
 PATIENCE_S = 5.0
-State = Literal["healthy", "no answer", "died"]
+State = Literal["healthy", "no answer", "died", "unknown"]
+"""Unknown: this account may not look."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class WorkerStatus:
     """One worker of this clone."""
 
     pool: str
-    state: Literal["runs", "died"]
+    state: Literal["runs", "died", "unknown"]
     pid: int
     log: str
 
@@ -64,10 +70,7 @@ class Status:
     def well(self) -> bool:
         """Whether every server that was started answers, and every worker runs."""
         servers_well = all(server.state == "healthy" for server in self.servers)
-        return servers_well and not self._dead_workers()
-
-    def _dead_workers(self) -> list[WorkerStatus]:
-        return [worker for worker in self.workers if worker.state == "died"]
+        return servers_well and all(worker.state == "runs" for worker in self.workers)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -95,8 +98,15 @@ class Status:
             console.print(
                 f"worker {worker.pool}: {worker.state} (pid {worker.pid}, log: {worker.log})"
             )
-        if not self.well:
-            again = "ultraflux up --workers" if self._dead_workers() else "ultraflux up"
+        for server in self.servers:
+            if server.state == "unknown":
+                console.print(hidden(server.name, server.pid or 0))
+        for worker in self.workers:
+            if worker.state == "unknown":
+                console.print(hidden(f"worker {worker.pool}", worker.pid))
+        dead_workers = any(worker.state == "died" for worker in self.workers)
+        if dead_workers or any(one.state in {"died", "no answer"} for one in self.servers):
+            again = "ultraflux up --workers" if dead_workers else "ultraflux up"
             console.print(f"Start what died with: {again}")
         if self.unsent:
             console.print(f"{self.unsent} ended runs wait for MLflow: ultraflux sync")
@@ -108,13 +118,22 @@ def examine(root: Path) -> Status:
     forgotten = services.forgotten_services(root)
     known = [*services.known_services(root), *forgotten]
     owned = {*services.running_services(root), *forgotten}
+    unseen = services.hidden_services(root)
     with ThreadPoolExecutor() as pool:
-        servers = list(pool.map(lambda one: _examine(root, one, one in owned), known))
+        servers = list(
+            pool.map(
+                lambda one: _unknown(one) if one in unseen else _examine(root, one, one in owned),
+                known,
+            )
+        )
     tier: Literal["embedded", "served"] = "embedded" if served_tier(root) is None else "served"
     lost = forgotten_workers(root)
-    running = {*running_workers(root), *lost}
+    states: dict[Any, Literal["runs", "died", "unknown"]] = {
+        **dict.fromkeys([*running_workers(root), *lost], "runs"),
+        **dict.fromkeys(hidden_workers(root), "unknown"),
+    }
     workers = [
-        WorkerStatus(one.pool, "runs" if one in running else "died", one.pid, one.log)
+        WorkerStatus(one.pool, states.get(one, "died"), one.pid, one.log)
         for one in [*known_workers(root), *lost]
     ]
     return Status(tier, servers, workers, unsent_records(root))
@@ -128,6 +147,12 @@ def unsent_records(root: Path) -> int:
         state = read_json(record.folder / "mlflow.json") or {}
         count += result is not None and state.get("ended_ms") != result.ended_ms
     return count
+
+
+def _unknown(service: Service) -> ServiceStatus:
+    return ServiceStatus(
+        *(service.name, "unknown", service.url, service.pid), None, None, service.log
+    )
 
 
 def _examine(root: Path, service: Service, runs: bool) -> ServiceStatus:
@@ -153,7 +178,7 @@ def _answers(root: Path, service: Service) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
+    except services.NO_ANSWER:
         return False
 
 

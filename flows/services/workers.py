@@ -12,13 +12,19 @@ from pathlib import Path
 import psutil
 
 from flows.environment import PROJECT, pool_name, project_name
-from flows.records.records import read_json, write_json
-from flows.services.clone_processes import daemons_in, works_in
-from flows.services.servers import ServiceError, services_dir, start_detached
+from flows.records.records import read_list, write_json
+from flows.services.clone_processes import (
+    daemons_in,
+    hidden,
+    is_alive,
+    is_ours,
+    start_detached,
+    wait_or_kill,
+)
+from flows.services.servers import ServiceError, services_dir
 
 POOLS = ("pipelines", "cpu", "gpu")
 START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 15.0
 QUERY_S = "2"
 """How often a worker asks for work; Prefect's default of 10 s would be most of a stage's delay."""
 
@@ -31,6 +37,15 @@ class Worker:
     name: str
     pid: int
     log: str
+
+    def __post_init__(self) -> None:
+        """Refuse notes that name no process.
+
+        Raises:
+            ValueError: so it is.
+        """
+        if self.pid < 1:
+            raise ValueError(f"no process {self.pid}")
 
 
 def worker_environment(root: Path) -> dict[str, str]:
@@ -74,8 +89,11 @@ def start_workers(
         limit: flow runs that each takes at once; None: as many as its pool gives.
 
     Raises:
-        ServiceError: a worker ends at once or does not come online; those started are stopped.
+        ServiceError: a worker ends at once or does not come online; those started are stopped. Or
+            one of those before may not be looked at.
     """
+    for worker in hidden_workers(root):
+        raise ServiceError(hidden(f"worker {worker.pool}", worker.pid))
     known = running_workers(root)
     started: list[Worker] = []
     for pool in pools:
@@ -93,10 +111,16 @@ def start_workers(
 
 
 def stop_workers(root: Path) -> list[Worker]:
-    """Stop the workers of this clone and the runs they have begun; returns them."""
+    """Stop the workers of this clone and the runs they have begun; returns them.
+
+    What may not be looked at stays as it is, noted (`hidden_workers`).
+    """
     workers = [*running_workers(root), *forgotten_workers(root)]
     _stop(workers)
-    _state(root).unlink(missing_ok=True)
+    if left := hidden_workers(root):
+        write_json(_state(root), [asdict(worker) for worker in left])
+    else:
+        _state(root).unlink(missing_ok=True)
     return workers
 
 
@@ -105,9 +129,14 @@ def running_workers(root: Path) -> list[Worker]:
     return [worker for worker in known_workers(root) if _is_ours(root, worker)]
 
 
+def hidden_workers(root: Path) -> list[Worker]:
+    """Workers from `start_workers` that may not be looked at: another account's, a container's."""
+    return [worker for worker in known_workers(root) if _is_ours(root, worker) is None]
+
+
 def known_workers(root: Path) -> list[Worker]:
     """Workers that were started and not stopped, whether they still run or not."""
-    return [Worker(**values) for values in read_json(_state(root)) or []]
+    return read_list(Worker, _state(root))
 
 
 def forgotten_workers(root: Path) -> list[Worker]:
@@ -133,13 +162,8 @@ def _state(root: Path) -> Path:
     return services_dir(root) / "workers.json"
 
 
-def _is_ours(root: Path, worker: Worker) -> bool:
-    """Whether the pid is still that worker, in this clone (pids are reused, folders copied)."""
-    try:
-        process = psutil.Process(worker.pid)
-        return worker.name in process.cmdline() and works_in(process, root)
-    except psutil.Error:
-        return False
+def _is_ours(root: Path, worker: Worker) -> bool | None:
+    return is_ours(worker.pid, root, [f" {worker.name} "])
 
 
 def _start(root: Path, pool: str, limit: int | None) -> Worker:
@@ -159,7 +183,7 @@ def _wait_until_online(root: Path, workers: list[Worker]) -> None:
     with get_client(sync_client=True) as client:
         while waiting:
             for worker in list(waiting):
-                if not _is_ours(root, worker) or _has_ended(worker.pid):
+                if not _is_ours(root, worker) or not is_alive(worker.pid):
                     raise ServiceError(
                         f"worker {worker.pool} ended while starting; see {worker.log}"
                     )
@@ -177,13 +201,6 @@ def _wait_until_online(root: Path, workers: list[Worker]) -> None:
                 time.sleep(0.3)
 
 
-def _has_ended(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return True
-
-
 def _stop(workers: list[Worker]) -> None:
     """SIGTERM to the workers, which stop their runs; then whatever of their families is left."""
     family: list[psutil.Process] = []
@@ -196,7 +213,4 @@ def _stop(workers: list[Worker]) -> None:
             parent.terminate()
         except psutil.NoSuchProcess:
             continue
-    _, left = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
-    for process in left:
-        process.kill()
-    psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)
+    wait_or_kill(family)

@@ -24,12 +24,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 from urllib.parse import quote, unquote
 
 from flows.environment import PROJECT, project_name
-from flows.records.records import TornJson, read_whole_json, write_json
+from flows.records.records import TornJson, from_json, read_whole_json, write_json
 
+_Kind = TypeVar("_Kind")
 LOOPBACK = "127.0.0.1"
 SUPERUSER = "postgres"
 DATABASES = {"prefect": "prefect", "mlflow": "mlflow", "mlflow_auth": "mlflow"}
@@ -116,11 +117,11 @@ class Secrets:
 
 def served_tier(root: Path) -> ServedTier | None:
     """The served tier of this project; None: the project is embedded."""
-    values = _read(
+    return _read(
+        ServedTier,
         services_dir(root) / "served.json",
         "remove it, then run `ultraflux up --served` (or --embedded) again with its options",
     )
-    return ServedTier(**values) if values else None
 
 
 def use_served(root: Path, tier: ServedTier) -> Secrets:
@@ -144,23 +145,27 @@ def own_secrets(root: Path) -> Secrets:
         "restore it from a backup, or run `ultraflux down` and remove it with mlflow-users.db "
         "beside it; the databases of the served tier open with these passwords alone"
     )
-    if (known := _read(path, lost)) is None:
+    known = _read(Secrets, path, lost)
+    if known is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn = {item.name: secrets.token_urlsafe(24) for item in fields(Secrets)}
         # Two commands may come first at the same time: one of them wins, for both.
         _write_private(path, json.dumps(drawn, indent=1), replace=False)
-        known = _read(path, lost)
-    return Secrets(**known)
+        known = _read(Secrets, path, lost)
+    if known is None:
+        raise TornJson(f"{path} holds nothing: {lost}")
+    return known
 
 
-def _read(path: Path, remedy: str) -> Any:
+def _read(cls: type[_Kind], path: Path, remedy: str) -> _Kind | None:
     """A file that must not count as missing: another tier or other passwords would be used.
 
     Raises:
-        TornJson: it is not whole; says what to do.
+        TornJson: it is not whole, or of another shape; says what to do.
     """
     try:
-        return read_whole_json(path)
+        values = read_whole_json(path)
+        return None if values is None else from_json(cls, values, path)
     except TornJson as problem:
         raise TornJson(f"{problem}: {remedy}") from None
 

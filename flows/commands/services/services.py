@@ -142,14 +142,22 @@ def _tier(root: Path, before: ServedTier | None, given: dict[str, object]) -> Se
 
 def down() -> None:
     """Stop the servers that `ultraflux up` started, their workers first."""
+    from flows.services.clone_processes import hidden
     from flows.services.servers import down as stop
-    from flows.services.workers import stop_workers
+    from flows.services.servers import hidden_services
+    from flows.services.workers import hidden_workers, stop_workers
 
-    for worker in stop_workers(project_root()):
+    root = project_root()
+    for worker in stop_workers(root):
         print(f"stopped worker {worker.pool}")
-    stopped = stop(project_root())
-    print("\n".join(f"stopped {s.name} ({s.url})" for s in stopped) or "nothing was running")
-    _say_what_is_left(project_root())
+    stopped = stop(root)
+    left = [hidden(f"worker {one.pool}", one.pid) for one in hidden_workers(root)]
+    left += [hidden(one.name, one.pid) for one in hidden_services(root)]
+    if stopped or not left:
+        print("\n".join(f"stopped {s.name} ({s.url})" for s in stopped) or "nothing was running")
+    _say_what_is_left(root)
+    if left:
+        raise fail("\n".join(left), 1)
 
 
 def _say_what_is_left(root: Path) -> None:

@@ -21,6 +21,7 @@ import yaml
 from flows.records.records import all_records, read_json
 from flows.services import postgres, served
 from flows.services import servers as services
+from flows.services.clone_processes import is_running
 from flows.tracking import tier
 from flows.versioning import graph as versioning
 
@@ -290,7 +291,7 @@ def test_down_leaves_no_process_and_no_port_and_up_brings_everything_back(
     # What lies below runs/ is said last.
     stopped = [line for line in said if line.startswith("stopped")]
     assert stopped[-1].startswith("stopped postgres")
-    assert not any(services.is_running(member) for member in families if member.is_running())
+    assert not any(is_running(member) for member in families if member.is_running())
     ports = (project.tier.prefect_port, project.tier.mlflow_port, project.tier.postgres_port)
     assert all(services.port_is_free(port) for port in ports)
     log = (project.root / "runs" / "logs" / "postgres-server.log").read_text()

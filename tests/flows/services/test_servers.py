@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from flows.records.records import write_json
 from flows.running.guarded_process import GuardedProcess
 from flows.services import servers as services
 from flows.services import workers
+from flows.services.clone_processes import is_running, start_detached
 from flows.services.status import examine
 from flows.tracking import tier
 
@@ -216,7 +218,7 @@ def begin_sleeper(root: Path, *arguments: str) -> psutil.Process:
     """A process that lasts, with these words on its command line, as `up` starts its own."""
     command = [sys.executable, "-c", "import time; time.sleep(600)", *arguments]
     log = root.parent / "sleeper.log"
-    return psutil.Process(services.start_detached(command, log, dict(os.environ), cwd=root))
+    return psutil.Process(start_detached(command, log, dict(os.environ), cwd=root))
 
 
 def test_a_copied_clone_owns_nothing_of_the_original_and_a_moved_one_all(
@@ -233,13 +235,13 @@ def test_a_copied_clone_owns_nothing_of_the_original_and_a_moved_one_all(
         assert services.running_services(copy) == []
         assert services.down(copy) == []
         assert workers.stop_workers(copy) == []
-        assert services.is_running(server)
-        assert services.is_running(worker)
+        assert is_running(server)
+        assert is_running(worker)
         moved = toy.rename(tmp_path / "moved")
         assert [one.pid for one in workers.stop_workers(moved)] == [worker.pid]
         assert [one.pid for one in services.down(moved)] == [server.pid]
-        assert not services.is_running(server)
-        assert not services.is_running(worker)
+        assert not is_running(server)
+        assert not is_running(worker)
     finally:
         for process in (server, worker):
             with suppress(psutil.NoSuchProcess):
@@ -311,3 +313,174 @@ def test_a_reused_pid_is_not_taken_for_a_server(toy: Path) -> None:
 def test_commands_bind_to_loopback_only(toy: Path, name: str) -> None:
     command = services.prefect_command(1) if name == "prefect" else services.mlflow_command(toy, 1)
     assert command[command.index("--host") + 1] == "127.0.0.1"
+
+
+def command(
+    project: Path, *words: str, before: tuple[str, ...] = (), **env: str
+) -> subprocess.CompletedProcess[str]:
+    """`ultraflux ...` in a project."""
+    return subprocess.run(
+        [*before, sys.executable, "-m", "flows.cli", *words],
+        cwd=project,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+    )
+
+
+def note(project: Path, name: str, text: str) -> Path:
+    place = tier.services_dir(project) / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(text)
+    return place
+
+
+def test_a_persons_job_in_a_session_of_a_servers_number_goes_on(toy: Path) -> None:
+    """Numbers of processes are given anew: after a restart a server's is that of a shell."""
+    shell = subprocess.Popen(
+        ["sh", "-c", "sleep 300 >&- & echo $!"],
+        cwd=toy,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    job = psutil.Process(int(shell.communicate(timeout=60)[0]))
+    try:
+        for mark in ("", "0" * 32):
+            url = "http://127.0.0.1:51234"
+            services.remember(toy, services.Service("mlflow", url, shell.pid, "", mark))
+            done = command(toy, "down")
+            assert (done.returncode, done.stdout) == (0, "nothing was running\n")
+            assert is_running(job)
+    finally:
+        job.kill()
+
+
+def test_servers_that_may_not_be_looked_at_stay_noted_and_are_no_success(toy: Path) -> None:
+    blind = ("setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace")
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("only root can look away")
+    server = begin_sleeper(toy, "-m mlflow server", "--port", "51234")
+    worker = begin_sleeper(toy, "machine-gpu-1")
+    services.remember(toy, services.Service("mlflow", "http://127.0.0.1:51234", server.pid, ""))
+    known = [asdict(workers.Worker("gpu", "machine-gpu-1", worker.pid, ""))]
+    write_json(services.services_dir(toy) / "workers.json", known)
+    unseen = {f"mlflow (process {server.pid})", f"worker gpu (process {worker.pid})"}
+    try:
+        for typed in ("status", "down"):
+            done = command(toy, typed, before=blind)
+            assert done.returncode == 1
+            lines = (done.stdout + done.stderr).splitlines()
+            said = {line.removeprefix("error: ").partition(" may not")[0] for line in lines}
+            assert unseen <= said, lines
+            assert "died" not in done.stdout
+            assert "nothing was running" not in done.stdout
+        done = command(toy, "up", before=blind)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "mlflow (process" in done.stderr
+        assert [one.pid for one in workers.stop_workers(toy)] == [worker.pid]
+        assert [one.pid for one in services.down(toy)] == [server.pid]
+    finally:
+        for process in (server, worker):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+@pytest.mark.parametrize("options", [[], ["--served"]])
+def test_a_project_name_that_is_none_is_refused_before_anything_starts(
+    toy: Path, options: list[str]
+) -> None:
+    done = command(toy, "up", *options, ULTRAFLUX_PROJECT="my project")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "ULTRAFLUX_PROJECT='my project': use 1 to 63 letters" in done.stderr
+    assert services.known_services(toy) == []
+    assert not (toy / "runs" / "logs").exists()
+
+
+SERVICE = '{"name": "mlflow", "url": "http://127.0.0.1:1", "pid": 4194305, "log": ""}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("services.json", "[1]"),
+        ("services.json", '{"name": "prefect"}'),
+        ("services.json", '[{"name": "prefect"}]'),
+        ("services.json", SERVICE.replace(":1", "").join("[]")),
+        ("services.json", SERVICE.replace("4194305", "-1").join("[]")),
+        ("workers.json", "[1]"),
+        ("workers.json", '[{"pool": "gpu", "name": "x", "pid": 0, "log": ""}]'),
+    ],
+)
+def test_notes_of_another_shape_count_as_missing_and_are_named(
+    toy: Path, name: str, text: str
+) -> None:
+    place = note(toy, name, text)
+    for typed in ("status", "down"):
+        done = command(toy, typed)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"{place}: ")
+        assert "counts as missing" in done.stderr
+    assert not place.exists()
+
+
+def test_an_entry_of_another_shape_costs_itself_alone(toy: Path) -> None:
+    newer = SERVICE.replace("}", ', "newer": 1}')
+    note(toy, "services.json", f"[1, {newer}, null]")
+    assert [service.name for service in services.known_services(toy)] == ["mlflow"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("served.json", '{"prefect_port": 1}', "postgres_port: Field required"),
+        ("secrets.json", '{"superuser": "x"}', "prefect_database: Field required"),
+        ("secrets.json", "null", "holds nothing"),
+    ],
+)
+def test_a_tier_or_passwords_of_another_shape_are_one_line_and_down_works(
+    toy: Path, name: str, text: str, said: str
+) -> None:
+    place = note(toy, name, text)
+    ports = [str(services.free_port()) for _ in range(2)]
+    done = command(toy, "up", "--prefect-port", ports[0], "--mlflow-port", ports[1])
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert str(place) in done.stderr
+    assert said in done.stderr
+    done = command(toy, "down")
+    assert (done.returncode, done.stdout) == (0, "nothing was running\n")
+
+
+def test_a_tier_of_newer_code_is_read_as_far_as_it_is_known(toy: Path) -> None:
+    note(toy, "served.json", '{"postgres_port": 5, "newer": 1}')
+    assert tier.served_tier(toy) == tier.ServedTier(postgres_port=5)
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9\r\n", b"HTTP/1.1 200 OK\r\n\r\nok"])
+def test_another_program_at_the_address_of_prefect_is_one_line(toy: Path, answer: bytes) -> None:
+    def talk_to_everybody(listens: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                caller, _ = listens.accept()
+                with caller:
+                    caller.recv(4096)
+                    caller.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listens:
+        url = f"http://127.0.0.1:{listens.getsockname()[1]}"
+        threading.Thread(target=talk_to_everybody, args=(listens,), daemon=True).start()
+        for typed in ("deploy", "submit"):
+            done = command(toy, typed, PREFECT_API_URL=f"{url}/api")
+            assert done.returncode in {1, 2}
+            assert done.stderr.splitlines() == [
+                f"error: PREFECT_API_URL = {url}/api: what answers there is no Prefect server; "
+                "its API's address ends with /api"
+            ]
+        server = begin_sleeper(toy, "-m mlflow server", "--port", url.rpartition(":")[2])
+        services.remember(toy, services.Service("mlflow", url, server.pid, ""))
+        try:
+            (found,) = examine(toy).servers
+        finally:
+            server.kill()
+        assert found.state == ("healthy" if b"200" in answer else "no answer")
