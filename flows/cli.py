@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from components.files.cut_bytecode import describe_cut_bytecode, remove_cut_bytecode
+from components.files.whole_files import write_text
 from flows import environment
 from flows.commands.command_line import (
     fail,
@@ -20,6 +21,7 @@ from flows.commands.command_line import (
     refuse_unknown_stage,
     silenced,
     stages,
+    why_no_file,
 )
 from flows.commands.corpus import corpus as corpus_commands
 from flows.commands.corpus import new as new_command
@@ -316,18 +318,24 @@ def config_compose(
     from components.settings.schema import SettingsError
     from flows.versioning.profiles import compose
 
-    root = project_root()
+    # Without params.yaml: this command writes it.
+    root = project_root(["dvc.yaml"])
     try:
         text = compose(root, profile)
     except SettingsError as problem:
         raise fail(str(problem)) from None
     target = root / "params.yaml"
+    if target.exists() and not target.is_file():
+        raise fail(f"{target}: {why_no_file(target)}; move it aside")
     if check:
-        if target.read_text(encoding="utf-8") != text:
+        if not target.is_file():
+            raise fail(f"params.yaml is missing: `ultraflux config compose --profile {profile}`", 1)
+        # Bytes: what is no text differs, too.
+        if target.read_bytes() != text.encode():
             raise fail(f"params.yaml differs from profile {profile}", 1)
         print(f"params.yaml is in step with profile {profile}")
         return
-    target.write_text(text, encoding="utf-8")
+    write_text(target, text, follow=True)
     print(f"params.yaml written from profile {profile}")
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 SWITCHES = {
@@ -61,18 +62,22 @@ GIT_CONFIG_COUNT and GIT_CONFIG_PARAMETERS, which hold settings of a person such
 `safe.directory`."""
 
 
-def project_root(start: Path | None = None) -> Path:
-    """The nearest folder at or above `start` (default: here) with dvc.yaml and params.yaml.
+PROJECT_FILES = ("dvc.yaml", "params.yaml")
+
+
+def project_root(start: Path | None = None, *, files: Sequence[str] = PROJECT_FILES) -> Path:
+    """The nearest folder at or above `start` (default: here) with `files`.
 
     Raises:
         FileNotFoundError: none found; the message says what to do.
     """
     here = (start or Path.cwd()).resolve()
     for folder in (here, *here.parents):
-        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
+        if all((folder / name).is_file() for name in files):
             return folder
     raise FileNotFoundError(
-        f"no UltraFlux project at or above {here} (dvc.yaml and params.yaml): change into a clone"
+        f"no UltraFlux project at or above {here} ({' and '.join(files)}): change into a clone, or "
+        "write a params.yaml that is missing there: `ultraflux config compose`"
     )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import typer
@@ -100,14 +100,14 @@ def workplace() -> Path:
         return Path.cwd()
 
 
-def project_root() -> Path:
-    """The project around the current folder, with third-party switches set.
+def project_root(files: Sequence[str] = environment.PROJECT_FILES) -> Path:
+    """The project around the current folder, known by `files`, with third-party switches set.
 
     Raises:
         typer.Exit: there is none; one line was printed.
     """
     try:
-        root = environment.project_root()
+        root = environment.project_root(files=files)
     except FileNotFoundError as problem:
         raise fail(str(problem)) from None
     environment.prepare()

@@ -18,13 +18,15 @@ from components.files.whole_files import NotRegularFile
 FAILED, BAD_INPUT = 1, 2
 """Exit codes."""
 _OWN_WORDS = (
-    ("flows.environment", "ProjectNameRefused"),
-    ("flows.versioning.graph", "GraphError"),
-    ("flows.records.records", "TornJson"),
-    ("flows.tracking.store_problems", "DamagedStore"),
-    ("flows.tracking.store_problems", "TrackingAway"),
+    ("flows.environment", "ProjectNameRefused", BAD_INPUT),
+    ("flows.versioning.graph", "GraphError", FAILED),
+    ("flows.records.records", "TornJson", FAILED),
+    ("flows.tracking.store_problems", "DamagedStore", FAILED),
+    ("flows.tracking.store_problems", "TrackingAway", FAILED),
+    ("components.settings.yaml_files", "YamlRefused", BAD_INPUT),
+    ("components.settings.schema", "SettingsError", BAD_INPUT),
 )
-"""Exceptions of ours that are a line, by a module that is imported where one is raised."""
+"""Exceptions of ours that are a line, by a module that is imported where one is raised; codes."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ROOM_SAID = "disk I/O error|database or disk is full"
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -48,9 +50,9 @@ def refusal(problem: Exception, words: Sequence[str]) -> tuple[str, int] | None:
     if (cut := remove_cut_bytecode(problem)) is not None:
         return describe_cut_bytecode(cut), FAILED
     text = " ".join(str(problem).split())
-    for module, name in _OWN_WORDS:
+    for module, name, code in _OWN_WORDS:
         if isinstance(problem, getattr(sys.modules.get(module), name, ())):
-            return text, FAILED
+            return text, code
     errors = sys.modules.get("dvc.exceptions")
     if errors is not None and isinstance(problem, errors.DvcException):
         return f"DVC: {text}", FAILED

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.files.weight_folders import file_digest
-from components.settings.yaml_files import read_yaml
 from flows.history.run_evidence import Evidence
 from flows.pipeline.pipeline_run import CHANGES_FILE
 from flows.records.provenance import changes_digest
 from flows.records.records import all_records, read_json, write_json
 from flows.running.working_trees import TreeRefused, add_tree, git, share, tree_environment
 from flows.versioning import graph as versioning
+from flows.versioning.setting_overrides import read_params
 
 _COMMIT, _DIFF, _PACKAGES = "mlflow.source.git.commit", "git.diff_sha256", "lock.sha256"
 _MARKER = Path("runs") / "reproduction.json"
@@ -167,7 +167,7 @@ def set_up(root: Path, recorded: Recorded, tree: Path) -> list[str]:
     try:
         if marker is None:
             _new_tree(root, recorded, tree)
-        values = read_yaml(tree / "params.yaml")
+        values = read_params(tree)
         share(root, tree, values.get("ingest", {}).get("source"))
     except TreeRefused as problem:
         raise ReproductionRefused(f"{recorded.name}: {problem}") from None

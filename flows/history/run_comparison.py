@@ -16,13 +16,14 @@ from typing import Any
 import yaml
 
 from components.metrics.cards import CARDS
-from components.settings.yaml_files import parse_yaml, read_yaml
+from components.settings.yaml_files import parse_yaml
 from flows.history.run_evidence import Evidence, StageRun
 from flows.history.run_history import pipeline_records
 from flows.records.provenance import locked_packages, provenance_tags
 from flows.records.records import Record
 from flows.versioning import graph as versioning
 from flows.versioning.parameters import flatten
+from flows.versioning.setting_overrides import read_params
 
 WORKSPACE = "workspace"
 _COMMIT, _DIRTY, _DIFF = "mlflow.source.git.commit", "git.dirty", "git.diff_sha256"
@@ -130,7 +131,7 @@ def _tagged(title: str, tags: Mapping[str, str], **values: Any) -> Side:
 
 def _workspace(evidence: Evidence) -> Side:
     root = evidence.root
-    settings = dict(flatten(read_yaml(root / "params.yaml")))
+    settings = dict(flatten(read_params(root)))
     data, metrics = _locked(evidence, evidence.lock)
     return _tagged(WORKSPACE, provenance_tags(root), settings=settings, data=data, metrics=metrics)
 

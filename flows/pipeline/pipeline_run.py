@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from components.files.weight_folders import file_digest
 from components.settings.schema import load_settings
-from components.settings.yaml_files import read_yaml
 from flows import environment
 from flows.pipeline.preflight import PipelineRefused, preflight
 from flows.pipeline.rehearsal import RehearsalFailed, rehearse_if_due
@@ -49,6 +48,7 @@ from flows.tracking.uploader import UploaderProcess
 from flows.versioning import graph as versioning
 from flows.versioning.clone import Clone
 from flows.versioning.parameters import flatten
+from flows.versioning.setting_overrides import read_params
 
 Engine = Literal["local", "prefect", "pools"]
 CHANGES_FILE = "changes.diff"
@@ -270,11 +270,10 @@ def _run(engine: Engine, runner: StageRunner, report: Report) -> dict[str, Stage
 
 
 def _description(root: Path, engine: Engine) -> RunDescription:
-    values = read_yaml(root / "params.yaml")
     return RunDescription(
         kind="pipeline",
         name="pipeline",
-        params=dict(flatten(values)),
+        params=dict(flatten(read_params(root))),
         tags=provenance_tags(root)
         | {"ultraflux.engine": engine}
         | json.loads(os.environ.get(RUN_TAGS, "{}")),

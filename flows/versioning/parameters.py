@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from components.settings.yaml_files import read_yaml
+from flows.versioning.setting_overrides import read_params
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -32,7 +32,7 @@ def stage_parameters(
     """
     declared = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage].get("params", [])
     if settings is None:
-        settings = read_yaml(root / "params.yaml")
+        settings = read_params(root)
     values = dict(flatten(settings))
     return {
         name: value

@@ -66,6 +66,8 @@ def _read(path: Path) -> Any:
 
     try:
         values = read_yaml(path)
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: not found") from None
     except YamlRefused as problem:
         raise SettingsError(str(problem)) from None
     if not isinstance(values, dict | None):

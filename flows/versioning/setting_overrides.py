@@ -95,6 +95,15 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def read_params(root: Path) -> dict[str, Any]:
-    """`params.yaml` as nested values."""
-    values: dict[str, Any] = read_yaml(root / "params.yaml")
+    """`params.yaml` as nested values.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        YamlRefused: as `read_yaml`, or it holds no sections.
+    """
+    path = root / "params.yaml"
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        kind = type(values).__name__
+        raise YamlRefused(f"{path}: expected a mapping of sections, got {kind}")
     return values

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,7 @@ TYPED = (
 )
 # One process imports the command line; each command runs in a copy of it.
 PROBE = """
-import json, os, sys, time
+import json, os, sys, time, traceback
 from flows.cli import main
 
 for typed in json.loads(sys.stdin.read()):
@@ -66,6 +68,8 @@ for typed in json.loads(sys.stdin.read()):
             main()
         except SystemExit as end:
             code = end.code
+        except Exception:
+            traceback.print_exc()
         heavy = [name for name in HEAVY if name in sys.modules]
         print("\\n" + json.dumps([typed, code, heavy, time.process_time() - began]), flush=True)
         os._exit(0)
@@ -76,19 +80,24 @@ for typed in json.loads(sys.stdin.read()):
 """
 
 
-@pytest.fixture(scope="module")
-def refused(root: Path) -> dict[str, tuple[int, list[str], float, str]]:
+def probed(commands: Sequence[str], project: Path) -> dict[str, tuple[int, list[str], float, str]]:
     """Each command's exit status, heavy modules, CPU seconds and words."""
     done = subprocess.run(
-        [sys.executable, "-c", PROBE.replace("HEAVY", repr(HEAVY))],
-        input=json.dumps(TYPED),
-        cwd=root,
+        # Safe path: the code of these tests, not the project's copy of it.
+        [sys.executable, "-P", "-c", PROBE.replace("HEAVY", repr(HEAVY))],
+        input=json.dumps(commands),
+        cwd=project,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     return {typed: (code, heavy, seconds, said) for typed, code, heavy, seconds, said in rows}
+
+
+@pytest.fixture(scope="module")
+def refused(root: Path) -> dict[str, tuple[int, list[str], float, str]]:
+    return probed(TYPED, root)
 
 
 @pytest.mark.parametrize("typed", TYPED)
@@ -101,3 +110,53 @@ def test_a_wrong_name_is_one_line_and_costs_no_heavy_import(
     assert len(said.strip().splitlines()) == 1, said
     # 0.2 to 0.7 s on a quiet core; tests beside it make a core twice as slow.
     assert seconds < 2.0
+
+
+READ_PARAMS = (
+    "compare HEAD workspace --no-mlflow",
+    "sweep -S vae.steps=1 --dry-run",
+    "ablate ladder --dry-run",
+    "stage key vae",
+    "stage list",
+    "sync",
+    "plan",
+    "config compose --check",
+    "run --until source",
+)
+NO_PARAMS = {
+    "a conflict": b"<<<<<<< HEAD\nproject: {name: a}\n",
+    "a byte that is no text": b"project: {name: a}\n# \xff\n",
+    "a list": b"- project\n",
+    "a section that is none": b"project:\n",
+}
+
+
+@pytest.fixture(scope="module")
+def project(clone: Callable[..., Path]) -> Path:
+    return clone("broken", {})
+
+
+@pytest.mark.parametrize("kind", NO_PARAMS)
+def test_settings_that_cannot_be_read_are_one_line_of_every_command(
+    project: Path, kind: str
+) -> None:
+    (project / "params.yaml").write_bytes(NO_PARAMS[kind])
+    for command, (code, _, _, said) in probed(READ_PARAMS, project).items():
+        assert "Traceback" not in said, f"{command}: {said}"
+        # Settings without sections can be compared, and every section that is missing is named.
+        if kind != "a section that is none":
+            assert re.fullmatch(r"error: .+", said.strip()), f"{command}: {said}"
+            assert code in {1, 2}, command
+
+
+def test_params_that_are_missing_can_be_composed(
+    project: Path, typed: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    (project / "params.yaml").unlink()
+    assert "ultraflux config compose" in typed(project, "stage", "list").stderr
+    missing = typed(project, "config", "compose", "--check")
+    assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
+    assert "params.yaml is missing" in missing.stderr
+    assert typed(project, "config", "compose").returncode == 0
+    assert typed(project, "config", "compose", "--check").returncode == 0
+    assert typed(project, "config", "check").returncode == 0

@@ -57,7 +57,7 @@ def ablate(
     if design not in DESIGNS:
         raise fail(f"design '{design}': choose {' or '.join(DESIGNS)}")
     from components.evaluation.suites.ablation_table import ablation_table
-    from components.settings.schema import SettingsError
+    from components.settings.schema import SettingsError, load_settings
     from flows.experiments.ablation_runs import AblationFailed, SuiteChoice, run_arm
     from flows.versioning.setting_overrides import read_params
 
@@ -65,6 +65,7 @@ def ablate(
         raise fail("--metrics and --limit belong to a suite; add --suite")
     chosen_design: Design = "ladder" if design == "ladder" else "data-model"
     try:
+        load_settings(root / "params.yaml")
         arms = expand(chosen_design, read_params(root))
     except (SettingsError, ValueError) as problem:
         raise fail(str(problem)) from None
