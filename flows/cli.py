@@ -402,13 +402,7 @@ def promote(
         raise fail(str(problem), 1) from None
 
 
-@app.command(rich_help_panel=SERVICES)
-def sync() -> None:
-    """Upload run records that MLflow has not received yet."""
-    from flows.tracking.uploader import sync_now
-
-    open_records = sync_now(project_root())
-    print("MLflow has everything" if not open_records else f"{open_records} runs still going on")
+app.command(rich_help_panel=SERVICES)(services_command.sync)
 
 
 @app.command(rich_help_panel=SERVICES)

@@ -44,7 +44,7 @@ from flows.running.stage_runner import StageOutcome, StageRunner, stopping_on_si
 from flows.running.warm_start import WarmStart
 from flows.services.prefect_connection import API_URL, connect_to_prefect
 from flows.services.status import unsent_records
-from flows.tracking.uploader import UploaderProcess
+from flows.tracking.uploader_process import NOT_SENT, UploaderProcess
 from flows.versioning import graph as versioning
 from flows.versioning.clone import Clone
 from flows.versioning.parameters import flatten
@@ -227,7 +227,7 @@ def _run_pipeline(
     record.finish(replace(result, metrics=result.metrics | spent))
     console.console.print("Sending the rest to MLflow")
     if not uploader.drain():
-        console.console.print("MLflow does not answer: send it later with `ultraflux sync`")
+        console.console.print(NOT_SENT)
     return summary
 
 

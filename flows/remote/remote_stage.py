@@ -30,7 +30,7 @@ from flows.remote.state_copies import StateCopies, copies_wanted
 from flows.running.clone_lock import CloneBusy, clone_lock
 from flows.running.dvc_repro import DvcRunner
 from flows.running.stage_runner import StageOutcome, stopping_on_signals
-from flows.tracking.uploader import UploaderProcess
+from flows.tracking.uploader_process import UploaderProcess
 from flows.versioning import graph as versioning
 from flows.versioning.code_files import CODE, code_path, reaches, write_code_files
 from flows.versioning.source_listing import reads_source

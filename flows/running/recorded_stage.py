@@ -30,6 +30,7 @@ from flows.running.gpu_lock import gpus_for
 from flows.running.guarded_process import end_with_launcher
 from flows.running.training_state import Wish, identity_of, open_state, segment_tags
 from flows.stages.contract import StageContext, StageFailed, StageResult, state_folder
+from flows.tracking.uploader_process import NOT_SENT, UploaderProcess
 from flows.versioning import graph as versioning
 from flows.versioning.clone import Clone
 from flows.versioning.code_files import CODE, CodeChanges, code_path
@@ -212,8 +213,6 @@ def run_stage(name: str, root: Path) -> int:
         own_record(root, record.record_id)
         # A pipeline uploads for its stages, with one process that has MLflow imported.
         if PARENT_RECORD not in os.environ:
-            from flows.tracking.uploader import UploaderProcess
-
             uploader = UploaderProcess(root)
         metrics = MetricLog(state_dir / "metrics.jsonl")
         segments = () if state is None else state.segments
@@ -267,7 +266,7 @@ def run_stage(name: str, root: Path) -> int:
     _report_outcome(status, message, record, time.monotonic() - started)
     print(f"{name}: {message}" if code == 0 else f"error: {message}", file=sys.stderr)
     if uploader is not None and not uploader.drain():
-        print("MLflow does not answer: send it later with `ultraflux sync`", file=sys.stderr)
+        print(NOT_SENT, file=sys.stderr)
     return code
 
 

@@ -117,8 +117,10 @@ def _new_points(line: bytes, last: dict[str, int]) -> list[Point]:
     """Points of one line beyond the `last` step of their key, which moves on."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:
         return []  # cut by a kill and written on; the log's own readers leave it out too
+    if not isinstance(row, dict) or "step" not in row:
+        raise ValueError(f"a line of metrics that is no object with a step: {line[:80]!r}")
     step, ms = int(row.pop("step")), int(row.pop(TIME_KEY, 0))
     found = [Point(key, value, ms, step) for key, value in row.items() if step > last.get(key, -1)]
     last.update({point.key: step for point in found})

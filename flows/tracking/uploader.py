@@ -8,24 +8,20 @@ or offline uploaders lose nothing and send nothing twice (see `flows.tracking.me
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import select
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from components.settings.yaml_files import read_yaml
+from components.settings.yaml_files import YamlRefused
 from flows import environment
 from flows.records.owners import close_ownerless
 from flows.records.records import (
@@ -40,6 +36,7 @@ from flows.records.records import (
 from flows.tracking import metric_feed
 from flows.tracking.artifact_places import keep_artifacts_here
 from flows.tracking.logged_models import LoggedModels
+from flows.tracking.record_faults import FileFault, fault_of, picture
 from flows.tracking.registry import Promotion, register
 from flows.tracking.run_pages import NOTE_TAG, pipeline_note, stage_note
 from flows.tracking.store_problems import (
@@ -50,10 +47,11 @@ from flows.tracking.store_problems import (
 )
 from flows.tracking.tier import served_clients, sqlite_address, sqlite_file
 from flows.tracking.tracked_datasets import dataset_inputs
+from flows.tracking.uploader_lock import uploader_lock
+from flows.versioning.setting_overrides import read_params
 
 POLL_S = 1.0
 RETRY_S = 5.0
-DRAIN_TIMEOUT_S = 120.0
 _GRID_PX = 1024
 """Long edge in the image grid: MLflow takes seconds to pack a picture of 4096 px."""
 
@@ -98,6 +96,14 @@ def keep_own_artifacts_here(root: Path, uri: str) -> None:
         keep_artifacts_here(root, uri, config["artifact_root"])
 
 
+def _experiment_name(root: Path) -> str:
+    section = read_params(root).get("project")
+    name = section.get("name") if isinstance(section, dict) else None
+    if not isinstance(name, str):
+        raise YamlRefused(f"{root / 'params.yaml'}: project.name: expected a text, got {name!r}")
+    return name
+
+
 def use_store(uri: str) -> None:
     """Make `uri` MLflow's global store in this process alone.
 
@@ -115,32 +121,6 @@ def use_store(uri: str) -> None:
         os.environ["MLFLOW_TRACKING_URI"] = given
 
 
-@contextmanager
-def _uploader_lock(root: Path) -> Iterator[None]:
-    path = root / "runs" / "records" / ".uploader.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with _own_temporary(path.with_name(".uploading")):
-            yield
-
-
-@contextmanager
-def _own_temporary(folder: Path) -> Iterator[None]:
-    """MLflow's client packs what it sends in temporary folders: here the next uploader clears them.
-
-    A killed one would leave its own in TMPDIR for ever.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    before, tempfile.tempdir = tempfile.tempdir, str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 class Uploader:
     """Brings MLflow in step with the records of one project."""
 
@@ -149,8 +129,7 @@ class Uploader:
         from mlflow import MlflowClient
 
         self._root = root
-        params = read_yaml(root / "params.yaml")
-        self.project: str = params["project"]["name"]
+        self.project = _experiment_name(root)
         uri = tracking_uri(root)
         if uri.startswith("sqlite:///"):
             sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +144,8 @@ class Uploader:
         experiment = self.client.get_experiment(self.experiment_id)
         # By its time of creation: every new store calls its first experiment 1.
         self._store = f"{self.experiment_id}@{experiment.creation_time}"
+        self.faults: dict[str, str] = {}
+        """What is wrong with records, a line by id: found when they were last looked at."""
         self._ended: set[str] = set()
         self._models = LoggedModels(self.client, self.experiment_id, root)
 
@@ -183,21 +164,37 @@ class Uploader:
         return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
 
     def sync(self) -> int:
-        """Upload what is new; returns the number of records that are still not complete."""
+        """Upload what is new; returns the number of records that are still not complete.
+
+        One that cannot be sent, or a file of it, is in `faults`: the others are sent.
+        """
         open_records = 0
+        self.faults = {}
         records = [r for r in all_records(self._root) if r.record_id not in self._ended]
         for record in records:
             # A pipeline's run has to be there for its stages, and is described by them at its end.
             if record.run.kind != "stage":
                 state = self._state(record, record.result)
                 if state is not None and "run_id" not in state:
-                    self._create(record, state)
+                    with self._noting_faults(record):
+                        self._create(record, state)
         for record in sorted(records, key=lambda record: record.run.kind != "stage"):
-            if self._sync_record(record):
-                self._ended.add(record.record_id)
-            else:
-                open_records += 1
+            open_records += 1
+            with self._noting_faults(record):
+                if self._sync_record(record):
+                    self._ended.add(record.record_id)
+                    open_records -= 1
         return open_records
+
+    @contextmanager
+    def _noting_faults(self, record: Record) -> Iterator[None]:
+        try:
+            yield
+        except Exception as problem:
+            fault = fault_of(record, problem)
+            if fault is None:
+                raise
+            self.faults[record.record_id] = fault
 
     def _sync_record(self, record: Record) -> bool:
         """Upload one record; True when nothing more can come."""
@@ -294,23 +291,27 @@ class Uploader:
 
     def _images(self, folder: Path, state: dict[str, Any], note: Callable[[], None]) -> None:
         """Pictures by step, for the run page's image grid; large ones also as they are."""
-        from PIL import Image
-
         sent = state.setdefault("images", [])
+        faults: list[FileFault] = []
         for path in sorted(folder.glob("step-*.png")):
-            if path.name in sent:
+            step = path.stem.removeprefix("step-")
+            if path.name in sent or not step.isdecimal():
                 continue
-            step = int(path.stem.removeprefix("step-"))
-            with Image.open(path) as image:
-                if max(image.size) > _GRID_PX:
-                    self.client.log_artifact(state["run_id"], str(path), folder.name)
-                    image.thumbnail((_GRID_PX, _GRID_PX))
-                self.client.log_image(
-                    state["run_id"], image, key=folder.name, step=step, synchronous=True
-                )
+            try:
+                image, is_large = picture(path, _GRID_PX)
+            except FileFault as problem:
+                faults.append(problem)
+                continue
+            if is_large:
+                self.client.log_artifact(state["run_id"], str(path), folder.name)
+            self.client.log_image(
+                state["run_id"], image, key=folder.name, step=int(step), synchronous=True
+            )
             # Noted one by one: an image that is sent twice would stand twice in the grid.
             sent.append(path.name)
             note()
+        if faults:
+            raise faults[0]
 
     def _result(self, record: Record, state: dict[str, Any], result: RunResult) -> None:
         from mlflow.entities import Metric, RunTag
@@ -395,24 +396,30 @@ class Uploader:
 def follow(root: Path) -> bool:
     """Upload until standard input closes, then once more; errors are printed once and retried.
 
+    So are faults of records, which no server cures: they do not hold up the end.
+
     Returns:
         Whether MLflow has everything.
     """
     complained = False
+    said: set[str] = set()
     uploader: Uploader | None = None
     closing_since: float | None = None
-    with _uploader_lock(root):
+    with uploader_lock(root):
         while True:
             if closing_since is None and _stdin_closed(POLL_S if uploader else 0.0):
                 closing_since = time.monotonic()
             try:
                 uploader = uploader or Uploader(root)
                 uploader.sync()
+                for fault in set(uploader.faults.values()) - said:
+                    print(f"tracking: {fault}", file=sys.stderr)
+                    said.add(fault)
                 if complained:
-                    print("tracking: connected again, everything is uploaded", file=sys.stderr)
+                    print("tracking: connected again", file=sys.stderr)
                     complained = False
                 if closing_since is not None:
-                    return True
+                    return not uploader.faults
             except Exception as problem:
                 if not complained:
                     text = " ".join(str(problem).split())[:300]
@@ -420,7 +427,7 @@ def follow(root: Path) -> bool:
                     complained = True
                 if closing_since is not None and time.monotonic() - closing_since > RETRY_S:
                     print(
-                        "tracking: MLflow cannot be reached; nothing is lost, "
+                        "tracking: not everything is uploaded; nothing is lost, "
                         "send it later with `ultraflux sync`",
                         file=sys.stderr,
                     )
@@ -428,20 +435,33 @@ def follow(root: Path) -> bool:
                 time.sleep(RETRY_S / 5)
 
 
-def sync_once(root: Path) -> int:
-    """Upload what is there now; returns how many runs are still going on.
+@dataclass(frozen=True)
+class Synced:
+    """What an upload left."""
+
+    going_on: int
+    """Runs without an end."""
+    faults: tuple[str, ...]
+    """A line for each record that was not sent whole."""
+
+
+def sync_once(root: Path) -> Synced:
+    """Upload what is there now; faults of records are also printed.
 
     Raises:
         Exception: whatever MLflow's client raises when the server cannot be reached.
     """
     close_ownerless(root)
-    with _uploader_lock(root):
+    with uploader_lock(root):
         uploader = Uploader(root)
         uploader.sync()
-        return sum(1 for record in all_records(root) if record.result is None)
+        faults = tuple(uploader.faults.values())
+        for fault in faults:
+            print(f"error: {fault}", file=sys.stderr)
+        return Synced(sum(record.result is None for record in all_records(root)), faults)
 
 
-def sync_now(root: Path) -> int:
+def sync_now(root: Path) -> Synced:
     """`sync_once` for a person who waits.
 
     Raises:
@@ -462,35 +482,6 @@ def sync_now(root: Path) -> int:
 def _stdin_closed(wait_s: float) -> bool:
     ready, _, _ = select.select([sys.stdin], [], [], wait_s)
     return bool(ready) and not os.read(sys.stdin.fileno(), 1)
-
-
-class UploaderProcess:
-    """The uploader as a child; it ends by itself when this process does."""
-
-    def __init__(self, root: Path) -> None:
-        """Start it (low priority: training comes first)."""
-        log = root / "runs" / "logs" / "tracking.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                ["nice", "-n", "5", sys.executable, "-m", "flows.tracking.uploader", str(root)],
-                cwd=root,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-
-    def drain(self) -> bool:
-        """Let it upload the rest; False: MLflow is away or slow (`ultraflux sync` finishes it)."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            return self._process.wait(DRAIN_TIMEOUT_S) == 0
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-            return False
 
 
 if __name__ == "__main__":

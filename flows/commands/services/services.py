@@ -1,4 +1,4 @@
-"""`ultraflux up | down | status`: the servers of this project."""
+"""`ultraflux up | down | status | sync`: the servers of this project."""
 
 from __future__ import annotations
 
@@ -186,3 +186,14 @@ def status(
     else:
         found.print()
     raise typer.Exit(0 if found.well else 1)
+
+
+def sync() -> None:
+    """Upload run records that MLflow has not received yet."""
+    from flows.tracking.uploader import sync_now
+
+    synced = sync_now(project_root())
+    if synced.faults:
+        raise fail(f"{len(synced.faults)} records are not whole in MLflow; all others are", 1)
+    going_on = synced.going_on
+    print(f"{going_on} runs still going on" if going_on else "MLflow has everything")

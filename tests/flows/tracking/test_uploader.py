@@ -25,6 +25,7 @@ from flows.records.records import (
     close_interrupted,
     latest_finished,
     open_record,
+    read_json,
     write_json,
 )
 from flows.services import servers
@@ -32,6 +33,8 @@ from flows.tracking import artifact_places
 from flows.tracking.registry import Promotion
 from flows.tracking.store_problems import DamagedStore, TrackingAway, refuse_damaged
 from flows.tracking.uploader import Uploader, sync_now, tracking_uri
+
+Typed = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -331,6 +334,65 @@ def test_a_copied_or_moved_clone_keeps_its_artifacts_below_itself(
     elsewhere = copied.client.get_experiment_by_name("elsewhere")
     assert elsewhere is not None
     assert elsewhere.artifact_location == chosen
+
+
+def test_a_bad_file_of_one_record_holds_up_no_other_and_is_named(
+    toy: Path, give_store: Callable[[Path], None], typed: Typed
+) -> None:
+    give_store(toy)
+    faults = {
+        "picture": lambda folder: (folder / "step-00000007.png").write_text("x"),
+        "line": lambda folder: (folder / "metrics.jsonl").write_text("[1]\n"),
+        "value": lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1, "a": "x"}\n'),
+    }
+    records = {}
+    for name in (*faults, "good"):
+        folder = toy / "runs" / name
+        folder.mkdir()
+        Image.new("RGB", (8, 8)).save(folder / "step-00000009.png")
+        faults.get(name, lambda _: None)(folder)
+        records[name] = open_record(
+            toy,
+            RunDescription(
+                kind="stage",
+                name=name,
+                metrics_file=f"runs/{name}/metrics.jsonl",
+                images_dir=f"runs/{name}",
+            ),
+        )
+        records[name].finish(RunResult(status="FINISHED"))
+    done = typed(toy, "sync")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert [next(n for n in records if f" {n}-" in line) for line in lines[:-1]] == list(faults)
+    assert "step-00000007.png: no picture" in lines[0]
+    assert "no object with a step: b'[1]" in lines[1]
+    assert lines[-1].startswith("error: 3 records ")
+    uploader = Uploader(toy)
+    statuses = {
+        name: uploader.client.get_run(str(record.mlflow_run_id)).info.status
+        for name, record in records.items()
+    }
+    assert statuses == dict.fromkeys(faults, "RUNNING") | {"good": "FINISHED"}
+    # Other pictures of that record are there; beside a run, the uploader blames no server either.
+    assert list(read_json(records["picture"].folder / "mlflow.json")["images"]) == [
+        "step-00000009.png"
+    ]
+    beside = subprocess.run(
+        [sys.executable, "-m", "flows.tracking.uploader", str(toy)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert beside.returncode == 1
+    assert sorted(beside.stderr.splitlines()) == sorted(
+        line.replace("error:", "tracking:", 1) for line in lines[:-1]
+    )
+    for name, file in (("picture", "step-00000007.png"), *((n, "metrics.jsonl") for n in faults)):
+        (toy / "runs" / name / file).unlink(missing_ok=True)
+    # What was noted as a request is asked again until it is answered.
+    (records["value"].folder / "mlflow.json").unlink()
+    assert typed(toy, "sync").stdout == "MLflow has everything\n"
 
 
 def test_a_damaged_store_is_one_line_and_what_it_says_to_do_sends_everything_again(
