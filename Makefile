@@ -9,10 +9,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 # Programs of an environment hold its place: those of a clone that was moved or copied start the other
-# clone's Python, or none. A link is somebody's own arrangement.
-ifneq ($(shell test ! -L $(VENV) -a -f $(BIN)/ultraflux && ! head -n 3 $(BIN)/ultraflux | grep -qF "$(realpath $(VENV))/" && echo moved),)
-  $(info $(VENV) was made for another folder (this clone was moved or copied): making it anew)
-  $(shell rm -rf $(VENV))
+# clone's Python, or none. The shell finds the place: pasted into its command, a folder's name such
+# as `a$(b)` would be run.
+MOVED := $(shell test ! -L $(VENV) -a -f $(BIN)/ultraflux && \
+  ! head -n 3 $(BIN)/ultraflux | grep -qF "$$(cd $(VENV) && pwd -P)/" && echo moved)
+# A link is somebody's own arrangement: nothing is installed through it, and this clone's code stands
+# before what is installed there.
+LINKED := $(shell test ! -L $(VENV) || echo linked)
+ifdef LINKED
+  export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
 WORKERS ?= 2
 ENGINE ?= prefect
@@ -21,7 +26,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # compiles it anew, which costs four times the import.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-all bench lint services services-down clean setup lock help
+.PHONY: always run test test-all bench lint services services-down clean setup lock help
 
 help:
 	@sed -n '1,2p' Makefile; echo "also: test-all, bench, lint, services, services-down, lock, clean"
@@ -32,7 +37,19 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 
 setup: $(READY)
 
-$(READY): requirements.lock requirements-bootstrap.lock pyproject.toml
+LINK_HAS = $(BIN)/python -c 'import importlib.util, sys; \
+  sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) or not all(map(importlib.util.find_spec, sys.argv[1:])))' $(1) 2> /dev/null || \
+  { echo "error: $(VENV) is a link to an environment without Python 3.11 to 3.13 or one of $(1): install them there, or remove the link"; exit 2; }
+
+ifdef LINKED
+$(READY): always
+	@$(call LINK_HAS,dvc mlflow prefect torch)
+
+$(DEV_READY): always
+	@$(call LINK_HAS,dvc mlflow prefect torch pytest xdist hypothesis ruff mypy)
+else
+$(READY): requirements.lock requirements-bootstrap.lock pyproject.toml $(if $(MOVED),always)
+	@$(if $(MOVED),echo "$(VENV) was made for another folder (this clone was moved or copied): making it anew"; rm -rf $(VENV),:)
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
 	  { echo "error: Python 3.11, 3.12 or 3.13 with its module venv is needed: set PYTHON=/path/to/python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,6 +67,7 @@ $(DEV_READY): $(READY) requirements-dev.lock
 	@echo "Installing the locked test tools and optional libraries into $(VENV)"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements-dev.lock
 	@touch $(DEV_READY)
+endif
 
 run: $(READY)
 	@$(BIN)/ultraflux run --engine $(ENGINE)
@@ -89,7 +107,14 @@ lock: $(READY)
 	$(COMPILE) -c requirements-dev.lock -o requirements.lock
 	sed -i -E "s/ and $(MARKERS)//; s/ ; python_full_version < '3\.14'( \\\\)$$/\1/" requirements*.lock
 
+# The program of a moved environment would not start: its Python does.
 clean:
-	@test ! -x $(BIN)/ultraflux || $(BIN)/ultraflux down
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	@test ! -e runs/clone.lock || flock -n runs/clone.lock true || \
+	  { echo "error: a run works in this clone: end it first"; exit 2; }
+	@test ! -d runs/services || { test -x $(BIN)/python && PYTHONPATH="$$PWD" $(BIN)/python -m flows.entry down; } || \
+	  { echo "error: servers of this clone may run and cannot be stopped: \`make setup\`, or end them and remove runs/services"; exit 2; }
+	@unsent=0; for run in runs/records/*/run.json; do \
+	  test ! -e "$$run" -o -e "$${run%run.json}mlflow.json" || unsent=$$((unsent + 1)); done; \
+	  test ! -d runs || echo "runs/ goes: databases, secrets, checkpoints and records of runs, $$unsent of which MLflow never had"
+	rm -rf $(if $(LINKED),,$(VENV)) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

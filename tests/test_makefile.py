@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
@@ -24,10 +26,26 @@ def environment(place: Path, made_for: Path) -> None:
     (place / "bin" / "ultraflux").write_text(f"#!{made_for}/bin/python\nimport sys\n")
 
 
+def program(place: Path, body: str) -> Path:
+    """A shell script that stands for an environment's program."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(f"#!/bin/bash\n{body}\n")
+    place.chmod(0o755)
+    return place
+
+
+COPIES = 'cp -n "$0" .venv/bin/python; cp -n "$0" .venv/bin/uv; true'
+
+
+def make(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", *arguments], cwd=clone, capture_output=True, text=True)
+
+
 def made(clone: Path) -> str:
     """What make would do."""
-    command = ["make", "-n", "setup"]
-    return subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True).stdout
+    done = make(clone, "-n", "setup")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_an_environment_that_was_made_elsewhere_is_made_anew(clone: Path, tmp_path: Path) -> None:
@@ -37,7 +55,14 @@ def test_an_environment_that_was_made_elsewhere_is_made_anew(clone: Path, tmp_pa
     said = made(moved)
     assert "this clone was moved or copied" in said
     assert "-m venv .venv" in said
-    assert not (moved / ".venv").exists()
+    # Asked, not done.
+    assert (moved / ".venv" / "bin" / "ultraflux").exists()
+    (moved / ".venv" / "bin" / "theirs").touch()
+    stub = program(moved / "python", f"test $2 != venv || mkdir -p .venv/bin; {COPIES}")
+    done = make(moved, "setup", f"PYTHON={stub}")
+    assert done.returncode == 0, done.stderr
+    assert not (moved / ".venv" / "bin" / "theirs").exists()
+    assert "Installing" not in make(moved, "setup", f"PYTHON={stub}").stdout
 
 
 def test_an_environment_behind_a_link_is_left_alone(clone: Path, tmp_path: Path) -> None:
@@ -46,7 +71,68 @@ def test_an_environment_behind_a_link_is_left_alone(clone: Path, tmp_path: Path)
     environment(elsewhere, Path("/third/place"))
     (clone / ".venv").symlink_to(elsewhere)
     assert "made for another folder" not in made(clone)
-    assert (elsewhere / "bin" / "ultraflux").is_file()
+    refused = make(clone, "setup")
+    assert (refused.returncode, refused.stdout.count("\n")) == (2, 1)
+    assert "error: .venv is a link to an environment without" in refused.stdout
+    program(elsewhere / "bin" / "python", f"exec {sys.executable} -S -c 'raise SystemExit(0)'")
+    before = {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")}
+    for target in ("setup", "lint", "clean"):
+        done = make(clone, *(["-n"] if target == "lint" else []), target)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "pip" not in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in elsewhere.rglob("*")} == before
+    assert (clone / ".venv").is_symlink()
+
+
+def test_the_code_of_a_clone_is_run_by_an_environment_behind_a_link(
+    clone: Path, tmp_path: Path
+) -> None:
+    shutil.rmtree(clone / ".venv")
+    elsewhere = tmp_path.with_name("packages")
+    program(elsewhere / "bin" / "python", "true")
+    program(elsewhere / "bin" / "ultraflux", "echo $PYTHONPATH")
+    (clone / ".venv").symlink_to(elsewhere)
+    assert make(clone, "run").stdout.strip().split(":")[0] == str(clone)
+
+
+@pytest.mark.parametrize("name", ["a$(touch pwned)b", "a`touch pwned`b", 'it"s', "it's", "a b"])
+def test_a_folders_name_is_no_command_and_no_move(clone: Path, name: str) -> None:
+    folder = clone.parent / name
+    folder.mkdir()
+    for path in list(clone.iterdir()):
+        path.rename(folder / path.name)
+    (folder / ".venv" / "bin" / "ultraflux").write_text(f"#!{folder}/.venv/bin/python\n")
+    assert make(folder, "help").returncode == 0
+    assert "made for another folder" not in made(folder)
+    assert not list(clone.parent.rglob("pwned"))
+    assert (folder / ".venv" / "bin" / "ultraflux").is_file()
+
+
+def test_clean_stops_servers_of_a_moved_clone_and_refuses_where_it_cannot(
+    clone: Path, tmp_path: Path
+) -> None:
+    moved = clone.rename(tmp_path.with_name("moved-with-servers"))
+    for name in ("services", "records/sent", "records/unsent"):
+        (moved / "runs" / name).mkdir(parents=True)
+    for name in ("sent/run.json", "sent/mlflow.json", "unsent/run.json"):
+        (moved / "runs" / "records" / name).touch()
+    without = make(moved, "clean")
+    assert (without.returncode, without.stdout.count("\n")) == (2, 1)
+    assert "error: servers of this clone may run" in without.stdout
+    program(moved / ".venv" / "bin" / "python", "echo called $@ >> calls; test -e down")
+    assert make(moved, "clean").returncode == 2
+    (moved / "down").touch()
+    with (moved / "runs" / "clone.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        busy = make(moved, "clean")
+    assert (busy.returncode, busy.stdout) == (2, "error: a run works in this clone: end it first\n")
+    assert (moved / "runs" / "services").is_dir()
+    done = make(moved, "clean")
+    assert done.returncode == 0, done.stderr
+    assert "1 of which MLflow never had" in done.stdout
+    assert (moved / "calls").read_text() == "called -m flows.entry down\n" * 2
+    assert not (moved / "runs").exists()
+    assert not (moved / ".venv").exists()
 
 
 def test_an_environment_without_pip_gets_one(clone: Path) -> None:
