@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,6 +126,8 @@ def pool_name(project: str, pool: str) -> str:
     return f"{project}-{pool}"
 
 
+_AS_ERROR = re.compile(r"^\s*e[a-z]*")
+"""The action of a part of PYTHONWARNINGS, which may be cut short."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -137,6 +140,23 @@ def _reach_loopback() -> None:
     given = [part.strip() for name in names for part in os.environ.get(name, "").split(",")]
     hosts = dict.fromkeys([*(part for part in given if part), *LOOPBACK])
     os.environ.update(dict.fromkeys(names, ",".join(hosts)))
+
+
+def _show_warnings() -> None:
+    """Warnings that PYTHONWARNINGS makes errors are shown here and below, and end nothing.
+
+    They are libraries' words about each other, and of those that a command imports some always has
+    one.
+    """
+    parts = os.environ.get("PYTHONWARNINGS", "").split(",")
+    shown = [_AS_ERROR.sub("default", part) for part in parts]
+    if shown == parts:
+        return
+    os.environ["PYTHONWARNINGS"] = ",".join(shown)
+    for action, message, category, module, line in reversed(list(warnings.filters)):
+        if action == "error" and isinstance(category, type):
+            texts = [getattr(pattern, "pattern", "") for pattern in (message, module)]
+            warnings.filterwarnings("default", texts[0], category, texts[1], line)
 
 
 COMPILED = "runs/compiled"
@@ -177,6 +197,7 @@ def prepare(
         # Once, however often this is called: the same function is the same filter.
         logging.getLogger(name).addFilter(_is_more_than_a_remark)
     _reach_loopback()
+    _show_warnings()
     if offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if torch_threads is not None:

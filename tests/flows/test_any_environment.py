@@ -68,6 +68,7 @@ WORKS: dict[str, dict[str, str | None]] = {
     "no locale": {"LC_ALL": "C", "LANG": None, "PYTHONUTF8": "0"},
     "another time zone": {"TZ": "Pacific/Kiritimati"},
     "warnings shown": {"PYTHONWARNINGS": "default"},
+    "warnings that end programs": {"PYTHONWARNINGS": "error"},
     "no bytecode": {"PYTHONDONTWRITEBYTECODE": "1"},
     "optimised Python": {"PYTHONOPTIMIZE": "1", "PYTHONSAFEPATH": "1", "PYTHONHASHSEED": "7"},
     "a bare PATH": {"PATH": "/usr/bin:/bin"},

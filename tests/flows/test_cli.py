@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -97,6 +98,16 @@ def test_measure_of_an_unreadable_file_is_a_row_with_an_error(root: Path, tmp_pa
     row = json.loads(done.stdout)
     assert row["entropy_bits"] is None
     assert row["error"]
+
+
+def test_a_warning_of_a_library_ends_no_command(toy: Path) -> None:
+    env = os.environ | {"PYTHONWARNINGS": "error"}
+    done = subprocess.run(
+        ["ultraflux", "stage", "list"], cwd=toy, env=env, capture_output=True, text=True
+    )
+    # DVC asks what a library of its own warns of.
+    assert done.returncode == 0, done.stderr
+    assert "DeprecationWarning" in done.stderr
 
 
 def test_doctor_finds_this_machine_fit_and_names_what_is_broken(root: Path, toy: Path) -> None:
