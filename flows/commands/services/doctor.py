@@ -99,7 +99,7 @@ def _python(_root: Path) -> Iterator[Finding]:
 
 def _machine(root: Path) -> Iterator[Finding]:
     disk_gb = shutil.disk_usage(root).free / 1e9
-    memory_gb = psutil.virtual_memory().total / 2**30
+    memory_gb = psutil.virtual_memory().total / 1e9
     for topic, value, least in (
         ("free disk", disk_gb, MIN_DISK_GB),
         ("memory", memory_gb, MIN_MEMORY_GB),

@@ -80,7 +80,7 @@ def remote(
         print(f"DVC remote: {data_remote.configure(root)}")
         for kept in kept_copies(root) if state or drop_state else []:
             name = f"{kept.stage}/{kept.stage_key}"
-            print(f"{name:40} {kept.checkpoint or '-':16} {kept.size_bytes / 1e6:.1f} MB")
+            print(f"{name:40} {kept.checkpoint or '-':16} {kept.size_bytes / 2**20:.1f} MiB")
         if drop_state:
             drop_all(root)
             print("removed")
