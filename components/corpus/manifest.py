@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 
 from components.files.parquet_files import write_parquet
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 OLDEST_READ = 3
-"""Version 4 added what is stored beside what is seen, and `drawing_score`. A manifest of version 3
-is read with those columns null; its sizes are as stored."""
+"""Version 4 added what is stored beside what is seen, and `drawing_score`; version 5 added
+`other_credits`. Older manifests are read with those columns null; sizes of version 3 are as
+stored."""
 _VERSION_KEY = b"ultraflux.manifest.schema_version"
 
 SCHEMA = pa.schema(
@@ -98,6 +99,8 @@ SCHEMA = pa.schema(
         ("photographer", pa.string()),
         ("photographer_url", pa.string()),
         ("license", pa.string()),
+        # JSON list of what other copies of the same bytes are credited with, where it differs.
+        ("other_credits", pa.string()),
         # What the source's own record says: its identifier, and a JSON object of all its fields
         # that no other column takes.
         ("record_id", pa.string()),

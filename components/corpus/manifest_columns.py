@@ -44,6 +44,7 @@ _OF_ITS_OWN = frozenset(
         "work_url",
         "record_id",
         "source_fields",
+        "other_credits",
     }
 )
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from components.corpus.captions.caption_files import CaptionLoss
 from components.corpus.captions.checks import (
@@ -139,7 +140,9 @@ def caption_photographs(
     """
     caption = settings.caption
     try:
-        provided = provided_captions(_uris(selected), settings.ingest, caption, root)
+        provided = provided_captions(
+            _uris(selected), _copies(selected), settings.ingest, caption, root
+        )
     except ValueError as problem:
         raise CaptioningRefused(str(problem)) from None
     captions = Captioned([], None, [])
@@ -183,6 +186,16 @@ def caption_photographs(
 def _uris(manifest: Path) -> Iterator[str]:
     for batch in manifest_batches(manifest, ["uri"]):
         yield from batch["uri"].to_pylist()
+
+
+def _copies(manifest: Path) -> dict[str, list[str]]:
+    """`uri` of byte-identical copies by image_id."""
+    copies: dict[str, list[str]] = {}
+    for batch in manifest_batches(manifest, ["image_id", "uri", "duplicate_of"]):
+        # Of a near duplicate it is another photograph's.
+        for row in batch.filter(pc.equal(batch["image_id"], batch["duplicate_of"])).to_pylist():
+            copies.setdefault(row["image_id"], []).append(row["uri"])
+    return copies
 
 
 def _fixed(settings: CaptionSettings) -> Fill:

@@ -5,7 +5,7 @@ Nobody pays for them again: they are checked like all others and named in the ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -58,7 +58,7 @@ class ProvidedCaptions(Protocol):
         """One per row, in order; status "missing" where nothing came.
 
         Args:
-            manifest: some rows: uri, kept, caption_en, caption_zh.
+            manifest: some rows: image_id, uri, kept, caption_en, caption_zh.
         """
 
 
@@ -94,8 +94,14 @@ class _OfFolder:
     """Captions of the file in a folder of photographs, and of text files where it has no line."""
 
     def __init__(
-        self, uris: Iterable[str], ingest: IngestSettings, settings: CaptionSettings, root: Path
+        self,
+        uris: Iterable[str],
+        copies: Mapping[str, Sequence[str]],
+        ingest: IngestSettings,
+        settings: CaptionSettings,
+        root: Path,
     ) -> None:
+        self._copies = copies
         self._folder = source_folder(ingest, root)
         self._root = root
         self._settings = settings
@@ -119,10 +125,19 @@ class _OfFolder:
         return [*self._lines_lost, *self._files_lost.values()]
 
     def of(self, manifest: pd.DataFrame) -> list[Judged]:
-        return [
-            self._row(file_name(uri, self._folder, self._root), was_kept)
-            for uri, was_kept in zip(manifest["uri"], manifest["kept"].eq(True), strict=True)
-        ]
+        rows = zip(manifest["image_id"], manifest["uri"], manifest["kept"].eq(True), strict=True)
+        return [self._of_image(*row) for row in rows]
+
+    def _of_image(self, image_id: str, uri: str, was_kept: bool) -> Judged:
+        """The row's own caption, else that of the first copy of its bytes that has one."""
+        own = self._row(file_name(uri, self._folder, self._root), was_kept)
+        if not was_kept or own != NOT_PROVIDED:
+            return own
+        copies = (
+            file_name(one, self._folder, self._root) for one in self._copies.get(image_id, ())
+        )
+        found = (self._row(file, was_kept) for file in copies)
+        return next((one for one in found if one != NOT_PROVIDED), own)
 
     def _row(self, file: str, was_kept: bool) -> Judged:
         if (caption := self._captions.get(file)) is not None:
@@ -138,12 +153,17 @@ class _OfFolder:
 
 
 def provided_captions(
-    uris: Iterable[str], ingest: IngestSettings, settings: CaptionSettings, root: Path
+    uris: Iterable[str],
+    copies: Mapping[str, Sequence[str]],
+    ingest: IngestSettings,
+    settings: CaptionSettings,
+    root: Path,
 ) -> ProvidedCaptions:
     """What came with the images of a manifest; of rows that were kept it is checked.
 
     Args:
         uris: of the whole manifest; read only where names must be known.
+        copies: `uri` of byte-identical copies by image_id; theirs is what the original lacks.
         ingest: where the images came from.
         settings: `provided` and the bounds of the checks.
         root: repository root.
@@ -159,4 +179,4 @@ def provided_captions(
     if settings.provider != "shipped" and not (root / ingest.source).is_dir():
         # Models look at derivatives: the photographs themselves may be gone by now.
         return _None()
-    return _OfFolder(uris, ingest, settings, root)
+    return _OfFolder(uris, copies, ingest, settings, root)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from components.corpus.manifest_columns import WORDS
+from components.corpus.other_credits import CREDITS, OTHER_CREDITS
 from components.corpus.pages.page_figures import bars, histogram, render
 from components.corpus.selection.slices import DESCRIPTIONS
 
@@ -22,7 +23,7 @@ _SCORES = (
     ("nsfw_score", "NSFW score", "nsfw_scorer"),
     ("drawing_score", "drawing score", "nsfw_scorer"),
 )
-_ATTRIBUTION = ("license", "photographer", "photographer_url", "image_url", "work_url", "source")
+_ATTRIBUTION = (*CREDITS, OTHER_CREDITS, "source")
 _LICENCES = 20
 _LOSSY_FILES = 50
 

@@ -23,6 +23,7 @@ import pandas as pd
 import pyarrow as pa
 
 from components.corpus.manifest_columns import manifest_batches
+from components.corpus.other_credits import OTHER_CREDITS, other_credits
 from components.files.whole_files import write_text
 from components.settings.corpus import LicenseSettings
 
@@ -133,7 +134,13 @@ def kept_apart(table: pd.DataFrame, settings: LicenseSettings) -> np.ndarray | N
 def _by_license(table: pd.DataFrame, is_meant: Callable[[str], bool]) -> np.ndarray:
     missing = pd.Series([None] * len(table), dtype=object)
     given = table["license"].astype(object) if "license" in table else missing
-    return _told(given, lambda text: is_meant(license_id(text)), is_meant(UNKNOWN))
+    found = _told(given, lambda text: is_meant(license_id(text)), is_meant(UNKNOWN))
+    for row, others in other_credits(table):
+        # One copy that is meant is enough, and what one copy says is known of all of them.
+        texts = (given.iloc[row], *(other.get("license") for other in others))
+        names = set(map(license_id, texts)) - {UNKNOWN}
+        found[row] = any(map(is_meant, names or {UNKNOWN}))
+    return found
 
 
 def _told(texts: pd.Series, is_meant: Callable[[str], bool], missing: bool = False) -> np.ndarray:
@@ -259,7 +266,10 @@ def _key(kind: str, value: str) -> str:
 class Exclusions:
     """Entries, ready to be asked about many rows."""
 
-    COLUMNS = ("image_id", "uri", "photographer", "photographer_url", "image_url", "work_url")
+    COLUMNS = (
+        *("image_id", "uri", "photographer", "photographer_url", "image_url", "work_url"),
+        OTHER_CREDITS,
+    )
     """Of a manifest, as far as it has them."""
 
     def __init__(self, entries: Iterable[Exclusion]) -> None:
@@ -273,8 +283,16 @@ class Exclusions:
         """(rows,) bool: which rows of a part of a manifest an entry names.
 
         A photographer is meant with and without a remark in brackets ("Ann Lee (Unsplash)"); a
-        host with all below it.
+        host with all below it. Other copies of the same bytes are asked as well.
         """
+        found = self._named(table)
+        others = [(row, other) for row, several in other_credits(table) for other in several]
+        if others:
+            rows, credits = zip(*others, strict=True)
+            found[np.array(rows)[self._named(pd.DataFrame(credits))]] = True
+        return found
+
+    def _named(self, table: pd.DataFrame) -> np.ndarray:
         found = np.zeros(len(table), dtype=bool)
         for kind, columns, is_meant in self._questions():
             if self._keys[kind]:

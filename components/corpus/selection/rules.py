@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from components.corpus.other_credits import OTHER_CREDITS
 from components.corpus.selection.draws import uniform_draws
 from components.corpus.selection.quotas import (
     QuotaInfeasible,
@@ -74,6 +75,7 @@ SETTING_OF = {
 COLUMNS = (
     "image_id",
     "license",
+    OTHER_CREDITS,
     "integrity",
     "duplicate_of",
     "width",

@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from components.corpus.manifest_columns import manifest_batches
+from components.corpus.selection.rights import Exclusion, Exclusions
 from components.corpus.selection.rules import (
     REASONS,
     SETTING_OF,
@@ -40,12 +41,12 @@ class ImageUnknown(ValueError):
 
 
 def find(table: pd.DataFrame, image: str, root: Path) -> int:
-    """Position of the row that an image_id (or the beginning of one), path or file name means.
+    """Position of the row that an image_id (or its beginning), path, file name or address means.
 
     Of byte-identical copies an image_id means the original, a path the copy itself.
 
     Args:
-        table: image_id, uri and duplicate_of.
+        table: image_id, uri and duplicate_of; of an address also `Exclusions.COLUMNS`.
         image: what a person typed.
         root: where relative paths of `uri` start.
 
@@ -65,9 +66,11 @@ def find(table: pd.DataFrame, image: str, root: Path) -> int:
         # In this order: a name in full says more than the end of a path.
         matches = uri.str.endswith(f"/{path.as_posix()}")
     rows = matches.to_numpy(dtype=bool, na_value=False).nonzero()[0]
+    if not len(rows) and "://" in image:
+        rows = Exclusions([Exclusion("url", image)]).mask(table).nonzero()[0]
     if not len(rows):
         raise ImageUnknown(
-            f"{image}: no candidate has this image_id, path or file name; list them with: "
+            f"{image}: no candidate has this image_id, path, file name or address; list them with: "
             "ultraflux corpus datasheet"
         )
     found = table.iloc[rows]

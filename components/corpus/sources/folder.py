@@ -12,6 +12,7 @@ import pandas as pd
 
 from components.corpus.listing.file_content import HEADER_COLUMNS
 from components.corpus.listing.source_files import printable, source_folder
+from components.corpus.other_credits import credit_of, joined
 from components.corpus.sources.records.separated_values import SeparatedValues
 from components.corpus.sources.records.source_records import SourceRecord
 from components.corpus.sources.records.text_lines import unmarked_utf_16
@@ -193,7 +194,25 @@ def manifest_of_folder(
             manifest[column] = values.where(values.notna(), manifest[column])
         else:
             manifest[column] = values.astype(object)
-    return manifest, _named_in_vain(attribution, names, settings.attribution or "")
+    return _with_copies(manifest), _named_in_vain(attribution, names, settings.attribution or "")
+
+
+def _with_copies(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Beside the credit of each original those of its byte-identical copies."""
+    alike = manifest[manifest["image_id"].duplicated(keep=False)]
+    changed = {}
+    for at in alike.groupby("image_id", sort=False).indices.values():
+        # In path order: the first is the original.
+        own, *others = (credit_of(row) for row in alike.iloc[at].to_dict("records"))
+        unique = {tuple(sorted(other.items())): other for other in others}
+        changed[alike.index[at[0]]] = joined(own, unique.values())
+    if not changed:
+        return manifest
+    found = pd.DataFrame.from_dict(changed, "index", dtype=object).reindex(manifest.index)
+    # Own values are among them, so that nothing else is replaced.
+    for name in found:
+        manifest[name] = found[name].where(found[name].notna(), manifest.get(name)).astype(object)
+    return manifest
 
 
 def _sha256(text: str) -> str:

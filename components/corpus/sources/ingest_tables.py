@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.corpus.manifest import SCHEMA, to_arrow
+from components.corpus.other_credits import DroppedCopies
 from components.corpus.sources.download_journal import DownloadJournal, Loss, Outcome, Stored
 from components.corpus.sources.image_probe import header_columns
 from components.corpus.sources.originals import original_path
@@ -281,6 +282,7 @@ class _Verdicts:
 
     def __post_init__(self) -> None:
         self.causes: Counter[str] = Counter()
+        self.copies = DroppedCopies()
         # Of kept originals only: a copy of a lost one is no duplicate.
         self.first_place: dict[str, str] = {}
         self.files: set[str] = set()
@@ -305,6 +307,10 @@ class _Verdicts:
                 )
 
     def _outcome(self, row: Row) -> Outcome:
+        if row["cause"] == "duplicate_url":
+            first_of_url = self.journal.get(row["detail"])
+            if first_of_url is not None and isinstance(first_of_url.result, Stored):
+                self.copies.add(first_of_url.result.sha256, row)
         if row["cause"] is not None:
             return Outcome(0, Loss(row["cause"], row["detail"]))
         outcome = self.journal.get(row["key"])
@@ -315,6 +321,7 @@ class _Verdicts:
         loss = _over_limits(outcome.result, self.settings)
         first = self.first_place.get(outcome.result.sha256)
         if loss is None and first is not None:
+            self.copies.add(outcome.result.sha256, row)
             # `uri` is unique in a manifest, and equal bytes have one place in the store.
             loss = Loss("duplicate_bytes", f"same bytes as {first}")
         return outcome if loss is None else Outcome(outcome.attempts, loss)
@@ -388,6 +395,7 @@ def write_ingest_tables(
         write_row_groups(
             _manifest_tables(verdicts, candidates), SCHEMA, folder / "manifest.parquet"
         )
+    verdicts.copies.complete(folder / "manifest.parquet")
     return IngestCounts(
         candidates=verdicts.candidates,
         kept=verdicts.kept,

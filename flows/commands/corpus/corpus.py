@@ -252,7 +252,7 @@ def _coverage(root: Path, version: str) -> dict[str, Any] | None:
 )
 def why(
     image: Annotated[
-        str, typer.Argument(help="image_id, the beginning of one, path or file name.")
+        str, typer.Argument(help="image_id, the beginning of one, path, file name or address.")
     ],
     out: Annotated[
         Path | None, typer.Option(help="Also the pictures side by side: .html or .png.")
@@ -261,6 +261,7 @@ def why(
     """Why a photograph is kept or dropped: each rule's value against its threshold."""
     from components.corpus.manifest_columns import read_columns
     from components.corpus.pages.why_page import write_why
+    from components.corpus.selection.rights import Exclusions
     from components.corpus.selection.rules import COLUMNS
     from components.corpus.selection.why import explain, find, with_later_stages
     from components.settings.schema import SettingsError, load_settings
@@ -271,7 +272,9 @@ def why(
         raise fail(f"{_SELECTED}: not found; run the pipeline first: ultraflux run --until select")
     try:
         settings = load_settings(root / "params.yaml")
-        table = read_columns(path, [*COLUMNS, "uri", "reject_reason"])
+        # A column of addresses is large, and no other name needs it.
+        also = Exclusions.COLUMNS if "://" in image else ("uri",)
+        table = read_columns(path, [*COLUMNS, *also, "reject_reason"])
         found = explain(table, find(table, image, root), settings)
         found = with_later_stages(found, root / "data")
         print("\n".join(found.lines()))

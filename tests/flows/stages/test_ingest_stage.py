@@ -25,6 +25,8 @@ import yaml
 from PIL import Image
 
 from components.corpus.manifest import read_table
+from components.corpus.selection.rights import Exclusion, Exclusions
+from components.corpus.selection.why import find
 from components.settings.schema import Settings, load_settings, parse_settings
 from components.telemetry.metric_log import MetricLog
 from flows.stages import ingest
@@ -177,6 +179,34 @@ def test_a_list_becomes_a_manifest_with_provenance_and_exact_losses(
     unknown = pd.read_parquet(tmp_path / "data" / "ingest" / "unknown_columns.parquet")
     assert unknown["extra"].tolist() == ['{"mood": "calm"}']
     assert unknown["image_id"].tolist() == [first["image_id"]]
+
+
+def test_dropped_records_leave_their_credit_and_caption_with_the_photograph(
+    tmp_path: Path, web: Any
+) -> None:
+    jane = {"artist": "Jane Forget", "license": "CC-BY-NC-4.0"}
+    rows = [
+        {"url": f"{web.base}/photo/1", "artist": "A", "license": "CC0"},
+        {"url": f"{web.base}/photo/1#again", **jane, "caption": "a lake"},
+        {"url": f"{web.base}/photo/3"},
+        {"url": f"{web.base}/photo/3?same=bytes", **jane},
+        {"url": f"{web.base}/photo/40", "artist": "A", "caption": "own words"},
+        {"url": f"{web.base}/photo/40", "artist": "A", "caption": "other words"},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    manifest, losses = accounted(
+        tmp_path, run(tmp_path, parse_settings(values("urls", "list.jsonl")))
+    )
+    causes = ["duplicate_url", "duplicate_bytes", "duplicate_url"]
+    assert losses["cause"].tolist() == causes
+    assert manifest["photographer"].tolist() == ["A", "Jane Forget", "A"]
+    assert manifest["caption_en"].fillna("").tolist() == ["a lake", "", "own words"]
+    assert manifest["other_credits"].notna().tolist() == [True, True, False]
+    path = tmp_path / "data" / "ingest" / "manifest.parquet"
+    ids = manifest["image_id"].tolist()
+    assert Exclusions([Exclusion("photographer", "jane forget")]).images(path) == set(ids[:2])
+    # An address means its photograph also where another record brought the bytes.
+    assert find(manifest, f"{web.base}/photo/3?same=bytes", tmp_path) == 1
 
 
 def test_other_bounds_judge_what_is_there_again_without_fetching(tmp_path: Path, web: Any) -> None:

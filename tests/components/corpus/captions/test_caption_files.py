@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -146,11 +147,15 @@ def test_any_bytes_give_captions_and_losses_or_one_line(
 
 
 def provided(
-    root: Path, *files: str, settings: CaptionSettings = SETTINGS
+    root: Path,
+    *files: str,
+    settings: CaptionSettings = SETTINGS,
+    copies: Mapping[str, list[str]] | None = None,
 ) -> tuple[list[Judged], list[CaptionLoss]]:
     ingest = INGEST.model_copy(update={"source": "photos"})
-    table = pd.DataFrame({"uri": [f"photos/{file}" for file in files], "kept": True})
-    found = provided_captions(table["uri"], ingest, settings, root)
+    uris = [f"photos/{file}" for file in files]
+    table = pd.DataFrame({"image_id": files, "uri": uris, "kept": True})
+    found = provided_captions(table["uri"], copies or {}, ingest, settings, root)
     # Each model that is asked reads what came once more.
     assert found.of(table[:1]) == found.of(table)[:1]
     return found.of(table), found.losses
@@ -183,6 +188,18 @@ def test_text_files_beside_photographs_fill_what_the_file_leaves(tmp_path: Path)
         "latin.txt": "not UTF-8",
         "out.txt": "symbolic link that leaves the source folder; not followed",
     }
+
+
+def test_a_copy_of_the_same_bytes_brings_the_caption_that_the_original_lacks(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "z.txt").write_text(LONG)
+    (tmp_path / "photos" / "b.txt").write_text("own words")
+    copies = {"a.jpg": ["photos/y.jpg", "photos/z.jpg"], "b.jpg": ["photos/z.jpg"]}
+    rows, losses = provided(tmp_path, "a.jpg", "b.jpg", "c.jpg", copies=copies)
+    assert [row.english for row in rows] == [LONG, "own words", None]
+    assert losses == []
 
 
 def test_text_files_alone_are_enough_and_beside_models_nothing_is_needed(tmp_path: Path) -> None:

@@ -160,20 +160,20 @@ def test_captions_of_records_are_checked_and_named_by_what_brought_them(
     table = manifest(
         (LONG, "红色山丘下的湖"), (LONG, None), (None, "湖"), ("lake", None), (None, None)
     )
-    rows = provided_captions(table["uri"], ingest, SETTINGS, tmp_path).of(table)
+    rows = provided_captions(table["uri"], {}, ingest, SETTINGS, tmp_path).of(table)
     assert [row.status for row in rows] == ["ok", "ok", "missing", "too_short", "missing"]
     assert (rows[0].english, rows[0].chinese) == (LONG, "红色山丘下的湖")
     assert {row.caption_model for row in rows[:2]} == {rows[0].caption_model}
     assert str(rows[0].caption_model).startswith("provided: ")
     assert rows[4] == Judged(None, None, "missing", None, None)
     ignoring = SETTINGS.model_copy(update={"provided": "ignore"})
-    none = provided_captions(table["uri"], ingest, ignoring, tmp_path).of(table)
+    none = provided_captions(table["uri"], {}, ingest, ignoring, tmp_path).of(table)
     assert {row.status for row in none} == {"missing"}
 
 
 def test_what_came_with_a_rejected_photograph_stays_and_is_not_checked(tmp_path: Path) -> None:
     ingest = INGEST.model_copy(update={"kind": "urls", "source": "list.csv"})
     table = manifest(("lake", "湖"), (None, None)).assign(kept=False)
-    rows = provided_captions(table["uri"], ingest, SETTINGS, tmp_path).of(table)
+    rows = provided_captions(table["uri"], {}, ingest, SETTINGS, tmp_path).of(table)
     assert (rows[0].english, rows[0].chinese, rows[0].status) == ("lake", "湖", None)
     assert rows[1].status == "missing"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,30 @@ def test_an_unknown_licence_can_be_denied() -> None:
     assert refused is not None
     assert refused.tolist() == [True, False]
     assert refused_licenses(table, ALL) is None
+
+
+def test_one_denied_copy_is_enough_and_one_known_licence_of_a_copy_is_known() -> None:
+    others = [[{"license": "CC BY-NC-ND 4.0"}], [{"license": "CC0"}], [{"photographer": "x"}], None]
+    table = pd.DataFrame(
+        {
+            "license": pd.Categorical(["CC0", None, None, "CC0"]),
+            "other_credits": [one and json.dumps(one) for one in others],
+        }
+    )
+    denied = LicenseSettings(allow=None, deny=("*-NC*", "unknown"), share_alike="mixed")
+    allowed = LicenseSettings(allow=("CC0-1.0",), deny=(), share_alike="mixed")
+    for rules in (denied, allowed):
+        refused = refused_licenses(table, rules)
+        assert refused is not None
+        assert refused.tolist() == [True, False, True, False]
+
+
+def test_an_entry_means_a_photograph_by_what_its_copies_are_credited_with() -> None:
+    other = [{"photographer": "Jane Forget", "image_url": "https://x.org/j.jpg"}]
+    rows = ROWS.assign(other_credits=[None, json.dumps(other), *[None] * (len(ROWS) - 2)])
+    for kind, value in (("photographer", "jane forget"), ("url", "x.org/j.jpg"), ("host", "x.org")):
+        mask = Exclusions([exclusion(kind, value, "", "here")]).mask(rows)
+        assert np.flatnonzero(mask).tolist() == [1]
 
 
 def test_share_alike_stands_apart_from_both_sides() -> None:

@@ -237,3 +237,19 @@ def test_the_project_itself_is_no_source(tmp_path: Path, source: str) -> None:
     assert "\n" not in str(said.value)
     sample = source_folder(ingest.model_copy(update={"source": "data/sample"}), root)
     assert sample == root / "data" / "sample"
+
+
+def test_the_original_holds_what_its_copies_are_credited_with(photos: Path) -> None:
+    for name in ("c.jpg", "d.jpg"):
+        shutil.copy(photos / "b.jpg", photos / name)
+    (photos / "ATTRIBUTION.csv").write_text(
+        "file,author,license,image_url\n"
+        "c.jpg,Doe,CC-BY-NC-ND-4.0,http://x.org/c\nd.jpg,Eve,,\ndeep/a.PNG,Bo,CC0,\n"
+    )
+    table = scan_folder(settings(attribution="ATTRIBUTION.csv"), photos.parent)
+    original, _, _, alone = table.to_dict("records")
+    # Nothing is known of the original itself: it takes the first credit as a whole.
+    assert (original["photographer"], original["license"]) == ("Doe", "CC-BY-NC-ND-4.0")
+    assert json.loads(original["other_credits"]) == [{"photographer": "Eve"}]
+    assert (alone["photographer"], alone["other_credits"]) == ("Bo", None)
+    assert to_arrow(table, SCHEMA).num_rows == 4
