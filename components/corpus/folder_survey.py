@@ -206,8 +206,14 @@ def _captions(folder: Path, file: str, photographs: Sequence[Path]) -> _Brought:
         except ValueError as problem:
             found.problem = str(problem)
     found.lines = sum(found.takes(name, caption.english) for name, caption in captions.items())
-    sidecars = Sidecars(folder)
-    beside = [sidecar for n in names if n not in captions and (sidecar := sidecars.find(n))]
+    sidecars = Sidecars(folder, READ)
+    beside = []
+    for name in names:
+        try:
+            if name not in captions and (sidecar := sidecars.find(name)):
+                beside.append(sidecar)
+        except ValueError as problem:
+            found.unread.append(CaptionLoss(name, str(problem)))
     found.files = len(beside)
     for path in _spread([Path(sidecar) for sidecar in beside], _HEADERS):
         name = path.as_posix()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from components.corpus.captions.caption_files import Sidecars
 from components.corpus.listing.source_files import photographs
 from components.corpus.sources.multiaspect import read_metadata_shards
 from components.corpus.sources.records.source_records import SourceEnd, source_files
@@ -94,10 +96,12 @@ def copy_sample(settings: IngestSettings, root: Path, target: Path, count: int, 
     places = {round(n * (len(paths) - 1) / max(1, steps - 1)) for n in range(steps)}
     sample = [paths[place] for place in sorted(places)] if paths else []
     brought = [path for path in sample if _bring(path, source, target)]
+    sidecars = Sidecars(source, settings.extensions)
     for path in brought:
-        beside = path.with_suffix(".txt")
-        if beside.is_file():
-            _bring(beside, source, target)
+        # Where several fit the rehearsal has none, as the run will.
+        with contextlib.suppress(ValueError):
+            if beside := sidecars.find(path.relative_to(source).as_posix()):
+                _bring(source / beside, source, target)
     for name in (settings.attribution, file):
         if name and (source / name).is_file():
             _bring(source / name, source, target)

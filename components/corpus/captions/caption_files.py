@@ -7,13 +7,14 @@ which one is wrong are half a million captions less one.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import json
 import os
 import posixpath
 import stat
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO
 from components.corpus.captions.checks import Caption
 from components.corpus.captions.flaws import is_undecoded, is_unreadable
 from components.corpus.captions.spilled import Spilled
+from components.corpus.listing.source_files import is_of_system
 
 SIDECAR = ".txt"
 _MAX_SIDECAR_BYTES = 2**20
@@ -197,36 +199,113 @@ def read_captions(
     return captions, losses
 
 
+@dataclass
+class _Beside:
+    """What one folder holds, by stem: the name without its ending."""
+
+    texts: dict[str, list[str]]
+    """Names of text files by their composed stem."""
+    stems: set[str]
+    """Of photographs, as they are spelled, where a stem has several spellings."""
+    unclaimed: list[str]
+    """Text files that are of no photograph."""
+
+    def of(self, stem: str) -> str | None:
+        """The text file of a photograph: of exactly its stem, else the only one of its spelling.
+
+        Raises:
+            ValueError: several fit.
+        """
+        fitting = self.texts.get(unicodedata.normalize("NFC", stem), [])
+        # One that is exactly another photograph's is that one's alone.
+        fitting = [name for name in fitting if _stem(name) == stem] or [
+            name for name in fitting if _stem(name) not in self.stems
+        ]
+        exact = stem + SIDECAR
+        if len(fitting) > 1 and exact not in fitting:
+            raise ValueError(f"several text files fit, such as {fitting[0]} and {fitting[1]}")
+        return exact if exact in fitting else next(iter(fitting), None)
+
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(name)[0]
+
+
 class Sidecars:
-    """Text files beside photographs: `a.txt` for `a.jpg`, found in any spelling of the name."""
+    """Text files beside photographs: `a.txt` for `a.jpg`, found in either spelling of accents."""
 
-    def __init__(self, folder: Path) -> None:
-        """Look nowhere yet; each folder below `folder` is listed once."""
+    def __init__(self, folder: Path, endings: Container[str]) -> None:
+        """Look nowhere yet; each folder below `folder` is listed once.
+
+        Args:
+            folder: the source.
+            endings: of photographs, in lower case, with the dot.
+        """
         self._folder = folder
-        self._listed: dict[str, dict[str, str]] = {}
+        self._endings = endings
+        self._listed: dict[str, _Beside] = {}
 
-    def _names(self, below: str) -> dict[str, str]:
-        """Names of the text files of a folder by their comparable spelling."""
+    def _beside(self, below: str) -> _Beside:
         if below not in self._listed:
             try:
                 names = os.listdir(self._folder / below)
             except OSError:
                 # A folder that went away has no photographs either, which others report.
                 names = []
-            self._listed[below] = {
-                comparable_name(name): name
-                for name in sorted(names)
-                if name.lower().endswith(SIDECAR)
-            }
+            self._listed[below] = self._sorted(name for name in names if not is_of_system(name))
         return self._listed[below]
 
+    def _sorted(self, names: Iterable[str]) -> _Beside:
+        found = _Beside({}, set(), [])
+        photographs = []
+        for name in sorted(names):
+            stem, ending = posixpath.splitext(name)
+            if ending.lower() == SIDECAR:
+                found.texts.setdefault(unicodedata.normalize("NFC", stem), []).append(name)
+            elif ending.lower() in self._endings:
+                photographs.append(stem)
+                if not stem.isascii():
+                    found.stems.add(stem)
+        left = {name for several in found.texts.values() for name in several}
+        for stem in photographs:
+            with contextlib.suppress(ValueError):
+                left.discard(found.of(stem) or "")
+        found.unclaimed = sorted(left)
+        return found
+
     def find(self, file: str) -> str | None:
-        """The text file beside a photograph, below the folder; None: there is none."""
+        """The text file beside a photograph, below the folder; None: there is none.
+
+        Raises:
+            ValueError: several fit, and none is spelled as the photograph.
+        """
         below, name = posixpath.split(file)
-        stem = comparable_name(posixpath.splitext(name)[0])
-        names = self._names(below)
-        found = names.get(stem + SIDECAR) or names.get(stem + SIDECAR.upper())
+        found = self._beside(below).of(_stem(name))
         return None if found is None else posixpath.join(below, found)
+
+    def has(self, file: str) -> bool:
+        """Whether a photograph has a text file beside it, or several that fit."""
+        try:
+            return self.find(file) is not None
+        except ValueError:
+            return True
+
+    def unclaimed(self, table: str) -> CaptionLoss | None:
+        """Text files of the folders that were looked into and belong to no photograph there.
+
+        Args:
+            table: the file of captions, which is none of them.
+        """
+        names = [
+            name
+            for below, beside in self._listed.items()
+            for text in beside.unclaimed
+            if (name := posixpath.join(below, text)) != table
+        ]
+        if not names:
+            return None
+        others = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        return CaptionLoss(names[0], f"a text file beside no photograph of its name{others}")
 
     def read(self, sidecar: str) -> str:
         """Its text on one line.

@@ -105,7 +105,7 @@ class _OfFolder:
         self._folder = source_folder(ingest, root)
         self._root = root
         self._settings = settings
-        self._sidecars = Sidecars(self._folder)
+        self._sidecars = Sidecars(self._folder, ingest.extensions)
         self._origin = f"{PROVIDED}{settings.file}"
         self._captions: Mapping[str, Caption] = {}
         self._lines_lost: list[CaptionLoss] = []
@@ -117,12 +117,13 @@ class _OfFolder:
             return
         files = [file_name(uri, self._folder, root) for uri in uris]
         # Beside models and text files the file is welcome, but nothing that must be there.
-        if has_file or not any(map(self._sidecars.find, files)):
+        if has_file or not any(map(self._sidecars.has, files)):
             self._captions, self._lines_lost = read_captions(path, files)
 
     @property
     def losses(self) -> list[CaptionLoss]:
-        return [*self._lines_lost, *self._files_lost.values()]
+        unclaimed = self._sidecars.unclaimed(self._settings.file)
+        return [*self._lines_lost, *self._files_lost.values(), *([unclaimed] if unclaimed else [])]
 
     def of(self, manifest: pd.DataFrame) -> list[Judged]:
         rows = zip(manifest["image_id"], manifest["uri"], manifest["kept"].eq(True), strict=True)
@@ -142,9 +143,12 @@ class _OfFolder:
     def _row(self, file: str, was_kept: bool) -> Judged:
         if (caption := self._captions.get(file)) is not None:
             return _judge(caption, was_kept, self._settings, self._origin)
-        if (sidecar := self._sidecars.find(file)) is None:
-            return NOT_PROVIDED
+        sidecar = file
         try:
+            found = self._sidecars.find(file)
+            if found is None:
+                return NOT_PROVIDED
+            sidecar = found
             caption = Caption(self._sidecars.read(sidecar), None)
         except ValueError as problem:
             self._files_lost[sidecar] = CaptionLoss(sidecar, str(problem))

@@ -377,6 +377,8 @@ def folder_project(root: Path, captions: str, **changes: object) -> Settings:
     photos.mkdir()
     (photos / "captions.jsonl").write_text(captions)
     names = ["a.jpg", "b.jpg"]
+    for name in names:
+        (photos / name).touch()
     table = pd.DataFrame({"image_id": names, "uri": [f"photos/{name}" for name in names]})
     as_selected(root, table.assign(kept=True))
     values = load_settings(ROOT / "params.yaml").model_dump(mode="json")

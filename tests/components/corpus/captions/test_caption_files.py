@@ -175,6 +175,8 @@ def test_text_files_beside_photographs_fill_what_the_file_leaves(tmp_path: Path)
     (tmp_path / "elsewhere.txt").write_text("not ours to read")
     files = ["a.jpg", "sub/b.2024.jpg", unicodedata.normalize("NFD", "é.png"), "blank.jpg"]
     files += ["pipe.jpg", "latin.jpg", "out.jpg", "none.jpg"]
+    for file in files:
+        (photos / file).touch()
     rows, losses = provided(tmp_path, *files)
     assert [row.english for row in rows[:3]] == [LONG, LONG, "a lake by night"]
     assert [row.status for row in rows] == ["ok"] * 3 + ["missing"] * 5
@@ -196,10 +198,38 @@ def test_a_copy_of_the_same_bytes_brings_the_caption_that_the_original_lacks(
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "z.txt").write_text(LONG)
     (tmp_path / "photos" / "b.txt").write_text("own words")
+    for name in "abz":
+        (tmp_path / "photos" / f"{name}.jpg").touch()
     copies = {"a.jpg": ["photos/y.jpg", "photos/z.jpg"], "b.jpg": ["photos/z.jpg"]}
     rows, losses = provided(tmp_path, "a.jpg", "b.jpg", "c.jpg", copies=copies)
     assert [row.english for row in rows] == [LONG, "own words", None]
     assert losses == []
+
+
+def test_a_text_file_is_of_the_photograph_of_its_very_name(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    nfc, nfd = NFC.removesuffix(".jpg"), NFD.removesuffix(".jpg")
+    stems = ["trail", "trail ", "lead", " lead", nfc, nfd, "mixed", "win\\name"]
+    for stem in [*stems, "bare ", f"{nfc}s"]:
+        (photos / f"{stem}.jpg").touch()
+    for stem in stems:
+        ending = "Txt" if stem == "mixed" else "txt"
+        (photos / f"{stem}.{ending}").write_text(f"words of photograph {stem!a}")
+    rows, losses = provided(tmp_path, *(f"{stem}.jpg" for stem in stems))
+    assert [row.english for row in rows] == [f"words of photograph {s!a}" for s in stems]
+    assert losses == []
+    # Exactly another photograph's: not this one's, however it is spelled.
+    (photos / f"{nfc}.txt").unlink()
+    (photos / "lead.txt").rename(photos / "leaf.txt")
+    (photos / "mixed.tXt").write_text("two of them")
+    (photos / f"{nfd}s.txt").write_text("of one photograph alone")
+    rows, losses = provided(tmp_path, f"{nfc}.jpg", "bare .jpg", "mixed.jpg", f"{nfc}s.jpg")
+    assert [row.english for row in rows] == [None, None, None, "of one photograph alone"]
+    assert [str(loss) for loss in losses] == [
+        "mixed.jpg: several text files fit, such as mixed.Txt and mixed.tXt",
+        "leaf.txt: a text file beside no photograph of its name, and 2 more",
+    ]
 
 
 def test_text_files_alone_are_enough_and_beside_models_nothing_is_needed(tmp_path: Path) -> None:
