@@ -59,11 +59,11 @@ def _metrics(found: Collected) -> dict[str, float]:
 
 
 def _summary(found: Collected, kind: str) -> str:
+    remark = f"; {found.remark}" if found.remark else ""
     if kind == "folder":
-        remark = f"; {found.remark}" if found.remark else ""
         return (
             f"{found.candidates} candidates, {found.unreadable} unreadable, "
             f"{found.duplicates} duplicates{remark}"
         )
     lost = f", lost: {found.described_losses}" if found.losses else ""
-    return f"{found.candidates} candidates, {found.kept} kept{lost}"
+    return f"{found.candidates} candidates, {found.kept} kept{lost}{remark}"

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -29,17 +30,22 @@ from components.corpus.sources.ingest_tables import (
     write_empty_side_tables,
     write_ingest_tables,
 )
-from components.corpus.sources.multiaspect import read_metadata_shards
+from components.corpus.sources.multiaspect import SHARD_ENDINGS, read_metadata_shards
 from components.corpus.sources.originals import prune_originals
 from components.corpus.sources.record_fields import Coverage
-from components.corpus.sources.records.source_records import SourceItem, SourceRecord
-from components.corpus.sources.url_lists import read_url_lists
-from components.corpus.sources.webdataset import read_webdataset
+from components.corpus.sources.records.source_records import (
+    SourceItem,
+    SourceRecord,
+    files_not_read,
+)
+from components.corpus.sources.url_lists import LIST_ENDINGS, read_url_lists
+from components.corpus.sources.webdataset import ARCHIVE_ENDINGS, read_webdataset
 from components.files.whole_files import write_text
 from components.images.image_store import FOLDER, ImageStore
 from components.settings.corpus import DownloadSettings, IngestSettings
 from components.telemetry.progress import track
 
+_ENDINGS = {"urls": LIST_ENDINGS, "multiaspect": SHARD_ENDINGS, "webdataset": ARCHIVE_ENDINGS}
 ORIGINALS = "data/ingest/originals"
 """What `uri` of a fetched or unpacked original begins with in the pipeline's manifest."""
 
@@ -150,8 +156,10 @@ def _collect_records(
             records = read_webdataset(
                 source, settings.source, originals, journal, settings.download
             )
+        unread = files_not_read(source, _ENDINGS[settings.kind])
+        items = records if unread is None else chain(unread[:1], records)
         coverage = write_candidates(
-            track(first_records(records, first), "ingest: records"),
+            track(first_records(items, first), "ingest: records"),
             candidates,
             keyed_by_url=from_web,
         )
@@ -160,6 +168,7 @@ def _collect_records(
         counts = write_ingest_tables(candidates, journal, folder, originals_uri, settings)
     # After the tables: until then a killed run would lose bytes that a row may still point at.
     prune_originals(originals, counts.originals)
+    coverage.remark = None if unread is None else unread[1]
     coverage.kept, coverage.losses = counts.kept, counts.losses
     _write_coverage(coverage, folder)
     losses = counts.losses
@@ -170,6 +179,7 @@ def _collect_records(
         duplicates=sum(losses.get(name, 0) for name in ("duplicate_url", "duplicate_bytes")),
         megapixels=counts.megapixels,
         losses=losses,
+        remark=coverage.remark,
     )
     # After all tables are written: the losses are what a person has to read now.
     if counts.kept == 0:

@@ -43,7 +43,7 @@ from components.corpus.sources.records.source_records import (
 from components.files.parquet_files import storable
 from components.settings.corpus import DownloadSettings
 
-ARCHIVE_ENDINGS = (".tar", ".tgz", ".gz", ".tar.bz2", ".tar.xz")
+ARCHIVE_ENDINGS = (".tar", ".tgz", ".gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _READ = frozenset({"jpg", "jpeg", "png", "webp", "tif", "tiff", "avif", "jxl", "img", "image"})
 # Endings of pictures: what is in them is read if its bytes are of a kind that is read, and is a
 # loss with a cause otherwise. Other members are images if their first bytes say so.

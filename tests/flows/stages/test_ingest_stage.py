@@ -209,6 +209,23 @@ def test_dropped_records_leave_their_credit_and_caption_with_the_photograph(
     assert find(manifest, f"{web.base}/photo/3?same=bytes", tmp_path) == 1
 
 
+def test_files_of_a_kind_that_is_not_read_are_counted_and_named(tmp_path: Path, web: Any) -> None:
+    lists = tmp_path / "lists"
+    (lists / "more").mkdir(parents=True)
+    (lists / "a.csv").write_text(f"url\n{web.base}/photo/1\n")
+    for name in ("b.feather", "c.csv.bz2", "more/d.bz2", "README", ".DS_Store"):
+        (lists / name).touch()
+    result = run(tmp_path, parse_settings(values("urls", "lists")))
+    assert "1 kept; 4 files are not read, such as c.csv.bz2; " in result.summary
+    coverage = json.loads((tmp_path / "data" / "ingest" / "coverage.json").read_text())
+    assert coverage["remark"] == "4 files are not read, such as c.csv.bz2"
+    assert coverage["ledger"]["totals"]["files"]["apart"] == {
+        "not read, no ending": 1,
+        "not read, .feather": 1,
+        "not read, .bz2": 2,
+    }
+
+
 def test_other_bounds_judge_what_is_there_again_without_fetching(tmp_path: Path, web: Any) -> None:
     lines = ["url", *(f"{web.base}/photo/{n}" for n in (1, 40)), f"{web.base}/gone/1"]
     (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from components.corpus.listing.source_files import is_of_system
+
+_NOTED_ENDINGS = 100
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class SourceEnd:
 
     file: str
     unit: str
-    """What is counted: "lines", "rows", "members" or "records"."""
+    """What is counted: "lines", "rows", "members", "records" or, of a folder, "files"."""
     total: int
     """All of them."""
     apart: Mapping[str, int] = field(default_factory=dict)
@@ -63,9 +66,7 @@ def source_files(source: Path, endings: tuple[str, ...], shown: str) -> list[Pat
         if not source.name.lower().endswith(endings):
             raise ValueError(f"{shown}: unknown kind of file; {advice}")
         return [source]
-    # By text, not by `Path`: parts compare differently, and on Windows by another separator.
-    inside = sorted(source.rglob("*"), key=lambda path: path.relative_to(source).as_posix())
-    inside = [path for path in inside if not any(map(is_of_system, path.relative_to(source).parts))]
+    inside = _inside(source)
     named = [path for path in inside if path.name.lower().endswith(endings) and not path.is_dir()]
     for path in named:
         # Passed over without a word it would be a list less, perhaps of millions.
@@ -79,6 +80,40 @@ def source_files(source: Path, endings: tuple[str, ...], shown: str) -> list[Pat
             found = f"none of its {len(others)} files is read, such as {shown_name(others[0])}"
         raise ValueError(f"{shown}: {found}; {advice}")
     return named
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder and is not the system's, in sorted order."""
+    # By text, not by `Path`: parts compare differently, and on Windows by another separator.
+    inside = sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix())
+    return [path for path in inside if not any(map(is_of_system, path.relative_to(folder).parts))]
+
+
+def files_not_read(source: Path, endings: tuple[str, ...]) -> tuple[SourceEnd, str] | None:
+    """Files beside those that are read: their count by ending, and what to say of them.
+
+    Args:
+        source: file or folder.
+        endings: of what is read, as for `source_files`.
+    """
+    others = [
+        path
+        for path in (_inside(source) if source.is_dir() else ())
+        if not path.name.lower().endswith(endings) and not path.is_dir()
+    ]
+    if not others:
+        return None
+    endings_of = [path.suffix.lower() or "no ending" for path in others]
+    by_ending = Counter(endings_of)
+    # Of the commonest: a forgotten list rather than the one README beside it.
+    example = others[endings_of.index(by_ending.most_common(1)[0][0])]
+    # Names are a stranger's: a thousand endings must not make the account as long.
+    apart = {f"not read, {ending}": n for ending, n in by_ending.most_common(_NOTED_ENDINGS)}
+    if rest := len(others) - sum(apart.values()):
+        apart["not read, other endings"] = rest
+    files = "1 file is" if len(others) == 1 else f"{len(others)} files are"
+    remark = f"{files} not read, such as {shown_name(example)}"
+    return SourceEnd("beside what is read", "files", len(others), apart), remark
 
 
 def shown_name(path: Path) -> str:

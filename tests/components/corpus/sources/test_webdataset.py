@@ -392,3 +392,17 @@ def test_every_member_is_the_image_describes_one_or_is_named(names: list[tuple[s
             near = near or list(image.stem)[:shorter] == stem[:shorter]
         unplaced += not describes and not near
     assert alone == unplaced
+
+
+@pytest.mark.parametrize(
+    ("ending", "mode"),
+    [("tgz", "gz"), ("TBZ2", "bz2"), ("tar.bz2", "bz2"), ("txz", "xz"), ("tar.xz", "xz")],
+)
+def test_a_compressed_archive_is_read_under_each_of_its_endings(
+    tmp_path: Path, ending: str, mode: Any
+) -> None:
+    with tarfile.open(tmp_path / f"a.{ending}", f"w:{mode}") as archive:
+        add(archive, "1.jpg", picture())
+    with DownloadJournal(tmp_path / "j.sqlite", "s") as journal:
+        items = read_webdataset(tmp_path, "tars", tmp_path / "store", journal, small_limits())
+        assert [record.place for record in balanced(items, Ledger())] == [f"a.{ending}#1.jpg"]
