@@ -5,6 +5,7 @@ Worker processes import this module, so it needs pyarrow alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _COMPRESSION = "zstd"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 GROUP_ROWS = 16_384
 """Rows of one group: what a reader holds at a time, some 20 MB of a manifest with captions."""
 
@@ -122,5 +124,6 @@ def write_row_groups(tables: Iterable[pa.Table], schema: pa.Schema, path: Path) 
 
 
 def storable(text: str) -> str:
-    """Text without lone surrogates, which no UTF-8 file can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    """Text whose lone surrogates, which no UTF-8 file can hold, are U+FFFD as wrong bytes are."""
+    # Not a question mark, which text has by itself: what is mended must be seen to be.
+    return _SURROGATE.sub("\ufffd", text)

@@ -70,6 +70,14 @@ class ListSettings(Section):
         # Codecs such as rot13 and base64 turn no bytes into text.
         if not known._is_text_encoding:
             raise ValueError(f"{name!r} is no encoding of text; try utf-8, cp1252 or gb18030")
+        try:
+            # As lists are read. The mark is what UTF-16 without a byte order asks for.
+            known.incrementaldecoder("replace").decode(codecs.BOM_UTF32_LE)
+        except UnicodeError:
+            # Such as idna, of single names.
+            raise ValueError(
+                f"{name!r} reads no whole file; try utf-8, cp1252 or gb18030"
+            ) from None
         return name
 
     @field_validator("separator")

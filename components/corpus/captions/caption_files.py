@@ -23,6 +23,7 @@ from components.corpus.captions.checks import Caption
 from components.corpus.captions.flaws import is_undecoded, is_unreadable
 from components.corpus.captions.spilled import Spilled
 from components.corpus.listing.source_files import is_of_system
+from components.files.parquet_files import storable
 
 SIDECAR = ".txt"
 _MAX_SIDECAR_BYTES = 2**20
@@ -84,11 +85,6 @@ class KnownFiles:
         return found
 
 
-def _without_surrogates(text: str) -> str:
-    # Half of a pair, which JSON can spell and no file can hold.
-    return "".join("\ufffd" if 0xD800 <= ord(one) <= 0xDFFF else one for one in text)
-
-
 def _parse(line: str) -> tuple[str, Caption]:
     """(file, caption) of one line; text that no file can hold becomes U+FFFD.
 
@@ -113,9 +109,7 @@ def _parse(line: str) -> tuple[str, Caption]:
     chinese: str | None = record.get("caption_zh")
     if is_undecoded(file):
         raise ValueError("'file' has characters that no file name can have")
-    return file, Caption(
-        _without_surrogates(english), None if chinese is None else _without_surrogates(chinese)
-    )
+    return file, Caption(storable(english), None if chinese is None else storable(chinese))
 
 
 def _raw_lines(stream: BinaryIO) -> Iterable[bytes]:

@@ -125,7 +125,7 @@ def _identify(url: str | None, wrong_type: bool, seen: set[bytes]) -> Row:
         return {"cause": cause, "detail": "image_url is no text" if wrong_type else "no image_url"}
     # With a byte replaced it is another address, and may be another photograph.
     if "\ufffd" in url:
-        return {"cause": "bad_url", "detail": "holds bytes that are not UTF-8"}
+        return {"cause": "bad_url", "detail": "holds bytes that are not UTF-8, or half a character"}
     try:
         key = normalise_url(url)
     except ValueError as problem:

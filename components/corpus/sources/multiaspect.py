@@ -24,11 +24,20 @@ from components.corpus.sources.records.source_records import (
     shown_path,
     source_files,
 )
-from components.corpus.sources.records.text_lines import READ_ERRORS, open_text, read_problem
+from components.corpus.sources.records.text_lines import (
+    READ_ERRORS,
+    open_text,
+    read_problem,
+    wrong_encoding,
+)
 from components.settings.corpus import ListSettings
 
 SHARD_ENDINGS = (".json", ".json.gz")
 _JSON_LINES = "broken shard: JSON lines; name it .jsonl and set ingest.kind to urls"
+
+
+class _Misread(str):
+    """Why a shard gives nothing, where settings are the remedy."""
 
 
 def _records(shard: Any) -> list[Any] | None:
@@ -49,13 +58,15 @@ def _shard(path: Path, lists: ListSettings) -> list[Any] | str:
         with open_text(path, lists.encoding) as file:
             text = file.read()
         records = _records(parse_json(text))
+    except UnicodeError as problem:
+        return _Misread(wrong_encoding(problem, lists.encoding))
     except READ_ERRORS as problem:
         return read_problem(problem)
     except ValueError as problem:
         # A common mistake with a remedy of its own; "extra data" would not name it.
         start = text.lstrip().partition("\n")[0]
         if start.startswith("{") and start.rstrip().endswith("}"):
-            return _JSON_LINES
+            return _Misread(_JSON_LINES)
         return f"broken shard: {problem}"
     return "broken shard: not a list of records" if records is None else records
 
@@ -70,7 +81,7 @@ def _refuse_without_addresses(
     """
     for path in paths:
         found = _shard(path, lists)
-        if found == _JSON_LINES:
+        if isinstance(found, _Misread):
             raise ValueError(f"{shown_path(path, source, shown)}: {found}")
         # A broken shard is a string here, its characters no objects: the next one is looked at.
         objects = [item for item in found if isinstance(item, dict)]

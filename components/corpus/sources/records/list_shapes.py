@@ -27,6 +27,7 @@ from components.corpus.sources.records.text_lines import (
     Lines,
     foreign_encoding,
     open_text,
+    wrong_encoding,
 )
 from components.settings.corpus import ListSettings
 
@@ -68,6 +69,8 @@ def refuse_misread(paths: list[Path], source: Path, shown: str, lists: ListSetti
     for path in paths:
         try:
             problem = _misreading(path, lists)
+        except UnicodeError as wrong:
+            problem = wrong_encoding(wrong, lists.encoding)
         # Such a file is a counted loss; only what would be read wrongly stops the run.
         except READ_ERRORS:
             continue

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-READ_ERRORS = (OSError, EOFError, zlib.error)
+READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeError)
 """What reading a file, gzipped or not, may raise."""
 LONGEST_LINE = 2**26
 """Characters. A line of ten million holds a long caption; a file without line ends must not be
@@ -80,6 +80,14 @@ def read_problem(problem: BaseException) -> str:
     if isinstance(problem, OSError) and problem.strerror:
         return f"cannot read: {problem.strerror}"
     return f"cannot read: {' '.join(str(problem).split()) or type(problem).__name__}"
+
+
+def wrong_encoding(problem: UnicodeError, encoding: str | None) -> str:
+    """What to say of a file that cannot be text in the encoding of the settings."""
+    return (
+        f"is no text in {encoding} ({problem}); set ingest.lists.encoding to what it is in, such "
+        "as utf-8, utf-16-le or cp1252"
+    )
 
 
 def foreign_encoding(path: Path) -> str | None:

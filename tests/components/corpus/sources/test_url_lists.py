@@ -169,6 +169,31 @@ def test_rows_of_every_bad_kind_are_candidates_or_losses_with_a_cause(tmp_path: 
     assert coverage.problems["undecodable_text"] == 2
 
 
+def test_half_characters_repeated_keys_and_endless_numbers_cost_what_they_are(
+    tmp_path: Path,
+) -> None:
+    lines = [
+        '{"url": "http://a/1.jpg?x=\\ud83d"}',
+        '{"url": "http://a/2.jpg", "caption": "a \\ud800 lake"}',
+        '{"url": "http://a/3.jpg", "url": "http://a/4.jpg"}',
+        '{"url": "http://a/5.jpg", "n": ' + "9" * 5000 + "}",
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    path = tmp_path / "candidates.parquet"
+    source = read_url_lists(tmp_path / "list.jsonl", "list.jsonl", ListSettings())
+    coverage = write_candidates(source, path)
+    rows = pq.read_table(path).to_pylist()
+    assert [row["cause"] for row in rows] == ["bad_url", None, None, "broken_record"]
+    # Also for the checks of captions, which refuse what could not be read.
+    assert rows[1]["caption_en"] == "a \ufffd lake"
+    assert coverage.problems["undecodable_text"] == 2
+    assert (rows[2]["image_url"], rows[2]["extra"]) == (
+        "http://a/3.jpg",
+        '{"url.2": "http://a/4.jpg"}',
+    )
+    assert rows[3]["detail"] == "a number with too many digits"
+
+
 @pytest.mark.parametrize("make", ["missing", "empty", "wrong"])
 def test_an_unusable_list_names_the_setting(tmp_path: Path, make: str) -> None:
     source = tmp_path / "list.txt"

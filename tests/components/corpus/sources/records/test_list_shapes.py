@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from components.corpus.sources.multiaspect import read_metadata_shards
 from components.corpus.sources.records.ledger import Ledger, balanced
 from components.corpus.sources.records.text_lines import foreign_encoding
 from components.corpus.sources.url_lists import read_url_lists
@@ -188,6 +189,25 @@ def test_a_letter_far_into_the_file_is_found_with_its_line(tmp_path: Path) -> No
 
 
 def test_unknown_encodings_and_separators_are_refused_with_the_settings() -> None:
-    for wrong in ({"encoding": "klingon"}, {"encoding": "base64"}, {"separator": '"'}):
+    for wrong in (
+        {"encoding": "klingon"},
+        {"encoding": "base64"},
+        {"encoding": "idna"},
+        {"separator": '"'},
+    ):
         with pytest.raises(ValueError, match=r"try utf-8|try , ;"):
             ListSettings.model_validate(wrong)
+
+
+def test_an_encoding_that_a_file_cannot_be_in_is_named_with_the_setting(tmp_path: Path) -> None:
+    wrong = ListSettings(encoding="utf-16")
+    (tmp_path / "a.csv").write_text(TABLE)
+    (tmp_path / "0.json").write_text(json.dumps(RECORDS))
+    message = r": is no text in utf-16 \(.*\); set ingest\.lists\.encoding to .*utf-8"
+    with pytest.raises(ValueError, match=r"^in/a\.csv" + message):
+        read_url_lists(tmp_path, "in", wrong)
+    with pytest.raises(ValueError, match=r"^in/0\.json" + message):
+        read_metadata_shards(tmp_path, "in", wrong)
+    # A mark in the file decides.
+    (tmp_path / "a.csv").write_text(TABLE, encoding="utf-16")
+    assert read(tmp_path / "a.csv", encoding="utf-16") == RECORDS
