@@ -55,21 +55,23 @@ def forbidden_by_robots(values: Sequence[str], user_agent: str) -> str | None:
 
 
 def retry_after_s(value: str | None, now: datetime) -> float | None:
-    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3); None when it says nothing."""
+    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3); None: nothing, or nonsense."""
     if value is None:
         return None
-    if value.strip().isdigit():
+    if re.fullmatch("[0-9]+", value.strip()):
         # Cut, because a host may send any number of digits; nine are 31 years, and the caller has a
         # limit.
         return float(value.strip()[:9])
     try:
         when = parsedate_to_datetime(value)
-    except (TypeError, ValueError):
+        if when.tzinfo is None:
+            # "-0000" and old date formats give a naive time; HTTP dates are in UTC, whatever they
+            # say.
+            when = when.replace(tzinfo=UTC)
+        return max(0.0, (when - now).total_seconds())
+    # Offsets of any size, and a year 9999 that an offset moves into the next.
+    except (TypeError, ValueError, OverflowError):
         return None
-    if when.tzinfo is None:
-        # "-0000" and old date formats give a naive time; HTTP dates are in UTC, whatever they say.
-        when = when.replace(tzinfo=UTC)
-    return max(0.0, (when - now).total_seconds())
 
 
 def leading_range(headers: Mapping[str, str]) -> tuple[int, int | None] | None:

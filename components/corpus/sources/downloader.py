@@ -331,6 +331,8 @@ class Downloader:
             raise FetchFailed("server_error", f"HTTP {status}", retry=True, wait_s=wait)
         if status == 408:
             raise FetchFailed("timeout", "HTTP 408", retry=True)
+        if status == 425:
+            raise FetchFailed("http_error", "HTTP 425", retry=True)
         cause = "not_found" if status in _GONE else "http_error"
         raise FetchFailed("forbidden" if status in _REFUSING else cause, f"HTTP {status}")
 
@@ -439,8 +441,9 @@ class Downloader:
         length = response.headers.get("Content-Length", "")
         # Refused before a byte of it is paid for, where the server says how long it is; the count
         # while it arrives is what holds against those that lie.
-        if length.isdigit():
-            self._check_size(int(length))
+        if length.isascii() and length.isdigit():
+            # Cut, because Python refuses to read thousands of digits.
+            self._check_size(int(length[:18]))
         start = b""
         chunks = self._chunks(response)
         # Judged while it arrives: a page of HTML or a small picture ends the transfer after 64 KiB.

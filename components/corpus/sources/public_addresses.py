@@ -218,6 +218,10 @@ def failed_exchange(problem: Exception) -> FetchFailed:
         # The one spelling that a normalised address may have and aiohttp does not connect to:
         # "127.1" and "2130706433", which systems read as an address.
         return FetchFailed("refused_address", "a number in place of an address")
+    if isinstance(problem, aiohttp.ClientResponseError):
+        # No HTTP, or a head without end: the same again, whenever it is asked for. Without what
+        # follows the colon, which is the stranger's bytes.
+        return FetchFailed("bad_answer", f"no HTTP: {problem.message.partition(':')[0]}")
     cause: BaseException | None = problem
     while cause is not None:
         # aiohttp wraps these: only the chain of causes tells a wrong certificate from a port on

@@ -131,6 +131,47 @@ def test_where_a_range_is_refused_the_whole_is_asked_for_once(
         assert server.requests[path] == 2
 
 
+def raw(answer: bytes) -> Handler:
+    async def handle(server: Server, writer: asyncio.StreamWriter, request: Request) -> None:
+        writer.write(answer)
+
+    return handle
+
+
+def test_an_answer_that_is_no_http_is_a_cause_of_its_own_and_asked_for_once(
+    server: Server, tmp_path: Path
+) -> None:
+    ok = b"HTTP/1.1 200 OK\r\n"
+    said = {
+        "/status": (b"HTTP/1.1 abc\r\n\r\n", "no HTTP: Bad status line"),
+        "/bytes": (b"\x00\xff" * 100, "no HTTP: Bad status line"),
+        "/head": (ok + b"X: " + b"a" * 70_000 + b"\r\n\r\n", "no HTTP: Got more than 65536 "),
+        "/twice": (
+            ok + b"Content-Length: 9\r\nContent-Length: 5\r\n\r\n",
+            "no HTTP: Duplicate Content-Length",
+        ),
+        "/minus": (ok + b"Content-Length: -5\r\n\r\n", "no HTTP: Invalid character in Content-L"),
+    }
+    found = fetch_all(server, tmp_path, {path: raw(answer) for path, (answer, _) in said.items()})
+    for path, (_, detail) in said.items():
+        result = found[path].result
+        assert isinstance(result, Loss)
+        assert (found[path].attempts, result.cause) == (1, "bad_answer"), path
+        assert result.detail.startswith(detail)
+
+
+def test_a_strange_pause_and_a_request_that_came_too_early_are_asked_again(
+    server: Server, tmp_path: Path
+) -> None:
+    handlers = {
+        "/early": at_first(1, "425 Too Early"),
+        "/pause": at_first(1, "503 Busy", Retry_After=f"Wed, 21 Oct 2026 07:28:00 +{9**20}"),
+    }
+    for path, outcome in fetch_all(server, tmp_path, handlers).items():
+        assert is_photo(outcome), path
+        assert outcome.attempts == 2
+
+
 def test_what_refuses_the_whole_as_well_is_lost_for_that_reason(
     server: Server, tmp_path: Path
 ) -> None:
