@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 
 import pandas as pd
 
+from components.corpus.captions.caption_files import KnownFiles
 from components.corpus.listing.file_content import HEADER_COLUMNS
 from components.corpus.listing.source_files import printable, source_folder
 from components.corpus.other_credits import credit_of, joined
@@ -136,14 +137,41 @@ def _text(data: bytes, name: str) -> str:
         raise ValueError(f"{name}: byte 0x{byte:02X} in line {line} is not UTF-8; {fix}") from None
 
 
-def _named_in_vain(attribution: Mapping[str, object], names: pd.Series, file: str) -> str | None:
-    """What to say of rows whose photograph is not there: renamed, removed or misspelled."""
+def _by_photograph(
+    attribution: Mapping[str, dict[str, str]], names: pd.Series, file: str
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Rows by the photograph that each means, and the names that mean none, or several.
+
+    Raises:
+        ValueError: two rows mean one photograph; the line names both.
+    """
     there = set(names)
-    vain = [name for name in attribution if name not in there]
+    if there.issuperset(attribution):
+        return dict(attribution), []
+    known = KnownFiles(there)
+    meant: dict[str, str] = {}
+    vain = []
+    for name in attribution:
+        try:
+            photograph = known.find(name)
+        except ValueError:
+            vain.append(name)
+            continue
+        if photograph in meant:
+            raise ValueError(f"{file}: {meant[photograph]!r} and {name!r} are one photograph")
+        meant[photograph] = name
+    return {photograph: attribution[name] for photograph, name in meant.items()}, vain
+
+
+def _named_in_vain(vain: Sequence[str], file: str) -> str | None:
+    """What to say of rows whose photograph is not there: renamed, removed or misspelled."""
     if not vain:
         return None
     rows = "1 row names" if len(vain) == 1 else f"{len(vain)} rows name"
-    return f"{file}: {rows} no photograph of the source, such as {vain[0][:200]!r}"
+    return (
+        f"{file}: {rows} no photograph of the source, such as {vain[0][:200]!r}; their licences "
+        "are not seen by select.licenses"
+    )
 
 
 def manifest_of_folder(
@@ -185,7 +213,8 @@ def manifest_of_folder(
             **{name: listing[name] for name in HEADER_COLUMNS},
         }
     )
-    given = names.map(lambda name: attribution.get(name, {}))
+    rows, vain = _by_photograph(attribution, names, settings.attribution or "")
+    given = names.map(lambda name: rows.get(name, {}))
     for column in sorted(set(_ATTRIBUTION_COLUMNS.values())):
         values = given.map(lambda row, column=column: row.get(column))
         if column in manifest:
@@ -194,7 +223,7 @@ def manifest_of_folder(
             manifest[column] = values.where(values.notna(), manifest[column])
         else:
             manifest[column] = values.astype(object)
-    return _with_copies(manifest), _named_in_vain(attribution, names, settings.attribution or "")
+    return _with_copies(manifest), _named_in_vain(vain, settings.attribution or "")
 
 
 def _with_copies(manifest: pd.DataFrame) -> pd.DataFrame:

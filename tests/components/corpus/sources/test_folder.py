@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import pandas as pd
@@ -222,7 +223,10 @@ def test_rows_of_the_attribution_that_name_no_photograph_are_said(photos: Path) 
     describe_source(chosen, table, root=photos.parent, limits=limits)
     root = photos.parent
     found = collect(chosen, out, root=root, state_dir=root, listing=table)
-    assert found.remark == "who.csv: 2 rows name no photograph of the source, such as 'a.PNG'"
+    assert found.remark == (
+        "who.csv: 2 rows name no photograph of the source, such as 'a.PNG'; their licences are not "
+        "seen by select.licenses"
+    )
     assert json.loads((out / "coverage.json").read_text())["remark"] == found.remark
 
 
@@ -253,3 +257,19 @@ def test_the_original_holds_what_its_copies_are_credited_with(photos: Path) -> N
     assert json.loads(original["other_credits"]) == [{"photographer": "Eve"}]
     assert (alone["photographer"], alone["other_credits"]) == ("Bo", None)
     assert to_arrow(table, SCHEMA).num_rows == 4
+
+
+def test_attribution_finds_a_photograph_by_any_spelling_of_its_name(photos: Path) -> None:
+    nfc, nfd = (unicodedata.normalize(form, "caf\u00e9.jpg") for form in ("NFC", "NFD"))
+    shutil.copy(photos / "b.jpg", photos / nfd)
+    table = photos / "ATTRIBUTION.csv"
+    table.write_text(f"file,author\n{nfc},Ann\n./b.jpg,Bo\ndeep\\a.PNG,Cy\n")
+    found = scan_folder(settings(attribution="ATTRIBUTION.csv"), photos.parent)
+    assert dict(zip(found["uri"], found["photographer"], strict=True)) == {
+        "photos/b.jpg": "Bo",
+        f"photos/{nfd}": "Ann",
+        "photos/deep/a.PNG": "Cy",
+    }
+    table.write_text("file,author\n./b.jpg,Bo\nb.jpg,Cy\n")
+    with pytest.raises(ValueError, match=r"^ATTRIBUTION\.csv: './b\.jpg' and 'b\.jpg' are one"):
+        scan_folder(settings(attribution="ATTRIBUTION.csv"), photos.parent)
