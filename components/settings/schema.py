@@ -115,7 +115,9 @@ def _describe(error: Any, where: str) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     if location and location[-1] in _MAY_HOLD_A_SECRET:
         return f"{where}: {name} (value not shown): {message[0].lower()}{message[1:]}"
-    return f"{where}: {name} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+    # A rule between fields speaks of them by name; the whole section would bury it.
+    value = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+    return f"{where}: {name}{value}: {message[0].lower()}{message[1:]}"
 
 
 def parse_settings(values: Any, *, where: str = "params.yaml") -> Settings:

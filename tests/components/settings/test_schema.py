@@ -75,6 +75,14 @@ def test_a_bad_value_names_field_value_and_range(path: str, value: Any, expected
     assert expected in message
 
 
+def test_a_rule_between_fields_does_not_print_their_whole_section() -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(changed("runtime.context_parallel_degree", 7))
+    message = str(caught.value)
+    assert "runtime.context_parallel_degree 7 does not divide" in message
+    assert len(message) < 200
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
