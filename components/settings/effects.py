@@ -5,7 +5,7 @@ A setting counts unless its field says otherwise (`Effect` in `components.settin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -66,6 +66,8 @@ def without_effect(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _SHAPE = (
+    # A checkpoint is the way from the weights that it began with; from others it leads nowhere.
+    "initial_weights",
     "precision",
     "zero_stage",
     "optimizer",
@@ -73,7 +75,7 @@ _SHAPE = (
     "adapter",
     "decayed_weights",
 )
-"""Of a stage's own section: they decide which tensors a checkpoint holds."""
+"""Of a stage's own section: they decide which tensors a checkpoint holds, and what it began as."""
 _NETWORKS = ("models.autoencoder", "models.transformer")
 _MAY_MOVE = (
     "models.transformer.rope_variant",
@@ -93,6 +95,22 @@ def shapes_state(stage: str, name: str) -> bool:
     if name.startswith(tuple(f"{stage}.{part}" for part in _SHAPE)):
         return True
     return name.startswith(_NETWORKS) and name not in _MAY_MOVE
+
+
+def start_name(stage: str, settings: Mapping[str, Any], weights: Collection[str]) -> str:
+    """Name of what a run's weights begin as: an input, a folder of weights, or the seed.
+
+    Args:
+        stage: name of a stage that trains.
+        settings: by dotted name.
+        weights: settings that name a folder of weights.
+    """
+    before, _, which = str(settings.get(f"{stage}.initial_weights", "")).partition("_")
+    if which:
+        return f"data/dit_{before}/{which}"
+    network = "autoencoder" if stage == "vae" else "transformer"
+    pretrained = f"models.{network}.pretrained"
+    return pretrained if pretrained in weights else "project.seed"
 
 
 _SEEN_ONLY = {"dit_stage1": "models.autoencoder.", "dit_stage2": "models.autoencoder."}

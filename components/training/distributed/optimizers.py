@@ -5,6 +5,7 @@ One learning rate serves all parts of an optimizer; the trainer sets it at every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -17,6 +18,22 @@ from components.settings.training import DitStageSettings
 
 DECAYS = "decays"
 """Key of a parameter group: whether `weight_decay` acts on it."""
+
+
+def learning_rate(step: int, settings: DitStageSettings) -> float:
+    """Learning rate of optimizer step `step` (0 first): linear warm-up, then the schedule.
+
+    `cosine` falls to zero at the last step.
+    """
+    # Counted from 1: at 0 the first step would change nothing.
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    # Never zero, even where the whole stage is warm-up.
+    remaining = max(1, settings.steps - settings.warmup_steps)
+    progress = (step - settings.warmup_steps) / remaining
+    return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def build_optimizer(

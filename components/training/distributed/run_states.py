@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from components.files.whole_files import write_text
-from components.settings.effects import shapes_state
+from components.settings.effects import shapes_state, start_name
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.checkpoints import LATEST_FILE, newest_checkpoint
 
@@ -77,10 +77,12 @@ class RunIdentity(BaseModel):
 
     def unloadable(self, other: RunIdentity) -> list[str]:
         """Names of changes under which a checkpoint of this identity cannot be loaded."""
+        start = start_name(self.stage, self.settings, self.weights)
+        began_with = {*self.weights, *other.weights, start}
         return [
             name
             for name in self.changes_to(other)
-            if name in self.weights | other.weights or shapes_state(self.stage, name)
+            if name in began_with or shapes_state(self.stage, name)
         ]
 
 

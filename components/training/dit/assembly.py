@@ -34,7 +34,13 @@ from components.training.dit.block_compilation import (
     uncompiled,
 )
 from components.training.dit.curriculum import NoiseLevels, draw_noise, dropped_captions
-from components.training.dit.job import DitJob, StartUnusable, build_transformer
+from components.training.dit.job import (
+    DitJob,
+    StartUnusable,
+    build_transformer,
+    refuse_other_start,
+    start_identity,
+)
 from components.training.dit.sample_grids import SampleGrids, grids_of_run
 from components.training.dit.throughput import Throughput
 from components.training.dit.validation import ValidationSet
@@ -276,6 +282,8 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         average,
         ranks,
         job.state_dir / "checkpoints",
+        # One rank writes it.
+        started_from=start_identity(job) if ranks.is_first else "",
         keep=settings.keep_checkpoints,
         in_background=settings.async_checkpoints,
         is_needed=guard.is_anchor if settings.on_divergence == "rollback" else lambda *_: False,
@@ -408,7 +416,6 @@ def _freeze_rounded(job: DitJob, data: TrainingData, model: nn.Module, ranks: Ra
     """Round the base, every rank in the same way; the first measures what that changes."""
     from components.models.loading.quantisation import quantise
     from components.training.adapters.base_rounding import measured_rounding
-    from components.training.dit.model_card import initial_identity
 
     dtype = torch.bfloat16 if job.settings.precision == "bf16" else torch.float32
     measuring: AbstractContextManager[None] = nullcontext()
@@ -417,7 +424,7 @@ def _freeze_rounded(job: DitJob, data: TrainingData, model: nn.Module, ranks: Ra
         name = min(data.held_out)
         states, pooled = data.texts.read(name)
         image = data.latents.read(name)[None], (states[None], pooled[None])
-        base = initial_identity(job.initial_weights) or f"random weights of seed {job.seed}"
+        base = start_identity(job)
         measuring = measured_rounding(job, model, image, base, dtype=dtype, device=ranks.device)
     with measuring:
         quantise(model, job.transformer.quantisation, dtype=dtype, device=ranks.device)
@@ -436,10 +443,13 @@ def _resume(
 
     Raises:
         LearningLost: what was learned before did not arrive in the masters.
+        StartUnusable: the initial weights are not those of the checkpoint's run.
     """
     hand_over = None
     saved = checkpoints.newest()
     if saved is not None:
+        if ranks.is_first:
+            refuse_other_start(job, saved.started_from, checkpoints.started_from)
         # Before any weight is touched: other data must not be continued under an old state. A
         # segment says that this is wished, for the checkpoint that it began with and no other.
         if saved.step != job.changed_at:

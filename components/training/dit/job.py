@@ -8,7 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from components.files.weight_folders import require_class, resolve_folder
+from components.files.weight_folders import (
+    require_class,
+    resolve_folder,
+    weights_checksums,
+    weights_identity,
+)
 from components.models.backbones import BACKBONES
 from components.settings.models import AutoencoderSettings, TransformerSettings
 from components.settings.objective import ObjectiveSettings
@@ -71,6 +76,36 @@ def build_transformer(job: DitJob, widths: tuple[int, int], latent_channels: int
         return backbone.load(job.initial_weights, job.transformer)
     # Keyed by the seed, so every rank builds the same weights without sending any.
     return backbone.build_tiny(job.transformer, widths, latent_channels, job.seed)
+
+
+def start_identity(job: DitJob) -> str:
+    """Identity of the weights that training starts from, or what random ones are made of."""
+    if job.initial_weights is None:
+        return f"random weights of seed {job.seed}"
+    return weights_identity(weights_checksums(job.initial_weights))
+
+
+def refuse_other_start(job: DitJob, began_with: str | None, found: str) -> None:
+    """Compare the weights that training started from with those that are there now.
+
+    Card, movement and the base of an adapter are told from these files when all is trained.
+
+    Args:
+        job: of the run.
+        began_with: `start_identity` of then; None: an older checkpoint does not say.
+        found: that of now.
+
+    Raises:
+        StartUnusable: they are others.
+    """
+    if began_with in (None, found):
+        return
+    where = "" if job.initial_weights is None else f" in {job.initial_weights}"
+    raise StartUnusable(
+        f"{job.name}: the initial weights{where} ({found}) are not those that this run began "
+        f"with ({began_with}): put those back and run again, or begin again without the state in "
+        f"{job.state_dir}"
+    )
 
 
 def stage_job(

@@ -8,7 +8,6 @@ and resumed from a checkpoint ends with the same bytes as an undisturbed one.
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable
@@ -24,7 +23,6 @@ from torch import Tensor
 from components.engine.read_ahead import read_ahead
 from components.objectives.haar import BAND_NAMES
 from components.objectives.objective import objective_loss
-from components.settings.training import DitStageSettings
 from components.telemetry.progress import track
 from components.training.adapters.adapter_files import BASE_SHA256
 from components.training.distributed.divergence import (
@@ -33,6 +31,7 @@ from components.training.distributed.divergence import (
     write_events,
 )
 from components.training.distributed.interruption import StopRequest, note_interruption
+from components.training.distributed.optimizers import learning_rate
 from components.training.distributed.ranks import Ranks
 from components.training.dit.adapters import (
     adapter_about,
@@ -46,10 +45,15 @@ from components.training.dit.assembly import (
     assemble_run,
 )
 from components.training.dit.export import Card, save_transformer
-from components.training.dit.job import WEIGHTS_NAMES, DitJob, build_transformer
+from components.training.dit.job import (
+    WEIGHTS_NAMES,
+    DitJob,
+    build_transformer,
+    refuse_other_start,
+)
 from components.training.dit.model_card import facts_of_run, file_metadata, model_card
 from components.training.dit.throughput import CHECKPOINT_STALL
-from components.training.dit.validation import LEVELS, ValidationLoss, ValidationSet
+from components.training.dit.validation import ValidationLoss, ValidationSet, band_losses
 from components.training.dit.velocity import NoisedBatch, band_errors, predict_velocity
 from components.training.sharded.hand_over import (
     StoredWeights,
@@ -60,32 +64,6 @@ from components.training.sharded.hand_over import (
     write_movement,
 )
 from components.training.sharded.weight_shards import assemble, master_shards
-
-
-def learning_rate(step: int, settings: DitStageSettings) -> float:
-    """Learning rate of optimizer step `step` (0 first): linear warm-up, then the schedule.
-
-    `cosine` falls to zero at the last step.
-    """
-    # Counted from 1: at 0 the first step would change nothing.
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
-        return settings.learning_rate
-    # Never zero, even where the whole stage is warm-up.
-    remaining = max(1, settings.steps - settings.warmup_steps)
-    progress = (step - settings.warmup_steps) / remaining
-    return settings.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def band_losses(t: Tensor, losses: Tensor) -> dict[str, float]:
-    """Mean training loss in each of eight equal noise bands that occur in the batch."""
-    # t = 1 belongs to the last band, not to a ninth.
-    bands = (t * LEVELS).long().clamp(0, LEVELS - 1)
-    return {
-        f"loss_band_{band}": float(losses[bands == band].double().mean())
-        for band in sorted(set(bands.tolist()))
-    }
 
 
 def train(job: DitJob, ranks: Ranks, stop: StopRequest | None = None) -> None:
@@ -427,6 +405,7 @@ def export_weights(parts: AssembledRun) -> None:
 
     Raises:
         LearningLost: a folder does not hold what was learned.
+        StartUnusable: the initial weights were replaced while training.
     """
     job, ranks, data = parts.job, parts.ranks, parts.data
     # From the float32 masters: the engine's own weights are rounded to bfloat16.
@@ -436,6 +415,8 @@ def export_weights(parts: AssembledRun) -> None:
     if parts.metrics is not None:
         rows, events = parts.metrics.rows(), parts.guard.events
         facts = facts_of_run(job, data.plan, data.latents, data.texts, rows, events)
+        if facts.started_from:
+            refuse_other_start(job, parts.checkpoints.started_from, facts.started_from)
     for name, tensors in zip(WEIGHTS_NAMES, (masters, parts.average.whole_tensors()), strict=True):
         # Every rank takes part in putting each tensor together; only the first keeps it.
         weights = {key: value.cpu() for key, value in tensors if ranks.is_first}

@@ -33,6 +33,16 @@ HeldOut = tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]
 """Image id, latents (c, h, w), text (tokens, width) and pooled text (width)."""
 
 
+def band_losses(t: torch.Tensor, losses: torch.Tensor) -> dict[str, float]:
+    """Mean training loss in each of eight equal noise bands that occur in the batch."""
+    # t = 1 belongs to the last band, not to a ninth.
+    bands = (t * LEVELS).long().clamp(0, LEVELS - 1)
+    return {
+        f"loss_band_{band}": float(losses[bands == band].double().mean())
+        for band in sorted(set(bands.tolist()))
+    }
+
+
 @dataclass(frozen=True)
 class ValidationLoss:
     """Losses by noise level, each a mean over images and noise draws."""

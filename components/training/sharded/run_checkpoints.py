@@ -39,6 +39,8 @@ class SavedRun:
     ema_updates: int
     guard: Mapping[str, Any] | None
     """State of the divergence guard; None: an older checkpoint."""
+    started_from: str | None
+    """What the run's weights began as; None: an older checkpoint."""
 
 
 class RunCheckpoints:
@@ -51,6 +53,7 @@ class RunCheckpoints:
         ranks: Ranks,
         folder: Path,
         *,
+        started_from: str,
         keep: int,
         in_background: bool,
         is_needed: Callable[[int, int], bool] = lambda step, newest: False,
@@ -62,6 +65,7 @@ class RunCheckpoints:
             average: of its weights.
             ranks: this process.
             folder: of the checkpoints.
+            started_from: what the weights began as; every checkpoint says it.
             keep: how many of the newest stay.
             in_background: whether files are written beside the next steps.
             is_needed: see `CheckpointStore`.
@@ -70,6 +74,7 @@ class RunCheckpoints:
         from components.training.sharded import engine_snapshot
 
         self._engine, self._average, self._ranks = engine, average, ranks
+        self.started_from = started_from
         self.store = CheckpointStore(
             folder,
             keep,
@@ -118,6 +123,7 @@ class RunCheckpoints:
                 "ema_updates": self._average.updates,
                 "processes": self._ranks.world_size,
                 "guard": dict(guard),
+                "started_from": self.started_from,
             }
             # Made now and written later: the counters go on with training.
             text = json.dumps(state, indent=1)
@@ -156,4 +162,11 @@ class RunCheckpoints:
 def _saved(step: int, folder: Path) -> SavedRun:
     # Only the small file: the plan is checked before gigabytes are read.
     state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    return SavedRun(step, folder, state["plan"], state["ema_updates"], state.get("guard"))
+    return SavedRun(
+        step,
+        folder,
+        state["plan"],
+        state["ema_updates"],
+        state.get("guard"),
+        state.get("started_from"),
+    )

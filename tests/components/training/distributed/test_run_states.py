@@ -178,6 +178,35 @@ def test_what_cannot_be_gone_on_from_is_refused(tmp_path: Path, changes, said: s
     assert not (tmp_path / new.key[:16]).exists()
 
 
+def second_stage(start: str, **data: str) -> RunIdentity:
+    return RunIdentity(
+        stage="dit_stage2",
+        settings={"dit_stage2.initial_weights": start},
+        weights={},
+        data={"data/latents": "l", "data/dit_stage1/raw": "r", "data/dit_stage1/ema": "e"}
+        | {f"data/dit_stage1/{name}": value for name, value in data.items()},
+        code="cc",
+    )
+
+
+def test_the_weights_that_a_stage_before_made_are_its_start_and_the_others_are_not() -> None:
+    old = second_stage("stage1_ema")
+    assert old.unloadable(second_stage("stage1_ema", ema="new")) == ["data/dit_stage1/ema"]
+    assert old.unloadable(second_stage("stage1_ema", raw="new")) == []
+    assert old.unloadable(second_stage("stage1_raw")) == ["dit_stage2.initial_weights"]
+    pretrained = second_stage("pretrained")
+    assert pretrained.unloadable(second_stage("pretrained", raw="new", ema="new")) == []
+
+
+def test_random_weights_are_another_start_with_another_seed() -> None:
+    def seeded(seed: int, **weights: str) -> RunIdentity:
+        return identity(settings={"project.seed": seed}, weights=weights)
+
+    assert seeded(0).unloadable(seeded(1)) == ["project.seed"]
+    given = {"models.transformer.pretrained": "f"}
+    assert seeded(0, **given).unloadable(seeded(1, **given)) == []
+
+
 def test_as_many_steps_as_are_done_may_be_asked_for(tmp_path: Path) -> None:
     old = worked(tmp_path, identity(), 6)
     new = identity(settings={"dit_stage1.steps": 6})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from components.training.distributed.run_states import (
     RunIdentity,
@@ -18,7 +19,8 @@ from components.training.distributed.run_states import (
     read_state,
 )
 from components.training.dit.batch_plan import PlanMismatch
-from components.training.dit.job import DitJob
+from components.training.dit.job import DitJob, StartUnusable
+from components.training.dit.trainer import DitTrainer
 from components.training.dit.worker import run_job
 
 pytestmark = pytest.mark.usefixtures("training_environment_restored")
@@ -97,3 +99,30 @@ def test_other_data_is_gone_on_with_only_where_a_segment_says_so(make_dit_job, f
     segments = (begun, Segment(from_step=1, key="b", changes={}))
     with pytest.raises(PlanMismatch):
         run_job(state.model_copy(update={"segments": segments}))
+
+
+def test_weights_to_start_from_that_were_replaced_are_not_taken_for_those_begun_with(
+    make_dit_job, first, monkeypatch
+) -> None:
+    start = shutil.copytree(first / "first" / "export" / "ema", first / "start")
+    changes = {"initial_weights": start}
+    job = make_dit_job(first / "next", steps=1, zero_stage=1).model_copy(update=changes)
+    file = start / "diffusion_pytorch_model.safetensors"
+    original = file.read_bytes()
+    run = DitTrainer.run
+
+    def replaced(trainer: DitTrainer) -> None:
+        run(trainer)
+        tensors = {name: value + 1 for name, value in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(DitTrainer, "run", replaced)
+    # While the steps ran, and by whoever starts it again.
+    for _ in range(2):
+        with pytest.raises(StartUnusable, match=r"start .* are not those that this run began with"):
+            run_job(job)
+        assert not (job.export_dir / "raw").exists()
+    file.write_bytes(original)
+    monkeypatch.undo()
+    run_job(job)
+    assert (job.export_dir / "raw").exists()

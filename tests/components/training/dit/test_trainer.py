@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from components.models.transformer import UltraFluxTransformer2DModel
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.divergence import TrainingDiverged
+from components.training.distributed.optimizers import learning_rate
 from components.training.distributed.ranks import Ranks
 from components.training.dit.batch_plan import PlanMismatch
 from components.training.dit.curves import (
@@ -20,8 +21,7 @@ from components.training.dit.curves import (
 )
 from components.training.dit.job import DitJob, build_transformer
 from components.training.dit.throughput import MACHINE_METRICS
-from components.training.dit.trainer import band_losses, learning_rate
-from components.training.dit.validation import ValidationSet
+from components.training.dit.validation import ValidationSet, band_losses
 from components.training.dit.worker import run_job
 from components.training.sharded.engine import engine_configuration
 from components.training.stores.latent_store import LatentStore
