@@ -130,7 +130,7 @@ def require_class(path: str | Path, subfolder: str | None, allowed: tuple[str, .
 
     Raises:
         WeightsMissing: there is no config.json.
-        ValueError: the configuration names another class.
+        ValueError: the configuration names another class, or is none.
     """
     folder = Path(path) / subfolder if subfolder else Path(path)
     config = folder / "config.json"
@@ -138,7 +138,13 @@ def require_class(path: str | Path, subfolder: str | None, allowed: tuple[str, .
         raise WeightsMissing(
             allowed[0], folder, "set the folder of a saved model", "no config.json"
         )
-    found = json.loads(config.read_text()).get("_class_name")
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(
+            f"{config}: not a model's configuration (a JSON object with _class_name); download it "
+            "again"
+        ) from None
     if found not in allowed:
         raise ValueError(f"{folder}: holds a {found}, expected {' or '.join(allowed)}")
 

@@ -22,6 +22,7 @@ from components.files.weight_folders import require_class
 # up by this name in the component's own module.
 __all__ = [
     "DECODE_MODES",
+    "VAE_CLASSES",
     "AutoencoderKLF16",
     "DecodeMode",
     "ModelMixin",
@@ -31,6 +32,8 @@ __all__ = [
 
 DecodeMode: TypeAlias = Literal["aligned", "official_partitioned"]
 DECODE_MODES: tuple[DecodeMode, ...] = ("aligned", "official_partitioned")
+VAE_CLASSES = ("AutoencoderKLF16", "AutoencoderKL")
+"""Named in the config.json of folders that it loads."""
 
 
 def phase_kernels(weight: Tensor) -> Tensor:
@@ -218,7 +221,7 @@ class AutoencoderKLF16(AutoencoderKL):
         require_class(
             pretrained_model_name_or_path,
             kwargs.get("subfolder"),
-            ("AutoencoderKLF16", "AutoencoderKL"),
+            VAE_CLASSES,
         )
         # The configuration of an F8 folder has no stride, so the constructor's default makes it
         # F16.

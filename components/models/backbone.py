@@ -117,6 +117,7 @@ class Backbone(ABC):
 
         Raises:
             WeightsMissing: there is no model.
+            WeightsBroken: unreadable files, or tensors missing, unknown or misshapen.
             ValueError: the folder holds another class.
         """
 

@@ -83,7 +83,9 @@ def folder_shapes(folder: Path, what: str, command: str) -> dict[str, tuple[int,
             return _shard_shapes(index, what, command)
         if (folder / name).is_file():
             return file_shapes(folder / name)
-    raise WeightsMissing(what, folder / names[0], command, "no such safetensors file")
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    reason = f"{_listed(others)} is not read: rename it, or copy" if others else "no such file"
+    raise WeightsMissing(what, folder / names[0], command, reason)
 
 
 def _shard_shapes(index: Path, what: str, command: str) -> dict[str, tuple[int, ...]]:
@@ -156,10 +158,31 @@ def check_folder(folder: Path, model: type[Any], what: str, **changes: Any) -> N
         # Names and shapes without storage: Flux' 12B parameters would take 48 GB.
         with torch.device("meta"):
             empty = model.from_config(model.load_config(folder), **changes)
-    except (ValueError, TypeError, OSError) as problem:
-        raise WeightsBroken(f"{folder}/config.json: {' '.join(str(problem).split())}") from None
+    except Exception as problem:
+        # Whatever a foreign value meets first in the model's constructor.
+        said = " ".join(str(problem).split()) or type(problem).__name__
+        raise WeightsBroken(f"{folder}/config.json: {said}") from None
     needed = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     require_shapes(needed, shapes, folder)
+
+
+def require_finite(model: torch.nn.Module, where: str | Path) -> None:
+    """Refuse weights that are no numbers, from which training would learn nothing.
+
+    Raises:
+        WeightsBroken: a tensor holds a value that is infinite or NaN; names it.
+    """
+    # By the sum, which such a value always spoils: one pass without a copy, over gigabytes.
+    wrong = [
+        name
+        for name, tensor in model.state_dict().items()
+        if not tensor.sum().isfinite() and not tensor.isfinite().all()
+    ]
+    if wrong:
+        raise WeightsBroken(
+            f"{where}: {len(wrong)} tensors hold values that are not finite ({_listed(wrong)}); "
+            "download or train them again"
+        )
 
 
 def _listed(names: list[str]) -> str:

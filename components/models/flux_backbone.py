@@ -68,11 +68,18 @@ class FluxBackbone(Backbone):
         """Flux transformer with the rope of the settings."""
         import torch
 
+        from components.files.weight_folders import require_class
+        from components.models.checkpoint_files import check_folder
         from components.models.transformer import UltraFluxTransformer2DModel
 
+        require_class(folder, None, self.folder_classes)
+        # Before from_pretrained, which only warns about tensors that it does not find.
+        check_folder(folder, UltraFluxTransformer2DModel, "transformer")
         return UltraFluxTransformer2DModel.from_pretrained(
             folder,
             torch_dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
             # Passed explicitly: a stock folder's configuration has no rope entries.
             rope_variant=settings.rope_variant,
             rope_window=settings.rope_window,

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from components.files.install_hints import download_command
-from components.files.weight_folders import resolve_folder
-from components.models.autoencoder_f16 import AutoencoderKLF16
+from components.files.weight_folders import require_class, resolve_folder
+from components.models.autoencoder_f16 import VAE_CLASSES, AutoencoderKLF16
+from components.models.checkpoint_files import check_folder, require_finite
 from components.models.tiny import build_tiny_autoencoder
 from components.settings.models import AutoencoderSettings
 
@@ -38,6 +40,7 @@ def load_base_autoencoder(
 
     Raises:
         WeightsMissing: the pretrained folder is not there or holds no safetensors.
+        WeightsBroken: unreadable files, or tensors missing, unknown, misshapen or not finite.
         ValueError: the folder holds another class of model.
     """
     if settings.pretrained is None:
@@ -51,15 +54,20 @@ def load_base_autoencoder(
         )
     else:
         folder = resolve_folder(root / settings.pretrained, "autoencoder", _GET_FLUX_VAE)
+        require_class(folder, None, VAE_CLASSES)
+        changes: dict[str, Any] = {"stride": settings.stride, "decode_mode": settings.decode_mode}
+        # Before from_pretrained, which only warns about tensors that it does not find.
+        check_folder(folder, AutoencoderKLF16, "autoencoder", **changes)
         autoencoder = AutoencoderKLF16.from_pretrained(
             folder,
-            stride=settings.stride,
-            decode_mode=settings.decode_mode,
             # Whatever the folder's dtype: the decoder is trained in float32, and the digest covers
             # the bytes.
             torch_dtype=torch.float32,
             local_files_only=True,
+            use_safetensors=True,
+            **changes,
         )
+        require_finite(autoencoder, folder)
         # diffusers records the folder; a saved copy must not depend on where it was loaded.
         autoencoder.register_to_config(_name_or_path="")
     # Who trains the decoder switches its gradients on; nobody trains the encoder by accident.

@@ -33,7 +33,7 @@ from components.files.weight_folders import (
     folder_digest,
     require_class,
 )
-from components.models.autoencoder_f16 import AutoencoderKLF16, DecodeMode
+from components.models.autoencoder_f16 import VAE_CLASSES, AutoencoderKLF16, DecodeMode
 from components.models.backbones import backbone_in, family_in, family_of
 from components.models.checkpoint_files import WeightsBroken, check_folder, file_shapes
 from components.models.f16_pipeline import SHIFT, F16Pipeline, Schedule, build_scheduler
@@ -44,7 +44,6 @@ from components.models.text_encoders import FOLDERS
 
 ULTRAFLUX, ULTRAFLUX_V11 = "Owen777/UltraFlux-v1", "Owen777/UltraFlux-v1-1-Transformer"
 FLUX = "black-forest-labs/FLUX.1-dev"
-VAE_CLASSES = ("AutoencoderKLF16", "AutoencoderKL")
 _ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """As diffusers names it."""
 _SCHEDULE = "scheduler_config.json"

@@ -15,6 +15,7 @@ from components.files.weight_folders import (
     weights_identity,
 )
 from components.models.backbones import BACKBONES
+from components.models.checkpoint_files import require_finite
 from components.settings.models import AutoencoderSettings, TransformerSettings
 from components.settings.objective import ObjectiveSettings
 from components.settings.runtime import RuntimeSettings
@@ -70,10 +71,17 @@ class DitJob(BaseModel):
 
 
 def build_transformer(job: DitJob, widths: tuple[int, int], latent_channels: int) -> Any:
-    """The transformer that training starts from, float32."""
+    """The transformer that training starts from, float32.
+
+    Raises:
+        WeightsMissing: a file is not there.
+        WeightsBroken: unreadable files, or tensors missing, unknown, misshapen or not finite.
+    """
     backbone = BACKBONES[job.transformer.backbone]
     if job.initial_weights is not None:
-        return backbone.load(job.initial_weights, job.transformer)
+        model = backbone.load(job.initial_weights, job.transformer)
+        require_finite(model, job.initial_weights)
+        return model
     # Keyed by the seed, so every rank builds the same weights without sending any.
     return backbone.build_tiny(job.transformer, widths, latent_channels, job.seed)
 
