@@ -20,6 +20,7 @@ from components.training.distributed.checkpoints import newest_checkpoint
 from components.training.distributed.run_states import (
     CHECKPOINTS,
     KEY_DIGITS,
+    STATE_FILE,
     RunIdentity,
     RunState,
     Segment,
@@ -27,6 +28,7 @@ from components.training.distributed.run_states import (
     begin_state,
     continue_from,
     described,
+    lost_states,
     read_state,
     read_states,
     resume_state,
@@ -182,7 +184,9 @@ def open_state(root: Path, identity: RunIdentity, wish: Wish, processes: int) ->
             )
         return resume_state(own, processes)
     if newest_checkpoint(folder / CHECKPOINTS) is not None:
-        # Brought here from a clone that was lost.
+        # Brought here from a clone that was lost, or its state.json was damaged.
+        if (folder / STATE_FILE).exists():
+            _say(f"{stage}: {folder / STATE_FILE} cannot be read; what it said of segments is lost")
         return begin_state(folder, identity, processes)
     others = read_states(folder.parent)
     if wish.continue_from is not None and wish.names(stage):
@@ -192,6 +196,7 @@ def open_state(root: Path, identity: RunIdentity, wish: Wish, processes: int) ->
     # Newest first: that is the work which a person has in mind.
     unfinished = next((s for s in others if _is_open(s)), None)
     if unfinished is None:
+        _ask_about_lost(lost_states(folder.parent), wish)
         _offer_finished(others, identity)
         return begin_state(folder, identity, processes)
     changes = described(unfinished.identity.changes_to(identity))
@@ -249,6 +254,28 @@ def _named(states: list[RunState], name: str) -> RunState:
     raise StateRefused(
         f"--continue-from {name}: {'several states begin so' if found else 'no such state'}; "
         f"`ultraflux stage states` lists them (here: {known})"
+    )
+
+
+def _ask_about_lost(states: list[RunState], wish: Wish) -> None:
+    """A line about the newest state that cannot be read.
+
+    Raises:
+        StateRefused: nobody said what to do, and much work may be in it.
+    """
+    if not states:
+        return
+    state = states[0]
+    seconds = state.seconds()
+    file = state.folder / STATE_FILE
+    at = f"{file} cannot be read; beside it is a checkpoint of step {state.step}"
+    stage = state.identity.stage
+    if seconds <= AT_STAKE_S or wish.restart or wish.on_changed == "restart":
+        _say(f"{stage}: begins at step 0; {at} ({seconds:.0f} s of work), which stays")
+        return
+    raise StateRefused(
+        f"{stage}: {at} ({seconds / 3600:.2f} hours of work): bring state.json back, move or "
+        "delete that folder, or begin again, keeping it: --restart"
     )
 
 

@@ -12,20 +12,24 @@ import errno
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.files.whole_files import flush, write_bytes, write_text
+from components.settings.bad_input import BadInput
+from components.training.distributed.checkpoint_hashes import file_hashes, first_damaged
 
 if TYPE_CHECKING:
     import torch
 
 CONTENTS_FILE = "contents.json"
-"""Written last inside a checkpoint: format version, step, size of every file, and whether the run
-was healthy when it was made."""
+"""Written last inside a checkpoint: format version, step, size and hash of every file, and whether
+the run was healthy when it was made."""
 LATEST_FILE = "latest"
 # A folder of another format is no checkpoint for this code and is passed over.
 _FORMAT = 1
@@ -40,7 +44,7 @@ _REJECTED = ".rejected"
 _POLL_S = 0.01
 
 
-class CheckpointUnreadable(RuntimeError):
+class CheckpointUnreadable(BadInput):
     """A checkpoint that is complete by its contents list, but does not hold what is expected."""
 
 
@@ -107,6 +111,7 @@ class CheckpointStore:
         rank: int = 0,
         world_size: int = 1,
         barrier: Callable[[], object] = lambda: None,
+        on_any_rank: Callable[[bool], bool] = lambda flag: flag,
         is_needed: Callable[[int, int], bool] = lambda step, newest: False,
     ) -> None:
         """Use `folder` (created when missing).
@@ -117,6 +122,7 @@ class CheckpointStore:
             rank: this process; only rank 0 renames and deletes.
             world_size: number of ranks.
             barrier: returns when every rank has called it, such as `torch.distributed.barrier`.
+            on_any_rank: whether a flag is set on any rank, when every rank has called it.
             is_needed: asked of (step, newest step) whether a checkpoint stays beside the newest.
 
         Raises:
@@ -129,6 +135,7 @@ class CheckpointStore:
         self._rank = rank
         self._world_size = world_size
         self._barrier = barrier
+        self._on_any_rank = on_any_rank
         self._is_needed = is_needed
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -224,10 +231,48 @@ class CheckpointStore:
         """(step, folder) of the newest whole checkpoint, None when there is none."""
         return newest_checkpoint(self.folder)
 
+    def latest_intact(self) -> tuple[int, Path] | None:
+        """As `latest`, of those whose files have the bytes that were written; collective.
+
+        A damaged checkpoint is rejected with one line, where there is one before it.
+
+        Raises:
+            CheckpointUnreadable: it is damaged, and there is none before it.
+        """
+        while (newest := self.latest()) is not None:
+            folder = newest[1]
+            wrong = self._damaged(folder)
+            # When it returns every rank has asked `latest`, and none has rejected anything yet.
+            if not self._on_any_rank(wrong is not None):
+                return newest
+            before = [at for at, path in _accepted(self.folder) if path != folder]
+            what = f"{wrong or folder}: damaged, it does not hold what was written"
+            if not before:
+                raise CheckpointUnreadable(
+                    f"{what}, and there is no checkpoint before it: bring the file back, or delete "
+                    f"{self.folder.parent} to begin again"
+                )
+            if wrong is not None:
+                write_bytes(folder / _REJECTED, b"", durable=True, contended=True)
+                print(f"{what}; going on from step {max(before)}", file=sys.stderr, flush=True)
+            self._barrier()
+        return None
+
+    def _damaged(self, folder: Path) -> Path | None:
+        """A file among this rank's share that does not hold what was written."""
+        contents = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
+        hashes = contents.get("xxh64", {})
+        # All are read once, by all ranks together.
+        share = sorted(contents["files"])[self._rank :: self._world_size]
+        return first_damaged(folder, {name: hashes.get(name) for name in share})
+
     def healthy_at(self, step: int) -> Path | None:
-        """The newest whole and healthy checkpoint after `step` steps."""
+        """The newest whole, healthy and intact checkpoint after `step` steps; collective."""
         found = [path for at, path in _complete(self.folder) if at == step and is_healthy(path)]
-        return max(found, key=_age, default=None)
+        newest = max(found, key=_age, default=None)
+        if newest is None or self._on_any_rank(self._damaged(newest) is not None):
+            return None
+        return newest
 
     def reject(self, is_wrong: Callable[[int, bool], bool]) -> list[int]:
         """Let `latest` never return some checkpoints again; on the first rank only.
@@ -271,6 +316,7 @@ class CheckpointStore:
             "format": _FORMAT,
             "step": step,
             "files": sizes,
+            "xxh64": file_hashes(aside, sizes),
             "healthy": opened.healthy,
         }
         (aside / CONTENTS_FILE).write_text(json.dumps(contents, indent=1), encoding="utf-8")
@@ -326,12 +372,15 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
     # The pointer may be one checkpoint behind, after a kill between rename and pointer. What it
     # names is whole, so that costs some steps and never correctness.
     pointer = folder / LATEST_FILE
-    if pointer.exists():
+    try:
         named = folder / pointer.read_text(encoding="utf-8").strip()
-        step = _complete_step(named)
-        if step is not None and not _is_rejected(named):
-            return step, named
-    whole = [item for item in _complete(folder) if not _is_rejected(item[1])]
+    except (OSError, ValueError):
+        # There is none, or it is damaged: what it would name is found without it.
+        named = folder
+    step = _complete_step(named)
+    if step is not None and not _is_rejected(named):
+        return step, named
+    whole = list(_accepted(folder))
     return max(whole, key=lambda item: (item[0], _age(item[1]))) if whole else None
 
 
@@ -360,18 +409,23 @@ def _complete(folder: Path) -> Iterator[tuple[int, Path]]:
             yield step, path
 
 
+def _accepted(folder: Path) -> Iterator[tuple[int, Path]]:
+    return (item for item in _complete(folder) if not _is_rejected(item[1]))
+
+
 def _complete_step(folder: Path) -> int | None:
     """Step of a checkpoint whose files all have their recorded sizes, else None."""
     try:
         contents = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
         if contents["format"] != _FORMAT:
             return None
-        # Sizes and not hashes: what a crash leaves is files cut short, and hashing the states of a
-        # large model would take minutes at every start.
+        # By sizes, since listing is cheap and what a crash leaves is files cut short; who resumes
+        # compares hashes too (`latest_intact`).
         for name, size in contents["files"].items():
             if (folder / name).stat().st_size != size:
                 return None
-        return int(contents["step"])
+        step = int(contents["step"])
+        return step if folder.name.partition(".")[0] == f"step-{step:08d}" else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -386,6 +440,25 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside the block is said of this file of a checkpoint.
+
+    Raises:
+        CheckpointUnreadable: instead of any error but a lack of memory.
+    """
+    try:
+        yield
+    except Exception as problem:
+        # torch's own has the same name and is no MemoryError.
+        if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
+            raise
+        raise CheckpointUnreadable(
+            f"{path}: not a readable part of a checkpoint ({type(problem).__name__}); delete the "
+            "checkpoint that holds it to go on from an earlier one"
+        ) from problem
+
+
 def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read what `save_state` wrote, without running any code from the file.
 
@@ -394,14 +467,9 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     """
     import torch
 
-    try:
+    with reading(path):
         # `weights_only`: a pickle runs whatever its author wrote, and checkpoints travel.
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as problem:
-        raise CheckpointUnreadable(
-            f"{path}: not a readable training state ({type(problem).__name__}); delete the "
-            "folder that holds it to continue from an earlier checkpoint"
-        ) from problem
     if not isinstance(state, dict):
         raise CheckpointUnreadable(f"{path}: expected a mapping, found {type(state).__name__}")
     return state

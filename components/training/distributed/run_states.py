@@ -25,7 +25,11 @@ from pydantic import BaseModel, ConfigDict
 from components.files.whole_files import write_text
 from components.settings.effects import shapes_state, start_name
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.checkpoints import LATEST_FILE, newest_checkpoint
+from components.training.distributed.checkpoints import (
+    LATEST_FILE,
+    CheckpointStore,
+    newest_checkpoint,
+)
 
 STATE_FILE = "state.json"
 CHECKPOINTS = "checkpoints"
@@ -211,6 +215,23 @@ def read_states(folder: Path) -> list[RunState]:
     return sorted(states, key=lambda state: (-state.modified(), state.name))
 
 
+def lost_states(folder: Path) -> list[RunState]:
+    """States below `runs/<stage>` that hold a checkpoint and no state.json that can be read.
+
+    Whose they are is not known: their identity is empty but for the stage.
+    """
+    if not folder.is_dir():
+        return []
+    nobody = RunIdentity(stage=folder.name, settings={}, weights={}, data={}, code="")
+    found = (
+        RunState(path, nobody, (), False, None, 1, newest_checkpoint(path / CHECKPOINTS))
+        for path in folder.iterdir()
+        if path.is_dir() and not _is_part(path) and read_state(path) is None
+    )
+    lost = [state for state in found if state.checkpoint is not None]
+    return sorted(lost, key=lambda state: (-state.modified(), state.name))
+
+
 def fragments(folder: Path) -> list[Path]:
     """Folders below `runs/<stage>` that a kill left half made, half removed or empty."""
     if not folder.is_dir():
@@ -287,6 +308,7 @@ def continue_from(old: RunState, folder: Path, identity: RunIdentity, processes:
 
     Raises:
         StateRefused: the old state has no checkpoint, or none that this identity could load.
+        CheckpointUnreadable: its only checkpoint is damaged.
     """
     if old.checkpoint is None:
         raise StateRefused(f"{old.name} has no checkpoint to go on from")
@@ -295,7 +317,9 @@ def continue_from(old: RunState, folder: Path, identity: RunIdentity, processes:
             f"{old.name} cannot be gone on from: its checkpoint does not fit "
             f"{', '.join(hard)}; begin again (--restart), or set what it was made with"
         )
-    step, checkpoint = old.checkpoint
+    # Looked through here, where an earlier one can still be taken in its place.
+    store = CheckpointStore(old.folder / CHECKPOINTS, 1)
+    step, checkpoint = store.latest_intact() or old.checkpoint
     # A checkpoint beyond the last step would be exported as a result that no run of these settings
     # has.
     if 0 < int(identity.settings.get(f"{identity.stage}.steps", step)) < step:

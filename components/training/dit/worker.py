@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from components.files.weight_folders import WeightsMissing
+from components.settings.bad_input import BadInput
 from components.training.distributed.checkpoints import DiskFull
 from components.training.distributed.divergence import TrainingDiverged
 from components.training.distributed.interruption import listening
@@ -26,7 +26,7 @@ from components.training.encoding.own_prompts import embed_own_prompts
 
 WORKER = "components.training.dit.worker"
 # Everything else is restarted, such as a lost connection or a killed rank.
-LASTING = (TrainingDiverged, DiskFull, WeightsMissing, ValueError, LookupError, PermissionError)
+LASTING = (TrainingDiverged, DiskFull, BadInput, ValueError, LookupError, PermissionError)
 """Failures that another attempt would only repeat."""
 
 

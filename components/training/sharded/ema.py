@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from components.training.distributed.checkpoints import reading
 from components.training.distributed.ranks import Ranks
 from components.training.sharded.host_copies import HostCopies
 from components.training.sharded.weight_shards import (
@@ -164,10 +165,11 @@ class _StoredAverage:
         self._parts: dict[str, list[tuple[int, Any]]] = {}
         # Opened, not read: `read` takes the elements of this rank from each file.
         for path in files:
-            file = safe_open(path, framework="pt")
-            for name, (start, *shape) in json.loads(file.metadata()[SHARDS_KEY]).items():
-                self.shapes[name] = tuple(shape)
-                self._parts.setdefault(name, []).append((start, file.get_slice(name)))
+            with reading(path):
+                file = safe_open(path, framework="pt")
+                for name, (start, *shape) in json.loads(file.metadata()[SHARDS_KEY]).items():
+                    self.shapes[name] = tuple(shape)
+                    self._parts.setdefault(name, []).append((start, file.get_slice(name)))
 
     def read(self, name: str, start: int, count: int) -> Tensor:
         """Elements `start` to `start + count` of a flattened parameter, (count,) float32."""

@@ -23,6 +23,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from components.models.loading.quantisation import is_quantised
+from components.training.distributed.checkpoints import reading
 from components.training.distributed.ranks import Ranks
 from components.training.sharded.elastic_resume import WorldSizeUnsupported, rank_files, repartition
 from components.training.sharded.host_copies import HostCopies
@@ -125,7 +126,7 @@ def write_state(state: Any, file: Path) -> None:
 
 def read_state(file: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
     """Read what `write_state` wrote; with `mmap` the elements that are used, when they are."""
-    with torch.serialization.safe_globals(_CLASSES):
+    with reading(file), torch.serialization.safe_globals(_CLASSES):
         return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
 
 

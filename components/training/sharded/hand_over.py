@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components.files.whole_files import write_text
+from components.training.distributed.checkpoints import reading
 from components.training.distributed.ranks import Ranks
 from components.training.sharded.host_copies import HostCopies
 from components.training.sharded.weight_shards import WeightShard
@@ -224,10 +225,11 @@ class MasterSample:
         """
         saved: dict[str, dict[int, float]] = {}
         for path in sorted(folder.glob(SAMPLE_FILES)):
-            file = safe_open(path, framework="pt")
-            for name, first in json.loads(file.metadata()["first"]).items():
-                values = file.get_tensor(name).tolist()
-                saved.setdefault(name, {}).update(enumerate(values, first))
+            with reading(path):
+                file = safe_open(path, framework="pt")
+                for name, first in json.loads(file.metadata()["first"]).items():
+                    values = file.get_tensor(name).tolist()
+                    saved.setdefault(name, {}).update(enumerate(values, first))
         if not saved:
             return None
         error = moved = 0.0

@@ -16,7 +16,7 @@ from typing import Any
 
 from components.files.whole_files import write_text
 from components.training.distributed.checkpoint_writer import CheckpointWriter
-from components.training.distributed.checkpoints import CheckpointStore
+from components.training.distributed.checkpoints import CheckpointStore, reading
 from components.training.distributed.ranks import Ranks
 from components.training.sharded.ema import WeightAverage
 from components.training.sharded.hand_over import HandOver, MasterSample
@@ -81,6 +81,7 @@ class RunCheckpoints:
             rank=ranks.rank,
             world_size=ranks.world_size,
             barrier=ranks.barrier,
+            on_any_rank=lambda flag: ranks.any(flag)[0],
             is_needed=is_needed,
         )
         self.writer = CheckpointWriter(self.store, in_background=in_background)
@@ -132,12 +133,16 @@ class RunCheckpoints:
         self.writer.submit(opened, [self._copies.fence(), *writes])
 
     def newest(self) -> SavedRun | None:
-        """The newest whole checkpoint; None: there is none."""
-        newest = self.store.latest()
+        """The newest whole and intact checkpoint; None: there is none; collective.
+
+        Raises:
+            CheckpointUnreadable: see `CheckpointStore.latest_intact`.
+        """
+        newest = self.store.latest_intact()
         return None if newest is None else _saved(*newest)
 
     def healthy_at(self, step: int) -> SavedRun | None:
-        """The healthy checkpoint after `step` steps; None: there is none."""
+        """The healthy checkpoint after `step` steps; None: there is none; collective."""
         folder = self.store.healthy_at(step)
         return None if folder is None else _saved(step, folder)
 
@@ -161,12 +166,13 @@ class RunCheckpoints:
 
 def _saved(step: int, folder: Path) -> SavedRun:
     # Only the small file: the plan is checked before gigabytes are read.
-    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    return SavedRun(
-        step,
-        folder,
-        state["plan"],
-        state["ema_updates"],
-        state.get("guard"),
-        state.get("started_from"),
-    )
+    with reading(folder / STATE_FILE):
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return SavedRun(
+            step,
+            folder,
+            state["plan"],
+            state["ema_updates"],
+            state.get("guard"),
+            state.get("started_from"),
+        )

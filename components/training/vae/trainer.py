@@ -178,6 +178,7 @@ class _Run:
             rank=ranks.rank,
             world_size=ranks.world_size,
             barrier=ranks.barrier,
+            on_any_rank=lambda flag: ranks.any(flag)[0],
             is_needed=self.guard.is_anchor if self.goes_back else lambda *_: False,
         )
         # Not in the background: the states are small, and a full disk is said in the same words.
@@ -216,7 +217,7 @@ class _Run:
         self.ranks.barrier()
 
     def resume(self) -> bool:
-        found = self.store.latest()
+        found = self.store.latest_intact()
         if found is None:
             return False
         self._load(found[1])

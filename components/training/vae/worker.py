@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from components.files.weight_folders import WeightsMissing
 from components.models.loading.base_autoencoder import load_base_autoencoder
+from components.settings.bad_input import BadInput
 from components.telemetry.metric_log import MetricLog
 from components.training.distributed.checkpoints import DiskFull, no_room
 from components.training.distributed.divergence import TrainingDiverged
@@ -28,7 +28,7 @@ from components.training.vae.job import VaeJob, cut_tiles
 from components.training.vae.trainer import train_vae
 
 WORKER = "components.training.vae.worker"
-LASTING = (TrainingDiverged, TilesDamaged, WeightsMissing, DiskFull, ValueError, PermissionError)
+LASTING = (TrainingDiverged, TilesDamaged, BadInput, DiskFull, ValueError, PermissionError)
 """Failures that another attempt would only repeat."""
 
 

@@ -94,7 +94,12 @@ def stage_states(
     """List the training states of this clone: step, size, age, and what each differs in."""
     root = project_root()
     refuse_unknown_stage(root, name)
-    from components.training.distributed.run_states import read_states, remove_state, unneeded
+    from components.training.distributed.run_states import (
+        lost_states,
+        read_states,
+        remove_state,
+        unneeded,
+    )
     from flows.running.training_state import present_identity
     from flows.versioning import graph as versioning
 
@@ -116,6 +121,7 @@ def stage_states(
             rows.append(_row(state, current, gone.get(state.name, ""), removed))
             if removed:
                 remove_state(state)
+        rows += [_row(state, None, "", False) for state in lost_states(root / "runs" / stage)]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -130,7 +136,11 @@ def _row(
 ) -> dict[str, Any]:
     from components.training.distributed.run_states import described
 
-    if current is None:
+    # One that can be read has a first segment.
+    lost = not state.segments
+    if lost:
+        differs = "state.json cannot be read"
+    elif current is None:
         differs = "inputs are not here"
     elif current.key == state.identity.key:
         differs = "current"
@@ -140,7 +150,7 @@ def _row(
         "state": state.name,
         "step": state.step,
         "steps": state.steps,
-        "status": "finished" if state.finished else "unfinished",
+        "status": "not readable" if lost else "finished" if state.finished else "unfinished",
         "device_hours": state.seconds() * state.processes / 3600,
         "mib": state.size_bytes() / 2**20,
         "age_s": max(0.0, time.time() - state.modified()),
@@ -166,7 +176,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             words += f" [{'removed' if row['removed'] else 'not needed'}: {row['not_needed']}]"
         table.add_row(
             row["state"],
-            f"{row['step']} of {row['steps']}",
+            f"{row['step']} of {row['steps'] or '?'}",
             row["status"],
             f"{row['device_hours']:.2f}",
             f"{row['mib']:.1f}",

@@ -196,3 +196,26 @@ def test_a_finished_run_stands_in_nobodys_way_and_is_offered(opened, capsys) -> 
     assert f"`--continue-from {old.name}` goes on from the finished run of 12 steps" in line
     more = identity(**{"dit_stage1.steps": 48})
     assert opened(more, continue_from=old.name).step == STEP
+
+
+def test_a_state_that_cannot_be_read_is_asked_about_like_another(opened, capsys) -> None:
+    old = unfinished(opened, AT_STAKE_S)
+    (old.folder / "state.json").write_bytes(b"\xff\xfe")
+    assert opened(NEW).step == 0
+    assert "begins at step 0" in (said := capsys.readouterr().err)
+    assert "state.json cannot be read; beside it is a checkpoint of step 12 (600 s of work)" in said
+    log = MetricLog(old.folder / METRICS_FILE)
+    log.log({"step_s": 3600.0}, STEP)
+    other = identity(**{"dit_stage1.learning_rate": 1e-6})
+    for way in ("refuse", "continue"):
+        with pytest.raises(StateRefused, match=r"cannot be read.* step 12 \(1\.\d+ hours"):
+            opened(other, way)
+    assert opened(other, restart=True).step == 0
+
+
+def test_an_own_state_json_that_is_damaged_is_made_again_with_a_line(opened, capsys) -> None:
+    old = unfinished(opened, 1e6)
+    (old.folder / "state.json").write_text("{")
+    opened(identity())
+    assert "state.json cannot be read; what it said of segments is lost" in capsys.readouterr().err
+    assert opened(identity()).step == STEP

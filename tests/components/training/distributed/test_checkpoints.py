@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -208,6 +209,110 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, damage: str) -> None:
         (newest / CONTENTS_FILE).unlink()
     else:
         (newest / CONTENTS_FILE).write_text("{")
+    assert assert_whole(store) == 1
+
+
+def flipped(path: Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["weights.bin", "global/optimizer.bin"])
+def test_a_checkpoint_with_another_bit_is_rejected_for_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, place: float
+) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    store.save(1, write_folder(1))
+    newest = store.save(2, write_folder(2))
+    flipped(newest / name, place)
+    # Listing goes by sizes.
+    assert store.latest() == (2, newest)
+    assert store.latest_intact() == (1, tmp_path / "step-00000001")
+    line = f"{newest / name}: damaged, it does not hold what was written; going on from step 1\n"
+    assert capsys.readouterr().err == line
+    assert assert_whole(store) == 1
+    store.save(2, write_folder(2))
+    assert store.latest_intact() == (2, tmp_path / "step-00000002.1")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_checkpoint_without_one_before_it_is_refused_and_stays(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep=3)
+    newest = store.save(1, write_folder(1))
+    whole = (newest / "weights.bin").read_bytes()
+    flipped(newest / "weights.bin", 0.5)
+    for _ in range(2):
+        with pytest.raises(CheckpointUnreadable, match=r"weights\.bin: damaged.* no checkpoint"):
+            store.latest_intact()
+    (newest / "weights.bin").write_bytes(whole)
+    assert store.latest_intact() == (1, newest)
+
+
+@pytest.mark.parametrize("damage", ["json", "tensor", "first byte", None])
+def test_a_checkpoint_of_before_there_were_hashes_speaks_for_itself(
+    tmp_path: Path, damage: str | None
+) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+
+    def write(folder: Path) -> None:
+        save_state(folder / "state.pt", {"w": torch.ones(4096)})
+        (folder / "trainer.json").write_text('{"plan": {}}')
+
+    for step in (1, 2):
+        contents = store.save(step, write) / CONTENTS_FILE
+        kept = json.loads(contents.read_text())
+        del kept["xxh64"]
+        contents.write_text(json.dumps(kept))
+    newest = tmp_path / "step-00000002"
+    if damage == "json":
+        flipped(newest / "trainer.json", 0.0)
+    elif damage is not None:
+        flipped(newest / "state.pt", 0.5 if damage == "tensor" else 0.0)
+    found = store.latest_intact()
+    assert found is not None
+    assert found[0] == (2 if damage is None else 1)
+
+
+def test_ranks_agree_about_a_checkpoint_of_which_one_found_the_damage(tmp_path: Path) -> None:
+    barrier = threading.Barrier(2, timeout=20)
+    flags, found = [False, False], {}
+    store = CheckpointStore(tmp_path, keep=3)
+    store.save(1, write_folder(1))
+    flipped(store.save(2, write_folder(2)) / "weights.bin", 0.5)
+
+    def resume(rank: int) -> None:
+        def on_any_rank(flag: bool) -> bool:
+            flags[rank] = flag
+            barrier.wait()
+            answer = any(flags)
+            barrier.wait()
+            return answer
+
+        mine = CheckpointStore(
+            tmp_path,
+            keep=3,
+            rank=rank,
+            world_size=2,
+            barrier=barrier.wait,
+            on_any_rank=on_any_rank,
+        )
+        found[rank] = mine.latest_intact()
+
+    threads = [threading.Thread(target=resume, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1] == (1, tmp_path / "step-00000001")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"\0", b"nowhere", b"../.."])
+def test_a_damaged_pointer_is_none(tmp_path: Path, content: bytes) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    store.save(1, write_folder(1))
+    (tmp_path / LATEST_FILE).write_bytes(content)
     assert assert_whole(store) == 1
 
 

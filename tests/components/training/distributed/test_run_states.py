@@ -24,6 +24,7 @@ from components.training.distributed.run_states import (
     continue_from,
     described,
     fragments,
+    lost_states,
     mark_finished,
     read_state,
     read_states,
@@ -205,6 +206,31 @@ def test_random_weights_are_another_start_with_another_seed() -> None:
     assert seeded(0).unloadable(seeded(1)) == ["project.seed"]
     given = {"models.transformer.pretrained": "f"}
     assert seeded(0, **given).unloadable(seeded(1, **given)) == []
+
+
+def test_going_on_takes_the_checkpoint_before_a_damaged_one(tmp_path: Path, capsys) -> None:
+    old = worked(tmp_path, identity(), 6)
+    store = CheckpointStore(old.folder / CHECKPOINTS, 2)
+    newest = store.save(9, lambda path: (path / "weights").write_bytes(b"w" * 100))
+    (newest / "weights").write_bytes(b"v" * 100)
+    old = read_states(tmp_path)[0]
+    assert old.step == 9
+    new = identity(settings={"dit_stage1.learning_rate": 5e-5})
+    state = continue_from(old, tmp_path / new.key[:16], new, 1)
+    assert (state.step, state.segments[-1].from_step) == (6, 6)
+    assert "going on from step 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["{", "", None])
+def test_a_state_whose_name_is_lost_is_told_from_none(tmp_path: Path, damage) -> None:
+    state = worked(tmp_path / "dit_stage1", identity(), 6)
+    (state.folder / "state.json").unlink()
+    if damage is not None:
+        (state.folder / "state.json").write_text(damage)
+    assert read_states(tmp_path / "dit_stage1") == []
+    (lost,) = lost_states(tmp_path / "dit_stage1")
+    assert (lost.name, lost.step, lost.seconds()) == (state.name, 6, pytest.approx(12.0))
+    assert lost_states(tmp_path / "none") == []
 
 
 def test_as_many_steps_as_are_done_may_be_asked_for(tmp_path: Path) -> None:

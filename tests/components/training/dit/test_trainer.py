@@ -193,3 +193,23 @@ def test_loss_of_the_trainer_is_the_mean_over_the_global_batch(make_dit_job, tmp
     assert min(bands) <= row["loss"] <= max(bands)
     assert math.isfinite(row["grad_norm"])
     assert row["grad_norm"] > 0
+
+
+def test_a_checkpoint_that_a_bit_was_changed_in_costs_steps_and_no_result(
+    make_dit_job, tmp_path, capsys
+):
+    job = make_dit_job(tmp_path)
+    run_job(job)
+    expected = exported(job)
+    newest = job.state_dir / "checkpoints" / "step-00000004"
+    for name in ("engine/mp_rank_00_model_states.pt", "trainer.json"):
+        path = newest / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+        capsys.readouterr()
+        run_job(job)
+        said = f"{path}: damaged, it does not hold what was written; going on from step 2"
+        assert said in capsys.readouterr().err
+        assert exported(job) == expected
+        newest = newest.with_name("step-00000004.1")
