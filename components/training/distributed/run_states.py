@@ -274,17 +274,23 @@ def begin_state(folder: Path, identity: RunIdentity, processes: int) -> RunState
 def resume_state(state: RunState, processes: int) -> RunState:
     """Go on with a state as it is; another number of processes is noted as a segment.
 
-    The same global batches follow, but sums over them are rounded in another order.
+    The same global batches follow, but sums over them are rounded in another order. A number under
+    which no step was saved leaves no segment: it was refused, or taken back.
     """
     if state.processes == processes:
         return state
     segments = state.segments
     if state.step > 0:
-        changes: dict[str, tuple[Any, Any]] = {"processes": (state.processes, processes)}
-        segments = (
-            *segments,
-            Segment(from_step=state.step, key=state.identity.key, changes=changes),
-        )
+        changes: dict[str, tuple[Any, Any]] = {}
+        if len(segments) > 1 and segments[-1].from_step == state.step:
+            changes = dict(segments[-1].changes)
+            segments = segments[:-1]
+        before, _ = changes.pop("processes", (state.processes, processes))
+        if before != processes:
+            changes["processes"] = (before, processes)
+        if changes:
+            last = Segment(from_step=state.step, key=state.identity.key, changes=changes)
+            segments = (*segments, last)
     return write_state(replace(state, segments=segments, processes=processes))
 
 

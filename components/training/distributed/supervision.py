@@ -387,4 +387,7 @@ def reporting_failures(lasting: tuple[type[BaseException], ...]) -> Iterator[Non
                 "lasting": isinstance(problem, lasting),
             }
             Path(target).write_text(json.dumps(report), encoding="utf-8")
+            if report["lasting"]:
+                # The launcher says it in one line, and the file holds where it came from.
+                raise SystemExit(1) from problem
         raise

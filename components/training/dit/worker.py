@@ -20,9 +20,10 @@ from components.training.distributed.ranks import (
     deterministic_torch,
     open_ranks,
 )
-from components.training.dit.job import DitJob
+from components.training.dit.job import DitJob, StartUnusable
 from components.training.dit.trainer import train
 from components.training.encoding.own_prompts import embed_own_prompts
+from components.training.sharded.engine import micro_batches_per_step
 
 WORKER = "components.training.dit.worker"
 # Everything else is restarted, such as a lost connection or a killed rank.
@@ -34,11 +35,20 @@ def run_job(job: DitJob) -> None:
     """Train `job` to its end with `job.runtime.processes` processes on this node.
 
     Raises:
+        StartUnusable: the global batch does not divide over the processes.
         TrainingDiverged: (one process) a loss or gradient is not finite.
         CheckpointFailed: (one process) a checkpoint could not be written.
         TrainingRefused: (several processes) a rank failed in a way that a retry would repeat.
         TrainingFailed: (several processes) a rank failed; names it, its last words and the logs.
     """
+    runtime = job.runtime
+    try:
+        # Before processes are started, which takes a minute and more.
+        micro_batches_per_step(
+            job.settings, runtime.processes * runtime.nodes, runtime.context_parallel_degree
+        )
+    except ValueError as problem:
+        raise StartUnusable(f"{job.name}.{problem}") from None
     _embed_own_prompts(job)
     run_in_ranks(job, WORKER, train_here)
 

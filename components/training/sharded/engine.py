@@ -25,6 +25,26 @@ from components.training.distributed.ranks import Ranks
 from components.training.sharded.weight_shards import set_master
 
 
+def micro_batches_per_step(
+    settings: DitStageSettings, world_size: int, context_degree: int = 1
+) -> int:
+    """How many micro batches each process takes one after the other.
+
+    Raises:
+        ValueError: the global batch does not divide over processes and micro batches.
+    """
+    groups = world_size // context_degree
+    share = settings.micro_batch_size * groups
+    if settings.global_batch_size % share:
+        counted = "processes" if context_degree == 1 else "groups of processes"
+        raise ValueError(
+            f"global_batch_size {settings.global_batch_size} must be a multiple of "
+            f"micro_batch_size {settings.micro_batch_size} times {groups} {counted} "
+            "(runtime.processes, nodes)"
+        )
+    return settings.global_batch_size // share
+
+
 def engine_configuration(
     settings: DitStageSettings, world_size: int, parameters: int, context_degree: int = 1
 ) -> dict[str, Any]:
@@ -39,21 +59,14 @@ def engine_configuration(
     Raises:
         ValueError: the global batch does not divide over processes and micro batches.
     """
-    groups = world_size // context_degree
-    share = settings.micro_batch_size * groups
-    if settings.global_batch_size % share:
-        counted = "processes" if context_degree == 1 else "groups of processes"
-        raise ValueError(
-            f"global_batch_size {settings.global_batch_size} must be a multiple of "
-            f"micro_batch_size {settings.micro_batch_size} times {groups} {counted}"
-        )
+    accumulated = micro_batches_per_step(settings, world_size, context_degree)
     # Even: DeepSpeed wants buckets that NCCL can align.
     bucket = max(1024, min(BUCKET_ELEMENTS, parameters + parameters % 2))
     return {
         # DeepSpeed counts a sample once for every process that works on it.
         "train_batch_size": settings.global_batch_size * context_degree,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.global_batch_size // share,
+        "gradient_accumulation_steps": accumulated,
         "gradient_clipping": settings.max_grad_norm,
         "bf16": {"enabled": settings.precision == "bf16"},
         # bfloat16 has 8 bits of mantissa: a sum of many micro batches would lose the later ones.

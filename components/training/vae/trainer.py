@@ -357,6 +357,20 @@ class _Run:
         return anchors or self.step % self.settings.checkpoint_every == 0
 
 
+def check_batch(settings: VaeSettings, processes: int) -> None:
+    """Refuse a batch that does not divide over the processes.
+
+    Raises:
+        ValueError: it does not.
+    """
+    # Gradients are averaged over ranks, so unequal shares would weigh crops unequally.
+    if settings.batch_size % processes:
+        raise ValueError(
+            f"vae.batch_size = {settings.batch_size} must be a multiple of the {processes} "
+            "training processes (runtime.processes, nodes)"
+        )
+
+
 def train_vae(
     autoencoder: AutoencoderKLF16,
     photographs: TileCrops,
@@ -393,12 +407,7 @@ def train_vae(
         DiskFull: no room for a checkpoint; the one before it is whole.
         ValueError: the global batch does not divide by the number of processes.
     """
-    # Gradients are averaged over ranks, so unequal shares would weigh crops unequally.
-    if settings.batch_size % ranks.world_size:
-        raise ValueError(
-            f"vae.batch_size = {settings.batch_size} must be a multiple of the "
-            f"{ranks.world_size} training processes"
-        )
+    check_batch(settings, ranks.world_size)
     # Evaluation mode throughout: nothing in a step may be random but the choice of crops.
     autoencoder.to(ranks.device).eval()
     freeze_encoder(autoencoder)

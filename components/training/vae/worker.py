@@ -25,7 +25,7 @@ from components.training.distributed.ranks import (
 from components.training.vae.crops import TileCrops, TilesDamaged
 from components.training.vae.export import autoencoder_about, export_training
 from components.training.vae.job import VaeJob, cut_tiles
-from components.training.vae.trainer import train_vae
+from components.training.vae.trainer import check_batch, train_vae
 
 WORKER = "components.training.vae.worker"
 LASTING = (TrainingDiverged, TilesDamaged, BadInput, DiskFull, ValueError, PermissionError)
@@ -36,12 +36,15 @@ def run_job(job: VaeJob) -> None:
     """Cut tiles, train, and export to `job.export_dir`; continues where a killed run stopped.
 
     Raises:
-        ValueError: a slice is empty, an original is missing, or no photograph can be used.
+        ValueError: a slice is empty, an original is missing, no photograph can be used, or the
+            batch does not divide over the processes.
         NoRoomForTiles: the disk is too small for the tiles.
         TrainingDiverged: training diverged (with several ranks: `TrainingRefused`).
         DiskFull: no room for a checkpoint (with several ranks: `TrainingRefused`).
         TrainingFailed: (several ranks) a rank failed; names it, its last words and the logs.
     """
+    # Before photographs are cut and processes started, which takes minutes.
+    check_batch(job.settings, job.runtime.processes * job.runtime.nodes)
     # Before any rank starts, so that they do not all decode the same files.
     run_in_ranks(job.model_copy(update={"tiles": cut_tiles(job)}), WORKER, train_here)
 

@@ -245,6 +245,13 @@ def test_another_number_of_processes_is_a_segment_and_no_other_state(tmp_path: P
     more = resume_state(state, 4)
     assert more.folder == state.folder
     assert str(more.segments[-1]) == "from step 6: processes 1 -> 4"
+    # Refused, or taken back before a step was saved.
+    assert resume_state(more, 1).segments == state.segments
+    assert resume_state(resume_state(state, 3), 2).segments[1].changes == {"processes": (1, 2)}
+    new = identity(settings={"dit_stage1.learning_rate": 5e-5})
+    gone_on = continue_from(state, tmp_path / new.key[:16], new, 2)
+    changes = resume_state(gone_on, 1).segments[-1].changes
+    assert changes == {"dit_stage1.learning_rate": (1e-4, 5e-5)}
     empty = begin_state(tmp_path / "empty", identity(code="x"), 1)
     assert len(resume_state(empty, 4).segments) == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from components.training.distributed.supervision import (
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[4]
 PREAMBLE = """
+import json
 import os, signal, sys, time
 from pathlib import Path
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -64,7 +66,7 @@ def test_a_killed_rank_is_started_again_with_the_others_and_named(run, tmp_path)
     assert restarts(state) == [RankFailure(0, 1, "ended by SIGKILL")]
 
 
-def test_a_failure_that_would_come_back_ends_the_run_without_a_restart(run, tmp_path):
+def test_a_failure_that_would_come_back_ends_the_run_without_a_restart(run, tmp_path, capfd):
     with pytest.raises(TrainingRefused, match=r"^rank 1: ValueError: batch 3 (.*logs: .*0001)"):
         run(
             f"""
@@ -77,6 +79,10 @@ def test_a_failure_that_would_come_back_ends_the_run_without_a_restart(run, tmp_
             """
         )
     assert restarts(tmp_path / "state") == []
+    # It is the launcher's one line; where it came from stands in the logs.
+    assert "Traceback" not in capfd.readouterr().err
+    (report,) = (tmp_path / "state").rglob("error.json")
+    assert "Traceback" in json.loads(report.read_text())["message"]["extraInfo"]["py_callstack"]
 
 
 def test_ranks_that_keep_failing_end_with_the_first_ones_words_and_the_count(run, tmp_path):

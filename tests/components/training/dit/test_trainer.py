@@ -19,7 +19,7 @@ from components.training.dit.curves import (
     history_table,
     validation_table,
 )
-from components.training.dit.job import DitJob, build_transformer
+from components.training.dit.job import DitJob, StartUnusable, build_transformer
 from components.training.dit.throughput import MACHINE_METRICS
 from components.training.dit.validation import ValidationSet, band_losses
 from components.training.dit.worker import run_job
@@ -213,3 +213,12 @@ def test_a_checkpoint_that_a_bit_was_changed_in_costs_steps_and_no_result(
         assert said in capsys.readouterr().err
         assert exported(job) == expected
         newest = newest.with_name("step-00000004.1")
+
+
+def test_processes_that_a_batch_does_not_divide_over_are_refused_before_any_starts(
+    make_dit_job, tmp_path
+):
+    job = make_dit_job(tmp_path, processes=3)
+    with pytest.raises(StartUnusable, match=r"^dit_stage1\.global_batch_size 4 .* 3 processes"):
+        run_job(job)
+    assert not (job.state_dir / "ranks").exists()
