@@ -126,12 +126,28 @@ class DitTrainer:
         if self.settings.on_divergence == "rollback" and self.step == self.guard.anchor(self.step):
             # There may be none yet to go back to.
             self._write_checkpoint()
+        if self.step == self.settings.steps:
+            self._validate_as_last()
         # Resumed after the last step: only the export is left to do.
         while self.step < self.settings.steps:
             try:
                 self._run_on()
             except _Diverged as event:
                 self._go_back(event)
+
+    def _validate_as_last(self) -> None:
+        """What the last step would have measured: it was a step like others when it was taken."""
+        rows = [] if self.metrics is None else self.metrics.rows()
+        here = {name for row in rows if row["step"] == self.step for name in row}
+        log = self.metrics is not None
+        lacks_raw, lacks_average = self.ranks.any(
+            *(log and f"validation_loss{suffix}" not in here for suffix in ("", "_ema"))
+        )
+        if lacks_raw:
+            self._validate("")
+        if lacks_average:
+            with self.average.swapped_into(self.engine.module):
+                self._validate("_ema")
 
     def _run_on(self) -> None:
         """Steps to the end, or to a divergence that is gone back from."""

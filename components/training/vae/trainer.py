@@ -434,6 +434,11 @@ def train_vae(
     if ranks.is_first:
         write_events(state_dir, run.guard)
     after = reconstruct(autoencoder, held_out)
+    if "psnr_db" not in run.history[-1]:
+        # No step was left, and the last one was a step like others when it was taken.
+        run.history[-1]["psnr_db"] = mean_psnr_db(held_out, after)
+        if ranks.is_first:
+            metrics.log({"psnr_db": run.history[-1]["psnr_db"]}, run.step)
     # It is handed over for use, and an export or a metric needs no gradients.
     autoencoder.requires_grad_(False)
     return VaeTraining(run.history, held_out, before, after, tuple(run.guard.events))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from components.telemetry.metric_log import MetricLog
 from components.training.distributed.run_states import (
     RunIdentity,
     Segment,
@@ -19,6 +20,7 @@ from components.training.distributed.run_states import (
     read_state,
 )
 from components.training.dit.batch_plan import PlanMismatch
+from components.training.dit.curves import write_outcome
 from components.training.dit.job import DitJob, StartUnusable
 from components.training.dit.trainer import DitTrainer
 from components.training.dit.worker import run_job
@@ -99,6 +101,35 @@ def test_other_data_is_gone_on_with_only_where_a_segment_says_so(make_dit_job, f
     segments = (begun, Segment(from_step=1, key="b", changes={}))
     with pytest.raises(PlanMismatch):
         run_job(state.model_copy(update={"segments": segments}))
+
+
+def test_a_run_may_end_at_the_checkpoint_that_it_goes_on_from(make_dit_job, tmp_path) -> None:
+    """Stop here and export what there is, at a step that was not measured when it was taken."""
+    rare = {"zero_stage": 1, "validate_every": 9}
+    first = make_dit_job(tmp_path / "first", steps=4, **rare)
+    begin_state(first.state_dir, identity("first"), 1)
+    first = first.model_copy(update={"metrics": first.state_dir / "metrics.jsonl"})
+    run_job(first)
+    shutil.rmtree(first.state_dir / "checkpoints" / "step-00000004")
+    state = read_state(first.state_dir)
+    assert state is not None
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    made = continue_from(state, folder / "state", identity("cut"), 1)
+    cut = make_dit_job(folder, steps=2, **rare)
+    log = cut.state_dir / "metrics.jsonl"
+    cut = cut.model_copy(update={"segments": made.segments, "metrics": log})
+    run_job(cut)
+    whole = make_dit_job(tmp_path / "whole", steps=2, **rare)
+    run_job(whole)
+    for name, tensor in raw(whole).items():
+        assert torch.equal(tensor, raw(cut)[name])
+    expected = write_outcome(whole)
+    assert write_outcome(cut).metrics == expected.metrics
+    # Killed in its export and started again it measures nothing twice.
+    rows = list(MetricLog(log).rows())
+    run_job(cut)
+    assert list(MetricLog(log).rows()) == rows
 
 
 def test_weights_to_start_from_that_were_replaced_are_not_taken_for_those_begun_with(
