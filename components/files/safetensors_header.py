@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 SPEC = {"modelspec.sai_model_spec": "1.0.1"}
 HASH = "modelspec.hash_sha256"
 _CHUNK = 1 << 24
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def described_header(header: bytes, about: Mapping[str, str], tensors_sha256: str) -> bytes:
@@ -58,6 +60,19 @@ def describe_file(path: Path, about: Mapping[str, str]) -> None:
             for part in _parts(file):
                 target.write(part)
     os.replace(aside, path)
+
+
+def system_error(problem: BaseException) -> OSError | None:
+    """The system's error behind an exception; None: it is another one.
+
+    safetensors writes files outside Python and leaves no more of it than a number in its words.
+    """
+    if isinstance(problem, OSError):
+        return problem
+    found = _SYSTEM_ERROR.search(str(problem))
+    if found is None or type(problem).__name__ != "SafetensorError":
+        return None
+    return OSError(int(found[1]), os.strerror(int(found[1])))
 
 
 def _parts(file: BinaryIO) -> Any:

@@ -57,12 +57,18 @@ def whole_file(
 def whole_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside `path` to fill; it replaces `path` when the block ends.
 
-    For folders that one process writes. What an error or a kill leaves, the next call removes.
+    An error in the block leaves `path` as it was and nothing else behind: on a full disk half a
+    model would take the room that is missing. For folders that one process writes; what a kill
+    leaves, the next call removes.
     """
     temporary = path.with_name(f".{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from components.files.cut_bytecode import describe_cut_bytecode, remove_cut_bytecode
+from components.files.safetensors_header import system_error
 from components.files.whole_files import NotRegularFile
 
 FAILED, BAD_INPUT = 1, 2
@@ -56,7 +57,8 @@ def refusal(problem: Exception, words: Sequence[str]) -> tuple[str, int] | None:
     errors = sys.modules.get("dvc.exceptions")
     if errors is not None and isinstance(problem, errors.DvcException):
         return f"DVC: {text}", FAILED
-    full = isinstance(problem, OSError) and problem.errno in _NO_ROOM
+    said_by_system = system_error(problem)
+    full = said_by_system is not None and said_by_system.errno in _NO_ROOM
     # SQLite says no more than this, of DVC's own databases as of ours.
     if full or (type(problem).__name__ == "OperationalError" and re.search(_NO_ROOM_SAID, text)):
         line = f"a file cannot be written ({text}): make room on the disk, then run it again"

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.files.safetensors_header import system_error
 from components.files.whole_files import flush, write_bytes, write_text
 from components.settings.bad_input import BadInput
 from components.training.distributed.checkpoint_hashes import file_hashes, first_damaged
@@ -62,6 +63,23 @@ _NO_ROOM = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errn
 def no_room(reason: str) -> bool:
     """Whether the system's words, on this rank or passed on by another, say that a disk is full."""
     return any(words in reason for words in _NO_ROOM)
+
+
+@contextmanager
+def full_disks_named(folder: Path) -> Iterator[None]:
+    """An error for want of room becomes `DiskFull`, which no restart repeats.
+
+    Args:
+        folder: named where the system names no file.
+    """
+    try:
+        yield
+    except Exception as problem:
+        said = system_error(problem)
+        if said is None or not no_room(said.strerror or ""):
+            raise
+        where = said.filename or folder
+        raise DiskFull(f"{where}: {said.strerror}; make room and run again") from problem
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from components.settings.bad_input import BadInput
-from components.training.distributed.checkpoints import DiskFull
+from components.training.distributed.checkpoints import DiskFull, full_disks_named
 from components.training.distributed.divergence import TrainingDiverged
 from components.training.distributed.interruption import listening
 from components.training.distributed.rank_jobs import rank_main, run_in_ranks
@@ -75,7 +75,7 @@ def train_here(job: DitJob) -> None:
     # Not entered yet: threads and kernels are settled before the group exists.
     ranks_here = open_ranks(job.runtime.device, wait, job.runtime.context_parallel_degree)
     here = deterministic_torch(job.runtime.torch_threads, job.runtime.determinism)
-    with here, ranks_here as ranks, listening() as stop:
+    with full_disks_named(job.export_dir), here, ranks_here as ranks, listening() as stop:
         train(job, ranks, stop)
 
 

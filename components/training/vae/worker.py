@@ -5,14 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 from components.models.loading.base_autoencoder import load_base_autoencoder
 from components.settings.bad_input import BadInput
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.checkpoints import DiskFull, no_room
+from components.training.distributed.checkpoints import DiskFull, full_disks_named
 from components.training.distributed.divergence import TrainingDiverged
 from components.training.distributed.interruption import StopRequest, listening
 from components.training.distributed.rank_jobs import rank_main, run_in_ranks
@@ -56,22 +52,6 @@ def train_here(job: VaeJob) -> None:
     here = deterministic_torch(job.runtime.torch_threads, job.runtime.determinism)
     with full_disks_named(job.export_dir), here, ranks_here as ranks, listening() as stop:
         _train(job, ranks, stop)
-
-
-@contextmanager
-def full_disks_named(folder: Path) -> Iterator[None]:
-    """An `OSError` for want of room becomes `DiskFull`, which no restart repeats.
-
-    Args:
-        folder: named where the system names no file.
-    """
-    try:
-        yield
-    except OSError as problem:
-        if not no_room(problem.strerror or ""):
-            raise
-        where = problem.filename or folder
-        raise DiskFull(f"{where}: {problem.strerror}; make room and run again") from problem
 
 
 def _train(job: VaeJob, ranks: Ranks, stop: StopRequest) -> None:

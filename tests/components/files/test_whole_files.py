@@ -145,7 +145,7 @@ def test_what_a_failed_folder_left_behind_is_not_in_the_next(tmp_path: Path) -> 
     path = tmp_path / "model"
     with pytest.raises(NotADirectoryError), whole_folder(path) as filled:
         fail_after_writing(filled / "half")
-    assert not path.exists()
+    assert list(tmp_path.iterdir()) == []
     with whole_folder(path) as filled:
         (filled / "whole").touch()
     assert [file.name for file in path.iterdir()] == ["whole"]

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from components.files.whole_files import NotRegularFile, write_text
 from flows.commands.command_line import fail
@@ -80,9 +81,12 @@ def test_what_is_no_path_keeps_its_trace(here: Path) -> None:
 
 
 def test_a_full_disk_is_said_to_be_one(here: Path) -> None:
-    said, code = refusal(failed(errno.ENOSPC, "x"), ["a", "x"]) or ("", 0)
-    assert "make room on the disk" in said
-    assert code == FAILED
+    outside_python = SafetensorError("Error while serializing: I/O error: full (os error 28)")
+    for problem in (failed(errno.ENOSPC, "x"), outside_python):
+        said, code = refusal(problem, ["a", "x"]) or ("", 0)
+        assert "make room on the disk" in said
+        assert code == FAILED
+    assert refusal(SafetensorError("invalid header (os error 5)"), ["a", "x"]) is None
 
 
 @pytest.mark.parametrize(

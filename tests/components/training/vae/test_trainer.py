@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,6 @@ from components.training.vae import trainer
 from components.training.vae.crops import Photograph, WorkingCopies
 from components.training.vae.export import export_training, history_table
 from components.training.vae.trainer import VaeTraining, train_vae
-from components.training.vae.worker import LASTING, full_disks_named
 
 CROP_PX = 64
 SEED = 7
@@ -434,15 +433,16 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(
     assert child.exitcode == 0
 
 
-def test_a_disk_that_is_full_at_the_end_is_no_reason_to_try_again(tmp_path: Path) -> None:
-    assert issubclass(DiskFull, LASTING)
-    for code, name, kind, said in (
-        (errno.ENOSPC, "data/vae/crops.png", DiskFull, r"^data/vae/crops\.png: No space left"),
-        (errno.EDQUOT, None, DiskFull, f"^{tmp_path}: Disk quota exceeded; make room"),
-        (errno.EIO, "data/vae/crops.png", OSError, "Input/output error"),
-    ):
-        with pytest.raises(kind, match=said), full_disks_named(tmp_path):
-            raise OSError(code, os.strerror(code), name)
+def test_a_run_may_end_at_the_checkpoint_that_it_goes_on_from(
+    data: tuple[WorkingCopies, WorkingCopies], ranks: Ranks, tmp_path: Path
+) -> None:
+    whole = train(data, ranks, tmp_path / "whole", settings(steps=2))
+    train(data, ranks, tmp_path / "cut", settings(steps=4, eval_every=9))
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000004")
+    cut = train(data, ranks, tmp_path / "cut", settings(steps=2, eval_every=9))
+    assert weights(cut[0]) == weights(whole[0])
+    assert cut[1].history[-1]["psnr_db"] == whole[1].history[-1]["psnr_db"]
+    assert MetricLog(tmp_path / "cut" / "metrics.jsonl").series("psnr_db")[0][-1] == 2
 
 
 def test_no_rank_leaves_before_every_batch_that_diverged_is_saved(
