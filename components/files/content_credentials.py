@@ -263,7 +263,10 @@ def read_credentials(path: Path, anchors: str = "") -> Credentials | None:
     if active is None:
         return Credentials(("the manifest itself is damaged (no claim)",), False, "unknown", {})
     assertions = {one["label"]: one["data"] for one in active.get("assertions", [])}
-    lineage = assertions.get(LINEAGE) or {}
+    lineage: Any = assertions.get(LINEAGE)
+    if not isinstance(lineage, dict):
+        # Another program may have put anything under that name.
+        lineage = {}
     failures = document.get("validation_results", {}).get("activeManifest", {}).get("failure", [])
     problems = tuple(dict.fromkeys(_said(one, data, lineage) for one in failures if _counts(one)))
     if LINEAGE in assertions and not problems and not _is_as_written(data, kind):

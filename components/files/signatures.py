@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.files.whole_files import regular_bytes
+
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -50,13 +52,18 @@ class SigningKey:
     @property
     def title(self) -> str:
         """Such as "development key 1a2b3c4d5e6f7a8b (untrusted)"."""
-        name = fingerprint(self.public)
-        return f"development key {name} (untrusted)" if self.is_development else f"key {name}"
+        return key_title(self.public, is_development=self.is_development)
 
 
 def fingerprint(public: bytes) -> str:
     """The first 16 hexadecimal digits of a public key's sha256."""
     return hashlib.sha256(public).hexdigest()[:16]
+
+
+def key_title(public: bytes, *, is_development: bool = False) -> str:
+    """A key in words, by its fingerprint."""
+    name = fingerprint(public)
+    return f"development key {name} (untrusted)" if is_development else f"key {name}"
 
 
 def signing_key(folder: Path) -> SigningKey:
@@ -103,7 +110,7 @@ def _read_key(path: Path, what: str) -> Ed25519PrivateKey:
 
     make = f"`openssl genpkey -algorithm ed25519 -out {path}` makes one"
     try:
-        key = load_pem_private_key(path.read_bytes(), None)
+        key = load_pem_private_key(regular_bytes(path), None)
     except OSError as problem:
         raise KeyUnusable(f"{what}={path}: {problem.strerror}; {make}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -155,12 +162,19 @@ def checked(text: str) -> tuple[dict[str, Any], bytes]:
         public = base64.b64decode(signature["public_key"], validate=True)
         value = base64.b64decode(signature["value"], validate=True)
         key = Ed25519PublicKey.from_public_bytes(public)
-    except (ValueError, LookupError, TypeError, binascii.Error):
+    except (ValueError, LookupError, TypeError, RecursionError, binascii.Error):
         raise StatementInvalid("not a signed statement, or its frame was changed") from None
     if algorithm != ALGORITHM:
         raise StatementInvalid(f"signed with {algorithm!r}; {ALGORITHM} is known")
+    if not isinstance(statement, dict):
+        raise StatementInvalid("the statement is no JSON object")
     try:
-        key.verify(value, _canonical(statement))
+        canonical = _canonical(statement)
+    except (ValueError, RecursionError):
+        # NaN, half a character, nesting without end: `signed` writes none of these.
+        raise StatementInvalid("the statement has no spelling that could be signed") from None
+    try:
+        key.verify(value, canonical)
     except InvalidSignature:
         raise StatementInvalid("the statement was changed, or another key signed it") from None
     # Blanks and the order of keys mean nothing to JSON, nor do base64's last bits to its readers.
@@ -177,18 +191,19 @@ def public_key(path: Path) -> bytes:
     Raises:
         KeyUnusable: see there.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     try:
-        data = path.read_bytes()
+        data = regular_bytes(path)
     except OSError as problem:
         raise KeyUnusable(f"{path}: {problem.strerror}") from None
     if b"PRIVATE KEY" in data:
         return _read_key(path, "--key").public_key().public_bytes_raw()
     try:
         key = load_pem_public_key(data)
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         raise KeyUnusable(f"{path}: not a PEM file with a public key") from None
     if not isinstance(key, Ed25519PublicKey):
         raise KeyUnusable(f"{path}: a key of another kind than Ed25519")

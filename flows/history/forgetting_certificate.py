@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
+from pydantic import Field
 
 from components.corpus.selection.rights import Exclusion, Exclusions
+from components.corpus.selection.slices import SLICES
 from components.files.weight_folders import file_digest, folder_digest
 from components.settings.schema import load_settings
 from flows.history.affected import Affected, kept_rows
 from flows.history.lineage import SLICES_DIR, TRAINING
 from flows.history.run_evidence import Evidence
+from flows.records.records import TornJson, from_json
 from flows.versioning import graph as versioning
 
 FORMAT = "ultraflux-forgetting-certificate"
@@ -40,6 +44,37 @@ LIMITS = (
     "Copies under another photographer's name, crops and edits are other photographs; those that "
     "were near duplicates are listed.",
 )
+
+
+class NoCertificate(ValueError):
+    """A signed statement of another kind; one line."""
+
+
+@dataclass(frozen=True)
+class CertifiedWeights:
+    """One folder of weights."""
+
+    # Whoever signs writes what they like, and this folder is hashed.
+    path: Annotated[str, Field(pattern=r"^data/\w+/\w+$")]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """Whom a certificate is about."""
+
+    entries: Annotated[list[Exclusion], Field(min_length=1)]
+    images: Annotated[list[str], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is read of a `statement`."""
+
+    issued: str
+    forgotten: Forgotten
+    weights: Annotated[list[CertifiedWeights], Field(min_length=1)]
+    equal_to_a_run_without_them: str
 
 
 class NotForgotten(RuntimeError):
@@ -201,22 +236,43 @@ def _equality(evidence: Evidence, determinism: str) -> str:
     )
 
 
-def differences(root: Path, certificate: Mapping[str, Any]) -> list[str]:
-    """Differences between a certificate and the clone that stands here; empty: none.
+def read_certificate(said: Mapping[str, Any], file: Path) -> Certificate:
+    """A `statement` that somebody signed, perhaps not this code.
+
+    Raises:
+        NoCertificate: another format or version, or not its fields.
+    """
+    if (said.get("format"), said.get("version")) != (FORMAT, VERSION):
+        raise NoCertificate(f"no {FORMAT} of version {VERSION}")
+    try:
+        return from_json(Certificate, said, file)
+    except TornJson as problem:
+        raise NoCertificate(f"no {FORMAT} ({str(problem).removeprefix(f'{file}: ')})") from None
+
+
+def differences(root: Path, certificate: Certificate) -> list[str]:
+    """Differences between a certificate and the clone that stands here, and what had no comparison.
 
     Weights are hashed and the slices searched for the photographs, by identity and by name.
     """
     problems = []
-    for one in certificate["weights"]:
-        folder = root / one["path"]
+    for one in certificate.weights:
+        folder = root / one.path
         if not folder.is_dir():
-            problems.append(f"{one['path']}: not here, so its weights were not compared")
-        elif folder_digest(folder) != one["sha256"]:
-            problems.append(f"{one['path']}: other weights than the certificate's")
-    images = set(certificate["forgotten"]["images"])
-    listed = Exclusions(Exclusion(**one) for one in certificate["forgotten"]["entries"])
-    for file in sorted((root / SLICES_DIR).glob("*.parquet")):
-        known = images | listed.images(file)
-        if rows := kept_rows(file, known):
+            problems.append(f"{one.path}: not here, so its weights were not compared")
+        elif folder_digest(folder) != one.sha256:
+            problems.append(f"{one.path}: other weights than the certificate's")
+    certified = {one.path for one in certificate.weights}
+    for stage, parts in WEIGHTS.items():
+        for path in (f"data/{stage}/{part}" for part in parts):
+            if path not in certified and (root / path).is_dir():
+                problems.append(f"{path}: the certificate says nothing of it")
+    images = set(certificate.forgotten.images)
+    listed = Exclusions(certificate.forgotten.entries)
+    for name in ("manifest", *SLICES):
+        file = root / SLICES_DIR / f"{name}.parquet"
+        if not file.is_file():
+            problems.append(f"{SLICES_DIR}{file.name}: not here, so it was not searched")
+        elif rows := kept_rows(file, images | listed.images(file)):
             problems.append(f"{SLICES_DIR}{file.name}: {rows} rows show what was forgotten")
     return problems

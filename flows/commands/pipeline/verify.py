@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,13 +73,18 @@ def verify(
 def _show(file: Path, found: Verdict) -> None:
     print(f"{file}: {found.kind}")
     for name, value in found.facts.items():
-        print(f"  {name}: {value}")
+        print(f"  {_line(name)}: {_line(value)}")
     for note in found.notes:
-        print(f"  {note}")
+        print(f"  {_line(note)}")
     for problem in found.problems:
-        print(f"  CHANGED: {problem}")
+        print(f"  CHANGED: {_line(problem)}")
     if not found.problems:
         print("  valid: nothing was changed since it was signed")
+
+
+def _line(value: object) -> str:
+    """On one line: whoever signed a file must not write lines of this command with it."""
+    return "".join(c if c.isprintable() else " " for c in str(value))
 
 
 def _is_statement(file: Path) -> bool:
@@ -90,9 +96,10 @@ def _is_statement(file: Path) -> bool:
 def _picture(file: Path, key: Path | None) -> Verdict:
     from components.files.content_credentials import read_credentials
     from components.files.signatures import KeyUnusable
+    from components.files.whole_files import regular_bytes
 
     try:
-        anchors = _own_root() if key is None else key.read_text(encoding="ascii")
+        anchors = _own_root() if key is None else regular_bytes(key).decode("ascii")
     except (OSError, UnicodeDecodeError) as problem:
         raise KeyUnusable(f"--key {key}: no PEM file ({problem})") from None
     found = Verdict("picture")
@@ -103,17 +110,24 @@ def _picture(file: Path, key: Path | None) -> Verdict:
     found.problems += credentials.problems
     found.facts["signed by"] = credentials.signer
     lineage = credentials.lineage
-    for name, digest in lineage.get("weights_sha256", {}).items():
+    parts, made_with = (_named(lineage, name) for name in ("weights_sha256", "made_with"))
+    for name, digest in parts.items():
         found.facts[f"weights of {name}"] = f"sha256 {digest}"
     for name in ("prompt", "seed", "software"):
-        if name in lineage.get("made_with", {}):
-            found.facts[name] = lineage["made_with"][name]
+        if name in made_with:
+            found.facts[name] = made_with[name]
     if key is not None and not credentials.is_trusted:
         found.problems.append(f"not signed by a key that {key} vouches for")
     elif key is None:
         own = "this clone's key" if credentials.is_trusted else "a key that is not known here"
         found.notes.append(f"signed with {own}; --key names whom you trust")
     return found
+
+
+def _named(lineage: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of a statement that another program may have written in another form."""
+    value = lineage.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _own_root() -> str:
@@ -130,42 +144,50 @@ def _own_root() -> str:
 
 
 def _certificate(file: Path, wanted: bytes | None) -> Verdict:
-    from components.files.signatures import StatementInvalid, checked, fingerprint
+    from components.files.signatures import StatementInvalid, checked, fingerprint, key_title
 
     found = Verdict("certificate")
     try:
-        statement, public = checked(file.read_text(encoding="utf-8"))
+        # Of the bytes: reading as text would take another kind of line end for none.
+        statement, public = checked(file.read_bytes().decode())
     except (StatementInvalid, UnicodeDecodeError) as problem:
         found.problems.append(str(problem))
         return found
-    found.facts["signed by"] = statement.get("signed_with", f"key {fingerprint(public)}")
+    # What signed it the signature shows; that it is a development key, only the signer can say.
+    said = statement.get("signed_with")
+    titles = [key_title(public), key_title(public, is_development=True)]
+    found.facts["signed by"] = said if said in titles else titles[0]
+    if said not in (None, *titles):
+        found.problems.append(f"it says that {said} signed it; {titles[0]} did")
     if wanted is not None and wanted != public:
         found.problems.append(f"signed by key {fingerprint(public)}, not by {fingerprint(wanted)}")
-    _describe(statement, found)
+    _describe(statement, file, found)
     return found
 
 
-def _describe(statement: dict[str, Any], found: Verdict) -> None:
+def _describe(statement: dict[str, Any], file: Path, found: Verdict) -> None:
     """What a certificate says, and whether the clone around here agrees."""
     from flows import environment
-    from flows.history.forgetting_certificate import FORMAT, VERSION, differences
+    from flows.history.forgetting_certificate import NoCertificate, differences, read_certificate
 
-    if (statement.get("format"), statement.get("version")) != (FORMAT, VERSION):
-        found.problems.append(f"no {FORMAT} of version {VERSION}")
+    try:
+        certificate = read_certificate(statement, file)
+    except NoCertificate as problem:
+        found.problems.append(str(problem))
         return
-    forgotten = statement["forgotten"]
+    forgotten = certificate.forgotten
     found.facts |= {
-        "issued": statement["issued"],
-        "forgotten": ", ".join(f"{e['kind']} {e['value']}" for e in forgotten["entries"]),
-        "photographs": len(forgotten["images"]),
-        "equal to a run without them": statement["equal_to_a_run_without_them"],
+        "issued": certificate.issued,
+        "forgotten": ", ".join(f"{entry.kind} {entry.value}" for entry in forgotten.entries),
+        "photographs": len(forgotten.images),
+        "equal to a run without them": certificate.equal_to_a_run_without_them,
     }
-    for one in statement["weights"]:
-        found.facts[one["path"]] = f"sha256 {one['sha256']}"
+    for one in certificate.weights:
+        found.facts[one.path] = f"sha256 {one.sha256}"
     try:
         root = environment.project_root()
     except FileNotFoundError:
         found.notes.append("not in a project: the certificate alone was checked")
         return
-    apart = differences(root, statement)
+    apart = differences(root, certificate)
     found.notes += apart or ["the weights and slices of this clone are the certificate's"]

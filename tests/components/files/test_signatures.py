@@ -60,6 +60,19 @@ def test_a_change_of_any_byte_is_found(tmp_path: Path) -> None:
                 checked(other.decode())
 
 
+def framed(statement: str, folder: Path) -> str:
+    document = json.loads(signed({}, signing_key(folder)))
+    return json.dumps(document).replace("{}", statement, 1)
+
+
+@pytest.mark.parametrize(
+    "statement", ["[]", '{"n": NaN}', '{"n": 1e999}', '{"n": "\\ud800"}', "[" * 100_000, "null"]
+)
+def test_what_no_signing_writes_is_no_statement(tmp_path: Path, statement: str) -> None:
+    with pytest.raises(StatementInvalid):
+        checked(framed(statement, tmp_path))
+
+
 def test_blanks_are_a_change_too(tmp_path: Path) -> None:
     text = signed(STATEMENT, signing_key(tmp_path))
     with pytest.raises(StatementInvalid, match="written anew"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +18,18 @@ from mlflow import MlflowClient
 from recorded_project import ROWS, RecordedProject, image
 
 from components.corpus.selection.rights import Exclusion, Exclusions, read_exclusions
-from components.files.signatures import checked, signed, signing_key
+from components.files.signatures import checked, fingerprint, signed, signing_key
 from components.files.weight_folders import folder_digest
 from flows.commands.corpus.forget import _certify
 from flows.history.affected import Affected, affected_by
-from flows.history.forgetting_certificate import NotForgotten, differences, statement
+from flows.history.forgetting_certificate import (
+    FORMAT,
+    VERSION,
+    NotForgotten,
+    differences,
+    read_certificate,
+    statement,
+)
 from flows.history.run_evidence import Evidence
 from flows.tracking.registry import Promotion, register, registered_weights, retire
 from flows.tracking.uploader import Uploader, tracking_uri
@@ -174,6 +182,69 @@ def test_verify_takes_no_other_key_than_the_one_that_was_named(
     assert "signed by key" in done.stdout
 
 
+def test_verify_names_the_key_that_signed_and_what_it_did_not_compare(
+    small: RecordedProject, typed: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    before = affected(small)
+    small.train(WITHOUT, "without")
+    said, key = certificate(small, before), signing_key(tmp_path)
+    path = tmp_path / "certificate.json"
+
+    def verified(**changes: Any) -> subprocess.CompletedProcess[str]:
+        path.write_text(signed(said | changes, key), encoding="utf-8")
+        return typed(small.root, "verify", str(path))
+
+    assert f"signed by: {key.title}\n" in verified(signed_with=key.title).stdout
+    done = verified(signed_with="key 0123456789abcdef")
+    assert done.returncode == 1
+    assert f"signed by: key {fingerprint(key.public)}\n" in done.stdout
+    assert "it says that key 0123456789abcdef signed it" in done.stdout
+    # A value of several lines is not lines of the command.
+    assert "\n  valid" not in verified(issued="now\n  valid: all", signed_with="x").stdout
+    some = [one for one in said["weights"] if one["path"] == "data/vae/autoencoder"]
+    assert (
+        "data/dit_stage2/ema: the certificate says nothing of it" in verified(weights=some).stdout
+    )
+    shutil.rmtree(small.root / "data")
+    done = verified()
+    assert "data/slices/stage1.parquet: not here, so it was not searched" in done.stdout
+    assert "of this clone are the certificate's" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"forgotten": None},
+        {"forgotten": {"entries": [{"kind": "colour", "value": "red"}], "images": ["a"]}},
+        {"forgotten": {"entries": [], "images": []}},
+        {"weights": [{"path": "/", "sha256": "0" * 64}]},
+        {"weights": []},
+        {"version": 2},
+    ],
+)
+def test_a_signed_statement_of_another_kind_is_no_certificate(
+    small: RecordedProject,
+    typed: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    changes: dict[str, Any],
+) -> None:
+    good = {
+        "format": FORMAT,
+        "version": VERSION,
+        "issued": "2026-11-29",
+        "forgotten": {"entries": [{"kind": "photographer", "value": "A"}], "images": ["a"]},
+        "weights": [{"path": "data/vae/autoencoder", "sha256": "0" * 64}],
+        "equal_to_a_run_without_them": "yes",
+    }
+    path = tmp_path / "certificate.json"
+    path.write_text(signed(good, signing_key(tmp_path)), encoding="utf-8")
+    assert typed(small.root, "verify", str(path)).returncode == 0
+    path.write_text(signed(good | changes, signing_key(tmp_path)), encoding="utf-8")
+    done = typed(small.root, "verify", str(path))
+    assert done.returncode == 1
+    assert "CHANGED: no ultraflux-forgetting-certificate" in done.stdout
+
+
 def test_there_is_no_certificate_while_a_photograph_is_still_there(small: RecordedProject) -> None:
     before = affected(small)
     with pytest.raises(NotForgotten, match="still holds 1 of the photographs"):
@@ -216,7 +287,8 @@ def test_a_photograph_that_came_back_is_seen_by_its_photographer(small: Recorded
     small.train(WITHOUT, "without")
     said = certificate(small, before)
     small.train([*WITHOUT, ("new", "ANN LEE", "train")], "without")
-    assert any("stage1.parquet: 1 rows" in line for line in differences(small.root, said))
+    found = differences(small.root, read_certificate(said, Path("certificate.json")))
+    assert any("stage1.parquet: 1 rows" in line for line in found)
 
 
 def test_versions_of_affected_weights_lose_their_aliases(
