@@ -395,6 +395,9 @@ def promote(
         raise fail(f"--alias {alias}: choose candidate or champion")
     root = project_root()
     try:
+        if keep_baseline:
+            # Before the registry is touched.
+            promotion.judged_scores(root)
         print(promotion.promote_from_decision(root, alias))
         if keep_baseline:
             print(promotion.keep_baseline(root))

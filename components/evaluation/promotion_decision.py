@@ -15,7 +15,7 @@ import pandas as pd
 
 from components.evaluation.statistics.gate import decide
 from components.evaluation.statistics.non_inferiority import baseline_scores
-from components.files.weight_folders import folder_digest
+from components.files.weight_folders import file_digest, folder_digest
 from components.files.whole_files import write_text
 from components.settings.schema import Settings
 
@@ -39,7 +39,7 @@ def decide_promotion(
         say: gets the power of each comparison before it is decided.
 
     Returns:
-        JSON-ready: what `gate.decide` returns, and `paths`.
+        JSON-ready: what `gate.decide` returns, `paths`, and the digest of the scores.
 
     Raises:
         FileNotFoundError: a stage before this one has not run.
@@ -56,7 +56,11 @@ def decide_promotion(
         seed=settings.project.seed,
         say=say,
     )
-    return decision | {"paths": {kind: folder.as_posix() for kind, folder in models.items()}}
+    return decision | {
+        "paths": {kind: folder.as_posix() for kind, folder in models.items()},
+        # A baseline is of the models that were promoted, never of what was measured since.
+        "scores_sha256": file_digest(evaluated / "scores.parquet"),
+    }
 
 
 def decision_numbers(decision: Mapping[str, Any]) -> dict[str, float]:

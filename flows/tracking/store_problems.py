@@ -30,12 +30,16 @@ class TrackingAway(RuntimeError):
     """MLflow cannot be reached, is held by another program, or refuses the login; one line."""
 
     @classmethod
-    def of(cls, store: str, problem: Exception) -> TrackingAway:
+    def of(
+        cls, store: str, problem: Exception, what: str = "records", then: str = "sync"
+    ) -> TrackingAway:
         """Of what a library says of a store.
 
         Args:
             store: its address.
             problem: what was raised.
+            what: it did not take.
+            then: the command to give again.
         """
         # MLflow repeats the whole address and each library's words about it.
         reason = str(problem).partition(" failed with exception ")[2] or str(problem)
@@ -43,10 +47,10 @@ class TrackingAway(RuntimeError):
         said = " ".join(reason.split())[:_LONGEST_REASON]
         # A person may have written a password into it.
         address = re.sub("//[^/@]*@", "//", store)
+        kept = "they stay in runs/records; " if what == "records" else ""
         return cls(
-            f"MLflow at {address} did not take the records ({said}): they stay in "
-            "runs/records; start it (`ultraflux up`) or set MLFLOW_TRACKING_URI, then run "
-            "`ultraflux sync` again"
+            f"MLflow at {address} did not take the {what} ({said}): {kept}start it (`ultraflux "
+            f"up`) or set MLFLOW_TRACKING_URI, then run `ultraflux {then}` again"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,14 @@ import small_project
 import yaml
 
 from components.evaluation.statistics.scores import Score, scores_table
+from components.files.weight_folders import file_digest
 from components.settings.schema import parse_settings
 from components.telemetry.metric_log import MetricLog
 from flows.stages import promote
 from flows.stages.contract import StageContext, StageFailed, StageResult
-from flows.tracking.promotion import PromotionRefused, keep_baseline
+from flows.tracking.promotion import DECISION, SCORES, PromotionRefused, keep_baseline
 
+Typed = Callable[..., subprocess.CompletedProcess[str]]
 RULES = [{"system": "generated", "metric": "glcm_score", "margin": 0.1}]
 
 
@@ -96,3 +100,65 @@ def test_another_file_than_the_named_baseline_stops_the_stage(root: Path, projec
     _project(project, 0.0, 0.0)
     with pytest.raises(StageFailed, match=r"promote: promote.baseline.scores = gone.parquet"):
         _run(root, project, {"scores": "gone.parquet", "sha256": "0" * 64})
+
+
+def test_scores_that_were_measured_since_are_no_baseline(root: Path, project: Path) -> None:
+    _project(project, 0.0, 0.0)
+    _run(root, project, None)
+    _project(project, 0.3, 0.0)
+    with pytest.raises(PromotionRefused, match=r"scores.parquet is not what .* decided on"):
+        keep_baseline(project)
+    assert not (project / "baselines").exists()
+
+
+@pytest.fixture
+def decided(toy: Path) -> Path:
+    """A project whose gate said yes, on files that are true in form."""
+    scores = toy / "data/evaluate/scores.parquet"
+    scores.parent.mkdir(parents=True)
+    scores.write_bytes(b"scores")
+    decision = {
+        "promoted": True,
+        "alias": "candidate",
+        "rules": [{"name": "steps", "passed": True, "value": None, "threshold": 1.0}],
+        "not_compared": [],
+        "baseline": None,
+        "digests": {"transformer": "ab" * 32},
+        "paths": {"transformer": "data/dit_stage2/ema"},
+        "scores_sha256": file_digest(scores),
+    }
+    (toy / "data/promote").mkdir(parents=True)
+    (toy / DECISION).write_text(json.dumps(decision))
+    return toy
+
+
+@pytest.mark.parametrize("text", ['{"promo', "{}", "[]", '{"promoted": true, "rules": [1]}'])
+def test_a_torn_decision_is_one_line(decided: Path, typed: Typed, text: str) -> None:
+    (decided / DECISION).write_text(text)
+    done = typed(decided, "promote")
+    assert done.returncode == 1
+    assert "decision.json" in done.stderr
+    assert "`ultraflux run` decides again" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_scores_no_alias_is_given(
+    decided: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (decided / SCORES).unlink()
+    # Whoever asked that server would be told that it is away.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    done = typed(decided, "promote", "--keep-baseline")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: data/evaluate/scores.parquet is missing")
+
+
+def test_a_server_that_is_away_is_one_line(
+    decided: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    done = typed(decided, "promote")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: MLflow at http://127.0.0.1:1 did not take the models (")
+    assert done.stderr.count("\n") == 1
