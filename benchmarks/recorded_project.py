@@ -151,6 +151,10 @@ class RecordedProject:
             path = self.root / "data" / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(value), encoding="utf-8")
+        # The card is part of the weights that training wrote.
+        entry = self.lock["dit_stage2"]
+        inputs, outputs = ([one["path"] for one in entry[kind]] for kind in ("deps", "outs"))
+        self.run("dit_stage2", inputs, outputs)
 
     def write(self, name: str, table: pd.DataFrame) -> None:
         """A manifest below data/."""

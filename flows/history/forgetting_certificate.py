@@ -18,10 +18,11 @@ from pydantic import Field
 
 from components.corpus.selection.rights import Exclusion, Exclusions
 from components.corpus.selection.slices import SLICES
-from components.files.weight_folders import file_digest, folder_digest
+from components.files.weight_folders import folder_digest
 from components.settings.schema import load_settings
 from flows.history.affected import Affected, kept_rows
 from flows.history.lineage import SLICES_DIR, TRAINING
+from flows.history.lock_chain import ChainBroken, check_file, check_weights, locked_chain
 from flows.history.run_evidence import Evidence
 from flows.records.records import TornJson, from_json
 from flows.versioning import graph as versioning
@@ -77,7 +78,7 @@ class Certificate:
     equal_to_a_run_without_them: str
 
 
-class NotForgotten(RuntimeError):
+class NotForgotten(ChainBroken):
     """The present weights do not show that they descend from other data; one line."""
 
 
@@ -90,25 +91,13 @@ def statement(evidence: Evidence, entries: Sequence[Exclusion], before: Affected
         before: what `affected_by` found before.
 
     Raises:
-        NotForgotten: a stage is out of date or has other files than dvc.lock says, a photograph is
-            still in a table or store, or training went on from a state of other data.
+        ChainBroken: a stage is out of date or has other files than dvc.lock says.
+        NotForgotten: a photograph is still in a table or store, or training went on from a state
+            of other data.
     """
     root = evidence.root
     images = set(before.images)
-    lock = versioning.read_lock(root)
-    chain = []
-    for stage in CHAIN:
-        if stage not in lock:
-            raise NotForgotten(f"{stage} has not run: run `ultraflux run`")
-        entry = lock[stage]
-        chain.append(
-            {
-                "stage": stage,
-                "inputs": versioning.hashes(entry.get("deps", [])),
-                "outputs": versioning.hashes(entry.get("outs", [])),
-            }
-        )
-    _check_links(chain)
+    chain = locked_chain(versioning.read_lock(root), CHAIN)
     # Data first: where a photograph is still there, all that follows is the old weights' fault.
     searched = _searched(root, chain, images)
     weights = _weights(evidence, chain, set(before.weights))
@@ -144,18 +133,6 @@ def statement(evidence: Evidence, entries: Sequence[Exclusion], before: Affected
     }
 
 
-def _check_links(chain: Sequence[Mapping[str, Any]]) -> None:
-    """What a stage read is what the stage before it wrote, both by dvc.lock."""
-    made: dict[str, str] = {}
-    for link in chain:
-        for path, md5 in link["inputs"].items():
-            if path in made and made[path] != md5:
-                raise NotForgotten(
-                    f"{link['stage']} read another {path} than there is now: run `ultraflux run`"
-                )
-        made |= link["outputs"]
-
-
 def _searched(
     root: Path, chain: Sequence[Mapping[str, Any]], images: set[str]
 ) -> list[dict[str, Any]]:
@@ -165,7 +142,7 @@ def _searched(
         if not path.endswith(".parquet"):
             continue
         file = root / path
-        _check_md5(file, path, md5)
+        check_file(root, path, md5)
         rows = len(pd.read_parquet(file, columns=["image_id"]))
         found.append({"path": path, "md5": md5, "rows": rows, "found": kept_rows(file, images)})
     for store in STORES:
@@ -190,11 +167,6 @@ def _searched(
     return found
 
 
-def _check_md5(file: Path, path: str, md5: str) -> None:
-    if file_digest(file, "md5") != md5:
-        raise NotForgotten(f"{path} is not what dvc.lock says: run `ultraflux run`")
-
-
 def _weights(
     evidence: Evidence, chain: Sequence[Mapping[str, Any]], before: set[str]
 ) -> list[dict[str, str]]:
@@ -203,12 +175,10 @@ def _weights(
     for stage, parts in WEIGHTS.items():
         for part in parts:
             path = f"data/{stage}/{part}"
-            digest = folder_digest(root / path)
-            if digest in before:
+            # First: the weights of before are often what dvc.lock says, too.
+            if folder_digest(root / path) in before:
                 raise NotForgotten(f"{path} holds the weights of before: run `ultraflux run`")
-            makers = evidence.makers_of_weights(digest)
-            if not any(run.outputs.get(path) == outputs[path] for run in makers):
-                raise NotForgotten(f"{path} is not what dvc.lock says: run `ultraflux run`")
+            digest = check_weights(evidence, path, outputs[path])
             found.append({"path": path, "sha256": digest, "dvc": outputs[path]})
     return found
 

@@ -14,13 +14,17 @@ from components.files.whole_files import whole_file, write_text
 from components.papers.bill_of_materials import bill_of_materials
 from components.papers.cards import ATTRIBUTION, dataset_card, model_card
 from components.papers.croissant import TABLES, croissant
-from components.papers.facts import Facts, Origin, read_facts
+from components.papers.facts import Facts, Origin, PapersIncomplete, read_facts
 from components.settings.schema import load_settings
+from flows.history.forgetting_certificate import CHAIN
+from flows.history.lock_chain import ChainBroken, check_file, check_weights, locked_chain
 from flows.history.run_evidence import Evidence, StageRun
 from flows.records.provenance import locked_packages
 from flows.versioning import graph as versioning
 
 STAGES = ("slices", "vae", "dit_stage1", "dit_stage2", "evaluate")
+_BEFORE, _AFTER = ("select", "caption"), ("generate", "evaluate")
+"""Stages around `CHAIN` whose numbers papers tell; what has no entry in dvc.lock is not asked."""
 
 
 def write_papers(root: Path, folder: Path) -> list[Path]:
@@ -34,9 +38,15 @@ def write_papers(root: Path, folder: Path) -> list[Path]:
         what was written.
 
     Raises:
-        PapersIncomplete, SettingsError: see there.
+        PapersIncomplete: a stage has not run, or was not run again after one before it.
+        SettingsError: see there.
     """
-    facts = read_facts(root, load_settings(root / "params.yaml"), _origin(root))
+    evidence = Evidence(root, mlflow=False)
+    facts = read_facts(root, load_settings(root / "params.yaml"), _origin(evidence))
+    try:
+        _check(evidence, facts)
+    except ChainBroken as problem:
+        raise PapersIncomplete(str(problem)) from None
     dataset, model = folder / "dataset", folder / "model"
     texts = {
         dataset / "README.md": dataset_card(facts),
@@ -60,6 +70,30 @@ def write_papers(root: Path, folder: Path) -> list[Path]:
     return written
 
 
+def _check(evidence: Evidence, facts: Facts) -> None:
+    """Photographs, weights and numbers belong to each other.
+
+    Raises:
+        ChainBroken: they do not.
+    """
+    lock = evidence.lock
+    around = [[stage for stage in stages if stage in lock] for stages in (_BEFORE, _AFTER)]
+    chain = locked_chain(lock, [*around[0], *CHAIN, *around[1]])
+    made = {path: md5 for link in chain for path, md5 in link["outputs"].items()}
+    numbers = ("data/select/summary.json", "data/evaluate/metrics.json")
+    for path in (*(str(one.path) for one in facts.slices), *numbers):
+        if path in made:
+            check_file(evidence.root, path, made[path])
+    for weights in facts.weights:
+        check_weights(evidence, str(weights.path), made[str(weights.path)])
+    judged = (facts.decision or {}).get("digests", {})
+    if any(judged.get(one.name, one.sha256) != one.sha256 for one in facts.weights):
+        raise ChainBroken(
+            "data/promote/decision.json is about other weights than there are now: run "
+            "`ultraflux run`"
+        )
+
+
 def _attribution(facts: Facts, path: Path) -> Path:
     with whole_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
@@ -68,8 +102,8 @@ def _attribution(facts: Facts, path: Path) -> Path:
     return path
 
 
-def _origin(root: Path) -> Origin:
-    evidence = Evidence(root, mlflow=False)
+def _origin(evidence: Evidence) -> Origin:
+    root = evidence.root
     runs = {stage: run for stage in STAGES if (run := _maker(evidence, stage)) is not None}
     trained = runs.get("dit_stage2")
     cut = runs.get("slices")

@@ -232,12 +232,13 @@ def _certify(
 ) -> Path:
     from components.files.signatures import signed
     from components.files.whole_files import write_text
-    from flows.history.forgetting_certificate import NotForgotten, statement
+    from flows.history.forgetting_certificate import statement
+    from flows.history.lock_chain import ChainBroken
     from flows.history.run_evidence import Evidence
 
     try:
         said = statement(Evidence(root), entries, before)
-    except NotForgotten as problem:
+    except ChainBroken as problem:
         raise fail(f"no certificate: {problem}", 1) from None
     said["signed_with"] = key.title
     text = signed(said, key)

@@ -30,6 +30,7 @@ from flows.history.forgetting_certificate import (
     read_certificate,
     statement,
 )
+from flows.history.lock_chain import ChainBroken
 from flows.history.run_evidence import Evidence
 from flows.tracking.registry import Promotion, register, registered_weights, retire
 from flows.tracking.uploader import Uploader, tracking_uri
@@ -273,12 +274,12 @@ def test_there_is_no_certificate_where_files_are_not_what_was_made(small: Record
         certificate(small, before)
     store.write_bytes(kept)
     (small.root / "data/dit_stage2/ema/w.safetensors").write_text("another")
-    with pytest.raises(NotForgotten, match=r"not what dvc\.lock says"):
+    with pytest.raises(ChainBroken, match=r"not what dvc\.lock says"):
         certificate(small, before)
     small.weights("dit_stage2", ["ema"], "without")
     small.lock["dit_stage2"]["deps"][0]["md5"] = "0" * 32
     (small.root / "dvc.lock").write_text(yaml.safe_dump({"stages": small.lock}))
-    with pytest.raises(NotForgotten, match="read another"):
+    with pytest.raises(ChainBroken, match="read another"):
         certificate(small, before)
 
 

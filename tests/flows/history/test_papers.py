@@ -145,6 +145,39 @@ def test_without_a_run_one_line_says_what_is_missing(toy: Path, typed: Typed) ->
     assert done.stderr == "error: data/slices/vae.parquet is missing: run `ultraflux run`\n"
 
 
+def test_weights_that_learned_from_other_slices_get_no_papers(
+    project: RecordedProject, typed: Typed
+) -> None:
+    """`ultraflux run --until slices` with other settings leaves the old weights in place."""
+    table = pd.read_parquet(project.root / "data/slices/stage2.parquet")
+    project.write("slices/stage2", table.iloc[:1])
+    done = typed(project.root, "papers")
+    assert done.returncode == 2
+    assert "data/slices/stage2.parquet is not what dvc.lock says" in done.stderr
+    cut = [one["path"] for one in project.lock["slices"]["outs"]]
+    project.run("slices", ["data/ingest/manifest.parquet"], cut)
+    done = typed(project.root, "papers")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: dit_stage2 read another data/slices/stage2.parquet than there is now: run "
+        "`ultraflux run`\n"
+    )
+    assert not (project.root / "papers").exists()
+
+
+def test_other_weights_than_were_trained_or_judged_get_no_papers(
+    project: RecordedProject, typed: Typed
+) -> None:
+    decision = project.root / "data/promote/decision.json"
+    decision.parent.mkdir()
+    judged = {"digests": {"transformer": "0" * 64}, "rules": [], "promoted": True}
+    decision.write_text(json.dumps(judged))
+    assert "decision.json is about other weights" in typed(project.root, "papers").stderr
+    decision.unlink()
+    (project.root / "data/dit_stage2/ema/w.safetensors").write_text("another")
+    assert "data/dit_stage2/ema is not what dvc.lock" in typed(project.root, "papers").stderr
+
+
 @pytest.mark.parametrize(
     ("name", "hub"),
     [
