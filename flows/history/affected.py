@@ -53,6 +53,8 @@ class Affected:
     """Tables that runs have read and this clone does not hold: their rows could not be asked."""
     stages: dict[str, float] = field(default_factory=dict)
     """Hours of every stage that a rebuild runs again, from past runs or the estimate."""
+    photographs_by_entry: list[int] = field(default_factory=list)
+    """How many each entry names, in the order of the entries."""
 
     @property
     def hours(self) -> float:
@@ -73,9 +75,11 @@ def affected_by(evidence: Evidence, exclusions: Exclusions) -> Affected:
     root = evidence.root
     if not (root / INGESTED).is_file():
         raise FileNotFoundError(f"{INGESTED} is missing: run `ultraflux run --until ingest` first")
-    images = exclusions.images(root / INGESTED)
+    by_entry = exclusions.images_by_entry(root / INGESTED)
     for file in _versions(evidence, INGESTED):
-        images |= exclusions.images(file)
+        for known, more in zip(by_entry, exclusions.images_by_entry(file), strict=True):
+            known |= more
+    images = set().union(*by_entry)
     current = read_table(root / INGESTED, _ROW)
     # Alone: two other photographs may well look alike.
     runs, unknown = affected_runs(evidence, images)
@@ -104,6 +108,7 @@ def affected_by(evidence: Evidence, exclusions: Exclusions) -> Affected:
         pictures=sorted(pictures),
         unknown=unknown,
         stages=_cost(evidence) if images else {},
+        photographs_by_entry=[len(one) for one in by_entry],
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,6 +66,8 @@ class Forgotten:
 
     entries: Annotated[list[Exclusion], Field(min_length=1)]
     images: Annotated[list[str], Field(min_length=1)]
+    photographs_by_entry: list[int] = field(default_factory=list)
+    """Older certificates do not say."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def statement(evidence: Evidence, entries: Sequence[Exclusion], before: Affected
         "forgotten": {
             "entries": [{"kind": entry.kind, "value": entry.value} for entry in entries],
             "images": before.images,
+            "photographs_by_entry": before.photographs_by_entry,
             "look_alikes_of_others": before.look_alikes,
         },
         "before": {

@@ -11,7 +11,8 @@ import fnmatch
 import io
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal as Choice
@@ -187,7 +188,10 @@ def parse_exclusions(text: str, where: str) -> list[Exclusion]:
         ValueError: see `read_exclusions`.
     """
     reader = csv.DictReader(io.StringIO(text))
-    missing = [name for name in ("kind", "value") if name not in (reader.fieldnames or ())]
+    reader.fieldnames = exclusion_columns(text)
+    # Its first line, which is no entry.
+    next(reader, None)
+    missing = [name for name in ("kind", "value") if name not in reader.fieldnames]
     if missing:
         raise ValueError(f"{where}: no column {missing[0]}; the columns are {', '.join(FIELDS)}")
     found = []
@@ -201,6 +205,12 @@ def parse_exclusions(text: str, where: str) -> list[Exclusion]:
             )
         )
     return found
+
+
+def exclusion_columns(text: str) -> list[str]:
+    """Names in the first line of a list, in small letters."""
+    header = next(csv.reader(io.StringIO(text.removeprefix("\ufeff"))), [])
+    return [name.strip().casefold() for name in header]
 
 
 def exclusion(kind: str, value: str, why: str, where: str) -> Exclusion:
@@ -218,18 +228,27 @@ def exclusion(kind: str, value: str, why: str, where: str) -> Exclusion:
     return Exclusion(kind, value, why.strip())  # type: ignore[arg-type]
 
 
-def write_exclusions(path: Path, entries: Sequence[Exclusion]) -> None:
-    """Write a list, without entries that stand twice."""
+def add_exclusions(path: Path, entries: Sequence[Exclusion]) -> None:
+    """Append what a list does not have yet; its own lines, columns and line ends stay.
+
+    Raises:
+        ValueError: see `read_exclusions`.
+    """
+    seen = {(entry.kind, _key(entry.kind, entry.value)) for entry in read_exclusions(path)}
+    text = path.read_bytes().decode()
+    end = "\r\n" if "\r\n" in text else "\n"
+    columns = exclusion_columns(text)
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(FIELDS)
-    seen = set()
+    writer = csv.writer(out, lineterminator=end)
     for entry in entries:
         key = (entry.kind, _key(entry.kind, entry.value))
         if key not in seen:
             seen.add(key)
-            writer.writerow([entry.kind, entry.value, entry.why])
-    write_text(path, out.getvalue())
+            values = {"kind": entry.kind, "value": entry.value, "why": entry.why}
+            writer.writerow([values.get(name, "") for name in columns])
+    gap = "" if text.endswith("\n") else end
+    if out.getvalue():
+        write_text(path, text + gap + out.getvalue())
 
 
 def _name(text: str) -> str:
@@ -294,28 +313,30 @@ class Exclusions:
 
     def _named(self, table: pd.DataFrame) -> np.ndarray:
         found = np.zeros(len(table), dtype=bool)
-        for kind, columns, is_meant in self._questions():
-            if self._keys[kind]:
-                for column in columns:
-                    if column in table:
-                        found |= _told(table[column], is_meant)
+        for kind, column in self._asked(table):
+            keys, keys_in = self._keys[kind], _KEYS_IN[kind]
+            found |= _told(table[column], lambda text: not keys.isdisjoint(keys_in(text)))  # noqa: B023
         return found
 
-    def _questions(self) -> tuple[tuple[Kind, tuple[str, ...], Callable[[str], bool]], ...]:
-        """By kind: the columns that are asked, and what of a text there."""
-        identities, names = self._keys["identity"], self._keys["photographer"]
-        addresses, hosts = self._keys["url"], self._keys["host"]
-        urls = ("image_url", "work_url", "photographer_url")
-        return (
-            ("identity", ("image_id", "uri"), lambda text: text in identities),
-            (
-                "photographer",
-                ("photographer",),
-                lambda text: _name(text) in names or _name(_REMARK.sub("", text)) in names,
-            ),
-            ("url", urls, lambda text: _address(text) in addresses),
-            ("host", urls, lambda text: _is_below(_host(text), hosts)),
-        )
+    def _asked(self, table: pd.DataFrame) -> Iterator[tuple[Kind, str]]:
+        """Kinds that have entries, with each column of the table that tells of them."""
+        for kind in KINDS:
+            for column in _COLUMNS_OF[kind]:
+                if self._keys[kind] and column in table:
+                    yield kind, column
+
+    def images_by_entry(self, manifest: Path) -> list[set[str]]:
+        """As `images`, of each entry in their order."""
+        found: dict[tuple[str, str], set[str]] = defaultdict(set)
+        for batch in manifest_batches(manifest, list(self.COLUMNS)):
+            part = pa.Table.from_batches([batch]).to_pandas()
+            own = part["image_id"].astype(str).to_numpy()
+            for kind, column in self._asked(part):
+                codes, texts = pd.factorize(part[column].astype(object), use_na_sentinel=True)
+                for code, text in enumerate(texts):
+                    for key in self._keys[kind].intersection(_KEYS_IN[kind](str(text))):
+                        found[kind, key].update(own[codes == code])
+        return [found[one.kind, _key(one.kind, one.value)] for one in self.entries]
 
     def images(self, manifest: Path) -> set[str]:
         """image_id of all rows of a manifest that an entry names; read batch by batch."""
@@ -344,6 +365,23 @@ class Exclusions:
         return images, ids
 
 
-def _is_below(host: str, hosts: set[str]) -> bool:
+def _and_above(host: str) -> tuple[str, ...]:
+    """A host and every domain that it is below."""
     parts = host.split(".")
-    return any(".".join(parts[start:]) in hosts for start in range(len(parts)))
+    return tuple(".".join(parts[start:]) for start in range(len(parts)))
+
+
+_URLS = ("image_url", "work_url", "photographer_url")
+_COLUMNS_OF: dict[Kind, tuple[str, ...]] = {
+    "identity": ("image_id", "uri"),
+    "url": _URLS,
+    "photographer": ("photographer",),
+    "host": _URLS,
+}
+_KEYS_IN: dict[Kind, Callable[[str], tuple[str, ...]]] = {
+    "identity": lambda text: (text,),
+    "url": lambda text: (_address(text),),
+    "photographer": lambda text: (_name(text), _name(_REMARK.sub("", text))),
+    "host": lambda text: _and_above(_host(text)),
+}
+"""Keys of the entries that mean a row with this text in one of those columns."""

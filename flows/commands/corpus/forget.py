@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -64,7 +62,7 @@ def forget(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say what photographs went into and what leaving them out costs; with --rebuild, do it."""
-    from components.corpus.selection.rights import Exclusions
+    from components.corpus.selection.rights import Exclusions, add_exclusions
     from components.files.signatures import KeyUnusable, signing_key
     from components.settings.schema import SettingsError, load_settings
     from flows.history.affected import affected_by
@@ -84,6 +82,13 @@ def forget(
         raise fail(str(problem)) from None
     if not affected.images:
         raise fail(_nobody(root, entries), 1)
+    numbers = zip(entries, affected.photographs_by_entry, strict=True)
+    if unknown := [entry for entry, number in numbers if not number]:
+        # A certificate would call somebody forgotten who was never looked for.
+        if rebuild:
+            raise fail(f"{_nobody(root, unknown)}\nnothing was changed: leave them out", 1)
+        for line in _nobody(root, unknown).splitlines():
+            print(f"warning: {line}", file=sys.stderr)
     if key is None:
         if as_json:
             print(json.dumps(affected.to_json(), indent=1, ensure_ascii=False))
@@ -91,7 +96,10 @@ def forget(
             _show(affected)
             print("Nothing was changed. With --rebuild: exclude, train anew, certify.")
         return
-    _exclude(root / settings.select.exclusions, entries)
+    try:
+        add_exclusions(root / settings.select.exclusions, entries)
+    except ValueError as problem:
+        raise fail(str(problem)) from None
     if not as_json:
         _show(affected)
     with silenced(as_json):
@@ -124,14 +132,18 @@ def _entries(named: dict[str, list[str] | None], listed: Path | None, why: str) 
 
 
 def _read_list(path: Path, why: str) -> list[Exclusion]:
-    from components.corpus.selection.rights import exclusion, parse_exclusions
+    from components.corpus.selection.rights import (
+        exclusion,
+        exclusion_columns,
+        parse_exclusions,
+    )
+    from components.files.whole_files import regular_bytes
 
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = regular_bytes(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"--list {path}: cannot be read ({problem})") from None
-    header = next(csv.reader(io.StringIO(text)), [])
-    if {"kind", "value"} <= set(header):
+    if {"kind", "value"} <= set(exclusion_columns(text)):
         entries = parse_exclusions(text, str(path))
         return [e if e.why else exclusion(e.kind, e.value, why, str(path)) for e in entries]
     found = []
@@ -192,12 +204,6 @@ def _show(affected: Affected) -> None:
 def _few(names: list[str], shown: int = 4) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return (", ".join(names[:shown]) + more) or "none"
-
-
-def _exclude(path: Path, entries: list[Exclusion]) -> None:
-    from components.corpus.selection.rights import read_exclusions, write_exclusions
-
-    write_exclusions(path, [*read_exclusions(path), *entries])
 
 
 def _rebuild(root: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -178,7 +179,11 @@ def _describe(statement: dict[str, Any], file: Path, found: Verdict) -> None:
     forgotten = certificate.forgotten
     found.facts |= {
         "issued": certificate.issued,
-        "forgotten": ", ".join(f"{entry.kind} {entry.value}" for entry in forgotten.entries),
+        "forgotten": ", ".join(
+            f"{entry.kind} {entry.value}" + ("" if number is None else f" ({number})")
+            for entry, number in zip_longest(forgotten.entries, forgotten.photographs_by_entry)
+            if entry is not None
+        ),
         "photographs": len(forgotten.images),
         "equal to a run without them": certificate.equal_to_a_run_without_them,
     }

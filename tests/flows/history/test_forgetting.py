@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -145,7 +146,7 @@ def test_a_certificate_names_the_new_weights_and_every_table_that_was_searched(
     assert checked(path.read_text(encoding="utf-8")) == (said, key.public)
     done = typed(small.root, "verify", str(path))
     assert done.returncode == 0, done.stdout
-    assert "photographer Ann Lee" in done.stdout
+    assert "photographer Ann Lee (2)" in done.stdout
     assert "the weights and slices of this clone are the certificate's" in done.stdout
     # A weight that differs is seen, and so is a byte of the file.
     (small.root / "data/vae/autoencoder/w.safetensors").write_text("other")
@@ -358,6 +359,36 @@ def test_a_list_names_people_addresses_and_digests_by_the_line(
     assert found["images"] == sorted(map(image, ("tree", "blur", "sea")))
     # Asked only: the list of exclusions is as it was.
     assert read_exclusions(small.root / "conf" / "exclusions.csv") == []
+
+
+def test_each_name_without_a_photograph_is_said_beside_one_that_has(
+    small: RecordedProject, typed: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    names = ["--photographer", "Ann Lee", "--photographer", "Bo Eck", "--host", "nowhere.example"]
+    done = typed(small.root, "corpus", "forget", *names, "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["photographs_by_entry"] == [2, 0, 0]
+    lines = done.stderr.splitlines()
+    assert lines[0].endswith("did you mean 'Bo Ek'?")
+    assert lines[1].startswith("warning: host 'nowhere.example': no photograph")
+    done = typed(small.root, "corpus", "forget", *names, "--rebuild")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: nothing was changed: leave them out"
+    assert read_exclusions(small.root / "conf" / "exclusions.csv") == []
+
+
+def test_a_list_is_a_table_by_its_header_in_any_letters_and_a_pipe_is_none(
+    small: RecordedProject, typed: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    listed = small.root / "names.csv"
+    listed.write_text("Kind, Value\nphotographer,Bo Ek\n")
+    done = typed(small.root, "corpus", "forget", "--list", str(listed), "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["photographs_by_entry"] == [2]
+    os.mkfifo(small.root / "pipe")
+    done = typed(small.root, "corpus", "forget", "--list", "pipe")
+    assert done.returncode == 2
+    assert "not a regular file" in done.stderr
 
 
 @pytest.mark.slow

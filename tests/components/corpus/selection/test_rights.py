@@ -16,6 +16,7 @@ from components.corpus.selection.attribution import (
 from components.corpus.selection.rights import (
     Exclusion,
     Exclusions,
+    add_exclusions,
     exclusion,
     is_refused,
     is_share_alike,
@@ -25,7 +26,6 @@ from components.corpus.selection.rights import (
     parse_exclusions,
     read_exclusions,
     refused_licenses,
-    write_exclusions,
 )
 from components.settings.corpus import LicenseSettings
 
@@ -186,13 +186,34 @@ def test_equal_bytes_are_excluded_whoever_is_credited(tmp_path: Path) -> None:
 
 def test_a_list_comes_back_without_entries_that_stand_twice(tmp_path: Path) -> None:
     path = tmp_path / "exclusions.csv"
+    path.write_text("kind,value,why\n")
     entries = [
         Exclusion("photographer", "Lee, Ann", "asked on 2026-11-01"),
         Exclusion("photographer", "LEE,  ann"),
         Exclusion("host", "example.org"),
     ]
-    write_exclusions(path, entries)
+    add_exclusions(path, entries)
     assert read_exclusions(path) == [entries[0], entries[2]]
+
+
+def test_what_people_wrote_in_a_list_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "exclusions.csv"
+    mine = '\ufeffTicket,Kind,value,why,asked_by\r\n"7",host,a.org,"x, y",Bo\r\n8,host,A.org,,'
+    path.write_bytes(mine.encode())
+    add_exclusions(path, [Exclusion("host", "a.org"), Exclusion("photographer", "Ann, L", "asked")])
+    added = '\r\n,photographer,"Ann, L",asked,\r\n'
+    assert path.read_bytes().decode() == mine + added
+    assert read_exclusions(path)[-1] == Exclusion("photographer", "Ann, L", "asked")
+
+
+def test_each_entry_has_its_own_photographs(tmp_path: Path) -> None:
+    write_table(ROWS, tmp_path / "manifest.parquet")
+    pairs = [("photographer", "ann lee"), ("host", "nowhere.example"), ("host", "example.org")]
+    pairs += [("identity", "B" * 64), ("url", "site.org/works/2")]
+    listed = Exclusions([exclusion(kind, value, "", "here") for kind, value in pairs])
+    found = listed.images_by_entry(tmp_path / "manifest.parquet")
+    assert [sorted(one[0] for one in ids) for ids in found] == [["a"], [], ["a"], ["b"], ["b"]]
+    assert set().union(*found) == listed.images(tmp_path / "manifest.parquet")
 
 
 @pytest.mark.parametrize(
