@@ -41,7 +41,31 @@ def clone_lock(
     Raises:
         CloneBusy: patience came to an end.
     """
-    path = root / LOCK_FILE
+    with _held(root / LOCK_FILE, root, say, patience_s) as descriptor:
+        yield descriptor
+
+
+def tree_lock_file(tree: Path) -> Path:
+    """Beside a working tree: Git makes one in an empty folder only."""
+    return tree.with_name(f".{tree.name}.lock")
+
+
+@contextmanager
+def tree_lock(tree: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep a working tree from being cleaned away, also while no run holds it as a clone.
+
+    Args:
+        tree: its folder, which need not be there yet.
+        say: told one line before a wait.
+    """
+    with _held(tree_lock_file(tree), tree, say, None):
+        yield
+
+
+@contextmanager
+def _held(
+    path: Path, root: Path, say: Callable[[str], None], patience_s: float | None
+) -> Iterator[int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -21,7 +21,7 @@ from components.training.distributed.run_states import (
 )
 from flows.environment import COMPILED
 from flows.records.trees import REPRODUCE, SUBMITTED, trees_of
-from flows.running.clone_lock import LOCK_FILE, STAGE_LOCKS
+from flows.running.clone_lock import LOCK_FILE, STAGE_LOCKS, tree_lock_file
 from flows.running.dvc_repro import ATTEMPTS
 from flows.versioning import graph as versioning
 from flows.versioning.torn_files import TORN_LOCK
@@ -80,6 +80,7 @@ def remove(root: Path, one: Leftover) -> bool:
         subprocess.run(["git", "worktree", "unlock", str(path)], cwd=root, capture_output=True)
         _take_away(path)
         subprocess.run(["git", "worktree", "prune"], cwd=root, capture_output=True)
+        tree_lock_file(path).unlink(missing_ok=True)
     else:
         _take_away(path)
     return not os.path.lexists(path)
@@ -107,8 +108,11 @@ def _size(path: Path) -> int:
 
 
 def _in_use(tree: Path) -> bool:
-    """Whether a run holds the clone's lock of a working tree, or a worker that of a stage."""
-    locks = [tree / LOCK_FILE, *(tree / STAGE_LOCKS).glob("*")]
+    """Whether a run holds the clone's lock of a working tree, or a worker that of a stage.
+
+    Or somebody who sets the tree up and compares what comes out (`tree_lock`).
+    """
+    locks = [tree / LOCK_FILE, tree_lock_file(tree), *(tree / STAGE_LOCKS).glob("*")]
     return any(_is_held(path) for path in locks)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,6 +50,7 @@ def reproduce(
     """Run a past run again at its commit, settings and lock, and compare what comes out."""
     from flows.experiments import reproduction
     from flows.history.run_evidence import Evidence
+    from flows.running.clone_lock import tree_lock
     from flows.versioning.graph import locked_stages
 
     if stage and not recompute:
@@ -60,15 +62,18 @@ def reproduce(
         if unknown := sorted(set(stage or ()) - set(known)):
             raise fail(f"--stage {unknown[0]}: the run has {', '.join(known)}")
         tree = (into or tree_place(root, REPRODUCE, recorded.name.replace("/", "-"))).resolve()
-        warnings = reproduction.set_up(root, recorded, tree)
+        # `ultraflux clean` looks for trees there alone.
+        ours = tree.parent == tree_place(root, REPRODUCE).resolve()
+        with tree_lock(tree, _say) if ours else nullcontext():
+            warnings = reproduction.set_up(root, recorded, tree)
+            for warning in warnings:
+                _say(f"warning: {warning}")
+            ended_well = reproduction.run_again(
+                root, recorded, tree, recompute=recompute, stages=stage or ()
+            )
+            compared = reproduction.compare_locks(recorded, tree)
     except reproduction.ReproductionRefused as problem:
         raise fail(str(problem)) from None
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    ended_well = reproduction.run_again(
-        root, recorded, tree, recompute=recompute, stages=stage or ()
-    )
-    compared = reproduction.compare_locks(recorded, tree)
     equal = all(one.verdict == "equal" for one in compared)
     if as_json:
         print(json.dumps(_as_dict(recorded.name, tree, warnings, compared), indent=2))
@@ -78,6 +83,10 @@ def reproduce(
     if not ended_well:
         print("error: not every stage ended; see above", file=sys.stderr)
     raise typer.Exit(0 if equal and ended_well else 1)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _as_dict(

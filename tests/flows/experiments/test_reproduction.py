@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flows.experiments import reproduction
 from flows.experiments.reproduction import (
     Recorded,
     ReproductionRefused,
@@ -21,6 +23,8 @@ from flows.experiments.reproduction import (
 from flows.history.run_evidence import Evidence
 from flows.records.provenance import changes_digest, changes_since_commit, provenance_tags
 from flows.records.records import RUN_TAGS, Record, RunDescription, RunResult, open_record
+from flows.records.trees import REPRODUCE, tree_place
+from flows.running.leftovers import leftovers, remove
 from flows.tracking.uploader import Uploader
 from flows.versioning import graph as versioning
 
@@ -271,3 +275,33 @@ def test_a_stage_that_gives_other_bytes_is_found_out(toy: Path, tmp_path: Path) 
     found = {one.stage: one for one in compare_locks(recorded, tree)}
     assert found["c"].verdict == "differs"
     assert found["c"].inputs == ()
+
+
+def test_a_reproduction_at_work_is_not_cleaned_away(
+    toy: Path,
+    typed: Callable[..., subprocess.CompletedProcess[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = kept_run(toy).record_id
+    tree = tree_place(toy, REPRODUCE, name)
+    seen: dict[str, list[str]] = {}
+
+    def looks(step: str) -> None:
+        ours = getattr(reproduction, step)
+
+        def look(*arguments: Any, **named: Any) -> Any:
+            seen[step] = [one.path for one in leftovers(toy) if one.kind == "reproduction"]
+            # Nothing is computed: the tree stands as it was set up.
+            return True if step == "run_again" else ours(*arguments, **named)
+
+        monkeypatch.setattr(reproduction, step, look)
+
+    for step in ("run_again", "compare_locks"):
+        looks(step)
+    done = typed(toy, "reproduce", name, "--no-mlflow")
+    assert done.returncode == 0, done.stderr
+    assert seen == {"run_again": [], "compare_locks": []}
+    (left,) = [one for one in leftovers(toy) if one.kind == "reproduction"]
+    remove(toy, left)
+    assert not tree.exists()
+    assert list(tree.parent.iterdir()) == []
