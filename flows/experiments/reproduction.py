@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from components.files.weight_folders import file_digest
 from flows.history.run_evidence import Evidence
+from flows.history.run_history import REPRODUCES_TAG, NoPipeline, find_pipeline
 from flows.pipeline.pipeline_run import CHANGES_FILE
 from flows.records.provenance import changes_digest
 from flows.records.records import all_records, read_json, write_json
@@ -73,13 +74,13 @@ def find_recorded(evidence: Evidence, name: str) -> Recorded:
         ReproductionRefused: nothing by that name, or it kept no dvc.lock.
     """
     root = evidence.root
-    pipelines = [r for r in all_records(root) if r.run.kind == "pipeline"]
-    wanted = {name}
-    for run in evidence.runs:
-        if name in {run.record_id, run.run_id} - {""} and run.parent:
-            wanted.add(run.parent)
-    for record in reversed(pipelines):
-        if name == "pipeline" or wanted & {record.record_id, record.mlflow_run_id}:
+    stages = [run for run in evidence.runs if name in {run.record_id, run.run_id} - {""}]
+    for one in (name, *(run.parent for run in stages if run.parent)):
+        try:
+            record = find_pipeline(root, one)
+        except NoPipeline as problem:
+            raise ReproductionRefused(str(problem)) from None
+        if record is not None:
             tags = record.run.tags | (record.result.tags if record.result else {})
             return _from_folder(record.folder, record.record_id, tags)
     return _from_mlflow(evidence, name) or _from_revision(evidence, name)
@@ -224,7 +225,7 @@ def run_again(
     Returns:
         Whether everything ended well.
     """
-    env = tree_environment(tree, record_in=root, tags={"ultraflux.reproduces": recorded.name})
+    env = tree_environment(tree, record_in=root, tags={REPRODUCES_TAG: recorded.name})
 
     def ends_well(*command: str) -> bool:
         # Standard output is for the comparison.

@@ -117,7 +117,7 @@ def _open(root: Path, name: str, sets: Sequence[Arm]) -> Record:
     """The sweep's record; the parent run in MLflow, where a store answers."""
     run = RunDescription(
         kind="sweep",
-        name=f"sweep {name}",
+        name=f"sweep-{name}",
         stage_key=short_digest([name, *(one.name for one in sets)]),
         params={key: [one.overrides[key] for one in sets] for key in sets[0].overrides},
         tags=provenance_tags(root),

@@ -9,7 +9,7 @@ from components.files.weight_folders import file_digest, folder_digest
 from components.generation.image_metadata import read_metadata
 from flows.history.lineage import Lineage, Node
 from flows.history.run_evidence import StageRun
-from flows.records.records import all_records
+from flows.history.run_history import find_pipeline
 from flows.tracking.registry import RegisteredWeights
 
 _HEX = re.compile(r"[0-9a-f]{8,64}")
@@ -81,15 +81,9 @@ def _relative(root: Path, path: Path) -> str:
 
 def _run(lineage: Lineage, target: str) -> Node | None:
     """By record id, MLflow run id (or their first 8 digits), or stage name (the newest)."""
-    records = [r for r in all_records(lineage.evidence.root) if r.run.kind == "pipeline"]
-    pipelines = {r.record_id: r for r in records} | {
-        r.mlflow_run_id: r for r in records if r.mlflow_run_id
-    }
-    if target == "pipeline" and records:
-        return lineage.pipeline(records[-1])
-    for name, record in pipelines.items():
-        if _names(target, str(name)):
-            return lineage.pipeline(record)
+    record = find_pipeline(lineage.evidence.root, target, _names)
+    if record is not None:
+        return lineage.pipeline(record)
     found: list[StageRun] = [
         run
         for run in lineage.evidence.runs

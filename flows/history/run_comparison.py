@@ -18,7 +18,7 @@ import yaml
 from components.metrics.cards import CARDS
 from components.settings.yaml_files import parse_yaml
 from flows.history.run_evidence import Evidence, StageRun
-from flows.history.run_history import pipeline_records
+from flows.history.run_history import find_pipeline
 from flows.records.provenance import locked_packages, provenance_tags
 from flows.records.records import Record
 from flows.versioning import graph as versioning
@@ -105,9 +105,8 @@ def find_side(evidence: Evidence, name: str) -> Side:
     """
     if name == WORKSPACE:
         return _workspace(evidence)
-    for record in reversed(pipeline_records(evidence.root)):
-        if name in {"pipeline", record.record_id, record.mlflow_run_id}:
-            return _pipeline(evidence, record)
+    if (record := find_pipeline(evidence.root, name)) is not None:
+        return _pipeline(evidence, record)
     runs = [r for r in evidence.runs if name in {r.stage, r.record_id, r.run_id} - {""}]
     if runs:
         return _stage(runs[-1])

@@ -7,8 +7,9 @@ commit and its DVC experiment, where there is one.
 
 from __future__ import annotations
 
+import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from flows.records.trees import record_trees
 
 PREFECT_FILE = "prefect.json"
 """In a pipeline's record: its flow run."""
+REPRODUCES_TAG = "ultraflux.reproduces"
+"""Of a pipeline that `ultraflux reproduce` ran: the run that it repeats."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,36 @@ def pipeline_records(root: Path) -> list[Record]:
         if record.run.kind == "pipeline"
     ]
     return sorted(found, key=lambda record: (record.run.started_ms, record.record_id))
+
+
+class NoPipeline(ValueError):
+    """A run of another kind goes by that name; one line."""
+
+
+def find_pipeline(
+    root: Path, name: str, fits: Callable[[str, str], bool] = operator.eq
+) -> Record | None:
+    """The newest pipeline of that name, in the clone or in one of its working trees.
+
+    Args:
+        root: the clone.
+        name: `pipeline`, for the newest that reproduces no other, or an id.
+        fits: asked with the name and a run's ids, of its record and in MLflow.
+
+    Raises:
+        NoPipeline: it is a sweep's.
+    """
+    for record in reversed(pipeline_records(root)):
+        if name == "pipeline" and REPRODUCES_TAG not in record.run.tags:
+            return record
+        if any(fits(name, one) for one in (record.record_id, record.mlflow_run_id) if one):
+            return record
+    for record in all_records(root):
+        if record.run.kind == "sweep" and fits(name, record.record_id):
+            raise NoPipeline(
+                f"{name}: a sweep; name the run of one of its sets (`ultraflux history`)"
+            )
+    return None
 
 
 def run_history(root: Path) -> Iterator[RunLine]:

@@ -35,11 +35,12 @@ def compare(
     from flows.history.run_comparison import SideUnknown, find_side
     from flows.history.run_comparison import compare as measure
     from flows.history.run_evidence import Evidence
+    from flows.history.run_history import NoPipeline
 
     evidence = Evidence(project_root(), mlflow=mlflow)
     try:
         sides = find_side(evidence, before), find_side(evidence, after)
-    except SideUnknown as problem:
+    except (SideUnknown, NoPipeline) as problem:
         raise fail(str(problem)) from None
     found = measure(evidence, *sides)
     if as_json:

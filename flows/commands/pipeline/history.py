@@ -33,10 +33,12 @@ def history(
     """List runs, whatever started them: state, commit, and where MLflow and Prefect have them."""
     from flows.history.run_history import run_history
     from flows.records.owners import close_ownerless
+    from flows.records.trees import record_trees
 
     root = project_root()
     # What was killed must not read as running.
-    close_ownerless(root)
+    for tree in record_trees(root):
+        close_ownerless(tree)
     lines = list(run_history(root))
     shown = lines[:limit] if limit else lines
     if as_json:

@@ -60,11 +60,12 @@ def lineage(
     from flows.history.lineage import Lineage
     from flows.history.lineage_targets import TargetUnknown, explain
     from flows.history.run_evidence import Evidence
+    from flows.history.run_history import NoPipeline
 
     evidence = Evidence(project_root(), mlflow=mlflow)
     try:
         node = explain(Lineage(evidence, limit=limit), target)
-    except TargetUnknown as problem:
+    except (TargetUnknown, NoPipeline) as problem:
         raise fail(str(problem)) from None
     if as_json:
         document = {"mlflow": evidence.mlflow_problem or "asked", **node.to_json()}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flows.commands.pipeline.history import history
-from flows.history.run_history import PREFECT_FILE, pipeline_records, run_history
+from flows.experiments.reproduction import find_recorded
+from flows.history.run_evidence import Evidence
+from flows.history.run_history import PREFECT_FILE, REPRODUCES_TAG, pipeline_records, run_history
 from flows.records.owners import OWNER_FILE, own_record
+from flows.records.provenance import provenance_tags
 from flows.records.records import RunDescription, RunResult, open_record, read_json, write_json
 
 
@@ -72,6 +77,40 @@ def test_runs_of_every_kind_of_working_tree_are_the_clones(tmp_path: Path, tree:
     open_record(place, run).finish(RunResult(status="FINISHED", ended_ms=2_000))
     lines = list(run_history(tmp_path))
     assert [(line.tree, line.status) for line in lines] == [(f"runs/{tree}", "FINISHED")]
+
+
+def test_what_history_lists_of_a_working_tree_other_commands_know(
+    toy: Path, typed: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    run = RunDescription(kind="pipeline", name="pipeline", tags=provenance_tags(toy))
+    of_set = open_record(toy / "runs" / "sweep" / "lr-0" / "set0", run)
+    (of_set.folder / "dvc.lock").write_text("stages: {}\n")
+    of_set.finish(RunResult(status="FINISHED"))
+    name = of_set.record_id
+    assert name in typed(toy, "lineage", name, "--no-mlflow").stdout
+    assert json.loads(typed(toy, "compare", name, "HEAD", "--json").stdout)["runs"][0] == name
+    assert find_recorded(Evidence(toy, mlflow=False), name).name == name
+    # A reproduction is newer than what it repeats, and is not what `pipeline` means.
+    again = replace(run, tags=run.tags | {REPRODUCES_TAG: name}, started_ms=run.started_ms + 1)
+    open_record(toy / "runs" / "reproduce" / name, again).finish(RunResult(status="FINISHED"))
+    assert find_recorded(Evidence(toy, mlflow=False), "pipeline").name == name
+    sweep = open_record(toy, RunDescription(kind="sweep", name="sweep-lr-0")).record_id
+    for command in (["lineage", sweep], ["compare", sweep, "HEAD"], ["reproduce", sweep]):
+        done = typed(toy, *command, "--no-mlflow")
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {sweep}: a sweep; name the run of one of its sets")
+
+
+def test_a_killed_set_of_a_sweep_is_closed_too(
+    toy: Path, typed: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    tree = toy / "runs" / "sweep" / "lr" / "set0"
+    record = open_record(tree, RunDescription(kind="pipeline", name="pipeline"))
+    own_record(tree, record.record_id)
+    owner = read_json(record.folder / OWNER_FILE)
+    write_json(record.folder / OWNER_FILE, owner | {"started": owner["started"] - 60})
+    said = json.loads(typed(toy, "history", "--json").stdout)
+    assert [line["status"] for line in said] == ["KILLED"]
 
 
 def test_the_command_says_killed_of_what_was_killed(
