@@ -44,7 +44,7 @@ def expand(assignments: Sequence[str], params: Mapping[str, Any]) -> tuple[Arm, 
         overrides = dict(zip(axes, values_of_set, strict=True))
         try:
             with_overrides(params, overrides)
-        except (KeyError, TypeError) as problem:
+        except KeyError as problem:
             raise SweepRefused(f"-S {problem.args[0]}: no such setting in params.yaml") from None
         except SettingsError as problem:
             raise SweepRefused(str(problem)) from None

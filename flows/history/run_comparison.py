@@ -241,18 +241,23 @@ def compare(evidence: Evidence, before: Side, after: Side) -> dict[str, Any]:
                 "verdict": c.verdict,
             }
             for c in changes
-            if c.before != c.after
+            if not _equal(c.before, c.after)
         },
         "environment": _changed(before.environment, after.environment),
         "packages": _packages(evidence.root, before, after),
     }
 
 
+def _equal(before: object, after: object) -> bool:
+    """NaN on both sides is no difference."""
+    return before == after or (before != before and after != after)
+
+
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {
         name: [before.get(name), after.get(name)]
         for name in sorted({*before, *after})
-        if before.get(name) != after.get(name) or (name in before) != (name in after)
+        if not _equal(before.get(name), after.get(name)) or (name in before) != (name in after)
     }
 
 

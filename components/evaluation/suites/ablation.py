@@ -94,8 +94,12 @@ def with_overrides(params: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
     copied: dict[str, Any] = json.loads(json.dumps(params))
     for key, value in overrides.items():
         *sections, last = key.split(".")
-        section = _value(copied, ".".join(sections)) if sections else copied
-        if last not in section:
+        try:
+            section = _value(copied, ".".join(sections)) if sections else copied
+        except (KeyError, TypeError):
+            raise KeyError(key) from None
+        # Not `in` alone: a number has no keys, and a text holds parts of itself.
+        if not isinstance(section, dict) or last not in section:
             raise KeyError(key)
         section[last] = value
     parse_settings(copied)

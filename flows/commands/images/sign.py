@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,17 @@ def _pictures(paths: list[Path]) -> dict[Path, bool]:
     return {file: file in paths for file in found.values()}
 
 
+def _refuse_sources(found: Iterable[Path], out: Path) -> None:
+    """Refuse a folder for copies where a copy would replace its picture.
+
+    Raises:
+        typer.Exit: one line was printed.
+    """
+    for file in found:
+        if file.parent.resolve() == out.resolve():
+            raise fail(f"--out {out}: {file} lies there itself; choose another folder for copies")
+
+
 def _made_here(found: dict[Path, bool]) -> dict[Path, dict[str, str]]:
     """What can be signed and its fields, known before anything is; the rest of folders is said.
 
@@ -86,7 +98,9 @@ def sign(
 
     root = project_root()
     try:
-        found = _made_here(_pictures(paths))
+        pictures = _pictures(paths)
+        _refuse_sources(pictures, out)
+        found = _made_here(pictures)
         signer = Signer(root)
         out.mkdir(parents=True, exist_ok=True)
         for file, fields in found.items():

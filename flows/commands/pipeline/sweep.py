@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,10 +81,9 @@ def sweep(
     except KeyboardInterrupt:
         raise fail("interrupted; nothing computed is lost, run it again to go on", 130) from None
     differing = sweeps.differing_metrics(results)
-    chosen = metric or (differing[0] if differing else None)
-    if metric is not None and not any(metric in one.metrics for one in results):
-        known = sorted({name for one in results for name in one.metrics})
-        print(f"no set has the metric {metric}; there are {', '.join(known)}", file=sys.stderr)
+    measured = sorted({name for one in results for name in one.metrics})
+    is_known = metric is None or metric in measured
+    chosen = metric if metric in measured else (differing[0] if differing else None)
     end: Order = sweeps.better(chosen or "") or "lowest"
     if order is not None:
         end = "highest" if order == "highest" else "lowest"
@@ -95,6 +93,8 @@ def sweep(
     print(f"All metrics: {file}   Trees: {file.parent}")
     if any(one.problem for one in results):
         raise fail("not every set finished; run the same command to go on", 1)
+    if not is_known:
+        raise fail(f"--metric {metric}: no set has it; there are {', '.join(measured)}", 1)
 
 
 def _show_plan(root: Path, sets: Sequence[Arm], until: str | None) -> None:

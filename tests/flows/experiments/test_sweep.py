@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.experiments import sweep
 from flows.experiments.sweep import (
     SetResult,
     better,
@@ -50,6 +51,9 @@ def test_every_combination_is_a_set_and_the_order_of_values_does_not_rename_it(
         (["vae.steps"], "expected section.key"),
         (["vae.stepz=1"], "no such setting"),
         (["nothing.steps=1"], "no such setting"),
+        (["vae.steps.x=200"], "-S vae.steps.x: no such setting"),
+        (["vae.steps.x.y=200"], "-S vae.steps.x.y: no such setting"),
+        (["project.name.ultra=200"], "-S project.name.ultra: no such setting"),
         (["vae.steps=ten"], "vae.steps"),
         (["vae.steps=1,1"], "named twice"),
         (["vae.steps="], "no value"),
@@ -74,6 +78,27 @@ def test_a_metric_of_no_stage_that_runs_is_refused_before_anything_runs(
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert f"--metric {metric}: expected stage.metric of " in done.stderr
+
+
+def test_a_metric_that_no_set_has_is_said_and_not_called_the_order(
+    root: Path,
+    typed: Callable[..., subprocess.CompletedProcess[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    made = [
+        SetResult(f"s{steps}", {"vae.steps": steps}, "", metrics={"vae.loss": 1.0 / steps})
+        for steps in (1, 2)
+    ]
+    # Sets are pipeline runs of minutes; what is said of their numbers is the command's own.
+    monkeypatch.setattr(sweep, "run_sweep", lambda *_, **__: (None, made))
+    monkeypatch.setattr(sweep, "finish", lambda *_: tmp_path / "results.json")
+    command = ["sweep", "-S", "vae.steps=1,2", "--until", "vae"]
+    done = typed(root, *command, "--metric", "source.nonsense")
+    assert done.returncode == 1
+    assert done.stderr == "error: --metric source.nonsense: no set has it; there are vae.loss\n"
+    assert "sorted by vae.loss" in done.stdout
+    assert typed(root, *command, "--metric", "vae.loss").returncode == 0
 
 
 def test_numbers_without_a_point_are_numbers() -> None:

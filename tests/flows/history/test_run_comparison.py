@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +193,19 @@ def test_the_command_prints_tables_and_ends_with_one_where_something_differs(
     unknown = ultraflux("nothing", "workspace")
     assert unknown.returncode == 2
     assert unknown.stderr.count("\n") == 1
+
+
+def test_a_number_that_is_none_on_both_sides_differs_in_nothing(
+    toy: Path, typed: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    first = pipeline(toy, [True, True], math.nan, 1)
+    done = typed(toy, "compare", "--no-mlflow", first, first, "--json")
+    assert (done.returncode, json.loads(done.stdout)["metrics"]) == (0, {})
+    second = pipeline(toy, [True, True], 30.0, 1)
+    said = typed(toy, "compare", "--no-mlflow", first, second, "--json").stdout
+    assert "NaN" not in said
+    change = json.loads(said)["metrics"]["evaluate.reconstruction_after_psnr_db"]
+    assert (change["before"], change["after"], change["difference"]) == (None, 30.0, None)
 
 
 @pytest.mark.slow

@@ -97,3 +97,15 @@ def test_what_cannot_be_signed_is_said_before_anything_is(toy: Path, typed: Type
         done = typed(toy, "sign", *names)
         assert (done.returncode, said in done.stderr) == (2, True), done.stderr
         assert not (toy / "signed").exists()
+
+
+def test_a_copy_never_replaces_its_picture(toy: Path, typed: Typed) -> None:
+    folder = toy / "data" / "generate" / "images"
+    folder.mkdir(parents=True)
+    before = picture(folder / "prompt00.png").read_bytes()
+    (toy / "link").symlink_to(folder)
+    for out in ("data/generate/images", "link"):
+        done = typed(toy, "sign", "data/generate/images/prompt00.png", "--out", out)
+        assert done.returncode == 2
+        assert f"--out {out}: data/generate/images/prompt00.png lies there itself" in done.stderr
+    assert (folder / "prompt00.png").read_bytes() == before
