@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +44,10 @@ def compare(
         raise fail(str(problem)) from None
     found = measure(evidence, *sides)
     if as_json:
-        print(json.dumps(_strict(found), indent=2, ensure_ascii=False, default=str))
+        from components.evaluation.suites.result_folder import finite
+
+        plain = finite(json.loads(json.dumps(found, default=str)))
+        print(json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False))
     else:
         from rich.console import Console
 
@@ -109,15 +111,6 @@ def _show_corpus(console: Console, corpus: dict[str, Any]) -> None:
         f"kept {kept[0]} -> {kept[1]}; {changes or 'no row differs'}",
         soft_wrap=True,
     )
-
-
-def _strict(value: Any) -> Any:
-    """Null where JSON has no number: NaN and infinity."""
-    if isinstance(value, dict):
-        return {name: _strict(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(value: object) -> str:
