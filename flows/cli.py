@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -23,36 +24,26 @@ from flows.commands.command_line import (
     stages,
     why_no_file,
 )
-from flows.commands.corpus import corpus as corpus_commands
-from flows.commands.corpus import new as new_command
-from flows.commands.corpus import rehearse as rehearse_command
-from flows.commands.images import ablate as ablate_command
-from flows.commands.images import evaluate as evaluate_command
-from flows.commands.images import generate as generate_command
-from flows.commands.images import judge as judge_command
-from flows.commands.images import paper as paper_commands
-from flows.commands.images import report as report_command
-from flows.commands.images import sign as sign_command
-from flows.commands.model import diagnose as diagnose_commands
-from flows.commands.model import weights as weights_commands
-from flows.commands.pipeline import compare as compare_command
-from flows.commands.pipeline import history as history_command
-from flows.commands.pipeline import lineage as lineage_command
-from flows.commands.pipeline import papers as papers_command
-from flows.commands.pipeline import plan as plan_command
-from flows.commands.pipeline import reproduce as reproduce_command
-from flows.commands.pipeline import stage_code, training_states
-from flows.commands.pipeline import stage_plan as stage_plan_command
-from flows.commands.pipeline import store as store_commands
-from flows.commands.pipeline import submit as submit_command
-from flows.commands.pipeline import sweep as sweep_command
-from flows.commands.pipeline import verify as verify_command
+from flows.commands.corpus import corpus, new, rehearse
+from flows.commands.images import ablate, evaluate, generate, judge, paper, report, sign
+from flows.commands.model import diagnose, weights
+from flows.commands.pipeline import (
+    compare,
+    history,
+    lineage,
+    papers,
+    plan,
+    reproduce,
+    stage_code,
+    stage_plan,
+    store,
+    submit,
+    sweep,
+    training_states,
+    verify,
+)
 from flows.commands.refusals import refusal
-from flows.commands.services import chaos as chaos_command
-from flows.commands.services import clean as clean_command
-from flows.commands.services import deploy as deploy_command
-from flows.commands.services import remote as remote_command
-from flows.commands.services import services as services_command
+from flows.commands.services import chaos, clean, deploy, remote, services
 
 PIPELINE, CORPUS = "Pipeline", "Corpus"
 IMAGES, MODEL, SERVICES = "Images and evaluation", "Model", "Services"
@@ -69,13 +60,13 @@ stage_app = typer.Typer(no_args_is_help=True, help="Single stages of the pipelin
 config_app = typer.Typer(no_args_is_help=True, help="Settings: profiles and params.yaml.")
 app.add_typer(stage_app, name="stage", rich_help_panel=PIPELINE)
 app.add_typer(config_app, name="config", rich_help_panel=PIPELINE)
-app.add_typer(corpus_commands.app, name="corpus", rich_help_panel=CORPUS)
-app.command(rich_help_panel=CORPUS, epilog=new_command.EPILOG)(new_command.new)
-corpus_commands.app.command(epilog=rehearse_command.EPILOG)(rehearse_command.rehearse)
-app.add_typer(diagnose_commands.app, name="diagnose", rich_help_panel=MODEL)
-app.add_typer(weights_commands.app, name="weights", rich_help_panel=MODEL)
-app.add_typer(store_commands.app, name="stores", rich_help_panel=PIPELINE)
-app.add_typer(paper_commands.app, name="paper", rich_help_panel=IMAGES)
+app.add_typer(corpus.app, name="corpus", rich_help_panel=CORPUS)
+app.command(rich_help_panel=CORPUS, epilog=new.EPILOG)(new.new)
+corpus.app.command(epilog=rehearse.EPILOG)(rehearse.rehearse)
+app.add_typer(diagnose.app, name="diagnose", rich_help_panel=MODEL)
+app.add_typer(weights.app, name="weights", rich_help_panel=MODEL)
+app.add_typer(store.app, name="stores", rich_help_panel=PIPELINE)
+app.add_typer(paper.app, name="paper", rich_help_panel=IMAGES)
 
 
 def _show_version(wanted: bool) -> None:
@@ -255,11 +246,11 @@ def stage_run(
     from flows.running.recorded_stage import run_stage
 
     _wish(root, lambda: [name], continue_from, restart)
-    rehearse_command.before_stage(name, root)
+    rehearse.before_stage(name, root)
     raise typer.Exit(run_stage(name, root))
 
 
-stage_app.command("remote", epilog=remote_command.EPILOG)(remote_command.stage_remote)
+stage_app.command("remote", epilog=remote.STAGE_EPILOG)(remote.stage_remote)
 
 
 @stage_app.command("list")
@@ -299,7 +290,7 @@ def stage_list(as_json: Json = False) -> None:
     Console().print(table)
 
 
-stage_app.command("plan", epilog=stage_plan_command.EPILOG)(stage_plan_command.stage_plan)
+stage_app.command("plan", epilog=stage_plan.EPILOG)(stage_plan.stage_plan)
 stage_app.command("fingerprint", epilog=stage_code.FINGERPRINT_EPILOG)(stage_code.stage_fingerprint)
 stage_app.command("key", epilog=training_states.KEY_EPILOG)(training_states.stage_key)
 stage_app.command("states", epilog=training_states.STATES_EPILOG)(training_states.stage_states)
@@ -405,7 +396,7 @@ def promote(
         raise fail(str(problem), 1) from None
 
 
-app.command(rich_help_panel=SERVICES)(services_command.sync)
+app.command(rich_help_panel=SERVICES)(services.sync)
 
 
 @app.command(rich_help_panel=SERVICES)
@@ -417,43 +408,27 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(print_json(findings) if as_json else print_findings(findings))
 
 
-for command in (services_command.up, services_command.down, services_command.status):
+for command in (services.up, services.down, services.status):
     app.command(rich_help_panel=SERVICES)(command)
-app.command("generate", epilog=generate_command.EPILOG, rich_help_panel=IMAGES)(
-    generate_command.generate
-)
-app.command("ablate", epilog=ablate_command.EPILOG, rich_help_panel=IMAGES)(ablate_command.ablate)
-app.command("sweep", epilog=sweep_command.EPILOG, rich_help_panel=PIPELINE)(sweep_command.sweep)
-app.command("judge", epilog=judge_command.EPILOG, rich_help_panel=IMAGES)(judge_command.judge)
-app.command("evaluate", epilog=evaluate_command.EPILOG, rich_help_panel=IMAGES)(
-    evaluate_command.evaluate
-)
-app.command(epilog=clean_command.EPILOG, rich_help_panel=SERVICES)(clean_command.clean)
-app.command(epilog=chaos_command.EPILOG, rich_help_panel=SERVICES)(chaos_command.chaos)
-app.command(epilog=history_command.EPILOG, rich_help_panel=PIPELINE)(history_command.history)
-app.command("compare", epilog=compare_command.EPILOG, rich_help_panel=PIPELINE)(
-    compare_command.compare
-)
-app.command("lineage", epilog=lineage_command.EPILOG, rich_help_panel=PIPELINE)(
-    lineage_command.lineage
-)
-app.command("papers", epilog=papers_command.EPILOG, rich_help_panel=PIPELINE)(papers_command.papers)
-app.command("sign", epilog=sign_command.EPILOG, rich_help_panel=IMAGES)(sign_command.sign)
-app.command("verify", epilog=verify_command.EPILOG, rich_help_panel=PIPELINE)(verify_command.verify)
-app.command("reproduce", epilog=reproduce_command.EPILOG, rich_help_panel=PIPELINE)(
-    reproduce_command.reproduce
-)
-app.command("remote", rich_help_panel=SERVICES)(remote_command.remote)
-app.command("report", epilog=report_command.EPILOG, rich_help_panel=IMAGES)(report_command.report)
-app.command("deploy", epilog=deploy_command.EPILOG, rich_help_panel=SERVICES)(deploy_command.deploy)
-app.command("submit", epilog=submit_command.EPILOG, rich_help_panel=SERVICES)(submit_command.submit)
-app.command("plan", epilog=plan_command.EPILOG, rich_help_panel=PIPELINE)(plan_command.plan)
+
+
+def _add(panel: str, *modules: ModuleType) -> None:
+    """A command of each module: its function of the module's own name."""
+    for module in modules:
+        name = module.__name__.rpartition(".")[2]
+        epilog = getattr(module, "EPILOG", None)
+        app.command(name, epilog=epilog, rich_help_panel=panel)(getattr(module, name))
+
+
+_add(IMAGES, generate, ablate, judge, evaluate, sign, report)
+_add(PIPELINE, sweep, history, compare, lineage, papers, verify, reproduce, plan)
+_add(SERVICES, clean, chaos, remote, deploy, submit)
 app.command(
     "select",
     epilog="Example: [bold]ultraflux select --what-if entropy_bits=6.8 "
     "--what-if aesthetic_top_fraction=0.4[/]",
     rich_help_panel=CORPUS,
-)(corpus_commands.select)
+)(corpus.select)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import typer
 
 from flows.commands.command_line import fail, project_root
 
-EPILOG = (
+STAGE_EPILOG = (
     "Executors call this: [bold]ssh gpu1 'cd clone && ultraflux stage remote -' < request.json "
     "> reply.json[/]. The request names commit, parameters, lock entries: docs/two_machines.md."
 )
