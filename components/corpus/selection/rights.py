@@ -305,10 +305,8 @@ class Exclusions:
         host with all below it. Other copies of the same bytes are asked as well.
         """
         found = self._named(table)
-        others = [(row, other) for row, several in other_credits(table) for other in several]
-        if others:
-            rows, credits = zip(*others, strict=True)
-            found[np.array(rows)[self._named(pd.DataFrame(credits))]] = True
+        rows, credits = _of_copies(table)
+        found[rows[self._named(credits)]] = True
         return found
 
     def _named(self, table: pd.DataFrame) -> np.ndarray:
@@ -331,11 +329,13 @@ class Exclusions:
         for batch in manifest_batches(manifest, list(self.COLUMNS)):
             part = pa.Table.from_batches([batch]).to_pandas()
             own = part["image_id"].astype(str).to_numpy()
-            for kind, column in self._asked(part):
-                codes, texts = pd.factorize(part[column].astype(object), use_na_sentinel=True)
-                for code, text in enumerate(texts):
-                    for key in self._keys[kind].intersection(_KEYS_IN[kind](str(text))):
-                        found[kind, key].update(own[codes == code])
+            rows, credits = _of_copies(part)
+            for table, images in ((part, own), (credits, own[rows])):
+                for kind, column in self._asked(table):
+                    codes, texts = pd.factorize(table[column].astype(object), use_na_sentinel=True)
+                    for code, text in enumerate(texts):
+                        for key in self._keys[kind].intersection(_KEYS_IN[kind](str(text))):
+                            found[kind, key].update(images[codes == code])
         return [found[one.kind, _key(one.kind, one.value)] for one in self.entries]
 
     def images(self, manifest: Path) -> set[str]:
@@ -363,6 +363,13 @@ class Exclusions:
             images.update(own[self.mask(part)])
             ids += own.tolist()
         return images, ids
+
+
+def _of_copies(table: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
+    """Credits of other copies of the same bytes, and the position of the row that each is in."""
+    others = [(row, other) for row, several in other_credits(table) for other in several]
+    rows = np.array([row for row, _ in others], dtype=int)
+    return rows, pd.DataFrame([other for _, other in others])
 
 
 def _and_above(host: str) -> tuple[str, ...]:

@@ -104,12 +104,16 @@ def test_one_denied_copy_is_enough_and_one_known_licence_of_a_copy_is_known() ->
         assert refused.tolist() == [True, False, True, False]
 
 
-def test_an_entry_means_a_photograph_by_what_its_copies_are_credited_with() -> None:
+def test_an_entry_means_a_photograph_by_what_its_copies_are_credited_with(tmp_path: Path) -> None:
     other = [{"photographer": "Jane Forget", "image_url": "https://x.org/j.jpg"}]
     rows = ROWS.assign(other_credits=[None, json.dumps(other), *[None] * (len(ROWS) - 2)])
+    path = tmp_path / "manifest.parquet"
+    write_table(rows, path)
     for kind, value in (("photographer", "jane forget"), ("url", "x.org/j.jpg"), ("host", "x.org")):
-        mask = Exclusions([exclusion(kind, value, "", "here")]).mask(rows)
-        assert np.flatnonzero(mask).tolist() == [1]
+        listed = Exclusions([exclusion(kind, value, "", "here")])
+        assert np.flatnonzero(listed.mask(rows)).tolist() == [1]
+        # What `corpus forget` asks: nobody's photograph may be told to have gone into nothing.
+        assert listed.images_by_entry(path) == [listed.images(path)] == [{"b" * 64}]
 
 
 def test_share_alike_stands_apart_from_both_sides() -> None:
