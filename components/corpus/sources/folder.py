@@ -13,7 +13,7 @@ import pandas as pd
 from components.corpus.captions.caption_files import KnownFiles
 from components.corpus.listing.file_content import HEADER_COLUMNS
 from components.corpus.listing.source_files import printable, source_folder
-from components.corpus.other_credits import credit_of, joined
+from components.corpus.other_credits import CREDITS, credit_of, joined
 from components.corpus.sources.records.separated_values import SeparatedValues
 from components.corpus.sources.records.source_records import SourceRecord
 from components.corpus.sources.records.text_lines import unmarked_utf_16
@@ -229,12 +229,17 @@ def manifest_of_folder(
 def _with_copies(manifest: pd.DataFrame) -> pd.DataFrame:
     """Beside the credit of each original those of its byte-identical copies."""
     alike = manifest[manifest["image_id"].duplicated(keep=False)]
+    columns = alike[[name for name in ("image_id", *CREDITS) if name in alike]]
+    credits: dict[str, list[tuple[object, dict[str, str]]]] = {}
+    # In path order: the first is the original. All rows at once, since there may be a million.
+    for place, row in zip(alike.index, columns.to_dict("records"), strict=True):
+        credits.setdefault(row["image_id"], []).append((place, credit_of(row)))
     changed = {}
-    for at in alike.groupby("image_id", sort=False).indices.values():
-        # In path order: the first is the original.
-        own, *others = (credit_of(row) for row in alike.iloc[at].to_dict("records"))
-        unique = {tuple(sorted(other.items())): other for other in others}
-        changed[alike.index[at[0]]] = joined(own, unique.values())
+    for (place, own), *others in credits.values():
+        unique = {tuple(sorted(other.items())): other for _, other in others}
+        completed = joined(own, unique.values())
+        if completed != own:
+            changed[place] = completed
     if not changed:
         return manifest
     found = pd.DataFrame.from_dict(changed, "index", dtype=object).reindex(manifest.index)
