@@ -6,7 +6,9 @@ is a state like any other: nothing would ever show it.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,21 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def blames_file(problem: Exception) -> bool:
+    """Whether an error while a file is read speaks of what the file holds.
+
+    A lack of memory, a refused permission or a mount that went away says nothing about it: who took
+    that for damage would throw a good checkpoint away.
+    """
+    if isinstance(problem, OSError):
+        # No file, a sector that cannot be read, or a place that the file does not have.
+        return problem.errno in (None, errno.ENOENT, errno.EIO, errno.EINVAL)
+    # torch's own has the same name and is no MemoryError; its allocators on the CPU say it in the
+    # system's words.
+    lacks_memory = isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError"
+    return not lacks_memory and os.strerror(errno.ENOMEM) not in str(problem)
+
+
 def first_damaged(folder: Path, hashes: dict[str, str | None]) -> Path | None:
     """The first file below `folder` that is not what was written; None: all are.
 
@@ -59,7 +76,9 @@ def _is_intact(path: Path, expected: str | None) -> bool:
             # What torch writes is a zip archive with a checksum of each tensor.
             with zipfile.ZipFile(path) as archive:
                 return archive.testzip() is None
-    except Exception:
+    except Exception as problem:
         # Whatever a damaged file makes its reader say.
+        if not blames_file(problem):
+            raise
         return False
     return True

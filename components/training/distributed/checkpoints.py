@@ -23,7 +23,11 @@ from typing import TYPE_CHECKING, Any
 from components.files.safetensors_header import system_error
 from components.files.whole_files import flush, write_bytes, write_text
 from components.settings.bad_input import BadInput
-from components.training.distributed.checkpoint_hashes import file_hashes, first_damaged
+from components.training.distributed.checkpoint_hashes import (
+    blames_file,
+    file_hashes,
+    first_damaged,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -460,16 +464,15 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever goes wrong inside the block is said of this file of a checkpoint.
+    """What is wrong with a file of a checkpoint that is read inside the block is said of it.
 
     Raises:
-        CheckpointUnreadable: instead of any error but a lack of memory.
+        CheckpointUnreadable: instead of any error that speaks of the file (`blames_file`).
     """
     try:
         yield
     except Exception as problem:
-        # torch's own has the same name and is no MemoryError.
-        if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
+        if not blames_file(problem):
             raise
         raise CheckpointUnreadable(
             f"{path}: not a readable part of a checkpoint ({type(problem).__name__}); delete the "

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
 import random
+import resource
 import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from components.training.distributed.checkpoint_hashes import (
+    blames_file,
+    file_hashes,
+    first_damaged,
+)
 from components.training.distributed.checkpoints import (
     CONTENTS_FILE,
     LATEST_FILE,
@@ -248,6 +256,42 @@ def test_a_damaged_checkpoint_without_one_before_it_is_refused_and_stays(tmp_pat
             store.latest_intact()
     (newest / "weights.bin").write_bytes(whole)
     assert store.latest_intact() == (1, newest)
+
+
+def read_without_descriptors(read: Callable[[], object]) -> None:
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, highest))
+    # The lowest free one is what a file would get.
+    while True:
+        try:
+            os.dup(0)
+        except OSError:
+            break
+    try:
+        read()
+    except CheckpointUnreadable:
+        os._exit(1)
+    except OSError as problem:
+        os._exit(0 if problem.errno == errno.EMFILE else 2)
+    os._exit(3)
+
+
+def test_what_a_process_lacks_is_no_damage_of_a_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    save_state(file, {"w": torch.ones(4)})
+    known = file_hashes(tmp_path, [file.name])
+    for read in (
+        partial(first_damaged, tmp_path, dict(known)),
+        partial(first_damaged, tmp_path, {file.name: None}),
+        partial(load_state, file),
+    ):
+        child = FORK.Process(target=read_without_descriptors, args=(read,))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+    for said in (MemoryError(), RuntimeError("can't allocate: (Cannot allocate memory)")):
+        assert not blames_file(said)
+    assert blames_file(OSError(errno.EIO, "Input/output error"))
 
 
 @pytest.mark.parametrize("damage", ["json", "tensor", "first byte", None])
