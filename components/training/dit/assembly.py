@@ -257,7 +257,9 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
     check_quantisation(job)
     data = TrainingData.of(job)
     validation = data.validation()
-    model = _network(job, data, ranks)
+    # Once, and by the rank that writes it: these are gigabytes.
+    began_with = start_identity(job) if ranks.is_first else ""
+    model = _network(job, data, ranks, began_with)
     # From here on parameters belong to DeepSpeed: nothing may add or replace one.
     engine = initialize_engine(model, settings, ranks)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -282,8 +284,7 @@ def assemble_run(job: DitJob, ranks: Ranks) -> AssembledRun:
         average,
         ranks,
         job.state_dir / "checkpoints",
-        # One rank writes it.
-        started_from=start_identity(job) if ranks.is_first else "",
+        started_from=began_with,
         keep=settings.keep_checkpoints,
         in_background=settings.async_checkpoints,
         is_needed=guard.is_anchor if settings.on_divergence == "rollback" else lambda *_: False,
@@ -354,7 +355,7 @@ def _say_if_contrast_is_unlearnt(job: DitJob) -> None:
         )
 
 
-def _network(job: DitJob, data: TrainingData, ranks: Ranks) -> nn.Module:
+def _network(job: DitJob, data: TrainingData, ranks: Ranks, began_with: str) -> nn.Module:
     """The transformer in the form that DeepSpeed wraps: what is trained is settled here.
 
     DeepSpeed takes over the parameters that it finds, so adapters come before it. Compiling a
@@ -371,7 +372,7 @@ def _network(job: DitJob, data: TrainingData, ranks: Ranks) -> nn.Module:
         check_context_parallel(model, ranks.context_degree, data.texts.tokens, index)
         enable_context_parallel(model, ranks)
     if job.transformer.quantisation != "none":
-        _freeze_rounded(job, data, model, ranks)
+        _freeze_rounded(job, data, model, ranks, began_with)
     if settings.adapter is not None:
         add_adapter(model, settings.adapter, job.seed)
     if settings.offload_base:
@@ -412,7 +413,9 @@ def check_quantisation(job: DitJob) -> None:
         raise StartUnusable(f"{job.name}: {problem}")
 
 
-def _freeze_rounded(job: DitJob, data: TrainingData, model: nn.Module, ranks: Ranks) -> None:
+def _freeze_rounded(
+    job: DitJob, data: TrainingData, model: nn.Module, ranks: Ranks, began_with: str
+) -> None:
     """Round the base, every rank in the same way; the first measures what that changes."""
     from components.models.loading.quantisation import quantise
     from components.training.adapters.base_rounding import measured_rounding
@@ -424,8 +427,9 @@ def _freeze_rounded(job: DitJob, data: TrainingData, model: nn.Module, ranks: Ra
         name = min(data.held_out)
         states, pooled = data.texts.read(name)
         image = data.latents.read(name)[None], (states[None], pooled[None])
-        base = start_identity(job)
-        measuring = measured_rounding(job, model, image, base, dtype=dtype, device=ranks.device)
+        measuring = measured_rounding(
+            job, model, image, began_with, dtype=dtype, device=ranks.device
+        )
     with measuring:
         quantise(model, job.transformer.quantisation, dtype=dtype, device=ranks.device)
 
@@ -448,12 +452,12 @@ def _resume(
     hand_over = None
     saved = checkpoints.newest()
     if saved is not None:
-        if ranks.is_first:
-            refuse_other_start(job, saved.started_from, checkpoints.started_from)
         # Before any weight is touched: other data must not be continued under an old state. A
         # segment says that this is wished, for the checkpoint that it began with and no other.
         if saved.step != job.changed_at:
             plan.check(PlanState(**saved.plan))
+        if ranks.is_first:
+            refuse_other_start(job, saved.started_from, checkpoints.started_from)
         hand_over = checkpoints.load(saved)
         apply_settings_after_load(engine, job.settings)
         if saved.guard is not None:
