@@ -107,11 +107,14 @@ lock: $(READY)
 	$(COMPILE) -c requirements-dev.lock -o requirements.lock
 	sed -i -E "s/ and $(MARKERS)//; s/ ; python_full_version < '3\.14'( \\\\)$$/\1/" requirements*.lock
 
-# The program of a moved environment would not start: its Python does.
+# Also runs of working trees: sets of a sweep, submissions. The program of a moved environment would not
+# start: its Python does. It finds servers whose notes (runs/services) have gone, too.
 clean:
-	@test ! -e runs/clone.lock || flock -n runs/clone.lock true || \
-	  { echo "error: a run works in this clone: end it first"; exit 2; }
-	@test ! -d runs/services || { test -x $(BIN)/python && PYTHONPATH="$$PWD" $(BIN)/python -m flows.entry down; } || \
+	@for lock in runs/clone.lock runs/*/*/runs/clone.lock runs/*/*/*/runs/clone.lock; do \
+	  test ! -e "$$lock" || flock -n "$$lock" true || \
+	  { echo "error: a run works in this clone: end it first"; exit 2; }; done
+	@test ! -x $(BIN)/ultraflux -a ! -d runs/services || \
+	  { test -x $(BIN)/python && PYTHONPATH="$$PWD" $(BIN)/python -m flows.entry down; } || test ! -d runs/services || \
 	  { echo "error: servers of this clone may run and cannot be stopped: \`make setup\`, or end them and remove runs/services"; exit 2; }
 	@unsent=0; for run in runs/records/*/run.json; do \
 	  test ! -e "$$run" -o -e "$${run%run.json}mlflow.json" || unsent=$$((unsent + 1)); done; \

@@ -122,10 +122,14 @@ def test_clean_stops_servers_of_a_moved_clone_and_refuses_where_it_cannot(
     program(moved / ".venv" / "bin" / "python", "echo called $@ >> calls; test -e down")
     assert make(moved, "clean").returncode == 2
     (moved / "down").touch()
-    with (moved / "runs" / "clone.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        busy = make(moved, "clean")
-    assert (busy.returncode, busy.stdout) == (2, "error: a run works in this clone: end it first\n")
+    for tree in (".", "runs/submitted/abc", "runs/sweep/name/set"):
+        held = moved / tree / "runs" / "clone.lock"
+        held.parent.mkdir(parents=True, exist_ok=True)
+        with held.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            busy = make(moved, "clean")
+        said = "error: a run works in this clone: end it first\n"
+        assert (busy.returncode, busy.stdout) == (2, said)
     assert (moved / "runs" / "services").is_dir()
     done = make(moved, "clean")
     assert done.returncode == 0, done.stderr
@@ -133,6 +137,14 @@ def test_clean_stops_servers_of_a_moved_clone_and_refuses_where_it_cannot(
     assert (moved / "calls").read_text() == "called -m flows.entry down\n" * 2
     assert not (moved / "runs").exists()
     assert not (moved / ".venv").exists()
+
+
+def test_clean_asks_for_servers_whose_notes_have_gone(clone: Path) -> None:
+    program(clone / ".venv" / "bin" / "ultraflux", "false")
+    program(clone / ".venv" / "bin" / "python", "echo called $@ >> calls; false")
+    done = make(clone, "clean")
+    assert done.returncode == 0, done.stderr
+    assert (clone / "calls").read_text() == "called -m flows.entry down\n"
 
 
 def test_an_environment_without_pip_gets_one(clone: Path) -> None:
