@@ -73,7 +73,7 @@ def deliver(
                 if not line.endswith(b"\n"):
                     break
                 position += len(line)
-                points += _new_points(line, last)
+                points += _new_points(path, line, last)
                 more = len(points) >= BATCH
                 if more:
                     break
@@ -113,15 +113,18 @@ def _tail(file: BinaryIO, position: int) -> int:
     return zlib.crc32(data) if len(data) == position - begin else -1
 
 
-def _new_points(line: bytes, last: dict[str, int]) -> list[Point]:
-    """Points of one line beyond the `last` step of their key, which moves on."""
+def _new_points(path: Path, line: bytes, last: dict[str, int]) -> list[Point]:
+    """Points of one line of `path` beyond the `last` step of their key, which moves on."""
     try:
         row = json.loads(line)
     except ValueError:
         return []  # cut by a kill and written on; the log's own readers leave it out too
-    if not isinstance(row, dict) or "step" not in row:
-        raise ValueError(f"a line of metrics that is no object with a step: {line[:80]!r}")
-    step, ms = int(row.pop("step")), int(row.pop(TIME_KEY, 0))
-    found = [Point(key, value, ms, step) for key, value in row.items() if step > last.get(key, -1)]
+    fields = row if isinstance(row, dict) else {}
+    step, ms = fields.pop("step", None), fields.pop(TIME_KEY, 0)
+    if not isinstance(step, int) or not isinstance(ms, int):
+        raise ValueError(f"{path}: a line that is no object with a step: {line[:80]!r}")
+    found = [
+        Point(key, value, ms, step) for key, value in fields.items() if step > last.get(key, -1)
+    ]
     last.update({point.key: step for point in found})
     return found

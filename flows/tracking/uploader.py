@@ -30,6 +30,7 @@ from flows.records.records import (
     Record,
     RunResult,
     all_records,
+    from_json,
     read_json,
     write_json,
 )
@@ -337,7 +338,8 @@ class Uploader:
             last = max(state.get("sent", {}).values(), default=0)
             self._models.exported(record, run_id, result.tags, last)
         for promotion in result.promotions:
-            self._register(record, run_id, Promotion(**promotion))
+            path = record.folder / "result.json"
+            self._register(record, run_id, from_json(Promotion, promotion, path))
         note = self._note(record, run_id, result)
         if note:
             self.client.set_tag(run_id, NOTE_TAG, note)

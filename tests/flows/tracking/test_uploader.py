@@ -344,6 +344,8 @@ def test_a_bad_file_of_one_record_holds_up_no_other_and_is_named(
         "picture": lambda folder: (folder / "step-00000007.png").write_text("x"),
         "line": lambda folder: (folder / "metrics.jsonl").write_text("[1]\n"),
         "value": lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1, "a": "x"}\n'),
+        "null": lambda folder: (folder / "metrics.jsonl").write_text('{"step": null, "a": 1}\n'),
+        "promotion": lambda _: None,
     }
     records = {}
     for name in (*faults, "good"):
@@ -360,14 +362,16 @@ def test_a_bad_file_of_one_record_holds_up_no_other_and_is_named(
                 images_dir=f"runs/{name}",
             ),
         )
-        records[name].finish(RunResult(status="FINISHED"))
+        promotions = [{"model": "of no weights"}] if name == "promotion" else []
+        records[name].finish(RunResult(status="FINISHED", promotions=promotions))
     done = typed(toy, "sync")
     lines = done.stderr.splitlines()
     assert done.returncode == 1
     assert [next(n for n in records if f" {n}-" in line) for line in lines[:-1]] == list(faults)
     assert "step-00000007.png: no picture" in lines[0]
-    assert "no object with a step: b'[1]" in lines[1]
-    assert lines[-1].startswith("error: 3 records ")
+    assert "runs/line/metrics.jsonl: a line that is no object with a step: b'[1]" in lines[1]
+    assert "result.json: path: Field required" in lines[4]
+    assert lines[-1].startswith("error: 5 records ")
     uploader = Uploader(toy)
     statuses = {
         name: uploader.client.get_run(str(record.mlflow_run_id)).info.status
@@ -390,6 +394,7 @@ def test_a_bad_file_of_one_record_holds_up_no_other_and_is_named(
     )
     for name, file in (("picture", "step-00000007.png"), *((n, "metrics.jsonl") for n in faults)):
         (toy / "runs" / name / file).unlink(missing_ok=True)
+    records["promotion"].finish(RunResult(status="FINISHED"))
     # What was noted as a request is asked again until it is answered.
     (records["value"].folder / "mlflow.json").unlink()
     assert typed(toy, "sync").stdout == "MLflow has everything\n"
