@@ -111,6 +111,8 @@ def judged_scores(root: Path) -> bytes:
     """
     judged = _promoted(root)["scores_sha256"]
     again = "`ultraflux run` measures and decides again"
+    if not judged:
+        raise PromotionRefused(f"{DECISION} is of older code, which names no scores: {again}")
     try:
         data = (root / SCORES).read_bytes()
     except FileNotFoundError:

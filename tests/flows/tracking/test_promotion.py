@@ -16,9 +16,11 @@ from components.evaluation.statistics.scores import Score, scores_table
 from components.files.weight_folders import file_digest
 from components.settings.schema import parse_settings
 from components.telemetry.metric_log import MetricLog
+from flows.commands.refusals import FAILED, refusal
 from flows.stages import promote
 from flows.stages.contract import StageContext, StageFailed, StageResult
 from flows.tracking.promotion import DECISION, SCORES, PromotionRefused, keep_baseline
+from flows.tracking.store_problems import TrackingAway
 
 Typed = Callable[..., subprocess.CompletedProcess[str]]
 RULES = [{"system": "generated", "metric": "glcm_score", "margin": 0.1}]
@@ -153,12 +155,20 @@ def test_without_scores_no_alias_is_given(
     assert done.stderr.startswith("error: data/evaluate/scores.parquet is missing")
 
 
+def test_a_decision_of_older_code_is_no_baseline_and_said_to_be_old(decided: Path) -> None:
+    values = json.loads((decided / DECISION).read_text())
+    del values["scores_sha256"]
+    (decided / DECISION).write_text(json.dumps(values))
+    with pytest.raises(PromotionRefused, match=r"decision\.json is of older code"):
+        keep_baseline(decided)
+
+
 def test_a_server_that_is_away_is_one_line(
     decided: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    done = typed(decided, "promote")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: MLflow at http://127.0.0.1:1 did not take the models (")
-    assert done.stderr.count("\n") == 1
+    with pytest.raises(TrackingAway, match=r"^MLflow at .* did not take the models") as found:
+        typed(decided, "promote")
+    assert refusal(found.value, ["promote"]) == (str(found.value), FAILED)
+    assert "\n" not in str(found.value)
