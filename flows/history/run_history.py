@@ -80,9 +80,11 @@ def find_pipeline(
         NoPipeline: it is a sweep's.
     """
     for record in reversed(pipeline_records(root)):
-        if name == "pipeline" and REPRODUCES_TAG not in record.run.tags:
-            return record
-        if any(fits(name, one) for one in (record.record_id, record.mlflow_run_id) if one):
+        if name == "pipeline":
+            # Not asked of ids, which all begin with it.
+            if REPRODUCES_TAG not in record.run.tags:
+                return record
+        elif any(fits(name, one) for one in (record.record_id, record.mlflow_run_id) if one):
             return record
     for record in all_records(root):
         if record.run.kind == "sweep" and fits(name, record.record_id):

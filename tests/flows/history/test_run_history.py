@@ -94,6 +94,7 @@ def test_what_history_lists_of_a_working_tree_other_commands_know(
     again = replace(run, tags=run.tags | {REPRODUCES_TAG: name}, started_ms=run.started_ms + 1)
     open_record(toy / "runs" / "reproduce" / name, again).finish(RunResult(status="FINISHED"))
     assert find_recorded(Evidence(toy, mlflow=False), "pipeline").name == name
+    assert name in typed(toy, "lineage", "pipeline", "--no-mlflow").stdout
     sweep = open_record(toy, RunDescription(kind="sweep", name="sweep-lr-0")).record_id
     for command in (["lineage", sweep], ["compare", sweep, "HEAD"], ["reproduce", sweep]):
         done = typed(toy, *command, "--no-mlflow")
@@ -108,7 +109,7 @@ def test_a_killed_set_of_a_sweep_is_closed_too(
     record = open_record(tree, RunDescription(kind="pipeline", name="pipeline"))
     own_record(tree, record.record_id)
     owner = read_json(record.folder / OWNER_FILE)
-    write_json(record.folder / OWNER_FILE, owner | {"started": owner["started"] - 60})
+    write_json(record.folder / OWNER_FILE, owner | {"ticks": owner["ticks"] - 1})
     said = json.loads(typed(toy, "history", "--json").stdout)
     assert [line["status"] for line in said] == ["KILLED"]
 
