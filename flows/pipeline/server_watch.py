@@ -41,11 +41,14 @@ def watch_server(api_url: str) -> Iterator[threading.Event]:
             try:
                 # Anything that it says, a refusal included, is a sign of life.
                 urllib.request.urlopen(f"{api_url}/health", timeout=ANSWER_S).close()
-            except (urllib.error.HTTPError, HTTPException):
+            except urllib.error.HTTPError:
                 refusals, heard = 0, time.monotonic()
             except OSError as problem:
+                # Also closed without a word, as a tunnel does whose other end has gone.
                 refused = isinstance(getattr(problem, "reason", problem), ConnectionError)
                 refusals = refusals + 1 if refused else 0
+            except HTTPException:
+                refusals, heard = 0, time.monotonic()
             else:
                 refusals, heard = 0, time.monotonic()
             if refusals >= REFUSALS or time.monotonic() - heard > SILENCE_S:

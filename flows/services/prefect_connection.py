@@ -7,7 +7,7 @@ import os
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
 from flows.services.servers import ServiceError, prefect_environment, running_services
@@ -67,13 +67,14 @@ def connect_to_prefect(root: Path | None) -> str:
                 "or set PREFECT_API_AUTH_STRING"
             ) from None
         raise ServiceError(f"PREFECT_API_URL = {url}: the server says {problem}") from None
-    except HTTPException:
-        pass
-    except (OSError, ValueError) as problem:
+    # Before the next: a connection that is closed without a word is of both kinds.
+    except (OSError, ValueError, InvalidURL) as problem:
         reason = getattr(problem, "reason", problem)
         raise ServiceError(
             f"PREFECT_API_URL = {url}: no Prefect server answers ({reason})"
         ) from None
+    except HTTPException:
+        pass
     raise ServiceError(
         f"PREFECT_API_URL = {url}: what answers there is no Prefect server; its API's address ends "
         "with /api"
