@@ -94,11 +94,11 @@ def _suite_scores(arm: Arm, out: Path) -> ArmScores:
     from components.metrics.cards import CARDS
 
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["metrics"]
-    of_sets = {
-        card.id: float(metrics[f"{GENERATED}.{card.id}"])
-        for card in CARDS
-        if card.needs == "set pair" and f"{GENERATED}.{card.id}" in metrics
+    values = {
+        card.id: metrics.get(f"{GENERATED}.{card.id}") for card in CARDS if card.needs == "set pair"
     }
+    # Null: it was not finite.
+    of_sets = {name: float(value) for name, value in values.items() if value is not None}
     return ArmScores(arm, pd.read_parquet(out / "scores.parquet"), of_sets)
 
 
