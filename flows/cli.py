@@ -44,6 +44,7 @@ from flows.commands.pipeline import (
 )
 from flows.commands.refusals import refusal
 from flows.commands.services import chaos, clean, deploy, remote, services
+from flows.commands.tables import table_of
 
 PIPELINE, CORPUS = "Pipeline", "Corpus"
 IMAGES, MODEL, SERVICES = "Images and evaluation", "Model", "Services"
@@ -257,7 +258,6 @@ stage_app.command("remote", epilog=remote.STAGE_EPILOG)(remote.stage_remote)
 def stage_list(as_json: Json = False) -> None:
     """Stages in order, whether each is stale, and why."""
     from rich.console import Console
-    from rich.table import Table
 
     from flows.versioning.clone import Clone
     from flows.versioning.code_files import CODE
@@ -283,11 +283,11 @@ def stage_list(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps({"stages": rows}, indent=1))
         return
-    table = Table("stage", "after", "pool", "state")
-    for row in rows:
-        state = row["stale"] or "up to date"
-        table.add_row(row["stage"], ", ".join(row["after"]), row["pool"], state)
-    Console().print(table)
+    cells = (
+        (row["stage"], ", ".join(row["after"]), row["pool"], row["stale"] or "up to date")
+        for row in rows
+    )
+    Console().print(table_of(("stage", "after", "pool", "state"), cells))
 
 
 stage_app.command("plan", epilog=stage_plan.EPILOG)(stage_plan.stage_plan)

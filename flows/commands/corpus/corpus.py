@@ -15,6 +15,7 @@ import typer
 from flows.commands.command_line import fail, project_root
 from flows.commands.corpus import forget as forget_command
 from flows.commands.corpus.look import look
+from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,7 +107,6 @@ def corpus_diff(
     """What changed between two versions, row by row (exit code 1: something did)."""
     import pyarrow as pa
     from rich.console import Console
-    from rich.table import Table
 
     from components.corpus.manifest_columns import ManifestOnDisk
     from components.corpus.pages.corpus_diff import DIFF_SCHEMA, VALUES_OF, diff
@@ -125,19 +125,16 @@ def corpus_diff(
         f"rows {found.rows_before} -> {found.rows_after}, "
         f"kept {found.kept_before} -> {found.kept_after}"
     )
-    counts = Table("change", "rows")
-    for change, number in found.counts().items():
-        counts.add_row(change, str(number))
-    console.print(counts)
-    rules = Table("change", "rule", "rows")
-    for change, reasons in found.by_rule().items():
-        for reason, number in reasons.items():
-            rules.add_row(change, reason, str(number))
-    console.print(rules)
-    columns = Table("column", "rows that differ")
-    for column, number in found.by_column().items():
-        columns.add_row(column, str(number))
-    console.print(columns)
+    counts = [(change, str(number)) for change, number in found.counts().items()]
+    console.print(table_of(("change", "rows"), counts))
+    rules = [
+        (change, reason, str(number))
+        for change, reasons in found.by_rule().items()
+        for reason, number in reasons.items()
+    ]
+    console.print(table_of(("change", "rule", "rows"), rules))
+    columns = [(column, str(number)) for column, number in found.by_column().items()]
+    console.print(table_of(("column", "rows that differ"), columns))
     raise typer.Exit(1 if len(found.rows) else 0)
 
 
@@ -370,7 +367,6 @@ def select(
 ) -> None:
     """What other thresholds would keep, from the measured signals alone."""
     from rich.console import Console
-    from rich.table import Table
 
     from components.corpus.manifest_columns import read_columns
     from components.corpus.selection import what_if as question
@@ -392,14 +388,13 @@ def select(
     if as_json:
         _print_json(document)
         return
-    counts = Table("", "now", "then", "change")
-    for name, number in found.now.items():
-        then = found.then[name]
-        counts.add_row(
-            name, str(number), str(then), f"{then - number:+d}" if then != number else ""
-        )
+    counts = (
+        (name, str(number), str(then), f"{then - number:+d}" if then != number else "")
+        for name, number in found.now.items()
+        for then in (found.then[name],)
+    )
     console = Console()
-    console.print(counts)
+    console.print(table_of(("", "now", "then", "change"), counts))
     for kind, word in (("gained", "newly kept"), ("lost", "newly rejected")):
         console.print(f"{document[kind]} {word}")
         for row in document[f"{kind}_examples"]:

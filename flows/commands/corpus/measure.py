@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from flows.commands.tables import table_of
+
 COLUMNS = {
     "width": "{}",
     "height": "{}",
@@ -45,14 +47,14 @@ def measure_paths(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
 def measurement_table(rows: Sequence[dict[str, Any]]) -> None:
     """Print rows as a table for people."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("image", *COLUMNS)
+    lines = []
     for row in rows:
         cells = [
             "-" if row.get(name) is None else layout.format(row[name])
             for name, layout in COLUMNS.items()
         ]
         name = Path(row["path"]).name
-        table.add_row(f"{name}  {row['error']}" if "error" in row else name, *cells)
-    Console(width=None if Console().is_terminal else 200).print(table)
+        lines.append((f"{name}  {row['error']}" if "error" in row else name, *cells))
+    width = None if Console().is_terminal else 200
+    Console(width=width).print(table_of(("image", *COLUMNS), lines))

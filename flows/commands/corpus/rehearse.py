@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.commands.command_line import fail, project_root
+from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
     from flows.pipeline.rehearsal import Rehearsal
@@ -74,22 +75,21 @@ def before_stage(name: str, root: Path) -> None:
 
 def _show(found: Rehearsal) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     whole = "an unknown number of" if found.total is None else f"{found.total:,}"
-    table = Table("stage", "s", "rows in", "out", "all, h", "said")
-    for stage in found.stages:
-        projected = found.projected_s(stage)
-        table.add_row(
+    cells = (
+        (
             stage.stage,
             f"{stage.seconds:.1f}",
             *("-" if rows is None else str(rows) for rows in (stage.rows_in, stage.rows_out)),
-            "-" if projected is None else f"{projected / 3600:.2f}",
+            "-" if (projected := found.projected_s(stage)) is None else f"{projected / 3600:.2f}",
             {"ok": stage.said, "failed": f"FAILS  {stage.said}"}.get(stage.status, stage.status),
         )
+        for stage in found.stages
+    )
     console = Console(width=None if Console().is_terminal else 160)
     console.print(f"{found.items} of {whole} items")
-    console.print(table)
+    console.print(table_of(("stage", "s", "rows in", "out", "all, h", "said"), cells))
     rows = sum(found.rejected.values())
     for reason, number in found.rejected.items():
         console.print(f"  {reason:<16} {number:>5}  {number / rows:.0%}")

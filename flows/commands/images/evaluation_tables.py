@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.commands.tables import table_of
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -39,8 +41,6 @@ def measured_table(metrics: dict[str, float], ids: tuple[str, ...], rows: list[s
 
     Many metrics of a few systems stand in rows: in columns their names would be cut to pieces.
     """
-    from rich.table import Table
-
     from components.metrics.cards import card
 
     cells = {
@@ -48,24 +48,19 @@ def measured_table(metrics: dict[str, float], ids: tuple[str, ...], rows: list[s
     }
     names = {i: f"{card(i).name} {card(i).arrow}" for i in ids}
     across = len(ids) > _MANY_METRICS and len(rows) <= _FEW_SYSTEMS
-    table = Table()
-    # Names stay whole; numbers wrap.
-    table.add_column("metric" if across else "system", no_wrap=True)
-    for heading in rows if across else names.values():
-        table.add_column(heading, justify="right")
     if across:
-        for i, name in names.items():
-            table.add_row(name, *(cells[row, i] for row in rows))
+        columns = ["metric", *rows]
+        lines = [(name, *(cells[row, i] for row in rows)) for i, name in names.items()]
     else:
-        for row in rows:
-            table.add_row(row, *(cells[row, i] for i in ids))
-    return table
+        columns = ["system", *names.values()]
+        lines = [(row, *(cells[row, i] for i in ids)) for row in rows]
+    # Names stay whole; numbers wrap.
+    return table_of(columns, lines, left=(0,), whole=(0,))
 
 
 def show_result(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
     """Our numbers, published ones beside them, and what is missing."""
     from rich.console import Console
-    from rich.table import Table
 
     from components.evaluation.pages.suite_tables import comparisons, paper_beside
 
@@ -102,16 +97,13 @@ def show_result(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     published = paper_beside(suite.name, suite.protocol)
     if published is not None:
-        beside = Table(
+        beside = table_of(
+            ("system", *published.columns),
+            ((row.title, *row.values) for row in published.rows),
             title=f"Published, other pictures and weights: {published.caption} "
             f"({published.source})",
-            title_justify="left",
+            left=(0,),
         )
-        beside.add_column("system")
-        for column in published.columns:
-            beside.add_column(column, justify="right")
-        for row in published.rows:
-            beside.add_row(row.title, *row.values)
         console.print(beside)
         console.print(comparisons(published, suite.protocol), markup=False, soft_wrap=True)
     for metric_id, reason in result.unavailable.items():
@@ -146,7 +138,6 @@ def _cells(
 def show_tests(result: SuiteResult, baseline: str, resamples: int, seed: int) -> None:
     """A table per system against the baseline, and what could not be compared."""
     from rich.console import Console
-    from rich.table import Table
 
     from components.evaluation.suites.against_baseline import against_baseline
 
@@ -158,16 +149,20 @@ def show_tests(result: SuiteResult, baseline: str, resamples: int, seed: int) ->
     for one in against_baseline(
         result.table, systems, baseline, result.set_comparisons, resamples=resamples, seed=seed
     ):
-        table = Table(title=f"{one.system} against {baseline}", title_justify="left")
-        for name in ("metric", baseline, one.system, "difference", "p", "p, Holm", "at 5%"):
-            table.add_column(name, justify="left" if name == "metric" else "right")
-        for found in one.comparisons:
-            interval = found.difference.low, found.difference.high
-            table.add_row(*_cells(found, found.difference.mean, found.adjusted_p, interval))
-        for distance, adjusted in one.sets:
-            table.add_row(*_cells(distance, distance.difference, adjusted))
-        if table.row_count:
-            console.print(table)
+        rows = [
+            _cells(
+                found,
+                found.difference.mean,
+                found.adjusted_p,
+                (found.difference.low, found.difference.high),
+            )
+            for found in one.comparisons
+        ]
+        rows += [_cells(distance, distance.difference, adjusted) for distance, adjusted in one.sets]
+        columns = ("metric", baseline, one.system, "difference", "p", "p, Holm", "at 5%")
+        if rows:
+            title = f"{one.system} against {baseline}"
+            console.print(table_of(columns, rows, title=title, left=(0,)))
         refusals = (*one.refusals, *result.set_refusals.get(one.system, ()))
         for line in not_compared(one.system, [refusal.reason for refusal in refusals]):
             console.print(line, markup=False, soft_wrap=True)

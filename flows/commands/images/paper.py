@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from components.files.whole_files import write_text
 from flows.commands.command_line import fail, workplace
+from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
     from components.evaluation.paper_tables.filled import FilledTable
@@ -83,11 +84,10 @@ def table(
 
 def _list(as_json: bool) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from components.metrics.paper_tables import TABLES
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "table": one.name,
             "source": one.source,
@@ -100,18 +100,18 @@ def _list(as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, ensure_ascii=False, indent=1))
         return
-    shown = Table(box=None)
-    for head in ("table", "numbers", "filled by", "what"):
-        shown.add_column(head, no_wrap=head == "table", overflow="fold")
-    for one in rows:
-        what = f"{one['caption']} ({one['source']})"
-        shown.add_row(str(one["table"]), str(one["numbers"]), str(one["fills"]), what)
+    cells = (
+        (one["table"], str(one["numbers"]), one["fills"], f"{one['caption']} ({one['source']})")
+        for one in rows
+    )
+    columns = ("table", "numbers", "filled by", "what")
+    shown = table_of(columns, cells, whole=(0,), folded=range(len(columns)))
+    shown.box = None
     Console().print(shown)
 
 
 def _show(filled: FilledTable) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from components.evaluation.paper_tables.export import title
 
@@ -121,16 +121,20 @@ def _show(filled: FilledTable) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     say(f"{filled.table.caption} ({filled.table.source})")
-    shown = Table()
-    shown.add_column("system", overflow="fold")
-    for head in filled.table.columns:
-        shown.add_column(head, justify="right", overflow="fold")
-    for row in filled.rows:
-        cells = [
-            f"{cell.text} ({','.join(map(str, cell.needs))})" if cell.needs else cell.text
-            for cell in row.cells
-        ]
-        shown.add_row(title(row), *cells, style="dim" if row.is_published else None)
+    columns = ("system", *filled.table.columns)
+    lines = (
+        (
+            title(row),
+            *(
+                f"{cell.text} ({','.join(map(str, cell.needs))})" if cell.needs else cell.text
+                for cell in row.cells
+            ),
+        )
+        for row in filled.rows
+    )
+    shown = table_of(columns, lines, left=(0,), folded=range(len(columns)))
+    for made, row in zip(shown.rows, filled.rows, strict=True):
+        made.style = "dim" if row.is_published else None
     console.print(shown)
     reasons: dict[str, list[str]] = {}
     for row in filled.rows:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.commands.tables import table_of
+
 if TYPE_CHECKING:
     from components.evaluation.suites.runtime_suite import Timing
     from components.evaluation.suites.sampling_ways import Way, WayResult
@@ -153,37 +155,39 @@ def compare_and_show(
 def _show_ways(system: str, results: Sequence[WayResult]) -> None:
     from rich.box import SIMPLE
     from rich.console import Console
-    from rich.table import Table
 
     def number(value: float | None, digits: int) -> str:
         return "equal" if value is None else f"{value:.{digits}f}"
 
     console, reasons = Console(), []
+    columns = ("way", "PSNR worst", "mean", "SSIM worst", "mean", "blocks", "s")
     for size in dict.fromkeys(row.size for row in results):
-        table = Table(
-            title=f"{system} at {size} against the exact pictures", title_justify="left", box=SIMPLE
-        )
-        # Gives way before the numbers do.
-        table.add_column("way", overflow="fold")
-        for column in ("PSNR worst", "mean", "SSIM worst", "mean", "blocks", "s"):
-            table.add_column(column, justify="right", no_wrap=True)
+        cells: list[tuple[str, ...]] = []
         for row in (row for row in results if row.size == size):
             # Approximate ways are marked before anything is measured.
             name = f"~ {row.way}" if row.kind == "approximate" else f"  {row.way}"
             if row.error is not None:
-                table.add_row(name, *("-",) * 6)
+                cells.append((name, *("-",) * 6))
                 reasons.append(f"{row.way} at {size}: not measured: {row.error}")
                 continue
             found = row.metrics()
-            table.add_row(
-                name,
-                number(found.get("psnr_worst_db"), 2),
-                number(found.get("psnr_mean_db"), 2),
-                number(found["ssim_worst"], 4),
-                number(found["ssim_mean"], 4),
-                f"{row.blocks_computed} of {row.blocks_total}",
-                f"{found['seconds_per_image']:.3g}",
+            cells.append(
+                (
+                    name,
+                    number(found.get("psnr_worst_db"), 2),
+                    number(found.get("psnr_mean_db"), 2),
+                    number(found["ssim_worst"], 4),
+                    number(found["ssim_mean"], 4),
+                    f"{row.blocks_computed} of {row.blocks_total}",
+                    f"{found['seconds_per_image']:.3g}",
+                )
             )
+        title = f"{system} at {size} against the exact pictures"
+        # The way's name gives way before the numbers do.
+        table = table_of(
+            columns, cells, title=title, left=(0,), whole=range(1, len(columns)), folded=(0,)
+        )
+        table.box = SIMPLE
         console.print(table)
     prompts = max(len(row.psnr_db) for row in results)
     console.print(f"{prompts} prompts; dB; ~ approximate; blocks computed of all", markup=False)
@@ -193,7 +197,6 @@ def _show_ways(system: str, results: Sequence[WayResult]) -> None:
 
 def _show(timings: Sequence[Timing], device: str) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from components.evaluation.suites.runtime_suite import describe_machine
 
@@ -206,16 +209,10 @@ def _show(timings: Sequence[Timing], device: str) -> None:
         markup=False,
         highlight=False,
     )
-    table = Table(title="Seconds and memory per picture", title_justify="left")
-    table.add_column("system")
     memory = "peak GiB (GPU)" if device.startswith("cuda") else "peak GiB (resident)"
-    for column in ("size", "s / picture", "min to max", "pictures / s", memory, "n"):
-        table.add_column(column, justify="right")
-    for timing in timings:
-        if not timing.seconds:
-            table.add_row(timing.system, timing.size, "-", "-", "-", "-", "0")
-            continue
-        table.add_row(
+    columns = ("system", "size", "s / picture", "min to max", "pictures / s", memory, "n")
+    rows = (
+        (
             timing.system,
             timing.size,
             f"{timing.median_s:.3g}",
@@ -224,4 +221,8 @@ def _show(timings: Sequence[Timing], device: str) -> None:
             f"{timing.peak_bytes / 2**30:.2f}",
             str(len(timing.seconds)),
         )
-    console.print(table)
+        if timing.seconds
+        else (timing.system, timing.size, "-", "-", "-", "-", "0")
+        for timing in timings
+    )
+    console.print(table_of(columns, rows, title="Seconds and memory per picture", left=(0,)))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.commands.command_line import fail, project_root, refuse_no_store
+from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
     from components.settings.schema import Settings
@@ -32,14 +33,8 @@ def _settings(root: Path) -> Settings:
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    Console().print(table_of(columns, rows, title=title, left=(0,)))
 
 
 def _save(output: Path, name: str, figures: dict[str, Any], numbers: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.commands.command_line import fail, project_root
+from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,16 +89,10 @@ def _show(console: Console, found: dict[str, Any]) -> None:
 def _table(
     console: Console, part: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]
 ) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
     if not rows:
         console.print(f"[bold]{part}[/]: equal")
         return
-    table = Table(*columns, title=f"{part}: {len(rows)} differ", title_justify="left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+    console.print(table_of(columns, rows, title=f"{part}: {len(rows)} differ"))
 
 
 def _show_corpus(console: Console, corpus: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +14,11 @@ import typer
 
 from flows.commands.command_line import fail, workplace
 from flows.commands.pipeline.plan_cards import show_cards
+from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from components.planning.comparison import Comparison
     from components.planning.exact import Trace
     from components.planning.planner import Plan, Rate, StagePlan
@@ -163,29 +166,20 @@ def _show_traces(found: Sequence[Comparison]) -> None:
     from components.planning.exact import host_peak_bytes
 
     console = Console()
-    table = _table(
-        "Traced: the stages' own code, one process on a GPU that is not there",
-        "stage",
-        "traced",
-        "held",
-        "peak",
-        "formula",
-        "difference",
-        "waits",
-        "float64",
-    )
-    for one in found:
-        table.add_row(
+    rows = (
+        (
             one.stage,
             one.what,
-            bytes_text(one.held_bytes),
-            bytes_text(one.peak_bytes),
-            bytes_text(one.formula_bytes),
+            *map(bytes_text, (one.held_bytes, one.peak_bytes, one.formula_bytes)),
             f"{100 * one.difference:+.1f}%",
             str(sum(one.waits.values())),
             str(sum(one.doubles.values())),
         )
-    console.print(table)
+        for one in found
+    )
+    title = "Traced: the stages' own code, one process on a GPU that is not there"
+    columns = ("stage", "traced", "held", "peak", "formula", "difference", "waits", "float64")
+    console.print(_table(title, columns, rows))
     for one in found:
         console.print(f"{one.stage}, {one.what}: peak at {one.at}", soft_wrap=True, markup=False)
         for what, places in (("waits for the GPU", one.waits), ("float64", one.doubles)):
@@ -352,40 +346,34 @@ def bytes_text(count: float) -> str:
     return f"{count / 1e3:.1f} kB"
 
 
-def _table(title: str, *columns: str) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        # The name of a row stays whole, whatever else wraps.
-        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
-    return table
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    # The name of a row stays whole, whatever else wraps.
+    return table_of(columns, rows, title=title, left=(0,), whole=(0,))
 
 
-def _bucket_table(made: Plan) -> Any:
+def _bucket_table(made: Plan) -> Table:
     """Buckets with equal numbers of tokens share a row."""
-    table = _table(
-        "Transformer, one image per bucket (exact)",
+    columns = (
         "buckets (height x width)",
         "image tokens",
         "forward",
         "forward + backward",
         "recomputed",
     )
-    rows: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     by_tokens = {bucket.image_tokens: bucket for bucket in made.buckets}
     for bucket in made.buckets:
-        rows.setdefault(bucket.image_tokens, []).append(bucket.name)
-    for tokens in sorted(rows):
+        names.setdefault(bucket.image_tokens, []).append(bucket.name)
+    rows = []
+    for tokens in sorted(names):
         bucket = by_tokens[tokens]
         flops = (bucket.forward, bucket.training, bucket.recompute)
-        table.add_row(", ".join(rows[tokens]), f"{tokens:,}", *map(flops_text, flops))
-    return table
+        rows.append((", ".join(names[tokens]), f"{tokens:,}", *map(flops_text, flops)))
+    return _table("Transformer, one image per bucket (exact)", columns, rows)
 
 
-def _work_table(made: Plan, price: float | None) -> Any:
-    table = _table(
-        "Work (buckets equally frequent; model FLOPs, without recomputation)",
+def _work_table(made: Plan, price: float | None) -> Table:
+    columns = (
         "stage",
         "items",
         "per item",
@@ -397,8 +385,8 @@ def _work_table(made: Plan, price: float | None) -> Any:
         "GPU-hours",
         *([] if price is None else ["cost"]),
     )
-    for stage in made.stages:
-        table.add_row(
+    rows = (
+        (
             stage.stage,
             f"{stage.items:,} {stage.work}",
             flops_text(stage.flops_per_item.model),
@@ -410,7 +398,10 @@ def _work_table(made: Plan, price: float | None) -> Any:
             _duration(stage.gpu_hours),
             *([] if price is None else [_cost(stage, price)]),
         )
-    return table
+        for stage in made.stages
+    )
+    title = "Work (buckets equally frequent; model FLOPs, without recomputation)"
+    return _table(title, columns, rows)
 
 
 def _cost(stage: StagePlan, price: float) -> str:
@@ -436,10 +427,12 @@ def _duration(hours: float | None) -> str:
     return "-" if hours is None else f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"
 
 
-def _memory_table(made: Plan) -> Any:
-    table = _table(
+def _memory_table(made: Plan) -> Table:
+    title = (
         "Memory of a GPU at the fullest moment (without CUDA's context and kernels' workspaces), "
-        "and of one machine",
+        "and of one machine"
+    )
+    columns = (
         "stage",
         "parameters",
         "weights",
@@ -451,9 +444,8 @@ def _memory_table(made: Plan) -> Any:
         "a GPU",
         "host",
     )
-    for stage in made.stages:
-        table.add_row(stage.stage, f"{stage.parameters:,}", *_memory_cells(stage))
-    return table
+    rows = ((stage.stage, f"{stage.parameters:,}", *_memory_cells(stage)) for stage in made.stages)
+    return _table(title, columns, rows)
 
 
 def _memory_cells(stage: StagePlan) -> list[str]:
@@ -466,20 +458,21 @@ def _memory_cells(stage: StagePlan) -> list[str]:
     return [*cells, bytes_text(stage.memory_bytes) + times, bytes_text(stage.host_bytes)]
 
 
-def _zero_table(made: Plan) -> Any:
+def _zero_table(made: Plan) -> Table:
     from components.planning.advice import offered_zero_stages
 
     title = "States of the transformer on one GPU, by dit_stage1.zero_stage (exact)"
-    table = _table(title, "ZeRO", "weights", "gradients", "optimizer", "sum")
+    rows = []
     for zero, states in made.states_by_zero.items():
         name = str(zero) if zero in offered_zero_stages() else f"{zero} (not offered)"
-        table.add_row(name, *map(bytes_text, states), bytes_text(sum(states)))
-    return table
+        rows.append((name, *map(bytes_text, (*states, sum(states)))))
+    return _table(title, ("ZeRO", "weights", "gradients", "optimizer", "sum"), rows)
 
 
-def _disk_table(made: Plan) -> Any:
-    table = _table("Disk", "stage", "what", "size")
-    for stage in made.stages:
-        for what, size in stage.disk.items():
-            table.add_row(stage.stage, what, bytes_text(size))
-    return table
+def _disk_table(made: Plan) -> Table:
+    rows = (
+        (stage.stage, what, bytes_text(size))
+        for stage in made.stages
+        for what, size in stage.disk.items()
+    )
+    return _table("Disk", ("stage", "what", "size"), rows)

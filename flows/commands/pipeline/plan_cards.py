@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.commands.tables import table_of
+
 if TYPE_CHECKING:
     from components.settings.schema import Settings
 
@@ -23,8 +25,6 @@ def show_cards(settings: Settings, root: Path, *, as_json: bool) -> None:
         ValueError: the settings train all weights.
     """
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     from components.planning.cards import card_rows
     from components.planning.memory import GIB
@@ -38,23 +38,27 @@ def show_cards(settings: Settings, root: Path, *, as_json: bool) -> None:
     console = Console(soft_wrap=True)
     for work in ("training", "sampling"):
         what = "training, batch 1" if work == "training" else work
-        table = Table(title=f"One GPU: {what} (planned; not measured)", title_justify="left")
-        for column in ("px", "card", "", "needs", "settings", "error"):
-            # Folded: a setting that is cut off cannot be typed.
-            table.add_column(
-                column, justify="right" if column in ("px", "card") else "left", overflow="fold"
+        cells = (
+            (
+                str(row.edge_px),
+                f"{row.card_gb} GB",
+                row.verdict,
+                f"{row.needed_bytes / GIB:.1f} GiB",
+                "\n".join(f"{key}: {_text(value)}" for key, value in row.changes.items())
+                or "as they are",
+                row.error,
             )
-        for row in rows:
-            if row.work == work:
-                changes = "\n".join(f"{key}: {_text(value)}" for key, value in row.changes.items())
-                table.add_row(
-                    str(row.edge_px),
-                    f"{row.card_gb} GB",
-                    row.verdict,
-                    f"{row.needed_bytes / GIB:.1f} GiB",
-                    escape(changes) or "as they are",
-                    row.error,
-                )
+            for row in rows
+            if row.work == work
+        )
+        table = table_of(
+            ("px", "card", "", "needs", "settings", "error"),
+            cells,
+            title=f"One GPU: {what} (planned; not measured)",
+            left=range(2, 6),
+            # A setting that is cut off cannot be typed.
+            folded=range(6),
+        )
         console.print(table)
 
 

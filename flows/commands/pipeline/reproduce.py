@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.commands.command_line import fail, project_root
+from flows.commands.tables import table_of
 from flows.records.trees import REPRODUCE, tree_place
 
 if TYPE_CHECKING:
@@ -105,10 +106,9 @@ def _as_dict(
 
 def _show(compared: list[StageComparison]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table("stage", "outputs", "how", "what differs")
+    rows = []
     for one in compared:
         paths = [
             f"{path}: {a[:8] or '-'} -> {b[:8] or '-'}" for path, (a, b) in one.outputs.items()
@@ -116,8 +116,8 @@ def _show(compared: list[StageComparison]) -> None:
         if one.outputs:
             inputs = ", ".join(one.inputs) or "none: the stage itself gave other bytes"
             paths.append(f"inputs that differ: {inputs}")
-        table.add_row(one.stage, one.verdict, one.how, "\n".join(paths))
-    console.print(table)
+        rows.append((one.stage, one.verdict, one.how, "\n".join(paths)))
+    console.print(table_of(("stage", "outputs", "how", "what differs"), rows))
     counts = {
         how: sum(one.how == how for one in compared if one.verdict == "equal")
         for how in ("computed", "restored")

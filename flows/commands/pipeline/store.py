@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.commands.command_line import fail, project_root, refuse_no_store
+from flows.commands.tables import table_of
 
 app = typer.Typer(no_args_is_help=True, help="Check and repair stores of latents and embeddings.")
 
@@ -23,7 +24,6 @@ def verify(
 ) -> None:
     """Read every record and compare its hash (exit code 1: a record is damaged)."""
     from rich.console import Console
-    from rich.table import Table
 
     root = project_root() if not paths else Path()
     otherwise = "not a finished store" if paths else "run the pipeline first: ultraflux run"
@@ -31,24 +31,25 @@ def verify(
         refuse_no_store(path, otherwise)
     from components.training.encoding.store_check import check_store
 
-    table = Table("store", "shards", "records", "GB", "MB/s", "bad")
-    bad = []
+    rows, bad = [], []
     for path in paths or [root / name for name in _STORES]:
         try:
             found = check_store(path)
         except ValueError as problem:
             raise fail(str(problem)) from None
-        table.add_row(
-            path.name,
-            str(found.shards),
-            str(found.records),
-            f"{found.nbytes / 1e9:.3f}",
-            f"{found.nbytes / 1e6 / max(found.seconds, 1e-9):.0f}",
-            str(len(found.bad)),
+        rows.append(
+            (
+                path.name,
+                str(found.shards),
+                str(found.records),
+                f"{found.nbytes / 1e9:.3f}",
+                f"{found.nbytes / 1e6 / max(found.seconds, 1e-9):.0f}",
+                str(len(found.bad)),
+            )
         )
         bad += [(path.name, one) for one in found.bad]
     console = Console()
-    console.print(table)
+    console.print(table_of(("store", "shards", "records", "GB", "MB/s", "bad"), rows))
     for name, one in bad[:_SHOWN]:
         image = one.image_id or "(empty prompt)"
         console.print(f"{name}: shard {one.shard}, image {image}: {one.problem}", soft_wrap=True)

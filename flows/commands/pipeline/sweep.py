@@ -13,6 +13,7 @@ from flows.commands.command_line import (
     project_root,
     refuse_unknown_stage,
 )
+from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
     from components.evaluation.suites.ablation import Arm
@@ -112,15 +113,14 @@ def _show_plan(root: Path, sets: Sequence[Arm], until: str | None) -> None:
 
 def _show(results: Sequence[SetResult], metrics: list[str], end: Order) -> None:
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     keys = list(results[0].settings)
-    table = Table(*keys, *metrics)
-    table.caption = f"sorted by {metrics[0]}, {end} first" if metrics else "no metric differs"
+    rows = []
     for one in results:
         numbers = [f"{one.metrics[m]:.6g}" if m in one.metrics else "-" for m in metrics]
         if one.problem and numbers:
             numbers[0] = "not finished"
-        table.add_row(*(escape(str(one.settings[key])) for key in keys), *numbers)
+        rows.append((*(str(one.settings[key]) for key in keys), *numbers))
+    table = table_of((*keys, *metrics), rows)
+    table.caption = f"sorted by {metrics[0]}, {end} first" if metrics else "no metric differs"
     Console(highlight=False).print(table)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.commands.command_line import fail, project_root, refuse_unknown_stage
+from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
     from components.training.distributed.run_states import RunIdentity, RunState
@@ -163,27 +164,29 @@ def _row(
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table()
-    # Whole, because it is what --continue-from takes.
-    table.add_column("state", no_wrap=True)
-    for heading in ("step", "status", "device h", "MiB", "age", "against the settings now"):
-        table.add_column(heading, overflow="fold")
+    if not rows:
+        Console().print("no training states")
+        return
+    cells = []
     for row in rows:
         words = row["differs"]
         if row["not_needed"]:
             words += f" [{'removed' if row['removed'] else 'not needed'}: {row['not_needed']}]"
-        table.add_row(
-            row["state"],
-            f"{row['step']} of {row['steps'] or '?'}",
-            row["status"],
-            f"{row['device_hours']:.2f}",
-            f"{row['mib']:.1f}",
-            _age(row["age_s"]),
-            words.replace("[", "\\["),
+        cells.append(
+            (
+                row["state"],
+                f"{row['step']} of {row['steps'] or '?'}",
+                row["status"],
+                f"{row['device_hours']:.2f}",
+                f"{row['mib']:.1f}",
+                _age(row["age_s"]),
+                words,
+            )
         )
-    Console().print(table if rows else "no training states")
+    columns = ("state", "step", "status", "device h", "MiB", "age", "against the settings now")
+    # The state stays whole, because it is what --continue-from takes.
+    Console().print(table_of(columns, cells, whole=(0,), folded=range(1, len(columns))))
 
 
 def _age(seconds: float) -> str:

@@ -17,6 +17,7 @@ from typing import Literal
 import psutil
 
 from components.files.install_hints import download_command, install_hint
+from flows.commands.tables import table_of
 from flows.records.provenance import locked_packages
 
 Verdict = Literal["ok", "warning", "problem"]
@@ -66,16 +67,11 @@ def examine(root: Path) -> list[Finding]:
 def print_findings(findings: list[Finding]) -> int:
     """Print a table; returns the exit code: 1 where there is a problem."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
     colours = {"ok": "green", "warning": "yellow", "problem": "red"}
-    table = Table("", "topic", "finding", "what to do")
-    for f in findings:
-        # Findings hold brackets of their own, such as ".[iqa]".
-        verdict = f"[{colours[f.verdict]}]{f.verdict}[/]"
-        table.add_row(verdict, f.topic, escape(f.text), escape(f.fix))
-    Console().print(table)
+    cells = ((Text.styled(f.verdict, colours[f.verdict]), f.topic, f.text, f.fix) for f in findings)
+    Console().print(table_of(("", "topic", "finding", "what to do"), cells))
     return _exit_code(findings)
 
 
