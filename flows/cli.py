@@ -16,7 +16,9 @@ from components.files.cut_bytecode import describe_cut_bytecode, remove_cut_byte
 from components.files.whole_files import write_text
 from flows import environment
 from flows.commands.command_line import (
+    Json,
     fail,
+    print_json,
     profiles,
     project_root,
     refuse_unknown_stage,
@@ -78,7 +80,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 ContinueFrom = Annotated[
     str | None,
     typer.Option(
@@ -210,7 +211,7 @@ def run(
     except (SettingsError, PipelineRefused, ServiceError, GraphError) as problem:
         raise fail(str(problem)) from None
     if as_json:
-        print(json.dumps(summary.as_dict(), indent=1))
+        print_json(summary.as_dict())
     if summary.interrupted:
         raise fail("interrupted; nothing computed is lost, run it again to go on", 130)
     if not summary.ok:
@@ -281,7 +282,7 @@ def stage_list(as_json: Json = False) -> None:
         for name, node in graph.items()
     ]
     if as_json:
-        print(json.dumps({"stages": rows}, indent=1))
+        print_json({"stages": rows})
         return
     cells = (
         (row["stage"], ", ".join(row["after"]), row["pool"], row["stale"] or "up to date")
@@ -402,10 +403,9 @@ app.command(rich_help_panel=SERVICES)(services.sync)
 @app.command(rich_help_panel=SERVICES)
 def doctor(as_json: Json = False) -> None:
     """Say what is missing or broken on this machine, and how to fix it."""
-    from flows.commands.services.doctor import examine, print_findings, print_json
+    from flows.commands.services.doctor import examine, print_findings
 
-    findings = examine(project_root())
-    raise typer.Exit(print_json(findings) if as_json else print_findings(findings))
+    raise typer.Exit(print_findings(examine(project_root()), as_json=as_json))
 
 
 for command in (services.up, services.down, services.status):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from flows import environment
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 _SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([^:]+): '(.+?)'( -> '.+?')?")
 """How Python words what the system says of a path."""
@@ -25,6 +29,16 @@ def fail(message: str, code: int = 2) -> typer.Exit:
     for line in _SYSTEM_ERROR.sub(r"\2: \1", message).splitlines():
         print(f"error: {line}", file=sys.stderr)
     return typer.Exit(code)
+
+
+def print_json(value: object, default: Callable[[Any], Any] | None = None) -> None:
+    """Print one JSON value; `default` says what stands for what JSON does not know."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=default)
+    try:
+        print(text)
+    except UnicodeEncodeError:
+        # A terminal of few characters, or a name of a file that is no text.
+        print(json.dumps(value, indent=1, default=default))
 
 
 def why_no_file(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, print_json, project_root
 from flows.commands.corpus import forget as forget_command
 from flows.commands.corpus.look import look
 from flows.commands.tables import table_of
@@ -86,10 +86,6 @@ def _refuse_folder(output: Path) -> None:
         raise fail(f"--output {output}: a folder; name a file")
 
 
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
-
-
 @app.command(
     "diff",
     epilog="Example: after a change of thresholds, [bold]ultraflux corpus diff HEAD~1 "
@@ -118,7 +114,7 @@ def corpus_diff(
         table = pa.Table.from_pandas(found.rows, schema=DIFF_SCHEMA, preserve_index=False)
         write_parquet(table.replace_schema_metadata(), output)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json(), default=str)
         raise typer.Exit(1 if len(found.rows) else 0)
     console = Console()
     console.print(
@@ -386,7 +382,7 @@ def select(
         raise fail(str(problem)) from None
     document = question.to_json(found, what_if)
     if as_json:
-        _print_json(document)
+        print_json(document, default=str)
         return
     counts = (
         (name, str(number), str(then), f"{then - number:+d}" if then != number else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import sys
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root, silenced
+from flows.commands.command_line import Json, fail, print_json, project_root, silenced
 
 if TYPE_CHECKING:
     from components.corpus.selection.rights import Exclusion
@@ -59,7 +58,7 @@ def forget(
     certificate: Annotated[
         Path | None, typer.Option(help="Where to write it (default: below certificates/).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what photographs went into and what leaving them out costs; with --rebuild, do it."""
     from components.corpus.selection.rights import Exclusions, add_exclusions
@@ -91,7 +90,7 @@ def forget(
             print(f"warning: {line}", file=sys.stderr)
     if key is None:
         if as_json:
-            print(json.dumps(affected.to_json(), indent=1, ensure_ascii=False))
+            print_json(affected.to_json())
         else:
             _show(affected)
             print("Nothing was changed. With --rebuild: exclude, train anew, certify.")
@@ -108,7 +107,7 @@ def forget(
     retired = _retire(root, affected, written)
     if as_json:
         document = {"certificate": str(written), "retired": retired, **affected.to_json()}
-        print(json.dumps(document, indent=1, ensure_ascii=False))
+        print_json(document)
         return
     for line in retired:
         print(f"retired: {line}")

@@ -185,7 +185,7 @@ def evaluate(
     from components.evaluation.suites.system import Sampling
     from components.evaluation.suites.systems import FolderSystem
     from components.settings.schema import SettingsError
-    from flows.commands.images.evaluation_tables import print_json, show_result, show_tests
+    from flows.commands.images.evaluation_tables import print_result, show_result, show_tests
     from flows.commands.images.runtime import (
         compare_and_show,
         parse_sizes,
@@ -302,7 +302,7 @@ def evaluate(
     seconds = time.monotonic() - started
     scores = written / "scores.parquet"
     if as_json:
-        print_json(loaded, result, scores, baseline, resamples, root_seed)
+        print_result(loaded, result, scores, baseline, resamples, root_seed)
     elif not quiet:
         show_result(loaded, result, ids)
         if baseline is not None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.commands.command_line import print_json
 from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def show_tests(result: SuiteResult, baseline: str, resamples: int, seed: int) ->
             console.print(line, markup=False, soft_wrap=True)
 
 
-def print_json(
+def print_result(
     suite: Suite,
     result: SuiteResult,
     scores: Path,
@@ -222,7 +222,7 @@ def print_json(
         "statistics": statistics_of(result),
         "scores": str(scores),
     }
-    print(json.dumps(finite(described), ensure_ascii=False, allow_nan=False))
+    print_json(finite(described))
 
 
 def not_compared(system: str, reasons: list[str]) -> Iterator[str]:

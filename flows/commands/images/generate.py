@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root, workplace
+from flows.commands.command_line import fail, print_json, project_root, workplace
 from flows.commands.images.sign import Signer, is_signed, made_with
 
 EPILOG = """Examples:
@@ -138,7 +137,7 @@ def generate(
             raise fail(str(problem)) from None
         if "ultraflux_key" not in fields:
             raise fail(f"{show_metadata}: not made by this project, or its metadata was removed", 1)
-        print(json.dumps(fields, ensure_ascii=False, indent=2))
+        print_json(fields)
         return
     from components.files.weight_folders import WeightsMissing
     from flows.commands.images.generation import GenerateOptions

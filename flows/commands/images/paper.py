@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from components.files.whole_files import write_text
-from flows.commands.command_line import fail, workplace
+from flows.commands.command_line import fail, print_json, workplace
 from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def table(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, text(), follow=True)
     if as_json:
-        print(json.dumps(described(filled), ensure_ascii=False, indent=1))
+        print_json(described(filled))
         return
     _show(filled)
     for path in (csv, latex):
@@ -98,7 +97,7 @@ def _list(as_json: bool) -> None:
         for one in TABLES
     ]
     if as_json:
-        print(json.dumps(rows, ensure_ascii=False, indent=1))
+        print_json(rows)
         return
     cells = (
         (one["table"], str(one["numbers"]), one["fills"], f"{one['caption']} ({one['source']})")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.commands.command_line import print_json
 from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def time_and_show(
     asked = {"warm_up": warm_up, "repeats": repeats, "sampling": asdict(sampling)}
     write_runtime(timings, failed, sampling.device, path, **asked)
     if as_json:
-        print(json.dumps(json.loads(path.read_text(encoding="utf-8")), ensure_ascii=False))
+        print_json(json.loads(path.read_text(encoding="utf-8")))
     else:
         _show(timings, sampling.device)
         print(f"Timings: {path}")
@@ -148,7 +149,10 @@ def compare_and_show(
         },
     }
     write_text(path, json.dumps(described, indent=2, allow_nan=False) + "\n")
-    print(json.dumps(described, ensure_ascii=False) if as_json else f"Ways: {path}")
+    if as_json:
+        print_json(described)
+    else:
+        print(f"Ways: {path}")
     return metrics, problems
 
 

@@ -7,7 +7,6 @@ writes what was trained for other programs.
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, workplace
+from flows.commands.command_line import Json, fail, print_json, workplace
 
 if TYPE_CHECKING:
     from components.metrics.metric_weights import Weights
@@ -86,7 +85,7 @@ def list_weights(
     metrics: Annotated[
         list[str] | None, typer.Argument(help="Metric ids, or nsfwjs; all if none.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """What needs weights, their files, size, licence, whether they are there, and the command."""
     from rich.console import Console
@@ -106,7 +105,7 @@ def list_weights(
             {"for": names, "state": found, **{name: getattr(part, name) for name in named}}
             for names, part, found in rows
         ]
-        print(json.dumps({"weights": listed}, indent=1))
+        print_json({"weights": listed})
         return
     for names, part, found in rows:
         colour = _COLOURS.get(found, "yellow")

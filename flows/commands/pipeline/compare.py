@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import Json, fail, print_json, project_root
 from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ newest run), a git revision, or `workspace`. Exit code 1: something differs."""
 def compare(
     before: Annotated[str, typer.Argument(metavar="RUN_A", help="See below.")],
     after: Annotated[str, typer.Argument(metavar="RUN_B", help="See below.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
     mlflow: Annotated[
         bool, typer.Option("--mlflow/--no-mlflow", help="Ask the tracking server too.")
     ] = True,
@@ -48,7 +48,7 @@ def compare(
         from components.evaluation.suites.result_folder import finite
 
         plain = finite(json.loads(json.dumps(found, default=str)))
-        print(json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False))
+        print_json(plain)
     else:
         from rich.console import Console
 

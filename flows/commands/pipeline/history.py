@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import project_root
+from flows.commands.command_line import print_json, project_root
 
 EPILOG = """Examples:
 
@@ -42,7 +41,7 @@ def history(
     lines = list(run_history(root))
     shown = lines[:limit] if limit else lines
     if as_json:
-        print(json.dumps([line.as_dict() for line in shown], indent=1, ensure_ascii=False))
+        print_json([line.as_dict() for line in shown])
         return
     from flows.history.history_view import Uis, history_lines, history_page, shown_runs
     from flows.services.ui_addresses import mlflow_ui, prefect_ui

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import Json, fail, print_json, project_root
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -51,7 +50,7 @@ def lineage(
         ),
     ],
     limit: Annotated[int, typer.Option(min=1, help="Rows and pictures shown below one step.")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
     mlflow: Annotated[
         bool, typer.Option("--mlflow/--no-mlflow", help="Ask the tracking server too.")
     ] = True,
@@ -69,7 +68,7 @@ def lineage(
         raise fail(str(problem)) from None
     if as_json:
         document = {"mlflow": evidence.mlflow_problem or "asked", **node.to_json()}
-        print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+        print_json(document, default=str)
         return
     from rich.console import Console
 

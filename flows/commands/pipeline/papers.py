@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, print_json, project_root
 
 EPILOG = """Example: [bold]ultraflux papers[/], then upload papers/dataset and papers/model beside
 the photographs and the weights. All that is said comes from lineage, tables and settings: run it
@@ -30,7 +29,7 @@ def papers(
     except (PapersIncomplete, SettingsError) as problem:
         raise fail(str(problem)) from None
     if as_json:
-        print(json.dumps([str(path) for path in written], indent=1))
+        print_json([str(path) for path in written])
         return
     for path in written:
         print(path)

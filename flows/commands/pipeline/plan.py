@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, workplace
+from flows.commands.command_line import Json, fail, print_json, workplace
 from flows.commands.pipeline.plan_cards import show_cards
 from flows.commands.tables import table_of
 
@@ -105,7 +104,7 @@ def plan(
             "sampling at 1024, 2048 and 4096 px, with which settings, at what error.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what would run and what it costs before it does: stages, FLOPs, GPU memory, disk."""
     from components.planning.planner import plan as make
@@ -136,7 +135,7 @@ def plan(
             values["next_run"] = next_run.as_dict(price_per_gpu_hour)
         if exact:
             values["exact"] = [asdict(comparison) for comparison in traced]
-        print(json.dumps(values, indent=2))
+        print_json(values)
         return
     if next_run is not None:
         _show_next_run(next_run, price_per_gpu_hour, stages or [])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flows.commands.command_line import print_json
 from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def show_cards(settings: Settings, root: Path, *, as_json: bool) -> None:
 
     rows = list(card_rows(Transformer(networks(settings, root), settings)))
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        print_json([asdict(row) for row in rows])
         return
     console = Console(soft_wrap=True)
     for work in ("training", "sampling"):

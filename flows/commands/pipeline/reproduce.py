@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import Json, fail, print_json, project_root
 from flows.commands.tables import table_of
 from flows.records.trees import REPRODUCE, tree_place
 
@@ -43,7 +42,7 @@ def reproduce(
         list[str] | None,
         typer.Option(help="With --recompute: only this stage; may be given several times."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
     mlflow: Annotated[
         bool, typer.Option("--mlflow/--no-mlflow", help="Look for the run there too.")
     ] = True,
@@ -77,7 +76,7 @@ def reproduce(
         raise fail(str(problem)) from None
     equal = all(one.verdict == "equal" for one in compared)
     if as_json:
-        print(json.dumps(_as_dict(recorded.name, tree, warnings, compared), indent=2))
+        print_json(_as_dict(recorded.name, tree, warnings, compared))
     else:
         _show(compared)
         print(f"Tree: {tree}  (remove it: git worktree remove --force {tree})")

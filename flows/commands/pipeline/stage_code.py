@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import Json, fail, print_json, project_root
 
 FINGERPRINT_EPILOG = """Examples:
 
@@ -33,7 +32,7 @@ def stage_fingerprint(
     modules: Annotated[
         bool, typer.Option("--modules", help="Also each module that the stage can reach.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Print the fingerprint of a stage's code: what all modules that it can reach mean."""
     from components.files.code_identity import STAGES, CodeIdentity
@@ -48,7 +47,7 @@ def stage_fingerprint(
         raise fail(f"{problem.filename}:{problem.lineno}: {problem.msg}") from None
     own = identity.own_hashes(f"{STAGES}.{name}")
     if as_json:
-        print(json.dumps({"stage": name, "fingerprint": found, "modules": own}, indent=1))
+        print_json({"stage": name, "fingerprint": found, "modules": own})
         return
     print(found)
     if modules:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import Json, fail, print_json, project_root
 
 EPILOG = """Examples:
 
@@ -24,7 +23,7 @@ def stage_plan(
         float | None,
         typer.Option(help="Adds the cost of each stage (default: runtime.gpu_hour_price)."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
     mlflow: Annotated[
         bool, typer.Option("--mlflow/--no-mlflow", help="Ask the tracking server for runs too.")
     ] = True,
@@ -42,7 +41,7 @@ def stage_plan(
         raise fail(str(problem)) from None
     price = made.gpu_hour_price if price_per_gpu_hour is None else price_per_gpu_hour
     if as_json:
-        print(json.dumps(made.as_dict(price), indent=2))
+        print_json(made.as_dict(price))
         return
     from rich.console import Console
 

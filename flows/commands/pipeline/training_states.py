@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, project_root, refuse_unknown_stage
+from flows.commands.command_line import Json, fail, print_json, project_root, refuse_unknown_stage
 from flows.commands.tables import table_of
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def stage_key(
         list[str] | None,
         typer.Option("-S", "--set", help="section.key=value: as if params.yaml said so."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Print the identity of a stage's training state, and the settings that are in it."""
     from components.settings.schema import SettingsError
@@ -62,7 +61,7 @@ def stage_key(
     except (GraphError, SettingsError) as problem:
         raise fail(str(problem)) from None
     if as_json:
-        print(json.dumps({"key": identity.key, **identity.model_dump(mode="json")}, indent=1))
+        print_json({"key": identity.key, **identity.model_dump(mode="json")})
         return
     print(identity.key)
     for title, entries in (
@@ -124,7 +123,7 @@ def stage_states(
                 remove_state(state)
         rows += [_row(state, None, "", False) for state in lost_states(root / "runs" / stage)]
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return
     _print_table(rows)
     if prune:

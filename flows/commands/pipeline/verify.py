@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, why_no_file
+from flows.commands.command_line import Json, fail, print_json, why_no_file
 
 EPILOG = """Examples:
 
@@ -49,7 +48,7 @@ def verify(
             "root certificate of a picture's."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check a signed file offline: unchanged, by which key, and what it says."""
     from components.files.signatures import KeyUnusable, public_key
@@ -65,7 +64,7 @@ def verify(
         raise fail(str(problem)) from None
     if as_json:
         document = {"file": str(file), "valid": not found.problems, **found.__dict__}
-        print(json.dumps(document, indent=1, ensure_ascii=False))
+        print_json(document)
     else:
         _show(file, found)
     raise typer.Exit(1 if found.problems else 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, print_json, project_root
 
 ENGINES = ("local", "prefect", "pools")
 EPILOG = """Examples:
@@ -134,7 +133,7 @@ def chaos(
             "seconds": report.seconds,
             "problems": report.problems,
         }
-        print(json.dumps(values, indent=1, ensure_ascii=False))
+        print_json(values)
     else:
         print(report.table())
         print(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, print_json, project_root
 
 EPILOG = """Examples:
 
@@ -35,7 +34,7 @@ def clean(
     gone = [one for one in found if runs and remove(root, one)]
     total = sum(one.size_bytes for one in (gone if runs else found)) / 2**20
     if as_json:
-        print(json.dumps([one.as_dict() | {"removed": one in gone} for one in found], indent=1))
+        print_json([one.as_dict() | {"removed": one in gone} for one in found])
     else:
         for one in found:
             print(f"{one.size_bytes / 2**20:10.1f} MiB  {one.path}  ({one.kind}: {one.reason})")

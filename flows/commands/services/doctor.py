@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from typing import Literal
 import psutil
 
 from components.files.install_hints import download_command, install_hint
+from flows.commands.command_line import print_json
 from flows.commands.tables import table_of
 from flows.records.provenance import locked_packages
 
@@ -64,25 +64,22 @@ def examine(root: Path) -> list[Finding]:
     return findings
 
 
-def print_findings(findings: list[Finding]) -> int:
-    """Print a table; returns the exit code: 1 where there is a problem."""
+def print_findings(findings: list[Finding], *, as_json: bool) -> int:
+    """Print a table, or one JSON object; returns the exit code: 1 where there is a problem."""
+    if as_json:
+        print_json({"findings": [asdict(finding) for finding in findings]})
+    else:
+        _print_table(findings)
+    return int(any(finding.verdict == "problem" for finding in findings))
+
+
+def _print_table(findings: list[Finding]) -> None:
     from rich.console import Console
     from rich.text import Text
 
     colours = {"ok": "green", "warning": "yellow", "problem": "red"}
     cells = ((Text.styled(f.verdict, colours[f.verdict]), f.topic, f.text, f.fix) for f in findings)
     Console().print(table_of(("", "topic", "finding", "what to do"), cells))
-    return _exit_code(findings)
-
-
-def print_json(findings: list[Finding]) -> int:
-    """Print them as one JSON object; returns the exit code: 1 where there is a problem."""
-    print(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=1))
-    return _exit_code(findings)
-
-
-def _exit_code(findings: list[Finding]) -> int:
-    return int(any(finding.verdict == "problem" for finding in findings))
 
 
 def _python(_root: Path) -> Iterator[Finding]:

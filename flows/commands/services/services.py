@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, print_json, project_root
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -182,7 +181,7 @@ def status(
 
     found = examine(project_root())
     if as_json:
-        print(json.dumps(found.as_dict(), indent=1))
+        print_json(found.as_dict())
     else:
         found.print()
     raise typer.Exit(0 if found.well else 1)

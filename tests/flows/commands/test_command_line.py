@@ -149,3 +149,21 @@ def test_another_projects_packages_of_our_names_are_not_imported(
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "dit_stage1" in done.stdout
+
+
+def test_json_is_text_as_it_stands_unless_the_terminal_cannot_show_it() -> None:
+    code = (
+        "import sys\n"
+        "from flows.commands.command_line import print_json\n"
+        "sys.stdout.reconfigure(encoding=sys.argv[1], errors='strict')\n"
+        "print_json({'name': eval(sys.argv[2])})\n"
+    )
+    for encoding, name, shown in (
+        ("utf-8", "é", "é"),
+        ("ascii", "é", "\\u00e9"),
+        ("utf-8", "\udcff", "\\udcff"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, encoding, ascii(name)], capture_output=True, check=True
+        )
+        assert done.stdout.decode("utf-8") == f'{{\n "name": "{shown}"\n}}\n'
