@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from components.settings.schema import load_settings
+from components.telemetry.wording import time_text
 from flows.history.run_evidence import StageRun, connect, finished_runs
 from flows.versioning import graph as versioning
 from flows.versioning.clone import Clone
@@ -239,11 +240,3 @@ def operations_summary(plan: OperationsPlan, price: float | None) -> str:
         f"{time_text(plan.hours)} of stages, {time_text(plan.elapsed_hours)} along the slowest "
         f"path, {plan.gpu_hours:.2g} GPU-hours{cost}{other}"
     )
-
-
-def time_text(hours: float) -> str:
-    """Such as "42 s", "3.5 min" or "12.0 h"."""
-    seconds = hours * 3600
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from components.files.whole_files import write_bytes
 from components.settings.schema import load_settings
+from components.telemetry.wording import few
 from flows.records.records import Record, read_json, records_dir, write_json
 from flows.remote import data_remote
 from flows.remote.lock_entries import foreign_inputs, merge_entries
@@ -190,9 +191,8 @@ def code_commit(root: Path) -> str:
     changes = _git(root, "status", "--porcelain", "--", ":!dvc.lock", ":!params.yaml")
     if changes:
         files = [line[3:] for line in changes.splitlines()]
-        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         raise WorkerRefused(
-            f"{root} has changes that no commit has ({files[0]}{more}): commit them and bring "
+            f"{root} has changes that no commit has ({few(files, 1)}): commit them and bring "
             "every clone to that commit, or undo them"
         )
     return _git(root, "rev-parse", "HEAD").strip()

@@ -27,6 +27,7 @@ from components.corpus.selection.rules import (
     judgements,
 )
 from components.settings.schema import Settings
+from components.telemetry.wording import few
 
 _NAMED_IN_MESSAGES = 3
 _SHORTEST_PREFIX = 4
@@ -75,12 +76,9 @@ def find(table: pd.DataFrame, image: str, root: Path) -> int:
         )
     found = table.iloc[rows]
     if found["image_id"].nunique() > 1:
-        named = ", ".join(found["uri"].head(_NAMED_IN_MESSAGES))
-        more = len(found) - _NAMED_IN_MESSAGES
         raise ImageUnknown(
-            f"{image}: {len(found)} candidates go by it ({named}"
-            + (f" and {more} more" if more > 0 else "")
-            + "); give a path or more of the image_id"
+            f"{image}: {len(found)} candidates go by it "
+            f"({few(list(found['uri']), _NAMED_IN_MESSAGES)}); give a path or more of the image_id"
         )
     originals = found["duplicate_of"].isna().to_numpy().nonzero()[0]
     return int(rows[originals[0] if len(originals) else 0])
@@ -121,12 +119,8 @@ class Why:
         if self.keeper is not None:
             lines.append(f"  kept in its place: {self.keeper[1]} ({self.keeper[0][:12]})")
         if self.keeps_for:
-            named = ", ".join(self.keeps_for[:_NAMED_IN_MESSAGES])
-            more = len(self.keeps_for) - _NAMED_IN_MESSAGES
-            lines.append(
-                f"  stands for {len(self.keeps_for)} dropped duplicates: {named}"
-                + (f" and {more} more" if more > 0 else "")
-            )
+            named = few(self.keeps_for, _NAMED_IN_MESSAGES)
+            lines.append(f"  stands for {len(self.keeps_for)} dropped duplicates: {named}")
         if self.stored_reason != self.reason:
             lines.append(
                 f"  settings have changed: the stage select said "

@@ -31,6 +31,7 @@ from PIL import Image
 
 from components.evaluation.suites.program_fingerprint import ProgramRecord
 from components.evaluation.suites.suites import SuiteItem
+from components.telemetry.wording import few
 
 _TAIL_CHARACTERS = 400
 _NAMED_IN_MESSAGES = 3
@@ -154,11 +155,10 @@ class CommandSystem:
         if said is None and not problems:
             shutil.rmtree(incoming)
             return
-        shown = "; ".join(problems[:_NAMED_IN_MESSAGES])
-        more = f" and {len(problems) - _NAMED_IN_MESSAGES} more" if len(problems) > 3 else ""
+        shown = few(problems, _NAMED_IN_MESSAGES, "; ")
         counts = f"{len(pending) - len(problems)} of {len(pending)} pictures are kept"
         raise _system_failed(
-            f"{self.name}: {said or 'the command ended well, but'} {shown}{more}; {counts}, run "
+            f"{self.name}: {said or 'the command ended well, but'} {shown}; {counts}, run "
             "again for the rest"
         )
 

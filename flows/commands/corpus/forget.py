@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from components.telemetry.wording import few, time_text
 from flows.commands.command_line import Json, fail, print_json, project_root, silenced
 
 if TYPE_CHECKING:
@@ -179,8 +180,6 @@ def _nobody(root: Path, entries: list[Exclusion]) -> str:
 
 
 def _show(affected: Affected) -> None:
-    from flows.history.operations_plan import time_text
-
     slices = ", ".join(f"{name} {n}" for name, n in affected.slices.items() if n) or "none"
     print(f"photographs  {len(affected.images)}: {_few(affected.paths)}")
     print(f"slices       {slices}")
@@ -200,9 +199,8 @@ def _show(affected: Affected) -> None:
     print(f"a rebuild    {time_text(affected.hours)} of stages ({stages})")
 
 
-def _few(names: list[str], shown: int = 4) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return (", ".join(names[:shown]) + more) or "none"
+def _few(names: list[str]) -> str:
+    return few(names, 4) or "none"
 
 
 def _rebuild(root: Path) -> None:

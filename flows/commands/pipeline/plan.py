@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from components.telemetry.wording import bytes_text, flops_text
 from flows.commands.command_line import Json, fail, print_json, workplace
 from flows.commands.pipeline.plan_cards import show_cards
 from flows.commands.tables import table_of
@@ -327,22 +328,6 @@ def show(made: Plan, counted: str, limit: int | None = None, price: float | None
             console.print(_verdict(stage, limit))
     for warning in made.warnings:
         console.print(f"[yellow]warning:[/] {warning}")
-
-
-def flops_text(flops: float) -> str:
-    """Operations with a unit, three digits: "418 TFLOP"."""
-    for unit, size in (("ZFLOP", 1e21), ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
-        if flops >= 0.9995 * size:
-            return f"{flops / size:.3g} {unit}"
-    return f"{flops / 1e9:.3g} GFLOP"
-
-
-def bytes_text(count: float) -> str:
-    """Bytes with a decimal unit, as disks and data sheets state them."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from components.telemetry.wording import age_text
 from flows.commands.command_line import Json, fail, print_json, project_root, refuse_unknown_stage
 from flows.commands.tables import table_of
 
@@ -179,17 +180,10 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
                 row["status"],
                 f"{row['device_hours']:.2f}",
                 f"{row['mib']:.1f}",
-                _age(row["age_s"]),
+                age_text(row["age_s"]),
                 words,
             )
         )
     columns = ("state", "step", "status", "device h", "MiB", "age", "against the settings now")
     # The state stays whole, because it is what --continue-from takes.
     Console().print(table_of(columns, cells, whole=(0,), folded=range(1, len(columns))))
-
-
-def _age(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -16,6 +16,7 @@ from typing import Literal
 import psutil
 
 from components.files.install_hints import download_command, install_hint
+from components.telemetry.wording import few
 from flows.commands.command_line import print_json
 from flows.commands.tables import table_of
 from flows.records.provenance import locked_packages
@@ -115,8 +116,7 @@ def _packages(root: Path) -> Iterator[Finding]:
         if installed != version:
             wrong.append(f"{name} is {installed}, locked {version}")
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        yield Finding("packages", "problem", ", ".join(wrong[:4]) + more, "make setup")
+        yield Finding("packages", "problem", few(wrong, 4), "make setup")
     else:
         yield Finding("packages", "ok", "as locked")
     for module, extra in (("pyiqa", "iqa"), ("ultralytics", "people")):

@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from components.corpus.manifest import write_table
+from components.telemetry.wording import time_text
 from flows.cli import app
 from flows.history.operations_plan import (
     OperationsPlan,
@@ -20,7 +21,6 @@ from flows.history.operations_plan import (
     operations_summary,
     operations_table,
     plan_operations,
-    time_text,
 )
 from flows.history.run_evidence import StageRun, finished_runs
 from flows.records.records import RunDescription, RunResult, open_record

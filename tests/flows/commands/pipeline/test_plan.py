@@ -6,8 +6,8 @@ import shlex
 import pytest
 from typer.testing import CliRunner
 
+from components.telemetry.wording import bytes_text, flops_text
 from flows.cli import app
-from flows.commands.pipeline.plan import bytes_text, flops_text
 
 run = CliRunner().invoke
 
