@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -80,9 +81,8 @@ def generate(
     step_cache_interval: Annotated[
         int | None, typer.Option(help="Of taylorseer: steps from one computed step to the next.")
     ] = None,
-    compile_: Annotated[
-        str | None,
-        typer.Option("--compile", help="none, or blocks: compiled code (rounding)."),
+    compile: Annotated[
+        str | None, typer.Option(help="none, or blocks: compiled code (rounding).")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images made together; 1 is exact.")] = 1,
     image: Annotated[Path | None, typer.Option(help="Starting picture (image-to-image).")] = None,
@@ -128,52 +128,24 @@ def generate(
     ] = None,
 ) -> None:
     """Paint pictures from text, or from a picture and text, and print their paths."""
+    # Before anything else has a name: the options below, by their fields' names.
+    typed = locals()
     if show_metadata is not None:
         from components.generation.image_metadata import read_metadata
 
         try:
-            fields = read_metadata(show_metadata)
+            metadata = read_metadata(show_metadata)
         except ValueError as problem:
             raise fail(str(problem)) from None
-        if "ultraflux_key" not in fields:
+        if "ultraflux_key" not in metadata:
             raise fail(f"{show_metadata}: not made by this project, or its metadata was removed", 1)
-        print_json(fields)
+        print_json(metadata)
         return
     from components.files.weight_folders import WeightsMissing
     from flows.commands.images.generation import GenerateOptions
     from flows.commands.images.generation import generate as make
 
-    options = GenerateOptions(
-        prompts=() if prompt is None else (prompt,),
-        prompt_file=prompts,
-        size=size,
-        round_size=round_size,
-        seed=seed,
-        num_images=num_images,
-        steps=steps or None,
-        guidance_scale=guidance_scale,
-        schedule=schedule,
-        dtype=dtype,
-        memory=memory,
-        quantise=quantise,
-        attention_backend=attention_backend,
-        step_cache=step_cache,
-        step_cache_threshold=step_cache_threshold,
-        step_cache_interval=step_cache_interval,
-        compile=compile_,
-        batch_size=batch_size,
-        image=image,
-        strength=strength,
-        model=model,
-        base=base,
-        transformer=transformer,
-        rope=rope,
-        vae_stride=vae_stride,
-        refine=refine,
-        file_format=file_format,
-        overwrite=overwrite,
-        output=output,
-    )
+    options = GenerateOptions(**{one.name: typed[one.name] for one in fields(GenerateOptions)})
     # The key that signs is a project's.
     root = project_root() if sign else workplace()
     try:

@@ -61,15 +61,15 @@ _NO_SIZE = "--size: missing; such as 5120x2880 (WIDTHxHEIGHT)"
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What the command line says; None: the settings' value."""
+    """What the command line says, by its names; None: the settings' value."""
 
-    prompts: tuple[str, ...] = ()
-    prompt_file: Path | None = None
+    prompt: str | None = None
+    prompts: Path | None = None
     size: str | None = None
     round_size: bool = False
     seed: int = 0
     num_images: int = 1
-    steps: int | None = None
+    steps: int = 0
     guidance_scale: float | None = None
     schedule: str | None = None
     dtype: str | None = None
@@ -107,15 +107,15 @@ def _check(options: GenerateOptions) -> None:
     _choose("rope", options.rope or "official", ("official", "official_prefix", "paper", "flux"))
     _choose("quantise", options.quantise or "none", ("none", "int8", "nf4", "fp8"))
     _choose("vae-stride", str(options.vae_stride), ("1", "2"))
-    if bool(options.prompts) == (options.prompt_file is not None):
+    prompt = options.prompt
+    if (prompt is None) == (options.prompts is None):
         raise GenerationRefused("give --prompt or --prompts FILE (one of them)")
-    if options.size is None and options.image is None and options.prompt_file is None:
+    if options.size is None and options.image is None and options.prompts is None:
         raise GenerationRefused(_NO_SIZE)
-    if any(not prompt.strip() for prompt in options.prompts):
+    if prompt is not None and not prompt.strip():
         raise GenerationRefused("--prompt: empty; say what to paint")
-    for prompt in options.prompts:
-        if (odd := odd_character(prompt)) is not None:
-            raise GenerationRefused(f"--prompt: not UTF-8 at character {odd}")
+    if prompt is not None and (odd := odd_character(prompt)) is not None:
+        raise GenerationRefused(f"--prompt: not UTF-8 at character {odd}")
     strength = options.strength
     if strength is not None and not 0.0 <= strength <= 1.0:
         raise GenerationRefused(f"--strength {strength}: from 0 to 1")
@@ -123,13 +123,13 @@ def _check(options: GenerateOptions) -> None:
         raise GenerationRefused(f"--strength {strength}: of --image; give one with it")
     if options.num_images < 1 or options.batch_size < 1:
         raise GenerationRefused("--num-images and --batch-size start at 1")
-    if options.steps is not None and not 1 <= options.steps <= _MAX_STEPS:
+    if options.steps and not 1 <= options.steps <= _MAX_STEPS:
         raise GenerationRefused(f"--steps {options.steps}: from 1 to {_MAX_STEPS}")
     guidance = options.guidance_scale
     if guidance is not None and not 0.0 <= guidance < math.inf:
         raise GenerationRefused(f"--guidance-scale {guidance}: a number from 0")
     _check_seeds(options.seed, options.num_images)
-    for name, path in (("prompts", options.prompt_file), ("image", options.image)):
+    for name, path in (("prompts", options.prompts), ("image", options.image)):
         if path is not None and not path.is_file():
             raise GenerationRefused(f"--{name} {path}: {why_no_file(path)}")
     if options.image is not None:
@@ -166,9 +166,9 @@ def _requests(root: Path, options: GenerateOptions, settings: Settings) -> list[
     from components.generation.prompt_files import PromptLine, read_prompts
     from components.generation.sampling import GenerationRequest
 
-    lines = [PromptLine(prompt) for prompt in options.prompts]
-    if options.prompt_file is not None:
-        lines = read_prompts(options.prompt_file)
+    lines = [] if options.prompt is None else [PromptLine(options.prompt)]
+    if options.prompts is not None:
+        lines = read_prompts(options.prompts)
     size = options.size
     if size is None and options.image is not None:
         size = _image_size(options.image)
@@ -299,7 +299,7 @@ def generate(root: Path, options: GenerateOptions) -> list[Path]:
         base = options.base or root / "weights" / "FLUX.1-dev"
         sources = find_sources(options.model, base=base, transformer=options.transformer)
     chosen: dict[str, Any] = {
-        "num_inference_steps": options.steps,
+        "num_inference_steps": options.steps or None,
         "guidance_scale": options.guidance_scale,
         "schedule": options.schedule,
         "dtype": options.dtype,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +19,7 @@ from components.generation.image_metadata import read_metadata
 from components.models.text_encoders import build_tiny_text_encoders
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
 from components.training.dit.export import save_transformer
+from flows.commands.images.generate import generate as command
 from flows.commands.images.generation import (
     GenerateOptions,
     GenerationRefused,
@@ -40,7 +43,7 @@ def project(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(project: Path, folder: Path, **changes: object) -> GenerateOptions:
     values: dict[str, object] = {
-        "prompts": ("a lake",),
+        "prompt": "a lake",
         "size": "96x64",
         "steps": 2,
         "model": project / "weights" / "UltraFlux-v1",
@@ -55,7 +58,7 @@ def test_a_file_of_prompts_is_resumed_and_memory_modes_give_the_same_files(
     file = tmp_path / "prompts.jsonl"
     lines = [{"prompt": "a lake"}, {"prompt": "red leaves", "size": "64x64", "seed": 5}]
     file.write_text("\n".join(json.dumps(line) for line in lines))
-    asked = {"prompts": (), "prompt_file": file, "num_images": 2}
+    asked = {"prompt": None, "prompts": file, "num_images": 2}
     made = generate(project, options(project, tmp_path / "out", **asked))
     assert len(made) == 4
     found = [read_metadata(path) for path in made]
@@ -126,10 +129,10 @@ def test_image_to_image_takes_the_size_of_its_picture(project: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"prompts": ()}, "give --prompt or --prompts"),
+        ({"prompt": None}, "give --prompt or --prompts"),
         ({"model": None, "base": Path("base")}, "--base: holds what --model lacks"),
         ({"model": None, "transformer": Path("typed")}, "--transformer typed: no such folder"),
-        ({"prompts": (" ",)}, "--prompt: empty"),
+        ({"prompt": " "}, "--prompt: empty"),
         ({"size": None}, "--size: missing"),
         ({"size": "100x64"}, "nearest is 96"),
         ({"strength": 2.0}, "--strength"),
@@ -141,7 +144,7 @@ def test_image_to_image_takes_the_size_of_its_picture(project: Path, tmp_path: P
         ({"seed": 2**63 - 2, "num_images": 3}, "--num-images 3: seeds go from 0 to"),
         ({"guidance_scale": float("nan")}, "--guidance-scale nan: a number from 0"),
         ({"guidance_scale": float("inf")}, "--guidance-scale inf: a number from 0"),
-        ({"prompts": ("caf\udce9",)}, "--prompt: not UTF-8 at character 4"),
+        ({"prompt": "caf\udce9"}, "--prompt: not UTF-8 at character 4"),
         ({"memory": "all"}, "memory: unknown mode all"),
         ({"step_cache": "some"}, "--step-cache some: input should be 'none', 'first_block' or"),
         ({"step_cache_threshold": 0.0}, "--step-cache-threshold 0.0: input should be greater"),
@@ -172,9 +175,16 @@ def test_a_field_of_a_file_is_named_with_its_line(
 ) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": "b", ' + field + "}")
-    changes = {"prompts": (), "prompt_file": file, "size": "64x64", "num_images": 2}
+    changes = {"prompt": None, "prompts": file, "size": "64x64", "num_images": 2}
     with pytest.raises(ValueError, match=problem):
         generate(project, options(project, tmp_path, **changes))
+
+
+def test_every_option_is_one_of_the_command_with_the_same_default() -> None:
+    typed = inspect.signature(command).parameters
+    assert {one.name: one.default for one in dataclasses.fields(GenerateOptions)} == {
+        name: one.default for name, one in typed.items() if name not in {"sign", "show_metadata"}
+    }
 
 
 def test_missing_parts_are_listed_with_commands(project: Path, tmp_path: Path) -> None:
