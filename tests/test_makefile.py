@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,9 @@ COPIES = 'cp -n "$0" .venv/bin/python; cp -n "$0" .venv/bin/uv; true'
 
 
 def make(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], cwd=clone, capture_output=True, text=True)
+    # Of a person: a make that a make starts says where it is.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(["make", *arguments], cwd=clone, env=env, capture_output=True, text=True)
 
 
 def made(clone: Path) -> str:

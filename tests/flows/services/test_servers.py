@@ -391,7 +391,7 @@ def test_a_project_name_that_is_none_is_refused_before_anything_starts(
     toy: Path, options: list[str]
 ) -> None:
     done = command(toy, "up", *options, ULTRAFLUX_PROJECT="my project")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "ULTRAFLUX_PROJECT='my project': use 1 to 63 letters" in done.stderr
     assert services.known_services(toy) == []
     assert not (toy / "runs" / "logs").exists()

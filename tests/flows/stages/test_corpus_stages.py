@@ -85,16 +85,15 @@ def test_every_file_ends_as_a_row_with_its_verdict(project: Path) -> None:
     table = read_table(project / "data" / "slices" / "manifest.parquet")
     verdicts = {Path(row.uri).name: row.reject_reason for row in table.itertuples()}
     assert {name: reason for name, reason in verdicts.items() if pd.notna(reason)} == {
-        # In path order the copy comes first and is the original.
+        # In path order the copy comes first and is the original; its caption is the other's.
         "good-0.png": "duplicate",
-        "copy.png": "caption",
         "cut.png": "integrity",
         "empty.jpg": "integrity",
         "flat.png": "flat_fraction",
         "small.png": "resolution",
         "good-5.png": "caption",
     }
-    assert table.loc[table["kept"], "split"].value_counts().to_dict() == {"eval": 3, "train": 1}
+    assert table.loc[table["kept"], "split"].value_counts().to_dict() == {"eval": 3, "train": 2}
     cut = table[table["uri"] == "photos/cut.png"].iloc[0]
     assert cut["integrity"].startswith("cannot decode")
     derivatives = pq.read_table(project / "data" / "signals" / "derivatives.parquet").to_pandas()
@@ -140,8 +139,8 @@ def test_without_usable_captions_one_line_names_images(project: Path, tmp_path: 
 
 def test_without_training_images_one_line_names_the_setting(project: Path, tmp_path: Path) -> None:
     root = copied(project, tmp_path)
-    with pytest.raises(StageFailed, match=r"4 kept images.*slices\.eval_min_images \(4\)"):
-        run("slices", root, adjusted(slices={"eval_min_images": 4}))
+    with pytest.raises(StageFailed, match=r"5 kept images.*slices\.eval_min_images \(5\)"):
+        run("slices", root, adjusted(slices={"eval_min_images": 5}))
 
 
 def test_an_empty_folder_is_one_line_that_names_folder_and_setting(tmp_path: Path) -> None:
