@@ -6,6 +6,7 @@ are computed again are `forced`. Outputs are compared by the hashes in the two d
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,7 +138,7 @@ def _from_revision(evidence: Evidence, name: str) -> Recorded:
         ) from None
     try:
         # `git` strips the last line end, and the file's hash is compared.
-        lock = git(root, "show", f"{commit}:./dvc.lock").encode() + b"\n"
+        lock = os.fsencode(git(root, "show", f"{commit}:./dvc.lock")) + b"\n"
     except TreeRefused:
         raise ReproductionRefused(
             f"{name}: there is no dvc.lock in this revision, so there is nothing to compare with; "

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import getpass
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from components.corpus.listing.source_files import printable
+from flows.records.programs import dvc, git_answer
 from flows.records.records import (
     ACCEPTED_TAG,
     MAKER_TAG,
@@ -79,26 +79,14 @@ def accept_code(root: Path, name: str, why: str) -> Acceptance:
             f"{name}: more than its code has changed ({others}); run it, or bring that back first"
         )
     # The fingerprint has to be in its file before it can be committed as a dependency.
-    _dvc(root, "repro", "-q", "-s", CODE)
-    _dvc(root, "commit", "-q", "-f", name)
+    dvc(root, "repro", "-s", CODE, failure=NotAcceptable)
+    dvc(root, "commit", "-f", name, failure=NotAcceptable)
     outputs = versioning.hashes(entry.get("outs", []))
     _check(root, name, outputs)
     made_by = maker_of(root, name, outputs)
     maker = made_by.record_id if made_by is not None else ""
     record = _record(root, name, changed, why.strip(), maker, outputs)
     return Acceptance(name, changed, why.strip(), record, maker)
-
-
-def _dvc(root: Path, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments],
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        raise NotAcceptable(f"dvc {' '.join(arguments)}: {said[-1].removeprefix('ERROR: ')}")
 
 
 def _check(root: Path, name: str, outputs: dict[str, str]) -> None:
@@ -132,8 +120,7 @@ def _record(
 
 
 def _person(root: Path) -> str:
-    done = subprocess.run(["git", "config", "user.name"], cwd=root, capture_output=True, text=True)
-    return done.stdout.strip() or getpass.getuser()
+    return printable(git_answer(root, "config", "user.name") or getpass.getuser())
 
 
 def accepted_lines(root: Path) -> dict[tuple[str, tuple[tuple[str, str], ...]], str]:

@@ -7,7 +7,6 @@ metrics of a side are those of the runs that made its data (same DVC hashes), un
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from components.metrics.cards import CARDS
 from components.settings.yaml_files import parse_yaml
 from flows.history.run_evidence import Evidence, StageRun
 from flows.history.run_history import find_pipeline
+from flows.records.programs import git_answer
 from flows.records.provenance import locked_packages, provenance_tags
 from flows.records.records import Record
 from flows.versioning import graph as versioning
@@ -86,13 +86,6 @@ def direction(name: str) -> str:
     ends = [c for c in CARDS if metric == c.id or metric.endswith(f"_{c.id}")]
     # The longest: "psnr_db" and "db" both end the name, and the shorter may mean another direction.
     return max(ends, key=lambda card: len(card.id)).direction if ends else ""
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    done = subprocess.run(
-        ["git", *arguments], cwd=root, capture_output=True, text=True, errors="backslashreplace"
-    )
-    return done.stdout if done.returncode == 0 else None
 
 
 def find_side(evidence: Evidence, name: str) -> Side:
@@ -169,15 +162,15 @@ def _data(run: StageRun) -> dict[str, str]:
 
 def _revision(evidence: Evidence, name: str) -> Side:
     root = evidence.root
-    commit = (_git(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}") or "").strip()
+    commit = git_answer(root, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
     if not commit:
         away = f" (MLflow: {evidence.mlflow_problem})" if evidence.mlflow_problem else ""
         raise SideUnknown(
             f"{name}: neither `{WORKSPACE}`, a run, a stage with a run, nor a git revision{away}"
         )
-    params = _git(root, "show", f"{commit}:params.yaml")
+    params = git_answer(root, "show", f"{commit}:params.yaml")
     settings = dict(flatten(parse_yaml(params, f"{commit}:params.yaml"))) if params else {}
-    lock = _git(root, "show", f"{commit}:dvc.lock")
+    lock = git_answer(root, "show", f"{commit}:dvc.lock")
     data, metrics = _locked(evidence, versioning.locked_stages(lock or ""))
     return _tagged(name, {_COMMIT: commit}, settings=settings, data=data, metrics=metrics)
 
@@ -270,7 +263,7 @@ def _code(root: Path, before: Side, after: Side) -> dict[str, Any]:
     if before.commit and after.commit and before.commit != after.commit:
         # What is versioned by DVC or listed under settings would only repeat itself here.
         paths = ("--", ":!dvc.lock", ":!params.yaml")
-        stat = _git(root, "diff", "--stat=100", before.commit, after.commit, *paths)
+        stat = git_answer(root, "diff", "--stat=100", before.commit, after.commit, *paths)
     if stat is None:
         stat = "a commit is not in this clone: `git fetch`"
     same = before.commit == after.commit and before.diff_sha256 == after.diff_sha256
@@ -304,7 +297,7 @@ def _packages(root: Path, before: Side, after: Side) -> dict[str, list[Any]]:
     if before.commit == after.commit:
         return {}
     locks = [
-        locked_packages(_git(root, "show", f"{side.commit}:requirements.lock") or "")
+        locked_packages(git_answer(root, "show", f"{side.commit}:requirements.lock") or "")
         for side in (before, after)
     ]
     # An empty side is a commit that is not here: every package would seem new.

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from components.corpus.source_sample import copy_sample, count_items
 from components.files.whole_files import write_text
 from components.settings.schema import Settings, load_settings
+from components.telemetry.last_words import last_words
 from components.telemetry.metric_log import MetricLog
 from flows.stages.contract import InputMissing, StageContext
 from flows.versioning.code_files import CODE
@@ -252,8 +253,8 @@ def rehearse_if_due(root: Path, settings: Settings, *, otherwise: str) -> None:
         ["ultraflux", "corpus", "rehearse", "-n", str(ITEMS)], cwd=root, stderr=subprocess.PIPE
     )
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        said = last_words(done.stderr.decode(errors="replace"))
         raise RehearsalFailed(
-            f"{said[-1].removeprefix('error: ')}; the run would end there: correct it, or go on "
+            f"{said.removeprefix('error: ')}; the run would end there: correct it, or go on "
             f"all the same with {otherwise}"
         )

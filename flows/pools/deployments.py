@@ -13,6 +13,7 @@ from pathlib import Path
 
 from prefect.client.schemas.objects import WorkPool
 
+from components.telemetry.last_words import last_words
 from flows.environment import PROJECT, pool_name, project_name
 from flows.pools.automations import Applied, apply_automations
 from flows.pools.work_pools import PoolFile, apply_pools, read_pools
@@ -92,5 +93,5 @@ def _apply_prefect_yaml(root: Path, project: str) -> None:
         timeout=DEPLOY_TIMEOUT_S,
     )
     if done.returncode:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip(" │╭╮╰╯─")]
-        raise DeployFailed(f"prefect.yaml: {(said or ['no message'])[-1].strip(' │')}")
+        lines = (line.strip(" │╭╮╰╯─") for line in (done.stdout + done.stderr).splitlines())
+        raise DeployFailed(f"prefect.yaml: {last_words(chr(10).join(lines))}")

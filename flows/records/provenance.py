@@ -13,6 +13,7 @@ from pathlib import Path
 
 from components.files.weight_folders import file_digest
 from components.settings.yaml_files import read_yaml
+from flows.records.programs import git_answer
 
 # Of untracked files: what is neither code nor settings may be large, or a secret.
 _KEPT_SUFFIXES = frozenset({".py", ".yaml", ".yml", ".toml", ".j2", ".jsonl"})
@@ -20,16 +21,11 @@ _KEPT_FILE_BYTES = 2**20
 _KEPT_BYTES = 2**24
 
 
-def _git(root: Path, *arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True)
-    # A file's name may be any bytes.
-    return os.fsdecode(done.stdout).strip() if done.returncode == 0 else None
-
-
 def _untracked(root: Path) -> list[str]:
     """Files that are neither in the commit nor ignored, in the order of their names."""
-    listed = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", ":!dvc.lock")
-    names = sorted(name for name in (listed or "").split("\0") if name)
+    which = ("--others", "--exclude-standard", "--", ":!dvc.lock")
+    listed = git_answer(root, "ls-files", "-z", *which) or ""
+    names = sorted(name for name in listed.split("\0") if name)
     return [name for name in names if (root / name).is_file()]
 
 
@@ -49,7 +45,7 @@ def changes_since_commit(root: Path) -> bytes:
     if not kept:
         return _tracked_changes(root)
     # Git shows new files in a diff once an index names them: a copy, so that the user's stays.
-    index = root / (_git(root, "rev-parse", "--git-path", "index") or "")
+    index = root / (git_answer(root, "rev-parse", "--git-path", "index") or "")
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder) / "index"
         if index.is_file():
@@ -102,7 +98,7 @@ def _changes(root: Path) -> bytes:
 def changes_digest(root: Path) -> str:
     """sha256 of what differs from the commit (tag `git.diff_sha256`); empty in a clean tree."""
     # dvc.lock changes with every run, so it does not count as a code change.
-    if not _git(root, "status", "--porcelain", "--", ":!dvc.lock"):
+    if not git_answer(root, "status", "--porcelain", "--", ":!dvc.lock"):
         return ""
     changes = _changes(root)
     return hashlib.sha256(changes).hexdigest() if changes else ""
@@ -115,7 +111,7 @@ def provenance_tags(root: Path) -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
-    commit = _git(root, "rev-parse", "HEAD")
+    commit = git_answer(root, "rev-parse", "HEAD")
     if commit:
         tags["mlflow.source.git.commit"] = commit
         changes = changes_digest(root)

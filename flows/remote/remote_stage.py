@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pathlib import Path
 from components.files.whole_files import write_bytes
 from components.settings.schema import load_settings
 from components.telemetry.wording import few
+from flows.records.programs import ProgramFailed, git
 from flows.records.records import Record, read_json, records_dir, write_json
 from flows.remote import data_remote
 from flows.remote.lock_entries import foreign_inputs, merge_entries
@@ -174,12 +174,10 @@ def _push(root: Path, request: StageRequest, outcome: StageOutcome) -> StageRepl
 
 
 def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=root, capture_output=True, text=True, errors="backslashreplace"
-    )
-    if done.returncode:
-        raise WorkerRefused(f"git {arguments[0]} in {root}: {done.stderr.strip()}")
-    return done.stdout
+    try:
+        return git(root, *arguments)
+    except ProgramFailed as problem:
+        raise WorkerRefused(f"{root}: {problem}") from None
 
 
 def code_commit(root: Path) -> str:
@@ -195,7 +193,7 @@ def code_commit(root: Path) -> str:
             f"{root} has changes that no commit has ({few(files, 1)}): commit them and bring "
             "every clone to that commit, or undo them"
         )
-    return _git(root, "rev-parse", "HEAD").strip()
+    return _git(root, "rev-parse", "HEAD")
 
 
 def _refuse_other_code(root: Path, commit: str) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from components.files.holder_locks import try_lock
 from components.settings.bad_input import BadInput
+from components.telemetry.last_words import last_words
 
 COUNT_VARIABLE = "ULTRAFLUX_GPU_COUNT"
 """Number of devices, for machines whose driver cannot be asked (and for tests)."""
@@ -84,8 +85,7 @@ def _from_driver() -> list[Gpu]:
     except subprocess.TimeoutExpired:
         raise GpusMissing(f"nvidia-smi does not answer within {QUERY_TIMEOUT_S:.0f} s") from None
     if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines() or ["no message"]
-        raise GpusMissing(f"nvidia-smi: {said[-1]}")
+        raise GpusMissing(f"nvidia-smi: {last_words(done.stdout + done.stderr)}")
     return parse_query(done.stdout)
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from components.corpus.listing.source_table import KNOWN_FILES
 from components.files.whole_files import write_text
+from flows.records import programs
 from flows.records.records import RUN_TAGS
 from flows.tracking.uploader import tracking_uri
 from flows.versioning import graph as versioning
@@ -30,18 +31,7 @@ class TreeRefused(RuntimeError):
     """A working tree cannot be made; one line."""
 
 
-def git(root: Path, *arguments: str, data: bytes | None = None) -> str:
-    """What a Git command prints.
-
-    Raises:
-        TreeRefused: it failed; with Git's last line.
-    """
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, input=data)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise TreeRefused(f"git {arguments[0]}: {said[-1]}")
-    # Leading spaces belong to the columns of `git status --porcelain`.
-    return done.stdout.decode(errors="replace").rstrip()
+git = partial(programs.git, failure=TreeRefused)
 
 
 def add_tree(root: Path, tree: Path, commit: str) -> None:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from components.files.install_hints import install_hint
+from components.telemetry.last_words import last_words
 from flows.environment import project_name
 from flows.services import postgres
 from flows.services import servers as services
@@ -152,7 +153,7 @@ def _start_mlflow(root: Path, tier: ServedTier) -> Service:
         check=False,
     )
     if migrated.returncode != 0:
-        said = (migrated.stderr.strip().splitlines() or ["no message"])[-1]
+        said = last_words(migrated.stderr)
         raise ServiceError(f"MLflow's database cannot be brought up to date: {said}")
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),

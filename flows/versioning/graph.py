@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
+from flows.records.programs import dvc
 from flows.versioning.code_files import CODE, CodeChanges, code_path
 from flows.versioning.source_listing import ALWAYS_CHANGED, SOURCE, source_changes
 from flows.versioning.torn_files import mend_after_kills, mend_lock
@@ -424,15 +424,7 @@ def add(root: Path, folder: str) -> None:
     Raises:
         ValueError: DVC refuses; one line.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "add", "-q", folder],
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        said = (done.stderr.strip() or "no message").splitlines()[0]
-        raise ValueError(f"dvc add {folder}: {said.removeprefix('ERROR: ')}")
+    dvc(root, "add", folder, failure=ValueError)
 
 
 def cache_folder(root: Path) -> Path:

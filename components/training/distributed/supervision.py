@@ -28,6 +28,7 @@ from typing import IO
 import psutil
 
 from components.settings.runtime import RuntimeSettings
+from components.telemetry.last_words import last_words
 from components.training.distributed.interruption import (
     SIGNALS,
     StopRequest,
@@ -345,8 +346,7 @@ class _Supervised:
 def _last_line(path: Path) -> str:
     if not path.exists():
         return "no message"
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else "no message"
+    return last_words(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _signal_name(number: int) -> str:

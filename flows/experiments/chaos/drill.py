@@ -16,7 +16,7 @@ from typing import Literal
 import psutil
 
 from flows.experiments.chaos.faults import Draw, Fault, bring_back, inflict
-from flows.experiments.chaos.site import Site, last_words, made_anew, output_hashes
+from flows.experiments.chaos.site import Site, last_error, made_anew, output_hashes
 from flows.experiments.chaos.victims import SERVERS, Victim, marked, victims
 from flows.records.owners import ownerless_flow_runs
 from flows.records.records import all_records
@@ -207,7 +207,7 @@ class Drill:
             if run.poll() is None:
                 run.kill()
         text = log.read_text(errors="replace")
-        said = last_words(text) if run.returncode > 0 else "went on"
+        said = last_error(text) if run.returncode > 0 else "went on"
         if run.returncode < 0:
             said = "nothing: it was killed"
         if "Traceback (most recent call last)" in text:
@@ -284,7 +284,7 @@ class Drill:
             done = self.site.run(clone, *command)
             if done.returncode == 0:
                 return
-        self._problem(f"{' '.join(command)}: {last_words(done.stdout + done.stderr)}")
+        self._problem(f"{' '.join(command)}: {last_error(done.stdout + done.stderr)}")
 
     def _servers(self, engine: Engine) -> None:
         site = self.site
@@ -318,7 +318,7 @@ class Drill:
         if done.returncode:
             done = beside.run(site.worker, *command)
         if done.returncode:
-            self._problem(f"{' '.join(command)}: {last_words(done.stdout + done.stderr)}")
+            self._problem(f"{' '.join(command)}: {last_error(done.stdout + done.stderr)}")
 
     # What must hold after a round, and at the end.
 

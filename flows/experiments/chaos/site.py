@@ -14,11 +14,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
+from components.telemetry.last_words import last_words
+from flows.records.programs import git
 from flows.remote.data_remote import PATIENCE, REMOTE
 from flows.tracking.tier import services_dir
 from flows.versioning import graph as versioning
@@ -32,6 +35,9 @@ _FOREIGN = ("PREFECT_", "MLFLOW_", "ULTRAFLUX_", "DVC_")
 
 class ChaosRefused(RuntimeError):
     """The drill cannot start; one line."""
+
+
+_git = partial(git, failure=ChaosRefused)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Site:
         """
         done = self.run(clone, *command)
         if done.returncode:
-            said = last_words(done.stdout + done.stderr)
+            said = last_error(done.stdout + done.stderr)
             raise ChaosRefused(f"{' '.join(command)} in {clone}: {said}")
         return done.stdout
 
@@ -125,11 +131,9 @@ class Site:
         )
 
 
-def last_words(text: str) -> str:
+def last_error(text: str) -> str:
     """The line of an output that says how it ended: the last error, else the last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(("error:", "FAIL"))]
-    return (errors or lines or ["nothing"])[-1][:300]
+    return last_words(text, "error:", "FAIL")[:300]
 
 
 def make_site(root: Path, folder: Path, token: str, settings: Mapping[str, Any] | None) -> Site:
@@ -204,12 +208,6 @@ def small(root: Path) -> dict[str, Any]:
         raise ChaosRefused(f"{path} is missing: give --as-is to disturb the project as it is")
     values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return values
-
-
-def _git(folder: Path, *arguments: str) -> None:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise ChaosRefused(f"git {arguments[0]}: {last_words(done.stderr)}")
 
 
 def output_hashes(clone: Path) -> dict[str, str]:

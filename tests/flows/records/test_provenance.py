@@ -42,8 +42,9 @@ def test_settings_that_cannot_be_read_hide_nothing(project: Path) -> None:
     assert changes_digest(project) not in {"", unreadable}
 
 
-def test_names_may_be_any_bytes(project: Path) -> None:
-    path = os.fsencode(project) + b"/caf\xe9.py"
+@pytest.mark.parametrize("name", [b"caf\xe9.py", b" begins with a space.py"])
+def test_names_may_be_any_bytes(project: Path, name: bytes) -> None:
+    path = os.fsencode(project) + b"/" + name
     Path(os.fsdecode(path)).write_text("one = 1\n")
     first = changes_digest(project)
     assert b"one = 1" in changes_since_commit(project)
