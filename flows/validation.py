@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from components.files.page_templates import page_templates
 from components.files.parquet_files import write_parquet
 from components.files.whole_files import write_text
+from components.settings.field_errors import first_error
 from components.settings.schema import Settings
 
 RESULTS_VERSION = 2
@@ -141,9 +142,7 @@ def load_contract(path: Path) -> Contract:
     except yaml.YAMLError as problem:
         raise ContractError(f"{path.name}: not YAML: {' '.join(str(problem).split())}") from None
     except ValidationError as problem:
-        first = problem.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ContractError(f"{path.name}: {where}: {first['msg']}") from None
+        raise ContractError(f"{path.name}: {first_error(problem, verbatim=True)}") from None
 
 
 def columns_read(contracts: Sequence[Contract]) -> list[str]:

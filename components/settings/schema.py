@@ -30,6 +30,7 @@ from components.settings.evaluation import (
     PromoteSettings,
     RefinerSettings,
 )
+from components.settings.field_errors import field_message, field_name
 from components.settings.models import BucketsSettings, ModelsSettings
 from components.settings.objective import ObjectiveSettings
 from components.settings.runtime import ProjectSettings, RuntimeSettings
@@ -105,19 +106,18 @@ _MAY_HOLD_A_SECRET = ("api_key_env", "base_url")
 def _describe(error: Any, where: str) -> str:
     """One line for one pydantic error."""
     location = error["loc"]
-    name = ".".join(str(part) for part in location) or "settings"
+    name = field_name(error) or "settings"
     if error["type"] == "extra_forbidden":
         nearest = _nearest_key(location)
         hint = f"; did you mean '{nearest}'?" if nearest else ""
         return f"{where}: unknown key '{name}'{hint}"
     if error["type"] == "missing":
         return f"{where}: missing key '{name}'"
-    message = str(error["msg"]).removeprefix("Value error, ")
     if location and location[-1] in _MAY_HOLD_A_SECRET:
-        return f"{where}: {name} (value not shown): {message[0].lower()}{message[1:]}"
+        return f"{where}: {name} (value not shown): {field_message(error)}"
     # A rule between fields speaks of them by name; the whole section would bury it.
     value = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
-    return f"{where}: {name}{value}: {message[0].lower()}{message[1:]}"
+    return f"{where}: {name}{value}: {field_message(error)}"
 
 
 def parse_settings(values: Any, *, where: str = "params.yaml") -> Settings:

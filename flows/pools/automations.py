@@ -25,6 +25,8 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.events.schemas.automations import AutomationCore
 from pydantic import SecretStr, ValidationError
 
+from components.settings.field_errors import first_error
+
 
 class AutomationInvalid(ValueError):
     """A file does not describe an automation; one line."""
@@ -133,9 +135,7 @@ def apply_automation(
     try:
         wanted = AutomationCore.model_validate(_with_blocks(values, project))
     except ValidationError as problem:
-        error = problem.errors()[0]
-        place = ".".join(str(part) for part in error["loc"])
-        raise AutomationInvalid(f"{path}: {place}: {error['msg'].lower()}") from None
+        raise AutomationInvalid(f"{path}: {first_error(problem)}") from None
     # Names are not unique on a server; two equal automations would act twice.
     for surplus in known[1:]:
         client.delete_automation(surplus.id)

@@ -16,6 +16,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from components.settings.field_errors import first_error
 from flows.environment import PROJECT, pool_name
 
 PoolType = Literal["process", "docker", "kubernetes"]
@@ -64,9 +65,7 @@ def read_pools(root: Path, kind: str) -> PoolFile:
     try:
         return PoolFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as problem:
-        error = problem.errors()[0]
-        place = ".".join(str(part) for part in error["loc"])
-        raise PoolsInvalid(f"{path.name}: {place}: {error['msg'].lower()}") from None
+        raise PoolsInvalid(f"{path.name}: {first_error(problem)}") from None
     except yaml.YAMLError as problem:
         raise PoolsInvalid(f"{path.name}: not YAML ({problem})") from None
 

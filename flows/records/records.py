@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from components.files.whole_files import write_text
+from components.settings.field_errors import first_error
 
 RECORD_VERSION = 1
 RUN_TAGS = "ULTRAFLUX_RUN_TAGS"
@@ -119,9 +120,7 @@ def from_json(cls: type[_Kind], values: Any, path: Path) -> _Kind:
     try:
         return cast(_Kind, _reader(cast(Any, cls)).validate_python(values))
     except ValidationError as problem:
-        first = problem.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise TornJson(f"{path}: {place + ': ' if place else ''}{first['msg']}") from None
+        raise TornJson(f"{path}: {first_error(problem, verbatim=True)}") from None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from components.files.whole_files import write_bytes
+from components.settings.field_errors import first_error
 
 PROTOCOL = 1
 ReplyStatus = Literal["ran", "skipped", "failed", "refused", "unpushed", "busy"]
@@ -99,9 +100,7 @@ def _read(kind: type[_Message], values: Mapping[str, Any], what: str) -> _Messag
         # As JSON: strict means there that a text is no number, not that a mapping is no dataclass.
         return TypeAdapter(kind).validate_json(json.dumps(dict(values)))
     except ValidationError as problem:
-        error = problem.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in error["loc"])
-        raise WorkerRefused(f"not {what}: {place}: {error['msg'].lower()}") from None
+        raise WorkerRefused(f"not {what}: {first_error(problem)}") from None
 
 
 def keep_files(root: Path, files: Mapping[str, str]) -> None:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
+from components.settings.field_errors import first_error
 from flows.records.programs import dvc
 from flows.versioning.code_files import CODE, CodeChanges, code_path
 from flows.versioning.source_listing import ALWAYS_CHANGED, SOURCE, source_changes
@@ -145,9 +146,7 @@ def _meta(name: str, values: Any) -> StageMeta:
     try:
         return StageMeta.model_validate(values or {})
     except ValidationError as problem:
-        error = problem.errors()[0]
-        key = ".".join(str(part) for part in error["loc"])
-        raise GraphError(f"dvc.yaml: stages.{name}.meta.{key}: {error['msg'].lower()}") from None
+        raise GraphError(f"dvc.yaml: stages.{name}.meta.{first_error(problem)}") from None
 
 
 def stage_graph(root: Path) -> dict[str, StageNode]:

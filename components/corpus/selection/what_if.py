@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from components.corpus.selection.rules import as_candidates, count_by_reason, select
 from components.settings.corpus import SelectSettings
+from components.settings.field_errors import field_name
 
 _EXAMPLES = 5
 
@@ -90,8 +91,8 @@ def changed_settings(settings: SelectSettings, changes: Sequence[str]) -> Select
         return SelectSettings.model_validate(values)
     except ValidationError as problem:
         first = problem.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise WhatIfError(f"{where} = {first['input']!r}: {first['msg']}") from None
+        value = f"{field_name(first)} = {first['input']!r}"
+        raise WhatIfError(f"{value}: {first['msg']}") from None
 
 
 def _examples(rows: pd.DataFrame) -> pd.DataFrame:

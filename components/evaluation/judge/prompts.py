@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from components.chat.prompts import Prompt, load_prompt
+from components.settings.field_errors import first_error
 
 _FORM = (
     "Answer with one JSON object and nothing else: "
@@ -115,14 +116,9 @@ def parse_verdict(text: str) -> Verdict:
         verdict = _repaired(fields, repairs)
         return Verdict.model_validate(verdict | {"repairs": tuple(repairs)})
     except ValidationError as problem:
-        raise AnswerInvalid(_where(problem)) from None
+        raise AnswerInvalid(first_error(problem, whole="answer", verbatim=True)) from None
     except RecursionError:
         raise AnswerInvalid("answer: too deeply nested") from None
-
-
-def _where(problem: ValidationError) -> str:
-    error = problem.errors()[0]
-    return f"{'.'.join(str(part) for part in error['loc']) or 'answer'}: {error['msg']}"
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -154,7 +150,7 @@ def _found_object(body: str, problem: ValidationError) -> tuple[dict[str, Any], 
             prose += body[place:end]
         place = end
     if not found:
-        raise AnswerInvalid(_where(problem))
+        raise AnswerInvalid(first_error(problem, whole="answer", verbatim=True))
     if any(one != found[0] for one in found):
         raise AnswerInvalid(f"answer: {len(found)} verdicts that differ")
     prose += body[place:]

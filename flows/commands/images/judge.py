@@ -200,6 +200,7 @@ def judge(
     from components.evaluation.judge.prompts import QUESTIONS, judge_prompt
     from components.evaluation.suites.result_folder import finite
     from components.settings.captions import EndpointSettings
+    from components.settings.field_errors import first_error
 
     workplace()
     questions = list(dict.fromkeys(question or QUESTIONS))
@@ -243,9 +244,7 @@ def judge(
             _calibrate(pairs, questions, output, ask)
         judgements = ask(pairs, questions)
     except ValidationError as problem:
-        error = problem.errors()[0]
-        # The value is not repeated: an address may hold a password.
-        raise fail(f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from None
+        raise fail(first_error(problem, verbatim=True)) from None
     except (ValueError, EndpointUnusable) as problem:
         raise fail(str(problem)) from None
     except JudgeStopped as problem:

@@ -195,11 +195,12 @@ def _pool_of(stage: str) -> str:
 
 def _first_error(problem: ValidationError) -> str:
     """One line of a pydantic error."""
-    errors = problem.errors()
-    place = ".".join(str(part) for part in errors[0]["loc"])
-    if errors[0]["type"] == "extra_forbidden":
-        return f"-S {place}: unknown setting"
-    return f"-S {place} = {errors[0]['input']!r}: {errors[0]['msg'].lower()}"
+    from components.settings.field_errors import field_message, field_name
+
+    error = problem.errors()[0]
+    if error["type"] == "extra_forbidden":
+        return f"-S {field_name(error)}: unknown setting"
+    return f"-S {field_name(error)} = {error['input']!r}: {field_message(error)}"
 
 
 def _watch(client: SyncPrefectClient, run_id: UUID) -> bool:
