@@ -39,8 +39,19 @@ LOST_GRACE_S = 60.0
 """How long a run in that state may take to be scheduled again before it counts as failed."""
 
 
-class _ServerAway(Exception):
-    """Nothing could be submitted; the stage's message."""
+class StageEnded(Exception):
+    """How a stage ended, wherever that is found out."""
+
+    def __init__(self, status: OutcomeStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _bear(stage: str, away_since: float, problem: Exception) -> None:
+    """Raise `StageEnded` where the server has been away for too long."""
+    if time.monotonic() - away_since > SERVER_AWAY_S:
+        message = f"{stage}: the Prefect server does not answer ({problem})"
+        raise StageEnded("failed", message) from None
 
 
 class PoolRunner(DvcRunner):
@@ -73,24 +84,11 @@ class PoolRunner(DvcRunner):
     ) -> StageOutcome:
         try:
             flow_run = self._submitted(node, prefect_run or self.parent_record or "")
-        except ObjectNotFound:
-            message = (
-                f"{node.name}: no deployment {self._deployment(node)} on the Prefect server: "
-                "create it with `ultraflux deploy`"
-            )
-            return StageOutcome(node.name, "refused", time.monotonic() - started, message)
-        except PrefectHTTPStatusError:
-            message = (
-                f"{node.name}: the deployment {self._deployment(node)} on the Prefect server "
-                "knows other parameters than this clone: `ultraflux deploy` here"
-            )
-            return StageOutcome(node.name, "refused", time.monotonic() - started, message)
-        except _ServerAway as problem:
-            return StageOutcome(node.name, "failed", time.monotonic() - started, str(problem))
-        with self._lock:
-            self._flow_runs[node.name] = flow_run.id
-        try:
-            return self._await(node.name, flow_run, started)
+            with self._lock:
+                self._flow_runs[node.name] = flow_run.id
+            return self._await(node.name, flow_run)
+        except StageEnded as end:
+            return StageOutcome(node.name, end.status, time.monotonic() - started, str(end))
         finally:
             with self._lock:
                 self._flow_runs.pop(node.name, None)
@@ -99,25 +97,33 @@ class PoolRunner(DvcRunner):
         """The stage's flow run, as `_submit`; waits for a server that is away.
 
         Raises:
-            ObjectNotFound: the deployment is not on the server.
-            PrefectHTTPStatusError: one of `REFUSED_PARAMETERS`.
-            _ServerAway: for too long, or when the run is stopped.
+            StageEnded: the deployment is not on the server or of another clone, the server is away
+                for too long, or the run is stopped.
         """
         away_since = time.monotonic()
         while True:
             try:
                 # Asked again after an answer that was lost, the server finds the key it has.
                 return self._submit(node, run)
+            except ObjectNotFound:
+                message = (
+                    f"{node.name}: no deployment {self._deployment(node)} on the Prefect server: "
+                    "create it with `ultraflux deploy`"
+                )
+                raise StageEnded("refused", message) from None
             except (httpx.TransportError, PrefectHTTPStatusError) as problem:
                 if (
                     isinstance(problem, PrefectHTTPStatusError)
                     and problem.response.status_code in REFUSED_PARAMETERS
                 ):
-                    raise
-                if time.monotonic() - away_since > SERVER_AWAY_S:
-                    raise _ServerAway(_no_answer(node.name, problem)) from None
+                    message = (
+                        f"{node.name}: the deployment {self._deployment(node)} on the Prefect "
+                        "server knows other parameters than this clone: `ultraflux deploy` here"
+                    )
+                    raise StageEnded("refused", message) from None
+                _bear(node.name, away_since, problem)
             if self._stopping:
-                raise _ServerAway(f"{node.name}: interrupted")
+                raise StageEnded("failed", f"{node.name}: interrupted")
             time.sleep(POLL_S)
 
     def _submit(self, node: versioning.StageNode, run: str) -> FlowRun:
@@ -155,27 +161,29 @@ class PoolRunner(DvcRunner):
             "parent_record": self.parent_record,
         }
 
-    def _ended(
-        self, client: SyncPrefectClient, name: str, flow_run: FlowRun, seconds: float
-    ) -> StageOutcome:
-        """What came of a flow run in a final state."""
+    def _ended(self, client: SyncPrefectClient, name: str, flow_run: FlowRun) -> StageOutcome:
+        """What came of a flow run in a final state.
+
+        Raises:
+            StageEnded: the run has not said it.
+        """
         said = read_outcome(client, flow_run.id)
         completed = flow_run.state is not None and flow_run.state.is_completed()
         # They differ when a run was killed after it had said how its stage went: the state is
         # later.
         if said is not None and said.ok == completed:
             return said
-        return self._unexplained(name, flow_run, seconds)
+        raise self._unexplained(name, flow_run)
 
-    def _unexplained(self, name: str, flow_run: FlowRun, seconds: float) -> StageOutcome:
-        """The outcome of a flow run that ended without saying how."""
+    def _unexplained(self, name: str, flow_run: FlowRun) -> StageEnded:
+        """The end of a flow run that has not said how it went."""
         state = flow_run.state
         assert state is not None
         message = f"{name}: {state.message or state.name}"
         status: OutcomeStatus = "ran" if state.is_completed() else "failed"
-        return StageOutcome(name, status, seconds, message)
+        return StageEnded(status, message)
 
-    def _await(self, name: str, flow_run: FlowRun, started: float) -> StageOutcome:
+    def _await(self, name: str, flow_run: FlowRun) -> StageOutcome:
         away_since: float | None = None
         lost_since: float | None = None
         while True:
@@ -193,21 +201,16 @@ class PoolRunner(DvcRunner):
                     if state is not None and state.is_cancelled() and not self._stopping:
                         # Somebody's decision: not tried again.
                         message = f"{name}: cancelled in Prefect; run again to go on"
-                        seconds = time.monotonic() - started
-                        return StageOutcome(name, "refused", seconds, message)
+                        raise StageEnded("refused", message)
                     if state is not None and state.is_final() and not coming_back:
-                        return self._ended(client, name, flow_run, time.monotonic() - started)
+                        return self._ended(client, name, flow_run)
                 away_since = None
             except (httpx.TransportError, PrefectHTTPStatusError) as problem:
                 away_since = away_since or time.monotonic()
-                if time.monotonic() - away_since > SERVER_AWAY_S:
-                    message = _no_answer(name, problem)
-                    return StageOutcome(name, "failed", time.monotonic() - started, message)
+                _bear(name, away_since, problem)
             if self._stopping:
                 self._cancel(flow_run.id)
-                return StageOutcome(
-                    name, "failed", time.monotonic() - started, f"{name}: interrupted"
-                )
+                raise StageEnded("failed", f"{name}: interrupted")
             time.sleep(POLL_S)
 
     def stop(self) -> None:
@@ -230,7 +233,3 @@ class PoolRunner(DvcRunner):
         """Names of the stages that are on a pool now, waiting ones included."""
         with self._lock:
             return sorted(self._flow_runs)
-
-
-def _no_answer(stage: str, problem: Exception) -> str:
-    return f"{stage}: the Prefect server does not answer ({problem})"

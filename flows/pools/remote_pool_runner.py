@@ -16,7 +16,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 
 from flows.pools.outcome_artifacts import read_published_reply
-from flows.pools.pool_runner import PoolRunner
+from flows.pools.pool_runner import PoolRunner, StageEnded
 from flows.remote.remote_requests import PipelineClone
 from flows.remote.stage_messages import WorkerRefused, as_json
 from flows.running.stage_runner import StageOutcome
@@ -107,13 +107,11 @@ class RemotePoolRunner(PoolRunner):
         request = self._clone.request(name, patience_s=patience_s)
         return {"stage": name, "request": as_json(request)}
 
-    def _ended(
-        self, client: SyncPrefectClient, name: str, flow_run: FlowRun, seconds: float
-    ) -> StageOutcome:
+    def _ended(self, client: SyncPrefectClient, name: str, flow_run: FlowRun) -> StageOutcome:
         try:
             reply = read_published_reply(client, flow_run.id)
         except WorkerRefused as problem:
-            return StageOutcome(name, "refused", seconds, f"{name}: {problem}")
+            raise StageEnded("refused", f"{name}: {problem}") from None
         state = flow_run.state
         if reply is None:
             # Without a reply, "crashed" is the machine or its process; "failed" would be the
@@ -122,8 +120,8 @@ class RemotePoolRunner(PoolRunner):
                 raise _SendAgain(f"{name}: lost with its worker ({state.message})", lost=True)
             if state is not None and state.is_completed():
                 message = f"{name}: its worker answered nothing: bring it to the pipeline's commit"
-                return StageOutcome(name, "refused", seconds, message)
-            return self._unexplained(name, flow_run, seconds)
+                raise StageEnded("refused", message)
+            raise self._unexplained(name, flow_run)
         if reply.status == "busy":
             self._patience_s[name] = min(2 * self._patience_s[name], LONGEST_PATIENCE_S)
             raise _SendAgain(reply.message, lost=False)
