@@ -22,6 +22,7 @@ from flows.records.provenance import changes_digest
 from flows.records.records import all_records, read_json, write_json
 from flows.running.working_trees import TreeRefused, add_tree, git, share, tree_environment
 from flows.versioning import graph as versioning
+from flows.versioning.lock_hashes import dep_hashes, out_hashes
 from flows.versioning.setting_overrides import read_params
 
 _COMMIT, _DIFF, _PACKAGES = "mlflow.source.git.commit", "git.diff_sha256", "lock.sha256"
@@ -266,7 +267,7 @@ def compare_locks(recorded: Recorded, tree: Path) -> list[StageComparison]:
         if stage not in old or not recorded.ended(stage):
             continue
         before, after = old[stage], new.get(stage, {})
-        outputs = dict(_different(_outs(before), _outs(after)))
+        outputs = dict(_different(out_hashes(before), out_hashes(after)))
         inputs = [*_different(_deps(before), _deps(after))]
         verdict: Literal["equal", "differs", "missing"] = "differs" if outputs else "equal"
         compared.append(
@@ -281,15 +282,11 @@ def compare_locks(recorded: Recorded, tree: Path) -> list[StageComparison]:
     return compared
 
 
-def _outs(entry: Mapping[str, Any]) -> dict[str, str]:
-    return versioning.hashes(entry.get("outs", []))
-
-
 def _deps(entry: Mapping[str, Any]) -> dict[str, str]:
     from flows.versioning.parameters import flatten
 
     params = {name: str(value) for name, value in flatten(entry.get("params", {}))}
-    return versioning.hashes(entry.get("deps", [])) | params
+    return dep_hashes(entry) | params
 
 
 def _different(

@@ -28,7 +28,8 @@ from flows.running.guarded_process import GuardedProcess
 from flows.running.shared_turns import SHARED_TURNS
 from flows.running.working_trees import TreeRefused, settings_tree, tree_environment
 from flows.tracking.uploader import sync_once
-from flows.versioning.graph import hashes, read_lock
+from flows.versioning.graph import read_lock
+from flows.versioning.lock_hashes import out_hashes
 from flows.versioning.setting_overrides import read_params
 
 Order = Literal["lowest", "highest"]
@@ -151,7 +152,7 @@ def headline_metrics(runs: Sequence[StageRun], stages: Mapping[str, Any]) -> dic
     """`stage.metric` of the newest run that made each stage's outputs in a lock."""
     found: dict[str, float] = {}
     for stage, entry in stages.items():
-        outputs = hashes(entry.get("outs", []))
+        outputs = out_hashes(entry)
         made = [run for run in runs if run.stage == stage and run.outputs == outputs]
         if made:
             found |= {f"{stage}.{key}": value for key, value in made[-1].metrics.items()}

@@ -28,6 +28,7 @@ from flows.records.records import (
 )
 from flows.versioning import graph as versioning
 from flows.versioning.code_files import CODE, CodeChanges, code_path, code_texts
+from flows.versioning.lock_hashes import dep_hashes, out_hashes
 
 _STAGE_TAG = "ultraflux.stage"
 
@@ -63,9 +64,8 @@ def accept_code(root: Path, name: str, why: str) -> Acceptance:
     """
     if not why.strip():
         raise NotAcceptable("--why is empty: say why the result still holds")
-    graph = versioning.stage_graph(root)
-    if name not in graph:
-        raise versioning.GraphError(f"no stage '{name}' in dvc.yaml; stages: {', '.join(graph)}")
+    # Refuses an unknown name.
+    versioning.stages_until(root, name)
     entry = versioning.lock_entry(root, name)
     if entry is None or name == CODE:
         raise NotAcceptable(f"{name}: has no result to keep; `ultraflux run --until {name}`")
@@ -81,7 +81,7 @@ def accept_code(root: Path, name: str, why: str) -> Acceptance:
     # The fingerprint has to be in its file before it can be committed as a dependency.
     dvc(root, "repro", "-s", CODE, failure=NotAcceptable)
     dvc(root, "commit", "-f", name, failure=NotAcceptable)
-    outputs = versioning.hashes(entry.get("outs", []))
+    outputs = out_hashes(entry)
     _check(root, name, outputs)
     made_by = maker_of(root, name, outputs)
     maker = made_by.record_id if made_by is not None else ""
@@ -94,7 +94,7 @@ def _check(root: Path, name: str, outputs: dict[str, str]) -> None:
     entry = versioning.lock_entry(root, name) or {}
     fingerprint = json.loads(code_texts(root)[name])["fingerprint"]
     written = json.loads((root / code_path(name)).read_text(encoding="utf-8"))["fingerprint"]
-    if versioning.hashes(entry.get("outs", [])) != outputs or written != fingerprint:
+    if out_hashes(entry) != outputs or written != fingerprint:
         raise NotAcceptable(
             f"{name}: outputs or code changed while they were accepted; look at `git diff "
             "dvc.lock`, and run it again"
@@ -106,7 +106,7 @@ def _record(
 ) -> Record:
     line = f"{datetime.now(UTC).date()} {_person(root)}: {why} ({changed})"
     path = code_path(name)
-    inputs = versioning.hashes((versioning.lock_entry(root, name) or {}).get("deps", []))
+    inputs = dep_hashes(versioning.lock_entry(root, name) or {})
     run = RunDescription(
         kind="acceptance",
         name=f"accept-{name}",

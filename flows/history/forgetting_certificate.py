@@ -26,6 +26,7 @@ from flows.history.lock_chain import ChainBroken, check_file, check_weights, loc
 from flows.history.run_evidence import Evidence
 from flows.records.records import TornJson, from_json
 from flows.versioning import graph as versioning
+from flows.versioning.lock_hashes import out_hashes
 
 FORMAT = "ultraflux-forgetting-certificate"
 VERSION = 1
@@ -194,7 +195,7 @@ def _equality(evidence: Evidence, determinism: str) -> str:
     """
     lock = versioning.read_lock(evidence.root)
     for stage in TRAINING:
-        outputs = versioning.hashes(lock[stage].get("outs", []))
+        outputs = out_hashes(lock[stage])
         made = [run for run in evidence.runs if run.stage == stage and run.outputs == outputs]
         if made and any(name.startswith("segments.") for name in made[-1].tags):
             raise NotForgotten(

@@ -12,7 +12,7 @@ from typing import Any
 
 from components.files.weight_folders import file_digest, folder_digest
 from flows.history.run_evidence import Evidence
-from flows.versioning import graph as versioning
+from flows.versioning.lock_hashes import dep_hashes, out_hashes
 
 
 class ChainBroken(RuntimeError):
@@ -30,7 +30,7 @@ def locked_chain(lock: Mapping[str, Any], stages: Sequence[str]) -> list[dict[st
     for stage in stages:
         if stage not in lock:
             raise ChainBroken(f"{stage} has not run: run `ultraflux run`")
-        inputs, outputs = (versioning.hashes(lock[stage].get(k, [])) for k in ("deps", "outs"))
+        inputs, outputs = dep_hashes(lock[stage]), out_hashes(lock[stage])
         for path, md5 in inputs.items():
             if path in made and made[path] != md5:
                 raise ChainBroken(

@@ -20,7 +20,7 @@ from flows.history.forgetting_certificate import CHAIN
 from flows.history.lock_chain import ChainBroken, check_file, check_weights, locked_chain
 from flows.history.run_evidence import Evidence, StageRun
 from flows.records.provenance import locked_packages
-from flows.versioning import graph as versioning
+from flows.versioning.lock_hashes import out_hashes
 
 STAGES = ("slices", "vae", "dit_stage1", "dit_stage2", "evaluate")
 _BEFORE, _AFTER = ("select", "caption"), ("generate", "evaluate")
@@ -124,6 +124,6 @@ def _origin(evidence: Evidence) -> Origin:
 
 def _maker(evidence: Evidence, stage: str) -> StageRun | None:
     """The newest run whose outputs are those of dvc.lock."""
-    outputs = versioning.hashes(evidence.lock.get(stage, {}).get("outs", []))
+    outputs = out_hashes(evidence.lock.get(stage, {}))
     made = [run for run in evidence.runs if run.stage == stage and run.outputs == outputs]
     return made[-1] if made and outputs else None

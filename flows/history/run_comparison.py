@@ -22,6 +22,7 @@ from flows.records.programs import git_answer
 from flows.records.provenance import locked_packages, provenance_tags
 from flows.records.records import Record
 from flows.versioning import graph as versioning
+from flows.versioning.lock_hashes import dep_hashes, out_hashes
 from flows.versioning.parameters import flatten
 from flows.versioning.setting_overrides import read_params
 
@@ -186,9 +187,9 @@ def _locked(
     data: dict[str, str] = {}
     metrics: dict[str, float] = {}
     for stage, entry in stages.items():
-        outputs = versioning.hashes(entry.get("outs", []))
+        outputs = out_hashes(entry)
         # What came from outside any stage: the photographs, the contracts.
-        inputs = versioning.hashes(entry.get("deps", []))
+        inputs = dep_hashes(entry)
         data |= {p: h for p, h in inputs.items() if p.startswith("data/")} | outputs
         made = [r for r in evidence.runs if r.stage == stage and r.outputs == outputs and r.metrics]
         if made:

@@ -19,6 +19,7 @@ from flows.history.acceptance import accepted_lines
 from flows.records.records import ACCEPTED_TAG, Record, all_records
 from flows.records.trees import record_trees
 from flows.versioning import graph as versioning
+from flows.versioning.lock_hashes import cached_file, dep_hashes, out_hashes
 from flows.versioning.parameters import flatten
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def _from_record(record: Record, lock: Mapping[str, Any]) -> StageRun | None:
         return None
     entry = lock.get(run.name, {})
     inputs, outputs = run.inputs, record.outputs
-    locked_in = versioning.hashes(entry.get("deps", []))
-    locked_out = versioning.hashes(entry.get("outs", []))
+    locked_in = dep_hashes(entry)
+    locked_out = out_hashes(entry)
     if not outputs and inputs and inputs == locked_in and _same_params(run.params, entry):
         # `dvc repro` by hand: nobody wrote the hashes down, but the lock is of this run.
         outputs = locked_out
@@ -187,11 +188,11 @@ class Evidence:
         """Oldest first, with those that only dvc.lock tells of."""
         runs = finished_runs(self.root, self.lock, self.client)
         for stage, entry in self.lock.items():
-            outputs = versioning.hashes(entry.get("outs", []))
+            outputs = out_hashes(entry)
             # A result that was pulled from a remote has no record here; the lock is all that is
             # known.
             if outputs and not any(r.stage == stage and r.outputs == outputs for r in runs):
-                inputs = versioning.hashes(entry.get("deps", []))
+                inputs = dep_hashes(entry)
                 found = StageRun(stage, "dvc.lock", inputs=inputs, outputs=outputs)
                 runs.append(replace(found, tags=self._tags_of_files(found)))
         runs = [self._with_acceptance(run) for run in runs]
@@ -230,7 +231,7 @@ class Evidence:
 
     def file(self, path: str, md5: str) -> Path | None:
         """Where the bytes with this DVC hash are: cache, or clone (hashed); None: nowhere."""
-        cached = self._cache / md5[:2] / md5[2:]
+        cached = cached_file(self._cache, md5)
         if cached.is_file():
             return cached
         here = self.root / path

@@ -47,6 +47,7 @@ from flows.services.status import unsent_records
 from flows.tracking.uploader_process import NOT_SENT, UploaderProcess
 from flows.versioning import graph as versioning
 from flows.versioning.clone import Clone
+from flows.versioning.lock_hashes import out_hashes
 from flows.versioning.parameters import flatten
 from flows.versioning.setting_overrides import read_params
 
@@ -283,7 +284,7 @@ def _description(root: Path, engine: Engine) -> RunDescription:
 def _maker(root: Path, name: str) -> Record | None:
     """The run that made a stage's present outputs: DVC may have restored those of an older one."""
     entry = versioning.lock_entry(root, name) or {}
-    outputs = versioning.hashes(entry.get("outs", []))
+    outputs = out_hashes(entry)
     return maker_of(root, name, outputs) or latest_finished(root, name)
 
 

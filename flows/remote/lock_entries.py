@@ -12,7 +12,8 @@ from typing import Any
 
 from components.files.whole_files import write_text
 from flows.versioning.code_files import CODE, CodeChanges, code_path
-from flows.versioning.graph import StageNode, hashes, open_repo, read_lock
+from flows.versioning.graph import StageNode, load_stage, open_repo, read_lock
+from flows.versioning.lock_hashes import dep_hashes, out_hashes
 from flows.versioning.source_listing import SOURCE, source_changes
 
 LockEntry = Mapping[str, Any]
@@ -39,20 +40,14 @@ def needed_entries(
 
 def made_hashes(lock: Mapping[str, LockEntry]) -> dict[str, str]:
     """DVC hash by path of everything that the stages of `lock` made."""
-    return {
-        path: value
-        for entry in lock.values()
-        for path, value in hashes(entry.get("outs", [])).items()
-    }
+    return {path: value for entry in lock.values() for path, value in out_hashes(entry).items()}
 
 
 def foreign_inputs(entry: LockEntry, lock: Mapping[str, LockEntry]) -> list[str]:
     """Dependencies of an entry whose hash is not the one that their stage in `lock` made."""
     made = made_hashes(lock)
     return [
-        path
-        for path, value in hashes(entry.get("deps", [])).items()
-        if path in made and made[path] != value
+        path for path, value in dep_hashes(entry).items() if path in made and made[path] != value
     ]
 
 
@@ -93,7 +88,7 @@ def stale_without_data(root: Path, graph: Mapping[str, StageNode]) -> dict[str, 
     code = CodeChanges(root)
     with open_repo(root) as repo:
         for name, node in graph.items():
-            stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
+            stage = load_stage(repo, root, name)
             if name not in lock:
                 reasons[name] = "never run"
             elif not stage.frozen and (changed := _changes(stage, lock[name], made, makers, code)):
@@ -112,11 +107,11 @@ def _changes(
 ) -> list[str]:
     """What of a stage differs from its entry; its code by meaning, of the files that are here."""
     changes = ["changed command"] if stage.changed_stage() else []
-    if {out.def_path for out in stage.outs} != set(hashes(entry.get("outs", []))):
+    if {out.def_path for out in stage.outs} != set(out_hashes(entry)):
         changes.append("changed outs")
     if stage.name == CODE:
         return changes if changes or code.written() else [*changes, "its files"]
-    known = hashes(entry.get("deps", []))
+    known = dep_hashes(entry)
     if stage.name == SOURCE:
         changed = source_changes(code.root, entry, read=True)
         changes += [changed] if changed else []

@@ -142,7 +142,7 @@ class PipelineClone:
     def _shown(self, name: str, reply: StageReply) -> list[str]:
         """What this clone brings of a stage's outputs: metrics, plots and what its run logs."""
         with versioning.open_repo(self.root) as repo:
-            stage = repo.stage.load_one(path=str(self.root / "dvc.yaml"), name=name)
+            stage = versioning.load_stage(repo, self.root, name)
             shown = [str(out.def_path) for out in stage.outs if out.metric or out.plot]
         for path, data in reply.files.items():
             if path.endswith("/result.json"):
@@ -165,7 +165,7 @@ def send_present_results(root: Path, stale: Mapping[str, str]) -> None:
     with versioning.open_repo(root) as repo:
         present = []
         for name in done:
-            stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
+            stage = versioning.load_stage(repo, root, name)
             # A clone that has never seen the data has nothing to send: it is on the remote already.
             present += [str(out.def_path) for out in stage.outs if not out.changed_cache()]
     data_remote.push(root, present)

@@ -234,7 +234,7 @@ def stage_inputs(root: Path, name: str) -> list[str]:
         WorkerRefused: a dependency is neither in this clone nor known to DVC.
     """
     with versioning.open_repo(root) as repo:
-        loaded = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
+        loaded = versioning.load_stage(repo, root, name)
         paths = [str(dep.def_path) for dep in loaded.deps if not getattr(dep, "params", None)]
         # Made of this clone's own code, which is the pipeline's.
         paths = [path for path in paths if path != code_path(name)]

@@ -31,6 +31,7 @@ from flows.running.shared_turns import shared_turn
 from flows.running.stage_runner import OutcomeStatus, StageOutcome, interrupted
 from flows.running.warm_start import WarmStart
 from flows.versioning import graph as versioning
+from flows.versioning.lock_hashes import out_hashes
 from flows.versioning.torn_files import mend_after_kills, mend_lock
 
 TIMEOUT_STEP_S = 5.0
@@ -294,7 +295,7 @@ class DvcRunner:
         # Only now: DVC hashes outputs after the stage's process, which has closed its record by
         # then.
         entry = versioning.lock_entry(self.root, outcome.name) or {}
-        hashes = versioning.hashes(entry.get("outs", []))
+        hashes = out_hashes(entry)
         for folder in records_dir(self.root).glob(f"{outcome.name}-*"):
             record = Record(folder)
             if record.run.parent == self.parent_record:

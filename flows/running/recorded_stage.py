@@ -34,6 +34,7 @@ from flows.tracking.uploader_process import NOT_SENT, UploaderProcess
 from flows.versioning import graph as versioning
 from flows.versioning.clone import Clone
 from flows.versioning.code_files import CODE, CodeChanges, code_path
+from flows.versioning.lock_hashes import out_hashes
 from flows.versioning.parameters import stage_parameters
 from flows.versioning.source_listing import SOURCE, TABLE, source_changes
 
@@ -150,9 +151,9 @@ def _has_nothing_to_do(root: Path, name: str) -> bool:
     entry = versioning.lock_entry(root, name)
     if entry is None or not (root / TABLE).is_file():
         return False
-    return not source_changes(root, entry) and file_digest(
-        root / TABLE, "md5"
-    ) == versioning.hashes(entry.get("outs", [])).get(TABLE)
+    if source_changes(root, entry):
+        return False
+    return file_digest(root / TABLE, "md5") == out_hashes(entry).get(TABLE)
 
 
 def _training_state(

@@ -19,6 +19,7 @@ from typing import Any
 
 from components.files.code_identity import PACKAGES, STAGES, CodeIdentity
 from components.files.whole_files import write_text
+from flows.versioning.lock_hashes import cached_file, dep_hashes
 
 CODE = "code"
 """The stage's name."""
@@ -139,7 +140,7 @@ class CodeChanges:
             cache: DVC's cache folder, where the file of that time may lie.
         """
         path = code_path(stage)
-        before = {dep["path"]: str(dep.get("md5", "")) for dep in entry.get("deps", [])}.get(path)
+        before = dep_hashes(entry).get(path)
         text = self.texts.get(stage)
         if before is None or text is None or hashlib.md5(text.encode()).hexdigest() == before:
             return ""
@@ -151,7 +152,7 @@ class CodeChanges:
         # place.
         places = [self.root / path]
         if cache is not None:
-            places.append(cache / md5[:2] / md5[2:])
+            places.append(cached_file(cache, md5))
         for place in places:
             text = _read(place)
             if text is not None and hashlib.md5(text.encode()).hexdigest() == md5:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 from components.settings.field_errors import first_error
 from flows.records.programs import dvc
 from flows.versioning.code_files import CODE, CodeChanges, code_path
+from flows.versioning.lock_hashes import cached_file, out_hashes
 from flows.versioning.source_listing import ALWAYS_CHANGED, SOURCE, source_changes
 from flows.versioning.torn_files import mend_after_kills, mend_lock
 
@@ -183,6 +184,15 @@ def stage_graph(root: Path) -> dict[str, StageNode]:
         }
 
 
+def load_stage(repo: Any, root: Path, name: str) -> Any:
+    """DVC's own object of a stage, from a `Repo` that is open."""
+    return repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
+
+
+def _unknown(name: str, known: Iterable[str]) -> GraphError:
+    return GraphError(f"no stage '{name}' in dvc.yaml; stages: {', '.join(known)}")
+
+
 def stage_node(root: Path, name: str) -> StageNode:
     """One stage without its place in the graph: no `upstream`, a quarter of the graph's time.
 
@@ -193,10 +203,9 @@ def stage_node(root: Path, name: str) -> StageNode:
 
     with open_repo(root) as repo:
         try:
-            stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
+            stage = load_stage(repo, root, name)
         except StageNotFound:
-            known = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-            raise GraphError(f"no stage '{name}' in dvc.yaml; stages: {', '.join(known)}") from None
+            raise _unknown(name, read_stages(root)) from None
         return StageNode(
             name=name,
             command=str(stage.cmd),
@@ -222,7 +231,7 @@ def stages_until(root: Path, name: str | None) -> dict[str, StageNode]:
     if name is None:
         return graph
     if name not in graph:
-        raise GraphError(f"no stage '{name}' in dvc.yaml; stages: {', '.join(graph)}")
+        raise _unknown(name, graph)
     wanted = {name}
     # Backwards through the order: whoever needs a stage has been seen before it.
     for stage in reversed(graph):
@@ -348,7 +357,7 @@ def has_cached_result(root: Path, name: str) -> bool:
     from dvc.stage.cache import _can_hash
 
     with open_repo(root) as repo:
-        stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
+        stage = load_stage(repo, root, name)
         try:
             stage.save_deps()
         except DvcException:
@@ -358,9 +367,9 @@ def has_cached_result(root: Path, name: str) -> bool:
             return False
         entry = repo.stage_cache._load(stage) or {}
         folder = Path(repo.cache.local.path)
-        made = hashes(entry.get("outs", [])).values()
+        made = out_hashes(entry).values()
         # The run cache remembers results whose files `dvc gc` has removed.
-        return bool(made) and all((folder / md5[:2] / md5[2:]).is_file() for md5 in made)
+        return bool(made) and all(cached_file(folder, md5).is_file() for md5 in made)
 
 
 def _reason(changes: list[Any]) -> str:
@@ -397,7 +406,7 @@ def stage_identity(root: Path, name: str) -> tuple[str, dict[str, str]]:
 
     inputs: dict[str, str] = {}
     with open_repo(root) as repo:
-        stage = repo.stage.load_one(path=str(root / "dvc.yaml"), name=name)
+        stage = load_stage(repo, root, name)
         parts: list[Any] = [stage.cmd]
         for dep in sorted(stage.deps, key=lambda dep: str(dep.def_path)):
             params = getattr(dep, "params", None)
@@ -436,11 +445,6 @@ def locked_stages(text: str) -> dict[str, Any]:
     """`stages` of a dvc.lock's text; empty for an empty one."""
     stages: dict[str, Any] = (yaml.safe_load(text) or {}).get("stages", {})
     return stages
-
-
-def hashes(entries: list[dict[str, Any]]) -> dict[str, str]:
-    """Hash by path of `deps` or `outs` in dvc.lock."""
-    return {entry["path"]: str(entry.get("md5", "")) for entry in entries}
 
 
 def lock_entry(root: Path, name: str) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from components.settings.schema import SettingsError, load_settings
+from flows.versioning.lock_hashes import out_hashes
 
 SOURCE = "source"
 """The stage's name."""
@@ -46,8 +47,7 @@ def source_changes(root: Path, entry: Mapping[str, Any], *, read: bool = False) 
     except (SettingsError, ValueError) as problem:
         # The stage says it again, as its own error.
         return str(problem)
-    outs = {out["path"]: str(out.get("md5", "")) for out in entry.get("outs", [])}
-    same = table is not None and outs.get(TABLE) == table
+    same = table is not None and out_hashes(entry).get(TABLE) == table
     return "" if same else f"files in {settings.ingest.source}"
 
 

@@ -25,6 +25,7 @@ from flows.records.programs import git
 from flows.remote.data_remote import PATIENCE, REMOTE
 from flows.tracking.tier import services_dir
 from flows.versioning import graph as versioning
+from flows.versioning.lock_hashes import out_hashes
 
 MARK = "ULTRAFLUX_CHAOS"
 """Stands in the environment of everything that a drill starts; nothing else is ever touched."""
@@ -215,7 +216,7 @@ def output_hashes(clone: Path) -> dict[str, str]:
     stages = versioning.read_lock(clone)
     found: dict[str, str] = {}
     for entry in stages.values():
-        found |= versioning.hashes(entry.get("outs", []))
+        found |= out_hashes(entry)
     return found
 
 

@@ -20,6 +20,7 @@ from flows.history.run_evidence import Evidence
 from flows.records.provenance import provenance_tags
 from flows.records.records import RunDescription, RunResult, open_record
 from flows.versioning import graph as versioning
+from flows.versioning.lock_hashes import dep_hashes
 
 MANIFEST = "data/select/manifest.parquet"
 
@@ -158,7 +159,7 @@ def test_the_inputs_in_a_record_are_those_of_the_lock(toy: Path) -> None:
     subprocess.run(["dvc", "repro", "-q", "b"], cwd=toy, check=True)
     entry = versioning.lock_entry(toy, "b")
     assert entry is not None
-    assert versioning.stage_identity(toy, "b")[1] == versioning.hashes(entry["deps"])
+    assert versioning.stage_identity(toy, "b")[1] == dep_hashes(entry)
 
 
 @pytest.mark.parametrize(
