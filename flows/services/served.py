@@ -31,7 +31,7 @@ from flows.tracking.tier import (
 
 PACKAGES = {"psycopg": "psycopg[binary]", "asyncpg": "asyncpg"}
 """Import name and package of what the servers need beyond the embedded tier."""
-MLFLOW_WORKERS = "2"
+MLFLOW_WORKERS = 2
 
 
 def missing_packages() -> list[str]:
@@ -155,11 +155,8 @@ def _start_mlflow(root: Path, tier: ServedTier) -> Service:
     if migrated.returncode != 0:
         said = last_words(migrated.stderr)
         raise ServiceError(f"MLflow's database cannot be brought up to date: {said}")
-    command = [
-        *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
-        *("--host", tier.host, "--port", str(tier.mlflow_port), "--workers", MLFLOW_WORKERS),
-        *("--backend-store-uri", database, "--artifacts-destination", tier.artifacts),
-        *services.mlflow_own_address(tier.mlflow_port, tier.host),
-    ]
+    command = services.mlflow_server(
+        tier.host, tier.mlflow_port, database, tier.artifacts, MLFLOW_WORKERS
+    )
     url = f"http://{tier.client_host}:{tier.mlflow_port}"
     return services.start_daemon(root, "mlflow", url, command, environment)

@@ -198,13 +198,25 @@ def prefect_command(port: int, host: str = HOST) -> list[str]:
 def mlflow_command(root: Path, port: int) -> list[str]:
     """Command line of the MLflow server over the embedded store; see `mlflow_environment`."""
     config = tracking_config(root)
-    return [
+    return mlflow_server(HOST, port, config["backend_store"], str(config["artifact_root"]), 1)
+
+
+def mlflow_server(host: str, port: int, store: str, artifacts: str, workers: int) -> list[str]:
+    """Command line of an MLflow server, which answers requests and pages of its own address alone.
+
+    One that other machines reach keeps MLflow's default of private addresses: under which names
+    they know it is not known here.
+    """
+    command = [
         *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
-        *("--host", HOST, "--port", str(port)),
-        *("--backend-store-uri", config["backend_store"], "--workers", "1"),
-        *("--artifacts-destination", str(config["artifact_root"])),
-        *mlflow_own_address(port, HOST),
+        *("--host", host, "--port", str(port), "--workers", str(workers)),
+        *("--backend-store-uri", store, "--artifacts-destination", artifacts),
     ]
+    if not is_loopback(host):
+        return command
+    names = [f"{name}:{port}" for name in dict.fromkeys([HOST, "localhost", host])]
+    origins = ",".join(f"http://{name}" for name in names)
+    return [*command, "--allowed-hosts", ",".join(names), "--cors-allowed-origins", origins]
 
 
 def mlflow_environment(root: Path) -> dict[str, str]:
@@ -212,19 +224,6 @@ def mlflow_environment(root: Path) -> dict[str, str]:
     users = services_dir(root) / "mlflow-users.db"
     users.parent.mkdir(parents=True, exist_ok=True)
     return mlflow_login(root, sqlite_address(users))
-
-
-def mlflow_own_address(port: int, host: str) -> list[str]:
-    """Options that let MLflow answer requests and pages of its own address alone.
-
-    A server that other machines reach keeps MLflow's default of private addresses: under which
-    names they know it is not known here.
-    """
-    if not is_loopback(host):
-        return []
-    names = [f"{name}:{port}" for name in dict.fromkeys([HOST, "localhost", host])]
-    origins = ",".join(f"http://{name}" for name in names)
-    return ["--allowed-hosts", ",".join(names), "--cors-allowed-origins", origins]
 
 
 def wait_until_healthy(name: str, url: str, alive: psutil.Process | None, log: Path) -> None:
