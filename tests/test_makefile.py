@@ -107,7 +107,7 @@ def test_a_folders_name_is_no_command_and_no_move(clone: Path, name: str) -> Non
     (folder / ".venv" / "bin" / "ultraflux").write_text(f"#!{folder}/.venv/bin/python\n")
     assert make(folder, "help").returncode == 0
     assert "made for another folder" not in made(folder)
-    assert not list(clone.parent.rglob("pwned"))
+    assert not list(folder.rglob("pwned"))
     assert (folder / ".venv" / "bin" / "ultraflux").is_file()
 
 
