@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
 from components.corpus.captions.checks import CaptionBatch, Judged, filled
 from components.corpus.captions.models import write_captions
@@ -27,6 +28,16 @@ CHINESE = "红色山丘下平静的湖"
 
 # Status, headers, and the body or its chunks.
 Reply = tuple[int, dict[str, str], bytes | Iterable[bytes]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _autograd_without_threads() -> None:
+    """Let torch's first backward pass be one of a processor, whatever file comes first.
+
+    It decides whether autograd starts a thread per device, after which no child of this process may
+    use it. Libraries that tests of planning import add devices that are not there.
+    """
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 class Api:

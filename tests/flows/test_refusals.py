@@ -136,7 +136,15 @@ def project(clone: Callable[..., Path]) -> Path:
     return clone("broken", {})
 
 
-@pytest.mark.parametrize("kind", NO_PARAMS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a conflict",
+        pytest.param("a byte that is no text", marks=pytest.mark.slow),
+        pytest.param("a list", marks=pytest.mark.slow),
+        "a section that is none",
+    ],
+)
 def test_settings_that_cannot_be_read_are_one_line_of_every_command(
     project: Path, kind: str
 ) -> None:
