@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import dvc  # noqa: F401
 import psutil
 import pytest
 
+from flows.records.records import read_json
 from flows.remote import data_remote
 from flows.services import servers as services
 
@@ -234,14 +236,17 @@ class PoolSite:
         for found in psutil.process_iter(["cmdline"]):
             command = found.info["cmdline"] or []
             if command[-3:] == ["stage", "run", stage] and any("ultraflux" in c for c in command):
-                engine = [p for p in found.parents() if "prefect.engine" in " ".join(p.cmdline())]
-                if engine and found.cwd() == str(self.root):
-                    return engine[0]
+                # One that ends while it is looked at runs no stage now.
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    above = found.parents()
+                    engine = [p for p in above if "prefect.engine" in " ".join(p.cmdline())]
+                    if engine and found.cwd() == str(self.root):
+                        return engine[0]
         return None
 
     def workers(self) -> dict[str, psutil.Process]:
         """This site's workers by pool."""
-        known = services.read_json(services.services_dir(self.root) / "workers.json") or []
+        known = read_json(services.services_dir(self.root) / "workers.json") or []
         return {worker["pool"]: psutil.Process(worker["pid"]) for worker in known}
 
 

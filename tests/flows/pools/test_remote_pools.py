@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from flows.pools.remote_pool_runner import MOST_LOSSES
+from flows.records.records import read_json
 from flows.remote import data_remote
 from flows.services import servers as services
 
@@ -136,7 +137,7 @@ def site(
         yield made
     finally:
         for clone in made.workers:
-            for worker in (services.read_json(services.services_dir(clone) / "workers.json")) or []:
+            for worker in (read_json(services.services_dir(clone) / "workers.json")) or []:
                 end_family(worker["pid"])
         made.attempt(pipeline, "down")
 
@@ -184,7 +185,7 @@ def test_a_machine_that_is_gone_with_its_stage_costs_no_result_and_no_byte(site:
     (other,) = [clone for clone in site.workers if clone != victim]
     (other / "runs" / "hang").unlink()
     children = engine.children(recursive=True)
-    for worker in services.read_json(services.services_dir(victim) / "workers.json"):
+    for worker in read_json(services.services_dir(victim) / "workers.json"):
         os.kill(worker["pid"], signal.SIGKILL)
     engine.kill()
     output, _ = pipeline.communicate(timeout=TIMEOUT_S)
