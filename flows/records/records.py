@@ -224,8 +224,12 @@ def all_records(root: Path) -> Iterator[Record]:
     """Records in the order of their start."""
     # Not by the folder: a record is one from the moment that its run.json is there, whole.
     folders = [path.parent for path in records_dir(root).glob("*/run.json")]
-    found = [Record(path) for path in folders if read_fields(RunDescription, path / "run.json")]
-    yield from sorted(found, key=lambda record: (record.run.started_ms, record.record_id))
+    found = [
+        (run.started_ms, path.name, path)
+        for path in folders
+        if (run := read_fields(RunDescription, path / "run.json"))
+    ]
+    yield from (Record(path) for _, _, path in sorted(found))
 
 
 def open_record(root: Path, run: RunDescription) -> Record:
