@@ -38,12 +38,10 @@ def run(context: StageContext) -> StageResult:
     if asks_models(context.settings.caption):
         derivatives = context.input("signals", "derivatives.parquet")
     path = context.output_dir / "manifest.parquet"
-    try:
+    with context.failing(CaptioningRefused):
         found = caption_photographs(
             selected, derivatives, context.settings, path, root=context.root
         )
-    except CaptioningRefused as problem:
-        raise StageFailed(f"caption: {problem}") from None
     losses = [{"record": loss.record, "detail": loss.detail} for loss in found.losses]
     losses_path = context.output_dir / "losses.parquet"
     write_parquet(pa.Table.from_pylist(losses, schema=LOSSES_SCHEMA), losses_path)

@@ -8,6 +8,8 @@ settings only, so durations and dates never enter them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,18 @@ class StageContext:
                 f"it first: `dvc repro {parts[0]}`"
             )
         return path
+
+    @contextmanager
+    def failing(self, *problems: type[Exception]) -> Iterator[None]:
+        """Let the stage fail by what such a problem says, after its name.
+
+        Raises:
+            StageFailed: one of `problems` was raised.
+        """
+        try:
+            yield
+        except problems as problem:
+            raise StageFailed(f"{self.stage}: {problem}") from None
 
 
 @dataclass(frozen=True)

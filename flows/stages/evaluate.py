@@ -5,7 +5,7 @@ from __future__ import annotations
 from components.evaluation.pipeline_evaluation import evaluate_pipeline
 from components.evaluation.statistics.non_inferiority import BaselineUnusable
 from components.images.original_lookup import OriginalsMissing
-from flows.stages.contract import StageContext, StageFailed, StageResult
+from flows.stages.contract import StageContext, StageResult
 
 
 def run(context: StageContext) -> StageResult:
@@ -23,10 +23,8 @@ def run(context: StageContext) -> StageResult:
     context.input("generate", "images")
     context.input("dit_stage1", "metrics.json")
     context.input("dit_stage2", "metrics.json")
-    try:
+    with context.failing(OriginalsMissing, BaselineUnusable):
         found = evaluate_pipeline(context.root, context.settings)
-    except (OriginalsMissing, BaselineUnusable) as problem:
-        raise StageFailed(f"{context.stage}: {problem}") from None
     written = found.write(context.output_dir)
     verdict = "gate passed" if found.decision["promoted"] else "gate not passed"
     gain = found.metrics.get("vae_psnr_gain_db")

@@ -39,13 +39,11 @@ def check_manifest(
         StageFailed: a critical expectation is violated (after the files were written; they go with
             the error), or a contract cannot be used.
     """
-    try:
+    with context.failing(ContractError):
         loaded = [load_contract(context.root / name) for name in contracts]
         # As it was written, not as it was in memory: the next stages read the file.
         table = read_columns(manifest, columns_read(loaded), presence=presence_read(loaded))
         report = validate(table, loaded, context.settings)
-    except ContractError as problem:
-        raise StageFailed(f"{context.stage}: {problem}") from None
     results, page, rows = write_report(report, context.output_dir, prefix)
     result = StageResult(
         metrics={f"{prefix}{name}": value for name, value in _metrics(report).items()},

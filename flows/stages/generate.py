@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from components.generation.held_out_images import NoCaptions, generate_held_out
-from flows.stages.contract import StageContext, StageFailed, StageResult
+from flows.stages.contract import StageContext, StageResult
 
 
 def run(context: StageContext) -> StageResult:
@@ -20,12 +20,10 @@ def run(context: StageContext) -> StageResult:
     context.input("dit_stage2", settings.generate.weights)
     # Finished images lie in the state: DVC empties the outputs before each run of a stage.
     finished = context.state_dir / "images"
-    try:
+    with context.failing(NoCaptions):
         images = generate_held_out(
             context.root, settings, finished=finished, description=context.stage
         )
-    except NoCaptions as problem:
-        raise StageFailed(f"{context.stage}: {problem}") from None
     written = images.write(context.output_dir)
     count = len(images.generations)
     return StageResult(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from components.corpus.sources.collect import Collected, collect
-from flows.stages.contract import StageContext, StageFailed, StageResult
+from flows.stages.contract import StageContext, StageResult
 from flows.stages.gate import check_manifest, joined
 
 
@@ -21,7 +21,7 @@ def run(context: StageContext) -> StageResult:
     folder = context.output_dir
     # Lists and archives are read themselves; their table only says when they have changed.
     listing = context.input("source", "listing.parquet") if settings.kind == "folder" else None
-    try:
+    with context.failing(ValueError):
         found = collect(
             settings,
             folder,
@@ -30,8 +30,6 @@ def run(context: StageContext) -> StageResult:
             listing=listing,
             first=context.first,
         )
-    except ValueError as problem:
-        raise StageFailed(f"ingest: {problem}") from None
     manifest = folder / "manifest.parquet"
     datasets = {"candidates": manifest}
     if settings.kind != "folder":

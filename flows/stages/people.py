@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 
 from components.corpus.manifest import read_table
 from components.corpus.people.looking import LOOKING_REFUSED, look_for_people
-from flows.stages.contract import StageContext, StageFailed, StageResult
+from flows.stages.contract import StageContext, StageResult
 
 
 def run(context: StageContext) -> StageResult:
@@ -19,7 +19,7 @@ def run(context: StageContext) -> StageResult:
     columns = ("image_id", "query", "source")
     manifest = read_table(context.input("ingest", "manifest.parquet"), columns)
     path = context.output_dir / "people.parquet"
-    try:
+    with context.failing(*LOOKING_REFUSED):
         look_for_people(
             derivatives,
             manifest,
@@ -28,8 +28,6 @@ def run(context: StageContext) -> StageResult:
             root=context.root,
             state_dir=context.state_dir,
         )
-    except LOOKING_REFUSED as problem:
-        raise StageFailed(f"people: {problem}") from None
     result = pq.read_table(path).to_pandas()
     characters = int(result["is_character"].eq(True).sum())
     human = int(result["channel"].eq("human").sum())

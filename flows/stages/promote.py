@@ -10,7 +10,7 @@ from components.evaluation.promotion_decision import (
     write_decision,
 )
 from components.evaluation.statistics.non_inferiority import BaselineUnusable
-from flows.stages.contract import StageContext, StageFailed, StageResult
+from flows.stages.contract import StageContext, StageResult
 from flows.tracking.promotion import explain, promotions
 
 
@@ -27,10 +27,8 @@ def run(context: StageContext) -> StageResult:
     context.input("evaluate", "scores.parquet")
     context.input("vae", "autoencoder")
     context.input("dit_stage2", settings.generate.weights)
-    try:
+    with context.failing(BaselineUnusable):
         decision = decide_promotion(context.root, settings, print)
-    except BaselineUnusable as problem:
-        raise StageFailed(f"{context.stage}: {problem}") from None
     wanted = promotions(context.root, decision, settings.project.name)
     return StageResult(
         metrics=decision_numbers(decision),

@@ -6,7 +6,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from components.corpus.quality.scoring import SCORING_REFUSED, score_photographs
-from flows.stages.contract import StageContext, StageFailed, StageResult
+from flows.stages.contract import StageContext, StageResult
 
 
 def _mean(column: pd.Series) -> float:
@@ -22,12 +22,10 @@ def run(context: StageContext) -> StageResult:
     """
     derivatives = context.input("signals", "derivatives.parquet")
     path = context.output_dir / "quality.parquet"
-    try:
+    with context.failing(*SCORING_REFUSED):
         score_photographs(
             derivatives, path, context.settings, root=context.root, state_dir=context.state_dir
         )
-    except SCORING_REFUSED as problem:
-        raise StageFailed(f"quality: {problem}") from None
     table = pq.read_table(path).to_pandas()
     scorers = sorted(
         {*table["quality_scorer"].dropna().unique(), *table["aesthetic_scorer"].dropna().unique()}

@@ -26,10 +26,8 @@ def run(context: StageContext) -> StageResult:
             contract is violated.
     """
     candidates = context.input("ingest", "manifest.parquet")
-    try:
+    with context.failing(ValueError):
         listed = read_exclusions(context.root / context.settings.select.exclusions)
-    except ValueError as problem:
-        raise StageFailed(f"select: {problem}") from None
     table = read_candidates(
         candidates,
         context.input("signals", "signals.parquet"),
@@ -38,10 +36,8 @@ def run(context: StageContext) -> StageResult:
         context.settings,
         Exclusions(listed),
     )
-    try:
+    with context.failing(QuotaInfeasible):
         table = select(table, context.settings.select, context.settings.project.seed)
-    except QuotaInfeasible as problem:
-        raise StageFailed(f"select: {problem}") from None
 
     path = context.output_dir / "manifest.parquet"
     copy_manifest(

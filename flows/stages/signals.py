@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 
 from components.corpus.candidate_signals import SIGNALS, measure_candidates
 from components.corpus.manifest import read_table
-from flows.stages.contract import StageContext, StageFailed, StageResult
+from flows.stages.contract import StageContext, StageResult
 
 _SUMMARISED = (
     "error",
@@ -25,7 +25,7 @@ def run(context: StageContext) -> StageResult:
     """
     columns = ("image_id", "uri", "integrity", "duplicate_of")
     manifest = read_table(context.input("ingest", "manifest.parquet"), columns)
-    try:
+    with context.failing(ValueError):
         measure_candidates(
             manifest,
             context.output_dir,
@@ -33,8 +33,6 @@ def run(context: StageContext) -> StageResult:
             root=context.root,
             state_dir=context.state_dir,
         )
-    except ValueError as problem:
-        raise StageFailed(f"signals: {problem}") from None
     path = context.output_dir / SIGNALS
     table = pq.read_table(path, columns=list(_SUMMARISED)).to_pandas()
     quarantined = int(table["error"].notna().sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from components.corpus.listing.source_table import Described, describe_source
 from components.engine.map_items import EngineLimits
-from flows.stages.contract import StageContext, StageFailed, StageResult
+from flows.stages.contract import StageContext, StageResult
 
 
 def run(context: StageContext) -> StageResult:
@@ -14,15 +14,13 @@ def run(context: StageContext) -> StageResult:
         StageFailed: no usable source; the line names it and the setting.
     """
     settings = context.settings
-    try:
+    with context.failing(ValueError):
         found = describe_source(
             settings.ingest,
             context.output_dir / "listing.parquet",
             root=context.root,
             limits=EngineLimits.of(settings),
         )
-    except ValueError as problem:
-        raise StageFailed(f"source: {problem}") from None
     return StageResult(
         metrics={
             "files": float(found.files),
