@@ -22,6 +22,7 @@ from flows.commands.command_line import (
     profiles,
     project_root,
     refuse_unknown_stage,
+    refusing,
     silenced,
     stages,
     why_no_file,
@@ -46,7 +47,7 @@ from flows.commands.pipeline import (
 )
 from flows.commands.refusals import refusal
 from flows.commands.services import chaos, clean, deploy, remote, services
-from flows.commands.tables import table_of
+from flows.commands.tables import table_of, terminal
 
 PIPELINE, CORPUS = "Pipeline", "Corpus"
 IMAGES, MODEL, SERVICES = "Images and evaluation", "Model", "Services"
@@ -120,10 +121,8 @@ def _wish(
         os.environ[RESTART] = "1"
     if continue_from is None:
         return None
-    try:
+    with refusing(StateRefused):
         stage = wished_stage(root, continue_from, stages())
-    except StateRefused as problem:
-        raise fail(str(problem)) from None
     os.environ[CONTINUE_FROM] = continue_from
     return stage
 
@@ -197,19 +196,19 @@ def run(
             "--continue-from, --restart: stages of pools run elsewhere; set runtime.on_changed_run"
         )
     wished = _wish(root, lambda: stages_until(root, until), continue_from, restart)
-    try:
-        with silenced(quiet or as_json):
-            summary = run_pipeline(
-                root,
-                engine=engine,  # type: ignore[arg-type]
-                force=force,
-                until=until,
-                cpus=cpus,
-                remote_data=remote_data,
-                rehearsal=rehearsal,
-            )
-    except (SettingsError, PipelineRefused, ServiceError, GraphError) as problem:
-        raise fail(str(problem)) from None
+    with (
+        refusing(SettingsError, PipelineRefused, ServiceError, GraphError),
+        silenced(quiet or as_json),
+    ):
+        summary = run_pipeline(
+            root,
+            engine=engine,  # type: ignore[arg-type]
+            force=force,
+            until=until,
+            cpus=cpus,
+            remote_data=remote_data,
+            rehearsal=rehearsal,
+        )
     if as_json:
         print_json(summary.as_dict())
     if summary.interrupted:
@@ -258,19 +257,14 @@ stage_app.command("remote", epilog=remote.STAGE_EPILOG)(remote.stage_remote)
 @stage_app.command("list")
 def stage_list(as_json: Json = False) -> None:
     """Stages in order, whether each is stale, and why."""
-    from rich.console import Console
-
     from flows.versioning.clone import Clone
     from flows.versioning.code_files import CODE
     from flows.versioning.graph import GraphError
 
     clone = Clone(project_root())
-    try:
-        with clone.opened():
-            graph = clone.graph()
-            stale = clone.stale(graph)
-    except GraphError as problem:
-        raise fail(str(problem)) from None
+    with refusing(GraphError), clone.opened():
+        graph = clone.graph()
+        stale = clone.stale(graph)
     rows: list[dict[str, Any]] = [
         {
             "stage": name,
@@ -288,7 +282,7 @@ def stage_list(as_json: Json = False) -> None:
         (row["stage"], ", ".join(row["after"]), row["pool"], row["stale"] or "up to date")
         for row in rows
     )
-    Console().print(table_of(("stage", "after", "pool", "state"), cells))
+    terminal().print(table_of(("stage", "after", "pool", "state"), cells))
 
 
 stage_app.command("plan", epilog=stage_plan.EPILOG)(stage_plan.stage_plan)
@@ -312,10 +306,8 @@ def config_compose(
 
     # Without params.yaml: this command writes it.
     root = project_root(["dvc.yaml"])
-    try:
+    with refusing(SettingsError):
         text = compose(root, profile)
-    except SettingsError as problem:
-        raise fail(str(problem)) from None
     target = root / "params.yaml"
     if target.exists() and not target.is_file():
         raise fail(f"{target}: {why_no_file(target)}; move it aside")
@@ -336,10 +328,8 @@ def config_check() -> None:
     """Validate params.yaml."""
     from components.settings.schema import SettingsError, load_settings
 
-    try:
+    with refusing(SettingsError):
         settings = load_settings(project_root() / "params.yaml")
-    except SettingsError as problem:
-        raise fail(str(problem)) from None
     print(f"params.yaml is valid (profile {settings.project.profile})")
 
 
@@ -386,15 +376,13 @@ def promote(
     if alias not in {None, "candidate", "champion"}:
         raise fail(f"--alias {alias}: choose candidate or champion")
     root = project_root()
-    try:
+    with refusing(PromotionRefused, code=1):
         if keep_baseline:
             # Before the registry is touched.
             promotion.judged_scores(root)
         print(promotion.promote_from_decision(root, alias))
         if keep_baseline:
             print(promotion.keep_baseline(root))
-    except PromotionRefused as problem:
-        raise fail(str(problem), 1) from None
 
 
 app.command(rich_help_panel=SERVICES)(services.sync)

@@ -31,6 +31,19 @@ def fail(message: str, code: int = 2) -> typer.Exit:
     return typer.Exit(code)
 
 
+@contextlib.contextmanager
+def refusing(*problems: type[Exception], code: int = 2) -> Iterator[None]:
+    """End the command with `code` and what such a problem says.
+
+    Raises:
+        typer.Exit: its lines were printed.
+    """
+    try:
+        yield
+    except problems as problem:
+        raise fail(str(problem), code) from None
+
+
 def print_json(value: object, default: Callable[[Any], Any] | None = None) -> None:
     """Print one JSON value; `default` says what stands for what JSON does not know."""
     text = json.dumps(value, indent=1, ensure_ascii=False, default=default)
@@ -120,9 +133,7 @@ def project_root(files: Sequence[str] = environment.PROJECT_FILES) -> Path:
     Raises:
         typer.Exit: there is none; one line was printed.
     """
-    try:
+    with refusing(FileNotFoundError):
         root = environment.project_root(files=files)
-    except FileNotFoundError as problem:
-        raise fail(str(problem)) from None
     environment.prepare()
     return root

@@ -6,8 +6,25 @@ from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+
+def terminal(
+    *, soft_wrap: bool = False, highlight: bool = True, file_width: int | None = None
+) -> Console:
+    """Where tables and coloured lines are printed.
+
+    Args:
+        soft_wrap: lines are as long as they are.
+        highlight: numbers and paths have colours.
+        file_width: columns where the output is no terminal; None: as many as rich takes.
+    """
+    from rich.console import Console
+
+    in_file = file_width is not None and not Console().is_terminal
+    return Console(soft_wrap=soft_wrap, highlight=highlight, width=file_width if in_file else None)
 
 
 def table_of(

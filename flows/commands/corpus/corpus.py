@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, print_json, project_root
+from flows.commands.command_line import fail, print_json, project_root, refusing
 from flows.commands.corpus import forget as forget_command
 from flows.commands.corpus.look import look
-from flows.commands.tables import table_of
+from flows.commands.tables import table_of, terminal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,14 +71,12 @@ def version_file(root: Path, version: str, manifest: str) -> Iterator[Path]:
 def _version_files(before: str, after: str, manifest: str) -> Iterator[tuple[Path, Path]]:
     """Both versions; what is wrong with them ends the command with its one line."""
     root = project_root()
-    try:
-        with (
-            version_file(root, before, manifest) as old,
-            version_file(root, after, manifest) as new,
-        ):
-            yield old, new
-    except ValueError as problem:
-        raise fail(str(problem)) from None
+    with (
+        refusing(ValueError),
+        version_file(root, before, manifest) as old,
+        version_file(root, after, manifest) as new,
+    ):
+        yield old, new
 
 
 def _refuse_folder(output: Path) -> None:
@@ -102,7 +100,6 @@ def corpus_diff(
 ) -> None:
     """What changed between two versions, row by row (exit code 1: something did)."""
     import pyarrow as pa
-    from rich.console import Console
 
     from components.corpus.manifest_columns import ManifestOnDisk
     from components.corpus.pages.corpus_diff import DIFF_SCHEMA, VALUES_OF, diff
@@ -116,7 +113,7 @@ def corpus_diff(
     if as_json:
         print_json(found.to_json(), default=str)
         raise typer.Exit(1 if len(found.rows) else 0)
-    console = Console()
+    console = terminal()
     console.print(
         f"rows {found.rows_before} -> {found.rows_after}, "
         f"kept {found.kept_before} -> {found.kept_after}"
@@ -206,17 +203,15 @@ def datasheet(
     from components.corpus.pages import datasheet as page
     from components.corpus.pages.page_figures import write_page
     from components.corpus.selection import slices
-    from components.settings.schema import SettingsError, load_settings
+    from components.settings.schema import load_settings
 
     _refuse_folder(output)
     root = project_root()
     columns = [*slices.COLUMNS, *page.COLUMNS]
-    try:
+    with refusing(ValueError):
         settings = load_settings(root / "params.yaml")
         with version_file(root, version, "data/slices/manifest.parquet") as file:
             table = read_columns(file, columns, presence=page.PRESENCE)
-    except (SettingsError, ValueError) as problem:
-        raise fail(str(problem)) from None
     rows = slices.slice_rows(table, settings.slices, settings.project.seed)
     text = page.datasheet_page(table, rows, _coverage(root, version))
     write_page(text, output, follow=True)
@@ -257,13 +252,14 @@ def why(
     from components.corpus.selection.rights import Exclusions
     from components.corpus.selection.rules import COLUMNS
     from components.corpus.selection.why import explain, find, with_later_stages
-    from components.settings.schema import SettingsError, load_settings
+    from components.settings.schema import load_settings
 
     root = project_root()
     path = root / _SELECTED
     if not path.is_file():
         raise fail(f"{_SELECTED}: not found; run the pipeline first: ultraflux run --until select")
-    try:
+    # QuotaInfeasible and ImageUnknown are ValueErrors too; all are one line.
+    with refusing(ValueError, OSError):
         settings = load_settings(root / "params.yaml")
         # A column of addresses is large, and no other name needs it.
         also = Exclusions.COLUMNS if "://" in image else ("uri",)
@@ -273,9 +269,6 @@ def why(
         print("\n".join(found.lines()))
         if out is not None:
             write_why(found, root / "data" / "signals" / "derivatives.parquet", out)
-    # QuotaInfeasible and ImageUnknown are ValueErrors too; all are one line.
-    except (SettingsError, ValueError, OSError) as problem:
-        raise fail(str(problem)) from None
     if out is not None:
         print(out)
 
@@ -299,11 +292,11 @@ def pack(
     from components.corpus.image_packing import pack_images
     from components.images.image_store import FOLDER
     from components.images.original_lookup import OriginalLookup
-    from components.settings.schema import SettingsError, load_settings
+    from components.settings.schema import load_settings
     from flows.versioning import graph as versioning
 
     root = project_root()
-    try:
+    with refusing(ValueError):
         settings = load_settings(root / "params.yaml").images
         rows = _rows_to_pack(root, settings.rows, manifest)
         report = pack_images(
@@ -311,17 +304,13 @@ def pack(
             root / FOLDER,
             shard_digits=settings.shard_digits,
         )
-    except (SettingsError, ValueError) as problem:
-        raise fail(str(problem)) from None
     print(
         f"{report.images} originals ({report.total_bytes / 1e6:.1f} MB) in {report.shards} shards, "
         f"{report.written} of them new"
     )
     if track:
-        try:
+        with refusing(ValueError):
             versioning.add(root, FOLDER)
-        except ValueError as problem:
-            raise fail(str(problem)) from None
         print(f"git add {FOLDER}.dvc, then `dvc push {FOLDER}`")
     if report.unreadable:
         name, reason = next(iter(report.unreadable.items()))
@@ -362,24 +351,20 @@ def select(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
     """What other thresholds would keep, from the measured signals alone."""
-    from rich.console import Console
-
     from components.corpus.manifest_columns import read_columns
     from components.corpus.selection import what_if as question
     from components.corpus.selection.rules import COLUMNS
-    from components.settings.schema import SettingsError, load_settings
+    from components.settings.schema import load_settings
 
     root = project_root()
     path = manifest if manifest.is_absolute() else root / manifest
     if not path.is_file():
         raise fail(f"{manifest}: not found; run the pipeline first: ultraflux run")
-    try:
+    with refusing(ValueError):
         settings = load_settings(root / "params.yaml")
         changed = question.changed_settings(settings.select, what_if)
         table = read_columns(path, [*COLUMNS, "uri", "reject_reason"])
         found = question.what_if(table, settings.select, changed, settings.project.seed)
-    except (SettingsError, ValueError) as problem:
-        raise fail(str(problem)) from None
     document = question.to_json(found, what_if)
     if as_json:
         print_json(document, default=str)
@@ -389,7 +374,7 @@ def select(
         for name, number in found.now.items()
         for then in (found.then[name],)
     )
-    console = Console()
+    console = terminal()
     console.print(table_of(("", "now", "then", "change"), counts))
     for kind, word in (("gained", "newly kept"), ("lost", "newly rejected")):
         console.print(f"{document[kind]} {word}")

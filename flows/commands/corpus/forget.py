@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from components.telemetry.wording import few, time_text
-from flows.commands.command_line import Json, fail, print_json, project_root, silenced
+from flows.commands.command_line import Json, fail, print_json, project_root, refusing, silenced
 
 if TYPE_CHECKING:
     from components.corpus.selection.rights import Exclusion
@@ -63,23 +63,21 @@ def forget(
 ) -> None:
     """Say what photographs went into and what leaving them out costs; with --rebuild, do it."""
     from components.corpus.selection.rights import Exclusions, add_exclusions
-    from components.files.signatures import KeyUnusable, signing_key
-    from components.settings.schema import SettingsError, load_settings
+    from components.files.signatures import signing_key
+    from components.settings.schema import load_settings
     from flows.history.affected import affected_by
     from flows.history.run_evidence import Evidence
     from flows.tracking.tier import services_dir
 
     root = project_root()
     named = {"photographer": photographer, "identity": identity, "url": url, "host": host}
-    try:
+    with refusing(ValueError, FileNotFoundError):
         settings = load_settings(root / "params.yaml")
         entries = _entries(named, listed, why)
         # Before hours of training: a certificate that nobody can sign is found out now.
         key = signing_key(services_dir(root) / "signing") if rebuild else None
         evidence = Evidence(root)
         affected = affected_by(evidence, Exclusions(entries))
-    except (SettingsError, KeyUnusable, ValueError, FileNotFoundError) as problem:
-        raise fail(str(problem)) from None
     if not affected.images:
         raise fail(_nobody(root, entries), 1)
     numbers = zip(entries, affected.photographs_by_entry, strict=True)
@@ -96,10 +94,8 @@ def forget(
             _show(affected)
             print("Nothing was changed. With --rebuild: exclude, train anew, certify.")
         return
-    try:
+    with refusing(ValueError):
         add_exclusions(root / settings.select.exclusions, entries)
-    except ValueError as problem:
-        raise fail(str(problem)) from None
     if not as_json:
         _show(affected)
     with silenced(as_json):
@@ -213,10 +209,8 @@ def _rebuild(root: Path) -> None:
 
     os.environ.pop(CONTINUE_FROM, None)
     os.environ[RESTART] = "1"
-    try:
+    with refusing(SettingsError, PipelineRefused, GraphError):
         summary = run_pipeline(root, engine="local")
-    except (SettingsError, PipelineRefused, GraphError) as problem:
-        raise fail(str(problem)) from None
     if summary.interrupted:
         raise fail("interrupted; give the same command again", 130)
     failed = [one for one in summary.outcomes.values() if not one.ok]

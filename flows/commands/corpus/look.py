@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root, why_no_file
+from flows.commands.command_line import fail, project_root, refusing, why_no_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,12 +43,12 @@ def look(
     NAME-IMAGEID.png is the crop as the encoder gets it (upright, sRGB, on white, resized to the
     bucket), NAME-IMAGEID-latent.png its latent through the base decoder, where there is one.
     """
-    from components.settings.schema import SettingsError, load_settings
+    from components.settings.schema import load_settings
 
     if not photos and not number:
         raise fail("nothing to look at: name photographs, or give -n for random rows")
     root = project_root()
-    try:
+    with refusing(ValueError, OSError):
         settings = load_settings(root / "params.yaml")
         table = _table(root, manifest)
         if number and table is None:
@@ -65,8 +65,6 @@ def look(
         if number and table is not None:
             rows = random_rows(table, number, settings.project.seed)
             problems += _write_sheet(rows, views, out / SHEET)
-    except (SettingsError, ValueError, OSError) as problem:
-        raise fail(str(problem)) from None
     if problems:
         raise fail("\n".join(problems), code=1)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.commands.tables import table_of
+from flows.commands.tables import table_of, terminal
 
 COLUMNS = {
     "width": "{}",
@@ -46,8 +46,6 @@ def measure_paths(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 def measurement_table(rows: Sequence[dict[str, Any]]) -> None:
     """Print rows as a table for people."""
-    from rich.console import Console
-
     lines = []
     for row in rows:
         cells = [
@@ -56,5 +54,4 @@ def measurement_table(rows: Sequence[dict[str, Any]]) -> None:
         ]
         name = Path(row["path"]).name
         lines.append((f"{name}  {row['error']}" if "error" in row else name, *cells))
-    width = None if Console().is_terminal else 200
-    Console(width=width).print(table_of(("image", *COLUMNS), lines))
+    terminal(file_width=200).print(table_of(("image", *COLUMNS), lines))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root, refusing
 
 if TYPE_CHECKING:
     from components.corpus.folder_survey import FolderSurvey, Proposal
@@ -39,13 +39,13 @@ def new(
     from components.corpus.folder_survey import local_captioner, propose, survey
     from components.corpus.listing.source_files import refuse_project
     from components.corpus.missing_means import propose_means
-    from components.settings.schema import SettingsError, parse_settings
+    from components.settings.schema import parse_settings
     from flows.versioning.profiles import changed_values, composed, derived_profile
 
     root = project_root()
     name = name or _profile_name(folder.resolve().name)
     target = root / "conf" / "profiles" / f"{name}.yaml"
-    try:
+    with refusing(ValueError, OSError):
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise ValueError(f"--name {name}: choose letters, digits, dots and dashes")
         if target.exists() and not force:
@@ -65,8 +65,6 @@ def new(
         text = derived_profile(root, profile, proposal.settings, proposal.remarks)
         values = changed_values(composed(root, profile), proposal.settings)
         changed = parse_settings(values, where=name)
-    except (SettingsError, ValueError, OSError) as problem:
-        raise fail(str(problem)) from None
     target.write_text(text, encoding="utf-8")
     _say(found, proposal, changed)
     print(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
-from flows.commands.tables import table_of
+from flows.commands.command_line import fail, project_root, refusing
+from flows.commands.tables import table_of, terminal
 
 if TYPE_CHECKING:
     from flows.pipeline.rehearsal import Rehearsal
@@ -28,17 +28,13 @@ def rehearse(
     ] = 100,
 ) -> None:
     """Run every corpus stage over a sample of the source, beside `data/` (exit 1: one failed)."""
-    from components.settings.schema import SettingsError
     from flows import environment
     from flows.pipeline import rehearsal
-    from flows.versioning.graph import GraphError
 
     root = project_root()
     environment.prepare(offline=True)
-    try:
+    with refusing(ValueError, OSError):
         found = rehearsal.rehearse(root, items)
-    except (SettingsError, GraphError, ValueError, OSError) as problem:
-        raise fail(str(problem)) from None
     rehearsal.write_outcome(root, found)
     _show(found)
     if (problem_line := found.problem) is not None:
@@ -74,8 +70,6 @@ def before_stage(name: str, root: Path) -> None:
 
 
 def _show(found: Rehearsal) -> None:
-    from rich.console import Console
-
     whole = "an unknown number of" if found.total is None else f"{found.total:,}"
     cells = (
         (
@@ -87,7 +81,7 @@ def _show(found: Rehearsal) -> None:
         )
         for stage in found.stages
     )
-    console = Console(width=None if Console().is_terminal else 160)
+    console = terminal(file_width=160)
     console.print(f"{found.items} of {whole} items")
     console.print(table_of(("stage", "s", "rows in", "out", "all, h", "said"), cells))
     rows = sum(found.rejected.values())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from components.files.whole_files import write_text
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root, refusing
 from flows.records.trees import ABLATE, tree_place
 
 if TYPE_CHECKING:
@@ -57,18 +57,16 @@ def ablate(
     if design not in DESIGNS:
         raise fail(f"design '{design}': choose {' or '.join(DESIGNS)}")
     from components.evaluation.suites.ablation_table import ablation_table
-    from components.settings.schema import SettingsError, load_settings
+    from components.settings.schema import load_settings
     from flows.experiments.ablation_runs import AblationFailed, SuiteChoice, run_arm
     from flows.versioning.setting_overrides import read_params
 
     if suite is None and (metrics, limit) != (None, None):
         raise fail("--metrics and --limit belong to a suite; add --suite")
     chosen_design: Design = "ladder" if design == "ladder" else "data-model"
-    try:
+    with refusing(ValueError):
         load_settings(root / "params.yaml")
         arms = expand(chosen_design, read_params(root))
-    except (SettingsError, ValueError) as problem:
-        raise fail(str(problem)) from None
     known = [one.name for one in arms]
     if unknown := sorted(set(arm or ()) - set(known)):
         raise fail(f"--arm {unknown[0]}: {design} has {', '.join(known)}")
@@ -80,12 +78,10 @@ def ablate(
         return
     choice = None if suite is None else SuiteChoice(suite, metrics, limit)
     scores = []
-    try:
+    with refusing(AblationFailed, code=1):
         for number, one in enumerate(arms, start=1):
             print(f"arm {number} of {len(arms)}: {one.name} ({one.label})", flush=True)
             scores.append(run_arm(root, chosen_design, one, choice))
-    except AblationFailed as problem:
-        raise fail(str(problem), 1) from None
     seed = int(read_params(root)["project"]["seed"])
     table = ablation_table(chosen_design, scores, resamples=2000, seed=seed)
     target = tree_place(root, ABLATE, design) / "table.md"
@@ -109,14 +105,12 @@ def _check_suite(root: Path, suite: str, metrics: str | None) -> None:
     from components.evaluation.suites.suites import HELD_OUT, RUNTIME, load_suite
     from flows.commands.images.evaluate import metric_ids
 
-    try:
+    with refusing(ValueError):
         if suite == RUNTIME:
             raise ValueError(f"suite '{suite}': times systems, it scores no pictures")
         # The arms' own runs make what is held out.
         default = () if suite == HELD_OUT else load_suite(suite, root).metrics
         metric_ids(metrics, default)
-    except ValueError as problem:
-        raise fail(str(problem)) from None
 
 
 def _show_plan(root: Path, arms: tuple[Arm, ...]) -> None:

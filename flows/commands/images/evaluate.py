@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, workplace
+from flows.commands.command_line import fail, refusing, workplace
 
 if TYPE_CHECKING:
     from components.evaluation.suites.suites import Suite
@@ -184,7 +184,6 @@ def evaluate(
     from components.evaluation.suites.suites import load_suite, runtime_items, ways_items
     from components.evaluation.suites.system import Sampling
     from components.evaluation.suites.systems import FolderSystem
-    from components.settings.schema import SettingsError
     from flows.commands.images.evaluation_tables import print_result, show_result, show_tests
     from flows.commands.images.runtime import (
         compare_and_show,
@@ -197,7 +196,7 @@ def evaluate(
 
     root = workplace()
     started = time.monotonic()
-    try:
+    with refusing(ValueError, WorkersDoNotStart):
         settings = settings_of(root)
         chosen = device or settings.runtime.device
         whole = load_suite(suite, root, data=data, seed=seed)
@@ -295,8 +294,6 @@ def evaluate(
                 )
             written = write_result(result, loaded, folder)
             write_lock(lock, written)
-    except (SettingsError, ValueError, WorkersDoNotStart) as problem:
-        raise fail(str(problem)) from None
     resamples, root_seed = settings.evaluate.bootstrap_resamples, settings.project.seed
     did = statistics_of(result)
     seconds = time.monotonic() - started
@@ -346,13 +343,10 @@ def _refined(root: Path, suite: Suite, settings: Settings) -> dict[str, str]:
     Raises:
         ValueError: the endpoint is of no use.
     """
-    from flows.commands.images.generation import GenerationRefused, refined
+    from flows.commands.images.generation import refined
 
     prompts = list(dict.fromkeys(item.prompt for item in suite.items))
-    try:
-        return {original: text for text, original in refined(root, prompts, settings) if original}
-    except GenerationRefused as problem:
-        raise ValueError(str(problem)) from None
+    return {original: text for text, original in refined(root, prompts, settings) if original}
 
 
 def metric_ids(wanted: str | None, default: tuple[str, ...]) -> tuple[str, ...]:

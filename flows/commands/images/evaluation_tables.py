@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.commands.command_line import print_json
-from flows.commands.tables import table_of
+from flows.commands.tables import table_of, terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,11 +60,9 @@ def measured_table(metrics: dict[str, float], ids: tuple[str, ...], rows: list[s
 
 def show_result(suite: Suite, result: SuiteResult, ids: tuple[str, ...]) -> None:
     """Our numbers, published ones beside them, and what is missing."""
-    from rich.console import Console
-
     from components.evaluation.pages.suite_tables import comparisons, paper_beside
 
-    console = Console()
+    console = terminal()
     systems = sorted(set(result.table["system"]))
     strata = sorted(set(result.table["stratum"]))
     endings = ("", "_infinite")
@@ -137,12 +135,10 @@ def _cells(
 
 def show_tests(result: SuiteResult, baseline: str, resamples: int, seed: int) -> None:
     """A table per system against the baseline, and what could not be compared."""
-    from rich.console import Console
-
     from components.evaluation.suites.against_baseline import against_baseline
 
     systems = list(dict.fromkeys(picture["system"] for picture in result.pictures))
-    console = Console()
+    console = terminal()
     if baseline not in systems:
         console.print(f"not compared: {baseline} has no pictures", markup=False, soft_wrap=True)
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import fail, print_json, project_root, workplace
+from flows.commands.command_line import fail, print_json, project_root, refusing, workplace
 from flows.commands.images.sign import Signer, is_signed, made_with
 
 EPILOG = """Examples:
@@ -133,10 +133,8 @@ def generate(
     if show_metadata is not None:
         from components.generation.image_metadata import read_metadata
 
-        try:
+        with refusing(ValueError):
             metadata = read_metadata(show_metadata)
-        except ValueError as problem:
-            raise fail(str(problem)) from None
         if "ultraflux_key" not in metadata:
             raise fail(f"{show_metadata}: not made by this project, or its metadata was removed", 1)
         print_json(metadata)
@@ -148,7 +146,7 @@ def generate(
     options = GenerateOptions(**{one.name: typed[one.name] for one in fields(GenerateOptions)})
     # The key that signs is a project's.
     root = project_root() if sign else workplace()
-    try:
+    with refusing(WeightsMissing, ValueError):
         # Before weights are loaded: a key that cannot sign is found out now.
         signer = Signer(root) if sign else None
         for path in make(root, options):
@@ -156,5 +154,3 @@ def generate(
             if signer is not None and not is_signed(path):
                 signer.sign(path, path, made_with(path))
             print(path)
-    except (WeightsMissing, ValueError) as problem:
-        raise fail(str(problem)) from None

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components.files.whole_files import write_text
-from flows.commands.command_line import fail, print_json, workplace
-from flows.commands.tables import table_of
+from flows.commands.command_line import print_json, refusing, workplace
+from flows.commands.tables import table_of, terminal
 
 if TYPE_CHECKING:
     from components.evaluation.paper_tables.filled import FilledTable
@@ -59,11 +59,9 @@ def table(
     if name is None:
         _list(as_json)
         return
-    try:
+    with refusing(ValueError):
         chosen = paper_table(name)
         records = given_records(chosen, from_) if from_ else default_records(chosen, root)
-    except ValueError as problem:
-        raise fail(str(problem)) from None
     filled = fill(chosen, records, root)
     for path, text in (
         (csv, lambda: as_csv(filled)),
@@ -82,8 +80,6 @@ def table(
 
 
 def _list(as_json: bool) -> None:
-    from rich.console import Console
-
     from components.metrics.paper_tables import TABLES
 
     rows: list[dict[str, Any]] = [
@@ -106,15 +102,13 @@ def _list(as_json: bool) -> None:
     columns = ("table", "numbers", "filled by", "what")
     shown = table_of(columns, cells, whole=(0,), folded=range(len(columns)))
     shown.box = None
-    Console().print(shown)
+    terminal().print(shown)
 
 
 def _show(filled: FilledTable) -> None:
-    from rich.console import Console
-
     from components.evaluation.paper_tables.export import title
 
-    console = Console()
+    console = terminal()
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

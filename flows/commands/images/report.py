@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from components.files.whole_files import write_text
-from flows.commands.command_line import fail, workplace
+from flows.commands.command_line import fail, refusing, workplace
 
 EPILOG = """Examples:
 
@@ -68,12 +68,11 @@ def report(
     if not evaluation.is_dir():
         raise fail(f"{evaluation}: no such folder; make one with ultraflux evaluate SUITE")
     from components.evaluation.pages.suite_report import ReportOptions, build_suite_report
-    from components.settings.schema import SettingsError
     from flows.versioning.profiles import settings_of
 
     root = workplace()
     target = out or evaluation / "report.html"
-    try:
+    with refusing(ValueError):
         settings = settings_of(root)
         if target.is_dir():
             raise ValueError(f"--out {target}: a folder; name the page, such as report.html")
@@ -93,8 +92,6 @@ def report(
             ),
             None if decision is None else _decision(decision),
         )
-    except (SettingsError, ValueError) as problem:
-        raise fail(str(problem)) from None
     target.parent.mkdir(parents=True, exist_ok=True)
     # The default is part of an evaluation, which in a clone may lead into DVC's cache.
     write_text(target, made.html, follow=out is not None)

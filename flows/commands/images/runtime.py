@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.commands.command_line import print_json
-from flows.commands.tables import table_of
+from flows.commands.tables import table_of, terminal
 
 if TYPE_CHECKING:
     from components.evaluation.suites.runtime_suite import Timing
@@ -158,12 +158,11 @@ def compare_and_show(
 
 def _show_ways(system: str, results: Sequence[WayResult]) -> None:
     from rich.box import SIMPLE
-    from rich.console import Console
 
     def number(value: float | None, digits: int) -> str:
         return "equal" if value is None else f"{value:.{digits}f}"
 
-    console, reasons = Console(), []
+    console, reasons = terminal(), []
     columns = ("way", "PSNR worst", "mean", "SSIM worst", "mean", "blocks", "s")
     for size in dict.fromkeys(row.size for row in results):
         cells: list[tuple[str, ...]] = []
@@ -200,14 +199,12 @@ def _show_ways(system: str, results: Sequence[WayResult]) -> None:
 
 
 def _show(timings: Sequence[Timing], device: str) -> None:
-    from rich.console import Console
-
     from components.evaluation.suites.runtime_suite import describe_machine
 
     described = describe_machine(device)
     threads = f"{described['torch_threads']} of {described['cpus']} cores"
     where = described.get("gpu") or f"{described['cpu']}, {threads}"
-    console = Console()
+    console = terminal()
     console.print(
         f"{where}; torch {described['torch']}; load average {described['load_average']}",
         markup=False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, project_root, why_no_file
+from flows.commands.command_line import fail, project_root, refusing, why_no_file
 
 if TYPE_CHECKING:
     from components.files.signatures import SigningKey
@@ -77,7 +77,7 @@ def _made_here(found: dict[Path, bool]) -> dict[Path, dict[str, str]]:
     for file, named in found.items():
         try:
             ours[file] = made_with(file)
-        except (NotSignable, ValueError) as problem:
+        except ValueError as problem:
             if named:
                 raise
             others.append(f"left out {file.name}: {str(problem).removeprefix(f'{file}: ')}")
@@ -93,11 +93,8 @@ def sign(
     out: Annotated[Path, typer.Option(help="Folder for the signed copies.")] = Path("signed"),
 ) -> None:
     """Write copies of generated pictures with a signed C2PA manifest of where they come from."""
-    from components.files.content_credentials import NotSignable
-    from components.files.signatures import KeyUnusable
-
     root = project_root()
-    try:
+    with refusing(ValueError):
         pictures = _pictures(paths)
         _refuse_sources(pictures, out)
         found = _made_here(pictures)
@@ -106,8 +103,6 @@ def sign(
         for file, fields in found.items():
             signer.sign(file, out / file.name, fields)
             print(out / file.name)
-    except (NotSignable, KeyUnusable, ValueError) as problem:
-        raise fail(str(problem)) from None
     print(f"signed with {signer.key.title}")
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, project_root, refuse_no_store
-from flows.commands.tables import table_of
+from flows.commands.command_line import fail, project_root, refuse_no_store, refusing
+from flows.commands.tables import table_of, terminal
 
 if TYPE_CHECKING:
     from components.settings.schema import Settings
@@ -25,16 +25,12 @@ _FOLDER = Path("outputs/diagnose")
 def _settings(root: Path) -> Settings:
     from components.settings.schema import SettingsError, load_settings
 
-    try:
+    with refusing(SettingsError):
         return load_settings(root / "params.yaml")
-    except SettingsError as problem:
-        raise fail(str(problem)) from None
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-
-    Console().print(table_of(columns, rows, title=title, left=(0,)))
+    terminal().print(table_of(columns, rows, title=title, left=(0,)))
 
 
 def _save(output: Path, name: str, figures: dict[str, Any], numbers: dict[str, Any]) -> None:
@@ -76,10 +72,8 @@ def rope(
     if band >= dim // 2:
         raise fail(f"--band {band}: {dim} channels have bands 0 to {dim // 2 - 1}")
     theta = 10000.0
-    try:
+    with refusing(ValueError):
         numbers = diagnostics.rope_numbers(dim=dim, window=window, tokens=tokens, theta=theta)
-    except ValueError as problem:
-        raise fail(str(problem)) from None
     pattern = {"band": band, "dim": dim, "window": window, "theta": theta}
     numbers["patterns"] = diagnostics.pattern_numbers(**pattern)  # type: ignore[arg-type]
     _table(

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import Json, fail, print_json, workplace
+from flows.commands.command_line import Json, fail, print_json, refusing, workplace
+from flows.commands.tables import terminal
 
 if TYPE_CHECKING:
     from components.metrics.metric_weights import Weights
@@ -88,17 +89,14 @@ def list_weights(
     as_json: Json = False,
 ) -> None:
     """What needs weights, their files, size, licence, whether they are there, and the command."""
-    from rich.console import Console
     from rich.markup import escape
 
     from components.metrics.weight_files import state
 
     weights_dir = workplace() / "weights"
-    console = Console(soft_wrap=True)
-    try:
+    console = terminal(soft_wrap=True)
+    with refusing(ValueError):
         rows = [(names, part, state(names, part, weights_dir)) for names, part in _needed(metrics)]
-    except ValueError as problem:
-        raise fail(str(problem)) from None
     if as_json:
         named = ("path", "size", "license", "command")
         listed = [
@@ -148,14 +146,12 @@ def get_weights(
     if folder.is_dir() and folder_digest(folder) == package.digest:
         print(f"{shown} is there already, {package.name} {package.version} ({package.digest})")
         return
-    try:
+    with refusing(nsfwjs_package.PackageRefused, OSError):
         if archive is not None:
             nsfwjs_package.unpack(archive, package, folder)
         else:
             print(f"fetching {package.address(registry)}", flush=True)
             nsfwjs_package.fetch(package, folder, registry)
-    except (nsfwjs_package.PackageRefused, OSError) as problem:
-        raise fail(str(problem)) from None
     print(f"{shown}: {package.name} {package.version}, MIT, sha256 {package.digest}")
     print("set people.nsfw.scorer: nsfwjs")
 
@@ -174,7 +170,7 @@ def verify_weights(
 
     weights_dir = workplace() / "weights"
     bad = checked = 0
-    try:
+    with refusing(ValueError):
         for names, part in _needed(metrics):
             verdict = verify(names, part, weights_dir)
             if verdict.state == "missing" and not metrics:
@@ -182,8 +178,6 @@ def verify_weights(
             print(f"{verdict.state:9} weights/{verdict.path}: {verdict.detail}", flush=True)
             checked += verdict.state != "missing"
             bad += verdict.state in {"wrong", "missing"}
-    except ValueError as problem:
-        raise fail(str(problem)) from None
     print(f"{checked} verified, {bad} wrong or missing.")
     if bad:
         raise typer.Exit(1)
@@ -237,7 +231,7 @@ def export_adapter(
         raise fail(f"--keys {keys}: diffusers or comfyui")
     if not out.parent.is_dir():
         raise fail(f"--out {out}: there is no folder {out.parent}")
-    try:
+    with refusing(BadInput, ValueError):
         adapter = read_adapter(source)
         about = {"modelspec.date": date or _today(), **adapter.about}
         typed = {"date": date, "trigger_phrase": trigger}
@@ -246,8 +240,6 @@ def export_adapter(
         if rank is not None:
             adapter = adapter.cut_to(rank)
         write_adapter(adapter, out, "comfyui" if keys == "comfyui" else "diffusers")
-    except (BadInput, ValueError) as problem:
-        raise fail(str(problem)) from None
     missing = float(adapter.about[MISSING])
     exact = f"{missing:.2%} of the change is missing" if missing else "the whole change"
     base = adapter.about[BASE_SHA256][:12] or "no digest"
@@ -303,7 +295,7 @@ def export_weights(
         raise fail(f"--out {out}: there is no folder {out.parent}")
     if not source.is_dir():
         raise fail(f"{source}: no such folder; give trained weights, such as data/dit_stage2/ema")
-    try:
+    with refusing(BadInput, ValueError):
         export_choices.check_choice("layout", layout, export_choices.Layout)
         export_choices.check_choice("dtype", dtype, export_choices.Bits)
         export_choices.check_choice("rounding", rounding, export_choices.Rounding)
@@ -320,8 +312,6 @@ def export_weights(
             date=date or _today(),
             min_kept=min_kept,
         )
-    except (BadInput, ValueError) as problem:
-        raise fail(str(problem)) from None
     for file in done.files:
         print(f"{file}: {file.stat().st_size:,} bytes")
     kept = "not known" if done.kept is None else f"{done.kept:.2%}"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.commands.command_line import Json, fail, print_json, project_root
-from flows.commands.tables import table_of
+from flows.commands.command_line import Json, print_json, project_root, refusing
+from flows.commands.tables import table_of, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,10 +39,8 @@ def compare(
     from flows.history.run_history import NoPipeline
 
     evidence = Evidence(project_root(), mlflow=mlflow)
-    try:
+    with refusing(SideUnknown, NoPipeline):
         sides = find_side(evidence, before), find_side(evidence, after)
-    except (SideUnknown, NoPipeline) as problem:
-        raise fail(str(problem)) from None
     found = measure(evidence, *sides)
     if as_json:
         from components.evaluation.suites.result_folder import finite
@@ -50,9 +48,7 @@ def compare(
         plain = finite(json.loads(json.dumps(found, default=str)))
         print_json(plain)
     else:
-        from rich.console import Console
-
-        _show(Console(highlight=False), found)
+        _show(terminal(highlight=False), found)
     parts = ("data", "settings", "metrics", "environment", "packages")
     differs = not found["code"]["equal"] or any(found[part] for part in parts)
     raise typer.Exit(1 if differs else 0)

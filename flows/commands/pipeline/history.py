@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.commands.command_line import print_json, project_root
+from flows.commands.tables import terminal
 
 EPILOG = """Examples:
 
@@ -55,9 +56,7 @@ def history(
         write_text(html, history_page(root.resolve().name, runs, len(lines), uis), follow=True)
         print(html)
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     if not runs:
         console.print("no runs yet: ultraflux run")
     for line in history_lines(runs):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import Json, fail, print_json, project_root
+from flows.commands.command_line import Json, print_json, project_root, refusing
+from flows.commands.tables import terminal
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -62,17 +63,13 @@ def lineage(
     from flows.history.run_history import NoPipeline
 
     evidence = Evidence(project_root(), mlflow=mlflow)
-    try:
+    with refusing(TargetUnknown, NoPipeline):
         node = explain(Lineage(evidence, limit=limit), target)
-    except (TargetUnknown, NoPipeline) as problem:
-        raise fail(str(problem)) from None
     if as_json:
         document = {"mlflow": evidence.mlflow_problem or "asked", **node.to_json()}
         print_json(document, default=str)
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     console.print(_tree(node))
     lost = [step for step in node.walk() if step.kind == "missing"]
     if lost:

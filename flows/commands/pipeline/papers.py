@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import fail, print_json, project_root
+from flows.commands.command_line import print_json, project_root, refusing
 
 EPILOG = """Example: [bold]ultraflux papers[/], then upload papers/dataset and papers/model beside
 the photographs and the weights. All that is said comes from lineage, tables and settings: run it
@@ -24,10 +24,8 @@ def papers(
     from flows.history.papers import write_papers
 
     root = project_root()
-    try:
+    with refusing(PapersIncomplete, SettingsError):
         written = write_papers(root, out)
-    except (PapersIncomplete, SettingsError) as problem:
-        raise fail(str(problem)) from None
     if as_json:
         print_json([str(path) for path in written])
         return

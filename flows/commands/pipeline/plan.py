@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components.telemetry.wording import bytes_text, flops_text
-from flows.commands.command_line import Json, fail, print_json, workplace
+from flows.commands.command_line import Json, fail, print_json, refusing, workplace
 from flows.commands.pipeline.plan_cards import show_cards
-from flows.commands.tables import table_of
+from flows.commands.tables import table_of, terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,7 +109,6 @@ def plan(
 ) -> None:
     """Say what would run and what it costs before it does: stages, FLOPs, GPU memory, disk."""
     from components.planning.planner import plan as make
-    from components.settings.schema import SettingsError
 
     if gpu_memory_gib is not None and not 0 < gpu_memory_gib * _GIB < math.inf:
         raise fail(f"--gpu-memory-gib {gpu_memory_gib}: must be a number above 0")
@@ -117,7 +116,7 @@ def plan(
         raise fail(f"--price-per-gpu-hour {price_per_gpu_hour}: must be a number from 0")
     root = workplace()
     rate = _rate(tflops_per_gpu, mfu)
-    try:
+    with refusing(ValueError):
         settings = _settings(root, profile, params)
         if cards:
             show_cards(settings, root, as_json=as_json)
@@ -125,8 +124,6 @@ def plan(
         count, counted = (images, "--images") if images is not None else _images(root, settings)
         limit = None if gpu_memory_gib is None else int(gpu_memory_gib * _GIB)
         made = make(settings, root, count, rate, limit=limit)
-    except (SettingsError, ValueError) as problem:
-        raise fail(str(problem)) from None
     made = _only(made, stages or [])
     traced = _traced(settings, root, made) if exact else []
     next_run = _next_run(root) if profile is None and params is None else None
@@ -161,11 +158,9 @@ def _traced(settings: Settings, root: Path, made: Plan) -> list[Comparison]:
 
 
 def _show_traces(found: Sequence[Comparison]) -> None:
-    from rich.console import Console
-
     from components.planning.exact import host_peak_bytes
 
-    console = Console()
+    console = terminal()
     rows = (
         (
             one.stage,
@@ -196,18 +191,14 @@ def _next_run(root: Path) -> OperationsPlan:
     from flows.history.operations_plan import plan_operations
     from flows.versioning.graph import GraphError
 
-    try:
+    with refusing(GraphError):
         return plan_operations(root)
-    except GraphError as problem:
-        raise fail(str(problem)) from None
 
 
 def _show_next_run(next_run: OperationsPlan, price: float | None, stages: list[str]) -> None:
-    from rich.console import Console
-
     from flows.history.operations_plan import operations_summary, operations_table
 
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     console.print(operations_table(next_run, price, stages))
     console.print(operations_summary(next_run, price) + "\n", soft_wrap=True)
 
@@ -299,9 +290,7 @@ def as_dict(
 
 def show(made: Plan, counted: str, limit: int | None = None, price: float | None = None) -> None:
     """Print the tables; arguments as `as_dict`."""
-    from rich.console import Console
-
-    console = Console()
+    console = terminal()
     console.print(f"Profile {made.profile}, {made.images:,} images ({counted})")
     for network, origin in made.origin.items():
         console.print(f"  {network}: {origin}")

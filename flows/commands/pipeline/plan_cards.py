@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.commands.command_line import print_json
-from flows.commands.tables import table_of
+from flows.commands.tables import table_of, terminal
 
 if TYPE_CHECKING:
     from components.settings.schema import Settings
@@ -24,8 +24,6 @@ def show_cards(settings: Settings, root: Path, *, as_json: bool) -> None:
     Raises:
         ValueError: the settings train all weights.
     """
-    from rich.console import Console
-
     from components.planning.cards import card_rows
     from components.planning.memory import GIB
     from components.planning.model_shapes import networks
@@ -35,7 +33,7 @@ def show_cards(settings: Settings, root: Path, *, as_json: bool) -> None:
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    console = Console(soft_wrap=True)
+    console = terminal(soft_wrap=True)
     for work in ("training", "sampling"):
         what = "training, batch 1" if work == "training" else work
         cells = (

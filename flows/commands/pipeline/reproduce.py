@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import Json, fail, print_json, project_root
-from flows.commands.tables import table_of
+from flows.commands.command_line import Json, fail, print_json, project_root, refusing
+from flows.commands.tables import table_of, terminal
 from flows.records.trees import REPRODUCE, tree_place
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def reproduce(
     if stage and not recompute:
         raise fail("--stage needs --recompute: without it everything in the cache is restored")
     root = project_root()
-    try:
+    with refusing(reproduction.ReproductionRefused):
         recorded = reproduction.find_recorded(Evidence(root, mlflow=mlflow), run)
         known = locked_stages(recorded.lock.decode())
         if unknown := sorted(set(stage or ()) - set(known)):
@@ -72,8 +72,6 @@ def reproduce(
                 root, recorded, tree, recompute=recompute, stages=stage or ()
             )
             compared = reproduction.compare_locks(recorded, tree)
-    except reproduction.ReproductionRefused as problem:
-        raise fail(str(problem)) from None
     equal = all(one.verdict == "equal" for one in compared)
     if as_json:
         print_json(_as_dict(recorded.name, tree, warnings, compared))
@@ -104,9 +102,7 @@ def _as_dict(
 
 
 def _show(compared: list[StageComparison]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     rows = []
     for one in compared:
         paths = [

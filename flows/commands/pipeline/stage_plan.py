@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import Json, fail, print_json, project_root
+from flows.commands.command_line import Json, fail, print_json, project_root, refusing
+from flows.commands.tables import terminal
 
 EPILOG = """Examples:
 
@@ -35,16 +36,12 @@ def stage_plan(
 
     if price_per_gpu_hour is not None and price_per_gpu_hour < 0:
         raise fail(f"--price-per-gpu-hour {price_per_gpu_hour}: must not be negative")
-    try:
+    with refusing(SettingsError, GraphError):
         made = plan_operations(project_root(), mlflow=mlflow)
-    except (SettingsError, GraphError) as problem:
-        raise fail(str(problem)) from None
     price = made.gpu_hour_price if price_per_gpu_hour is None else price_per_gpu_hour
     if as_json:
         print_json(made.as_dict(price))
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = terminal(highlight=False)
     console.print(operations_table(made, price))
     console.print(operations_summary(made, price), soft_wrap=True)

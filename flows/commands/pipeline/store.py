@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root, refuse_no_store
-from flows.commands.tables import table_of
+from flows.commands.command_line import fail, project_root, refuse_no_store, refusing
+from flows.commands.tables import table_of, terminal
 
 app = typer.Typer(no_args_is_help=True, help="Check and repair stores of latents and embeddings.")
 
@@ -23,8 +23,6 @@ def verify(
     ] = None,
 ) -> None:
     """Read every record and compare its hash (exit code 1: a record is damaged)."""
-    from rich.console import Console
-
     root = project_root() if not paths else Path()
     otherwise = "not a finished store" if paths else "run the pipeline first: ultraflux run"
     for path in paths or [root / name for name in _STORES]:
@@ -33,10 +31,8 @@ def verify(
 
     rows, bad = [], []
     for path in paths or [root / name for name in _STORES]:
-        try:
+        with refusing(ValueError):
             found = check_store(path)
-        except ValueError as problem:
-            raise fail(str(problem)) from None
         rows.append(
             (
                 path.name,
@@ -48,7 +44,7 @@ def verify(
             )
         )
         bad += [(path.name, one) for one in found.bad]
-    console = Console()
+    console = terminal()
     console.print(table_of(("store", "shards", "records", "GB", "MB/s", "bad"), rows))
     for name, one in bad[:_SHOWN]:
         image = one.image_id or "(empty prompt)"
@@ -74,15 +70,13 @@ def rebuild(
     folder = store or root / "data" / "latents"
     refuse_no_store(folder, "run the stage `latents` first")
     from components.files.weight_folders import WeightsMissing
-    from components.settings.schema import SettingsError, load_settings
+    from components.settings.schema import load_settings
     from components.training.encoding.encoded_slices import ENCODED_SLICES, rebuild_from_slices
     from components.training.stores.latent_store import LatentStore, LatentStoreIncomplete
 
-    try:
+    with refusing(ValueError, OSError, WeightsMissing, LatentStoreIncomplete):
         settings = load_settings(root / "params.yaml")
         opened = LatentStore(folder)
         slices = [root / "data" / "slices" / name for name in ENCODED_SLICES]
         records = rebuild_from_slices(settings, slices, opened, shard, root=root)
-    except (ValueError, OSError, SettingsError, WeightsMissing, LatentStoreIncomplete) as problem:
-        raise fail(str(problem)) from None
     print(f"{shard}: {records} records encoded again, every hash as in the index")

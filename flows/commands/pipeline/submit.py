@@ -10,7 +10,7 @@ from uuid import UUID
 
 import typer
 
-from flows.commands.command_line import fail
+from flows.commands.command_line import fail, refusing
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -91,10 +91,8 @@ def submit(
             raise fail(f"--pool {pool}: choose cpu or gpu")
         pool_of_run = pool or _pool_of(stage)
         parameters["stage"] = stage
-    try:
+    with refusing(ServiceError, code=1):
         url = connect_to_prefect(root)
-    except ServiceError as problem:
-        raise fail(str(problem), 1) from None
     from prefect import get_client
     from prefect.exceptions import ObjectNotFound
 
@@ -132,11 +130,9 @@ def _project(client: SyncPrefectClient, root: Path | None) -> str:
 
     from flows.environment import PROJECT, project_name
 
-    try:
+    with refusing(ValueError):
         if root is not None or PROJECT in os.environ:
             return project_name(root or Path())
-    except ValueError as problem:
-        raise fail(str(problem)) from None
     flows = FlowFilter(name=FlowFilterName(any_=[PIPELINE_FLOW]))
     there = sorted(found.name for found in client.read_deployments(flow_filter=flows))
     if len(there) != 1:
@@ -170,10 +166,8 @@ def _check_profile(root: Path | None, profile: str) -> None:
 
     if root is None:
         return
-    try:
+    with refusing(SettingsError):
         compose(root, profile)
-    except SettingsError as problem:
-        raise fail(str(problem)) from None
 
 
 def _pool_of(stage: str) -> str:
@@ -187,10 +181,8 @@ def _pool_of(stage: str) -> str:
 
     if _clone() is None and "PREFECT_API_URL" in os.environ:
         raise fail("there is no clone here to look the stage's pool up: give --pool cpu or gpu")
-    try:
+    with refusing(GraphError):
         return stage_node(project_root(), stage).meta.pool
-    except GraphError as problem:
-        raise fail(str(problem)) from None
 
 
 def _first_error(problem: ValidationError) -> str:

@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import (
-    fail,
-    project_root,
-    refuse_unknown_stage,
-)
-from flows.commands.tables import table_of
+from flows.commands.command_line import fail, project_root, refuse_unknown_stage, refusing
+from flows.commands.tables import table_of, terminal
 
 if TYPE_CHECKING:
     from components.evaluation.suites.ablation import Arm
@@ -59,10 +55,8 @@ def sweep(
     from flows.experiments.sweep_sets import SweepRefused, expand, sweep_name
     from flows.versioning.setting_overrides import read_params
 
-    try:
+    with refusing(SweepRefused):
         sets = expand(assignments, read_params(root))
-    except SweepRefused as problem:
-        raise fail(str(problem)) from None
     from flows.experiments import sweep as sweeps
     from flows.versioning.code_files import CODE
     from flows.versioning.graph import stages_until
@@ -112,8 +106,6 @@ def _show_plan(root: Path, sets: Sequence[Arm], until: str | None) -> None:
 
 
 def _show(results: Sequence[SetResult], metrics: list[str], end: Order) -> None:
-    from rich.console import Console
-
     keys = list(results[0].settings)
     rows = []
     for one in results:
@@ -123,4 +115,4 @@ def _show(results: Sequence[SetResult], metrics: list[str], end: Order) -> None:
         rows.append((*(str(one.settings[key]) for key in keys), *numbers))
     table = table_of((*keys, *metrics), rows)
     table.caption = f"sorted by {metrics[0]}, {end} first" if metrics else "no metric differs"
-    Console(highlight=False).print(table)
+    terminal(highlight=False).print(table)

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from components.telemetry.wording import age_text
-from flows.commands.command_line import Json, fail, print_json, project_root, refuse_unknown_stage
-from flows.commands.tables import table_of
+from flows.commands.command_line import (
+    Json,
+    fail,
+    print_json,
+    project_root,
+    refuse_unknown_stage,
+    refusing,
+)
+from flows.commands.tables import table_of, terminal
 
 if TYPE_CHECKING:
     from components.training.distributed.run_states import RunIdentity, RunState
@@ -53,14 +60,12 @@ def stage_key(
 
     root = project_root()
     refuse_unknown_stage(root, name)
-    try:
+    with refusing(GraphError, SettingsError):
         values = merged(read_params(root), parse_assignments(settings or []))
         from flows.running.training_state import clone_identity
 
         _refuse_untrained(root, name)
         identity = clone_identity(root, name, values)
-    except (GraphError, SettingsError) as problem:
-        raise fail(str(problem)) from None
     if as_json:
         print_json({"key": identity.key, **identity.model_dump(mode="json")})
         return
@@ -104,12 +109,10 @@ def stage_states(
     from flows.running.training_state import present_identity
     from flows.versioning import graph as versioning
 
-    try:
+    with refusing(versioning.GraphError):
         if name is not None:
             _refuse_untrained(root, name)
         graph = versioning.stage_graph(root)
-    except versioning.GraphError as problem:
-        raise fail(str(problem)) from None
     stages = [one for one, node in graph.items() if node.meta.trains and name in (None, one)]
     rows: list[dict[str, Any]] = []
     for stage in stages:
@@ -163,10 +166,8 @@ def _row(
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-
     if not rows:
-        Console().print("no training states")
+        terminal().print("no training states")
         return
     cells = []
     for row in rows:
@@ -186,4 +187,4 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         )
     columns = ("state", "step", "status", "device h", "MiB", "age", "against the settings now")
     # The state stays whole, because it is what --continue-from takes.
-    Console().print(table_of(columns, cells, whole=(0,), folded=range(1, len(columns))))
+    terminal().print(table_of(columns, cells, whole=(0,), folded=range(1, len(columns))))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.commands.command_line import Json, fail, print_json, why_no_file
+from flows.commands.command_line import Json, fail, print_json, refusing, why_no_file
 
 EPILOG = """Examples:
 
@@ -55,13 +55,11 @@ def verify(
 
     if not file.is_file():
         raise fail(f"{file}: {why_no_file(file)}")
-    try:
+    with refusing(KeyUnusable):
         if _is_statement(file):
             found = _certificate(file, None if key is None else public_key(key))
         else:
             found = _picture(file, key)
-    except KeyUnusable as problem:
-        raise fail(str(problem)) from None
     if as_json:
         document = {"file": str(file), "valid": not found.problems, **found.__dict__}
         print_json(document)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import fail, print_json, project_root
+from flows.commands.command_line import fail, print_json, project_root, refusing
 
 EPILOG = """Examples:
 
@@ -27,10 +27,8 @@ def clean(
     from flows.versioning.graph import GraphError
 
     root = project_root()
-    try:
+    with refusing(GraphError):
         found = leftovers(root)
-    except GraphError as problem:
-        raise fail(str(problem)) from None
     gone = [one for one in found if runs and remove(root, one)]
     total = sum(one.size_bytes for one in (gone if runs else found)) / 2**20
     if as_json:

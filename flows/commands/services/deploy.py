@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root, refusing
 
 EPILOG = (
     "The server is that of [bold]ultraflux up[/], or the one that PREFECT_API_URL names. "
@@ -41,10 +41,8 @@ def deploy(
         raise fail(f"--workers starts processes: not with --pools {pools}")
     root = project_root()
     environment.prepare()
-    try:
+    with refusing(ServiceError, code=1):
         url = connect_to_prefect(root)
-    except ServiceError as problem:
-        raise fail(str(problem), 1) from None
     # Prefect reads its environment at import.
     from flows.pools.automations import AutomationInvalid
     from flows.pools.deployments import DeployFailed
@@ -52,13 +50,9 @@ def deploy(
     from flows.pools.work_pools import PoolsInvalid
     from flows.services.workers import start_workers
 
-    try:
+    with refusing(DeployFailed, ServiceError, code=1), refusing(AutomationInvalid, PoolsInvalid):
         done = apply(root, pools)
         started = start_workers(root, limit=limit) if workers else []
-    except (AutomationInvalid, PoolsInvalid) as problem:
-        raise fail(str(problem)) from None
-    except (DeployFailed, ServiceError) as problem:
-        raise fail(str(problem), 1) from None
     print(f"server       {url}")
     print(f"project      {done.project}")
     print(f"pools        {', '.join(done.pools)}")

@@ -18,7 +18,7 @@ import psutil
 from components.files.install_hints import download_command, install_hint
 from components.telemetry.wording import few
 from flows.commands.command_line import print_json
-from flows.commands.tables import table_of
+from flows.commands.tables import table_of, terminal
 from flows.records.provenance import locked_packages
 
 Verdict = Literal["ok", "warning", "problem"]
@@ -75,12 +75,11 @@ def print_findings(findings: list[Finding], *, as_json: bool) -> int:
 
 
 def _print_table(findings: list[Finding]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     colours = {"ok": "green", "warning": "yellow", "problem": "red"}
     cells = ((Text.styled(f.verdict, colours[f.verdict]), f.topic, f.text, f.fix) for f in findings)
-    Console().print(table_of(("", "topic", "finding", "what to do"), cells))
+    terminal().print(table_of(("", "topic", "finding", "what to do"), cells))
 
 
 def _python(_root: Path) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.commands.command_line import fail, project_root
+from flows.commands.command_line import fail, project_root, refusing
 
 STAGE_EPILOG = (
     "Executors call this: [bold]ssh gpu1 'cd clone && ultraflux stage remote -' < request.json "
@@ -24,11 +24,9 @@ def stage_remote(
     ] = None,
 ) -> None:
     """Run one stage in this clone for a pipeline elsewhere; JSON in, JSON out."""
-    from components.settings.schema import SettingsError
     from flows.records.records import write_json
     from flows.remote.remote_stage import run_remote_stage
     from flows.remote.stage_messages import StageReply, WorkerRefused, as_json, read_request
-    from flows.versioning.graph import GraphError
 
     root = project_root()
     try:
@@ -36,7 +34,7 @@ def stage_remote(
         answer = run_remote_stage(asked, root=root)
     except KeyboardInterrupt:
         raise fail("interrupted; what the stage saved stays in this clone", 130) from None
-    except (OSError, ValueError, WorkerRefused, SettingsError, GraphError) as problem:
+    except (OSError, ValueError, WorkerRefused) as problem:
         answer = StageReply("refused", " ".join(str(problem).split()))
     if reply is None:
         json.dump(as_json(answer), sys.stdout)
@@ -76,7 +74,7 @@ def remote(
     from flows.remote.state_copies import drop_all, kept_copies
 
     root = project_root()
-    try:
+    with refusing(data_remote.RemoteFailed):
         print(f"DVC remote: {data_remote.configure(root)}")
         for kept in kept_copies(root) if state or drop_state else []:
             name = f"{kept.stage}/{kept.stage_key}"
@@ -84,5 +82,3 @@ def remote(
         if drop_state:
             drop_all(root)
             print("removed")
-    except data_remote.RemoteFailed as problem:
-        raise fail(str(problem)) from None

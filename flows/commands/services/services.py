@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.commands.command_line import fail, print_json, project_root
+from flows.commands.command_line import fail, print_json, project_root, refusing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,7 +73,7 @@ def up(
         "--prefect-login": prefect_login,
     }
     given = [name for name, value in only_served.items() if value is not None]
-    try:
+    with refusing(services.ServiceError, code=1):
         if not wanted:
             if given:
                 raise fail(f"{given[0]} is an option of the served tier: add --served")
@@ -94,8 +94,6 @@ def up(
                 },
             )
             started = served_servers.up(root, tier)
-    except services.ServiceError as problem:
-        raise fail(str(problem), 1) from None
     for service in started:
         print(f"{service.name:<8} {service.url}   (log: {service.log})")
     clients = services_dir(root) / "clients.env"
