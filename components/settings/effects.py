@@ -60,11 +60,6 @@ def naming(values: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def without_effect(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `values` that cannot change a weight."""
-    return {name: value for name, value in values.items() if effect(name) is Effect.NONE}
-
-
 _SHAPE = (
     # A checkpoint is the way from the weights that it began with; from others it leads nowhere.
     "initial_weights",

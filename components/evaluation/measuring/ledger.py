@@ -74,7 +74,6 @@ class FeatureKey:
 VALUE_KEYS = tuple(ValueKey.__dataclass_fields__)
 FEATURE_KEYS = tuple(FeatureKey.__dataclass_fields__)
 VALUE_SCHEMA = pa.schema([*((name, pa.string()) for name in VALUE_KEYS), ("value", pa.float64())])
-_FEATURE_COLUMNS = [(name, pa.string()) for name in FEATURE_KEYS]
 
 
 def prompt_digest(prompt: str) -> str:

@@ -47,7 +47,6 @@ FLUX = "black-forest-labs/FLUX.1-dev"
 _ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """As diffusers names it."""
 _SCHEDULE = "scheduler_config.json"
-VAE_STRIDES: tuple[int, ...] = (1, 2)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from components.settings.effects import (
     naming,
     only_seen,
     shapes_state,
-    without_effect,
 )
 from components.settings.section import Effect
 from flows.versioning.parameters import flatten
@@ -47,7 +46,6 @@ from flows.versioning.parameters import flatten
 def test_what_changes_no_weight_is_no_part_of_a_runs_identity(name: str) -> None:
     assert effect(name) is Effect.NONE
     assert deciding({name: 1}) == {}
-    assert without_effect({name: 1}) == {name: 1}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +90,6 @@ def test_what_changes_no_weight_is_no_part_of_a_runs_identity(name: str) -> None
 def test_what_can_change_a_weight_is_part_of_it(name: str) -> None:
     assert effect(name) is None
     assert deciding({name: 1}) == {name: 1}
-    assert without_effect({name: 1}) == {}
 
 
 def test_of_a_folder_of_weights_the_content_counts(root) -> None:
