@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from components.evaluation.statistics.scores import GENERATED
 from components.evaluation.suites.ablation import Arm, Design, planned_stages, with_overrides
@@ -22,7 +21,7 @@ from components.evaluation.suites.ablation_table import ArmScores
 from components.evaluation.suites.suites import BENCHMARKS
 from flows.records.trees import ABLATE, tree_place
 from flows.running.working_trees import TreeRefused, settings_tree, tree_environment
-from flows.versioning.graph import stage_graph
+from flows.versioning.graph import read_stages, stage_graph
 from flows.versioning.setting_overrides import read_params
 
 
@@ -42,9 +41,8 @@ class SuiteChoice:
 
 def plan(root: Path, arms: Sequence[Arm]) -> dict[str, dict[str, str]]:
     """Which arm runs which stage; see `components.evaluation.suites.ablation.planned_stages`."""
-    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     upstream = {name: node.upstream for name, node in stage_graph(root).items()}
-    return planned_stages(arms, read_params(root), stages, upstream)
+    return planned_stages(arms, read_params(root), read_stages(root), upstream)
 
 
 def arm_tree(root: Path, design: Design, arm: Arm) -> Path:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from flows.versioning.graph import read_stages
 from flows.versioning.setting_overrides import read_params
 
 
@@ -30,7 +29,7 @@ def stage_parameters(
         stage: name in dvc.yaml.
         settings: nested; None: those of params.yaml.
     """
-    declared = yaml.safe_load((root / "dvc.yaml").read_text())["stages"][stage].get("params", [])
+    declared = read_stages(root)[stage].get("params", [])
     if settings is None:
         settings = read_params(root)
     values = dict(flatten(settings))
