@@ -20,13 +20,9 @@ from components.evaluation.suites.ablation import Arm, Design, planned_stages, w
 from components.evaluation.suites.ablation_table import ArmScores
 from components.evaluation.suites.suites import BENCHMARKS
 from flows.records.trees import ABLATE, tree_place
-from flows.running.working_trees import TreeRefused, settings_tree, tree_environment
-from flows.versioning.graph import read_stages, stage_graph
+from flows.running.working_trees import settings_tree, tree_environment
+from flows.versioning.graph import read_stages, stages_until
 from flows.versioning.setting_overrides import read_params
-
-
-class AblationFailed(RuntimeError):
-    """An arm cannot be run; one line."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +35,9 @@ class SuiteChoice:
     limit: int | None = None
 
 
-def plan(root: Path, arms: Sequence[Arm]) -> dict[str, dict[str, str]]:
+def plan(root: Path, arms: Sequence[Arm], until: str | None = None) -> dict[str, dict[str, str]]:
     """Which arm runs which stage; see `components.evaluation.suites.ablation.planned_stages`."""
-    upstream = {name: node.upstream for name, node in stage_graph(root).items()}
+    upstream = {name: node.upstream for name, node in stages_until(root, until).items()}
     return planned_stages(arms, read_params(root), read_stages(root), upstream)
 
 
@@ -49,13 +45,10 @@ def arm_tree(root: Path, design: Design, arm: Arm) -> Path:
     """The arm's working tree at the present commit, made or brought up to date.
 
     Raises:
-        AblationFailed: see `flows.running.working_trees.settings_tree`.
+        TreeRefused: see `flows.running.working_trees.settings_tree`.
     """
     values = with_overrides(read_params(root), arm.overrides)
-    try:
-        tree = settings_tree(root, tree_place(root, ABLATE, design, arm.name), values)
-    except TreeRefused as problem:
-        raise AblationFailed(str(problem)) from None
+    tree = settings_tree(root, tree_place(root, ABLATE, design, arm.name), values)
     if (root / BENCHMARKS).is_dir() and not (tree / BENCHMARKS).exists():
         (tree / BENCHMARKS).symlink_to((root / BENCHMARKS).resolve())
     return tree
@@ -65,7 +58,7 @@ def run_arm(root: Path, design: Design, arm: Arm, choice: SuiteChoice | None = N
     """Bring an arm up to date and read its scores; one that fails says so in them.
 
     Raises:
-        AblationFailed: no arm can be run from this working tree.
+        TreeRefused: no arm can be run from this working tree.
     """
     tree = arm_tree(root, design, arm)
     again = "run the same command to go on"

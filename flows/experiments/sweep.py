@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.evaluation.suites.ablation import Arm, with_overrides
-from flows.experiments.sweep_sets import SweepRefused, short_digest
+from flows.experiments.sweep_sets import short_digest
 from flows.history.run_comparison import direction
 from flows.history.run_evidence import StageRun, finished_runs
 from flows.records.owners import own_record
@@ -26,7 +26,7 @@ from flows.records.records import Record, RunDescription, RunResult, open_record
 from flows.records.trees import SWEEP, tree_place
 from flows.running.guarded_process import GuardedProcess
 from flows.running.shared_turns import SHARED_TURNS
-from flows.running.working_trees import TreeRefused, settings_tree, tree_environment
+from flows.running.working_trees import settings_tree, tree_environment
 from flows.tracking.uploader import sync_once
 from flows.versioning.graph import read_lock
 from flows.versioning.lock_hashes import out_hashes
@@ -64,18 +64,15 @@ def run_sweep(
         The sweep's record, not yet finished, and a result per set.
 
     Raises:
-        SweepRefused: a tree cannot be made.
+        TreeRefused: a tree cannot be made.
     """
     folder = tree_place(root, SWEEP, name)
     params = read_params(root)
-    try:
-        # One after the other: Git locks the list of its worktrees.
-        trees = [
-            settings_tree(root, folder / one.name, with_overrides(params, one.overrides))
-            for one in sets
-        ]
-    except TreeRefused as problem:
-        raise SweepRefused(str(problem)) from None
+    # One after the other: Git locks the list of its worktrees.
+    trees = [
+        settings_tree(root, folder / one.name, with_overrides(params, one.overrides))
+        for one in sets
+    ]
     record = _open(root, name, sets)
     # Known after the upload that `_open` made; the sets' runs hang below it.
     parent = record.mlflow_run_id

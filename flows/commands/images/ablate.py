@@ -58,7 +58,8 @@ def ablate(
         raise fail(f"design '{design}': choose {' or '.join(DESIGNS)}")
     from components.evaluation.suites.ablation_table import ablation_table
     from components.settings.schema import load_settings
-    from flows.experiments.ablation_runs import AblationFailed, SuiteChoice, run_arm
+    from flows.experiments.ablation_runs import SuiteChoice, run_arm
+    from flows.running.working_trees import TreeRefused
     from flows.versioning.setting_overrides import read_params
 
     if suite is None and (metrics, limit) != (None, None):
@@ -78,7 +79,7 @@ def ablate(
         return
     choice = None if suite is None else SuiteChoice(suite, metrics, limit)
     scores = []
-    with refusing(AblationFailed, code=1):
+    with refusing(TreeRefused, code=1):
         for number, one in enumerate(arms, start=1):
             print(f"arm {number} of {len(arms)}: {one.name} ({one.label})", flush=True)
             scores.append(run_arm(root, chosen_design, one, choice))

@@ -58,6 +58,7 @@ def sweep(
     with refusing(SweepRefused):
         sets = expand(assignments, read_params(root))
     from flows.experiments import sweep as sweeps
+    from flows.running.working_trees import TreeRefused
     from flows.versioning.code_files import CODE
     from flows.versioning.graph import stages_until
 
@@ -71,7 +72,7 @@ def sweep(
             return
         name = sweep_name(sets)
         record, results = sweeps.run_sweep(root, name, sets, parallel=parallel, until=until)
-    except SweepRefused as problem:
+    except TreeRefused as problem:
         raise fail(str(problem)) from None
     except KeyboardInterrupt:
         raise fail("interrupted; nothing computed is lost, run it again to go on", 130) from None
@@ -93,15 +94,11 @@ def sweep(
 
 
 def _show_plan(root: Path, sets: Sequence[Arm], until: str | None) -> None:
-    from components.evaluation.suites.ablation import planned_stages
-    from flows.versioning.graph import read_stages, stages_until
-    from flows.versioning.setting_overrides import read_params
+    from flows.experiments.ablation_runs import plan
 
-    graph = stages_until(root, until)
-    upstream = {stage: node.upstream for stage, node in graph.items()}
-    plan = planned_stages(sets, read_params(root), read_stages(root), upstream)
+    planned = plan(root, sets, until)
     for one in sets:
-        own = [stage for stage, maker in plan[one.name].items() if maker == one.name]
+        own = [stage for stage, maker in planned[one.name].items() if maker == one.name]
         print(f"{one.name}  {one.label}\n  runs at most: {', '.join(own) or 'nothing'}")
 
 
