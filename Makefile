@@ -19,7 +19,8 @@ LINKED := $(shell test ! -L $(VENV) || echo linked)
 ifdef LINKED
   export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 endif
-WORKERS ?= 2
+# Tests wait a quarter of their time, for servers and for other processes: three use two cores.
+WORKERS ?= 3
 ENGINE ?= prefect
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Stages, ranks and tests are processes that import torch: without cached bytecode each of them

@@ -18,7 +18,7 @@ from flows import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Before any test imports torch: two test workers share two cores.
+# Before any test imports torch: the test workers share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 environment.prepare(offline=True)
 
@@ -44,6 +44,10 @@ LONGEST = (
     "test_map_items.py",
     "test_uploader.py",
     "test_bad_files.py",
+    "test_evaluate_inputs.py",
+    "test_refusals.py",
+    "test_exact.py",
+    "test_drill.py",
 )
 
 

@@ -142,7 +142,7 @@ def project(clone: Callable[..., Path]) -> Path:
         "a conflict",
         pytest.param("a byte that is no text", marks=pytest.mark.slow),
         pytest.param("a list", marks=pytest.mark.slow),
-        "a section that is none",
+        pytest.param("a section that is none", marks=pytest.mark.slow),
     ],
 )
 def test_settings_that_cannot_be_read_are_one_line_of_every_command(

@@ -108,6 +108,7 @@ def test_a_compiler_that_stands_still_is_not_waited_for_for_ever(
         fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write")
 def test_without_a_writable_folder_kernels_are_compiled_all_the_same() -> None:
     assert cache_hits("/proc/nowhere") == 0

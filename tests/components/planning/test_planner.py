@@ -278,7 +278,7 @@ def test_an_adapter_is_planned_by_its_own_size(profile, tmp_path):
         plan(profile("paper", dit_stage1__adapter=adapter), tmp_path, 9)
 
 
-@pytest.mark.parametrize("backbone", ["flux", "sd3"])
+@pytest.mark.parametrize("backbone", ["flux", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_an_adapter_is_planned_with_as_many_values_as_peft_trains(profile, tmp_path, backbone):
     adapter = {"rank": 2, "alpha": 2, "target_modules": ["to_q", "proj_out", "ff.net.2", "proj"]}
     changes = {"models__transformer__backbone": backbone, "dit_stage1__adapter": adapter}

@@ -220,6 +220,7 @@ def with_settings(toy: Path, root: Path) -> None:
     (toy / "dvc.yaml").write_text(graph.replace("  a:\n", "  ingest:\n"))
 
 
+@pytest.mark.slow
 def test_a_run_that_somebody_names_is_recorded_though_nothing_is_to_do(
     toy: Path, root: Path
 ) -> None:

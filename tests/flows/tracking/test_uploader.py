@@ -431,7 +431,11 @@ def test_a_damaged_store_is_one_line_and_what_it_says_to_do_sends_everything_aga
         ("http://[bad", "MLFLOW_TRACKING_URI is no address"),
         ("postgresql://u:secret@127.0.0.1:x/x", "MLFLOW_TRACKING_URI is no address"),
         ("postgresql+psycopg://u:secret@127.0.0.1:1/x", "MLflow at postgresql+psycopg://127.0.0.1"),
-        ("mysql+nosuch://127.0.0.1:1/x", "MLflow at mysql+nosuch://127.0.0.1"),
+        pytest.param(
+            "mysql+nosuch://127.0.0.1:1/x",
+            "MLflow at mysql+nosuch://127.0.0.1",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_store_that_cannot_be_asked_is_one_line_soon(

@@ -44,7 +44,7 @@ def run(toy: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in (toy / "data").rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("written", [0, 30])
+@pytest.mark.parametrize("written", [0, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_kill_while_dvc_saves_costs_no_stage(
     toy: Path, written: int, capfd: pytest.CaptureFixture[str]
 ) -> None:

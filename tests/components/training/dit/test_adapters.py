@@ -308,8 +308,9 @@ def test_the_trigger_is_the_settings_or_the_only_caption(
 @pytest.mark.usefixtures("training_environment_restored")
 @pytest.mark.parametrize(
     ("kind", "zero_stage", "worst"),
-    [pytest.param("int8", 2, 0.01, marks=pytest.mark.slow), ("nf4", 0, 0.06)],
+    [("int8", 2, 0.01), ("nf4", 0, 0.06)],
 )
+@pytest.mark.slow
 def test_an_adapter_on_a_rounded_base_resumes_exactly(
     make_dit_job, tmp_path, kind, zero_stage, worst
 ):
