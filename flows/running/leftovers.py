@@ -76,10 +76,12 @@ def remove(root: Path, one: Leftover) -> bool:
         except OSError:
             return False
     elif one.kind in _TREES.values():
-        # One that Git was making when it was killed is locked for ever.
-        subprocess.run(["git", "worktree", "unlock", str(path)], cwd=root, capture_output=True)
         _take_away(path)
-        subprocess.run(["git", "worktree", "prune"], cwd=root, capture_output=True)
+        if not os.path.lexists(path):
+            # Twice: one that Git was making when it was killed is locked for ever. Not `prune`: a
+            # person's own tree may be on a disk that is not there now.
+            forget = ["git", "worktree", "remove", "--force", "--force", str(path)]
+            subprocess.run(forget, cwd=root, capture_output=True)
         tree_lock_file(path).unlink(missing_ok=True)
     else:
         _take_away(path)

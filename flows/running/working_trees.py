@@ -41,9 +41,9 @@ def add_tree(root: Path, tree: Path, commit: str) -> None:
         TreeRefused: Git refuses, such as where there is a folder with files already.
     """
     tree.parent.mkdir(parents=True, exist_ok=True)
-    # A tree whose folder somebody deleted is still on Git's list, and its place would be refused.
-    git(root, "worktree", "prune")
-    git(root, "worktree", "add", "-q", "--detach", str(tree), commit)
+    # Forced: one whose folder somebody deleted is still on Git's list, and its place would be
+    # refused. Not `prune`: a person's own tree may be on a disk that is not there now.
+    git(root, "worktree", "add", "-q", "--force", "--detach", str(tree), commit)
 
 
 def share(root: Path, tree: Path, source: str | None) -> None:

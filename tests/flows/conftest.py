@@ -90,6 +90,24 @@ def toy(toy_template: Path, tmp_path: Path) -> Path:
     return project
 
 
+@pytest.fixture
+def tree_on_a_stick(toy: Path, tmp_path: Path) -> Iterator[None]:
+    """A person's own worktree with a staged file, on a disk that is away during a test."""
+
+    def git(*words: str, cwd: Path = toy) -> str:
+        command = ["git", *words]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+    tree, away = tmp_path / "on-a-stick", tmp_path / "away"
+    git("worktree", "add", "-q", "--detach", str(tree))
+    (tree / "mine").write_text("staged")
+    git("add", "mine", cwd=tree)
+    tree.rename(away)
+    yield
+    away.rename(tree)
+    assert git("status", "--porcelain", cwd=tree) == "A  mine\n"
+
+
 @pytest.fixture(scope="session")
 def give_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
     """Puts an empty MLflow store into a project, as its first upload would make it.

@@ -178,6 +178,17 @@ def test_in_a_hook_of_another_repository_its_trees_and_its_commit_stay_its_own(
     assert "aaaa" not in said(toy, "worktree", "list")
 
 
+@pytest.mark.usefixtures("tree_on_a_stick")
+def test_git_forgets_the_trees_that_go_and_no_other(toy: Path) -> None:
+    begun = submitted(toy, "aaaa")
+    subprocess.run(["git", "worktree", "lock", str(begun)], cwd=toy, check=True)
+    (begun / ".git").unlink()
+    for one in leftovers(toy):
+        assert remove(toy, one)
+    listed = ["git", "worktree", "list"]
+    assert "aaaa" not in subprocess.run(listed, cwd=toy, capture_output=True, text=True).stdout
+
+
 def test_a_link_goes_without_what_it_leads_to(toy: Path, tmp_path: Path) -> None:
     big, linked = tmp_path / "big", toy / "runs" / "vae_tiles" / "linked"
     big.mkdir()

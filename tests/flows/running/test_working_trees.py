@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,12 @@ def test_changed_code_is_named_in_full(toy: Path) -> None:
     (toy / "dvc.yaml").write_text((toy / "dvc.yaml").read_text() + "# changed\n")
     with pytest.raises(TreeRefused, match=r"^dvc\.yaml has uncommitted changes"):
         settings_tree(toy, toy / "runs" / "tree", {})
+
+
+@pytest.mark.usefixtures("tree_on_a_stick")
+def test_a_tree_whose_folder_was_deleted_is_made_again_and_no_other_is_forgotten(toy: Path) -> None:
+    values = {"project": {"name": "toy"}, "value": 3}
+    tree = settings_tree(toy, toy / "runs" / "tree", values)
+    shutil.rmtree(tree)
+    assert settings_tree(toy, tree, values) == tree
+    assert yaml.safe_load((tree / "params.yaml").read_text()) == values
