@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -11,12 +12,18 @@ from http.client import HTTPException, InvalidURL
 from pathlib import Path
 
 from flows.services.servers import ServiceError, prefect_environment, running_services
+from flows.tracking.tier import LOOPBACK
 
 API_URL = "PREFECT_API_URL"
 ANSWER_TIMEOUT_S = 10.0
 LOGIN_REFUSED = {401, 403}
 _LONGEST_VERSION = 1000
 """Bytes."""
+
+
+def one_spelling(url: str) -> str:
+    """An address as this project writes it: localhost by its number, no slash at the end."""
+    return re.sub(r"(?i)^http://localhost(?=[:/]|$)", f"http://{LOOPBACK}", url).rstrip("/")
 
 
 def _with_login(url: str) -> urllib.request.Request:
@@ -42,16 +49,14 @@ def connect_to_prefect(root: Path | None) -> str:
     if root is not None:
         for service in running_services(root):
             # Named or not: where it is this clone's server, its login is known here.
-            if service.name == "prefect" and os.environ.get(API_URL) in {
-                None,
-                f"{service.url}/api",
-            }:
+            named = one_spelling(os.environ.get(API_URL, service.url)).removesuffix("/api")
+            if service.name == "prefect" and named == service.url:
                 os.environ.update(prefect_environment(root, service.port))
     if API_URL not in os.environ:
         raise ServiceError(
             "no Prefect server: start one with `ultraflux up --workers`, or set PREFECT_API_URL"
         )
-    url = os.environ[API_URL]
+    url = os.environ[API_URL].rstrip("/")
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=ANSWER_TIMEOUT_S):
             pass

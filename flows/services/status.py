@@ -54,6 +54,8 @@ class WorkerStatus:
     state: Literal["runs", "died", "unknown"]
     pid: int
     log: str
+    server: str = ""
+    """Address of the API that it works for, where that is noted."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,11 @@ class Status:
             console.print("\n".join(f"{one.name} log: {one.log}" for one in self.servers))
         else:
             console.print(f"No server was started (tier: {self.tier}; start: ultraflux up)")
+        own = {"", *(f"{one.url}/api" for one in self.servers)}
         for worker in self.workers:
+            place = "" if worker.server in own else f" for {worker.server}"
             console.print(
-                f"worker {worker.pool}: {worker.state} (pid {worker.pid}, log: {worker.log})"
+                f"worker {worker.pool}: {worker.state}{place} (pid {worker.pid}, log: {worker.log})"
             )
         for server in self.servers:
             if server.state == "unknown":
@@ -133,7 +137,7 @@ def examine(root: Path) -> Status:
         **dict.fromkeys(hidden_workers(root), "unknown"),
     }
     workers = [
-        WorkerStatus(one.pool, states.get(one, "died"), one.pid, one.log)
+        WorkerStatus(one.pool, states.get(one, "died"), one.pid, one.log, one.server)
         for one in [*known_workers(root), *lost]
     ]
     return Status(tier, servers, workers, unsent_records(root))

@@ -21,6 +21,7 @@ from flows.services.clone_processes import (
     start_detached,
     wait_or_kill,
 )
+from flows.services.prefect_connection import API_URL, one_spelling
 from flows.services.servers import ServiceError, services_dir
 
 POOLS = ("pipelines", "cpu", "gpu")
@@ -37,6 +38,12 @@ class Worker:
     name: str
     pid: int
     log: str
+    server: str = ""
+    """Address of the API that it works for; notes of older code have none."""
+    project: str = ""
+    """Whose pool of that server."""
+    limit: int | None = None
+    """Flow runs that it takes at once."""
 
     def __post_init__(self) -> None:
         """Refuse notes that name no process.
@@ -90,11 +97,13 @@ def start_workers(
 
     Raises:
         ServiceError: a worker ends at once or does not come online; those started are stopped. Or
-            one of those before may not be looked at.
+            one of those before may not be looked at, works elsewhere or takes another number.
     """
     for worker in hidden_workers(root):
         raise ServiceError(hidden(f"worker {worker.pool}", worker.pid))
     known = running_workers(root)
+    for worker in known:
+        _refuse_other_work(worker, root, limit)
     started: list[Worker] = []
     for pool in pools:
         if pool not in {worker.pool for worker in known}:
@@ -102,7 +111,8 @@ def start_workers(
     # Before the wait: an interrupted start leaves workers that `down` knows of.
     write_json(_state(root), [asdict(worker) for worker in [*known, *started]])
     try:
-        _wait_until_online(root, started)
+        # Those from before, too: of what older code has noted nobody knows where it works.
+        _wait_until_online(root, [*known, *started])
     except ServiceError:
         _stop(started)
         write_json(_state(root), [asdict(worker) for worker in known])
@@ -166,12 +176,29 @@ def _is_ours(root: Path, worker: Worker) -> bool | None:
     return is_ours(worker.pid, root, [f" {worker.name} "])
 
 
+def _refuse_other_work(worker: Worker, root: Path, limit: int | None) -> None:
+    if not worker.server:
+        return
+    place = (one_spelling(os.environ[API_URL]), project_name(root))
+    if (worker.server, worker.project) != place:
+        what = f"works for {worker.server}, project {worker.project}"
+    elif limit not in {None, worker.limit}:
+        what = f"takes {worker.limit or 'any number of'} runs at once"
+    else:
+        return
+    raise ServiceError(
+        f"worker {worker.pool} of this clone {what}: stop it first with `ultraflux down`"
+    )
+
+
 def _start(root: Path, pool: str, limit: int | None) -> Worker:
     name = f"{socket.gethostname()}-{pool}-{os.getpid()}"
     log = _log(root, pool)
-    command = worker_command(pool_name(project_name(root), pool), name, limit)
-    env = os.environ | worker_environment(root)
-    return Worker(pool, name, start_detached(command, log, env, cwd=root), str(log))
+    project = project_name(root)
+    command = worker_command(pool_name(project, pool), name, limit)
+    pid = start_detached(command, log, os.environ | worker_environment(root), cwd=root)
+    server = one_spelling(os.environ[API_URL])
+    return Worker(pool, name, pid, str(log), server, project, limit)
 
 
 def _wait_until_online(root: Path, workers: list[Worker]) -> None:

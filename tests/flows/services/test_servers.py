@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -27,9 +28,11 @@ from flows.records.records import write_json
 from flows.running.guarded_process import GuardedProcess
 from flows.services import servers as services
 from flows.services import workers
-from flows.services.clone_processes import is_running, start_detached
+from flows.services.clone_processes import is_running
 from flows.services.status import examine
 from flows.tracking import tier
+
+Sleeper = Callable[..., psutil.Process]
 
 
 def test_a_taken_port_is_one_clear_line_and_nothing_is_started(toy: Path) -> None:
@@ -214,15 +217,8 @@ def test_workers_of_a_server_that_was_killed_do_not_keep_its_port(
         process.kill()
 
 
-def begin_sleeper(root: Path, *arguments: str) -> psutil.Process:
-    """A process that lasts, with these words on its command line, as `up` starts its own."""
-    command = [sys.executable, "-c", "import time; time.sleep(600)", *arguments]
-    log = root.parent / "sleeper.log"
-    return psutil.Process(start_detached(command, log, dict(os.environ), cwd=root))
-
-
 def test_a_copied_clone_owns_nothing_of_the_original_and_a_moved_one_all(
-    toy: Path, tmp_path: Path
+    toy: Path, tmp_path: Path, begin_sleeper: Sleeper
 ) -> None:
     server = begin_sleeper(toy, "-m mlflow server", "--port", "51234")
     worker = begin_sleeper(toy, "machine-gpu-1")
@@ -230,27 +226,22 @@ def test_a_copied_clone_owns_nothing_of_the_original_and_a_moved_one_all(
     services.remember(toy, services.Service("mlflow", url, server.pid, ""))
     known = [asdict(workers.Worker("gpu", "machine-gpu-1", worker.pid, ""))]
     write_json(services.services_dir(toy) / "workers.json", known)
-    try:
-        copy = shutil.copytree(toy, tmp_path / "copy", symlinks=True)
-        assert services.running_services(copy) == []
-        assert services.down(copy) == []
-        assert workers.stop_workers(copy) == []
-        assert is_running(server)
-        assert is_running(worker)
-        moved = toy.rename(tmp_path / "moved")
-        assert [one.pid for one in workers.stop_workers(moved)] == [worker.pid]
-        assert [one.pid for one in services.down(moved)] == [server.pid]
-        assert not is_running(server)
-        assert not is_running(worker)
-    finally:
-        for process in (server, worker):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+    copy = shutil.copytree(toy, tmp_path / "copy", symlinks=True)
+    assert services.running_services(copy) == []
+    assert services.down(copy) == []
+    assert workers.stop_workers(copy) == []
+    assert is_running(server)
+    assert is_running(worker)
+    moved = toy.rename(tmp_path / "moved")
+    assert [one.pid for one in workers.stop_workers(moved)] == [worker.pid]
+    assert [one.pid for one in services.down(moved)] == [server.pid]
+    assert not is_running(server)
+    assert not is_running(worker)
 
 
 @pytest.mark.parametrize("notes", [None, "", "[{"])
 def test_servers_and_workers_whose_notes_are_gone_are_found_and_stopped(
-    toy: Path, notes: str | None
+    toy: Path, notes: str | None, begin_sleeper: Sleeper
 ) -> None:
     port = services.free_port()
     server = begin_sleeper(toy, "-m prefect server start", "--port", str(port))
@@ -277,9 +268,6 @@ def test_servers_and_workers_whose_notes_are_gone_are_found_and_stopped(
         assert launched.poll() is None
     finally:
         launched.stop()
-        for process in (server, worker):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 @pytest.mark.slow
@@ -356,7 +344,9 @@ def test_a_persons_job_in_a_session_of_a_servers_number_goes_on(toy: Path) -> No
         job.kill()
 
 
-def test_servers_that_may_not_be_looked_at_stay_noted_and_are_no_success(toy: Path) -> None:
+def test_servers_that_may_not_be_looked_at_stay_noted_and_are_no_success(
+    toy: Path, begin_sleeper: Sleeper
+) -> None:
     blind = ("setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace")
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("only root can look away")
@@ -366,24 +356,19 @@ def test_servers_that_may_not_be_looked_at_stay_noted_and_are_no_success(toy: Pa
     known = [asdict(workers.Worker("gpu", "machine-gpu-1", worker.pid, ""))]
     write_json(services.services_dir(toy) / "workers.json", known)
     unseen = {f"mlflow (process {server.pid})", f"worker gpu (process {worker.pid})"}
-    try:
-        for typed in ("status", "down"):
-            done = command(toy, typed, before=blind)
-            assert done.returncode == 1
-            lines = (done.stdout + done.stderr).splitlines()
-            said = {line.removeprefix("error: ").partition(" may not")[0] for line in lines}
-            assert unseen <= said, lines
-            assert "died" not in done.stdout
-            assert "nothing was running" not in done.stdout
-        done = command(toy, "up", before=blind)
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert "mlflow (process" in done.stderr
-        assert [one.pid for one in workers.stop_workers(toy)] == [worker.pid]
-        assert [one.pid for one in services.down(toy)] == [server.pid]
-    finally:
-        for process in (server, worker):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+    for typed in ("status", "down"):
+        done = command(toy, typed, before=blind)
+        assert done.returncode == 1
+        lines = (done.stdout + done.stderr).splitlines()
+        said = {line.removeprefix("error: ").partition(" may not")[0] for line in lines}
+        assert unseen <= said, lines
+        assert "died" not in done.stdout
+        assert "nothing was running" not in done.stdout
+    done = command(toy, "up", before=blind)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "mlflow (process" in done.stderr
+    assert [one.pid for one in workers.stop_workers(toy)] == [worker.pid]
+    assert [one.pid for one in services.down(toy)] == [server.pid]
 
 
 @pytest.mark.parametrize("options", [[], ["--served"]])
@@ -458,7 +443,9 @@ def test_a_tier_of_newer_code_is_read_as_far_as_it_is_known(toy: Path) -> None:
 
 
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9\r\n", b"HTTP/1.1 200 OK\r\n\r\nok"])
-def test_another_program_at_the_address_of_prefect_is_one_line(toy: Path, answer: bytes) -> None:
+def test_another_program_at_the_address_of_prefect_is_one_line(
+    toy: Path, answer: bytes, begin_sleeper: Sleeper
+) -> None:
     def talk_to_everybody(listens: socket.socket) -> None:
         with suppress(OSError):
             while True:
@@ -479,8 +466,5 @@ def test_another_program_at_the_address_of_prefect_is_one_line(toy: Path, answer
             ]
         server = begin_sleeper(toy, "-m mlflow server", "--port", url.rpartition(":")[2])
         services.remember(toy, services.Service("mlflow", url, server.pid, ""))
-        try:
-            (found,) = examine(toy).servers
-        finally:
-            server.kill()
+        (found,) = examine(toy).servers
         assert found.state == ("healthy" if b"200" in answer else "no answer")
