@@ -27,7 +27,7 @@ from flows.records.trees import SWEEP, tree_place
 from flows.running.guarded_process import GuardedProcess
 from flows.running.shared_turns import SHARED_TURNS
 from flows.running.working_trees import settings_tree, tree_environment
-from flows.tracking.uploader import sync_once
+from flows.tracking.sync import sync_once
 from flows.versioning.graph import read_lock
 from flows.versioning.lock_hashes import out_hashes
 from flows.versioning.setting_overrides import read_params

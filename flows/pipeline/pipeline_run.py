@@ -30,6 +30,7 @@ from flows.records.records import (
     latest_finished,
     maker_of,
     open_record,
+    unsent_records,
 )
 from flows.remote.data_remote import RemoteFailed, configure
 from flows.remote.lock_entries import stale_without_data
@@ -43,7 +44,6 @@ from flows.running.graph_walk import Report, walk_graph
 from flows.running.stage_runner import StageOutcome, StageRunner, stopping_on_signals
 from flows.running.warm_start import WarmStart
 from flows.services.prefect_connection import API_URL, connect_to_prefect
-from flows.services.status import unsent_records
 from flows.tracking.uploader_process import NOT_SENT, UploaderProcess
 from flows.versioning import graph as versioning
 from flows.versioning.clone import Clone

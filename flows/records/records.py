@@ -232,6 +232,17 @@ def all_records(root: Path) -> Iterator[Record]:
     yield from (Record(path) for _, _, path in sorted(found))
 
 
+def unsent_records(root: Path) -> set[str]:
+    """Ids of ended records that have not reached MLflow completely."""
+    unsent = set()
+    for record in all_records(root):
+        result = record.result
+        state = read_json(record.folder / "mlflow.json") or {}
+        if result is not None and state.get("ended_ms") != result.ended_ms:
+            unsent.add(record.record_id)
+    return unsent
+
+
 def open_record(root: Path, run: RunDescription) -> Record:
     """The unfinished record of the same stage and key, brought up to date, or a new one."""
     if run.stage_key is not None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import psutil
 
 from flows.records.owners import close_ownerless
-from flows.records.records import all_records, read_json
+from flows.records.records import unsent_records
 from flows.services import postgres
 from flows.services import servers as services
 from flows.services.clone_processes import hidden
@@ -140,17 +140,7 @@ def examine(root: Path) -> Status:
         WorkerStatus(one.pool, states.get(one, "died"), one.pid, one.log, one.server)
         for one in [*known_workers(root), *lost]
     ]
-    return Status(tier, servers, workers, unsent_records(root))
-
-
-def unsent_records(root: Path) -> int:
-    """How many ended runs have not reached MLflow completely."""
-    count = 0
-    for record in all_records(root):
-        result = record.result
-        state = read_json(record.folder / "mlflow.json") or {}
-        count += result is not None and state.get("ended_ms") != result.ended_ms
-    return count
+    return Status(tier, servers, workers, len(unsent_records(root)))
 
 
 def _unknown(service: Service) -> ServiceStatus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -70,6 +71,17 @@ def refuse_damaged(store: str, problem: Exception) -> None:
             f"{sqlite_file(store)} is locked by another program: close it and run this again; "
             "records stay in runs/records"
         ) from None
+
+
+def mlflow_command(store: str, words: str) -> str:
+    """What a person types for MLflow's own program to do something in a store.
+
+    Args:
+        store: its address; that of a server stands in clients.env, with the login.
+        words: after `mlflow`.
+    """
+    place = f"MLFLOW_TRACKING_URI={shlex.quote(store)} " if store.startswith("sqlite:") else ""
+    return f"`{place}mlflow {words}`"
 
 
 def checked_address(given: str) -> str:

@@ -15,15 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from components.settings.yaml_files import YamlRefused
 from flows import environment
-from flows.records.owners import close_ownerless
 from flows.records.records import (
     ACCEPTED_TAG,
     MAKER_TAG,
@@ -44,12 +43,15 @@ from flows.tracking.store_problems import (
     TrackingAway,
     ask_databases_briefly,
     checked_address,
-    refuse_damaged,
+    mlflow_command,
 )
 from flows.tracking.tier import served_clients, sqlite_address, sqlite_file
 from flows.tracking.tracked_datasets import dataset_inputs
 from flows.tracking.uploader_lock import uploader_lock
 from flows.versioning.setting_overrides import read_params
+
+if TYPE_CHECKING:
+    from mlflow.entities import Experiment
 
 POLL_S = 1.0
 RETRY_S = 5.0
@@ -126,7 +128,11 @@ class Uploader:
     """Brings MLflow in step with the records of one project."""
 
     def __init__(self, root: Path) -> None:
-        """Connect; the SQLite store is created where it does not exist."""
+        """Connect; the SQLite store is created where it does not exist.
+
+        Raises:
+            TrackingAway: somebody has deleted the project's experiment.
+        """
         from mlflow import MlflowClient
 
         self._root = root
@@ -141,8 +147,8 @@ class Uploader:
         use_store(uri)
         self.client = MlflowClient(tracking_uri=uri)
         self._uri = uri
-        self.experiment_id = self._experiment()
-        experiment = self.client.get_experiment(self.experiment_id)
+        experiment = self._experiment()
+        self.experiment_id = str(experiment.experiment_id)
         # By its time of creation: every new store calls its first experiment 1.
         self._store = f"{self.experiment_id}@{experiment.creation_time}"
         self.faults: dict[str, str] = {}
@@ -150,19 +156,29 @@ class Uploader:
         self._ended: set[str] = set()
         self._models = LoggedModels(self.client, self.experiment_id, root)
 
-    def _experiment(self) -> str:
+    def _experiment(self) -> Experiment:
         name = self.project
         found = self.client.get_experiment_by_name(name)
         if found is not None:
+            self._refuse_deleted(found)
             if found.tags.get(_KIND_TAG) is None:
                 self.client.set_experiment_tag(found.experiment_id, _KIND_TAG, _TRAINING)
-            return str(found.experiment_id)
+            return found
         # A server has its own artifact store; the SQLite store needs to be told one.
         location = None
         if self._uri.startswith("sqlite:"):
             location = Path(tracking_config(self._root)["artifact_root"]).as_uri()
         tags = {_KIND_TAG: _TRAINING}
-        return str(self.client.create_experiment(name, artifact_location=location, tags=tags))
+        made = self.client.create_experiment(name, artifact_location=location, tags=tags)
+        return self.client.get_experiment(made)
+
+    def _refuse_deleted(self, experiment: Experiment) -> None:
+        if experiment.lifecycle_stage == "deleted":
+            back = mlflow_command(self._uri, f"experiments restore -x {experiment.experiment_id}")
+            raise TrackingAway(
+                f"MLflow's experiment {experiment.name} was deleted: {back} brings it back with "
+                "its runs; records stay in runs/records"
+            )
 
     def sync(self) -> int:
         """Upload what is new; returns the number of records that are still not complete.
@@ -192,9 +208,11 @@ class Uploader:
         try:
             yield
         except Exception as problem:
-            fault = fault_of(record, problem)
+            fault = fault_of(record, problem, self.client)
             if fault is None:
                 raise
+            # With an experiment go its runs, and no record is to blame.
+            self._refuse_deleted(self.client.get_experiment(self.experiment_id))
             self.faults[record.record_id] = fault
 
     def _sync_record(self, record: Record) -> bool:
@@ -435,50 +453,6 @@ def follow(root: Path) -> bool:
                     )
                     return False
                 time.sleep(RETRY_S / 5)
-
-
-@dataclass(frozen=True)
-class Synced:
-    """What an upload left."""
-
-    going_on: int
-    """Runs without an end."""
-    faults: tuple[str, ...]
-    """A line for each record that was not sent whole."""
-
-
-def sync_once(root: Path) -> Synced:
-    """Upload what is there now; faults of records are also printed.
-
-    Raises:
-        Exception: whatever MLflow's client raises when the server cannot be reached.
-    """
-    close_ownerless(root)
-    with uploader_lock(root):
-        uploader = Uploader(root)
-        uploader.sync()
-        faults = tuple(uploader.faults.values())
-        for fault in faults:
-            print(f"error: {fault}", file=sys.stderr)
-        return Synced(sum(record.result is None for record in all_records(root)), faults)
-
-
-def sync_now(root: Path) -> Synced:
-    """`sync_once` for a person who waits.
-
-    Raises:
-        TrackingAway: MLflow did not take the records; they stay where they are.
-        DamagedStore: it cannot read its own.
-    """
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        return sync_once(root)
-    # A module that is not there: the driver of a database.
-    except (MlflowException, SQLAlchemyError, ModuleNotFoundError) as problem:
-        refuse_damaged(tracking_uri(root), problem)
-        raise TrackingAway.of(tracking_uri(root), problem) from None
 
 
 def _stdin_closed(wait_s: float) -> bool:

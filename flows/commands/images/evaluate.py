@@ -381,7 +381,7 @@ def _log(
 ) -> None:
     """A run record; the uploader brings it to MLflow, now or when the server is back."""
     from flows.records.records import RunDescription, RunResult, open_record
-    from flows.tracking.uploader import sync_once
+    from flows.tracking.sync import sync_once
 
     params = {"suite": suite.name, "protocol": suite.protocol, "items": len(suite.items)}
     record = open_record(

@@ -187,10 +187,10 @@ def status(
 
 def sync() -> None:
     """Upload run records that MLflow has not received yet."""
-    from flows.tracking.uploader import sync_now
+    from flows.tracking.sync import sync_now
 
     synced = sync_now(project_root())
-    if synced.faults:
-        raise fail(f"{len(synced.faults)} records are not whole in MLflow; all others are", 1)
+    if synced.not_whole:
+        raise fail(f"{synced.not_whole} records are not whole in MLflow; all others are", 1)
     going_on = synced.going_on
     print(f"{going_on} runs still going on" if going_on else "MLflow has everything")

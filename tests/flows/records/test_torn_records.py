@@ -17,8 +17,8 @@ from flows.records.records import (
     latest_finished,
     open_record,
     records_dir,
+    unsent_records,
 )
-from flows.services.status import unsent_records
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_torn_file_counts_as_missing_and_is_named_once(
     assert close_ownerless(tmp_path) == []
     assert record.mlflow_run_id is None
     assert latest_finished(tmp_path, "select") == ended
-    assert unsent_records(tmp_path) == (1 if name in {"run.json", "result.json"} else 2)
+    assert len(unsent_records(tmp_path)) == (1 if name in {"run.json", "result.json"} else 2)
     again = open_record(tmp_path, described)
     assert (again == record) is (name == "result.json")
     said = capsys.readouterr().err.splitlines()

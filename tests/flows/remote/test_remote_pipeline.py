@@ -15,7 +15,7 @@ from flows.records.records import RunDescription, all_records, open_record
 from flows.remote import data_remote
 from flows.remote.remote_stage import code_commit, run_remote_stage
 from flows.remote.stage_messages import StageRequest, keep_files
-from flows.tracking.uploader import sync_once
+from flows.tracking.sync import sync_once
 
 
 @pytest.mark.slow

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from flows.commands.refusals import FAILED, refusal
-from flows.records.records import RunDescription, RunResult, TornJson, open_record, write_json
+from flows.records.records import (
+    RunDescription,
+    RunResult,
+    TornJson,
+    open_record,
+    unsent_records,
+    write_json,
+)
 from flows.services import postgres, served
 from flows.services import servers as services
 from flows.services import status as services_status
@@ -202,12 +209,12 @@ def test_a_second_attempt_that_ended_is_to_be_sent_although_the_first_was(tmp_pa
     record = open_record(tmp_path, described)
     record.finish(RunResult(status="FAILED", ended_ms=5))
     write_json(record.folder / "mlflow.json", {"run_id": "x", "ended_ms": 5})
-    assert services_status.unsent_records(tmp_path) == 0
+    assert len(unsent_records(tmp_path)) == 0
     again = open_record(tmp_path, described)
     assert again == record
-    assert services_status.unsent_records(tmp_path) == 0  # it goes on
+    assert len(unsent_records(tmp_path)) == 0  # it goes on
     again.finish(RunResult(status="FINISHED", ended_ms=9))
-    assert services_status.unsent_records(tmp_path) == 1
+    assert len(unsent_records(tmp_path)) == 1
 
 
 def test_status_names_a_server_that_died_and_counts_what_mlflow_misses(toy: Path) -> None:
@@ -215,14 +222,14 @@ def test_status_names_a_server_that_died_and_counts_what_mlflow_misses(toy: Path
     gone = services.Service("mlflow", "http://127.0.0.1:1", 2**22 + 1, "log")
     services.remember(toy, gone)
     record = open_record(toy, RunDescription(kind="pipeline", name="pipeline"))
-    assert services_status.unsent_records(toy) == 0  # still going on
+    assert len(unsent_records(toy)) == 0  # still going on
     record.finish(RunResult(status="FINISHED", ended_ms=5))
     found = services_status.examine(toy)
     assert [server.state for server in found.servers] == ["died"]
     assert not found.well
     assert found.unsent == 1
     write_json(record.folder / "mlflow.json", {"run_id": "x", "ended_ms": 5})
-    assert services_status.unsent_records(toy) == 0
+    assert len(unsent_records(toy)) == 0
     done = subprocess.run(["ultraflux", "status"], cwd=toy, capture_output=True, text=True)
     assert done.returncode == 1
     assert "died" in done.stdout

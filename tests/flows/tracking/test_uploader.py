@@ -32,7 +32,8 @@ from flows.services import servers
 from flows.tracking import artifact_places
 from flows.tracking.registry import Promotion
 from flows.tracking.store_problems import DamagedStore, TrackingAway, refuse_damaged
-from flows.tracking.uploader import Uploader, sync_now, tracking_uri
+from flows.tracking.sync import sync_now
+from flows.tracking.uploader import Uploader, tracking_uri
 
 Typed = Callable[..., subprocess.CompletedProcess[str]]
 
