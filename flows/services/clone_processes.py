@@ -12,11 +12,13 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from flows.records.records import write_json
 from flows.tracking.tier import services_dir
 
 STOP_TIMEOUT_S = 15.0
@@ -92,6 +94,18 @@ def is_ours(pid: int, root: Path, words: Sequence[str]) -> bool | None:
         return None
     except psutil.Error:
         return False
+
+
+def note_left(path: Path, left: Sequence[Any]) -> None:
+    """After a stop, keep the notes of what is left; without any the file goes.
+
+    Where the disk cannot be written, what stands there names nobody who lives: who stops, looks.
+    """
+    with suppress(OSError):
+        if left:
+            write_json(path, [asdict(one) for one in left])
+        else:
+            path.unlink(missing_ok=True)
 
 
 def hidden(name: str, pid: int) -> str:

@@ -17,7 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from http.client import HTTPException
 from itertools import pairwise
@@ -35,6 +35,7 @@ from flows.services.clone_processes import (
     is_alive,
     is_ours,
     is_running,
+    note_left,
     orphans,
     start_detached,
     wait_or_kill,
@@ -275,10 +276,15 @@ def wait_for_all(services: Iterable[Service]) -> None:
 
 @contextmanager
 def up_lock(root: Path) -> Iterator[None]:
-    """One `up` or `down` of a project at a time; a second waits."""
-    services_dir(root).mkdir(parents=True, exist_ok=True)
-    with (services_dir(root) / ".up.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """One `up` or `down` of a project at a time; a second waits.
+
+    Where the disk cannot be written, nothing can be started, and what runs can be stopped.
+    """
+    with ExitStack() as held:
+        with suppress(OSError):
+            services_dir(root).mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((services_dir(root) / ".up.lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -345,16 +351,12 @@ def down(root: Path) -> list[Service]:
     What may not be looked at stays as it is, noted (`hidden_services`).
     """
     with up_lock(root):
-        services, forgotten = running_services(root)[::-1], forgotten_services(root)[::-1]
-        stop(root, services)
-        for service in forgotten:
+        stopped = [*running_services(root)[::-1], *forgotten_services(root)[::-1]]
+        for service in stopped:
             stop_service(service)
         end_orphans(root)
-        if left := hidden_services(root):
-            write_json(_state(root), [asdict(service) for service in left])
-        else:
-            _state(root).unlink(missing_ok=True)
-        return [*services, *forgotten]
+        note_left(services_note(root), hidden_services(root))
+        return stopped
 
 
 def end_orphans(root: Path) -> None:
@@ -376,18 +378,23 @@ def stop(root: Path, services: Iterable[Service]) -> None:
     gone = sorted(services, key=known_services(root).index, reverse=True)
     for service in gone:
         stop_service(service)
-    write_json(_state(root), [asdict(s) for s in known_services(root) if s not in gone])
+    write_json(services_note(root), [asdict(s) for s in known_services(root) if s not in gone])
 
 
 def remember(root: Path, service: Service) -> None:
     """Add a server to those that `down` stops; it takes the place of one of the same name."""
     known = {one.name: one for one in known_services(root)} | {service.name: service}
-    write_json(_state(root), [asdict(one) for one in known.values()])
+    write_json(services_note(root), [asdict(one) for one in known.values()])
+
+
+def services_note(root: Path) -> Path:
+    """Where servers that were started stand until they are stopped."""
+    return services_dir(root) / "services.json"
 
 
 def known_services(root: Path) -> list[Service]:
     """Servers from `up` in the order of their start, whether they still run or not."""
-    return read_list(Service, _state(root))
+    return read_list(Service, services_note(root))
 
 
 def running_services(root: Path) -> list[Service]:
@@ -443,10 +450,6 @@ def refuse_unknown(root: Path) -> None:
 
 def _log(root: Path, name: str) -> Path:
     return root / "runs" / "logs" / f"{name}-server.log"
-
-
-def _state(root: Path) -> Path:
-    return services_dir(root) / "services.json"
 
 
 def _owns(root: Path, service: Service) -> bool | None:

@@ -18,6 +18,7 @@ from flows.services.clone_processes import (
     hidden,
     is_alive,
     is_ours,
+    note_left,
     start_detached,
     wait_or_kill,
 )
@@ -109,13 +110,13 @@ def start_workers(
         if pool not in {worker.pool for worker in known}:
             started.append(_start(root, pool, limit))
     # Before the wait: an interrupted start leaves workers that `down` knows of.
-    write_json(_state(root), [asdict(worker) for worker in [*known, *started]])
+    write_json(workers_note(root), [asdict(worker) for worker in [*known, *started]])
     try:
         # Those from before, too: of what older code has noted nobody knows where it works.
         _wait_until_online(root, [*known, *started])
     except ServiceError:
         _stop(started)
-        write_json(_state(root), [asdict(worker) for worker in known])
+        write_json(workers_note(root), [asdict(worker) for worker in known])
         raise
     return [*known, *started]
 
@@ -127,10 +128,7 @@ def stop_workers(root: Path) -> list[Worker]:
     """
     workers = [*running_workers(root), *forgotten_workers(root)]
     _stop(workers)
-    if left := hidden_workers(root):
-        write_json(_state(root), [asdict(worker) for worker in left])
-    else:
-        _state(root).unlink(missing_ok=True)
+    note_left(workers_note(root), hidden_workers(root))
     return workers
 
 
@@ -144,9 +142,14 @@ def hidden_workers(root: Path) -> list[Worker]:
     return [worker for worker in known_workers(root) if _is_ours(root, worker) is None]
 
 
+def workers_note(root: Path) -> Path:
+    """Where workers that were started stand until they are stopped."""
+    return services_dir(root) / "workers.json"
+
+
 def known_workers(root: Path) -> list[Worker]:
     """Workers that were started and not stopped, whether they still run or not."""
-    return read_list(Worker, _state(root))
+    return read_list(Worker, workers_note(root))
 
 
 def forgotten_workers(root: Path) -> list[Worker]:
@@ -166,10 +169,6 @@ def forgotten_workers(root: Path) -> list[Worker]:
 
 def _log(root: Path, pool: str) -> Path:
     return root / "runs" / "logs" / f"worker-{pool}.log"
-
-
-def _state(root: Path) -> Path:
-    return services_dir(root) / "workers.json"
 
 
 def _is_ours(root: Path, worker: Worker) -> bool | None:

@@ -108,6 +108,23 @@ def tree_on_a_stick(toy: Path, tmp_path: Path) -> Iterator[None]:
     assert git("status", "--porcelain", cwd=tree) == "A  mine\n"
 
 
+@pytest.fixture
+def hold() -> Iterator[Callable[[Path], None]]:
+    """Makes folders in which nothing can be made or removed until the test ends, also by root."""
+    lock, free = ("chattr +i", "chattr -i") if os.geteuid() == 0 else ("chmod a-w", "chmod u+w")
+    held: list[Path] = []
+
+    def keep(folder: Path) -> None:
+        program = lock.split()
+        if shutil.which(program[0]) is None or subprocess.run([*program, str(folder)]).returncode:
+            pytest.skip("nothing withstands this account here")
+        held.append(folder)
+
+    yield keep
+    for folder in held:
+        subprocess.run([*free.split(), str(folder)], check=True)
+
+
 @pytest.fixture(scope="session")
 def give_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
     """Puts an empty MLflow store into a project, as its first upload would make it.

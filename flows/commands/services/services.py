@@ -141,8 +141,8 @@ def down() -> None:
     """Stop the servers that `ultraflux up` started, their workers first."""
     from flows.services.clone_processes import hidden
     from flows.services.servers import down as stop
-    from flows.services.servers import hidden_services
-    from flows.services.workers import hidden_workers, stop_workers
+    from flows.services.servers import hidden_services, services_note
+    from flows.services.workers import hidden_workers, stop_workers, workers_note
 
     root = project_root()
     for worker in stop_workers(root):
@@ -150,6 +150,9 @@ def down() -> None:
     stopped = stop(root)
     left = [hidden(f"worker {one.pool}", one.pid) for one in hidden_workers(root)]
     left += [hidden(one.name, one.pid) for one in hidden_services(root)]
+    if not left:
+        notes = [path for path in (workers_note(root), services_note(root)) if path.exists()]
+        left = [f"{path} could not be removed; nothing in it runs any more" for path in notes]
     if stopped or not left:
         print("\n".join(f"stopped {s.name} ({s.url})" for s in stopped) or "nothing was running")
     _say_what_is_left(root)

@@ -1,4 +1,4 @@
-"""Which server workers work for: the one that is meant, or a line that says so."""
+"""Workers work for the server that is meant, or a line says so; `down` stops them in any case."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from flows.records.records import write_json
+from flows.services.clone_processes import is_running
 from flows.services.prefect_connection import connect_to_prefect, one_spelling
 from flows.services.servers import Service, ServiceError, free_port, remember, services_dir
 from flows.services.workers import POOLS, Worker, running_workers, start_workers
@@ -65,3 +66,29 @@ def test_the_clones_own_server_is_known_however_its_address_is_spelt(
             connect_to_prefect(toy)
     others = ("https://localhost:1/api", "http://localhost.example:1/api", "http://[::1]:1/api")
     assert [one_spelling(other) for other in others] == list(others)
+
+
+def test_down_stops_everything_also_where_its_notes_cannot_be_removed(
+    toy: Path,
+    begin_sleeper: Callable[..., psutil.Process],
+    hold: Callable[[Path], None],
+    typed: Typed,
+) -> None:
+    worker = begin_sleeper(toy, "machine-gpu-1")
+    server = begin_sleeper(toy, "-m mlflow server", "--port", "51234")
+    known = [asdict(Worker("gpu", "machine-gpu-1", worker.pid, ""))]
+    write_json(services_dir(toy) / "workers.json", known)
+    remember(toy, Service("mlflow", "http://127.0.0.1:51234", server.pid, ""))
+    hold(services_dir(toy))
+    done = typed(toy, "down")
+    assert not is_running(worker)
+    assert not is_running(server)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "stopped worker gpu",
+        "stopped mlflow (http://127.0.0.1:51234)",
+    ]
+    assert done.stderr.splitlines() == [
+        f"error: {services_dir(toy) / name} could not be removed; nothing in it runs any more"
+        for name in ("workers.json", "services.json")
+    ]
