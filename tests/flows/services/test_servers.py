@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -116,6 +117,29 @@ def refuses_strangers(client: httpx.Client, name: str) -> None:
                 talk(url)
 
 
+PAGES = ("/", "/version", "/metrics", "/signup", "/docs", "/redoc", "/graphql", "/ui-settings")
+API = (
+    "/api/health",
+    "/api/ready",
+    "/api/version",
+    "/api/docs",
+    "/api/admin/version",
+    "/api/flows/x",
+)
+SLOW = {"/openapi.json"}
+"""Prefect needs two seconds of a core for it."""
+
+
+def answers_without_login_what_is_listed(client: httpx.Client, name: str, root: Path) -> None:
+    """SECURITY.md names what is answered, and nothing else."""
+    text = (root / "SECURITY.md").read_text()
+    (row,) = re.findall(rf"(?mi)^\| {name}: API, .*$", text)
+    listed = set(re.findall(r"`(/[^`]*)`", row)) - SLOW
+    asked = {*listed, *PAGES, *API, *(path.partition("?")[0] for _, path, _ in ASKED[name])}
+    closed = {401, 403, 404, 405}
+    assert {path for path in asked if client.get(path).status_code not in closed} == listed
+
+
 def talk(url: str) -> None:
     """Send a websocket an event and hear its answer."""
     with connect(url, proxy=None) as socket_:
@@ -141,7 +165,9 @@ def lets_in_who_logs_in(client: httpx.Client, name: str, root: Path) -> None:
         assert stat.S_IMODE(path_.stat().st_mode) == 0o600
 
 
-def test_up_gives_two_healthy_servers_again_the_same_ones_and_down_stops_them(toy: Path) -> None:
+def test_up_gives_two_healthy_servers_again_the_same_ones_and_down_stops_them(
+    toy: Path, root: Path
+) -> None:
     ports = {"prefect_port": services.free_port(), "mlflow_port": services.free_port()}
     started = services.up(toy, **ports)
     try:
@@ -149,6 +175,7 @@ def test_up_gives_two_healthy_servers_again_the_same_ones_and_down_stops_them(to
         for service in started:
             with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client:
                 refuses_strangers(client, service.name)
+                answers_without_login_what_is_listed(client, service.name, root)
                 lets_in_who_logs_in(client, service.name, toy)
             connections = psutil.Process(service.pid).net_connections()
             family = psutil.Process(service.pid).children(recursive=True)
