@@ -91,9 +91,14 @@ class Status:
                 "" if one.memory_bytes is None else f"{one.memory_bytes / 2**20:.0f}",
             )
         console = Console(soft_wrap=True)
-        if self.servers:
+        wide = console.options.update_width(1000)
+        if self.servers and console.measure(table, options=wide).maximum <= console.width:
             console.print(table)
             console.print("\n".join(f"{one.name} log: {one.log}" for one in self.servers))
+        elif self.servers:
+            # A terminal that would cut every cell off.
+            for one in self.servers:
+                console.print(f"{one.name}: {one.state} ({one.url}, log: {one.log})")
         else:
             console.print(f"No server was started (tier: {self.tier}; start: ultraflux up)")
         own = {"", *(f"{one.url}/api" for one in self.servers)}

@@ -217,7 +217,11 @@ def test_a_second_attempt_that_ended_is_to_be_sent_although_the_first_was(tmp_pa
     assert len(unsent_records(tmp_path)) == 1
 
 
-def test_status_names_a_server_that_died_and_counts_what_mlflow_misses(toy: Path) -> None:
+def test_status_names_a_server_that_died_and_counts_what_mlflow_misses(
+    toy: Path,
+    typed: Callable[..., subprocess.CompletedProcess[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert services_status.examine(toy).well
     gone = services.Service("mlflow", "http://127.0.0.1:1", 2**22 + 1, "log")
     services.remember(toy, gone)
@@ -230,9 +234,13 @@ def test_status_names_a_server_that_died_and_counts_what_mlflow_misses(toy: Path
     assert found.unsent == 1
     write_json(record.folder / "mlflow.json", {"run_id": "x", "ended_ms": 5})
     assert len(unsent_records(toy)) == 0
-    done = subprocess.run(["ultraflux", "status"], cwd=toy, capture_output=True, text=True)
+    monkeypatch.setenv("COLUMNS", "20")
+    done = typed(toy, "status")
     assert done.returncode == 1
-    assert "died" in done.stdout
+    assert done.stdout.splitlines()[0] == "mlflow: died (http://127.0.0.1:1, log: log)"
+    monkeypatch.setenv("COLUMNS", "80")
+    done = typed(toy, "status")
+    assert "│ mlflow │ died  │" in done.stdout
     assert "ultraflux up" in done.stdout
 
 
