@@ -37,7 +37,7 @@ from components.images.pixel_range import to_pixels
 from components.models.tiny import build_tiny_autoencoder, synthetic_images
 from components.settings.training import LatentsSettings, ReconstructionSettings, VaeSettings
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.checkpoints import newest_checkpoint
+from components.training.distributed.checkpoint_folders import newest_checkpoint
 from components.training.distributed.interruption import listening
 from components.training.distributed.ranks import (
     deterministic_torch,

@@ -199,8 +199,8 @@ def _equality(evidence: Evidence, determinism: str) -> str:
         made = [run for run in evidence.runs if run.stage == stage and run.outputs == outputs]
         if made and any(name.startswith("segments.") for name in made[-1].tags):
             raise NotForgotten(
-                f"{stage} went on from a training state of other data or settings: run "
-                f"`ultraflux stage run {stage} --restart`"
+                f"{stage} went on from a training state of other data or settings: delete that "
+                f"state (`ultraflux stage states {stage}`) and run `dvc repro -s -f {stage}`"
             )
     if determinism != "bitwise":
         return "not claimed: runtime.determinism is not bitwise"

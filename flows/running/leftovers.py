@@ -15,6 +15,7 @@ from typing import Any
 from components.files.holder_locks import try_lock
 from components.training.distributed.run_states import (
     fragments,
+    lost_states,
     read_states,
     remove_state,
     unneeded,
@@ -136,7 +137,8 @@ def _working_trees(root: Path) -> Iterator[Leftover]:
             unfinished = any(
                 not state.finished
                 for stage in versioning.stage_graph(root)
-                for state in read_states(tree / "runs" / stage)
+                for folder in [tree / "runs" / stage]
+                for state in (*read_states(folder), *lost_states(folder))
             )
             if tree.is_dir() and not _in_use(tree) and not unfinished:
                 place = str(tree.relative_to(root))

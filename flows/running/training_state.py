@@ -16,7 +16,7 @@ from typing import Any
 
 from components.settings import effects
 from components.settings.schema import Settings, load_settings, parse_settings
-from components.training.distributed.checkpoints import newest_checkpoint
+from components.training.distributed.checkpoint_folders import checkpoint_folders
 from components.training.distributed.run_states import (
     CHECKPOINTS,
     KEY_DIGITS,
@@ -182,8 +182,14 @@ def open_state(root: Path, identity: RunIdentity, wish: Wish, processes: int) ->
                 f"{stage}: {own.name}, the state of these very settings, data and code, goes on at "
                 f"step {own.step}; --continue-from {wish.continue_from} is not used"
             )
+        elif wish.restart and own.step > 0:
+            _say(
+                f"{stage}: {own.name} goes on at step {own.step}: --restart is for a run of other "
+                f"settings, data or code; to begin this one again, move or "
+                f"delete {own.folder}"
+            )
         return resume_state(own, processes)
-    if newest_checkpoint(folder / CHECKPOINTS) is not None:
+    if checkpoint_folders(folder / CHECKPOINTS):
         # Brought here from a clone that was lost, or its state.json was damaged.
         if (folder / STATE_FILE).exists():
             _say(f"{stage}: {folder / STATE_FILE} cannot be read; what it said of segments is lost")
@@ -201,6 +207,8 @@ def open_state(root: Path, identity: RunIdentity, wish: Wish, processes: int) ->
         return begin_state(folder, identity, processes)
     changes = described(unfinished.identity.changes_to(identity))
     at = f"{unfinished.name} at step {unfinished.step} of {unfinished.steps}"
+    if unfinished.damaged is not None:
+        at += f" ({unfinished.damaged[1]} is damaged)"
     if wish.restart or wish.on_changed == "restart":
         _say(f"{stage}: begins at step 0; the unfinished {at} stays ({changes})")
         return begin_state(folder, identity, processes)
@@ -299,7 +307,9 @@ def _refusal(state: RunState, identity: RunIdentity, seconds: float) -> str:
         f"({hours:.2f} device hours) and was made under other conditions:",
         *_listed(changes),
     ]
-    if hard := state.identity.unloadable(identity):
+    if state.damaged is not None:
+        lines.append(f"  its checkpoint is damaged, bring the file back: {state.damaged[1]}")
+    elif hard := state.identity.unloadable(identity):
         lines.append(f"  its checkpoint does not fit the new {', '.join(hard)}")
     else:
         lines.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 
+from components.training.distributed.checkpoint_folders import CheckpointUnreadable
 from components.training.distributed.checkpoints import (
     CheckpointFailed,
     CheckpointStore,
@@ -102,8 +103,16 @@ class CheckpointWriter:
                 # On a full disk the mark cannot be written either; this rank's exit says it.
                 reason = f"{reason}; {_reason(second)}"
             # What a reader of the message asks first is how much is lost.
-            newest = self._store.latest()
-            kept = f"the checkpoint of step {newest[0]} is whole" if newest else "there is none yet"
+            try:
+                newest = self._store.latest()
+                kept = (
+                    f"the checkpoint of step {newest[0]} is whole"
+                    if newest
+                    else "there is none yet"
+                )
+            except CheckpointUnreadable:
+                # What failed the writing, such as a lost disk, fails the look as well.
+                kept = "the ones before it cannot be read just now"
             what_to_do = "make room and run again" if no_room(reason) else "run again to go on"
             kind = DiskFull if no_room(reason) else CheckpointFailed
             self._problem = kind(

@@ -22,7 +22,21 @@ from typing import TYPE_CHECKING, Any
 
 from components.files.safetensors_header import system_error
 from components.files.whole_files import flush, write_bytes, write_text
-from components.settings.bad_input import BadInput
+from components.training.distributed.checkpoint_folders import (
+    CONTENTS_FILE,
+    FORMAT,
+    LATEST_FILE,
+    REJECTED,
+    CheckpointUnreadable,
+    age,
+    checkpoint_folders,
+    damaged_after,
+    is_healthy,
+    is_rejected,
+    newest_checkpoint,
+    whole_checkpoints,
+    within_reach,
+)
 from components.training.distributed.checkpoint_hashes import (
     blames_file,
     file_hashes,
@@ -32,25 +46,13 @@ from components.training.distributed.checkpoint_hashes import (
 if TYPE_CHECKING:
     import torch
 
-CONTENTS_FILE = "contents.json"
-"""Written last inside a checkpoint: format version, step, size and hash of every file, and whether
-the run was healthy when it was made."""
-LATEST_FILE = "latest"
-# A folder of another format is no checkpoint for this code and is passed over.
-_FORMAT = 1
 # Neither begins with `step-`: what a kill leaves under these names is never loaded.
 _WRITING = ".writing-"
 _DROPPED = ".dropped-"
 # One empty file per rank whose part is on disk; a text where the rank failed. Not in the contents.
 _DONE = ".done-"
 _FAILED = ".failed-"
-# Inside a checkpoint that a diverged run must not go on from.
-_REJECTED = ".rejected"
 _POLL_S = 0.01
-
-
-class CheckpointUnreadable(BadInput):
-    """A checkpoint that is complete by its contents list, but does not hold what is expected."""
 
 
 class CheckpointFailed(RuntimeError):
@@ -159,6 +161,9 @@ class CheckpointStore:
         self._barrier = barrier
         self._on_any_rank = on_any_rank
         self._is_needed = is_needed
+        # Present and whole when the run went on, or saved since.
+        self._known: set[Path] = set()
+        self._told: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, write: Callable[[Path], object]) -> Path:
@@ -259,26 +264,49 @@ class CheckpointStore:
         A damaged checkpoint is rejected with one line, where there is one before it.
 
         Raises:
-            CheckpointUnreadable: it is damaged, and there is none before it.
+            CheckpointUnreadable: it is damaged, and there is none before it; or it cannot be told.
         """
-        while (newest := self.latest()) is not None:
-            folder = newest[1]
-            wrong = self._damaged(folder)
-            # When it returns every rank has asked `latest`, and none has rejected anything yet.
-            if not self._on_any_rank(wrong is not None):
+        while True:
+            newest = self.latest()
+            before = None if newest is None else newest[0]
+            # What is cut short is seen by every rank; the first one says it.
+            cut = damaged_after(self.folder, None if newest is None else newest[1])
+            if self._turned_down(cut if self._rank == 0 else {}, before):
+                continue
+            if newest is None:
+                return None
+            file = self._damaged(newest[1])
+            others = [at for at, path in self._accepted() if path != newest[1]]
+            damaged = {} if file is None else {newest[1]: file}
+            if not self._turned_down(damaged, max(others, default=None)):
+                self._known |= {path for _, path in whole_checkpoints(self.folder)}
                 return newest
-            before = [at for at, path in _accepted(self.folder) if path != folder]
-            what = f"{wrong or folder}: damaged, it does not hold what was written"
-            if not before:
-                raise CheckpointUnreadable(
-                    f"{what}, and there is no checkpoint before it: bring the file back, or delete "
-                    f"{self.folder.parent} to begin again"
-                )
-            if wrong is not None:
-                write_bytes(folder / _REJECTED, b"", durable=True, contended=True)
-                print(f"{what}; going on from step {max(before)}", file=sys.stderr, flush=True)
-            self._barrier()
-        return None
+
+    def _turned_down(self, damaged: dict[Path, Path], before: int | None) -> bool:
+        """Reject what any rank has found damaged, with one line each; collective.
+
+        Args:
+            damaged: the file at fault of each checkpoint that this rank has found.
+            before: step of the checkpoint to go on from; None: there is none.
+
+        Returns:
+            Whether there was any.
+        """
+        # When it returns every rank has looked, and none has rejected anything yet.
+        if not self._on_any_rank(bool(damaged)):
+            return False
+        files = [f"{file}: damaged, it does not hold what was written" for file in damaged.values()]
+        if before is None:
+            what = files[0] if files else f"{self.folder}: damaged"
+            raise CheckpointUnreadable(
+                f"{what}, and there is no checkpoint before it: bring the file back, or delete "
+                f"{self.folder.parent} to begin again"
+            )
+        for line, checkpoint in zip(files, damaged, strict=True):
+            write_bytes(checkpoint / REJECTED, b"", durable=True, contended=True)
+            print(f"{line}; going on from step {before}", file=sys.stderr, flush=True)
+        self._barrier()
+        return True
 
     def _damaged(self, folder: Path) -> Path | None:
         """A file among this rank's share that does not hold what was written."""
@@ -286,12 +314,18 @@ class CheckpointStore:
         hashes = contents.get("xxh64", {})
         # All are read once, by all ranks together.
         share = sorted(contents["files"])[self._rank :: self._world_size]
-        return first_damaged(folder, {name: hashes.get(name) for name in share})
+        with within_reach(folder):
+            return first_damaged(folder, {name: hashes.get(name) for name in share})
+
+    def _accepted(self) -> list[tuple[int, Path]]:
+        return [item for item in whole_checkpoints(self.folder) if not is_rejected(item[1])]
 
     def healthy_at(self, step: int) -> Path | None:
         """The newest whole, healthy and intact checkpoint after `step` steps; collective."""
-        found = [path for at, path in _complete(self.folder) if at == step and is_healthy(path)]
-        newest = max(found, key=_age, default=None)
+        found = [
+            path for at, path in whole_checkpoints(self.folder) if at == step and is_healthy(path)
+        ]
+        newest = max(found, key=age, default=None)
         if newest is None or self._on_any_rank(self._damaged(newest) is not None):
             return None
         return newest
@@ -307,16 +341,16 @@ class CheckpointStore:
         """
         wrong = [
             (step, path)
-            for step, path in _complete(self.folder)
+            for step, path in whole_checkpoints(self.folder)
             if is_wrong(step, is_healthy(path))
         ]
         for _, path in wrong:
-            write_bytes(path / _REJECTED, b"", durable=True)
+            write_bytes(path / REJECTED, b"", durable=True)
         return sorted(step for step, _ in wrong)
 
     def steps(self) -> list[int]:
         """Steps of all whole checkpoints, ascending."""
-        return sorted({step for step, _ in _complete(self.folder)})
+        return sorted({step for step, _ in whole_checkpoints(self.folder)})
 
     def _unused_name(self, step: int) -> Path:
         """`step-00000040`, or with a repeat number where that step was saved before."""
@@ -335,7 +369,7 @@ class CheckpointStore:
         # prefix of it is a folder without a checkpoint's name, or a whole checkpoint.
         sizes = {path.relative_to(aside).as_posix(): path.stat().st_size for path in _files(aside)}
         contents = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "step": step,
             "files": sizes,
             "xxh64": file_hashes(aside, sizes),
@@ -347,19 +381,17 @@ class CheckpointStore:
         os.rename(aside, final)
         flush(self.folder)
         write_text(self.folder / LATEST_FILE, f"{final.name}\n", durable=True, contended=True)
+        self._known.add(final)
         # Only now: until the pointer has moved, the old checkpoint is the one to resume from.
         self._drop_old(step, final)
 
     def _drop_old(self, step: int, newest: Path) -> None:
-        """Retention: the newest `keep`; steps beyond `step` belong to an abandoned continuation."""
+        """Retention: the newest `keep`; steps beyond `step` that this run has gone back from go."""
         # Steps beyond this one were saved by a run that was later put back. If they stayed,
         # `latest` would choose them, as the highest, once its pointer is lost.
-        others = [item for item in _complete(self.folder) if item[1] != newest]
-        rejected = {path for _, path in others if _is_rejected(path)}
-        older = sorted(
-            (item for item in others if item[0] < step and item[1] not in rejected),
-            key=lambda item: (item[0], _age(item[1])),
-        )
+        dropped = {path for _, path in checkpoint_folders(self.folder) if is_rejected(path)}
+        whole = [(at, path) for at, path in self._accepted() if path != newest]
+        older = [item for item in whole if item[0] < step]
         # Never below zero: a negative start would count from the end, and drop what is to be kept.
         first_kept = max(0, len(older) - self.keep + 1)
         kept = {path for _, path in older[first_kept:]}
@@ -368,12 +400,22 @@ class CheckpointStore:
         well = [path for _, path in older if is_healthy(path)]
         if well and not is_healthy(newest):
             kept.add(well[-1])
-        for _, path in others:
-            if path not in kept:
-                # Renamed first: a half-deleted folder must never look like a checkpoint.
-                dropped = self.folder / f"{_DROPPED}{path.name}"
-                os.rename(path, dropped)
-                shutil.rmtree(dropped)
+        # Nobody went back from what was away when the run went on, as a disk may be.
+        away = {path for at, path in whole if at > step and path not in self._known}
+        for path in sorted(away - self._told):
+            print(
+                f"{path}: was not there when this run went on, and stays; to go on from it, end "
+                f"the run and delete {self.folder / LATEST_FILE}",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._told |= away
+        dropped |= {path for _, path in whole} - kept - away
+        for path in sorted(dropped):
+            # Renamed first: a half-deleted folder must never look like a checkpoint.
+            gone = self.folder / f"{_DROPPED}{path.name}"
+            os.rename(path, gone)
+            shutil.rmtree(gone)
 
     def _remove_leftovers(self) -> None:
         """What killed runs left: half-written and half-deleted folders, temporary files."""
@@ -383,73 +425,6 @@ class CheckpointStore:
             # A contended write uses a temporary name of its process, which no later one takes over.
             elif path.name.startswith(f".{LATEST_FILE}."):
                 path.unlink()
-
-
-def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """(step, folder) of the newest whole checkpoint in a folder of them, None when there is none.
-
-    The file `latest` decides; where it is missing, or points at something incomplete or rejected,
-    the whole checkpoint with the highest step is taken.
-    """
-    # The pointer may be one checkpoint behind, after a kill between rename and pointer. What it
-    # names is whole, so that costs some steps and never correctness.
-    pointer = folder / LATEST_FILE
-    try:
-        named = folder / pointer.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        # There is none, or it is damaged: what it would name is found without it.
-        named = folder
-    step = _complete_step(named)
-    if step is not None and not _is_rejected(named):
-        return step, named
-    whole = list(_accepted(folder))
-    return max(whole, key=lambda item: (item[0], _age(item[1]))) if whole else None
-
-
-def is_healthy(folder: Path) -> bool:
-    """Whether a checkpoint was made while loss and gradient were ordinary, and is not rejected."""
-    if _is_rejected(folder):
-        return False
-    contents = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
-    return bool(contents.get("healthy", True))
-
-
-def _is_rejected(folder: Path) -> bool:
-    return (folder / _REJECTED).exists()
-
-
-def _age(folder: Path) -> tuple[int, str]:
-    """Orders folders of one step as they were made: the repeat number counts."""
-    _, _, repeat = folder.name.partition(".")
-    return int(repeat or 0), folder.name
-
-
-def _complete(folder: Path) -> Iterator[tuple[int, Path]]:
-    for path in folder.glob("step-*"):
-        step = _complete_step(path)
-        if step is not None:
-            yield step, path
-
-
-def _accepted(folder: Path) -> Iterator[tuple[int, Path]]:
-    return (item for item in _complete(folder) if not _is_rejected(item[1]))
-
-
-def _complete_step(folder: Path) -> int | None:
-    """Step of a checkpoint whose files all have their recorded sizes, else None."""
-    try:
-        contents = json.loads((folder / CONTENTS_FILE).read_text(encoding="utf-8"))
-        if contents["format"] != _FORMAT:
-            return None
-        # By sizes, since listing is cheap and what a crash leaves is files cut short; who resumes
-        # compares hashes too (`latest_intact`).
-        for name, size in contents["files"].items():
-            if (folder / name).stat().st_size != size:
-                return None
-        step = int(contents["step"])
-        return step if folder.name.partition(".")[0] == f"step-{step:08d}" else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -25,11 +25,15 @@ from pydantic import BaseModel, ConfigDict
 from components.files.whole_files import write_text
 from components.settings.effects import shapes_state, start_name
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.checkpoints import (
+from components.training.distributed.checkpoint_folders import (
     LATEST_FILE,
-    CheckpointStore,
+    age,
+    checkpoint_folders,
+    damaged_after,
     newest_checkpoint,
+    within_reach,
 )
+from components.training.distributed.checkpoints import CheckpointStore
 
 STATE_FILE = "state.json"
 CHECKPOINTS = "checkpoints"
@@ -133,6 +137,8 @@ class RunState:
     """That worked on it last."""
     checkpoint: tuple[int, Path] | None
     """(step, folder) of its newest whole checkpoint."""
+    damaged: tuple[int, Path] | None = None
+    """(step, file at fault) of its newest checkpoint; None: one is whole, or there is none."""
 
     @property
     def name(self) -> str:
@@ -141,8 +147,9 @@ class RunState:
 
     @property
     def step(self) -> int:
-        """Steps that its newest checkpoint holds."""
-        return 0 if self.checkpoint is None else self.checkpoint[0]
+        """Steps that its newest checkpoint holds, or held before it was damaged."""
+        newest = self.checkpoint or self.damaged
+        return 0 if newest is None else newest[0]
 
     @property
     def steps(self) -> int:
@@ -186,22 +193,36 @@ def _seconds(log: Path, until: int) -> float:
 
 
 def read_state(folder: Path) -> RunState | None:
-    """The state in a folder; None: it holds none (or a kill came before it had a name)."""
-    try:
-        kept = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        if kept["format"] != _FORMAT:
+    """The state in a folder; None: it holds none (or a kill came before it had a name).
+
+    Raises:
+        CheckpointUnreadable: it cannot be told.
+    """
+    with within_reach(folder):
+        try:
+            kept = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            if kept["format"] != _FORMAT:
+                return None
+            state = RunState(
+                folder=folder,
+                identity=RunIdentity.model_validate(kept["identity"]),
+                segments=tuple(Segment.model_validate(one) for one in kept["segments"]),
+                finished=bool(kept["finished"]),
+                continued_by=kept["continued_by"],
+                processes=int(kept["processes"]),
+                checkpoint=None,
+            )
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
             return None
-        return RunState(
-            folder=folder,
-            identity=RunIdentity.model_validate(kept["identity"]),
-            segments=tuple(Segment.model_validate(one) for one in kept["segments"]),
-            finished=bool(kept["finished"]),
-            continued_by=kept["continued_by"],
-            processes=int(kept["processes"]),
-            checkpoint=newest_checkpoint(folder / CHECKPOINTS),
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return _with_checkpoint(state)
+
+
+def _with_checkpoint(state: RunState) -> RunState:
+    folder = state.folder / CHECKPOINTS
+    newest = newest_checkpoint(folder)
+    damaged = {} if newest is not None else damaged_after(folder, None)
+    at_fault = next(((age(path)[0], file) for path, file in damaged.items()), None)
+    return replace(state, checkpoint=newest, damaged=at_fault)
 
 
 def read_states(folder: Path) -> list[RunState]:
@@ -224,11 +245,11 @@ def lost_states(folder: Path) -> list[RunState]:
         return []
     nobody = RunIdentity(stage=folder.name, settings={}, weights={}, data={}, code="")
     found = (
-        RunState(path, nobody, (), False, None, 1, newest_checkpoint(path / CHECKPOINTS))
+        _with_checkpoint(RunState(path, nobody, (), False, None, 1, None))
         for path in folder.iterdir()
         if path.is_dir() and not _is_part(path) and read_state(path) is None
     )
-    lost = [state for state in found if state.checkpoint is not None]
+    lost = [state for state in found if state.checkpoint or state.damaged]
     return sorted(lost, key=lambda state: (-state.modified(), state.name))
 
 
@@ -247,7 +268,7 @@ def _is_part(path: Path) -> bool:
 
 def _is_empty(path: Path) -> bool:
     # Who has lost a state.json alone still has checkpoints.
-    return not (path / STATE_FILE).exists() and newest_checkpoint(path / CHECKPOINTS) is None
+    return not (path / STATE_FILE).exists() and not checkpoint_folders(path / CHECKPOINTS)
 
 
 def write_state(state: RunState) -> RunState:
@@ -316,7 +337,7 @@ def continue_from(old: RunState, folder: Path, identity: RunIdentity, processes:
         StateRefused: the old state has no checkpoint, or none that this identity could load.
         CheckpointUnreadable: its only checkpoint is damaged.
     """
-    if old.checkpoint is None:
+    if old.checkpoint is None and old.damaged is None:
         raise StateRefused(f"{old.name} has no checkpoint to go on from")
     if hard := old.identity.unloadable(identity):
         raise StateRefused(
@@ -325,7 +346,10 @@ def continue_from(old: RunState, folder: Path, identity: RunIdentity, processes:
         )
     # Looked through here, where an earlier one can still be taken in its place.
     store = CheckpointStore(old.folder / CHECKPOINTS, 1)
-    step, checkpoint = store.latest_intact() or old.checkpoint
+    found = store.latest_intact()
+    if found is None:
+        raise StateRefused(f"{old.name} has no checkpoint to go on from")
+    step, checkpoint = found
     # A checkpoint beyond the last step would be exported as a result that no run of these settings
     # has.
     if 0 < int(identity.settings.get(f"{identity.stage}.steps", step)) < step:
@@ -354,9 +378,7 @@ def continue_from(old: RunState, folder: Path, identity: RunIdentity, processes:
     aside.rename(folder)
     # Last: a kill before it leaves two states that can both be gone on from, and loses neither.
     write_state(replace(old, continued_by=identity.key))
-    return RunState(
-        folder, identity, segments, False, None, processes, newest_checkpoint(folder / CHECKPOINTS)
-    )
+    return _with_checkpoint(RunState(folder, identity, segments, False, None, processes, None))
 
 
 def _link(source: str, target: str) -> None:
@@ -370,18 +392,20 @@ def _link(source: str, target: str) -> None:
 def unneeded(states: list[RunState], current: str | None) -> Iterator[tuple[RunState, str]]:
     """States that nothing needs, each with the reason, of one stage.
 
-    Unfinished work that nobody went on from is always kept, and of the finished states the newest,
-    from which a run with more steps can go on.
+    Unfinished work that nobody went on from is always kept, and damaged checkpoints, and of the
+    finished states the newest, from which a run with more steps can go on.
 
     Args:
         states: of the stage, newest first.
         current: key of the identity that the settings give now; never removed.
     """
-    newest_finished = next((state for state in states if state.finished), None)
-    for state in states:
+    # A damaged one is nobody's start, and its files may come back: it is left to a person.
+    whole = [state for state in states if state.damaged is None]
+    newest_finished = next((state for state in whole if state.finished), None)
+    for state in whole:
         if current is not None and state.identity.key == current:
             continue
-        if state.step == 0:
+        if not checkpoint_folders(state.folder / CHECKPOINTS):
             yield state, "has no checkpoint"
         elif state.continued_by is not None:
             yield state, f"continued as {state.continued_by[:KEY_DIGITS]}"

@@ -140,9 +140,7 @@ def _row(
 ) -> dict[str, Any]:
     from components.training.distributed.run_states import described
 
-    # One that can be read has a first segment.
-    lost = not state.segments
-    if lost:
+    if not state.segments:
         differs = "state.json cannot be read"
     elif current is None:
         differs = "inputs are not here"
@@ -154,7 +152,7 @@ def _row(
         "state": state.name,
         "step": state.step,
         "steps": state.steps,
-        "status": "not readable" if lost else "finished" if state.finished else "unfinished",
+        "status": _status(state),
         "device_hours": state.seconds() * state.processes / 3600,
         "mib": state.size_bytes() / 2**20,
         "age_s": max(0.0, time.time() - state.modified()),
@@ -163,6 +161,15 @@ def _row(
         "segments": [str(segment) for segment in state.segments],
         "removed": removed,
     }
+
+
+def _status(state: RunState) -> str:
+    # One that can be read has a first segment.
+    if not state.segments:
+        return "not readable"
+    if state.damaged is not None:
+        return "damaged"
+    return "finished" if state.finished else "unfinished"
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

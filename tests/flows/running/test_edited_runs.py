@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shutil
 import subprocess
@@ -124,6 +125,20 @@ def test_other_data_and_other_code_ask_by_name(project: Path) -> None:
         assert name in inputs_of(project)
         with pytest.raises(StateRefused, match=rf"conditions:\n    {shown}\n  go on"):
             opened(project, "", **{name: "another"})
+
+
+def test_a_state_whose_checkpoint_is_damaged_is_listed_so_and_not_pruned(project: Path) -> None:
+    state = begin(project)
+    assert state.checkpoint is not None
+    (state.checkpoint[1] / "weights").write_text("")
+    # Nor where it is not the state of the settings now.
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("gamma: ", "gamma: 1"))
+    words = ["stage", "states", STAGE, "--prune", "--json"]
+    (row,) = json.loads(CliRunner().invoke(app, words).stdout)
+    assert row["differs"] != "current"
+    assert (row["status"], row["step"], row["removed"]) == ("damaged", STEP, False)
+    assert (state.folder / "state.json").is_file()
 
 
 def test_a_default_that_is_written_out_is_no_edit(project: Path) -> None:

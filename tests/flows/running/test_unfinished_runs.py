@@ -11,6 +11,7 @@ import pytest
 from components.settings.schema import parse_settings
 from components.settings.yaml_files import read_yaml
 from components.telemetry.metric_log import MetricLog
+from components.training.distributed.checkpoint_folders import CheckpointUnreadable
 from components.training.distributed.checkpoints import CheckpointStore
 from components.training.distributed.run_states import (
     CHECKPOINTS,
@@ -158,6 +159,39 @@ def test_an_own_state_goes_on_and_says_that_a_wish_is_not_used(opened, capsys) -
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{new.name}, the state of these very settings" in line
     assert f"--continue-from {old.name} is not used" in line
+
+
+def test_an_own_state_goes_on_and_says_how_it_would_begin_again(opened, capsys) -> None:
+    old = unfinished(opened, 1e6)
+    assert opened(identity(), restart=True).step == STEP
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{old.name} goes on at step 12: --restart is for a run of other settings" in line
+    assert line.endswith(f"delete {old.folder}")
+    shutil.rmtree(old.folder)
+    assert opened(identity(), restart=True).step == 0
+    assert opened(identity(), restart=True).step == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_work_whose_checkpoint_is_damaged_is_asked_about_and_its_own_run_does_not_begin_again(
+    opened, capsys
+) -> None:
+    old = unfinished(opened, 1e6)
+    assert old.checkpoint is not None
+    (old.checkpoint[1] / "weights").unlink()
+    with pytest.raises(StateRefused, match=r"step 12 of 24") as refused:
+        opened(NEW)
+    assert f"bring the file back: {old.checkpoint[1] / 'weights'}" in str(refused.value)
+    with pytest.raises(CheckpointUnreadable, match="no checkpoint before it"):
+        opened(NEW, "continue")
+    assert opened(identity()).damaged is not None
+    capsys.readouterr()
+    assert opened(NEW, restart=True).step == 0
+    assert "weights is damaged) stays" in capsys.readouterr().err
+    # Nor where its state.json is lost as well: the ranks meet the checkpoint, and refuse it.
+    (old.folder / "state.json").unlink()
+    assert opened(identity()).folder == old.folder
+    assert capsys.readouterr().err == ""
 
 
 def test_a_wish_that_no_stage_could_use_is_refused(opened, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from components.corpus.manifest import write_table
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.checkpoints import newest_checkpoint
+from components.training.distributed.checkpoint_folders import newest_checkpoint
 
 SETTINGS = {
     "vae.steps": 2,

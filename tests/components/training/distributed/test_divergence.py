@@ -10,7 +10,8 @@ import statistics
 import pytest
 
 from components.settings.training import DivergenceSettings
-from components.training.distributed.checkpoints import CheckpointStore, newest_checkpoint
+from components.training.distributed.checkpoint_folders import newest_checkpoint
+from components.training.distributed.checkpoints import CheckpointStore
 from components.training.distributed.divergence import (
     EVENTS_FILE,
     DivergenceGuard,

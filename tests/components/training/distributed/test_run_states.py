@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.telemetry.metric_log import MetricLog
+from components.training.distributed.checkpoint_folders import CheckpointUnreadable
 from components.training.distributed.checkpoints import CheckpointStore
 from components.training.distributed.run_states import (
     CHECKPOINTS,
@@ -231,6 +232,45 @@ def test_a_state_whose_name_is_lost_is_told_from_none(tmp_path: Path, damage) ->
     (lost,) = lost_states(tmp_path / "dit_stage1")
     assert (lost.name, lost.step, lost.seconds()) == (state.name, 6, pytest.approx(12.0))
     assert lost_states(tmp_path / "none") == []
+
+
+def cut(state: RunState) -> Path:
+    """Damage the only checkpoint of a state."""
+    assert state.checkpoint is not None
+    file = state.checkpoint[1] / "weights"
+    file.write_bytes(b"half")
+    return file
+
+
+def test_a_state_whose_checkpoints_are_damaged_is_not_empty_and_not_gone_on_from(
+    tmp_path: Path,
+) -> None:
+    stage = tmp_path / "dit_stage1"
+    file = cut(worked(stage, identity(), 6))
+    (state,) = read_states(stage)
+    assert (state.step, state.checkpoint, state.damaged) == (6, None, (6, file))
+    assert state.seconds() == pytest.approx(12.0)
+    assert list(unneeded([state], None)) == []
+    new = identity(settings={"dit_stage1.learning_rate": 5e-5})
+    with pytest.raises(CheckpointUnreadable, match=r"weights: damaged.* no checkpoint before"):
+        continue_from(state, stage / new.key[:16], new, 1)
+    # Without its name it is lost, and no part that a kill has left.
+    (state.folder / "state.json").unlink()
+    assert [one.step for one in lost_states(stage)] == [6]
+    assert fragments(stage) == []
+
+
+def test_a_damaged_finished_state_is_not_the_one_that_is_kept_to_go_on_from(tmp_path: Path) -> None:
+    for name, age in (("whole", 50), ("damaged", 20)):
+        state = worked(tmp_path, identity(code=name), 6)
+        mark_finished(state.folder)
+        if name == "damaged":
+            cut(state)
+        for path in (*state.folder.rglob("*"), state.folder):
+            os.utime(path, (1e9 - age, 1e9 - age))
+    states = read_states(tmp_path)
+    assert [state.identity.code for state in states] == ["damaged", "whole"]
+    assert list(unneeded(states, None)) == []
 
 
 def test_as_many_steps_as_are_done_may_be_asked_for(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.checkpoints import newest_checkpoint
+from components.training.distributed.checkpoint_folders import newest_checkpoint
 from components.training.distributed.divergence import TrainingDiverged, read_events
 from components.training.dit.batch_plan import BatchPlan
 from components.training.dit.job import DitJob

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.checkpoints import newest_checkpoint
+from components.training.distributed.checkpoint_folders import newest_checkpoint
 from components.training.distributed.interruption import TrainingInterrupted
 from components.training.dit.job import DitJob
 from components.training.dit.worker import run_job

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from components.training.distributed.checkpoint_folders import CONTENTS_FILE
 from components.training.distributed.checkpoint_hashes import file_hash
-from components.training.distributed.checkpoints import CONTENTS_FILE
 from components.training.distributed.ranks import Ranks
 from components.training.dit.worker import run_job
 from components.training.sharded.hand_over import (

@@ -25,7 +25,8 @@ from components.models.loading.base_autoencoder import encoder_digest
 from components.models.tiny import build_tiny_autoencoder, synthetic_images
 from components.settings.training import ReconstructionSettings, VaeSettings
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.checkpoints import DiskFull, load_state, newest_checkpoint
+from components.training.distributed.checkpoint_folders import newest_checkpoint
+from components.training.distributed.checkpoints import DiskFull, load_state
 from components.training.distributed.divergence import TrainingDiverged, read_events
 from components.training.distributed.interruption import (
     StopRequest,
