@@ -218,8 +218,9 @@ class _Supervised:
         assert self._process.stderr is not None
         reader = threading.Thread(target=self._read, args=(self._process.stderr,), daemon=True)
         reader.start()
-        # Wall clock, because it is compared with the time of change of files.
-        seen, moved = self.attempts(), time.time()
+        # What the beats' times are does not matter, only that they change: a clock that is set, or
+        # another machine's, says nothing about the ranks.
+        seen, beats, moved = self.attempts(), self._beats(), time.monotonic()
         told = 0.0
         while self._process.poll() is None:
             time.sleep(_POLL_S)
@@ -231,13 +232,13 @@ class _Supervised:
                 break
             if self.attempts() > seen:
                 self._restarted(seen)
-                seen, moved = self.attempts(), time.time()
-            # Ranks meet at every step, so when one stands still all do: the youngest beat speaks
-            # for all.
-            moved = max([moved, *(path.stat().st_mtime for path in self._beats())])
+                seen, moved = self.attempts(), time.monotonic()
+            # Ranks meet at every step, so when one stands still all do: any beat speaks for all.
+            if (now := self._beats()) != beats:
+                beats, moved = now, time.monotonic()
             limit_s = self._runtime.collective_timeout_minutes * 60
             # `seen` is 0 until torchrun has started ranks, and no attempt is killed twice.
-            if seen and seen - 1 not in self._stalled and time.time() - moved > limit_s:
+            if seen and seen - 1 not in self._stalled and time.monotonic() - moved > limit_s:
                 self._kill_ranks(seen - 1)
         self._process.wait()
         # torchrun's last words, which name the failure, may still be in the pipe.
@@ -296,8 +297,8 @@ class _Supervised:
                 if found := _FAILED.search(line):
                     self._exits.append((int(found[1]), int(found[2])))
 
-    def _beats(self) -> list[Path]:
-        return list((self._logs / "beats").iterdir())
+    def _beats(self) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (self._logs / "beats").iterdir()}
 
     def _restarted(self, seen: int) -> None:
         """Note the restart; end the run where another attempt is pointless."""
