@@ -102,17 +102,16 @@ def evaluate_pipeline(root: Path, settings: Settings) -> PipelineEvaluation:
 
 
 def validation_loss(root: Path) -> dict[str, float]:
-    """First value before stage 1, last value after stage 2, and the relative fall between them.
+    """First value before stage 1 (if its log has kept it), last after stage 2, relative fall.
 
     Where stage 1 measured training images like held-out ones, its numbers stand beside.
     """
     before, after = (json.loads((root / path).read_text(encoding="utf-8")) for path in LOSSES)
-    first, last = before["validation_loss_first"], after["validation_loss_last"]
+    first, last = before.get("validation_loss_first"), float(after["validation_loss_last"])
     # Of stage 1 alone: stage 2 trains on other images.
     by_heart = {k: v for k, v in before.items() if k.startswith("training_images_loss_")}
-    return {
-        **by_heart,
-        "validation_loss_first": float(first),
-        "validation_loss_last": float(last),
-        "validation_loss_drop": 1.0 - float(last) / float(first),
-    }
+    numbers = {**by_heart, "validation_loss_last": last}
+    # Without it there is no fall, and a gate that asks for one refuses.
+    if first is not None:
+        numbers |= {"validation_loss_first": first, "validation_loss_drop": 1.0 - last / first}
+    return numbers

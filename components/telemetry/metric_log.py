@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from components.files.whole_files import write_text
@@ -39,17 +40,19 @@ class MetricLog:
             file.write(line + "\n")
 
     def rows(self) -> Iterator[dict[str, float]]:
-        """Complete lines in the order written; a line cut off by a kill is left out."""
+        """Complete lines in the order written; one cut off by a kill, or damaged, is left out."""
         for row in self._lines():
             row.pop(TIME_KEY, None)
             yield row
 
     def _lines(self) -> Iterator[dict[str, float]]:
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+        # Bytes that are no text spoil their own line alone, like any other that is damaged.
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                # What is left of a line can still be a number or a string.
+                if isinstance(row, dict) and "step" in row:
+                    yield row
 
     def rewind(self, step: int) -> None:
         """Forget everything logged at steps greater than `step` (resume from a checkpoint)."""

@@ -62,7 +62,10 @@ def run_dit(context: StageContext, train_slice: str, before: Path | None = None)
 def _result(context: StageContext, settings: DitStageSettings, outcome: DitOutcome) -> StageResult:
     folder, runtime = context.output_dir, context.settings.runtime
     metrics, waits, restarts = outcome.metrics, outcome.data_waits, outcome.restarts
-    first, last = metrics["validation_loss_first"], metrics["validation_loss_last"]
+    losses = f"{metrics['validation_loss_last']:.4f}"
+    # Not there where the metric log has lost it.
+    if (first := metrics.get("validation_loss_first")) is not None:
+        losses = f"{first:.4f} -> {losses} ({-metrics['validation_loss_drop']:+.1%})"
     return StageResult(
         metrics=metrics,
         artifacts=tuple(folder / name for name in ("curves.png", "history.csv", "validation.csv")),
@@ -79,13 +82,13 @@ def _result(context: StageContext, settings: DitStageSettings, outcome: DitOutco
         | {f"kept_movement.{h.where}": f"{h.kept:.6g}" for h in outcome.hand_overs}
         | _checkpoint_advice(outcome.checkpoint_stall_s, runtime.interruptions_per_day),
         summary=(
-            f"{settings.steps} steps, validation loss {first:.4f} -> {last:.4f} "
-            f"({-metrics['validation_loss_drop']:+.1%})"
+            f"{settings.steps} steps, validation loss {losses}"
             + (
                 f", of training images {-metrics['training_images_loss_drop']:+.1%}"
                 if "training_images_loss_drop" in metrics
                 else ""
             )
+            + (f"; the metric log lacks {outcome.missing}" if outcome.missing else "")
             + (f"; waited too long for data, {waits} warnings" if waits else "")
             + (f"; {len(outcome.divergences)} updates refused" if outcome.divergences else "")
             + (f"; {len(restarts)} restarts, last: {restarts[-1]}" if restarts else "")

@@ -34,6 +34,7 @@ from components.training.dit.block_compilation import (
     uncompiled,
 )
 from components.training.dit.curriculum import NoiseLevels, draw_noise, dropped_captions
+from components.training.dit.curves import say_missing_rows
 from components.training.dit.job import (
     DitJob,
     StartUnusable,
@@ -470,6 +471,8 @@ def _resume(
         # The same numbers on all ranks, so all of them stop.
         hand_over.check(job.settings.min_kept_movement, job.name)
     if metrics is not None:
+        if saved is not None and saved.step > 0:
+            say_missing_rows(job, saved.step)
         # Steps after the checkpoint happen again and are logged again; without a checkpoint that
         # includes the validation before the first step, which is row 0.
         metrics.rewind((saved.step if saved is not None else 0) or -1)

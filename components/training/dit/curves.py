@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from components.files.figures import new_figure, save_png
 from components.files.weight_folders import folder_digest
 from components.files.whole_files import write_text
 from components.telemetry.metric_log import MetricLog
+from components.telemetry.wording import few
 from components.training.adapters.base_rounding import noted_rounding
 from components.training.distributed.divergence import DivergenceEvent, read_events
 from components.training.distributed.supervision import RankFailure, restarts
@@ -68,6 +71,41 @@ def validation_table(rows: Rows) -> pd.DataFrame:
     )
 
 
+def missing_steps(rows: Rows, until: int) -> list[int]:
+    """Steps up to `until`, all of which a run has logged, that are no longer there."""
+    # The row of a step that was left out has no loss.
+    taken = {int(row["step"]) for row in rows if "loss" in row or "left_out" in row}
+    return sorted(set(range(1, until + 1)) - taken)
+
+
+def missing_rows(rows: Sequence[Mapping[str, float]], until: int) -> str:
+    """What a run that is at step `until` has logged and is no longer there; empty: nothing."""
+    parts = []
+    if not any(row["step"] == 0 and "validation_loss" in row for row in rows):
+        parts.append("the validation before step 1")
+    gone = missing_steps(rows, until)
+    if gone:
+        # Neighbours in one: a log that was cut short lacks thousands.
+        breaks = [place for place in range(1, len(gone)) if gone[place] > gone[place - 1] + 1]
+        spans = [gone[start:end] for start, end in pairwise([0, *breaks, len(gone)])]
+        words = [f"{one[0]} to {one[-1]}" if len(one) > 1 else str(one[0]) for one in spans]
+        parts.append(f"step{'s' if len(gone) > 1 else ''} {few(words, 4)}")
+    return " and ".join(parts)
+
+
+def say_missing_rows(job: DitJob, steps_done: int) -> None:
+    """One line where a run goes on beside a metric log that has lost what was in it."""
+    missing = missing_rows(list(MetricLog(job.metrics).rows()), steps_done)
+    if missing:
+        print(
+            f"{job.name}: {job.metrics} lacks {missing}: numbers that need them will be left out "
+            "of the result, and a gate that asks for one refuses; to keep them, end the run and "
+            "bring the file back",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def headline_metrics(
     rows: Sequence[Mapping[str, float]], sigma_range: tuple[float, float]
 ) -> dict[str, float]:
@@ -82,41 +120,43 @@ def headline_metrics(
         same restricted to `sigma_range` (`validation_loss_in_range_*`), the objective's own
         values, `train_loss_first` / `_last` (means over a tenth of the steps), and where training
         images were measured like held-out ones, `training_images_loss_first`, `_last` and `_drop`.
+        What needs a row that is not there is left out.
     """
-    # Row 0 is the validation before the first step.
     measured = validations(rows)
-    first = measured[0][2]
     raw = [losses for _, weights, losses in measured if weights == "raw"][-1]
     # Raw and average are compared with the same start: before training they are equal.
     last = [losses for _, weights, losses in measured if weights == "ema"][-1]
-    # One row may hold the losses of both weights: the last step's.
-    seen = [row["training_images_loss"] for row in rows if "training_images_loss" in row]
-    seen += [row["training_images_loss_ema"] for row in rows if "training_images_loss_ema" in row]
-    by_heart = (
-        {
-            "training_images_loss_first": seen[0],
-            "training_images_loss_last": seen[-1],
-            "training_images_loss_drop": 1.0 - seen[-1] / seen[0],
+    numbers = {
+        "validation_loss_last": last.mean,
+        "validation_loss_last_raw": raw.mean,
+        "validation_loss_in_range_last": last.mean_within(sigma_range),
+        "validation_objective_last": float(np.mean(last.objective)),
+    }
+    # Row 0 is the validation before the first step; a later one is nobody's start.
+    if measured[0][0] == 0:
+        first = measured[0][2]
+        numbers |= {
+            "validation_loss_first": first.mean,
+            "validation_loss_drop": 1.0 - last.mean / first.mean,
+            "validation_loss_in_range_first": first.mean_within(sigma_range),
+            "validation_objective_first": float(np.mean(first.objective)),
         }
-        if seen
-        else {}
-    )
+    # One row may hold the losses of both weights: the last step's.
+    name = "training_images_loss"
+    seen = [(row["step"], row[name]) for row in rows if name in row]
+    seen += [(row["step"], row[f"{name}_ema"]) for row in rows if f"{name}_ema" in row]
+    if seen:
+        numbers[f"{name}_last"] = seen[-1][1]
+        if seen[0][0] == 0:
+            numbers[f"{name}_first"] = seen[0][1]
+            numbers[f"{name}_drop"] = 1.0 - seen[-1][1] / seen[0][1]
     losses = history_table(rows)["loss"].to_numpy()
     # Single steps scatter by their noise levels; a tenth of the run does not.
     tenth = max(1, len(losses) // 10)
-    return {
-        "validation_loss_first": first.mean,
-        "validation_loss_last": last.mean,
-        "validation_loss_last_raw": raw.mean,
-        "validation_loss_drop": 1.0 - last.mean / first.mean,
-        "validation_loss_in_range_first": first.mean_within(sigma_range),
-        "validation_loss_in_range_last": last.mean_within(sigma_range),
-        "validation_objective_first": float(np.mean(first.objective)),
-        "validation_objective_last": float(np.mean(last.objective)),
-        "train_loss_first": float(np.mean(losses[:tenth])),
-        "train_loss_last": float(np.mean(losses[-tenth:])),
-        **by_heart,
-    }
+    if len(losses) and not missing_steps(rows, measured[-1][0]):
+        numbers["train_loss_first"] = float(np.mean(losses[:tenth]))
+        numbers["train_loss_last"] = float(np.mean(losses[-tenth:]))
+    return numbers
 
 
 def draw_curves(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
@@ -137,7 +177,8 @@ def draw_curves(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> 
     validation.plot(*zip(*ema, strict=True), marker="*", markersize=12, linestyle="", label="EMA")
     validation.set(title="validation: velocity error, 8 noise levels", xlabel="step")
     validation.legend()
-    for label, losses in (("first", measured[0][2]), ("last (EMA)", measured[-1][2])):
+    began = "first" if measured[0][0] == 0 else f"step {measured[0][0]}"
+    for label, losses in ((began, measured[0][2]), ("last (EMA)", measured[-1][2])):
         levels.plot(NOISE_LEVELS, losses.velocity, marker="o", label=label)
     levels.set(title="validation by noise level", xlabel="t (0 data, 1 noise)")
     levels.legend()
@@ -164,6 +205,8 @@ class DitOutcome:
     """Updates that were refused, oldest first."""
     checkpoint_stall_s: float | None
     """Median time that a step waited for the checkpoint before it; None: there was none."""
+    missing: str
+    """What the metric log has lost (`missing_rows`)."""
 
 
 def write_outcome(job: DitJob) -> DitOutcome:
@@ -195,6 +238,7 @@ def write_outcome(job: DitJob) -> DitOutcome:
         tuple(noted_hand_overs(job.state_dir)),
         read_events(job.state_dir),
         stall_s,
+        missing_rows(rows, job.settings.steps),
     )
 
 

@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from components.evaluation.pipeline_evaluation import validation_loss
+from components.evaluation.statistics.gate import decide
 from components.models.text_encoders import build_tiny_text_encoders
 from components.models.tiny import build_tiny_autoencoder, build_tiny_transformer
 from components.settings.schema import Settings, parse_settings
@@ -119,6 +121,23 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(
     name = module.__name__.rsplit(".", 1)[-1]
     with pytest.raises(StageFailed, match=rf"^{name}: input data/{gone} is missing; run the stage"):
         module.run(context(name, tmp_path, settings))
+
+
+def test_without_the_loss_before_training_there_is_no_fall_and_the_gate_refuses(
+    root: Path, tmp_path: Path
+) -> None:
+    for stage, losses in (
+        ("dit_stage1", {"validation_loss_last": 1.0, "training_images_loss_last": 0.5}),
+        ("dit_stage2", {"validation_loss_last": 0.5}),
+    ):
+        (tmp_path / "data" / stage).mkdir(parents=True)
+        (tmp_path / "data" / stage / "metrics.json").write_text(json.dumps(losses))
+    found = validation_loss(tmp_path)
+    assert found == {"validation_loss_last": 0.5, "training_images_loss_last": 0.5}
+    asked = {"min_validation_loss_drop": 0.0, "min_training_images_loss_drop": 0.0}
+    rules = decide(found, parse_settings(read_params(root)).promote.model_copy(update=asked))
+    failed = {rule["name"] for rule in rules["rules"] if not rule["passed"]}
+    assert failed >= {"validation_loss_drop", "training_images_loss_drop"}
 
 
 def test_without_any_caption_there_is_nothing_to_paint(root: Path, tmp_path: Path) -> None:
