@@ -10,18 +10,19 @@ import contextlib
 import re
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from components.corpus.captions.caption_files import CaptionLoss, Sidecars, read_captions
-from components.corpus.captions.checks import Caption
+from components.corpus.captions.caption_files import CaptionLoss
 from components.corpus.captions.local import COMMAND, check_folder
+from components.corpus.folder_captions import FolderCaptions, captions_in, flaws, is_taken
 from components.corpus.listing.source_files import photographs
 from components.corpus.selection.rules import count_by_reason, select
+from components.corpus.source_sample import spread
 from components.corpus.sources.records.source_records import shown_name
 from components.files.weight_folders import WeightsMissing
 from components.images.decoding import ImageUndecodable, image_bytes, read_header
@@ -64,18 +65,8 @@ class FolderSurvey:
     """Reasons of the others."""
     measured: tuple[dict[str, Any], ...]
     """`measure_image` of a smaller sample."""
-    caption_words: tuple[int, ...]
-    """Words of each English caption of captions.jsonl, and of the text files that were looked
-    at."""
-    caption_lines: int
-    """Photographs with a caption in captions.jsonl."""
-    caption_files: int
-    """Other photographs with a text file beside them, without those of `caption_unread`."""
-    caption_problem: str | None
-    """Why captions.jsonl is of no use as a whole; one line."""
+    captions: FolderCaptions
     has_attribution: bool
-    caption_unread: tuple[CaptionLoss, ...] = ()
-    """Captions of which the stage `caption` can make nothing, of those that were looked at."""
     captioner: str | None = None
     """Folder of a captioning model (`local_captioner`)."""
 
@@ -87,7 +78,7 @@ class FolderSurvey:
     @property
     def captioned(self) -> int:
         """Photographs that bring a caption."""
-        return self.caption_lines + self.caption_files
+        return self.captions.lines + self.captions.files
 
 
 @dataclass
@@ -103,14 +94,6 @@ class Proposal:
         """Propose a value."""
         self.settings.setdefault(section, {})[key] = value
         self.remarks.append(f"{section}.{key}: {value!r}: {why}")
-
-
-def _spread(paths: Sequence[Path], count: int) -> list[Path]:
-    """At most `count` of them, evenly from the first to the last."""
-    if len(paths) <= count:
-        return list(paths)
-    # Not the first ones: names often hold dates, and the first day is not the collection.
-    return [paths[round(n * (len(paths) - 1) / (count - 1))] for n in range(count)]
 
 
 def survey(
@@ -143,21 +126,17 @@ def survey(
             + (f"; convert what is there: {others}" if others else "")
         )
     found.sort()
-    pixels, unreadable = _headers(_spread(found, _HEADERS))
+    pixels, unreadable = _headers(spread(found, _HEADERS))
     regular = [path for path in found if path.is_file()]
-    brought = _captions(folder, captions, found)
+    names = [path.relative_to(folder).as_posix() for path in found]
     return FolderSurvey(
         folder=folder,
         endings=dict(endings.most_common()),
         nested=any(path.parent != folder for path in found),
         pixels=tuple(pixels),
         unreadable=tuple(unreadable),
-        measured=tuple(measure_image(path) for path in _spread(regular, _MEASURED)),
-        caption_words=tuple(brought.words),
-        caption_lines=brought.lines,
-        caption_files=brought.files,
-        caption_problem=brought.problem,
-        caption_unread=tuple(brought.unread),
+        measured=tuple(measure_image(path) for path in spread(regular, _MEASURED)),
+        captions=captions_in(folder, captions, names, READ),
         has_attribution=(folder / attribution).is_file(),
         captioner=captioner,
     )
@@ -173,56 +152,6 @@ def _headers(paths: Sequence[Path]) -> tuple[list[int], list[str]]:
         else:
             pixels.append(header.width * header.height)
     return pixels, unreadable
-
-
-@dataclass
-class _Brought:
-    """Captions that lie in a folder."""
-
-    words: list[int] = field(default_factory=list)
-    lines: int = 0
-    files: int = 0
-    unread: list[CaptionLoss] = field(default_factory=list)
-    problem: str | None = None
-
-    def takes(self, record: str, text: str) -> bool:
-        """Whether a text is a caption; counts it or its loss."""
-        count = len(text.split())
-        if count:
-            self.words.append(count)
-        else:
-            self.unread.append(CaptionLoss(record, "empty"))
-        return count > 0
-
-
-def _captions(folder: Path, file: str, photographs: Sequence[Path]) -> _Brought:
-    """What the stage `caption` will find, by its own readers; text files of a sample are read."""
-    names = [path.relative_to(folder).as_posix() for path in photographs]
-    found = _Brought()
-    captions: Mapping[str, Caption] = {}
-    if (folder / file).is_file():
-        try:
-            captions, _ = read_captions(folder / file, names)
-        except ValueError as problem:
-            found.problem = str(problem)
-    found.lines = sum(found.takes(name, caption.english) for name, caption in captions.items())
-    sidecars = Sidecars(folder, READ)
-    beside = []
-    for name in names:
-        try:
-            if name not in captions and (sidecar := sidecars.find(name)):
-                beside.append(sidecar)
-        except ValueError as problem:
-            found.unread.append(CaptionLoss(name, str(problem)))
-    found.files = len(beside)
-    for path in _spread([Path(sidecar) for sidecar in beside], _HEADERS):
-        name = path.as_posix()
-        try:
-            found.files -= not found.takes(name, sidecars.read(name))
-        except ValueError as problem:
-            found.unread.append(CaptionLoss(name, str(problem)))
-            found.files -= 1
-    return found
 
 
 def local_captioner(root: Path) -> str | None:
@@ -306,31 +235,33 @@ def _propose_size(found: FolderSurvey, settings: Settings, proposal: Proposal) -
 
 def _propose_captions(found: FolderSurvey, settings: Settings, proposal: Proposal) -> None:
     caption = settings.caption
-    if found.caption_problem is not None:
+    if found.captions.problem is not None:
         mend = (
             ""
             if settings.caption.provider == "shipped" and not found.captioned
             else ("; mend or remove it, or the stage caption ends with this")
         )
-        proposal.remarks.append(f"not read: {found.caption_problem}{mend}")
-    if found.caption_unread:
-        proposal.remarks.append(_unread(found.caption_unread))
+        proposal.remarks.append(f"not read: {found.captions.problem}{mend}")
+    if found.captions.unread:
+        proposal.remarks.append(_unread(found.captions.unread))
     if not found.captioned:
         if caption.provider == "shipped":
             _propose_captioner(found, settings, proposal)
         return
-    places = [(found.caption_lines, f"lines of {caption.file}")]
-    places.append((found.caption_files, "text files beside photographs"))
+    places = [(found.captions.lines, f"lines of {caption.file}")]
+    places.append((found.captions.files, "text files beside photographs"))
     listed = " and ".join(f"{number:,} {what}" for number, what in places if number)
     proposal.remarks.append(f"captions: {listed}, for {found.photographs:,} photographs")
-    outside = [n for n in found.caption_words if not caption.min_words <= n <= caption.max_words]
+    outside = [n for n in found.captions.words if not caption.min_words <= n <= caption.max_words]
     if outside:
-        low, high = min(found.caption_words), max(found.caption_words)
+        low, high = min(found.captions.words), max(found.captions.words)
         why = f"captions have {low} to {high} words, {len(outside)} outside the profile's bounds"
         if low < caption.min_words:
             proposal.set("caption", "min_words", low, why)
         if high > caption.max_words:
             proposal.set("caption", "max_words", high, why)
+    if flawed := flaws(found.captions.looked_at.values(), _with(settings, proposal).caption):
+        proposal.remarks.append(f"captions that are rejected: {flawed}")
     without = found.photographs - found.captioned
     if without > 0 and caption.provider == "shipped":
         proposal.remarks.append(
@@ -367,31 +298,49 @@ def _propose_captioner(found: FolderSurvey, settings: Settings, proposal: Propos
             "caption",
             "provider",
             "fixed",
-            ("no caption can be read" if found.caption_unread else none_found)
+            ("no caption can be read" if found.captions.unread else none_found)
             + f". For captions of their own: provider local ({COMMAND}) or endpoint "
             "(docs/corpus.md)",
         )
         proposal.set("caption", "text", text, "of every photograph; say what they show")
-    if found.caption_problem is not None:
+    if found.captions.problem is not None:
         proposal.set("caption", "provided", "ignore", "what lies there cannot be read")
     proposal.set("caption", "translate", none, "captions that are made here bring no translation")
 
 
+def _with(settings: Settings, proposal: Proposal) -> Settings:
+    """With what has been proposed so far, as far as it decides what is left of a folder."""
+    changed = {
+        section: getattr(settings, section).model_copy(
+            update={
+                key: value
+                for key, value in proposal.settings.get(section, {}).items()
+                if not isinstance(value, dict)
+            }
+        )
+        for section in ("select", "caption")
+    }
+    return settings.model_copy(update=changed)
+
+
 def _propose_slices(found: FolderSurvey, settings: Settings, proposal: Proposal) -> None:
     """Small slices for a small corpus: what is held out must not be all of it."""
-    # With what has just been proposed: a lower bound on pixels keeps more.
-    select_now = settings.select.model_copy(update=proposal.settings.get("select", {}))
-    expected = _expected(found, settings.model_copy(update={"select": select_now}))
+    left = expected(found, _with(settings, proposal))
     held_out = settings.slices.eval_min_images
-    if held_out > 1 and expected < 4 * held_out:
-        why = f"about {expected:.0f} photographs will be left"
-        proposal.set("slices", "eval_min_images", max(1, int(expected / 8)), why)
-    if settings.slices.min_images > max(1, expected / 2):
-        proposal.set("slices", "min_images", max(1, int(expected / 4)), "as many as there are")
+    if held_out > 1 and left < 4 * held_out:
+        why = f"about {left:.0f} photographs will be left"
+        proposal.set("slices", "eval_min_images", max(1, int(left / 8)), why)
+    if settings.slices.min_images > max(1, left / 2):
+        proposal.set("slices", "min_images", max(1, int(left / 4)), "as many as there are")
 
 
 def survivors(found: FolderSurvey, settings: Settings) -> dict[str, int]:
-    """How many of the measured sample each rule rejects; `count_by_reason`.
+    """How many of the measured sample each rule rejects; `count_by_reason`."""
+    return count_by_reason(_judged(found, settings))
+
+
+def _judged(found: FolderSurvey, settings: Settings) -> pd.DataFrame:
+    """The measured sample by the rules of the stage `select`; image_id is the path.
 
     Rules that need scores, other pictures or the whole are left out.
     """
@@ -423,23 +372,37 @@ def survivors(found: FolderSurvey, settings: Settings) -> dict[str, int]:
             "target_images": None,
         }
     )
-    return count_by_reason(select(rows, alone))
+    return select(rows, alone)
 
 
-def _expected(found: FolderSurvey, settings: Settings) -> float:
-    """How many photographs of the whole folder will be left."""
-    counts = survivors(found, settings)
-    return found.photographs * counts["kept"] / counts["candidates"]
+def expected(found: FolderSurvey, settings: Settings) -> float:
+    """How many photographs of the whole folder will be left: by their pixels and captions.
+
+    Where all were measured they are counted. Of more, which have captions is taken to be
+    independent of their pixels: of two dozen measured, perhaps none has one of a hundred captions.
+    """
+    judged, captions = _judged(found, settings), found.captions.looked_at
+    kept = judged.loc[judged["kept"], "image_id"]
+    if found.photographs <= _MEASURED:
+        names = [Path(path).relative_to(found.folder).as_posix() for path in kept]
+        return sum(is_taken(captions.get(name), settings.caption) for name in names)
+    taken = sum(is_taken(caption, settings.caption) for caption in captions.values())
+    with_caption = found.captioned * taken / max(1, len(captions))
+    if is_taken(None, settings.caption):
+        with_caption += found.photographs - found.captioned
+    return with_caption * len(kept) / len(judged)
 
 
 def advice(found: FolderSurvey, settings: Settings) -> list[str]:
     """What will stop a run, and for each threshold that rejects most what would keep more."""
     lines = []
     held_out = settings.slices.eval_min_images
-    if round(_expected(found, settings)) <= held_out:
+    lacking = found.captioned < found.photographs and not is_taken(None, settings.caption)
+    if round(expected(found, settings)) <= held_out:
         lines.append(
             f"too few are left: slices.eval_min_images holds out {held_out}, and there must be one "
             "more to train on; add photographs"
+            + (", or captions to those without" if lacking else "")
         )
     for name, key, limit, keeps_below in (
         ("flat_fraction", "max_flat_fraction", settings.select.max_flat_fraction, True),

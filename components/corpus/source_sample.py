@@ -7,9 +7,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from components.corpus.captions.caption_files import Sidecars
 from components.corpus.listing.source_files import photographs
@@ -18,6 +19,8 @@ from components.corpus.sources.records.source_records import SourceEnd, source_f
 from components.corpus.sources.url_lists import read_url_lists
 from components.corpus.sources.webdataset import ARCHIVE_ENDINGS
 from components.settings.corpus import IngestSettings
+
+Item = TypeVar("Item")
 
 
 def count_items(
@@ -71,6 +74,16 @@ def _members(source: Path) -> Iterator[object]:
             continue
 
 
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of them, evenly from the first to the last.
+
+    Not the first ones: names often hold dates, and the first day is not the collection.
+    """
+    if len(items) <= count:
+        return list(items)
+    return [items[round(n * (len(items) - 1) / max(1, count - 1))] for n in range(count)]
+
+
 def copy_sample(settings: IngestSettings, root: Path, target: Path, count: int, file: str) -> int:
     """Bring photographs from all over a folder, and what describes them, to another folder.
 
@@ -90,12 +103,7 @@ def copy_sample(settings: IngestSettings, root: Path, target: Path, count: int, 
     """
     source = root / settings.source
     found = photographs(source, settings.extensions, recursive=settings.recursive)
-    paths = sorted(found)
-    # The first, the last, and evenly between them.
-    steps = max(1, min(count, len(paths)))
-    places = {round(n * (len(paths) - 1) / max(1, steps - 1)) for n in range(steps)}
-    sample = [paths[place] for place in sorted(places)] if paths else []
-    brought = [path for path in sample if _bring(path, source, target)]
+    brought = [path for path in spread(sorted(found), count) if _bring(path, source, target)]
     sidecars = Sidecars(source, settings.extensions)
     for path in brought:
         # Where several fit the rehearsal has none, as the run will.

@@ -86,7 +86,7 @@ def _source(folder: Path, root: Path) -> str:
 
 
 def _say(found: FolderSurvey, proposal: Proposal, settings: Settings) -> None:
-    from components.corpus.folder_survey import advice, survivors
+    from components.corpus.folder_survey import advice, expected, survivors
 
     counted = ", ".join(f"{number:,} {ending}" for ending, number in found.endings.items())
     print(f"{found.folder}: {counted}")
@@ -98,11 +98,10 @@ def _say(found: FolderSurvey, proposal: Proposal, settings: Settings) -> None:
         for reason, number in counts.items()
         if number and reason.startswith("rejected_")
     )
-    share = counts["kept"] / counts["candidates"]
     print(
         f"Of {counts['candidates']} measured {counts['kept']} pass the rules that look at one "
-        f"picture alone ({rejected or 'none rejected'}): about {share * found.photographs:,.0f} of "
-        f"{found.photographs:,}"
+        f"picture alone ({rejected or 'none rejected'}): about {expected(found, settings):,.0f} of "
+        f"{found.photographs:,} will be left with a caption"
     )
     for line in advice(found, settings):
         print(f"  {line}")

@@ -13,6 +13,7 @@ from PIL import Image
 from components.corpus.folder_survey import (
     Proposal,
     advice,
+    expected,
     local_captioner,
     propose,
     survey,
@@ -22,6 +23,10 @@ from components.corpus.tiny_captioner import write_tiny_captioner
 from components.settings.schema import Settings, load_settings, parse_settings
 
 ROOT = Path(__file__).parents[3]
+CAPTION = (
+    "A wooden boat lies at the shore of a quiet lake, with soft light from the left, tall dark "
+    "pines behind it, and a wide sky above that turns orange towards the far end of the valley."
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,13 @@ def changed(params: Settings, proposal: Proposal) -> dict[str, Any]:
     return dict(OmegaConf.to_container(values))
 
 
+def taking(params: Settings) -> Settings:
+    """Settings that take small photographs with short captions."""
+    rules = params.select.model_copy(update={"min_pixels": 1})
+    caption = params.caption.model_copy(update={"min_words": 1})
+    return params.model_copy(update={"select": rules, "caption": caption})
+
+
 def look(folder: Path):  # type: ignore[no-untyped-def]
     return survey(folder, attribution="ATTRIBUTION.csv", captions="captions.jsonl")
 
@@ -57,7 +69,7 @@ def test_every_picture_is_counted_and_what_is_not_listed_is_proposed(
     found = look(tmp_path)
     endings = {".jpg": 2, ".jpeg": 1, ".bmp": 1, ".gif": 1, ".png": 1, ".heic": 1}
     assert found.endings == endings
-    assert (found.photographs, found.nested, found.caption_files) == (6, True, 1)
+    assert (found.photographs, found.nested, found.captions.files) == (6, True, 1)
     few = params.ingest.model_copy(update={"extensions": (".jpg",), "recursive": False})
     proposal = propose(found, params.model_copy(update={"ingest": few}), "photos")
     ingest = proposal.settings["ingest"]
@@ -127,7 +139,8 @@ def test_text_files_that_are_no_captions_are_not_counted_as_captions(
     (tmp_path / "e.txt").write_text("word " * 30)
     (tmp_path / "captions.jsonl").write_text('{"file": "f.png", "caption_en": " "}\n')
     found = look(tmp_path)
-    assert (found.caption_lines, found.caption_files, found.caption_words) == (0, 1, (30,))
+    captions = found.captions
+    assert (captions.lines, captions.files, captions.words) == (0, 1, [30])
     remarks = propose(found, params, "photos").remarks
     assert "captions: 1 text files beside photographs, for 6 photographs" in remarks
     assert any("5 photographs without a caption are rejected" in remark for remark in remarks)
@@ -203,14 +216,54 @@ def test_survivors_follow_the_rules_and_advice_names_what_would_keep_more(
 
 
 def test_one_photograph_more_than_is_held_out_is_enough(tmp_path: Path, params: Settings) -> None:
-    rules = params.select.model_copy(update={"min_pixels": 1})
     slices = params.slices.model_copy(update={"eval_min_images": 2})
-    settings = params.model_copy(update={"select": rules, "slices": slices})
+    settings = taking(params).model_copy(update={"slices": slices})
+    (tmp_path / "captions.jsonl").write_text(
+        "".join(
+            json.dumps({"file": name, "caption_en": CAPTION}) + "\n"
+            for name in ("a.png", "bb.png", "ccc.png")
+        )
+    )
     for name in ("a.png", "bb.png"):
         write(tmp_path / name)
     assert len(advice(look(tmp_path), settings)) == 1
     write(tmp_path / "ccc.png")
     assert advice(look(tmp_path), settings) == []
+
+
+def test_only_photographs_with_a_caption_that_the_stage_takes_are_expected_to_be_left(
+    tmp_path: Path, params: Settings
+) -> None:
+    settings = taking(params)
+    for name in ("a.png", "bb.png", "ccc.png", "dddd.png"):
+        write(tmp_path / name, flat=name == "dddd.png")
+    for name, text in {"a": CAPTION, "bb": f"<b>{CAPTION}</b>", "dddd": CAPTION}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    found = look(tmp_path)
+    # One has no caption, one has markup, one is flat.
+    assert expected(found, settings) == 1
+    remarks = "\n".join(propose(found, settings, "photos").remarks)
+    assert "captions that are rejected: 1 of 3 that were looked at: markup (1): strip" in remarks
+    assert "slices.min_images: 1: as many as there are" in remarks
+    assert advice(found, settings)[0].endswith("add photographs, or captions to those without")
+    # Where a model writes them, none is lacking; what came along stays unless it may be replaced.
+    written = {"provider": "fixed", "text": "a photograph"}
+    for provided, left in (("keep", 2), ("replace_failed", 3), ("ignore", 3)):
+        caption = settings.caption.model_copy(update=written | {"provided": provided})
+        assert expected(found, settings.model_copy(update={"caption": caption})) == left
+
+
+def test_captions_of_a_large_folder_count_by_their_share(tmp_path: Path, params: Settings) -> None:
+    settings = taking(params)
+    for n in range(30):
+        write(tmp_path / f"{n:02}.png", edge=64)
+    found = look(tmp_path)
+    assert expected(found, settings) == 0
+    for n in range(0, 30, 3):
+        (tmp_path / f"{n:02}.txt").write_text(CAPTION)
+    counts = survivors(found, settings)
+    share = counts["kept"] / counts["candidates"]
+    assert expected(look(tmp_path), settings) == pytest.approx(10 * share)
 
 
 def test_what_is_no_folder_of_photographs_is_one_line(tmp_path: Path) -> None:

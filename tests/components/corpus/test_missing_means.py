@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from components.corpus import missing_means
+from components.corpus.folder_captions import FolderCaptions
 from components.corpus.folder_survey import FolderSurvey, Proposal
 from components.corpus.missing_means import propose_means
 from components.settings.schema import Settings, parse_settings
@@ -31,10 +32,7 @@ def found(photographs: int = 3, captioned: int = 3) -> FolderSurvey:
         pixels=(),
         unreadable=(),
         measured=(),
-        caption_words=(),
-        caption_lines=captioned,
-        caption_files=0,
-        caption_problem=None,
+        captions=FolderCaptions(lines=captioned),
         has_attribution=False,
     )
 
