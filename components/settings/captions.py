@@ -80,6 +80,8 @@ class LocalCaptionSettings(Section):
 class CaptionSettings(Section):
     """Captions."""
 
+    ordered = (("min_words", "max_words"),)
+
     provider: Literal["shipped", "endpoint", "local", "fixed"]
     """`shipped`: only what came with the images. The others caption images where none came:
     `endpoint` and `local` by a vision-language model that looks at the derivative, behind a server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, Strict, field_validator, model_validator
@@ -226,16 +227,10 @@ class HumanChannelSettings(Section):
 class ShareSettings(Section):
     """Bounds of a group's share of the corpus."""
 
+    ordered = (("min_share", "max_share"),)
+
     min_share: Fraction
     max_share: PositiveFraction
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if self.min_share > self.max_share:
-            raise ValueError(
-                f"min_share {self.min_share:g} must not exceed max_share {self.max_share:g}"
-            )
-        return self
 
 
 class AspectQuotaSettings(ShareSettings):
@@ -309,6 +304,14 @@ class SelectSettings(Section):
     """Share of images with people (`is_character`). Not in the paper: ours."""
     target_images: Count | None
     """Size of a stratified sample (bucket, channel, character) of what is left; None: all."""
+
+    @model_validator(mode="after")
+    def _shares_leave_room(self) -> Self:
+        total = math.fsum(quota.min_share for quota in self.aspect_quotas)
+        # A third three times is a hair above.
+        if total > 1 + 1e-9:
+            raise ValueError(f"min_share of aspect_quotas add up to {total:g}, which is above 1")
+        return self
 
 
 class ValidateSettings(Section):

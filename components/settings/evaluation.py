@@ -69,6 +69,8 @@ class GenerateSettings(Section):
 class RefinerSettings(Section):
     """Prompt refiner of `ultraflux generate --refine` (UltraFlux supplement 12)."""
 
+    ordered = (("min_words", "max_words"),)
+
     endpoint: EndpointSettings
     language: Literal["English", "Chinese"]
     min_words: Count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, Strict
 
 from components.settings.open_section import OpenSection
 from components.settings.section import NonNegative, Section
@@ -12,6 +12,8 @@ from components.settings.section import NonNegative, Section
 
 class SnrHuberSettings(Section):
     """SNR-aware Huber wavelet objective; alpha, beta, gamma are not published: ours."""
+
+    ordered = (("c_min", "c_max"),)
 
     c_min: Annotated[float, Field(gt=0)] = 0.2
     c_max: Annotated[float, Field(gt=0)] = 1.0
@@ -23,12 +25,6 @@ class SnrHuberSettings(Section):
         tuple[NonNegative, NonNegative, NonNegative, NonNegative], Strict(False)
     ] = (1.0, 1.0, 1.0, 1.0)
     """Weights of (LL, LH, HL, HH)."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> SnrHuberSettings:
-        if self.c_max < self.c_min:
-            raise ValueError(f"c_max {self.c_max} must be at least c_min {self.c_min}")
-        return self
 
 
 class ObjectiveSettings(OpenSection):

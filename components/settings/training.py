@@ -85,6 +85,8 @@ class DivergenceSettings(Section):
 class VaeSettings(Section):
     """Decoder-only post-training."""
 
+    ordered = (("crop_px", "tile_px"),)
+
     crop_px: Annotated[int, Field(ge=64, multiple_of=16)]
     """Square training crops; paper: 512."""
     tile_px: Annotated[int, Field(ge=64, le=8192)] = 1024
@@ -116,12 +118,6 @@ class VaeSettings(Section):
     on_divergence: OnDivergence = "stop"
     """As in the stages of the transformer, and by the same guard."""
     divergence: DivergenceSettings = DivergenceSettings()
-
-    @model_validator(mode="after")
-    def _a_tile_holds_a_crop(self) -> VaeSettings:
-        if self.tile_px < self.crop_px:
-            raise ValueError(f"tile_px {self.tile_px} must be at least crop_px {self.crop_px}")
-        return self
 
 
 class LatentsSettings(Section):

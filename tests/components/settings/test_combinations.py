@@ -58,7 +58,7 @@ WRONG: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     (
         {"vae.tile_px": 128, "vae.crop_px": 160},
-        "tile_px 128 must be at least crop_px 160",
+        "crop_px 160 must not exceed tile_px 128",
         {"vae.tile_px": 160, "vae.crop_px": 160},
     ),
     (
@@ -136,8 +136,23 @@ WRONG: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"select.aspect_quotas": [QUOTA | {"max_share": 0.1}]},
     ),
     (
+        {"caption.min_words": 60, "caption.max_words": 10},
+        "caption: min_words 60 must not exceed max_words 10",
+        {"caption.min_words": 10, "caption.max_words": 10},
+    ),
+    (
+        {"refiner.min_words": 60, "refiner.max_words": 10},
+        "refiner: min_words 60 must not exceed max_words 10",
+        {"refiner.min_words": 10, "refiner.max_words": 10},
+    ),
+    (
+        {"select.aspect_quotas": [QUOTA | {"min_share": 0.4}] * 3},
+        "min_share of aspect_quotas add up to 1.2",
+        {"select.aspect_quotas": [QUOTA | {"min_share": 0.5}] * 2},
+    ),
+    (
         {"objective.snr_huber.c_min": 0.5, "objective.snr_huber.c_max": 0.4},
-        "c_max 0.4 must be at least c_min 0.5",
+        "c_min 0.5 must not exceed c_max 0.4",
         {"objective.snr_huber.c_min": 0.5, "objective.snr_huber.c_max": 0.5},
     ),
 ]
