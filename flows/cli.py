@@ -331,6 +331,8 @@ def config_check() -> None:
     with refusing(SettingsError):
         settings = load_settings(project_root() / "params.yaml")
     print(f"params.yaml is valid (profile {settings.project.profile})")
+    for stage, doubt in settings.doubts():
+        print(f"warning: {stage}: {doubt}", file=sys.stderr)
 
 
 @app.command(rich_help_panel=CORPUS)

@@ -190,6 +190,7 @@ def plan(
     if limit is not None:
         for stage in stages:
             warnings += too_large(stage.stage, transformer, sizes, limit)
+    warnings += [f"{stage}: {doubt}" for stage, doubt in settings.doubts()]
     return Plan(
         profile=settings.project.profile,
         images=images,

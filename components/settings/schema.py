@@ -84,6 +84,39 @@ class Settings(Section):
                 )
         return None
 
+    def doubts(self) -> list[tuple[str, str]]:
+        """What these settings cannot reach, though they are valid: (stage, one line).
+
+        No reasons to refuse: a trial of five steps is one with a warm-up of twenty.
+        """
+        found = [
+            (
+                name,
+                f"warmup_steps {stage.warmup_steps} exceeds steps {stage.steps}: learning_rate "
+                f"ends at {stage.learning_rate * stage.steps / stage.warmup_steps:.3g}, not "
+                f"{stage.learning_rate:g}",
+            )
+            for name, stage in (("dit_stage1", self.dit_stage1), ("dit_stage2", self.dit_stage2))
+            if stage.warmup_steps > stage.steps
+        ]
+        limit, least = self.ingest.max_megapixels, self.select.min_pixels
+        if least > limit * 1e6:
+            text = f"min_pixels {least:,} exceeds ingest.max_megapixels {limit:g}: none can pass"
+            found.append(("select", text))
+        asked = {
+            "min_twin_psnr_db": ("generate.twins", self.generate.twins),
+            "min_training_images_loss_drop": (
+                "dit_stage1.validation_training_images",
+                self.dit_stage1.validation_training_images,
+            ),
+        }
+        found += [
+            ("promote", f"{rule} cannot be met: {name} is 0")
+            for rule, (name, measured) in asked.items()
+            if getattr(self.promote, rule) is not None and not measured
+        ]
+        return found
+
 
 def _nearest_key(location: tuple[str | int, ...]) -> str | None:
     """The known key closest to the last part of an unknown `location`."""

@@ -185,7 +185,13 @@ def _run(context: StageContext, node: versioning.StageNode) -> RunResult:
             "to `outs` of the stage, or a folder that DVC is not to version to `meta.unversioned`"
         )
     result = replace(result, tags=result.tags | segment_tags(context.segments))
-    return _as_result(context.root, result)
+    return _as_result(context.root, with_doubts(result, node.name, context.settings))
+
+
+def with_doubts(result: StageResult, stage: str, settings: Settings) -> StageResult:
+    """With what the stage's settings could not reach in its line."""
+    doubts = [f"warning: {doubt}" for name, doubt in settings.doubts() if name == stage]
+    return replace(result, summary="; ".join([result.summary, *doubts]))
 
 
 def run_stage(name: str, root: Path) -> int:

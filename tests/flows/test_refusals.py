@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from components.settings.schema import load_settings
+from flows.running.recorded_stage import with_doubts
+from flows.stages.contract import StageResult
+
 HEAVY = ("torch", "prefect", "mlflow", "diffusers", "transformers", "great_expectations", "dvc")
 TYPED = (
     "run --until nosuch",
@@ -168,3 +172,22 @@ def test_params_that_are_missing_can_be_composed(
     assert typed(project, "config", "compose").returncode == 0
     assert typed(project, "config", "compose", "--check").returncode == 0
     assert typed(project, "config", "check").returncode == 0
+
+
+def test_settings_that_cannot_reach_what_they_say_are_valid_with_a_warning(
+    project: Path, typed: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    path = project / "params.yaml"
+    path.write_text(path.read_text().replace("warmup_steps: 20", "warmup_steps: 2000"))
+    checked = typed(project, "config", "check")
+    assert (checked.returncode, checked.stdout.count("is valid")) == (0, 1)
+    line = "warmup_steps 2000 exceeds steps 900: learning_rate ends at 0.00135, not 0.003"
+    assert checked.stderr == f"warning: dit_stage1: {line}\n"
+    # The stage's own line ends with it, and no other's.
+    settings = load_settings(path)
+    assert with_doubts(StageResult(summary="60 steps"), "dit_stage1", settings).summary == (
+        f"60 steps; warning: {line}"
+    )
+    assert with_doubts(StageResult(summary="20 steps"), "dit_stage2", settings).summary == (
+        "20 steps"
+    )

@@ -403,3 +403,12 @@ def test_the_paper_profiles_autoencoder_costs_what_the_design_states(profile, tm
     shape = networks(profile("paper"), tmp_path).autoencoder
     assert round(total(encoder_products(shape, 4096, 4096)).forward / 1e12) == 26
     assert round(total(decoder_products(shape, 4096, 4096)).forward / 1e12) == 49
+
+
+@pytest.mark.parametrize("name", ["embedded", "consumer-24gb", "single-gpu", "paper"])
+def test_what_no_profile_has_is_a_warning_of_its_stage(name, profile, tmp_path):
+    settings = profile(name)
+    assert settings.doubts() == []
+    stage = settings.dit_stage2.model_copy(update={"steps": 3, "warmup_steps": 4})
+    made = plan(settings.model_copy(update={"dit_stage2": stage}), tmp_path, 500)
+    assert made.warnings[-1].startswith("dit_stage2: warmup_steps 4 exceeds steps 3: ")

@@ -157,6 +157,40 @@ WRONG: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
 ]
 
+# What is valid and cannot do what it says, and what lies beside it.
+DOUBTFUL: list[tuple[dict[str, Any], tuple[str, str], dict[str, Any]]] = [
+    (
+        {"dit_stage2.steps": 5, "dit_stage2.warmup_steps": 20, "dit_stage2.learning_rate": 1e-4},
+        (
+            "dit_stage2",
+            "warmup_steps 20 exceeds steps 5: learning_rate ends at 2.5e-05, not 0.0001",
+        ),
+        {"dit_stage2.steps": 5, "dit_stage2.warmup_steps": 5},
+    ),
+    (
+        {"select.min_pixels": 2_000_001, "ingest.max_megapixels": 2.0},
+        ("select", "min_pixels 2,000,001 exceeds ingest.max_megapixels 2: none can pass"),
+        {"select.min_pixels": 2_000_000, "ingest.max_megapixels": 2.0},
+    ),
+    (
+        {"promote.min_twin_psnr_db": 9.0, "generate.twins": 0},
+        ("promote", "min_twin_psnr_db cannot be met: generate.twins is 0"),
+        {"promote.min_twin_psnr_db": None, "generate.twins": 0},
+    ),
+    (
+        {"dit_stage1.validation_training_images": 0},
+        (
+            "promote",
+            "min_training_images_loss_drop cannot be met: dit_stage1.validation_training_images "
+            "is 0",
+        ),
+        {
+            "dit_stage1.validation_training_images": 0,
+            "promote.min_training_images_loss_drop": None,
+        },
+    ),
+]
+
 
 def parsed(changes: dict[str, Any]) -> Any:
     values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -178,3 +212,13 @@ def test_what_does_not_fit_together_is_one_line_and_its_neighbour_is_taken(
     assert expected in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     parsed(beside)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "beside"), DOUBTFUL, ids=[row[1][1] for row in DOUBTFUL]
+)
+def test_what_cannot_be_reached_is_said_and_not_refused(
+    changes: dict[str, Any], expected: tuple[str, str], beside: dict[str, Any]
+) -> None:
+    assert parsed(changes).doubts() == [expected]
+    assert parsed(beside).doubts() == []
