@@ -8,6 +8,7 @@ At a prompt::
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,9 @@ from components.telemetry.wording import few
 _NAMED_IN_MESSAGES = 3
 _SHORTEST_PREFIX = 4
 """Hexadecimal digits of an image_id; fewer are rather a file's name."""
+
+_COMPARED = 20_000
+"""Names that a wrong one is compared with, at some microseconds each."""
 
 _SIGN = {"resolution": ">=", "entropy": ">=", "quality": ">", "aesthetic": ">="}
 """How a value must stand to its threshold; `<=` for all others."""
@@ -71,8 +75,8 @@ def find(table: pd.DataFrame, image: str, root: Path) -> int:
         rows = Exclusions([Exclusion("url", image)]).mask(table).nonzero()[0]
     if not len(rows):
         raise ImageUnknown(
-            f"{image}: no candidate has this image_id, path, file name or address; list them with: "
-            "ultraflux corpus datasheet"
+            f"{image}: no candidate has this image_id, path, file name or address"
+            f"{_meant(path.name, uri.dropna())}"
         )
     found = table.iloc[rows]
     if found["image_id"].nunique() > 1:
@@ -82,6 +86,18 @@ def find(table: pd.DataFrame, image: str, root: Path) -> int:
         )
     originals = found["duplicate_of"].isna().to_numpy().nonzero()[0]
     return int(rows[originals[0] if len(originals) else 0])
+
+
+def _meant(name: str, uris: pd.Series) -> str:
+    """Photographs of similar file names, else some of those that there are."""
+    names = uris.str.rsplit("/", n=1).str[-1].str.lower()
+    close = difflib.get_close_matches(name.lower(), names.head(_COMPARED), _NAMED_IN_MESSAGES)
+    near = uris[names.isin(close)]
+    if near.empty and len(name) >= _SHORTEST_PREFIX:
+        near = uris[names.str.contains(name.lower(), regex=False)]
+    if not near.empty:
+        return f"; did you mean {few(list(near), _NAMED_IN_MESSAGES)}?"
+    return f"; there are {len(uris):,}: {few(list(uris), _NAMED_IN_MESSAGES)}"
 
 
 @dataclass(frozen=True)

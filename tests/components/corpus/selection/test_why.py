@@ -142,6 +142,15 @@ def test_an_image_is_found_by_id_prefix_path_and_name(
     for unknown in ("lake", "ake-1.jpg", "abcd", "", "00"):
         with pytest.raises(ImageUnknown, match="no candidate has this"):
             find(table, unknown, tmp_path)
+    for wrong, meant in (
+        ("Lake1.JPG", "did you mean photos/1/lake-1.jpg, photos/"),
+        ("lake-3", "did you mean photos/"),
+        ("-0.jp", "did you mean photos/0/lake-0.jpg?"),
+        ("harbour", "there are 4: photos/0/lake-0.jpg, photos/1/lake-1.jpg, "),
+    ):
+        with pytest.raises(ImageUnknown) as caught:
+            find(table, wrong, tmp_path)
+        assert f"file name or address; {meant}" in str(caught.value)
 
 
 def test_an_id_means_the_original_and_a_path_the_copy(tmp_path: Path) -> None:
