@@ -8,6 +8,7 @@ Unknown or out-of-range keys raise `SettingsError`, one line per problem.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,8 @@ def _nearest_key(location: tuple[str | int, ...]) -> str | None:
 
 # A key pasted where its variable's name belongs, or a password in an address, is not repeated.
 _MAY_HOLD_A_SECRET = ("api_key_env", "base_url")
+_NO_SECTION = ("model_type", "model_attributes_type", "dict_type")
+_COMPOSE = "`ultraflux config compose --profile embedded`"
 
 
 def _describe(error: Any, where: str) -> str:
@@ -146,11 +149,25 @@ def _describe(error: Any, where: str) -> str:
         return f"{where}: unknown key '{name}'{hint}"
     if error["type"] == "missing":
         return f"{where}: missing key '{name}'"
+    if error["type"] in _NO_SECTION and error["input"] is None:
+        return f"{where}: {name} is empty: write its keys below it; {_COMPOSE} writes all of them"
     if location and location[-1] in _MAY_HOLD_A_SECRET:
         return f"{where}: {name} (value not shown): {field_message(error)}"
     # A rule between fields speaks of them by name; the whole section would bury it.
     value = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
-    return f"{where}: {name}{value}: {field_message(error)}"
+    return f"{where}: {name}{value}: {_remedy(error) or field_message(error)}"
+
+
+def _remedy(error: Any) -> str | None:
+    """What to write in place of a value that is no section or list; None: pydantic says it well."""
+    if error["type"] in _NO_SECTION:
+        return "must be a section: keys with values, indented below it"
+    if error["type"] != "tuple_type":
+        return None
+    # `generate --size` has the width first.
+    is_size = re.fullmatch(r"\d+\s*x\s*\d+", str(error["input"]))
+    example = ", here [HEIGHT, WIDTH]" if is_size else ""
+    return f"must be a list, in brackets or with a dash before each item{example}"
 
 
 def parse_settings(values: Any, *, where: str = "params.yaml") -> Settings:
@@ -163,12 +180,21 @@ def parse_settings(values: Any, *, where: str = "params.yaml") -> Settings:
     Raises:
         SettingsError: every problem on a line of its own: field, value, allowed range.
     """
+    if values is None:
+        raise SettingsError(f"{where}: empty; {_COMPOSE} writes params.yaml")
     if not isinstance(values, dict):
         raise SettingsError(f"{where}: expected a mapping of sections, got {type(values).__name__}")
     try:
         return Settings.model_validate(values)
     except ValidationError as problem:
-        lines = [_describe(error, where) for error in problem.errors()]
+        errors = problem.errors()
+        # Items that are wrong do not count for pydantic, which then says that there are too few.
+        inside = {error["loc"][:-1] for error in errors}
+        lines = [
+            _describe(error, where)
+            for error in errors
+            if error["type"] != "too_short" or error["loc"] not in inside
+        ]
         raise SettingsError("\n".join(lines)) from None
 
 
@@ -181,9 +207,7 @@ def load_settings(path: Path) -> Settings:
     try:
         values = read_yaml(path)
     except FileNotFoundError:
-        raise SettingsError(
-            f"{path}: not found; run `ultraflux config compose --profile embedded`"
-        ) from None
+        raise SettingsError(f"{path}: not found; run {_COMPOSE}") from None
     except YamlRefused as problem:
         raise SettingsError(str(problem)) from None
     return parse_settings(values, where=path.name)

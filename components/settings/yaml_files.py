@@ -53,6 +53,10 @@ def _number(loader: _OneReading, node: Any) -> int | float:
         _refuse(node, "write the number in decimal, or a text in quotes")
     if NUMBER_IN_DVC.fullmatch(node.value) and node.tag == f"{_TAG}int":
         _refuse(node, _NO_ZEROS)
+    if node.tag == f"{_TAG}int" and abs(loader.construct_yaml_int(node)) >= 2**63:
+        raise _Refused(
+            problem=f"{node.value} does not fit into 64 bits", problem_mark=node.start_mark
+        )
     make = loader.construct_yaml_int if node.tag == f"{_TAG}int" else loader.construct_yaml_float
     return make(node)
 
@@ -115,6 +119,8 @@ def parse_yaml(text: str, where: str) -> Any:
         raise YamlRefused(f"{where}: not valid YAML: line {line}: {problem.problem}") from None
     except yaml.YAMLError as problem:
         raise YamlRefused(f"{where}: not valid YAML: {' '.join(str(problem).split())}") from None
+    except RecursionError:
+        raise YamlRefused(f"{where}: not valid YAML: brackets in brackets without end") from None
     except ValueError as problem:
         # A date that no calendar has.
         raise YamlRefused(f"{where}: not valid YAML: {problem}") from None

@@ -58,6 +58,11 @@ def test_an_unknown_key_names_the_nearest_known_one() -> None:
         ("dit_stage1.global_batch_size", 7, "multiple of"),
         ("dit_stage1.offload_base", True, "needs an adapter (here none)"),
         ("generate.sizes", [[100, 100]], "multiples of 32"),
+        ("generate.sizes", ["256x128"], "0 = '256x128': must be a list, in brackets or with a"),
+        ("generate.sizes", ["256x128"], "dash before each item, here [HEIGHT, WIDTH]"),
+        ("ingest.extensions", ".jpg", "must be a list"),
+        ("models.autoencoder", None, "models.autoencoder is empty: write its keys below it; `ult"),
+        ("models.autoencoder", [1], "must be a section: keys with values, indented below it"),
         ("generate.step_cache_threshold", 0, "greater than 0"),
         ("generate.step_cache_interval", 1, "greater than or equal to 2"),
         ("generate.attention_backend", "xformers", "'native', 'flash', 'flash_3', 'cudnn' or"),
@@ -169,6 +174,25 @@ def test_numbers_that_both_versions_know_and_quoted_texts_are_read(tmp_path: Pat
     found = read_yaml(path)
     assert found == [1e-4, 1e-5, -2e3, 1.5e3, 1000, 31, 0.5, 0, True, "0200", "1e5", None]
     assert found == YAML(typ="safe").load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "params.yaml: empty; `ultraflux config compose"),
+        ("# nothing\n", "params.yaml: empty; `ultraflux config compose"),
+        ("a: " + "[" * 3000 + "]" * 3000, "not valid YAML: brackets in brackets without end"),
+        ("a: 9223372036854775808", "line 1: 9223372036854775808 does not fit into 64 bits"),
+    ],
+    ids=["empty", "comment", "brackets", "integer"],
+)
+def test_what_holds_no_settings_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(path)
+    assert expected in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_folder_or_other_bytes_in_place_of_settings_is_one_line(tmp_path: Path) -> None:
