@@ -7,6 +7,7 @@ milliseconds.
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from components.metrics.catalog import (
@@ -70,8 +71,10 @@ def family_of(metric_id: str) -> MetricFamily:
     for family in METRICS:
         if any(card.id == metric_id for card in family.cards):
             return family
-    known = ", ".join(card.id for family in METRICS for card in family.cards)
-    raise ValueError(f"unknown metric '{metric_id}'; known: {known}")
+    known = [card.id for family in METRICS for card in family.cards]
+    close = difflib.get_close_matches(metric_id, known, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    raise ValueError(f"unknown metric '{metric_id}'{hint}; known: {', '.join(known)}")
 
 
 def open_metric(metric_id: str, weights_dir: Path, device: str = "cpu") -> Metric:

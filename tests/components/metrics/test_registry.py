@@ -64,9 +64,13 @@ def test_a_family_needs_one_thing(family: MetricFamily) -> None:
     assert all(card.weights == family.cards[0].weights for card in family.cards)
 
 
-def test_an_unknown_metric_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown metric 'bleu'"):
-        open_metric("bleu", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("bleu", "'bleu'; known: "), ("psnr", r"'psnr'; did you mean 'psnr_db'\?; known: ")],
+)
+def test_an_unknown_metric_is_refused(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown metric {said}"):
+        open_metric(name, tmp_path)
 
 
 def test_only_what_was_asked_for_is_measured(tmp_path: Path) -> None:
