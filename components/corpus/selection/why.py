@@ -76,7 +76,7 @@ def find(table: pd.DataFrame, image: str, root: Path) -> int:
     if not len(rows):
         raise ImageUnknown(
             f"{image}: no candidate has this image_id, path, file name or address"
-            f"{_meant(path.name, uri.dropna())}"
+            f"{meant(path.name, uri)}"
         )
     found = table.iloc[rows]
     if found["image_id"].nunique() > 1:
@@ -88,8 +88,9 @@ def find(table: pd.DataFrame, image: str, root: Path) -> int:
     return int(rows[originals[0] if len(originals) else 0])
 
 
-def _meant(name: str, uris: pd.Series) -> str:
-    """Photographs of similar file names, else some of those that there are."""
+def meant(name: str, uris: pd.Series) -> str:
+    """Photographs of similar file names, else some of those that there are: the end of a line."""
+    uris = uris.dropna().astype("string")
     names = uris.str.rsplit("/", n=1).str[-1].str.lower()
     close = difflib.get_close_matches(name.lower(), names.head(_COMPARED), _NAMED_IN_MESSAGES)
     near = uris[names.isin(close)]

@@ -161,13 +161,18 @@ def _nobody(root: Path, entries: list[Exclusion]) -> str:
     import difflib
 
     from components.corpus.manifest import read_table
+    from components.corpus.selection.why import meant
     from flows.history.affected import INGESTED
 
-    names = sorted(set(read_table(root / INGESTED, ["photographer"])["photographer"].dropna()))
+    table = read_table(root / INGESTED, ["photographer", "uri"])
+    names = sorted(set(table["photographer"].dropna()))
     lines = []
     for entry in entries[:_SAID]:
         close = difflib.get_close_matches(entry.value, names, n=2, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        # A path; a sha256 is near to none.
+        if entry.kind == "identity" and Path(entry.value).suffix:
+            hint = meant(Path(entry.value).name, table["uri"])
         value = entry.value if len(entry.value) <= 80 else entry.value[:77] + "..."
         lines.append(f"{entry.kind} {value!r}: no photograph in {INGESTED}{hint}")
     if len(entries) > _SAID:

@@ -318,6 +318,7 @@ def test_versions_of_affected_weights_lose_their_aliases(
         ([], "name somebody"),
         (["--photographer", " "], "--photographer: photographer has no value"),
         (["--photographer", "Ann Leigh"], "no photograph .* did you mean 'Ann Lee'"),
+        (["--identity", "blurr.jpg"], "no photograph .*; did you mean .*/blur.jpg"),
         (["--list", "none.csv"], "--list none.csv: cannot be read"),
     ],
 )
