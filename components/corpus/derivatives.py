@@ -44,6 +44,14 @@ def derivative_ids(path: Path) -> list[str]:
     return table.filter(table["height"].is_valid())["image_id"].to_pylist()
 
 
+def derivative_sizes(path: Path) -> dict[str, tuple[int, int]]:
+    """(height, width) of the originals of what `read_derivatives` yields, by image_id."""
+    table = pq.read_table(path, columns=["image_id", "height", "width"])
+    columns = table.filter(table["height"].is_valid()).to_pydict()
+    sizes = zip(columns["height"], columns["width"], strict=True)
+    return dict(zip(columns["image_id"], sizes, strict=True))
+
+
 def jpegs_of(path: Path, image_ids: Collection[str]) -> dict[str, bytes]:
     """Derivatives of a few images, those that there are; only their row groups are read."""
     wanted = pa.array(sorted(image_ids), pa.string())

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 _NAMED_IN_MESSAGES = 3
+
+
+def is_name(value: Any) -> bool:
+    """Whether it is text that a person can read, of one line."""
+    return isinstance(value, str) and value.isprintable() and not value.isspace() and value != ""
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
 
 
 def read_external_scores(
@@ -18,6 +29,7 @@ def read_external_scores(
     *,
     setting: str,
     numeric: Sequence[str] = (),
+    named: Sequence[str] = (),
     optional: Sequence[str] = (),
     complete: bool = True,
 ) -> pd.DataFrame:
@@ -26,20 +38,22 @@ def read_external_scores(
     Args:
         path: ends in .parquet or .csv; may hold further images and columns, which are left out.
         image_ids: the images of the corpus.
-        columns: required besides image_id.
+        columns: required besides image_id; text or null unless one of the following.
         setting: settings key that names the file, for messages.
         numeric: those of `columns` that must be finite numbers.
-        optional: read where the table has them, null where it does not.
+        named: those of `columns` that must be a name, such as a scorer's.
+        optional: read where the table has them, null where it does not; text.
         complete: every image must be in the table; otherwise those that are not have no row here.
 
     Raises:
-        ValueError: missing file, columns or ids; an id twice; a value that is not a finite number.
+        ValueError: missing file, columns or ids; no such table; an id twice; a value that is none
+            of its column.
     """
     if not path.is_file():
         raise ValueError(f"{setting}: {path.name}: no such file")
     if path.suffix not in (".parquet", ".csv"):
         raise ValueError(f"{setting}: {path.name}: expected .parquet or .csv")
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    table = _read(path, {"image_id", *columns, *optional} - set(numeric), setting)
     missing_columns = [name for name in ("image_id", *columns) if name not in table.columns]
     if missing_columns:
         raise ValueError(
@@ -61,15 +75,32 @@ def read_external_scores(
         )
     by_id = table.reindex(columns=["image_id", *columns, *optional]).set_index("image_id")
     joined = by_id.loc[[name for name in image_ids if name in by_id.index]].reset_index()
-    for name in optional:
-        joined[name] = joined[name].astype(object).where(joined[name].notna(), None)
-    for name in numeric:
-        # `select` would reject the photograph of a NaN as if it were a bad one.
-        values = pd.to_numeric(joined[name], errors="coerce").to_numpy(dtype=float)
-        bad = np.flatnonzero(~np.isfinite(values))
+    for name in (*columns, *optional):
+        if name in numeric:
+            # `select` would reject the photograph of a NaN as if it were a bad one.
+            values = pd.to_numeric(joined[name], errors="coerce").astype("float64")
+            fits, what = values.map(math.isfinite), "finite numbers"
+        else:
+            values = joined[name].astype(object).where(joined[name].notna(), None)
+            fits, what = values.map(_is_text), "text"
+            if name in named:
+                fits, what = values.map(is_name), "names of one line"
+        bad = np.flatnonzero(~fits.to_numpy(dtype=bool))
         if len(bad):
             raise ValueError(
-                f"{setting}: {path.name}: column {name}: {len(bad)} values are not finite "
-                f"numbers, first for {joined['image_id'].iloc[bad[0]]}"
+                f"{setting}: {path.name}: column {name}: {len(bad)} values are not {what}, "
+                f"first for {joined['image_id'].iloc[bad[0]]}"
             )
+        joined[name] = values
     return joined
+
+
+def _read(path: Path, text: set[str], setting: str) -> pd.DataFrame:
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        # A scorer that is called 7, or a digest of digits alone, is no number.
+        return pd.read_csv(path, dtype=dict.fromkeys(text, str))
+    except (OSError, ValueError) as problem:
+        said = " ".join(str(problem).split())
+        raise ValueError(f"{setting}: {path.name}: no table of this kind: {said}") from None

@@ -21,9 +21,10 @@ from types import ModuleType
 import pandas as pd
 import pyarrow.parquet as pq
 
-from components.corpus.derivatives import derivative_ids, score_derivatives
+from components.corpus.derivatives import derivative_sizes, score_derivatives
 from components.corpus.manifest import to_arrow
 from components.corpus.people import evidence, faces, nsfw, person_detectors
+from components.corpus.people.boxes_table import people_from_table
 from components.corpus.people.evidence import PEOPLE_SCHEMA, LookPlan
 from components.engine.map_items import EngineLimits, ItemsFailed
 from components.files.parquet_files import write_parquet
@@ -129,9 +130,9 @@ def _found(derivatives: Path, settings: Settings, root: Path, state_dir: Path) -
     plan = look_plan(people, device=settings.runtime.device, root=root)
     if people.boxes is None:
         return _look(derivatives, settings, plan, state_dir)
-    ids = derivative_ids(derivatives)
-    table = evidence.people_from_table(
-        root / people.boxes, ids, people.min_score, complete=people.detector == "table"
+    sizes = derivative_sizes(derivatives)
+    table = people_from_table(
+        root / people.boxes, sizes, people.min_score, complete=people.detector == "table"
     )
     listed = set(table["image_id"])
     if plan.nsfw != "none":
@@ -139,12 +140,12 @@ def _found(derivatives: Path, settings: Settings, root: Path, state_dir: Path) -
         unboxed = replace(plan, detector="none", weights=None, weights_digest=None)
         looked = _look(derivatives, settings, unboxed, state_dir / "listed", listed)
         table = table.merge(looked.drop(columns=table.columns[1:]), on="image_id", validate="1:1")
-    rest = [name for name in ids if name not in listed]
+    rest = [name for name in sizes if name not in listed]
     if not rest:
         return table
     found = pd.concat([table, _look(derivatives, settings, plan, state_dir, rest)])
     # In the order of the derivatives: the same rows whichever of them the table lists.
-    return found.set_index("image_id").loc[ids].reset_index()
+    return found.set_index("image_id").loc[list(sizes)].reset_index()
 
 
 def look_for_people(

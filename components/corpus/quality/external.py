@@ -14,7 +14,7 @@ def open_scorer(job: ScoringJob, kind: Kind) -> pd.DataFrame:
     """`kind`, its scorer and, where the table has them, its weights, one row per derivative.
 
     Raises:
-        ValueError: a missing file, column or image, or a score that is not a finite number.
+        ValueError: see `read_external_scores`.
     """
     scores = job.settings.quality.scores
     assert scores is not None, "the settings refuse a scorer without what it needs"
@@ -24,5 +24,6 @@ def open_scorer(job: ScoringJob, kind: Kind) -> pd.DataFrame:
         [kind, f"{kind}_scorer"],
         setting="quality.scores",
         numeric=[kind],
+        named=[f"{kind}_scorer"],
         optional=[f"{kind}_weights"],
     ).rename(columns={kind: SCORE_COLUMN[kind]})

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,6 @@ from components.corpus.derivatives import Derivative
 from components.corpus.people.evidence import (
     LookPlan,
     look_at,
-    people_from_table,
     with_channel,
 )
 from components.corpus.people.nsfw import file_sha256, nudenet_weights
@@ -78,47 +76,3 @@ def test_the_human_channel_is_where_an_image_comes_from_not_what_is_seen() -> No
     assert found["channel"].tolist() == ["general", "human", "human", "general"]
     assert found["is_character"].tolist() == [True, False, False, True]
     assert set(with_channel(people, manifest, queries=[], sources=[])["channel"]) == {"general"}
-
-
-def test_external_boxes_below_the_minimum_score_do_not_count(tmp_path: Path) -> None:
-    boxes = [{"label": "person", "box": [0, 0, 9, 9], "score": score} for score in (0.9, 0.3)]
-    pd.DataFrame(
-        {
-            "image_id": ["x", "y"],
-            "person_count": [2, 1],
-            "person_boxes": [json.dumps(boxes), json.dumps(boxes[1:])],
-            "person_scorer": ["detector"] * 2,
-        }
-    ).to_parquet(tmp_path / "p.parquet")
-    table = people_from_table(tmp_path / "p.parquet", ["y", "x"], 0.5)
-    assert table["person_count"].tolist() == [0, 1]
-    assert table["is_character"].tolist() == [False, True]
-
-
-def test_a_table_that_must_be_complete_names_what_it_lacks_and_another_leaves_it_out(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "p.csv"
-    pd.DataFrame(
-        {
-            "image_id": ["x", "z"],
-            "person_count": [1, 0],
-            "person_boxes": ['[{"label": "person", "box": [0, 0, 9, 9]}]', "[]"],
-            "person_scorer": "hand",
-        }
-    ).to_csv(path, index=False)
-    with pytest.raises(ValueError, match=r"1 of 2 image_id have no row, first y"):
-        people_from_table(path, ["y", "x"], 0.5)
-    table = people_from_table(path, ["y", "x"], 0.5, complete=False)
-    assert table["image_id"].tolist() == ["x"]
-    # A box without a score was marked by a person: it counts.
-    assert table["person_count"].tolist() == [1]
-    assert people_from_table(path, ["y"], 0.5, complete=False).empty
-
-
-def test_boxes_that_are_no_json_list_are_one_clear_error(tmp_path: Path) -> None:
-    pd.DataFrame(
-        {"image_id": ["x"], "person_count": [1], "person_boxes": ["{"], "person_scorer": ["d"]}
-    ).to_csv(tmp_path / "p.csv", index=False)
-    with pytest.raises(ValueError, match=r"people\.boxes: p\.csv: x: person_boxes must be"):
-        people_from_table(tmp_path / "p.csv", ["x"], 0.5)

@@ -108,6 +108,8 @@ def test_external_scores_come_in_the_order_asked_for(tmp_path: Path, suffix: str
         (pd.concat([SCORES, SCORES]), ["x"], "3 image_id occur more than once, first 'x'"),
         (SCORES.assign(quality=[float("nan"), 1, 2]), ["x"], "not finite numbers, first for x"),
         (SCORES.assign(quality=["good", "1", "2"]), ["x"], "not finite numbers, first for x"),
+        (SCORES.assign(quality_scorer=None), ["x"], "quality_scorer: 1 values are not names"),
+        (SCORES.assign(quality_scorer="a\x1b[2J"), ["x"], "quality_scorer: 1 values are not names"),
     ],
 )
 def test_external_scores_that_do_not_fit_are_one_clear_error(
@@ -116,7 +118,37 @@ def test_external_scores_that_do_not_fit_are_one_clear_error(
     path = tmp_path / "scores.csv"
     change.to_csv(path, index=False)
     with pytest.raises(ValueError, match=rf"quality\.scores: scores\.csv: .*{message}"):
-        read_external_scores(path, ids, ["quality"], setting="quality.scores", numeric=["quality"])
+        read_external_scores(
+            path,
+            ids,
+            ["quality", "quality_scorer"],
+            setting="quality.scores",
+            numeric=["quality"],
+            named=["quality_scorer"],
+        )
+
+
+def test_text_of_external_scores_is_text_in_either_kind_of_file(tmp_path: Path) -> None:
+    table = SCORES.assign(
+        quality=["4.5", "3", "1"], quality_scorer=["7", "8", "9"], notes=[[1]] * 3
+    )
+    table.to_csv(tmp_path / "s.csv", index=False)
+    table.to_parquet(tmp_path / "s.parquet")
+    columns = ["quality", "quality_scorer"]
+    for name in ("s.csv", "s.parquet"):
+        read = read_external_scores(
+            tmp_path / name, ["z"], columns, setting="s", numeric=columns[:1]
+        )
+        assert read.iloc[0].tolist() == ["z", 1.0, "9"]
+    with pytest.raises(ValueError, match=r"s: s\.parquet: column notes: 1 values are not text"):
+        read_external_scores(tmp_path / "s.parquet", ["z"], ["notes"], setting="s")
+
+
+@pytest.mark.parametrize("name", ["s.csv", "s.parquet"])
+def test_a_score_file_of_another_kind_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xfe,\n")
+    with pytest.raises(ValueError, match=rf"^quality\.scores: {name}: no table of this kind: "):
+        read_external_scores(tmp_path / name, ["x"], [], setting="quality.scores")
 
 
 def test_a_missing_score_file_names_the_setting(tmp_path: Path) -> None:
