@@ -27,6 +27,7 @@ from typing import Any
 
 import httpx
 
+from components.chat.deadline import Deadline, bind
 from components.chat.prompts import Prompt
 from components.chat.request_cache import Answer, RequestCache
 from components.chat.spending import Budget, Prices
@@ -205,6 +206,8 @@ class ChatClient:
             timeout=settings.timeout_s,
             limits=httpx.Limits(max_connections=settings.concurrency),
         )
+        self._deadline = Deadline()
+        bind(self._http, self._deadline)
 
     def __repr__(self) -> str:
         return f"ChatClient({self._settings.model!r} at {self._settings.base_url!r})"
@@ -340,7 +343,7 @@ class ChatClient:
 
     def _post(self, body: bytes) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and body; time and size of the whole exchange are bounded."""
-        deadline = time.monotonic() + self._settings.timeout_s
+        self._deadline.start(self._settings.timeout_s)
         url = f"{self._settings.base_url.rstrip('/')}/chat/completions"
         data = bytearray()
         headers = {"Content-Type": "application/json"}
@@ -349,8 +352,6 @@ class ChatClient:
                 data += chunk
                 if len(data) > _MAX_BODY_BYTES:
                     raise _TryAgain(f"answer is longer than {_MAX_BODY_BYTES} bytes")
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("slow body")
             return response.status_code, response.headers, bytes(data)
 
     def _judge(self, status: int, headers: httpx.Headers, data: bytes) -> None:
