@@ -14,6 +14,7 @@ import typer
 
 from components.files.cut_bytecode import describe_cut_bytecode, remove_cut_bytecode
 from components.files.whole_files import write_text
+from components.telemetry.wording import legible
 from flows import environment
 from flows.commands.command_line import (
     Json,
@@ -431,7 +432,7 @@ def main() -> None:
         refused = refusal(problem, sys.argv[1:])
         if refused is None:
             raise
-        print(f"error: {refused[0]}", file=sys.stderr)
+        print(f"error: {legible(refused[0])}", file=sys.stderr)
         sys.exit(refused[1])
     except SystemExit as end:
         # Click takes the end of a file for a person's: it says "Aborted" and no more.

@@ -1,14 +1,38 @@
-"""How people read numbers and lists in one line: hours, ages, bytes, operations, long lists."""
+"""How people read numbers, names and lists in one line: hours, ages, bytes, long lists."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+
+_HARMLESS = "\t\u200c\u200d"
+"""Besides the tab the joiners: part of the spelling of Persian, of Indian languages, of emoji."""
+
+
+def legible(line: str) -> str:
+    r"""What others wrote, such as a name, for a terminal: "\x1b" and "\n" for what does not show.
+
+    Escape sequences, line breaks and marks that turn text around would change other words.
+    """
+    if line.isprintable():
+        return line
+    return "".join(char if _shows(char) else ascii(char)[1:-1] for char in line)
+
+
+def _shows(char: str) -> bool:
+    # Spaces of other scripts are white and no more.
+    return char.isprintable() or char in _HARMLESS or unicodedata.category(char) == "Zs"
+
+
+def legible_lines(text: str) -> str:
+    """The same for text that may be of several lines."""
+    return "\n".join(legible(line) for line in text.splitlines())
 
 
 def few(names: Sequence[str], shown: int, between: str = ", ") -> str:
     """The first names, and how many more there are: "a, b and 3 more"; "" of none."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return between.join(names[:shown]) + more
+    return between.join(map(legible, names[:shown])) + more
 
 
 def time_text(hours: float) -> str:

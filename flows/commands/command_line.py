@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from components.telemetry.wording import legible
 from flows import environment
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
@@ -27,7 +28,7 @@ def fail(message: str, code: int = 2) -> typer.Exit:
     Of an error with a path, the path is said first and the system's number not at all.
     """
     for line in _SYSTEM_ERROR.sub(r"\2: \1", message).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {legible(line)}", file=sys.stderr)
     return typer.Exit(code)
 
 

@@ -50,6 +50,8 @@ def table_of(
     from rich.markup import escape
     from rich.table import Table
 
+    from components.telemetry.wording import legible_lines
+
     table = Table(title=None if title is None else escape(title), title_justify="left")
     for position, column in enumerate(columns):
         table.add_column(
@@ -59,5 +61,7 @@ def table_of(
             overflow="fold" if position in folded else "ellipsis",
         )
     for row in rows:
-        table.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
+        table.add_row(
+            *(escape(legible_lines(cell)) if isinstance(cell, str) else cell for cell in row)
+        )
     return table

@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from components.telemetry.wording import legible_lines
 from flows.records.records import read_json
 from flows.running.stage_runner import StageOutcome, StageRunner
 
@@ -84,7 +85,7 @@ class PipelineConsole:
         self.console.print(
             f"[{colour}]{mark:>7}[/]  [bold]{outcome.name:<16}[/]{seconds}  ", end=""
         )
-        self.console.print(outcome.message, markup=False)
+        self.console.print(legible_lines(outcome.message), markup=False)
 
     def summarise(self, outcomes: Iterable[StageOutcome]) -> None:
         """Name the stages that could not start, on one line."""

@@ -20,6 +20,7 @@ from components.files.weight_folders import file_digest
 from components.settings.bad_input import cured_by_no_retry
 from components.settings.schema import Settings, load_settings
 from components.telemetry.metric_log import MetricLog
+from components.telemetry.wording import legible_lines
 from components.training.distributed.run_states import RunState, StateRefused, mark_finished
 from flows import environment
 from flows.records.costs import with_cost
@@ -271,7 +272,8 @@ def run_stage(name: str, root: Path) -> int:
     status = {0: "finished", EXIT_BAD_INPUT: "refused"}.get(code, "failed")
     # Before the upload, which may wait for a server: whoever asked for the stage is told at once.
     _report_outcome(status, message, record, time.monotonic() - started)
-    print(f"{name}: {message}" if code == 0 else f"error: {message}", file=sys.stderr)
+    said = f"{name}: {message}" if code == 0 else f"error: {message}"
+    print(legible_lines(said), file=sys.stderr)
     if uploader is not None and not uploader.drain():
         print(NOT_SENT, file=sys.stderr)
     return code

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from components.corpus.manifest_columns import read_columns
+from components.telemetry.wording import legible
 from flows.stages.contract import StageContext, StageFailed, StageResult
 from flows.validation import (
     ContractError,
@@ -95,8 +96,10 @@ def _describe(outcome: Outcome) -> str:
     if not outcome.unexpected:
         return f"{where}: {outcome.observed or 'violated'}"
     named = ", ".join(
-        f"{row['uri']} ({row['image_id'][:12] if row['image_id'] else 'no image_id'}) "
-        f"= {row['value']}"
+        legible(
+            f"{row['uri']} ({row['image_id'][:12] if row['image_id'] else 'no image_id'}) "
+            f"= {row['value']}"
+        )
         for row in outcome.examples[:_NAMED_IN_MESSAGES]
     )
     more = outcome.unexpected - _NAMED_IN_MESSAGES

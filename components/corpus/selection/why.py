@@ -28,7 +28,7 @@ from components.corpus.selection.rules import (
     judgements,
 )
 from components.settings.schema import Settings
-from components.telemetry.wording import few
+from components.telemetry.wording import few, legible
 
 _NAMED_IN_MESSAGES = 3
 _SHORTEST_PREFIX = 4
@@ -143,7 +143,7 @@ class Why:
                 f"  settings have changed: the stage select said "
                 f"{self.stored_reason or 'kept'}; run: ultraflux run --until select"
             )
-        return [*lines, *(f"  {line}" for line in self.said_later)]
+        return [legible(line) for line in (*lines, *(f"  {line}" for line in self.said_later))]
 
 
 def _number(value: float) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from components.telemetry.wording import legible
 from flows.commands.command_line import fail, print_json, project_root, refusing
 from flows.commands.corpus import forget as forget_command
 from flows.commands.corpus.look import look
@@ -380,7 +381,7 @@ def select(
         console.print(f"{document[kind]} {word}")
         for row in document[f"{kind}_examples"]:
             console.print(
-                f"  {row['uri']}: {row['reject_reason']} {row['reject_value']} "
+                f"  {legible(row['uri'])}: {row['reject_reason']} {row['reject_value']} "
                 f"against {row['reject_threshold']}",
                 markup=False,
             )

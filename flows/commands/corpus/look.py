@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from components.telemetry.wording import legible
 from flows.commands.command_line import fail, project_root, refusing, why_no_file
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _write_photographs(
             named = str(problem)
             yield named if named.startswith(f"{photo}") else f"{photo}: {named}"
             continue
-        print(view.described())
+        print(legible(view.described()))
         stem = f"{Path(view.name).stem}-{view.image_id[:8]}"
         _save(Image.fromarray(view.crop), out / f"{stem}.png")
         if view.latent is not None:
@@ -181,4 +182,4 @@ def _save(image: Image.Image, path: Path) -> None:
 
     with whole_file(path) as temporary:
         image.save(temporary, format="PNG")
-    print(path)
+    print(legible(str(path)))

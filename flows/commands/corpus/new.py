@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from components.telemetry.wording import legible
 from flows.commands.command_line import fail, project_root, refusing
 
 if TYPE_CHECKING:
@@ -89,9 +90,9 @@ def _say(found: FolderSurvey, proposal: Proposal, settings: Settings) -> None:
     from components.corpus.folder_survey import advice, expected, survivors
 
     counted = ", ".join(f"{number:,} {ending}" for ending, number in found.endings.items())
-    print(f"{found.folder}: {counted}")
+    print(legible(f"{found.folder}: {counted}"))
     for remark in proposal.remarks:
-        print(f"  {remark}")
+        print(f"  {legible(remark)}")
     counts = survivors(found, settings)
     rejected = ", ".join(
         f"{reason.removeprefix('rejected_')} {number}"
@@ -104,4 +105,4 @@ def _say(found: FolderSurvey, proposal: Proposal, settings: Settings) -> None:
         f"{found.photographs:,} will be left with a caption"
     )
     for line in advice(found, settings):
-        print(f"  {line}")
+        print(f"  {legible(line)}")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from components.telemetry.wording import legible
 from flows.commands.command_line import Json, fail, print_json, refusing, why_no_file
 
 EPILOG = """Examples:
@@ -71,18 +72,13 @@ def verify(
 def _show(file: Path, found: Verdict) -> None:
     print(f"{file}: {found.kind}")
     for name, value in found.facts.items():
-        print(f"  {_line(name)}: {_line(value)}")
+        print(f"  {legible(name)}: {legible(str(value))}")
     for note in found.notes:
-        print(f"  {_line(note)}")
+        print(f"  {legible(note)}")
     for problem in found.problems:
-        print(f"  CHANGED: {_line(problem)}")
+        print(f"  CHANGED: {legible(problem)}")
     if not found.problems:
         print("  valid: nothing was changed since it was signed")
-
-
-def _line(value: object) -> str:
-    """On one line: whoever signed a file must not write lines of this command with it."""
-    return "".join(c if c.isprintable() else " " for c in str(value))
 
 
 def _is_statement(file: Path) -> bool:

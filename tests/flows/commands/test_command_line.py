@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flows.commands.command_line import fail
+
 Typed = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -32,6 +34,11 @@ def completed(words: str, cwd: Path) -> list[str]:
         text=True,
     )
     return done.stdout.split()
+
+
+def test_an_error_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    fail("a\x1b[2J\nb")
+    assert capsys.readouterr().err == "error: a\\x1b[2J\nerror: b\n"
 
 
 def test_shells_complete_commands_stages_and_profiles(root: Path, tmp_path: Path) -> None:

@@ -21,6 +21,10 @@ def test_brackets_are_text_wherever_they_stand() -> None:
         assert text in shown
 
 
+def test_cells_move_no_cursor() -> None:
+    assert r"a\x1b[2J" in printed(table_of(["a"], [["a\x1b[2J"]]))
+
+
 def test_columns_that_are_not_at_the_left_end_at_the_right() -> None:
     shown = printed(table_of(["name", "number"], [["a", "1"]], left=(0,)))
     assert "│ a    │      1 │" in shown

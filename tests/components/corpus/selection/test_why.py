@@ -55,6 +55,11 @@ def test_every_rule_says_its_value_also_after_the_first_that_fails(params: Setti
     assert "ok        entropy: 7.5, must be >= 7" in "\n".join(kept)
 
 
+def test_a_name_writes_no_lines_and_moves_no_cursor(params: Settings) -> None:
+    table = select(candidates({"uri": "a\x1b[2J\nerror: b.jpg"}), params.select)
+    assert explain(table, 0, params).lines()[0].startswith(r"a\x1b[2J\nerror: b.jpg (0000")
+
+
 def test_the_reason_is_that_of_the_selection_for_every_row(params: Settings) -> None:
     rules = params.select.model_copy(update={"aesthetic_top_fraction": 0.5, "target_images": 2})
     changed = params.model_copy(update={"select": rules})
