@@ -48,6 +48,9 @@ def scaled_to_8_bits(values: np.ndarray, full_scale: int | None) -> tuple[ImageA
 
     Returns:
         (H, W) uint8, and a note where the range was taken from the values.
+
+    Raises:
+        ValueError: not one value is finite.
     """
     if full_scale is not None:
         # Whole numbers: rounded to the nearest of 256 levels.
@@ -55,7 +58,9 @@ def scaled_to_8_bits(values: np.ndarray, full_scale: int | None) -> tuple[ImageA
             np.uint8
         ), None
     finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    if not finite.size:
+        raise ValueError("no pixel is a finite number")
+    low, high = float(finite.min()), float(finite.max())
     scales = _WHOLE_SCALES if np.issubdtype(values.dtype, np.integer) else (1,)
     top = next((scale for scale in scales if high <= scale), high)
     bottom = min(low, 0.0)

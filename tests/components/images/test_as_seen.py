@@ -14,7 +14,13 @@ from icc_bytes import ADOBE, P3, SRGB, cmyk_profile, gray_profile, rgb_profile
 from PIL import Image, ImageCms, ImageOps
 
 from components.images.as_seen import scaled_to_8_bits, transparent_share, upright
-from components.images.decoding import decode_as_stored, decode_both, decode_rgb, read_header
+from components.images.decoding import (
+    ImageUndecodable,
+    decode_as_stored,
+    decode_both,
+    decode_rgb,
+    read_header,
+)
 
 ADOBE_RGB = rgb_profile("Adobe RGB (1998)", ADOBE, 563 / 256)
 
@@ -299,6 +305,13 @@ def test_a_tiff_of_floats_is_measured_by_its_values() -> None:
     decoded = decode_rgb(encoded(Image.fromarray(ramp), "TIFF"))
     np.testing.assert_array_equal(decoded.pixels[..., 0], np.rint(ramp * 255))
     assert decoded.header.bit_depth == 32
+
+
+def test_a_tiff_without_a_finite_value_is_no_black_picture() -> None:
+    for value in (np.nan, np.inf):
+        nothing = Image.fromarray(np.full((4, 6), value, np.float32))
+        with pytest.raises(ImageUndecodable, match=r"^cannot decode: no pixel is a finite number$"):
+            decode_rgb(encoded(nothing, "TIFF"))
 
 
 @pytest.mark.parametrize(
