@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,11 @@ def _read(path: Path, text: set[str], setting: str) -> pd.DataFrame:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
         # A scorer that is called 7, or a digest of digits alone, is no number.
-        return pd.read_csv(path, dtype=dict.fromkeys(text, str))
-    except (OSError, ValueError) as problem:
+        kinds = dict.fromkeys(text, str)
+        with warnings.catch_warnings():
+            # A row of more cells than headings: pandas would drop some, or take ids of another.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(path, dtype=kinds, index_col=False)
+    except (OSError, ValueError, pd.errors.ParserWarning) as problem:
         said = " ".join(str(problem).split())
         raise ValueError(f"{setting}: {path.name}: no table of this kind: {said}") from None

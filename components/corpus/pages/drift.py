@@ -211,8 +211,9 @@ def _categorical(before: pd.DataFrame, after: pd.DataFrame, name: str) -> Featur
     note = f"new: {', '.join(new[:5])}" if new else ""
     rows = [len(before), len(after)]
     status: Status = "stable" if all(rows) else "drifted"
-    old_nulls, new_nulls = (float(table[name].isna().mean()) for table in (before, after))
-    tests = _missing_test([int(c) for c in counts.sum(axis=0)], rows)
+    known = [int(number) for number in counts.sum(axis=0)]
+    old_nulls, new_nulls = (1 - k / max(n, 1) for k, n in zip(known, rows, strict=True))
+    tests = _missing_test(known, rows)
     tests |= {"psi": same_shares(counts[:, 0], counts[:, 1])} if len(counts) > 1 else {}
     psi = _psi(counts[:, 0], counts[:, 1])
     return FeatureDrift(name, status, psi, None, old_nulls, new_nulls, note, tests)

@@ -162,7 +162,7 @@ def drift(
         old, new = (read_columns(file, COLUMNS, kept_only=True) for file in files)
     report = measure_drift(old, new)
     write_page(drift_page(report, old, new), output, follow=True)
-    document = json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n"
+    document = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_page(document, output.with_suffix(".json"))
     for feature in report.features:
         if feature.status != "stable":

@@ -229,7 +229,9 @@ def test_missing_values_are_judged_by_their_number() -> None:
     assert feature(many, gone, "entropy_bits").status == "drifted"
     assert feature(few.head(1), gone.head(1), "entropy_bits").status == "too_few_rows"
     # A version that keeps nothing is no matter of chance.
-    assert measure_drift(many, many.assign(kept=False)).status == "drifted"
+    none_kept = measure_drift(many, many.assign(kept=False))
+    assert none_kept.status == "drifted"
+    assert {one.missing_after for one in none_kept.features} == {1.0}
 
 
 def test_versions_of_the_same_source_are_called_stable() -> None:

@@ -144,6 +144,13 @@ def test_text_of_external_scores_is_text_in_either_kind_of_file(tmp_path: Path) 
         read_external_scores(tmp_path / "s.parquet", ["z"], ["notes"], setting="s")
 
 
+def test_a_row_of_more_cells_than_headings_is_not_read_askew(tmp_path: Path) -> None:
+    # As JSON without quotes makes it.
+    (tmp_path / "s.csv").write_text("image_id,quality\nx,1,2\ny,3,4\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^s: s\.csv: no table of this kind: "):
+        read_external_scores(tmp_path / "s.csv", ["x"], ["quality"], setting="s", complete=False)
+
+
 @pytest.mark.parametrize("name", ["s.csv", "s.parquet"])
 def test_a_score_file_of_another_kind_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\xff\xfe,\n")
