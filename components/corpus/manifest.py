@@ -198,7 +198,7 @@ def check_version(path: Path) -> pa.Schema:
         raise ValueError(f"{path}: not a Parquet file") from None
     if version is None:
         raise ValueError(f"{path}: not a manifest (no schema version in its metadata)")
-    if not OLDEST_READ <= int(version) <= SCHEMA_VERSION:
+    if not (version.isdigit() and OLDEST_READ <= int(version) <= SCHEMA_VERSION):
         raise ValueError(
             f"{path}: manifest schema version {version.decode()}, this code reads "
             f"{OLDEST_READ} to {SCHEMA_VERSION}; run the stage that wrote it again"

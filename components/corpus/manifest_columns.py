@@ -79,6 +79,13 @@ def manifest_batches(
         yield from file.iter_batches(batch_size=GROUP_ROWS, columns=known)
 
 
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """A column of the schema; null where the manifest lacks it."""
+    if name in batch.schema.names:
+        return batch[name]
+    return pa.nulls(len(batch), SCHEMA.field(name).type)
+
+
 def _presence(values: pa.Array) -> pa.Array:
     # One byte a row says what the page asks of a URL of a hundred.
     codes = pa.nulls(len(values), pa.int8())
@@ -116,16 +123,14 @@ def read_columns(
     parts: dict[str, list[pa.Array]] = {name: [] for name in wanted}
     for batch in manifest_batches(path, list(dict.fromkeys(needed))):
         if kept_only:
-            batch = batch.filter(pc.fill_null(batch["kept"], False))
+            batch = batch.filter(pc.fill_null(_column(batch, "kept"), False))
         for name in wanted:
             if name in _LENGTHS:
-                parts[name].append(_length(name, batch[_LENGTHS[name]]))
+                parts[name].append(_length(name, _column(batch, _LENGTHS[name])))
             elif name in presence and name in batch.schema.names:
                 parts[name].append(_presence(batch[name]))
-            elif name in batch.schema.names:
-                parts[name].append(batch[name])
             elif name in SCHEMA.names:
-                parts[name].append(pa.nulls(len(batch), SCHEMA.field(name).type))
+                parts[name].append(_column(batch, name))
     frame = {}
     for name in wanted:
         # Popped: a column's parts are free as soon as it is a series, or both would be in memory.
@@ -146,11 +151,7 @@ def _series(column: pa.ChunkedArray) -> pd.Series:
 
 def frame_of(batch: pa.RecordBatch, columns: Sequence[str]) -> pd.DataFrame:
     """Columns of a batch; null where an older manifest lacks them."""
-    present = batch.schema.names
-    arrays = [
-        batch[name] if name in present else pa.nulls(len(batch), SCHEMA.field(name).type)
-        for name in columns
-    ]
+    arrays = [_column(batch, name) for name in columns]
     frame: pd.DataFrame = pa.Table.from_arrays(arrays, names=list(columns)).to_pandas()
     return frame
 

@@ -66,6 +66,8 @@ def look(
         if number and table is not None:
             rows = random_rows(table, number, settings.project.seed)
             problems += _write_sheet(rows, views, out / SHEET)
+            if rows.empty:
+                problems.append("-n: the manifest has no photograph that is readable and kept")
     if problems:
         raise fail("\n".join(problems), code=1)
 

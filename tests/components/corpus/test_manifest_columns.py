@@ -95,6 +95,10 @@ def test_a_manifest_without_rows_or_of_an_older_version_has_its_columns(
     assert list(found) == ["license", "width", "bucket"]
     assert len(found) == 5
     assert found[["license", "width"]].isna().all(axis=None)
+    # Of a file that others have cut no question fails either: nothing is known to be kept.
+    pq.write_table(table.drop_columns(["kept", "caption_en"]), older)
+    assert read_columns(older, ["width", WORDS])[WORDS].isna().all()
+    assert read_columns(older, ["width", WORDS], kept_only=True).empty
 
 
 def test_words_and_characters_are_those_that_python_counts(path: Path) -> None:

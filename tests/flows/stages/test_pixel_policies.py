@@ -218,3 +218,9 @@ def test_corpus_look_writes_exactly_what_the_encoder_gets(
     # Without a row: the nearest bucket.
     other = CliRunner().invoke(app, ["corpus", "look", "-n", "0"])
     assert (other.exit_code, "nothing to look at" in other.output) == (2, True)
+    nothing = tmp_path / "nothing.parquet"
+    pq.write_table(
+        pq.read_table(project / "data" / "select" / "manifest.parquet").slice(0, 0), nothing
+    )
+    other = CliRunner().invoke(app, ["corpus", "look", "-n", "1", "--manifest", str(nothing)])
+    assert (other.exit_code, "no photograph that is readable" in other.output) == (1, True)
