@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from components.corpus.written_tables import written_columns, written_rows
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,10 @@ def json_objects(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv_lines(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    table = csv.DictReader(io.StringIO(text, newline=""))
-    if "prompt" not in (table.fieldnames or ()):
+    if "prompt" not in written_columns(text):
         raise ValueError(f"{name}: has no column named prompt")
-    try:
-        for record in table:
-            yield f"{name} line {table.line_num}", {k: v or None for k, v in record.items() if k}
-    except csv.Error as problem:
-        raise ValueError(f"{name} line {table.line_num}: not CSV: {problem}") from None
+    for where, cells in written_rows(text, name, _FIELDS):
+        yield where, {column: cell or None for column, cell in cells.items()}
 
 
 def _parse(record: Mapping[str, Any], where: str) -> PromptLine:

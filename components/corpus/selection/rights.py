@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from components.corpus.manifest_columns import manifest_batches
 from components.corpus.other_credits import OTHER_CREDITS, other_credits
+from components.corpus.written_tables import written_columns, written_rows
 from components.files.whole_files import write_text
 from components.settings.corpus import LicenseSettings
 
@@ -187,30 +188,14 @@ def parse_exclusions(text: str, where: str) -> list[Exclusion]:
     Raises:
         ValueError: see `read_exclusions`.
     """
-    reader = csv.DictReader(io.StringIO(text))
-    reader.fieldnames = exclusion_columns(text)
-    # Its first line, which is no entry.
-    next(reader, None)
-    missing = [name for name in ("kind", "value") if name not in reader.fieldnames]
+    columns = written_columns(text)
+    missing = [name for name in ("kind", "value") if name not in columns]
     if missing:
         raise ValueError(f"{where}: no column {missing[0]}; the columns are {', '.join(FIELDS)}")
-    found = []
-    for row in reader:
-        found.append(
-            exclusion(
-                row["kind"] or "",
-                row["value"] or "",
-                row.get("why") or "",
-                f"{where}, line {reader.line_num}",
-            )
-        )
-    return found
-
-
-def exclusion_columns(text: str) -> list[str]:
-    """Names in the first line of a list, in small letters."""
-    header = next(csv.reader(io.StringIO(text.removeprefix("\ufeff"))), [])
-    return [name.strip().casefold() for name in header]
+    return [
+        exclusion(row.get("kind", ""), row.get("value", ""), row.get("why", ""), place)
+        for place, row in written_rows(text, where, FIELDS)
+    ]
 
 
 def exclusion(kind: str, value: str, why: str, where: str) -> Exclusion:
@@ -237,7 +222,7 @@ def add_exclusions(path: Path, entries: Sequence[Exclusion]) -> None:
     seen = {(entry.kind, _key(entry.kind, entry.value)) for entry in read_exclusions(path)}
     text = path.read_bytes().decode()
     end = "\r\n" if "\r\n" in text else "\n"
-    columns = exclusion_columns(text)
+    columns = written_columns(text)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator=end)
     for entry in entries:

@@ -128,18 +128,15 @@ def _entries(named: dict[str, list[str] | None], listed: Path | None, why: str) 
 
 
 def _read_list(path: Path, why: str) -> list[Exclusion]:
-    from components.corpus.selection.rights import (
-        exclusion,
-        exclusion_columns,
-        parse_exclusions,
-    )
+    from components.corpus.selection.rights import exclusion, parse_exclusions
+    from components.corpus.written_tables import written_columns
     from components.files.whole_files import regular_bytes
 
     try:
         text = regular_bytes(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"--list {path}: cannot be read ({problem})") from None
-    if {"kind", "value"} <= set(exclusion_columns(text)):
+    if {"kind", "value"} <= set(written_columns(text)):
         entries = parse_exclusions(text, str(path))
         return [e if e.why else exclusion(e.kind, e.value, why, str(path)) for e in entries]
     found = []
@@ -152,7 +149,7 @@ def _read_list(path: Path, why: str) -> list[Exclusion]:
             kind = "identity"
         elif "://" in value:
             kind = "url"
-        found.append(exclusion(kind, value, why, f"{path}, line {number}"))
+        found.append(exclusion(kind, value, why, f"{path} line {number}"))
     return found
 
 

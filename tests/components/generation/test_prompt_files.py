@@ -13,7 +13,7 @@ from components.generation.prompt_files import PromptLine, read_prompts
     ("name", "text"),
     [
         ("p.jsonl", '{"prompt": "a, b", "size": "64x32", "seed": 3}\n\n{"prompt": "湖\\u2028x"}\n'),
-        ("p.csv", '\ufeffprompt,size,seed\n"a, b",64x32,3\n湖\u2028x,,\n'),
+        ("p.csv", '\ufeffprompt,Size,seed\n"a, b",64x32,3\n湖\u2028x,,,\n'),
     ],
 )
 def test_objects_and_tables_say_the_same(tmp_path: Path, name: str, text: str) -> None:
@@ -38,6 +38,9 @@ def test_a_text_file_holds_a_prompt_a_line(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": ' + "[" * 200_000, "line 1: too deeply nested"),
         ("p.jsonl", '{"seed": ' + "9" * 5000 + "}", "line 1: a number with too many digits"),
         ("p.csv", "prompt,seed\na,x\n", "line 2: seed must be a whole number"),
+        ("p.csv", "prompt\na fox, red, in snow\n", "line 2: 3 cells for 1 column; put quotes aro"),
+        ("p.csv", "prompt,seed, Prompt\na,1,b\n", "two columns are named prompt"),
+        ("p.csv", 'prompt\n"a\nb\n', "line 3: not CSV"),
         ("p.csv", "text\na\n", "no column named prompt"),
         ("p.txt", "\n", "holds no prompt"),
         ("p.yaml", "a", "ends in .txt, .jsonl, .csv"),

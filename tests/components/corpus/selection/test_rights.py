@@ -223,9 +223,11 @@ def test_each_entry_has_its_own_photographs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("kind,value\nperson,X\n", "list, line 2: kind 'person'; choose identity, url"),
-        ("kind,value\nphotographer,  \n", "list, line 2: photographer has no value"),
-        ("kind,value\nhost,https://\n", "list, line 2: host has no value"),
+        ("kind,value\nperson,X\n", "list line 2: kind 'person'; choose identity, url"),
+        ("kind,value\nphotographer,  \n", "list line 2: photographer has no value"),
+        ("kind,value\nhost,https://\n", "list line 2: host has no value"),
+        ("kind,value,why\nphotographer,Lee, Ann,asked\n", "list line 2: 4 cells for 3 columns"),
+        ("kind,value,Value\nhost,a.org,b.org\n", "list: two columns are named value"),
         ("who\nX\n", "list: no column kind; the columns are kind, value, why"),
     ],
 )
