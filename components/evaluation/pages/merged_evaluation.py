@@ -19,6 +19,7 @@ from components.evaluation.pages.evaluation_files import (
     EvaluationIncomplete,
     read_evaluation,
 )
+from components.evaluation.suites.suite_scores import clashing_name
 
 
 def read_together(folders: Sequence[Path]) -> Evaluation:
@@ -43,6 +44,10 @@ def read_together(folders: Sequence[Path]) -> Evaluation:
         _renamed(one, {name: f"{name}@{label}" for name in one.systems if names.count(name) > 1})
         for one, label in zip(every, labels, strict=True)
     ]
+    table = pd.concat([part.table for part in parts], ignore_index=True)
+    named = [name for part in parts for name in part.systems]
+    if clash := clashing_name(named, set(table["stratum"])):
+        raise EvaluationIncomplete(f"{clash}; evaluate it under another name")
     if any(part.set_comparisons for part in parts):
         notes.append("exchange tests of sets are of one folder each")
     return replace(
@@ -55,7 +60,7 @@ def read_together(folders: Sequence[Path]) -> Evaluation:
             if not any(name in other.measured for other in parts)
         },
         failed_systems={k: v for part in parts for k, v in part.failed_systems.items()},
-        table=pd.concat([part.table for part in parts], ignore_index=True),
+        table=table,
         scores_sha256=" + ".join(part.scores_sha256 for part in parts),
         pictures=[picture for part in parts for picture in part.pictures],
         set_comparisons=tuple(one for part in parts for one in part.set_comparisons),

@@ -97,6 +97,15 @@ class SuiteResult:
         return said
 
 
+def clashing_name(names: Sequence[str], strata: set[str]) -> str:
+    """What is wrong with a system's name that stands for another's part in `headline`; or ""."""
+    for name in names:
+        system, _, stratum = name.rpartition(".")
+        if system in names and stratum in strata and len(strata) > 1:
+            return f"{name}: this is what the numbers of {system} for {stratum} are called"
+    return ""
+
+
 def fitted_references(items: Sequence[SuiteItem], folder: Path) -> list[SuiteItem]:
     """Items whose references have the items' sizes: resized to cover, centre kept, as PNG.
 
@@ -162,12 +171,15 @@ def evaluate_suite(
         say: gets a line for a person now and then.
 
     Raises:
-        ValueError: two systems with one name, or a baseline that is none of them.
+        ValueError: two systems with one name or under one another's numbers (`clashing_name`), or
+            a baseline that is none of them.
         LedgerConflict: see `Ledger`.
     """
     if len({system.name for system in systems}) != len(systems):
         raise ValueError("--system: every system needs a name of its own")
     names = [system.name for system in systems]
+    if clash := clashing_name(names, {item.stratum for item in suite.items}):
+        raise ValueError(f"--system {clash}; choose another name")
     if baseline is not None and baseline not in names:
         raise ValueError(f"--baseline {baseline}: the systems are {', '.join(names)}")
     run = EvaluationRun(opened, ledger, options)

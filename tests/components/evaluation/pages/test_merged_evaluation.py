@@ -117,6 +117,15 @@ def test_a_part_that_was_decided_does_not_compare_with_the_whole(evaluation: Pat
         read_together((one, two))
 
 
+def test_names_that_clash_only_together_are_refused(evaluation: Path) -> None:
+    def parted(table: pd.DataFrame) -> pd.DataFrame:
+        return table.assign(stratum=["tall", "wide"] * (len(table) // 2))
+
+    one, two = copied(evaluation, "run", parted), copied(evaluation, "run.tall", parted)
+    with pytest.raises(EvaluationIncomplete, match=r"base@run\.tall: .* base@run for tall"):
+        read_together((one, two))
+
+
 def test_other_sampling_is_compared_and_other_code_is_said(evaluation: Path) -> None:
     one, two = copied(evaluation, "one"), copied(evaluation, "two")
     lock(one)
