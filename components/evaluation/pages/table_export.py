@@ -10,7 +10,13 @@ from components.evaluation.pages.evaluation_files import Evaluation
 from components.evaluation.pages.report_page import Table
 from components.metrics.cards import card
 
-_ARROWS = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "∞": r"$\infty$", "–": "--"}
+_ARROWS = {
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+    "∞": r"$\infty$",
+    "–": "--",
+    "†": r"$^{\dagger}$",
+}
 _ESCAPED = {character: "\\" + character for character in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -45,7 +51,10 @@ def _text(value: str) -> str:
 
 
 def as_latex(tables: Sequence[Table]) -> str:
-    """The page's tables as booktabs tables, best values bold, intervals beneath in small type."""
+    """The page's tables as booktabs tables, best values bold, intervals beneath in small type.
+
+    Below each stands where printed rows are from, and which numbers do not compare with them.
+    """
     blocks = []
     for table in tables:
         head = " & ".join(_text(name) for name in (table.first, *table.columns))
@@ -67,5 +76,7 @@ def as_latex(tables: Sequence[Table]) -> str:
                 )
             lines.append(" & ".join(cells) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}"]
+        if table.source:
+            lines.append(rf"\par\smallskip{{\footnotesize {_text(table.source)}\par}}")
         blocks.append(f"% {table.caption}\n" + "\n".join(lines) + "\n")
     return "\n".join(blocks)

@@ -11,6 +11,8 @@ from components.evaluation.pages.report_page import Cell, Row, Table
 from components.evaluation.paper_tables.filled import FilledCell, FilledRow, FilledTable
 
 _HERE = "here"
+_OTHER = "†"
+"""Marks a number of ours that does not compare with the printed ones."""
 _COLUMNS = (
     *("table", "group", "system", "from", "column", "measure", "text"),
     *("value", "low", "high", "n", "infinite", "comparable", "why_not", "needs"),
@@ -100,11 +102,33 @@ def title(row: FilledRow) -> str:
     return f"{name}, {_HERE}" + (f" (n = {row.n})" if row.n is not None else "")
 
 
+def reasons(filled: FilledTable) -> dict[str, list[str]]:
+    """Columns by why numbers of ours in them do not compare; those under "" do."""
+    found: dict[str, list[str]] = {}
+    for row in filled.rows:
+        for field, cell in zip(filled.table.fields, row.cells, strict=True):
+            if cell.number is not None:
+                heads = found.setdefault(cell.incomparable, [])
+                if field.head not in heads:
+                    heads.append(field.head)
+    return found
+
+
 def as_page_table(filled: FilledTable) -> Table:
-    """The same as a table of the report pages, which LaTeX is made of."""
+    """The same as a table of the report pages, which LaTeX is made of; † marks what differs."""
     rows = []
     for row in filled.rows:
-        cells = tuple(Cell(cell.text) for cell in row.cells)
+        cells = tuple(Cell(cell.text + _OTHER * bool(cell.incomparable)) for cell in row.cells)
         rows.append(Row(title(row), cells, published=row.is_published))
     table = filled.table
-    return Table(table.caption, table.source, "System", table.columns, tuple(rows))
+    source = ". ".join(
+        (
+            table.source,
+            *(
+                f"{_OTHER}{', '.join(heads)}: {why}"
+                for why, heads in reasons(filled).items()
+                if why
+            ),
+        )
+    )
+    return Table(table.caption, source, "System", table.columns, tuple(rows))

@@ -106,7 +106,7 @@ def _list(as_json: bool) -> None:
 
 
 def _show(filled: FilledTable) -> None:
-    from components.evaluation.paper_tables.export import title
+    from components.evaluation.paper_tables.export import reasons, title
 
     console = terminal()
 
@@ -129,14 +129,7 @@ def _show(filled: FilledTable) -> None:
     for made, row in zip(shown.rows, filled.rows, strict=True):
         made.style = "dim" if row.is_published else None
     console.print(shown)
-    reasons: dict[str, list[str]] = {}
-    for row in filled.rows:
-        for field, cell in zip(filled.table.fields, row.cells, strict=True):
-            if cell.number is not None:
-                heads = reasons.setdefault(cell.incomparable, [])
-                if field.head not in heads:
-                    heads.append(field.head)
-    for why, heads in reasons.items():
+    for why, heads in reasons(filled).items():
         named = ", ".join(heads)
         say(f"not comparable: {named}: {why}" if why else f"equal protocol ids: {named}")
     if filled.table.wants:

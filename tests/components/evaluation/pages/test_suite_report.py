@@ -302,6 +302,7 @@ def test_numbers_leave_as_csv_and_latex(evaluation: Path) -> None:
     assert r"\textbf{0.900}" in tables
     assert tables.count(r"\begin{tabular}") == tables.count(r"\end{tabular}") >= 1
     assert r"SSIM $\uparrow$" in tables
+    assert r"Not comparable: " in tables
 
 
 def test_the_page_says_how_large_it_is(html: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from components.evaluation.pages.table_export import as_latex
 from components.evaluation.paper_tables.export import as_csv, as_json, as_page_table
 from components.evaluation.paper_tables.filled import FilledTable, fill
 from components.evaluation.paper_tables.records import (
@@ -286,6 +287,13 @@ def test_an_evaluation_becomes_rows_and_leaves_as_csv_and_latex(
     assert "hf download Owen777/UltraFlux-v1" in lacking["needs"]
     page = as_page_table(filled)
     assert [row.name for row in page.rows][-1] == "mine, here (n = 8)"
+    latex = as_latex([page])
+    latex = as_latex([page])
+    assert r"mine, here (n = 8) & 1.250$^{\dagger}$ & -- & 32.0" in latex
+    below = latex.partition(r"\end{tabular}")[2]
+    assert below.startswith("\n\\par\\smallskip{\\footnotesize UltraFlux, supplement, table 2. ")
+    assert r"table 2. $^{\dagger}$PSNR $\uparrow$, SSIM $\uparrow$, rFID $\downarrow$: " in below
+    assert latex.count(r"\dagger") == filled.measured + 1
     assert as_json(filled)["rows"][0]["cells"][0]["text"] == "2.201"
 
 
