@@ -21,11 +21,14 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 from PIL import Image
 
@@ -34,6 +37,8 @@ from components.evaluation.suites.suites import SuiteItem
 from components.telemetry.wording import few
 
 _TAIL_CHARACTERS = 400
+_TAIL_BYTES = 4 * _TAIL_CHARACTERS
+"""No character of UTF-8 has more than four."""
 _NAMED_IN_MESSAGES = 3
 GRACE_S = 5.0
 """A program that is ended may save what it has."""
@@ -156,11 +161,13 @@ class CommandSystem:
             shutil.rmtree(incoming)
             return
         shown = few(problems, _NAMED_IN_MESSAGES, "; ")
-        counts = f"{len(pending) - len(problems)} of {len(pending)} pictures are kept"
-        raise _system_failed(
-            f"{self.name}: {said or 'the command ended well, but'} {shown}; {counts}, run "
-            "again for the rest"
-        )
+        kept = f"{len(pending) - len(problems)} of {len(pending)} pictures are kept"
+        parts = [
+            said or f"the command ended well, but {shown}",
+            *([shown] if said and shown else []),
+            f"{kept}, run again {'for the rest' if problems else 'to measure them'}",
+        ]
+        raise _system_failed(f"{self.name}: {'; '.join(parts)}")
 
     def _collect(self, pending: Sequence[tuple[SuiteItem, Path]], pictures: Path) -> list[str]:
         """Move whole pictures of the right size to their places; what is wrong with the others."""
@@ -181,46 +188,51 @@ class CommandSystem:
                 word = word.replace(placeholder, value)
             words.append(word)
         try:
-            code, output, errors = _run_to_its_end(words)
+            code, tail = _run_to_its_end(words)
         except OSError as problem:
-            return f"the command does not start: {words[0]}: {problem.strerror};"
+            return f"the command does not start: {words[0]}: {problem.strerror}"
         if code == 0:
             return None
-        tail = " ".join((errors.strip() or output.strip()).split())[-_TAIL_CHARACTERS:]
-        return f"the command ended with code {code} ({tail or 'it said nothing'});"
+        return f"the command ended with code {code} ({tail or 'it said nothing'})"
 
 
-def _run_to_its_end(words: Sequence[str]) -> tuple[int, str, str]:
-    """(code, output, errors) of a program; whatever ends us first ends it and all it started.
+def _run_to_its_end(words: Sequence[str]) -> tuple[int, str]:
+    """(code, end of what it said) of a program; all that it started ends with it, or with us.
 
     It would go on painting into a folder that the next run empties, and keep the GPU's memory.
 
     Raises:
         OSError: it does not start.
     """
-    with _ended_by_sigterm():
-        process = subprocess.Popen(
-            words,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+    # Files and no pipes: those would be waited for as long as anything that it started lives.
+    with _ended_by_sigterm(), TemporaryFile() as output, TemporaryFile() as errors:
+        process = subprocess.Popen(words, stdout=output, stderr=errors, start_new_session=True)
         try:
-            output, errors = process.communicate()
-        except BaseException:
+            process.wait()
+        finally:
             _end_group(process)
-            raise
-    return process.returncode, output, errors
+        return process.returncode, _tail(errors) or _tail(output)
 
 
-def _end_group(process: subprocess.Popen[str]) -> None:
-    for end in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, end)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
+def _tail(file: IO[bytes]) -> str:
+    """The last words of a file, in one line."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+    return " ".join(file.read().decode("utf-8", "replace").split())[-_TAIL_CHARACTERS:]
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End what lives of a program and of what it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        until = time.monotonic() + GRACE_S
+        while time.monotonic() < until:
+            process.poll()
+            # Asks whether anything is left.
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
 
 
 @contextmanager

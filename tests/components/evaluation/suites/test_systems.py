@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,11 +115,31 @@ def test_a_command_makes_every_picture_once(tmp_path: Path) -> None:
 
 def test_a_command_that_fails_is_asked_for_the_rest_only(tmp_path: Path) -> None:
     system = painter(tmp_path, stop_after=1)
-    with pytest.raises(SystemFailed, match=r"code 3 \(out of memory\).*1 of 2 pictures are kept"):
+    with pytest.raises(
+        SystemFailed,
+        match=r"code 3 \(out of memory\); \S+ was not written; 1 of 2 pictures are kept, run again "
+        "for the rest$",
+    ):
         system.pictures(ITEMS, tmp_path / "out")
     paths = system.pictures(ITEMS[:2], tmp_path / "out")
     assert all(path.exists() for path in paths)
     assert (tmp_path / "log").read_text().splitlines() == [i.prompt for i in ITEMS[:2]]
+
+
+def test_what_a_command_leaves_running_is_ended_and_not_waited_for(tmp_path: Path) -> None:
+    script, pid = tmp_path / "leave.sh", tmp_path / "pid"
+    script.write_text(f'"$@"\nsleep 60 &\necho $! > {pid}\necho bad luck >&2\nexit 4\n')
+    system = CommandSystem("mine", f"sh {script} {painter(tmp_path, 9).template}")
+    started = time.monotonic()
+    with pytest.raises(
+        SystemFailed,
+        match=r"code 4 \(bad luck\); 2 of 2 pictures are kept, run again to measure them$",
+    ):
+        system.pictures(ITEMS[:2], tmp_path / "out")
+    assert time.monotonic() - started < 30
+    # Ended; who adopted it may not have waited for it yet.
+    stat = Path(f"/proc/{int(pid.read_text())}/stat")
+    assert not stat.exists() or ") Z " in stat.read_text()
 
 
 def test_pictures_that_a_killed_run_left_behind_are_taken_unless_torn(tmp_path: Path) -> None:
