@@ -7,6 +7,7 @@ they came about. Folders are given, or are those that the commands write by defa
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,9 @@ class Record:
 def _from_evaluation(folder: Path, about: str = "", rename: str = "") -> Record:
     """An evaluation's numbers; `rename`: what its one system is called instead."""
     found = read_evaluation(folder)
+    if rename and len(found.systems) > 1:
+        several = ", ".join(found.systems)
+        raise ValueError(f"{folder}: several systems ({several}); the evaluation of an arm has one")
     lock = read_lock(folder)
     protocols = {c.id: c.protocol for c in CARDS}
     if lock is not None:
@@ -250,17 +254,27 @@ def _arms() -> list[tuple[str, Any]]:
 def given_records(table: PublishedTable, folders: Sequence[Path]) -> list[Record]:
     """Records of folders that a person named.
 
-    An ablation's arm is named by its tree, or by the evaluation of its model.
+    An ablation's arm is named by its tree, or by the evaluation of its model within; systems of
+    another evaluation keep their names.
 
     Raises:
-        ValueError: a folder that holds none.
+        ValueError: a folder that holds none, several systems as one arm, or nothing of this table.
     """
     records = []
     for folder in folders:
-        if table.filling == "ablation":
-            inside = folder / _ARM if (folder / _ARM).is_dir() else folder
-            named = folder if inside != folder else folder.parents[1]
-            records.append(_from_evaluation(inside, table.suite, named.name))
-        else:
-            records.append(read_record(folder))
+        record = _given_arm(table, folder) if table.filling == "ablation" else read_record(folder)
+        if not {*record.missing, *(name for _, _, name in record.numbers)} & set(table.metrics):
+            raise ValueError(
+                f"{folder}: {record.suite or record.about or 'a judgement'} has no number of the "
+                f"table {table.name} ({', '.join(table.metrics)})"
+            )
+        records.append(record)
     return records
+
+
+def _given_arm(table: PublishedTable, folder: Path) -> Record:
+    inside = folder / _ARM if (folder / _ARM).is_dir() else folder
+    # As it was given, also where it is a link; a relative path need not have its tree's name.
+    *_, tree, runs, name = ("", "", *Path(os.path.abspath(inside)).parts)
+    is_arm = (runs, name) == _ARM.parts
+    return _from_evaluation(inside, table.suite, tree if is_arm else "")

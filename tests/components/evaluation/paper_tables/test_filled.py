@@ -7,11 +7,13 @@ import hashlib
 import io
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from components.evaluation.pages.table_export import as_latex
@@ -256,16 +258,48 @@ def test_preferences_are_read_from_a_judges_summary(tmp_path: Path) -> None:
     assert any("order bias" in note for note in filled.notes)
 
 
-def test_arms_of_an_ablation_are_read_from_their_trees(tmp_path: Path, evaluation: Path) -> None:
+@pytest.fixture
+def arm(tmp_path: Path, evaluation: Path) -> Path:
+    """The tree of an arm whose model was evaluated alone."""
+    tree = tmp_path / "runs" / "ablate" / "ladder" / "snr-hw"
+    inside = tree / "runs" / "ablation"
+    shutil.copytree(evaluation, inside)
+    table = pd.read_parquet(evaluation / "scores.parquet").assign(metric="hpsv3", protocol="x")
+    table[table["system"] == "mine"].to_parquet(inside / "scores.parquet")
+    described = json.loads((inside / "metrics.json").read_text())
+    described["metrics"] = {"mine.hpsv3": 9.0, "mine.hpsv3_n": 8.0}
+    (inside / "metrics.json").write_text(json.dumps(described))
+    lines = (inside / "pictures.jsonl").read_text().splitlines(keepends=True)
+    ours = [line for line in lines if '"system": "mine"' in line]
+    (inside / "pictures.jsonl").write_text("".join(ours))
+    return tree
+
+
+def test_arms_of_an_ablation_are_read_from_their_trees(
+    arm: Path, tmp_path: Path, evaluation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = paper_table("ablation")
-    arm = tmp_path / "runs" / "ablate" / "ladder" / "snr-hw" / "runs" / "ablation"
-    arm.parent.mkdir(parents=True)
-    arm.symlink_to(evaluation)
     (found,) = default_records(table, tmp_path)
     assert found.systems == ("snr-hw",)
     assert default_records(paper_table("data-model"), tmp_path) == []
-    (given,) = given_records(table, [arm.parents[1]])
-    assert given.systems == ("snr-hw",)
+    for place, given in ((arm, "."), (arm / "runs", "ablation"), (arm, "runs/ablation")):
+        monkeypatch.chdir(place)
+        (record,) = given_records(table, [Path(given)])
+        assert record.systems == ("snr-hw",)
+    (arm / "runs" / "ablation").rename(tmp_path / "alone")
+    (record,) = given_records(table, [tmp_path / "alone"])
+    assert record.systems == ("mine",)
+    (arm / "runs" / "ablation").symlink_to(evaluation)
+    with pytest.raises(
+        ValueError, match=r"several systems \(base, mine\); the evaluation of an arm"
+    ):
+        given_records(table, [arm])
+
+
+def test_folders_without_a_number_of_the_table_are_refused(evaluation: Path) -> None:
+    for name in ("ablation", "main"):
+        with pytest.raises(ValueError, match=rf"reconstruction has no .* table {name} \(fid_fitted, hps"):
+            given_records(paper_table(name), [evaluation])
 
 
 def test_an_evaluation_becomes_rows_and_leaves_as_csv_and_latex(
