@@ -8,7 +8,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from components.evaluation.statistics.set_comparison import SetComparison
@@ -49,9 +48,9 @@ class Evaluation:
 
     @property
     def image_metrics(self) -> list[MetricCard]:
-        """Cards of metrics with a finite value of some picture, in the order of the cards."""
-        finite = self.table.loc[np.isfinite(self.table["value"]), "metric"]
-        return [c for c in CARDS if c.id in set(finite)]
+        """Cards of metrics with a value of some picture, in the order of the cards."""
+        known = set(self.table.loc[self.table["value"].notna(), "metric"])
+        return [c for c in CARDS if c.id in known]
 
     @property
     def measured(self) -> list[str]:

@@ -171,7 +171,9 @@ def verdict_sentence(part: Paired, baseline: str) -> str:
     rest = f"; {open_ones} of {total} undecided" if open_ones and parts else ""
     prompts = max((c.difference.clusters or 0 for c, _ in part.rows), default=0)
     over = f" over {prompts} prompts" if prompts else ""
-    return f"{part.system} against {baseline}{over}: {found}{rest}, at 5% over the whole page."
+    refused = ", ".join(card(one.metric).name for one in part.refusals)
+    end = f"over the whole page{f'; not compared: {refused}' if refused else ''}."
+    return f"{part.system} against {baseline}{over}: {found}{rest}, at 5% {end}"
 
 
 def forest(part: Paired, baseline: str) -> Markup:

@@ -169,7 +169,7 @@ def paired_scores(before: pd.DataFrame, after: pd.DataFrame, metric: str) -> Pai
         at = int(np.flatnonzero(np.isinf(values).any(axis=0) | (finite[0] != finite[1]))[0])
         raise ComparisonInvalid(
             f"{metric}: {first.index[at][0]} is {values[0, at]:.6g} and {values[1, at]:.6g}; a "
-            "value that is not finite in one system cannot be averaged away"
+            "value that is not finite cannot be averaged away"
         )
     # Undefined for both (a picture too small for the metric) says nothing about either and is
     # counted; undefined for one only would bias the difference and was refused above.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,13 +22,16 @@ class WorstCase:
     baseline_value: float
     value: float
     loss: float
-    """In the unit of the metric, positive."""
+    """In the unit of the metric, positive; infinite where one of both values is."""
 
 
 def worst_cases(
     table: pd.DataFrame, baseline: str, system: str, metrics: Sequence[str], count: int
 ) -> list[WorstCase]:
     """The `count` largest paired losses of each metric, largest first; ties in order of item.
+
+    Infinite losses (the baseline's picture equals the reference, the system's does not) come first,
+    the worst value of the system's before the others.
 
     Args:
         table: scores with the columns system, item, metric and value.
@@ -37,7 +41,7 @@ def worst_cases(
         count: pictures per metric.
 
     Returns:
-        Pictures that both systems have, with finite values, on which `system` is worse.
+        Pictures that both systems have, with values, on which `system` is worse.
     """
     cases: list[WorstCase] = []
     for metric in metrics:
@@ -56,10 +60,11 @@ def worst_cases(
             value, reference = float(ours.loc[item]), float(theirs.loc[item])
             # Positive means worse in either direction, so one rule ranks all metrics.
             loss = reference - value if direction == "higher" else value - reference
-            # An infinite PSNR (equal pictures) has no finite loss to rank.
-            if 0.0 < loss < float("inf"):
+            # False where a value is missing, and where both are infinite.
+            if loss > 0.0:
                 found.append(WorstCase(metric, baseline, system, item, reference, value, loss))
-        found.sort(key=lambda case: -case.loss)
+        better = 1.0 if direction == "higher" else -1.0
+        found.sort(key=lambda c: (-c.loss, better * c.value if math.isinf(c.loss) else 0.0))
         cases += found[:count]
     return cases
 

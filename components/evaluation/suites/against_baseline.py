@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pandas as pd
 
 from components.evaluation.statistics.comparison import Comparison, Refusal, compare_systems
@@ -49,8 +48,9 @@ def against_baseline(
     # File names may differ between systems; the item is what pairs two pictures.
     table = table.assign(image=table["item"])
     by_system = {name: table[table["system"] == name] for name in systems}
-    finite = set(table.loc[np.isfinite(table["value"]), "metric"])
-    metrics = [c.id for c in CARDS if c.id in finite]
+    # Infinite ones, too: what is equal everywhere is said to be no test, and not left out.
+    known = set(table.loc[table["value"].notna(), "metric"])
+    metrics = [c.id for c in CARDS if c.id in known]
     found = {
         system: compare_systems(
             by_system[baseline], by_system[system], metrics, resamples=resamples, seed=seed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -20,7 +21,13 @@ from PIL import Image
 from components.evaluation.pages.evaluation_files import EvaluationIncomplete, read_evaluation
 from components.evaluation.pages.report_pictures import PictureChanged, crop_box
 from components.evaluation.pages.suite_pictures import PicturesDoNotFit
-from components.evaluation.pages.suite_report import ReportOptions, build_suite_report
+from components.evaluation.pages.suite_report import (
+    Paired,
+    ReportOptions,
+    build_suite_report,
+    verdict_sentence,
+)
+from components.evaluation.suites.against_baseline import against_baseline
 from components.evaluation.suites.suite_scores import headline
 
 OPTIONS = ReportOptions(resamples=200)
@@ -303,6 +310,21 @@ def test_numbers_leave_as_csv_and_latex(evaluation: Path) -> None:
     assert tables.count(r"\begin{tabular}") == tables.count(r"\end{tabular}") >= 1
     assert r"SSIM $\uparrow$" in tables
     assert r"Not comparable: " in tables
+
+
+@pytest.mark.parametrize("systems", [["base"], ["base", "mine"]])
+def test_a_metric_that_is_infinite_is_said_to_be_not_compared(
+    evaluation: Path, systems: list[str]
+) -> None:
+    read = read_evaluation(evaluation)
+    table = read.table.assign(prompt=read.table["item"])
+    table.loc[table["system"].isin(systems) & (table["metric"] == "psnr_db"), "value"] = math.inf
+    assert [c.id for c in replace(read, table=table).image_metrics] == ["psnr_db", "ssim"]
+    (one,) = against_baseline(table, ("base", "mine"), "base", resamples=200, seed=0)
+    (refusal,) = one.refusals
+    assert "a value that is not finite cannot be averaged away" in refusal.reason
+    part = Paired("mine", tuple((c, "") for c in one.comparisons), (), one.refusals)
+    assert verdict_sentence(part, "base").endswith("over the whole page; not compared: PSNR.")
 
 
 def test_the_page_says_how_large_it_is(html: str) -> None:

@@ -298,7 +298,9 @@ def test_arms_of_an_ablation_are_read_from_their_trees(
 
 def test_folders_without_a_number_of_the_table_are_refused(evaluation: Path) -> None:
     for name in ("ablation", "main"):
-        with pytest.raises(ValueError, match=rf"reconstruction has no .* table {name} \(fid_fitted, hps"):
+        with pytest.raises(
+            ValueError, match=rf"reconstruction has no .* table {name} \(fid_fitted, hps"
+        ):
             given_records(paper_table(name), [evaluation])
 
 

@@ -32,10 +32,18 @@ def test_the_largest_come_first_and_ties_in_order_of_item() -> None:
     assert [case.item for case in found] == ["c", "b", "d"]
 
 
-def test_missing_and_infinite_values_are_no_cases() -> None:
+def test_missing_values_and_two_infinite_ones_are_no_cases() -> None:
     base = {"a": math.inf, "b": math.nan, "c": 3.0, "only-base": 9.0}
-    mine = {"a": 3.0, "b": 1.0, "c": math.nan, "only-mine": 1.0}
+    mine = {"a": math.inf, "b": 1.0, "c": math.nan, "only-mine": 1.0}
     assert worst_cases(table("psnr_db", base, mine), "base", "mine", ["psnr_db"], 3) == []
+
+
+def test_infinite_losses_come_first_by_the_systems_own_value() -> None:
+    base = dict.fromkeys("abc", math.inf) | {"d": 90.0}
+    mine = {"a": 30.0, "b": 20.0, "c": 25.0, "d": 10.0}
+    found = worst_cases(table("psnr_db", base, mine), "base", "mine", ["psnr_db"], 4)
+    assert [case.item for case in found] == ["b", "c", "a", "d"]
+    assert [case.loss for case in found] == [math.inf] * 3 + [80.0]
 
 
 def test_ranks_alternate_between_metrics_and_name_an_item_once() -> None:
