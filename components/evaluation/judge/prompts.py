@@ -95,9 +95,9 @@ def judge_prompt(question: str, file: Path | None = None) -> Prompt:
 def parse_verdict(text: str) -> Verdict:
     """Read an answer; what is not as asked but can be read one way only is repaired and named.
 
-    Thoughts and a code fence around the object are left out without a word. Repaired are: prose
-    around it, keys that were not asked for, other case, line breaks in a text, numbers as text, and
-    missing or listed reasons. A preference or a score is never guessed.
+    Thoughts and a code fence around the object are left out without a word. Repaired are: prose or
+    another object around it, keys that were not asked for, other case, line breaks in a text,
+    numbers as text, and missing or listed reasons. A preference or a score is never guessed.
 
     Raises:
         AnswerInvalid: no object, two that differ, a key with two values, no preference or score, or
@@ -126,7 +126,9 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         name = key.strip().lower()
-        if found.setdefault(name, value) != value:
+        known = found.setdefault(name, value)
+        # NaN, which the schema refuses by its name, differs from itself.
+        if known is not value and known != value:
             raise AnswerInvalid(f"{name}: two values that differ")
     return found
 
@@ -143,6 +145,8 @@ def _found_object(body: str, problem: ValidationError) -> tuple[dict[str, Any], 
             value, end = decoder.raw_decode(body, start)
         except json.JSONDecodeError:
             end, value = start + 1, {}
+        # One such as {"verdict": {...}} may hold it.
+        end = end if "preferred" in value else start + 1
         if "preferred" in value:
             found.append(value)
             prose += body[place:start]

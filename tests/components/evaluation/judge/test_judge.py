@@ -388,6 +388,15 @@ def test_a_verdict_that_can_be_read_two_ways_is_not_guessed() -> None:
     assert parse_verdict('{"preferred": "B", "preferred": "B", ' + scores).preferred == "B"
     assert parse_verdict(f"{verdict('B')} Again: {verdict('B')}").preferred == "B"
     assert parse_verdict(verdict("Image B")).preferred == "B"
+    within = parse_verdict(f'{{"verdict": {verdict("B")}}}')
+    assert (within.preferred, within.repairs) == ("B", ("prose around the verdict",))
+    with pytest.raises(AnswerInvalid, match="2 verdicts that differ"):
+        parse_verdict(f'{{"draft": {verdict("A")}, "final": {verdict("B")}}}')
+    for prose in ("", "Well: "):
+        with pytest.raises(AnswerInvalid, match=r"^a_score: "):
+            parse_verdict(
+                f'{prose}{{"preferred": "A", "a_score": NaN, "b_score": 4, "reasons": ""}}'
+            )
 
 
 def test_unanswered_pairs_are_no_success_and_are_asked_again(
