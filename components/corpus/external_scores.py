@@ -55,12 +55,6 @@ def read_external_scores(
     if path.suffix not in (".parquet", ".csv"):
         raise ValueError(f"{setting}: {path.name}: expected .parquet or .csv")
     table = _read(path, {"image_id", *columns, *optional} - set(numeric), setting)
-    # Rows that all have a cell too many are read with their first one as an index.
-    if path.suffix == ".csv" and not isinstance(table.index, pd.RangeIndex):
-        raise ValueError(
-            f"{setting}: {path.name}: more cells in a row than columns; put quotes around a cell "
-            "with commas"
-        )
     missing_columns = [name for name in ("image_id", *columns) if name not in table.columns]
     if missing_columns:
         raise ValueError(
