@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from components.telemetry.metric_log import MetricLog
-from components.training.distributed.checkpoints import CheckpointStore
+from components.training.distributed.checkpoint_folders import newest_checkpoint
 from components.training.dit.job import DitJob, build_transformer
 from components.training.dit.throughput import MACHINE_METRICS
 from components.training.dit.worker import run_job
@@ -39,11 +39,13 @@ def finish(job: DitJob) -> None:
 
 
 def kill_after(job: DitJob, steps: int) -> None:
-    """Start the job and kill it once `steps` steps are logged."""
+    """Start the job and kill it once `steps` steps are logged and a checkpoint is whole."""
     process = start(job)
     deadline = time.monotonic() + PATIENCE_S
     while process.poll() is None and time.monotonic() < deadline:
-        if job.metrics.exists() and len(MetricLog(job.metrics).series("loss")[0]) >= steps:
+        logged = len(MetricLog(job.metrics).series("loss")[0]) if job.metrics.exists() else 0
+        # It is written beside the steps, and on a busy disk long after its own.
+        if logged >= steps and newest_checkpoint(job.state_dir / "checkpoints") is not None:
             break
         time.sleep(0.02)
     assert process.poll() is None, "the job ended before it could be killed"
@@ -69,7 +71,7 @@ def ends_as_undisturbed(killed: DitJob, whole: DitJob, kill_at: int) -> None:
     """Run both jobs, one of them killed at a step; weights and curves are the same."""
     run_job(whole)
     kill_after(killed, steps=kill_at)
-    done = CheckpointStore(killed.state_dir / "checkpoints", keep=2).latest()
+    done = newest_checkpoint(killed.state_dir / "checkpoints")
     assert done is not None
     assert killed.settings.checkpoint_every <= done[0] < killed.settings.steps
     finish(killed)
