@@ -30,6 +30,7 @@ from components.training.distributed.checkpoint_folders import (
     age,
     checkpoint_folders,
     damaged_after,
+    is_rejected,
     newest_checkpoint,
     within_reach,
 )
@@ -268,7 +269,13 @@ def _is_part(path: Path) -> bool:
 
 def _is_empty(path: Path) -> bool:
     # Who has lost a state.json alone still has checkpoints.
-    return not (path / STATE_FILE).exists() and not checkpoint_folders(path / CHECKPOINTS)
+    return not (path / STATE_FILE).exists() and not _holds_work(path)
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a checkpoint of a step, whole or damaged, is there that was not rejected."""
+    found = checkpoint_folders(folder / CHECKPOINTS)
+    return any(step > 0 and not is_rejected(path) for step, path in found)
 
 
 def write_state(state: RunState) -> RunState:
@@ -405,7 +412,7 @@ def unneeded(states: list[RunState], current: str | None) -> Iterator[tuple[RunS
     for state in whole:
         if current is not None and state.identity.key == current:
             continue
-        if not checkpoint_folders(state.folder / CHECKPOINTS):
+        if not _holds_work(state.folder):
             yield state, "has no checkpoint"
         elif state.continued_by is not None:
             yield state, f"continued as {state.continued_by[:KEY_DIGITS]}"

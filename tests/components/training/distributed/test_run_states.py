@@ -260,6 +260,16 @@ def test_a_state_whose_checkpoints_are_damaged_is_not_empty_and_not_gone_on_from
     assert fragments(stage) == []
 
 
+def test_a_state_without_a_step_to_go_on_from_is_pruned(tmp_path: Path) -> None:
+    """Diverged after its only checkpoint, or never beyond the one that a run can go back to."""
+    diverged, begun = worked(tmp_path, identity(), 6), worked(tmp_path, identity(code="y"), 0)
+    assert CheckpointStore(diverged.folder / CHECKPOINTS, 2).reject(lambda *_: True) == [6]
+    reasons = {state.name: why for state, why in unneeded(read_states(tmp_path), None)}
+    assert reasons == dict.fromkeys((diverged.name, begun.name), "has no checkpoint")
+    (diverged.folder / "state.json").unlink()
+    assert fragments(tmp_path) == [diverged.folder]
+
+
 def test_a_damaged_finished_state_is_not_the_one_that_is_kept_to_go_on_from(tmp_path: Path) -> None:
     for name, age in (("whole", 50), ("damaged", 20)):
         state = worked(tmp_path, identity(code=name), 6)
