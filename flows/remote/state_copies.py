@@ -145,6 +145,8 @@ class StateCopies:
         if writer is None or _order(named[writer]) <= _order(here):
             return None
         checkpoint = named[writer]
+        # Again: one that still arrived when they were listed may be what the pointer names since.
+        files = place.files()
         start = f"{writer}/{CHECKPOINTS}/{checkpoint}/"
         aside = self.folder / CHECKPOINTS / f"{_WRITING}{checkpoint}"
         shutil.rmtree(aside, ignore_errors=True)

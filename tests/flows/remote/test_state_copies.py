@@ -174,6 +174,34 @@ def test_a_checkpoint_that_retention_drops_while_it_is_copied_arrives_whole(
     assert [path.name for path in first.folder.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_checkpoint_that_arrives_while_it_is_asked_for_is_brought_whole(
+    another: Callable[[str], Clone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clone that was given up, but still runs, sends its next one."""
+    first, second = another("one"), another("two")
+    first.train_to(40)
+    first.copies.save()
+    first.train_to(80)
+    put, ask = state_copies._Place.put, state_copies._text
+
+    def one_file(self: Any, file: Path, *parts: str) -> None:
+        put(self, file, *parts)
+        raise ConnectionError("slow")
+
+    monkeypatch.setattr(state_copies._Place, "put", one_file)
+    with pytest.raises(ConnectionError):
+        first.copies.save()
+    monkeypatch.setattr(state_copies._Place, "put", put)
+
+    def late(place: Any, name: str) -> str:
+        first.copies.save()
+        return ask(place, name)
+
+    monkeypatch.setattr(state_copies, "_text", late)
+    assert second.copies.restore() == "step-00000080"
+    assert second.step == 80
+
+
 def test_a_restore_that_is_killed_is_done_again(
     another: Callable[[str], Clone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
