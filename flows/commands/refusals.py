@@ -24,6 +24,7 @@ _OWN_WORDS = (
     ("flows.records.records", "TornJson", FAILED),
     ("flows.tracking.store_problems", "DamagedStore", FAILED),
     ("flows.tracking.store_problems", "TrackingAway", FAILED),
+    ("components.training.distributed.checkpoint_folders", "CheckpointAway", FAILED),
     ("components.training.distributed.checkpoint_folders", "CheckpointUnreadable", BAD_INPUT),
     ("components.settings.yaml_files", "YamlRefused", BAD_INPUT),
     ("components.settings.schema", "SettingsError", BAD_INPUT),

@@ -28,21 +28,28 @@ _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 class CheckpointUnreadable(BadInput):
-    """A checkpoint that does not hold what was written, or that cannot be reached just now."""
+    """A checkpoint that does not hold what was written, or that may not be read."""
+
+
+class CheckpointAway(RuntimeError):
+    """A checkpoint that cannot be reached just now, on a disk or a mount: it may be back soon."""
 
 
 @contextmanager
 def within_reach(path: Path) -> Iterator[None]:
     """Any error of the system inside the block is a line about what could not be read.
 
+    It says nothing about what is stored there.
+
     Raises:
-        CheckpointUnreadable: a permission, a disk or a mount is missing, which says nothing about
-            what is stored there.
+        CheckpointUnreadable: a permission is missing.
+        CheckpointAway: a disk or a mount is.
     """
     try:
         yield
     except OSError as problem:
-        raise CheckpointUnreadable(
+        is_lasting = isinstance(problem, PermissionError)
+        raise (CheckpointUnreadable if is_lasting else CheckpointAway)(
             f"{problem.filename or path}: cannot be read ({problem.strerror or problem}), so "
             "whether a whole checkpoint is there is not known; nothing was changed: see to the "
             "disk or the permission, and run again"
@@ -53,7 +60,7 @@ def checkpoint_folders(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of all that has a checkpoint's name, oldest first.
 
     Raises:
-        CheckpointUnreadable: the folder is there and cannot be listed.
+        CheckpointUnreadable, CheckpointAway: the folder is there and cannot be listed.
     """
     with within_reach(folder):
         try:
@@ -78,7 +85,7 @@ def damaged_file(checkpoint: Path) -> Path | None:
     compares hashes too (`CheckpointStore.latest_intact`).
 
     Raises:
-        CheckpointUnreadable: it cannot be told.
+        CheckpointUnreadable, CheckpointAway: it cannot be told.
     """
     contents = checkpoint / CONTENTS_FILE
     file = contents
@@ -122,7 +129,7 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
     whole checkpoint with the highest step is taken.
 
     Raises:
-        CheckpointUnreadable: it cannot be told.
+        CheckpointUnreadable, CheckpointAway: it cannot be told.
     """
     # The pointer may be one checkpoint behind, after a kill between rename and pointer. What it
     # names is whole, so that costs some steps and never correctness.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 
-from components.training.distributed.checkpoint_folders import CheckpointUnreadable
+from components.training.distributed.checkpoint_folders import CheckpointAway, CheckpointUnreadable
 from components.training.distributed.checkpoints import (
     CheckpointFailed,
     CheckpointStore,
@@ -110,7 +110,7 @@ class CheckpointWriter:
                     if newest
                     else "there is none yet"
                 )
-            except CheckpointUnreadable:
+            except (CheckpointAway, CheckpointUnreadable):
                 # What failed the writing, such as a lost disk, fails the look as well.
                 kept = "the ones before it cannot be read just now"
             what_to_do = "make room and run again" if no_room(reason) else "run again to go on"

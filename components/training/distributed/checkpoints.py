@@ -264,7 +264,8 @@ class CheckpointStore:
         A damaged checkpoint is rejected with one line, where there is one before it.
 
         Raises:
-            CheckpointUnreadable: it is damaged, and there is none before it; or it cannot be told.
+            CheckpointUnreadable: it is damaged, and there is none before it; or it may not be read.
+            CheckpointAway: it cannot be reached just now.
         """
         while True:
             newest = self.latest()

@@ -197,7 +197,7 @@ def read_state(folder: Path) -> RunState | None:
     """The state in a folder; None: it holds none (or a kill came before it had a name).
 
     Raises:
-        CheckpointUnreadable: it cannot be told.
+        CheckpointUnreadable, CheckpointAway: it cannot be told.
     """
     with within_reach(folder):
         try:

@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 
+from components.settings.bad_input import cured_by_no_retry
 from components.training.distributed.checkpoint_folders import (
     CONTENTS_FILE,
     LATEST_FILE,
+    CheckpointAway,
     CheckpointUnreadable,
     newest_checkpoint,
 )
 from components.training.distributed.checkpoints import CheckpointStore
+from components.training.dit.worker import LASTING
 
 DAMAGES = ("truncated", "missing", "no contents", "bad contents", "another step")
 
@@ -89,12 +92,14 @@ def test_a_damaged_checkpoint_without_one_before_it_is_refused_and_stays(
     assert store.latest_intact() == (1, newest)
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize(
+    ("number", "is_lasting"), [(errno.EACCES, True), (errno.EIO, False), (errno.ESTALE, False)]
+)
 @pytest.mark.parametrize(
     "place", ["", LATEST_FILE, f"step-00000002/{CONTENTS_FILE}", "step-00000002/weights.bin"]
 )
 def test_what_cannot_be_reached_just_now_stops_the_run_and_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_lasting: bool, place: str
 ) -> None:
     store = CheckpointStore(tmp_path, keep=3)
     for step in (1, 2):
@@ -107,9 +112,12 @@ def test_what_cannot_be_reached_just_now_stops_the_run_and_changes_nothing(
 
     for module, name in ((os, "stat"), (os, "listdir"), (io, "open")):
         monkeypatch.setattr(module, name, partial(unreachable, getattr(module, name)))
-    with pytest.raises(CheckpointUnreadable, match=f"{os.strerror(number)}.*run again") as refused:
+    kind = CheckpointUnreadable if is_lasting else CheckpointAway
+    with pytest.raises(kind, match=f"{os.strerror(number)}.*run again") as refused:
         store.latest_intact()
     monkeypatch.undo()
+    # A disk that is away for a moment is what ranks are started again for.
+    assert cured_by_no_retry(refused.value) == isinstance(refused.value, LASTING) == is_lasting
     assert str(refused.value).startswith(f"{tmp_path / place}")
     assert store.latest_intact() == (2, tmp_path / "step-00000002")
 
