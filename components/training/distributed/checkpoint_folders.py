@@ -140,13 +140,14 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
         except (*_ABSENT, ValueError):
             # There is none, or it is damaged: what it would name is found without it.
             named = ""
-    found = checkpoint_folders(folder)
+    listed = checkpoint_folders(folder)
     # Stable: the one that is named comes last, the others keep their order.
-    found.sort(key=lambda item: item[1].name == named)
+    found = sorted(listed, key=lambda item: item[1].name == named)
     for step, path in reversed(found):
         if not is_rejected(path) and damaged_file(path) is None:
             return step, path
-    return None
+    # A run at work may have put a newer one in the place of what was listed.
+    return None if checkpoint_folders(folder) == listed else newest_checkpoint(folder)
 
 
 def damaged_after(folder: Path, newest: Path | None) -> dict[Path, Path]:

@@ -122,6 +122,22 @@ def test_what_cannot_be_reached_just_now_stops_the_run_and_changes_nothing(
     assert store.latest_intact() == (2, tmp_path / "step-00000002")
 
 
+def test_a_checkpoint_that_a_run_drops_while_it_is_looked_at_gives_the_one_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, write)
+    stat = os.stat
+
+    def late(*args: Any, **kwargs: Any) -> os.stat_result:
+        monkeypatch.undo()
+        store.save(2, write)
+        return stat(*args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", late)
+    assert newest_checkpoint(tmp_path) == (2, tmp_path / "step-00000002")
+
+
 def test_a_later_checkpoint_that_was_away_when_the_run_went_on_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
