@@ -80,8 +80,14 @@ def _of_a_path(problem: OSError, words: Sequence[str]) -> str | None:
     for typed in _typed_paths(words, here):
         if any(_belongs(typed, name, here) for name in names):
             at = "" if os.path.abspath(typed) == os.path.abspath(names[0]) else f" ({names[0]})"
-            return f"{typed}: {problem.strerror}{at}"
+            return f"{typed}: {_said(problem, names[0])}{at}"
     return f"{names[0]}: {problem.strerror}" if problem.errno in _NOT_ALLOWED else None
+
+
+def _said(problem: OSError, name: str) -> str:
+    """Of a link that leads nowhere, or in a loop, where a folder is to be: "File exists"."""
+    leads_nowhere = problem.errno == errno.EEXIST and not os.path.exists(name)
+    return "a link that leads nowhere" if leads_nowhere else str(problem.strerror)
 
 
 def _is_path(name: object) -> bool:

@@ -53,6 +53,16 @@ def test_only_a_path_that_was_typed_may_be_missing(
     assert refusal(failed(errno.ENOENT, name), words) == expected
 
 
+def test_a_link_that_leads_nowhere_is_not_said_to_exist(here: Path) -> None:
+    os.symlink("loop", "loop")
+    with pytest.raises(FileExistsError) as found:
+        Path("loop").mkdir(exist_ok=True)
+    assert refusal(found.value, ["generate", "--output", "loop"]) == (
+        "loop: a link that leads nowhere",
+        BAD_INPUT,
+    )
+
+
 def test_a_pipe_in_the_place_of_a_file_is_one_line(here: Path) -> None:
     os.mkfifo("pipe")
     with pytest.raises(NotRegularFile) as found:
