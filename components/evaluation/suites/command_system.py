@@ -222,15 +222,19 @@ def _tail(file: IO[bytes]) -> str:
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """End what lives of a program and of what it started."""
-    with suppress(ProcessLookupError):
+    # Another user's processes, such as those of sudo, are not ours to end.
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGTERM)
         until = time.monotonic() + GRACE_S
-        while time.monotonic() < until:
-            process.poll()
-            # Asks whether anything is left.
-            os.killpg(process.pid, 0)
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            while time.monotonic() < until:
+                process.poll()
+                # Asks whether anything is left.
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+        finally:
+            # Also where a second Ctrl-C ends the wait.
+            os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -140,6 +142,31 @@ def test_what_a_command_leaves_running_is_ended_and_not_waited_for(tmp_path: Pat
     # Ended; who adopted it may not have waited for it yet.
     stat = Path(f"/proc/{int(pid.read_text())}/stat")
     assert not stat.exists() or ") Z " in stat.read_text()
+
+
+def test_a_second_interrupt_leaves_nothing_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, pid = tmp_path / "stay.sh", tmp_path / "pid"
+    script.write_text(f"trap '' TERM\nsleep 60 &\necho $! > {pid}\n")
+    system = CommandSystem("mine", f"sh {script} {{prompts}} {{out}}")
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            system.pictures(ITEMS[:1], tmp_path)
+    stat = Path(f"/proc/{int(pid.read_text())}/stat")
+    until = time.monotonic() + 5
+    while stat.exists() and ") Z " not in stat.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_what_may_not_be_ended_costs_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "killpg", Mock(side_effect=PermissionError))
+    (path,) = painter(tmp_path, 9).pictures(ITEMS[:1], tmp_path / "out")
+    assert path.exists()
 
 
 def test_pictures_that_a_killed_run_left_behind_are_taken_unless_torn(tmp_path: Path) -> None:
