@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 _CHUNK_VALUES = 4_000_000
 """Values resampled at a time: bounds memory at 32 MB for any n."""
+_ROUNDING = 1e-12
+"""Relative: what is smaller is left of numbers that are equal."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,14 @@ class ClusterSums:
         return float(np.sqrt(k / (k - 1) * np.square(self.sums).sum()) / self.sizes.sum())
 
 
+def _spread(
+    sums: npt.NDArray[np.float64], values: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Centred sums of values; zeros where all are rounding: the mean of 7 times 0.1 is not 0.1."""
+    most = values.size / sums.size * np.abs(values).max()
+    return sums if np.abs(sums).max() > _ROUNDING * most else np.zeros_like(sums)
+
+
 def cluster_sums(
     values: Sequence[float] | npt.ArrayLike, clusters: Sequence[object] | None = None
 ) -> ClusterSums:
@@ -98,7 +108,7 @@ def cluster_sums(
     centre = float(array.mean())
     if clusters is None:
         # Deviations, since squares of values far from zero would lose the spread to rounding.
-        return ClusterSums(centre, array - centre, np.ones_like(array))
+        return ClusterSums(centre, _spread(array - centre, array), np.ones_like(array))
     if len(clusters) != array.size:
         raise ValueError(f"{array.size} values need as many cluster labels, got {len(clusters)}")
     # By first appearance: labels need no order, and draws depend on the rows' order alone.
@@ -111,7 +121,7 @@ def cluster_sums(
         )
     return ClusterSums(
         centre,
-        np.bincount(codes, weights=array - centre).astype(np.float64),
+        _spread(np.bincount(codes, weights=array - centre).astype(np.float64), array),
         np.bincount(codes).astype(np.float64),
     )
 
@@ -140,7 +150,7 @@ def ratio_sums(
     weights = cluster_sums(below, clusters)
     return ClusterSums(
         ratio,
-        residuals.sums + residuals.centre * residuals.sizes,
+        _spread(residuals.sums + residuals.centre * residuals.sizes, above),
         weights.sums + weights.centre * weights.sizes,
     )
 

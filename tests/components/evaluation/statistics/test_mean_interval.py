@@ -83,10 +83,24 @@ def test_intervals_move_and_stretch_with_the_values(
         )
 
 
-def test_equal_values_have_an_interval_of_one_point() -> None:
+@pytest.mark.parametrize("value", [2.5, 0.1, 28.1, 1e-300])
+@pytest.mark.parametrize("clusters", [None, list("aabbccddeeffgg")])
+def test_equal_values_have_an_interval_of_one_point(
+    value: float, clusters: list[str] | None
+) -> None:
+    # As many as there are labels; means of equal prompts vary by rounding, too.
+    values = [value, 3 * value] * 7 if clusters else [value] * 7
     for method in METHODS:
-        estimate = mean_interval([2.5] * 7, resamples=100, seed=0, method=method)
-        assert (estimate.low, estimate.mean, estimate.high) == (2.5, 2.5, 2.5)
+        estimate = mean_interval(values, clusters=clusters, resamples=100, seed=0, method=method)
+        assert estimate.low == estimate.mean == estimate.high
+        assert estimate.mean == pytest.approx(2 * value if clusters else value)
+
+
+def test_equal_ratios_have_an_interval_of_one_point() -> None:
+    below = np.array([1.0, 3.0, 7.0, 9.0, 11.0, 13.0, 17.0])
+    grouped = ratio_sums(1.3 * below, below, list("abcdefg"))
+    estimate = sums_interval(grouped, 7, resamples=100, seed=0)
+    assert estimate.low == estimate.mean == estimate.high == pytest.approx(1.3)
 
 
 def test_of_two_draws_that_face_each_other_the_farther_moves_out_by_16_kths() -> None:

@@ -62,6 +62,21 @@ def test_the_same_scores_are_not_inferior_at_any_margin() -> None:
     json.dumps(decision, allow_nan=False)
 
 
+def test_a_gain_that_is_the_same_everywhere_is_no_loss() -> None:
+    # But for rounding of their mean, which is no spread.
+    table = _table({"psnr_db": 0.0}, n=20)
+    decision = decide(
+        GOOD,
+        _settings(("psnr_db", 0.05)),
+        candidate=table.assign(value=0.6),
+        baseline=table.assign(value=0.5),
+    )
+    (*_, rule) = decision["rules"]
+    assert (rule["passed"], rule["power"]) == (True, 1.0)
+    assert rule["value"] == pytest.approx(0.1)
+    json.dumps(decision, allow_nan=False)
+
+
 def test_a_loss_above_the_margin_refuses_and_says_by_how_much() -> None:
     decision = decide(
         GOOD,
