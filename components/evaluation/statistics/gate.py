@@ -69,16 +69,18 @@ def decide(
         `baseline` is the digest of its file or None, `not_compared` names the rules that wait for
         a baseline.
     """
-    bounds = [(metric, getattr(settings, bound)) for metric, bound in RULES]
-    if settings.min_twin_psnr_db is not None:
-        # All of them, however many there are.
-        bounds.append(("twins_recognised", metrics.get("twins")))
     rules = [
         # `get`: a number that was never written fails its rule; a KeyError would leave no decision.
         _judge(metric, metrics.get(metric), float(bound))
-        for metric, bound in bounds
+        for metric, bound in ((name, getattr(settings, field)) for name, field in RULES)
         if bound is not None
     ]
+    if settings.min_twin_psnr_db is not None:
+        # All of them, however many there are; where that is not known, none is enough.
+        twins = metrics.get("twins")
+        known = twins is not None and math.isfinite(twins)
+        recognised = metrics.get("twins_recognised") if known else None
+        rules.append(_judge("twins_recognised", recognised, float(twins or 1.0) if known else 1.0))
     if baseline is not None:
         # A baseline with nothing to hold against it must not pass for "no baseline".
         if candidate is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -90,6 +91,8 @@ def test_a_run_that_memorises_is_judged_by_training_images_and_twins() -> None:
         ("training_images_loss_drop", None),
         ("twin_psnr_db_worst", None),
         ("twins_recognised", None),
+        ("twins", None),
+        ("twins", math.nan),
     ],
 )
 def test_each_of_them_is_needed(name: str, value: float | None) -> None:
