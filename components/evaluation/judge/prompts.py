@@ -49,6 +49,9 @@ _VERSION = 1
 _FENCE = re.compile(r"^```[a-zA-Z]*\s*|\s*```$")
 _THOUGHTS = re.compile(r"^\s*<think>.*?(?:</think>|$)", re.DOTALL)
 _PLACE = re.compile(r"(?:image|picture|option)?\s*([ab])\.?", re.IGNORECASE)
+# Where each brace may begin an object, time grows with their square: a verdict has one, and a model
+# that repeats itself writes millions.
+_MOST_BRACES = 10_000
 _SCORE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:/\s*100|%)?")
 
 
@@ -135,6 +138,8 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _found_object(body: str, problem: ValidationError) -> tuple[dict[str, Any], list[str]]:
     """The one JSON object of a text, keys in lower case, and what had to be passed over."""
+    if body.count("{") > _MOST_BRACES:
+        raise AnswerInvalid(f"answer: more than {_MOST_BRACES} opening braces")
     # Not strict: line breaks within a text are no valid JSON, and can mean nothing else. Floats:
     # Python converts no whole number of very many digits.
     decoder = json.JSONDecoder(strict=False, object_pairs_hook=_distinct, parse_int=float)

@@ -385,6 +385,8 @@ def test_a_verdict_that_can_be_read_two_ways_is_not_guessed() -> None:
     for text in (f'{{"preferred": "A", "extra": {deep}, {scores}', f"Sure. {deep} {{{deep}"):
         with pytest.raises(AnswerInvalid):
             parse_verdict(text)
+    with pytest.raises(AnswerInvalid, match="more than 10000 opening braces"):
+        parse_verdict("{" * 2**22)
     assert parse_verdict('{"preferred": "B", "preferred": "B", ' + scores).preferred == "B"
     assert parse_verdict(f"{verdict('B')} Again: {verdict('B')}").preferred == "B"
     assert parse_verdict(verdict("Image B")).preferred == "B"
