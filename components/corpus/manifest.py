@@ -168,7 +168,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
         columns that an older version lacks are null.
 
     Raises:
-        ValueError: not a manifest, or of a schema version that this code does not read.
+        ValueError: not a manifest, or of a schema version that this code does not read; a row
+            without image_id or uri where they are asked for.
     """
     present = check_version(path).names
     known = [
@@ -179,7 +180,19 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pd.DataFrame
         if name not in present:
             field = SCHEMA.field(name)
             table = table.add_column(position, field, pa.nulls(len(table), field.type))
+    check_keys(table, path)
     return table.to_pandas()
+
+
+def check_keys(rows: pa.Table | pa.RecordBatch, path: Path) -> None:
+    """Refuse rows without what every row of a manifest has.
+
+    Raises:
+        ValueError: values of a column that must not be null are missing.
+    """
+    for name in rows.schema.names:
+        if not SCHEMA.field(name).nullable and (missing := rows[name].null_count):
+            raise ValueError(f"{path}: column {name}: {missing} values are missing")
 
 
 def check_version(path: Path) -> pa.Schema:
@@ -189,7 +202,7 @@ def check_version(path: Path) -> pa.Schema:
         the file's own schema, which lacks columns if it is of an older version.
 
     Raises:
-        ValueError: not a manifest, or of another schema version.
+        ValueError: not a manifest, of another schema version, or text in a column of numbers.
     """
     try:
         schema = pq.read_schema(path)
@@ -203,4 +216,18 @@ def check_version(path: Path) -> pa.Schema:
             f"{path}: manifest schema version {version.decode()}, this code reads "
             f"{OLDEST_READ} to {SCHEMA_VERSION}; run the stage that wrote it again"
         )
+    for column in schema:
+        if column.name in SCHEMA.names and not pa.types.is_null(column.type):
+            found, expected = _kind(column.type), _kind(SCHEMA.field(column.name).type)
+            if found != expected:
+                raise ValueError(f"{path}: column {column.name} must be {expected}, not {found}")
     return schema
+
+
+def _kind(kind: pa.DataType) -> str:
+    """What a column holds, however it is stored."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "text"
+    return "numbers" if pa.types.is_integer(kind) or pa.types.is_floating(kind) else str(kind)

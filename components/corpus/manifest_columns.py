@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from components.corpus.manifest import SCHEMA, check_version
+from components.corpus.manifest import SCHEMA, check_keys, check_version
 from components.files.parquet_files import GROUP_ROWS
 
 _BUFFER = 2**20
@@ -76,7 +76,9 @@ def manifest_batches(
     # Pages are read as they are needed: older files hold a million rows in one group.
     with pq.ParquetFile(path, read_dictionary=coded, buffer_size=_BUFFER) as file:
         known = [name for name in columns if name in file.schema_arrow.names]
-        yield from file.iter_batches(batch_size=GROUP_ROWS, columns=known)
+        for batch in file.iter_batches(batch_size=GROUP_ROWS, columns=known):
+            check_keys(batch, path)
+            yield batch
 
 
 def _column(batch: pa.RecordBatch, name: str) -> pa.Array:

@@ -132,26 +132,24 @@ def _positions(before: Columns, after: Columns) -> np.ndarray:
     """(rows of `after`,) int: where each row is in `before`, -1 where nowhere.
 
     Raises:
-        ValueError: the older version has one file with one content twice.
+        ValueError: a version has one file with one content twice.
     """
     old, new = before["uri"], after["uri"]
     if old.is_unique:
-        if len(old) == len(new) and not _differs(old, new).any():
-            found = np.arange(len(old))
-        else:
-            # Paths are shorter than hashes, and one look-up is enough.
-            found = _look_up(old, new)
+        same_order = len(old) == len(new) and not _differs(old, new).any()
+        # Paths are shorter than hashes, and one look-up is enough.
+        found = np.arange(len(old)) if same_order else _look_up(old, new)
         # Paths of two versions are the largest columns; the hashes come next.
         del old, new
         known = np.flatnonzero(found >= 0)
         contents = before["image_id"], after["image_id"]
-        if len(known) < len(found) or len(known) < len(contents[0]):
+        if not same_order:
             rows = found[known], known
             contents = tuple(
                 c.iloc[at].reset_index(drop=True) for c, at in zip(contents, rows, strict=True)
             )
         found[known[_differs(*contents)]] = -1
-        return found
+        return _once(found, before)
     pairs = [
         pd.MultiIndex.from_arrays([uris.astype(object), version["image_id"].astype(object)])
         for uris, version in ((old, before), (new, after))
@@ -160,7 +158,20 @@ def _positions(before: Columns, after: Columns) -> np.ndarray:
     if not pairs[0].is_unique:
         uri = old.iloc[int(np.flatnonzero(pairs[0].duplicated())[0])]
         raise ValueError(f"the older version has {uri} with the same bytes twice")
-    return pairs[0].get_indexer(pairs[1])
+    return _once(pairs[0].get_indexer(pairs[1]), before)
+
+
+def _once(found: np.ndarray, before: Columns) -> np.ndarray:
+    """The same positions, none of them for two rows.
+
+    Raises:
+        ValueError: see `_positions`.
+    """
+    twice = np.flatnonzero(np.bincount(found[found >= 0]) > 1)
+    if len(twice):
+        uri = before["uri"].iloc[int(twice[0])]
+        raise ValueError(f"the newer version has {uri} with the same bytes twice")
+    return found
 
 
 def _look_up(among: pd.Series, values: pd.Series) -> np.ndarray:
@@ -226,7 +237,7 @@ def diff(before: Columns, after: Columns) -> CorpusDiff:
         the rows that differ in anything.
 
     Raises:
-        ValueError: the older version has one file with one content twice.
+        ValueError: a version has one file with one content twice.
     """
     where = _positions(before, after)
     in_both = np.flatnonzero(where >= 0)

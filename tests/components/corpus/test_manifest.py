@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.corpus.manifest import SCHEMA, SCHEMA_VERSION, read_table, write_table
+from components.corpus.manifest_columns import read_columns
 
 ROWS = pd.DataFrame(
     {
@@ -99,3 +100,21 @@ def test_a_wrong_column_is_one_clear_error(
     with pytest.raises(ValueError, match=message):
         write_table(ROWS.assign(**change), tmp_path / "m.parquet")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_others_wrote_into_a_column_is_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    write_table(ROWS, path)
+    table = pq.read_table(path)
+    for name, values, message in (
+        ("entropy_bits", ["high", "low"], "column entropy_bits must be numbers, not text"),
+        ("kept", [1, 0], "column kept must be bool, not numbers"),
+        ("caption_en", [7, 8], "column caption_en must be text, not numbers"),
+        ("image_id", pa.nulls(2, pa.string()), "column image_id: 2 values are missing"),
+    ):
+        place = table.schema.get_field_index(name)
+        other = table.set_column(place, name, pa.array(values))
+        pq.write_table(other.replace_schema_metadata(table.schema.metadata), path)
+        for read in (read_table, read_columns):
+            with pytest.raises(ValueError, match=rf"m\.parquet: {message}"):
+                read(path, [name])

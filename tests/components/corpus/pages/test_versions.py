@@ -390,8 +390,15 @@ def test_the_diff_equals_a_comparison_row_by_row(
     assert found.by_column() == dict(sorted(per_column.items()))
 
 
-def test_a_row_that_stands_twice_in_the_older_version_is_one_clear_error(params: Settings) -> None:
+def test_a_row_that_stands_twice_in_a_version_is_one_clear_error(params: Settings) -> None:
     table = corpus(params, 3)
     twice = pd.concat([table, table.iloc[[1]]], ignore_index=True)
-    with pytest.raises(ValueError, match=r"older version has photos/<1>\.jpg with the same bytes"):
-        diff(twice, table)
+    for versions, which in (((twice, table), "older"), ((table, twice), "newer")):
+        told = rf"{which} version has photos/<1>\.jpg with the same bytes twice"
+        with pytest.raises(ValueError, match=told):
+            diff(*versions)
+
+
+def test_rows_in_another_order_are_the_same_version(params: Settings) -> None:
+    table = corpus(params, 3)
+    assert diff(table.iloc[::-1].reset_index(drop=True), table).rows.empty
