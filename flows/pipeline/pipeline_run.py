@@ -149,6 +149,10 @@ def _run_pipeline(
     is_named = bool(os.environ.get(RUN_TAGS))
     if not (stale or force or engine == "pools" or is_named or unsent_records(root)):
         return _nothing_to_do(root, graph, started)
+    # Each stage's own line says so too, when its hours have passed.
+    for name, doubt in settings.doubts():
+        if name in graph and (force or name in stale):
+            print(f"warning: {name}: {doubt}")
     record = open_record(root, _description(root, engine))
     own_record(root, record.record_id)
     # Now, not at the end: the clone may be edited while stages run.

@@ -98,7 +98,8 @@ def meant(name: str, uris: pd.Series) -> str:
         near = uris[names.str.contains(name.lower(), regex=False)]
     if not near.empty:
         return f"; did you mean {few(list(near), _NAMED_IN_MESSAGES)}?"
-    return f"; there are {len(uris):,}: {few(list(uris), _NAMED_IN_MESSAGES)}"
+    some = f": {few(list(uris), _NAMED_IN_MESSAGES)}" if len(uris) else ""
+    return f"; there are {len(uris):,}{some}"
 
 
 @dataclass(frozen=True)

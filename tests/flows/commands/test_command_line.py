@@ -120,6 +120,20 @@ def test_a_run_is_silent_or_json(toy: Path, root: Path, typed: Typed) -> None:
     assert typed(toy, "run", "--quiet").stdout == ""
 
 
+@pytest.mark.slow
+def test_a_run_begins_with_what_its_settings_cannot_reach(
+    toy: Path, root: Path, typed: Typed
+) -> None:
+    settings = (root / "params.yaml").read_text()
+    (toy / "params.yaml").write_text(settings.replace("warmup_steps: 20", "warmup_steps: 2000"))
+    graph = (toy / "dvc.yaml").read_text().replace("params: [value]", "params: [project.seed]")
+    (toy / "dvc.yaml").write_text(graph.replace("  a:\n", "  dit_stage1:\n"))
+    (toy / "data" / "sample").mkdir(parents=True)
+    said = typed(toy, "run", "--until", "dit_stage1").stdout.splitlines()
+    assert said[0].startswith("warning: dit_stage1: warmup_steps 2000 exceeds steps 900: ")
+    assert "warning" not in typed(toy, "run", "--until", "dit_stage1").stdout
+
+
 def test_remarks_of_libraries_on_each_other_are_no_part_of_an_answer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

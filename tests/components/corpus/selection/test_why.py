@@ -156,6 +156,8 @@ def test_an_image_is_found_by_id_prefix_path_and_name(
         with pytest.raises(ImageUnknown) as caught:
             find(table, wrong, tmp_path)
         assert f"file name or address; {meant}" in str(caught.value)
+    with pytest.raises(ImageUnknown, match=r"file name or address; there are 0$"):
+        find(table.head(0), "lake-1.jpg", tmp_path)
 
 
 def test_an_id_means_the_original_and_a_path_the_copy(tmp_path: Path) -> None:
