@@ -23,11 +23,11 @@ from components.corpus.folder_captions import FolderCaptions, captions_in, flaws
 from components.corpus.listing.source_files import photographs
 from components.corpus.selection.rules import count_by_reason, select
 from components.corpus.source_sample import spread
-from components.corpus.sources.records.source_records import shown_name
 from components.files.weight_folders import WeightsMissing
 from components.images.decoding import ImageUndecodable, image_bytes, read_header
 from components.settings.schema import Settings
 from components.signals.candidate import measure_image
+from components.telemetry.wording import legible
 
 READ = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff"),
@@ -148,7 +148,7 @@ def _headers(paths: Sequence[Path]) -> tuple[list[int], list[str]]:
         try:
             header = read_header(image_bytes(path))
         except ImageUndecodable as problem:
-            unreadable.append(f"{shown_name(path)}: {problem}")
+            unreadable.append(f"{legible(path.name)}: {problem}")
         else:
             pixels.append(header.width * header.height)
     return pixels, unreadable
@@ -275,7 +275,7 @@ def _unread(losses: Sequence[CaptionLoss]) -> str:
     causes = Counter(loss.detail for loss in losses)
     firsts = {loss.detail: loss for loss in reversed(losses)}
     named = [
-        f"{shown_name(Path(firsts[cause].record))}: {cause}"
+        f"{legible(Path(firsts[cause].record).name)}: {cause}"
         + (f" (and {number - 1} more)" if number > 1 else "")
         for cause, number in causes.most_common(_NAMED_CAUSES)
     ]

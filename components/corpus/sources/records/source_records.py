@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.corpus.listing.source_files import is_of_system
+from components.telemetry.wording import legible
 
 _NOTED_ENDINGS = 100
 
@@ -77,7 +78,7 @@ def source_files(source: Path, endings: tuple[str, ...], shown: str) -> list[Pat
         others = [path for path in inside if not path.is_dir()]
         found = "no files inside"
         if others:
-            found = f"none of its {len(others)} files is read, such as {shown_name(others[0])}"
+            found = f"none of its {len(others)} files is read, such as {legible(others[0].name)}"
         raise ValueError(f"{shown}: {found}; {advice}")
     return named
 
@@ -112,13 +113,8 @@ def files_not_read(source: Path, endings: tuple[str, ...]) -> tuple[SourceEnd, s
     if rest := len(others) - sum(apart.values()):
         apart["not read, other endings"] = rest
     files = "1 file is" if len(others) == 1 else f"{len(others)} files are"
-    remark = f"{files} not read, such as {shown_name(example)}"
+    remark = f"{files} not read, such as {legible(example.name)}"
     return SourceEnd("beside what is read", "files", len(others), apart), remark
-
-
-def shown_name(path: Path) -> str:
-    """A file's name on one line, whatever it holds."""
-    return path.name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
 def place_of(path: Path, source: Path) -> str:
