@@ -98,7 +98,16 @@ def test_the_code_of_a_clone_is_run_by_an_environment_behind_a_link(
     assert make(clone, "run").stdout.strip().split(":")[0] == str(clone)
 
 
-@pytest.mark.parametrize("name", ["a$(touch pwned)b", "a`touch pwned`b", 'it"s', "it's", "a b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a$(touch pwned)b",
+        pytest.param("a`touch pwned`b", marks=pytest.mark.slow),
+        'it"s',
+        pytest.param("it's", marks=pytest.mark.slow),
+        "a b",
+    ],
+)
 def test_a_folders_name_is_no_command_and_no_move(clone: Path, name: str) -> None:
     folder = clone.parent / name
     folder.mkdir()

@@ -207,7 +207,9 @@ def undisturbed(work_file: Path, tmp_path_factory: pytest.TempPathFactory) -> by
     return (folder / "out.parquet").read_bytes()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_resumes_and_equals_an_undisturbed_one(
     work_file: Path, tmp_path: Path, undisturbed: bytes, how: signal.Signals
 ) -> None:

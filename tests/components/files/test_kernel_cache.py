@@ -49,6 +49,7 @@ def test_a_second_process_loads_what_the_first_compiled_even_after_a_fresh_check
         os.utime(source, (times.st_atime, times.st_mtime))
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     assert cache_hits(str(tmp_path), processes=3) == 2
 

@@ -21,6 +21,7 @@ def error_lines(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.slow
 def test_an_empty_photo_folder_names_the_folder_and_the_setting(
     clone: Callable[..., Path],
 ) -> None:

@@ -68,7 +68,13 @@ def test_a_sweep_that_cannot_be_run_is_refused_before_anything_runs(
         expand(texts, read_params(root))
 
 
-@pytest.mark.parametrize("metric", ["vae", "nothing.loss", "evaluate.psnr"])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "vae",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("nothing.loss", "evaluate.psnr")),
+    ],
+)
 def test_a_metric_of_no_stage_that_runs_is_refused_before_anything_runs(
     root: Path, metric: str
 ) -> None:

@@ -132,7 +132,7 @@ def test_killing_the_scheduler_leaves_no_stage_process_and_a_rerun_finishes(
     assert all(o.ok for o in walk_graph(runner_for(toy), lambda outcome: None).values())
 
 
-@pytest.mark.parametrize("torn", ["", '{"write": {"'])
+@pytest.mark.parametrize("torn", ["", pytest.param('{"write": {"', marks=pytest.mark.slow)])
 def test_a_table_of_busy_paths_torn_by_a_kill_stops_nothing(toy: Path, torn: str) -> None:
     runner = runner_for(toy)
     # DVC rewrites this file in place: a kill between truncation and writing leaves it like this.

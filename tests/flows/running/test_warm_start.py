@@ -149,6 +149,7 @@ def test_imports_ahead_leave_the_compilers_folder_in_the_clone(
     assert not list(tmp_path.glob("torchinductor_*"))
 
 
+@pytest.mark.slow
 def test_a_forked_stage_is_a_process_like_that_of_the_command(
     project: Path, started: Callable[..., subprocess.Popen[str]]
 ) -> None:

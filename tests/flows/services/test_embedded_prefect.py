@@ -57,6 +57,7 @@ def test_a_server_that_is_killed_while_it_starts_is_nobodys_address(
     assert "PREFECT_API_URL" not in os.environ
 
 
+@pytest.mark.slow
 def test_a_run_whose_server_is_killed_while_it_starts_goes_on_without_it(
     trivial_clone: Callable[[Path, int], Path], tmp_path: Path
 ) -> None:

@@ -416,11 +416,13 @@ SERVICE = '{"name": "mlflow", "url": "http://127.0.0.1:1", "pid": 4194305, "log"
     ("name", "text"),
     [
         ("services.json", "[1]"),
-        ("services.json", '{"name": "prefect"}'),
+        pytest.param("services.json", '{"name": "prefect"}', marks=pytest.mark.slow),
         ("services.json", '[{"name": "prefect"}]'),
-        ("services.json", SERVICE.replace(":1", "").join("[]")),
-        ("services.json", SERVICE.replace("4194305", "-1").join("[]")),
-        ("workers.json", "[1]"),
+        pytest.param("services.json", SERVICE.replace(":1", "").join("[]"), marks=pytest.mark.slow),
+        pytest.param(
+            "services.json", SERVICE.replace("4194305", "-1").join("[]"), marks=pytest.mark.slow
+        ),
+        pytest.param("workers.json", "[1]", marks=pytest.mark.slow),
         ("workers.json", '[{"pool": "gpu", "name": "x", "pid": 0, "log": ""}]'),
     ],
 )
@@ -448,7 +450,7 @@ def test_an_entry_of_another_shape_costs_itself_alone(toy: Path) -> None:
     [
         ("served.json", '{"prefect_port": 1}', "postgres_port: Field required"),
         ("secrets.json", '{"superuser": "x"}', "prefect_database: Field required"),
-        ("secrets.json", "null", "holds nothing"),
+        pytest.param("secrets.json", "null", "holds nothing", marks=pytest.mark.slow),
     ],
 )
 def test_a_tier_or_passwords_of_another_shape_are_one_line_and_down_works(

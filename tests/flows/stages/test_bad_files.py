@@ -30,7 +30,7 @@ from flows.stages.contract import StageContext
 
 STAGES = {"source": source, "ingest": ingest, "signals": signals}
 
-PER_KIND = 2
+PER_KIND = 1
 """Of the 12 of each kind that the slow test and the walkthrough take."""
 
 
@@ -146,10 +146,10 @@ def case(clone: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
     return root, outcome(root), kinds, oddities
 
 
-def test_there_are_two_hundred_files_of_more_than_a_hundred_kinds(case: Case) -> None:
+def test_there_are_more_than_a_hundred_kinds_and_the_oddities(case: Case) -> None:
     _, _, kinds, oddities = case
-    assert len(kinds) + len(oddities) > 200
     assert len(set(kinds.values())) > 100
+    assert len(oddities) > 20
 
 
 @pytest.mark.slow

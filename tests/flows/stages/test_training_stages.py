@@ -259,6 +259,7 @@ def test_both_stages_trained_from_python_are_those_of_the_pipeline(
     assert result.tags["train_slice.images"] == "3"
 
 
+@pytest.mark.slow
 def test_prompts_of_ones_own_are_drawn_and_change_no_weight(
     stores: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

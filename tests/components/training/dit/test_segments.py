@@ -132,6 +132,7 @@ def test_a_run_may_end_at_the_checkpoint_that_it_goes_on_from(make_dit_job, tmp_
     assert list(MetricLog(log).rows()) == rows
 
 
+@pytest.mark.slow
 def test_weights_to_start_from_that_were_replaced_are_not_taken_for_those_begun_with(
     make_dit_job, first, monkeypatch
 ) -> None:

@@ -64,6 +64,7 @@ def test_every_stage_trains_bfloat16_to_its_rounding(make_dit_job, tmp_path, sta
     assert_same_losses(*jobs, tolerance=5e-3)
 
 
+@pytest.mark.slow
 def test_divided_weights_resume_with_the_same_bytes(make_dit_job, tmp_path):
     whole = make_dit_job(tmp_path / "whole", zero_stage=3)
     run_job(whole)

@@ -287,6 +287,7 @@ def test_an_evaluation_stops_once_its_metric_has_decided(project: Path, typed: T
         assert len(refused.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_through_all_prompts_where_its_metric_has_no_value(
     project: Path, typed: Typed
 ) -> None:
