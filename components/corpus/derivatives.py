@@ -38,14 +38,13 @@ def read_derivatives(path: Path) -> Iterator[Derivative]:
 
 def derivative_ids(path: Path) -> list[str]:
     """image_id of what `read_derivatives` yields, without reading any picture twice."""
-    # By the height, which stands exactly where a JPEG does: the pictures' column is nearly all of
-    # the file.
-    table = pq.read_table(path, columns=["image_id", "height"])
-    return table.filter(table["height"].is_valid())["image_id"].to_pylist()
+    return list(derivative_sizes(path))
 
 
 def derivative_sizes(path: Path) -> dict[str, tuple[int, int]]:
     """(height, width) of the originals of what `read_derivatives` yields, by image_id."""
+    # By the height, which stands exactly where a JPEG does: the pictures' column is nearly all of
+    # the file.
     table = pq.read_table(path, columns=["image_id", "height", "width"])
     columns = table.filter(table["height"].is_valid()).to_pydict()
     sizes = zip(columns["height"], columns["width"], strict=True)

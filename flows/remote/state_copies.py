@@ -13,7 +13,6 @@ out (journals of downloads, encoded latents, the caches of services) is computed
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import threading
 import uuid
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from components.files.whole_files import whole_file
-from components.training.distributed.run_states import STATE_FILE
+from components.training.distributed.checkpoint_folders import LATEST_FILE, WRITING, age
+from components.training.distributed.run_states import CHECKPOINTS, METRICS_FILE, STATE_FILE
 from flows.remote import data_remote
 from flows.running.training_state import stage_state_folder
 from flows.versioning import graph as versioning
@@ -33,27 +33,17 @@ SWITCH = "ULTRAFLUX_STATE_COPIES"
 """Environment variable; `off`: a stage of a lost clone begins again."""
 PERIOD_S = 5.0
 FOLDER = "state"
-CHECKPOINTS, LATEST = "checkpoints", "latest"
-METRICS = "metrics.jsonl"
 # They tell a checkpoint's past: its curves, and under which settings its steps were made.
-_BESIDE = (METRICS, STATE_FILE)
+_BESIDE = (METRICS_FILE, STATE_FILE)
 # Written aside and renamed by their stages, so a file that is there is whole.
 WHOLE_FILES = (".parquet", ".png")
 # Links to the checkpoint in transfer: retention must not take it away.
 _COPYING = ".copying-"
-# As of `components.training.distributed.checkpoints`, which removes what a kill leaves of it.
-_WRITING = ".writing-"
 
 
 def copies_wanted() -> bool:
     """Whether state is copied at all."""
     return os.environ.get(SWITCH, "").lower() != "off"
-
-
-def _order(checkpoint: str) -> tuple[int, int]:
-    """Step of `step-00000040` and which save of that step; (-1, 0) for anything else."""
-    found = re.fullmatch(r"step-(\d+)(?:\.(\d+))?", checkpoint)
-    return (int(found[1]), int(found[2] or 0)) if found else (-1, 0)
 
 
 def _link(source: str, target: str) -> None:
@@ -136,19 +126,19 @@ class StateCopies:
         place = _place(repo, *self._parts)
         files = place.files()
         self._restore_whole_files(place, files)
-        pointers = [name for name in files if name.endswith(f"/{CHECKPOINTS}/{LATEST}")]
+        pointers = [name for name in files if name.endswith(f"/{CHECKPOINTS}/{LATEST_FILE}")]
         named = {name.partition("/")[0]: _text(place, name) for name in pointers}
-        pointer = self.folder / CHECKPOINTS / LATEST
+        pointer = self.folder / CHECKPOINTS / LATEST_FILE
         here = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
-        writer = max(named, key=lambda one: _order(named[one]), default=None)
+        writer = max(named, key=lambda one: age(named[one]), default=None)
         # This clone may have worked on the stage itself: what it has is never replaced by less.
-        if writer is None or _order(named[writer]) <= _order(here):
+        if writer is None or age(named[writer]) <= age(here):
             return None
         checkpoint = named[writer]
         # Again: one that still arrived when they were listed may be what the pointer names since.
         files = place.files()
         start = f"{writer}/{CHECKPOINTS}/{checkpoint}/"
-        aside = self.folder / CHECKPOINTS / f"{_WRITING}{checkpoint}"
+        aside = self.folder / CHECKPOINTS / f"{WRITING}{checkpoint}"
         shutil.rmtree(aside, ignore_errors=True)
         for name in (name for name in files if name.startswith(start)):
             place.get(name, aside / name.removeprefix(start))
@@ -159,7 +149,7 @@ class StateCopies:
         for file in _BESIDE:
             if f"{writer}/{file}" in files:
                 place.get(f"{writer}/{file}", self.folder / file)
-        place.get(f"{writer}/{CHECKPOINTS}/{LATEST}", pointer)
+        place.get(f"{writer}/{CHECKPOINTS}/{LATEST_FILE}", pointer)
         return checkpoint
 
     def _restore_whole_files(self, place: _Place, files: list[str]) -> None:
@@ -218,7 +208,7 @@ class StateCopies:
             name = file.relative_to(self.folder)
             if file.suffix in WHOLE_FILES and not any(part.startswith(".") for part in name.parts):
                 self._put_if_new(place, file, name)
-        pointer = self.folder / CHECKPOINTS / LATEST
+        pointer = self.folder / CHECKPOINTS / LATEST_FILE
         newest = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
         if newest and newest != self._newest:
             self._save_checkpoint(place, newest)
@@ -253,9 +243,9 @@ class StateCopies:
             for file in _BESIDE:
                 if (self.folder / file).is_file():
                     place.put(self.folder / file, file)
-            pointer = aside / LATEST
+            pointer = aside / LATEST_FILE
             pointer.write_text(f"{newest}\n", encoding="utf-8")
-            place.put(pointer, CHECKPOINTS, LATEST)
+            place.put(pointer, CHECKPOINTS, LATEST_FILE)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         before, self._newest = self._newest, newest
@@ -296,11 +286,11 @@ def kept_copies(root: Path) -> list[KeptCopies]:
             if not inside:
                 continue  # not ours
             known = found.get((stage, key), KeptCopies(stage, key, "", 0))
-            pointer = _text(place, name) if inside[1:] == [CHECKPOINTS, LATEST] else ""
+            pointer = _text(place, name) if inside[1:] == [CHECKPOINTS, LATEST_FILE] else ""
             found[stage, key] = KeptCopies(
                 stage,
                 key,
-                max(known.checkpoint, pointer, key=_order),
+                max(known.checkpoint, pointer, key=age),
                 known.size_bytes + int(place.fs.size(place.join(name)) or 0),
             )
 

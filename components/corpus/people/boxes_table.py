@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from components.corpus.external_scores import is_name, read_external_scores
+from components.corpus.people.nsfw import clipped
 from components.corpus.sources.records.json_values import parse_json
 
 _MOST_PEOPLE = 2**31 - 1
@@ -109,12 +110,8 @@ def _box(found: Any, height: int, width: int) -> dict[str, Any]:
             f"a box lies outside of the picture of height {height} and width {width}, "
             f"got {ascii(edges)[:60]}"
         )
-    corners = [
-        round(min(max(edge, 0), limit))
-        for edge, limit in zip(edges, (height, width, height, width), strict=True)
-    ]
     score = {"score": found["score"]} if "score" in found else {}
-    return {"label": found["label"], **score, "box": corners}
+    return {"label": found["label"], **score, "box": list(clipped(edges, height, width))}
 
 
 def _is_finite(value: Any) -> bool:

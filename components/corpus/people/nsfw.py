@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -80,6 +81,15 @@ class Detection:
     score: float
     box: tuple[int, int, int, int]
     """(top, left, bottom, right) in pixels of the picture that was looked at."""
+
+
+def clipped(box: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
+    """A box (top, left, bottom, right) in whole pixels, clipped to its picture."""
+    top, left, bottom, right = (
+        round(min(max(edge, 0), limit))
+        for edge, limit in zip(box, (height, width, height, width), strict=True)
+    )
+    return top, left, bottom, right
 
 
 def nudenet_weights() -> Path:

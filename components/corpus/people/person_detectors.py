@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from components.corpus.people.nsfw import Detection
+from components.corpus.people.nsfw import Detection, clipped
 from components.files.install_hints import download_command, install_hint
 from components.files.weight_folders import WeightsMissing, resolve_folder
 
@@ -48,12 +48,7 @@ def _detections(boxes: Any, scores: Any, height: int, width: int) -> list[Detect
     """Boxes (left, top, right, bottom) as rows, clipped to the picture, strongest first."""
     found = []
     for (left, top, right, bottom), score in zip(boxes, scores, strict=True):
-        corners = (
-            round(min(max(top, 0), height)),
-            round(min(max(left, 0), width)),
-            round(min(max(bottom, 0), height)),
-            round(min(max(right, 0), width)),
-        )
+        corners = clipped((top, left, bottom, right), height, width)
         found.append(Detection("person", float(score), corners))
     # By box among equal scores, whose order the libraries do not promise.
     return sorted(found, key=lambda one: (-one.score, one.box))

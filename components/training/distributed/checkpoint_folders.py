@@ -21,6 +21,9 @@ CONTENTS_FILE = "contents.json"
 the run was healthy when it was made."""
 LATEST_FILE = "latest"
 FORMAT = 1
+WRITING = ".writing-"
+"""Before the name of a checkpoint that is not whole yet; what a kill leaves of it is never loaded.
+"""
 REJECTED = ".rejected"
 """Inside a checkpoint that no run may go on from: it is damaged, or the run diverged after it."""
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
@@ -68,14 +71,16 @@ def checkpoint_folders(folder: Path) -> list[tuple[int, Path]]:
         except _ABSENT:
             return []
     found = [folder / name for name in names if _NAME.fullmatch(name)]
-    return [(age(path)[0], path) for path in sorted(found, key=age)]
+    return [(age(path.name)[0], path) for path in sorted(found, key=lambda path: age(path.name))]
 
 
-def age(path: Path) -> tuple[int, int]:
-    """Orders checkpoints as they were made: by step, then by how often that step was saved."""
-    named = _NAME.fullmatch(path.name)
-    assert named is not None
-    return int(named[1]), int(named[2] or 0)
+def age(name: str) -> tuple[int, int]:
+    """Orders checkpoints as they were made: by step, then by how often that step was saved.
+
+    (-1, 0) for a name that is none of a checkpoint.
+    """
+    named = _NAME.fullmatch(name)
+    return (int(named[1]), int(named[2] or 0)) if named else (-1, 0)
 
 
 def damaged_file(checkpoint: Path) -> Path | None:
@@ -92,7 +97,7 @@ def damaged_file(checkpoint: Path) -> Path | None:
     with within_reach(checkpoint):
         try:
             listed = json.loads(contents.read_text(encoding="utf-8"))
-            if listed["format"] != FORMAT or listed["step"] != age(checkpoint)[0]:
+            if listed["format"] != FORMAT or listed["step"] != age(checkpoint.name)[0]:
                 return contents
             for name, size in listed["files"].items():
                 file = checkpoint / name
@@ -159,7 +164,7 @@ def damaged_after(folder: Path, newest: Path | None) -> dict[Path, Path]:
     """
     found = {}
     for _, path in reversed(checkpoint_folders(folder)):
-        if newest is not None and age(path) <= age(newest):
+        if newest is not None and age(path.name) <= age(newest.name):
             break
         file = None if is_rejected(path) else damaged_file(path)
         if file is not None:

@@ -27,6 +27,7 @@ from components.training.distributed.checkpoint_folders import (
     FORMAT,
     LATEST_FILE,
     REJECTED,
+    WRITING,
     CheckpointUnreadable,
     age,
     checkpoint_folders,
@@ -46,8 +47,7 @@ from components.training.distributed.checkpoint_hashes import (
 if TYPE_CHECKING:
     import torch
 
-# Neither begins with `step-`: what a kill leaves under these names is never loaded.
-_WRITING = ".writing-"
+# Does not begin with `step-`: what a kill leaves under this name is never loaded.
 _DROPPED = ".dropped-"
 # One empty file per rank whose part is on disk; a text where the rank failed. Not in the contents.
 _DONE = ".done-"
@@ -192,7 +192,7 @@ class CheckpointStore:
         if step < 0:
             raise ValueError(f"step = {step}: must be at least 0")
         # One rank makes the folder, and nobody writes before the barrier says that it is there.
-        aside = self.folder / f"{_WRITING}{step:08d}"
+        aside = self.folder / f"{WRITING}{step:08d}"
         if self._rank == 0:
             self._remove_leftovers()
             # Fails where the folder is left over: files of two checkpoints must never mix.
@@ -326,7 +326,7 @@ class CheckpointStore:
         found = [
             path for at, path in whole_checkpoints(self.folder) if at == step and is_healthy(path)
         ]
-        newest = max(found, key=age, default=None)
+        newest = max(found, key=lambda path: age(path.name), default=None)
         if newest is None or self._on_any_rank(self._damaged(newest) is not None):
             return None
         return newest
@@ -421,7 +421,7 @@ class CheckpointStore:
     def _remove_leftovers(self) -> None:
         """What killed runs left: half-written and half-deleted folders, temporary files."""
         for path in self.folder.iterdir():
-            if path.name.startswith((_WRITING, _DROPPED)):
+            if path.name.startswith((WRITING, _DROPPED)):
                 shutil.rmtree(path)
             # A contended write uses a temporary name of its process, which no later one takes over.
             elif path.name.startswith(f".{LATEST_FILE}."):

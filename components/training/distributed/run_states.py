@@ -222,7 +222,7 @@ def _with_checkpoint(state: RunState) -> RunState:
     folder = state.folder / CHECKPOINTS
     newest = newest_checkpoint(folder)
     damaged = {} if newest is not None else damaged_after(folder, None)
-    at_fault = next(((age(path)[0], file) for path, file in damaged.items()), None)
+    at_fault = next(((age(path.name)[0], file) for path, file in damaged.items()), None)
     return replace(state, checkpoint=newest, damaged=at_fault)
 
 
